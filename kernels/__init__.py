@@ -1,0 +1,56 @@
+"""The ops of the W8A8 dataflow. CUDA tensors run fused Triton kernels, CPU tensors the torch reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from kernels import activation, attention, gemm, norm, quantize, reference, rope
+from kernels.quantized import CODE_MAX, Quantized, ToInt8
+
+__version__ = "0.1.0"
+__all__ = [
+    "CODE_MAX",
+    "Quantized",
+    "ToInt8",
+    "gelu",
+    "int8_linear",
+    "int8_matmul",
+    "layer_norm",
+    "paged_attention",
+    "quantize_rows",
+    "quantize_tensor",
+    "relu",
+    "rms_norm",
+    "rope_and_cache",
+    "silu_mul",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _by_device(on_gpu: Callable[P, R], on_cpu: Callable[P, R]) -> Callable[P, R]:
+    """The op that runs where its first argument lives."""
+
+    @wraps(on_cpu)
+    def op(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        tensor = first.codes if isinstance(first, Quantized) else first
+        return (on_gpu if tensor.is_cuda else on_cpu)(*args, **kwargs)  # type: ignore[attr-defined]
+
+    return op
+
+
+quantize_rows = _by_device(quantize.quantize_rows, reference.quantize_rows)
+quantize_tensor = _by_device(quantize.quantize_tensor, reference.quantize_tensor)
+rms_norm = _by_device(norm.rms_norm, reference.rms_norm)
+layer_norm = _by_device(norm.layer_norm, reference.layer_norm)
+silu_mul = _by_device(activation.silu_mul, reference.silu_mul)
+gelu = _by_device(activation.gelu, reference.gelu)
+relu = _by_device(activation.relu, reference.relu)
+int8_matmul = _by_device(gemm.int8_matmul, reference.int8_matmul)
+int8_linear = _by_device(gemm.int8_linear, reference.int8_linear)
+rope_and_cache = _by_device(rope.rope_and_cache, reference.rope_and_cache)
+paged_attention = _by_device(attention.paged_attention, reference.paged_attention)

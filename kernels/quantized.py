@@ -1,0 +1,36 @@
+"""The one type that passes between ops: int8 codes with their scale, or the request to write them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+CODE_MAX = 127
+"""Codes live in -127..127. -128 is never written: the range stays symmetric."""
+
+TINY = 2.0**-100
+"""A row whose largest magnitude is below this counts as zero: scale 1, codes 0 (no division by zero)."""
+
+
+class Quantized(NamedTuple):
+    """An int8 tensor: real = codes * scale.
+
+    codes: [T, K] int8 in -127..127, rows contiguous.
+    scale: float32, [T] (one per row) or [1] (one for the tensor).
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ToInt8:
+    """Asks an op to write `Quantized` instead of float.
+
+    scale: None for one dynamic scale per row (max |y_t| / 127), or a float32 tensor [1]: one static
+    scale for the whole tensor, values beyond 127 scales saturating.
+    """
+
+    scale: Tensor | None = None

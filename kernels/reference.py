@@ -1,0 +1,335 @@
+"""Every op of the dataflow in plain torch: the specification, the oracle of the tests, and the CPU backend.
+
+Shapes: T tokens, B requests, N out, K in, H query heads, G key/value heads, D head size. All arithmetic between the
+load and the store of an op is float32; only the stored result is rounded to the dtype named. The int8 product is a
+real int8 x int8 -> int32 product (`torch._int_mm`), never a float one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.quantized import CODE_MAX, TINY, Quantized, ToInt8
+
+__all__ = [
+    "gelu",
+    "int8_linear",
+    "int8_matmul",
+    "layer_norm",
+    "paged_attention",
+    "quantize_rows",
+    "quantize_tensor",
+    "relu",
+    "rms_norm",
+    "rope_and_cache",
+    "silu_mul",
+]
+
+
+def quantize_rows(x: Tensor) -> Quantized:
+    """Round each row of x to int8 with its own scale.
+
+    scale_t = max_k |x_tk| / 127        codes = rint(x / scale)        x ~ codes * scale
+
+    Args:
+        x: [T, K] float, any strides. A row whose absmax is below 2**-100 gets scale 1 and codes 0. A row that holds
+            NaN or infinity gets a scale that is not finite, so that no fault is hidden by rounding.
+
+    Returns:
+        codes [T, K] int8 in -127..127 (ties to even) and scale [T] float32.
+
+    Source: ZeroQuant (arXiv 2206.01861), token-wise quantization.
+    """
+    x = x.float()
+    absmax = x.abs().amax(-1, keepdim=True)
+    scale = absmax / CODE_MAX
+    is_zero = absmax < TINY
+    codes = (x / scale.masked_fill_(is_zero, 1.0)).round_().masked_fill_(is_zero, 0.0)
+    return Quantized(codes.to(torch.int8), scale.squeeze(-1))
+
+
+def quantize_tensor(x: Tensor, scale: Tensor | None = None) -> Quantized:
+    """Round all of x to int8 with one scale, given or found.
+
+    scale = max |x| / 127 unless given        codes = clamp(rint(x / scale), -127, 127)
+
+    Args:
+        x: [T, K] float, any strides.
+        scale: float32 [1], positive: a static scale. None finds the tensor's own, by the rules of `quantize_rows`.
+
+    Returns:
+        codes [T, K] int8 in -127..127 (ties to even) and scale [1] float32.
+
+    Source: SmoothQuant (arXiv 2211.10438), table 2: per-tensor static (O3) and dynamic (O2) activations.
+    """
+    x = x.float()
+    if scale is None:
+        absmax = x.abs().amax().reshape(1)
+        scale = (absmax / CODE_MAX).masked_fill_(absmax < TINY, 1.0)
+    return Quantized((x / scale).round_().clamp_(-CODE_MAX, CODE_MAX).to(torch.int8), scale)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    quantize: ToInt8 | None = None,
+) -> tuple[Tensor | Quantized, Tensor]:
+    """Add the residual, then scale each row to unit root mean square.
+
+    h = x + residual        y = h / sqrt(mean_k h^2 + eps) * weight
+
+    Args:
+        x: [T, K] float.
+        weight: [K] float.
+        eps: added to the mean square.
+        residual: [T, K] of x's dtype, or None for h = x. h is rounded to x's dtype before the norm reads it.
+        quantize: None writes y in x's dtype; `ToInt8` writes codes and scale of the float32 y.
+
+    Returns:
+        y, and h [T, K] in x's dtype (x itself where there is no residual).
+
+    Source: RMSNorm (arXiv 1910.07467), equation 4; fusion after ZeroQuant, section 4.3.
+    """
+    summed = x if residual is None else x + residual
+    h = summed.float()
+    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    inverse = (norm * norm / h.shape[-1] + eps).rsqrt_()
+    return _store((h * inverse).mul_(weight), x.dtype, quantize), summed
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    quantize: ToInt8 | None = None,
+) -> tuple[Tensor | Quantized, Tensor]:
+    """Add the residual, then shift and scale each row to mean 0 and variance 1.
+
+    h = x + residual        y = (h - mean_k h) / sqrt(var_k h + eps) * weight + bias
+
+    Args and returns: as `rms_norm`, with bias [K] or None.
+
+    Source: layer normalization (arXiv 1607.06450), equation 4.
+    """
+    summed = x if residual is None else x + residual
+    y = F.layer_norm(summed.float(), weight.shape, weight.float(), None if bias is None else bias.float(), eps)
+    return _store(y, x.dtype, quantize), summed
+
+
+def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
+    """Gate the second half of each row by SiLU of the first.
+
+    y = silu(gate) * up        silu(g) = g / (1 + exp(-g))
+
+    Args:
+        gate_up: [T, 2F] float, the gate in columns 0..F-1, up in F..2F-1.
+        quantize: None writes [T, F] in gate_up's dtype; `ToInt8` writes codes and scale of the float32 y.
+
+    Source: GLU variants (arXiv 2002.05202), SwiGLU.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return _store(F.silu(gate).mul_(up), gate_up.dtype, quantize)
+
+
+def gelu(
+    x: Tensor, approximate: Literal["none", "tanh"] = "none", quantize: ToInt8 | None = None
+) -> Tensor | Quantized:
+    """Apply GELU, x * Phi(x), exactly or by its tanh form; [T, K] as in `silu_mul`.
+
+    Source: GELU (arXiv 1606.08415), section 2.
+    """
+    return _store(F.gelu(x.float(), approximate=approximate), x.dtype, quantize)
+
+
+def relu(x: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
+    """Apply max(x, 0); [T, K] as in `silu_mul`. NaN stays NaN."""
+    return _store(F.relu(x.float()), x.dtype, quantize)
+
+
+def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
+    """Multiply int8 by int8 exactly: accumulator [T, N] int32 = x_q [T, K] @ weight_q [N, K]^T.
+
+    Raises:
+        ValueError: K is above 133,144, where 127 * 127 * K no longer fits in int32.
+    """
+    if x_q.shape[-1] > MAX_DEPTH:
+        raise ValueError(f"K = {x_q.shape[-1]} can overflow the int32 accumulator; the limit is {MAX_DEPTH}")
+    return torch._int_mm(x_q.contiguous(), weight_q.t())
+
+
+MAX_DEPTH = (2**31 - 1) // (CODE_MAX * CODE_MAX)
+
+
+def int8_linear(
+    x: Quantized,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    out_scale: Tensor | None = None,
+) -> Tensor | Quantized:
+    """Apply a W8A8 Linear: one int8 GEMM, both scales applied after the sum.
+
+    acc = x_q @ weight_q^T  (int32)        y_tn = acc_tn * x_scale_t * weight_scale_n + bias_n + residual_tn
+
+    Neither scale depends on the summed index k, which is what leaves the sum to the int8 tensor cores.
+
+    Args:
+        x: codes [T, K], scale [T] or [1].
+        weight_q: [N, K] int8, rows contiguous.
+        weight_scale: float32 [N] (per output channel) or [1] (per tensor).
+        bias: [N] float or None.
+        residual: [T, N] float or None.
+        out_dtype: float16, bfloat16 or float32; of y where out_scale is None.
+        out_scale: float32 [1]: write y as `Quantized` with this static scale instead.
+
+    Returns:
+        y [T, N].
+
+    Raises:
+        ValueError: K is above `MAX_DEPTH`.
+
+    Source: SmoothQuant (arXiv 2211.10438), equation 2.
+    """
+    y = int8_matmul(x.codes, weight_q) * weight_scale
+    y.mul_(x.scale.unsqueeze(-1))
+    if bias is not None:
+        y.add_(bias)
+    if residual is not None:
+        y.add_(residual)
+    return y.to(out_dtype) if out_scale is None else quantize_tensor(y, out_scale)
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Rotate queries and keys by their positions; write keys and values into the paged cache.
+
+    For i < R/2, with c, s = cos_sin[position, i], cos_sin[position, R/2 + i]:
+        out_i = x_i c - x_{i+R/2} s        out_{i+R/2} = x_{i+R/2} c + x_i s        (the rest of the D columns unchanged)
+
+    Args:
+        qkv: [T, (H + 2G) D] float: queries, then keys, then values, head by head.
+        positions: [T] int32, row of cos_sin.
+        slots: [T] int32, block * block_size + offset; -1 writes nothing (a padding row).
+        cos_sin: [P, R] float32, R even and at most D.
+        k_cache, v_cache: [num_blocks, block_size, G, D], written in place.
+        num_heads: H.
+
+    Returns:
+        q [T, H, D] in qkv's dtype, rotated.
+
+    Source: RoFormer (arXiv 2104.09864), equation 34, with halves instead of neighbours paired; PagedAttention
+    (arXiv 2309.06180).
+    """
+    num_kv_heads, head_size = k_cache.shape[-2:]
+    qkv = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_size)
+    rotated = _rotate(qkv[:, : num_heads + num_kv_heads].float(), cos_sin[positions])
+    slots = slots.long()
+    keep = slots >= 0
+    if not bool(keep.all()):
+        slots, rotated_k, v = slots[keep], rotated[keep, num_heads:], qkv[keep, num_heads + num_kv_heads :]
+    else:
+        rotated_k, v = rotated[:, num_heads:], qkv[:, num_heads + num_kv_heads :]
+    k_cache.view(-1, num_kv_heads, head_size).index_copy_(0, slots, rotated_k.to(k_cache.dtype))
+    v_cache.view(-1, num_kv_heads, head_size).index_copy_(0, slots, v.to(v_cache.dtype))
+    return rotated[:, :num_heads].to(qkv.dtype)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    max_query_len: int,
+    scale: float,
+) -> Tensor:
+    """Attend causally over the paged cache, for prefill chunks and decodes in one batch.
+
+    Request b owns query rows query_starts[b] .. query_starts[b+1]-1; row i of its n sits at position
+    context_lens[b] - n + i and sees keys 0 .. that position.        y = softmax(q k^T * scale) v
+
+    Args:
+        q: [T, H, D] float.
+        k_cache, v_cache: [num_blocks, block_size, G, D]; H is a multiple of G, and heads h*H/G .. share key head h.
+        block_tables: [B, max_blocks] int32, entries beyond the context never read.
+        query_starts: [B + 1] int32, rising.
+        context_lens: [B] int32, keys of each request, this step's own included.
+        max_query_len: the largest number of query rows of one request (a grid size; 1 for a decode step).
+        scale: usually D ** -0.5.
+
+    Returns:
+        [T, H * D] in q's dtype. Rows outside every request are not defined.
+
+    Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; PagedAttention (arXiv 2309.06180).
+    """
+    if max_query_len == 1 and len(context_lens) == len(q):
+        return _decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale)
+    out = torch.empty_like(q)
+    starts, contexts = query_starts.tolist(), context_lens.tolist()
+    for b, context in enumerate(contexts):
+        rows = slice(starts[b], starts[b + 1])
+        num_rows = rows.stop - rows.start
+        if num_rows == 0:
+            continue
+        keys, values = (_gather(cache, block_tables[b : b + 1], context) for cache in (k_cache, v_cache))
+        mask = torch.ones(num_rows, context, dtype=torch.bool, device=q.device).tril(context - num_rows)
+        y = F.scaled_dot_product_attention(
+            q[rows].float().transpose(0, 1)[None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+        out[rows] = y[0].transpose(0, 1).to(q.dtype)
+    return out.flatten(1)
+
+
+def _decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
+) -> Tensor:
+    """`paged_attention` where every request has one query row: one batched product over padded contexts."""
+    longest = int(context_lens.max())
+    keys, values = (_gather(cache, block_tables, longest) for cache in (k_cache, v_cache))
+    beyond = torch.arange(longest, device=q.device) >= context_lens[:, None]
+    mask = torch.zeros(beyond.shape, device=q.device).masked_fill_(beyond, float("-inf"))[:, None, None]
+    # A slot never written may hold anything, NaN included: 0 * NaN would leak it past the mask.
+    values.masked_fill_(beyond[:, None, :, None], 0.0)
+    y = F.scaled_dot_product_attention(q.float()[:, :, None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    return y.flatten(1).to(q.dtype)
+
+
+def _gather(cache: Tensor, block_tables: Tensor, num_tokens: int) -> Tensor:
+    """The first num_tokens slots of each request's blocks: [B, G, num_tokens, D] float32."""
+    block_size = cache.shape[1]
+    num_blocks = -(-num_tokens // block_size)
+    blocks = cache.index_select(0, block_tables[:, :num_blocks].reshape(-1))
+    return blocks.view(len(block_tables), -1, *cache.shape[2:])[:, :num_tokens].float().transpose(1, 2)
+
+
+def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate the first R columns of x [T, heads, D] by cos_sin [T, R], pairing the two halves."""
+    cos, sin = cos_sin[:, None].chunk(2, dim=-1)
+    half = cos.shape[-1]
+    low, high = x[..., :half], x[..., half : 2 * half]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, x[..., 2 * half :]), dim=-1)
+
+
+def _store(y: Tensor, dtype: torch.dtype, quantize: ToInt8 | None) -> Tensor | Quantized:
+    """Round a float32 result to what the caller asked for."""
+    if quantize is None:
+        return y.to(dtype)
+    return quantize_rows(y) if quantize.scale is None else quantize_tensor(y, quantize.scale)

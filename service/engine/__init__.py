@@ -1,0 +1,1 @@
+"""The engine: which tokens run in which step, and the step itself."""

@@ -1,0 +1,149 @@
+"""What a client asked for and how far the engine has come with it: a few integers and their order."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. The service validates the ranges; the engine trusts them.
+
+    temperature 0 is greedy: the other filters then change nothing but the repetition penalty.
+    top_k 0 and min_p 0 and top_p 1 switch their filter off. seed None draws a fresh one.
+    logprobs: None for none, n for the chosen token's log-probability and the n likeliest (0..20).
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token as the engine publishes it. time_s is on the monotonic clock of `time.perf_counter`."""
+
+    id: int
+    time_s: float
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One generation, from its arrival to its last token.
+
+    Always: num_computed <= num_tokens. Keys and values of the first num_computed tokens are in the cache (or are
+    being written by the step in flight); num_tokens counts the prompt, the tokens the host has read, and the
+    num_pending tokens that the device has sampled and the host has not yet read (0 or 1).
+    """
+
+    id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    arrival_s: float
+    seed: int
+    output: list[Token] = field(default_factory=list)
+    num_computed: int = 0
+    num_pending: int = 0
+    blocks: list[int] = field(default_factory=list)
+    row: int = -1
+    finish_reason: FinishReason | None = None
+    first_scheduled_s: float | None = None
+    finished_s: float | None = None
+    num_preemptions: int = 0
+    num_steps: int = 0
+    num_batch_rows: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output) + self.num_pending
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.output) + self.num_pending
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def batch_size_mean(self) -> float:
+        """Mean number of requests in the steps this one took part in."""
+        return self.num_batch_rows / self.num_steps if self.num_steps else 0.0
+
+    def token_id(self, index: int) -> int:
+        """The token at a position the host knows."""
+        num_prompt = len(self.prompt_ids)
+        return self.prompt_ids[index] if index < num_prompt else self.output[index - num_prompt].id
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """One reading of an engine for /metrics and /info. Counters only rise."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_preemptions: int
+    num_steps: int
+    weight_bytes: int
+    kv_cache_bytes: int
+
+    @property
+    def kv_cache_usage_ratio(self) -> float:
+        return 1.0 - self.num_free_blocks / self.num_blocks if self.num_blocks else 0.0
+
+
+class Stream(Protocol):
+    """A submitted request seen from the event loop.
+
+    Iterating yields the new tokens of each step and ends when the request has finished; if the engine fails, it
+    raises `EngineFailed`. `finish` ends the request early (idempotent, from the event loop's thread) and frees what
+    it held: with STOP when the caller saw a stop string, with ABORT when the client is gone. Tokens that arrive
+    after it are dropped.
+    """
+
+    request: Request
+
+    def __aiter__(self) -> AsyncIterator[list[Token]]: ...
+
+    def finish(self, reason: FinishReason) -> None: ...
+
+
+class Engine(Protocol):
+    """What the HTTP side needs of an engine: `EngineLoop` in production, the same loop over a fake runner in tests."""
+
+    variant: str
+    max_model_len: int
+    dtype: str
+    """Float type of the activations, e.g. "bfloat16"."""
+
+    def submit(
+        self, prompt_ids: list[int], params: SamplingParams, request_id: str, arrival_s: float | None = None
+    ) -> Stream:
+        """Queue a request; called from a running event loop. Raises `QueueFull` or `EngineFailed`."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the engine's thread, or None while it runs."""
+        ...

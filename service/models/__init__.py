@@ -1,0 +1,1 @@
+"""The models: one table of families, one decoder."""
