@@ -47,9 +47,11 @@ def quantize_rows(x: Tensor) -> Quantized:
     x = x.float()
     absmax = x.abs().amax(-1, keepdim=True)
     scale = absmax / CODE_MAX
-    is_zero = absmax < TINY
-    codes = (x / scale.masked_fill_(is_zero, 1.0)).round_().masked_fill_(is_zero, 0.0)
-    return Quantized(codes.to(torch.int8), scale.squeeze(-1))
+    if absmax.numel() and absmax.min() < TINY:
+        is_zero = absmax < TINY
+        x = x.masked_fill(is_zero, 0.0)
+        scale.masked_fill_(is_zero, 1.0)
+    return Quantized((x / scale).round_().to(torch.int8), scale.squeeze(-1))
 
 
 def quantize_tensor(x: Tensor, scale: Tensor | None = None) -> Quantized:
@@ -302,13 +304,27 @@ def _decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
 ) -> Tensor:
     """`paged_attention` where every request has one query row: one batched product over padded contexts."""
+    block_size, num_kv_heads, head_size = k_cache.shape[1:]
     longest = int(context_lens.max())
-    keys, values = (_gather(cache, block_tables, longest) for cache in (k_cache, v_cache))
-    beyond = torch.arange(longest, device=q.device) >= context_lens[:, None]
-    mask = torch.zeros(beyond.shape, device=q.device).masked_fill_(beyond, float("-inf"))[:, None, None]
-    # A slot never written may hold anything, NaN included: 0 * NaN would leak it past the mask.
-    values.masked_fill_(beyond[:, None, :, None], 0.0)
-    y = F.scaled_dot_product_attention(q.float()[:, :, None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    positions = torch.arange(longest, device=q.device)
+    # Beyond a context its last key is read again: a slot never written may hold NaN, and 0 * NaN would pass the mask.
+    inside = torch.minimum(positions, context_lens[:, None] - 1)
+    slots = (block_tables.gather(1, (inside // block_size).long()) * block_size + inside % block_size).flatten()
+    keys, values = (
+        cache.view(-1, num_kv_heads * head_size)
+        .index_select(0, slots)
+        .view(len(q), longest, num_kv_heads, head_size)
+        .float()
+        .transpose(1, 2)
+        for cache in (k_cache, v_cache)
+    )
+    mask = None
+    if int(context_lens.min()) < longest:
+        beyond = positions >= context_lens[:, None]
+        mask = torch.zeros(beyond.shape, device=q.device).masked_fill_(beyond, float("-inf"))[:, None, None]
+    y = F.scaled_dot_product_attention(
+        q.float()[:, :, None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+    )
     return y.flatten(1).to(q.dtype)
 
 

@@ -50,7 +50,8 @@ class Request:
 
     Always: num_computed <= num_tokens. Keys and values of the first num_computed tokens are in the cache (or are
     being written by the step in flight); num_tokens counts the prompt, the tokens the host has read, and the
-    num_pending tokens that the device has sampled and the host has not yet read (0 or 1).
+    num_pending tokens that steps in flight will yield and the host has not yet read (at most 2).
+    row: the request's place in the runner's per-request state while it runs, else -1.
     """
 
     id: str
@@ -69,6 +70,8 @@ class Request:
     num_preemptions: int = 0
     num_steps: int = 0
     num_batch_rows: int = 0
+    num_cached: int = 0
+    """Prompt tokens whose keys and values were already in the cache on arrival."""
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +108,8 @@ class EngineStats:
     num_steps: int
     weight_bytes: int
     kv_cache_bytes: int
+    step_batch_sizes: tuple[int, ...] = ()
+    """Entry n counts the steps that n requests took part in."""
 
     @property
     def kv_cache_usage_ratio(self) -> float:

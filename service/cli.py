@@ -1,0 +1,242 @@
+"""The command line: `ottava serve`, `ottava quantize`, `ottava evaluate`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import uvicorn
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from kernels import __version__
+from quant.calibrate import windows_from_text
+from quant.checkpoint import CheckpointError
+from quant.evaluate import Quality
+from quant.scheme import PRESETS, Scheme
+from service.app import create_app
+from service.errors import InvalidSettings, StartupError
+from service.hosting import Host, open_host
+from service.models.loader import pick_device
+from service.models.prepare import Calibration, calibration_text, quantize_model, resolve_model
+from service.quality import measure_quality
+from service.settings import Settings, load_settings
+
+app = typer.Typer(
+    name="ottava",
+    help="Serve language models in INT8 W8A8, measured live against their FP16 baseline.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+err = Console(stderr=True)
+
+Model = Annotated[
+    str | None,
+    typer.Argument(help="Model folder or Hugging Face id; left out: the demo model (SmolLM2-135M-Instruct)."),
+]
+Alpha = Annotated[float | None, typer.Option(help="SmoothQuant's migration strength, 0 to 1; default: the scheme's.")]
+CalibrationText = Annotated[
+    Path | None, typer.Option("--calibration", help="UTF-8 text for the activation ranges; default: self-written.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of self-written calibration text and of random weights.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Where prepared models are kept.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float16, bfloat16 or float32.")]
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show:
+        typer.echo(f"ottava {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="TCP port; default 8000.")] = None,
+    variants: Annotated[str | None, typer.Option(help="Default w8a8,fp16; the first is a request's default.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Float model, where MODEL is quantized already.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Quantization preset of w8a8; default w8a8.")] = None,
+    alpha: Alpha = None,
+    calibration: CalibrationText = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
+    max_num_requests: Annotated[int | None, typer.Option(help="Requests that share a step.")] = None,
+    max_batched_tokens: Annotated[int | None, typer.Option(help="Tokens computed per step.")] = None,
+    kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory of one variant's KV cache.")] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="Requests that may queue.")] = None,
+    random_weights: Annotated[
+        bool | None, typer.Option("--random-weights", help="Random weights of MODEL's shapes, for speed tests.")
+    ] = None,
+    seed: Seed = None,
+    cache_dir: CacheDir = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve MODEL over HTTP, W8A8 beside its baseline.
+
+    Every option is also a variable: --max-model-len is OTTAVA_MAX_MODEL_LEN.
+    """
+    options = {name: value for name, value in locals().items() if value is not None}
+    with _told_in_one_line():
+        settings = load_settings(**options)
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        with _progress_bars() as on_progress:
+            hosted = open_host(settings, on_progress)
+    err.print(_panel(hosted, settings))
+    try:
+        application = create_app(hosted.engines, settings, hosted.tokenizer, hosted.info, hosted.self_check)
+        uvicorn.run(application, host=settings.host, port=settings.port, log_level=settings.log_level)
+    finally:
+        hosted.stop()
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Model folder or Hugging Face id; `demo` for the demo model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    scheme: Annotated[str, typer.Option(help="One of: " + ", ".join(n for n, s in PRESETS.items() if s.is_int8))] = (
+        "w8a8"
+    ),
+    alpha: Alpha = None,
+    calibration: CalibrationText = None,
+    seed: Seed = None,
+    cache_dir: CacheDir = None,
+    device: Device = None,
+) -> None:
+    """Write MODEL as a W8A8 checkpoint (compressed-tensors) that ottava, transformers and vLLM load."""
+    with _told_in_one_line():
+        settings = load_settings(calibration=calibration, seed=seed, cache_dir=cache_dir, device=device)
+        recipe = _scheme(scheme, alpha)
+        if not recipe.is_int8:
+            raise InvalidSettings(f"scheme {scheme!r} is float: there is nothing to quantize")
+        with _progress_bars() as on_progress:
+            name = None if model == "demo" else model
+            source = resolve_model(name, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
+            ranges_from = Calibration(settings.calibration, settings.seed)
+            quantize_model(source, out, recipe, ranges_from, pick_device(settings.device), on_progress)
+    typer.echo(f"{out}: {recipe.name}, {recipe.describe()}")
+
+
+@app.command()
+def evaluate(
+    model: Model = None,
+    schemes: Annotated[str, typer.Option(help="Presets, separated by commas.")] = ",".join(PRESETS),
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; default: Python's help topics.")] = None,
+    alpha: Alpha = None,
+    calibration: CalibrationText = None,
+    calibration_windows: Annotated[int, typer.Option(min=1, help="Windows read to calibrate.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="Windows measured.")] = 20,
+    window_len: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Seed = None,
+    cache_dir: CacheDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of rows.")] = False,
+) -> None:
+    """Measure perplexity, KL divergence and top-1 agreement of schemes against the float model, on the int8 path."""
+    with _told_in_one_line():
+        settings = load_settings(
+            model=model, calibration=calibration, seed=seed, cache_dir=cache_dir, dtype=dtype, device=device
+        )
+        chosen = [_scheme(name, alpha) for name in dict.fromkeys(schemes.split(","))]
+        with _progress_bars() as on_progress:
+            folder = resolve_model(model, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
+            try:
+                measured = windows_from_text(
+                    AutoTokenizer.from_pretrained(folder), calibration_text(text), windows, window_len
+                )
+            except ValueError as error:
+                raise InvalidSettings(f"text {text or 'of the standard library'}: {error}") from error
+            # From one file, calibration reads on where the measured windows end.
+            offset = windows if text is not None and settings.calibration == text else 0
+            ranges_from = Calibration(settings.calibration, settings.seed, calibration_windows, window_len, offset)
+            rows = measure_quality(folder, chosen, measured, ranges_from, settings, on_progress)
+    typer.echo(json.dumps([asdict(row) for row in rows], indent=2)) if as_json else Console().print(_table(rows))
+
+
+def main() -> None:
+    """Entry point of the `ottava` command."""
+    # The model is on disk by now or fetched by name: nothing else may reach out, and no fork may deadlock tokenizers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    app()
+
+
+def _scheme(name: str, alpha: float | None) -> Scheme:
+    """A preset; alpha replaces the presets' own where they smooth."""
+    try:
+        scheme = Scheme.preset(name.strip())
+        return scheme if alpha is None or scheme.smoothing is None else Scheme.preset(scheme.name, alpha)
+    except ValueError as error:
+        raise InvalidSettings(str(error)) from error
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """Turn an error that the user can mend into one line on stderr and exit code 1."""
+    try:
+        yield
+    except (StartupError, CheckpointError, FileExistsError, torch.OutOfMemoryError) as error:
+        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Any]:
+    """A bar per stage on stderr; stages without a length pulse."""
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()
+    with Progress(*columns, console=err, transient=not sys.stderr.isatty()) as progress:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                for task in tasks.values():
+                    progress.update(task, total=1, completed=1)
+                tasks[stage] = progress.add_task(stage, total=total or None)
+            progress.update(tasks[stage], completed=done)
+
+        yield on_progress
+        for task in progress.tasks:
+            progress.update(task.id, total=task.total or 1, completed=task.total or 1)
+
+
+def _panel(hosted: Host, settings: Settings) -> Panel:
+    info = hosted.info()
+    lines = [f"model     {info['model']} ({info['family']}), up to {info['max_model_len']} tokens", ""]
+    for name, variant in hosted.variants.items():
+        scheme = variant.notes.get("description") or "float weights and activations."
+        memory = f"{variant.decoder.weight_bytes / 1e6:.0f} MB weights, {variant.runner.kv_cache_bytes / 1e6:.0f} MB KV"
+        lines.append(f"{name:<9} {variant.engine.dtype}, {memory}: {scheme}")
+    url = f"http://{settings.host}:{settings.port}"
+    lines += ["", f"device    {info['device']}", f"endpoints {url}/generate  /metrics  /health  /ready  /info  /docs"]
+    return Panel("\n".join(lines), title=f"ottava {__version__}", title_align="left")
+
+
+def _table(rows: list[Quality]) -> Table:
+    table = Table(title=f"quality over {rows[0].num_tokens} tokens")
+    table.add_column("scheme")
+    for heading in ("perplexity", "vs. baseline", "KL (nats)", "top-1 agreement"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        ratio = row.perplexity / rows[0].perplexity
+        table.add_row(row.scheme, f"{row.perplexity:.2f}", f"{ratio:.4f}", f"{row.kl:.4f}", f"{row.top1_agreement:.1%}")
+    return table

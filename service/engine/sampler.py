@@ -1,0 +1,85 @@
+"""Logits in, token ids out: repetition penalty, temperature, top-k, top-p, min-p, and one uniform number per row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from service.engine.batch import SamplingBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The sampled ids [S] int64 and, where asked for, their log-probabilities [S] and the likeliest n of each row."""
+
+    ids: Tensor
+    logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+
+def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None) -> Choice:
+    """Choose one token per row.
+
+    Log-probabilities are those of the model itself: before penalty, temperature and filters.
+
+    Args:
+        logits: [S, V] float32.
+        batch: how each row is sampled.
+        seen: [S, V] bool, the tokens of each row's prompt and output; needed where a row is penalized.
+    """
+    chosen = logits if not batch.is_penalized else penalize(logits, seen, batch.repetition_penalty)
+    ids = chosen.argmax(-1)
+    if batch.is_random:
+        drawn = _draw(chosen, batch)
+        ids = torch.where(batch.temperature > 0, drawn, ids)
+    if batch.num_top_logprobs is None:
+        return Choice(ids)
+    logprobs = logits.log_softmax(-1)
+    top = logprobs.topk(batch.num_top_logprobs, dim=-1)
+    return Choice(ids, logprobs.gather(-1, ids[:, None])[:, 0], top.indices, top.values)
+
+
+def penalize(logits: Tensor, seen: Tensor | None, penalty: Tensor) -> Tensor:
+    """Divide the positive and multiply the negative logits of tokens already seen.
+
+    Source: CTRL (arXiv 1909.05858), section 4.1, in the sign-aware form of transformers.
+    """
+    assert seen is not None
+    penalty = penalty[:, None]
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Invert each row's cumulative distribution at its uniform number."""
+    # Greedy rows pass through here with temperature 1; their draw is not used.
+    temperature = torch.where(batch.temperature > 0, batch.temperature, 1.0)
+    probs = (logits / temperature[:, None]).softmax(-1)
+    if not batch.is_filtered:
+        return _invert(probs, batch.uniform)
+    probs, ids = probs.sort(-1, descending=True, stable=True)
+    return ids.gather(-1, _invert(_filter(probs, batch), batch.uniform)[:, None])[:, 0]
+
+
+def _filter(probs: Tensor, batch: SamplingBatch) -> Tensor:
+    """Zero what top-k, then top-p of the rest, then min-p exclude. probs [S, V] descending; the first always stays."""
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    top_k = torch.where(batch.top_k > 0, batch.top_k, probs.shape[-1])
+    probs = probs.masked_fill(rank >= top_k[:, None], 0.0)
+    top_p = batch.top_p[:, None]
+    total = probs.sum(-1, keepdim=True)
+    before = probs.cumsum(-1, dtype=torch.float64) - probs
+    probs = probs.masked_fill((before >= top_p * total) & (rank > 0) & (top_p < 1), 0.0)
+    return probs.masked_fill(probs < batch.min_p[:, None] * probs[:, :1], 0.0)
+
+
+def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The first index whose cumulative probability exceeds uniform * total: [S] int64."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    target = uniform[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # uniform < 1 keeps the target below the total; rounding could still reach it, and then the last kept one is meant.
+    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)
+    return torch.minimum(index, last)

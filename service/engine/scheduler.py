@@ -1,0 +1,189 @@
+"""Which tokens of which requests run in the next step.
+
+A step is a list of chunks: a decode is a chunk of one token, a prefill a chunk of as many as the token budget leaves.
+Decodes come first, so that a long prompt never stalls the requests that are already speaking. The scheduler counts
+lengths, never values: it can plan the step after the one in flight before that one's tokens have reached the host.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from service.engine.blocks import BlockPool
+from service.engine.request import FinishReason, Request, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions start .. start + length - 1 of a request, computed in one step.
+
+    samples: the chunk reaches the request's last token, so its last row yields the next one.
+    index: which generated token that is, counted from 0.
+    """
+
+    request: Request
+    start: int
+    length: int
+    samples: bool
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The work of one forward pass."""
+
+    chunks: list[Chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+    @property
+    def is_decode(self) -> bool:
+        """Every request brings one token, and each yields one."""
+        return all(chunk.length == 1 and chunk.samples for chunk in self.chunks)
+
+
+class Scheduler:
+    """Continuous batching over a paged KV cache: chunked prefill, preemption by recomputation."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_requests: int,
+        max_batched_tokens: int,
+        eos_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        self.max_batched_tokens = max_batched_tokens
+        self.eos_ids = eos_ids
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._free_rows = list(range(max_num_requests - 1, -1, -1))
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def schedule(self, now_s: float) -> Step | None:
+        """Plan the next step and move the lengths as if it were done; None where nothing can run."""
+        chunks: list[Chunk] = []
+        budget = self.max_batched_tokens
+        is_starved = False
+        num_preemptions = self.num_preemptions
+        for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed > 1):
+            if request.row < 0 or request.num_generated >= request.params.max_tokens:
+                continue  # preempted a moment ago, or only waiting for its last token to be read
+            length = min(request.num_tokens - request.num_computed, budget)
+            if length == 0:
+                break
+            if not self._grow(request, length, {chunk.request.id for chunk in chunks}):
+                is_starved = True
+                continue
+            chunks.append(self._advance(request, length))
+            budget -= length
+        may_admit = not is_starved and self.num_preemptions == num_preemptions
+        while may_admit and self.waiting and budget and self._can_admit(self.waiting[0]):
+            request = self._admit(now_s)
+            length = min(request.num_tokens, budget)
+            request.blocks.extend(self.pool.allocate(self._num_blocks(length)))
+            chunks.append(self._advance(request, length))
+            budget -= length
+        for chunk in chunks:
+            chunk.request.num_steps += 1
+            chunk.request.num_batch_rows += len(chunks)
+        return Step(chunks) if chunks else None
+
+    def commit(self, step: Step, tokens: list[Token]) -> list[Request]:
+        """Hand out the tokens of a finished step; returns the requests that took one.
+
+        Tokens of requests that ended meanwhile are dropped.
+        """
+        took: list[Request] = []
+        sampled = (chunk.request for chunk in step.chunks if chunk.samples)
+        for request, token in zip(sampled, tokens, strict=True):
+            if request.is_finished:
+                continue
+            request.num_pending -= 1
+            request.output.append(token)
+            took.append(request)
+            if token.id in self.eos_ids and not request.params.ignore_eos:
+                self.finish(request, FinishReason.STOP, token.time_s)
+            elif len(request.output) >= request.params.max_tokens:
+                self.finish(request, FinishReason.LENGTH, token.time_s)
+        return took
+
+    def finish(self, request: Request, reason: FinishReason, now_s: float) -> None:
+        """End a request wherever it stands and free what it holds. A second call changes nothing."""
+        if request.is_finished:
+            return
+        request.finish_reason, request.finished_s = reason, now_s
+        if request.row >= 0:
+            self.running.remove(request)
+            self._release(request)
+        else:
+            self.waiting.remove(request)
+
+    def check_integrity(self) -> None:
+        """Assert that blocks and rows add up."""
+        self.pool.check_integrity([block for request in self.running for block in request.blocks])
+        assert not any(request.blocks or request.row >= 0 for request in self.waiting)
+        assert len({request.row for request in self.running} | set(self._free_rows)) == len(self.running) + len(
+            self._free_rows
+        )
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _advance(self, request: Request, length: int) -> Chunk:
+        start = request.num_computed
+        samples = start + length == request.num_tokens
+        chunk = Chunk(request, start, length, samples, request.num_generated)
+        request.num_computed += length
+        request.num_pending += samples
+        return chunk
+
+    def _grow(self, request: Request, length: int, scheduled: set[str]) -> bool:
+        """Give the request the blocks for length more tokens, preempting the youngest that is not in this step."""
+        missing = self._num_blocks(request.num_computed + length) - len(request.blocks)
+        while missing > self.pool.num_free:
+            victims = [r for r in self.running if r.id not in scheduled and r is not request]
+            if not victims:
+                return False
+            self._preempt(victims[-1])
+        request.blocks.extend(self.pool.allocate(missing))
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Free a request's blocks and put it first in the queue: its tokens are computed again later."""
+        self.running.remove(request)
+        self._release(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _can_admit(self, request: Request) -> bool:
+        """A row is free, the host knows all its tokens, and its whole prompt fits now."""
+        fits = self._num_blocks(request.num_tokens + 1) <= self.pool.num_free or not self.running
+        return bool(self._free_rows) and request.num_pending == 0 and fits
+
+    def _admit(self, now_s: float) -> Request:
+        request = self.waiting.popleft()
+        request.row = self._free_rows.pop()
+        if request.first_scheduled_s is None:
+            request.first_scheduled_s = now_s
+        self.running.append(request)
+        return request
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.blocks)
+        self._free_rows.append(request.row)
+        request.row = -1

@@ -1,0 +1,263 @@
+"""Puts a model behind engines: found, quantized, loaded, given its share of the memory, and checked."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import transformers
+import triton
+from torch import Tensor
+
+from kernels import __version__
+from quant.checkpoint import Checkpoint
+from quant.scheme import PRESETS, Scheme
+from service.engine.loop import EngineLoop, Turnstile
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduler
+from service.errors import InvalidSettings, SelfCheckFailed
+from service.models.decoder import Decoder, cache_dtype, score
+from service.models.families import ModelConfig
+from service.models.loader import load_decoder, pick_device, pick_dtype, random_decoder
+from service.models.prepare import Calibration, Progress, is_quantized, quantized_folder, resolve_model, silent
+from service.settings import Settings
+from service.tokenizer import Tokenizer
+
+BASELINE = "fp16"
+
+CPU_CACHE_BYTES = 2**30
+"""KV cache of one variant on a CPU unless set."""
+
+GPU_MEMORY_SHARE = 0.9
+"""Share of the free GPU memory, after the weights, that the KV caches take; the rest is for activations."""
+
+MAX_KL = 2.0
+"""Mean KL divergence from the baseline, in nats, above which a variant is refused. Schemes worth serving stay below
+0.1 and per-tensor rounding of a 135M model at about 1; a model that lost its outliers is above 5."""
+
+CHECK_PROMPTS = (
+    "The capital of France is Paris, and the capital of Italy is Rome. The capital of Spain is",
+    "Water boils at one hundred degrees Celsius and freezes at zero. Ice is lighter than water, so it floats.",
+    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))  # prints 5\n",
+    "Once upon a time there was a small village by the sea, where everybody knew everybody else's name.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One precision of the model, loaded and running."""
+
+    engine: EngineLoop
+    decoder: Decoder
+    runner: Runner
+    notes: dict[str, Any]
+
+
+class Host:
+    """Every variant of one model. Their engines are started; `stop` ends them."""
+
+    def __init__(self, name: str, variants: dict[str, Variant], tokenizer: Tokenizer, turnstile: Turnstile) -> None:
+        self.name = name
+        self.variants = variants
+        self.tokenizer = tokenizer
+        self._turnstile = turnstile
+
+    @property
+    def engines(self) -> dict[str, EngineLoop]:
+        return {name: variant.engine for name, variant in self.variants.items()}
+
+    def stop(self) -> None:
+        for variant in self.variants.values():
+            variant.engine.stop()
+
+    def info(self) -> dict[str, object]:
+        """What /info answers."""
+        first = next(iter(self.variants.values()))
+        device = first.runner.device
+        return {
+            "model": self.name,
+            "family": first.decoder.config.family,
+            "max_model_len": first.decoder.config.max_model_len,
+            "variants": {name: _describe(variant) for name, variant in self.variants.items()},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+            "gpu_memory_bytes": torch.cuda.get_device_properties(device).total_memory
+            if device.type == "cuda"
+            else None,
+            "versions": {
+                "ottava": __version__,
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def self_check(self) -> dict[str, str]:
+        """Run a few fixed prompts through every variant: {variant: reason} of those that must not serve."""
+        refused: dict[str, str] = {}
+        prompts = [torch.tensor(self.tokenizer.encode(text)) for text in CHECK_PROMPTS]
+        baseline = self.variants.get(BASELINE)
+        with torch.inference_mode(), self._turnstile:
+            expected = [score(baseline.decoder, ids) for ids in prompts] if baseline else None
+            for name, variant in self.variants.items():
+                try:
+                    _check(variant.decoder, prompts, expected)
+                except SelfCheckFailed as error:
+                    refused[name] = error.message
+        return refused
+
+
+def open_host(settings: Settings, on_progress: Progress = silent) -> Host:
+    """Load what the settings name.
+
+    Raises:
+        StartupError: any leaf of it, with a message that says what to change.
+        CheckpointError: the weights are corrupt or quantized in a way that is not served.
+    """
+    device = pick_device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidSettings("device = 'cuda': no CUDA GPU is visible here; use device auto or cpu")
+    if settings.scheme not in PRESETS or not PRESETS[settings.scheme].is_int8:
+        served = ", ".join(name for name, scheme in PRESETS.items() if scheme.is_int8)
+        raise InvalidSettings(f"scheme = {settings.scheme!r} is not an int8 scheme; choose one of {served}")
+    folder = resolve_model(settings.model, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
+    tokenizer = Tokenizer.from_folder(folder)
+    loaded = {name: _load_variant(name, folder, settings, device, on_progress) for name in settings.variants}
+    turnstile = Turnstile()
+    variants: dict[str, Variant] = {}
+    for name, (decoder, notes) in loaded.items():
+        budget = settings.kv_cache_bytes or cache_budget(device, len(loaded) - len(variants))
+        variants[name] = start_variant(
+            name, decoder, settings, budget, turnstile, tokenizer.eos_ids, notes, on_progress
+        )
+    return Host(settings.model or folder.name, variants, tokenizer, turnstile)
+
+
+def start_variant(
+    name: str,
+    decoder: Decoder,
+    settings: Settings,
+    kv_cache_bytes: int,
+    turnstile: Turnstile,
+    eos_ids: frozenset[int] = frozenset(),
+    notes: Mapping[str, Any] = MappingProxyType({}),
+    on_progress: Progress = silent,
+) -> Variant:
+    """Give a decoder its KV cache, warm it up, and start its engine.
+
+    Raises:
+        InvalidSettings: the cache would not hold one request of max_model_len tokens.
+    """
+    config, block_size = decoder.config, settings.block_size
+    block_bytes = block_size * config.cache_elements_per_token * cache_dtype(decoder).itemsize
+    num_needed = -(-config.max_model_len // block_size)
+    num_blocks = min(kv_cache_bytes // block_bytes, num_needed * settings.max_num_requests)
+    if num_blocks < num_needed:
+        raise InvalidSettings(
+            f"the KV cache of {name} has {kv_cache_bytes / 2**20:.0f} MiB; one request of {config.max_model_len} tokens "
+            f"takes {num_needed * block_bytes / 2**20:.0f} MiB: lower max_model_len or raise kv_cache_bytes"
+        )
+    limits = settings.max_num_requests, settings.max_batched_tokens
+    runner = Runner(decoder, num_blocks, block_size, *limits, use_graphs=settings.cuda_graphs)
+    runner.warm_up(lambda done, total: on_progress(f"capturing {name}", done, total))
+    engine = EngineLoop(
+        name,
+        Scheduler(num_blocks, block_size, *limits, eos_ids),
+        runner,
+        turnstile,
+        config.max_model_len,
+        settings.max_waiting,
+        str(decoder.dtype).removeprefix("torch."),
+        decoder.weight_bytes,
+    )
+    return Variant(engine.start(), decoder, runner, dict(notes))
+
+
+def cache_budget(device: torch.device, num_variants: int) -> int:
+    """Bytes for the next KV cache, where num_variants still have to get theirs."""
+    if device.type == "cpu":
+        return CPU_CACHE_BYTES
+    return int(torch.cuda.mem_get_info(device)[0] * GPU_MEMORY_SHARE) // num_variants
+
+
+def _load_variant(
+    name: str, folder: Path, settings: Settings, device: torch.device, on_progress: Progress
+) -> tuple[Decoder, dict[str, Any]]:
+    """A variant's decoder, and what is known of how it was quantized."""
+    scheme = Scheme.preset(BASELINE if name == BASELINE else settings.scheme)
+    if settings.alpha is not None and scheme.smoothing is not None:
+        scheme = Scheme.preset(scheme.name, settings.alpha)
+    if settings.random_weights:
+        config = ModelConfig.load(folder, settings.max_model_len)
+        dtype = pick_dtype(settings.dtype, config, device)
+        notes = {"scheme": scheme.name, "description": scheme.describe(), "calibration": "random weights"}
+        return random_decoder(config, scheme, dtype, device, settings.seed), notes
+    if name == BASELINE:
+        folder = _baseline_folder(folder, settings, on_progress)
+    elif not is_quantized(folder):
+        calibration = Calibration(settings.calibration, settings.seed)
+        folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress)
+    on_progress(f"loading {name}", 0, 0)
+    config = ModelConfig.load(folder, settings.max_model_len)
+    decoder = load_decoder(folder, pick_dtype(settings.dtype, config, device), device, settings.max_model_len)
+    return decoder, Checkpoint.open(folder, decoder.dtype, device).notes or {"scheme": scheme.name}
+
+
+def _baseline_folder(folder: Path, settings: Settings, on_progress: Progress) -> Path:
+    if settings.baseline is not None:
+        folder = resolve_model(settings.baseline, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
+    if is_quantized(folder):
+        raise InvalidSettings(
+            f"{folder} is quantized, so it cannot be the fp16 baseline: name the float model with --baseline, "
+            "or serve --variants w8a8 alone"
+        )
+    return folder
+
+
+def _check(decoder: Decoder, prompts: list[Tensor], expected: list[Tensor] | None) -> None:
+    """Raise SelfCheckFailed unless the decoder's logits are finite and near the baseline's."""
+    divergence, num_positions = 0.0, 0
+    for index, ids in enumerate(prompts):
+        logits = score(decoder, ids)
+        if not bool(logits.isfinite().all()):
+            raise SelfCheckFailed(f"its logits for check prompt {index} are not finite")
+        if expected is not None:
+            p, q = expected[index].log_softmax(-1), logits.log_softmax(-1)
+            divergence += float((p.exp() * (p - q)).sum())
+            num_positions += len(ids)
+    if num_positions and not divergence / num_positions <= MAX_KL:
+        raise SelfCheckFailed(
+            f"its output disagrees wildly with the {BASELINE} baseline: mean KL divergence "
+            f"{divergence / num_positions:.2f} nats on the check prompts, limit {MAX_KL}; quantize with another scheme "
+            "or calibration text"
+        )
+
+
+def _describe(variant: Variant) -> dict[str, object]:
+    return {
+        "scheme": variant.notes.get("scheme"),
+        "description": variant.notes.get("description"),
+        "alpha": variant.notes.get("alpha"),
+        "calibration": variant.notes.get("calibration"),
+        "dtype": variant.engine.dtype,
+        "weight_bytes": variant.decoder.weight_bytes,
+        "kv_cache_bytes": variant.runner.kv_cache_bytes,
+        "max_num_requests": variant.runner.max_requests,
+    }
+
+
+def _gpu_memory_bytes(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def _cpu_name() -> str:
+    """The processor as the kernel names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

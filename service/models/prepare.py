@@ -1,0 +1,201 @@
+"""From what the user named to a folder that can be served: fetched if need be, quantized once, kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pydoc_data.topics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kernels import __version__
+from quant.calibrate import calibrate, self_written, windows_from_text
+from quant.convert import quantize_checkpoint
+from quant.scheme import Scheme
+from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel
+from service.models.demo import prepare_demo_model
+from service.models.families import ModelConfig, first_line, linear_names, smooth_groups
+from service.models.loader import pick_dtype, refuse_unsafe
+
+FETCHED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+"""What is downloaded of a model: never pickled weights, never code."""
+
+Progress = Callable[[str, int, int], None]
+"""Told (stage, done, total)."""
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """A `Progress` that shows nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Where the activation ranges come from.
+
+    text: a UTF-8 file; None lets the model write its own text (seed).
+    num_windows, window_len: how much of it is read, in windows of so many tokens.
+    offset: windows skipped at the start of a text, where another use reads those.
+    """
+
+    text: Path | None = None
+    seed: int = 0
+    num_windows: int = 8
+    window_len: int = 512
+    offset: int = 0
+
+    def describe(self) -> str:
+        source = "text written by the model itself" if self.text is None else self.text.name
+        return f"{self.num_windows} windows of {self.window_len} tokens, {source}, seed {self.seed}"
+
+
+def resolve_model(name: str | None, cache: Path, on_stage: Callable[[str], None] = lambda _: None) -> Path:
+    """The folder of a model: the demo model where none is named, a local folder, or a Hugging Face id, fetched.
+
+    Raises:
+        ModelNotFound: neither a folder nor an id that can be fetched.
+        UnsafeCheckpoint: its weights are pickled.
+    """
+    if name is None:
+        return prepare_demo_model(cache, on_stage)
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _fetch(name, on_stage)
+    refuse_unsafe(folder)
+    return folder
+
+
+def _fetch(name: str, on_stage: Callable[[str], None]) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_file():
+        raise ModelNotFound(f"{name} is not a folder; name a model folder or a Hugging Face id such as owner/model")
+    on_stage(f"fetching {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=FETCHED))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFound(
+            f"{name} is neither a folder nor a model that can be fetched ({first_line(error)})"
+        ) from error
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a model folder names a quantization in its config.json."""
+    path = folder / "config.json"
+    return path.is_file() and "quantization_config" in json.loads(path.read_text(encoding="utf-8"))
+
+
+def calibration_text(path: Path | None) -> str:
+    """A UTF-8 text file, or the standard library's help topics (0.47 MB of English) where none is named.
+
+    Raises:
+        InvalidSettings: the file cannot be read.
+    """
+    if path is None:
+        return "\n\n".join(pydoc_data.topics.topics.values())
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettings(f"the text {path} cannot be read: {first_line(error)}") from error
+
+
+def measure_ranges(
+    folder: Path, calibration: Calibration, device: torch.device, on_progress: Progress = silent
+) -> dict[str, Tensor]:
+    """The largest magnitude of every Linear's input channels, [K] float32 by module name.
+
+    Raises:
+        InvalidSettings: the calibration text cannot be read or is too short.
+    """
+    text = calibration_text(calibration.text) if calibration.text else None
+    config = ModelConfig.load(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype("auto", config, device)).to(device).eval()
+    if text is None:
+        window_len = min(calibration.window_len, 256)
+        windows = self_written(
+            model,
+            calibration.num_windows * calibration.window_len // window_len,
+            window_len,
+            calibration.seed,
+            lambda done, total: on_progress("writing calibration text", done, total),
+        )
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            windows = windows_from_text(
+                tokenizer, text, calibration.num_windows, calibration.window_len, calibration.offset
+            )
+        except ValueError as error:
+            raise InvalidSettings(f"calibration text {calibration.text}: {error}") from error
+    return calibrate(model, windows, lambda done, total: on_progress("calibrating", done, total))
+
+
+def quantize_model(
+    source: Path,
+    out: Path,
+    scheme: Scheme,
+    calibration: Calibration,
+    device: torch.device,
+    on_progress: Progress = silent,
+    ranges: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the int8 checkpoint of a float model folder.
+
+    Args:
+        ranges: what `measure_ranges` gave, where it is known already.
+
+    Raises:
+        UnsupportedModel: the source is quantized already, or not of a served family.
+        FileExistsError: out exists and is not empty.
+    """
+    if is_quantized(source):
+        raise UnsupportedModel(f"{source} is quantized already; start from the float model")
+    config = ModelConfig.load(source)
+    if ranges is None:
+        ranges = measure_ranges(source, calibration, device, on_progress) if scheme.needs_calibration else {}
+    quantize_checkpoint(
+        source,
+        out,
+        scheme,
+        ranges,
+        smooth_groups(config),
+        linear_names(config),
+        config.dtype,
+        {"calibration": calibration.describe() if scheme.needs_calibration else None},
+        lambda done, total: on_progress("quantizing", done, total),
+    )
+
+
+def quantized_folder(
+    source: Path,
+    scheme: Scheme,
+    calibration: Calibration,
+    cache: Path,
+    device: torch.device,
+    on_progress: Progress = silent,
+) -> Path:
+    """The int8 checkpoint of a float model in the cache, made on the first call for these weights and settings."""
+    key = _fingerprint(source, scheme, calibration)
+    out = cache / "quantized" / f"{source.resolve().name}-{scheme.name}-{key}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):
+        if not out.is_dir():
+            quantize_model(source, out, scheme, calibration, device, on_progress)
+    return out
+
+
+def _fingerprint(source: Path, scheme: Scheme, calibration: Calibration) -> str:
+    """Changes with the weights' files, the scheme, the calibration and the version that quantized."""
+    digest = hashlib.sha256(repr((__version__, scheme, calibration)).encode())
+    if calibration.text is not None and calibration.text.is_file():
+        digest.update(calibration.text.read_bytes())
+    for path in sorted(source.resolve().glob("*")):
+        if path.suffix in (".safetensors", ".json"):
+            status = path.stat()
+            digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()[:12]
