@@ -223,7 +223,7 @@ def rope_and_cache(
     """Rotate queries and keys by their positions; write keys and values into the paged cache.
 
     For i < R/2, with c, s = cos_sin[position, i], cos_sin[position, R/2 + i]:
-        out_i = x_i c - x_{i+R/2} s        out_{i+R/2} = x_{i+R/2} c + x_i s        (the rest of the D columns unchanged)
+        out_i = x_i c - x_{i+R/2} s        out_{i+R/2} = x_{i+R/2} c + x_i s        (columns from R on unchanged)
 
     Args:
         qkv: [T, (H + 2G) D] float: queries, then keys, then values, head by head.

@@ -176,8 +176,8 @@ def main() -> None:
     """Entry point of the `ottava` command."""
     # The model is on disk by now or fetched by name: nothing else may reach out, and no fork may deadlock tokenizers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     app()
 
 

@@ -171,7 +171,7 @@ class Runner:
         tensors = (choice.ids, choice.logprobs, choice.top_ids, choice.top_logprobs)
         on_host = Choice(*(None if t is None else t.to("cpu", non_blocking=True) for t in tensors))  # type: ignore[arg-type]
         is_finite = is_finite.to("cpu", non_blocking=True)
-        ready = torch.cuda.Event()
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
         return Sampled(on_host, is_finite, chunks, ready)
 

@@ -57,10 +57,14 @@ def _draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
     # Greedy rows pass through here with temperature 1; their draw is not used.
     temperature = torch.where(batch.temperature > 0, batch.temperature, 1.0)
     probs = (logits / temperature[:, None]).softmax(-1)
+    drawn = _invert(probs, batch.uniform)
     if not batch.is_filtered:
-        return _invert(probs, batch.uniform)
-    probs, ids = probs.sort(-1, descending=True, stable=True)
-    return ids.gather(-1, _invert(_filter(probs, batch), batch.uniform)[:, None])[:, 0]
+        return drawn
+    probs, ids = probs.sort(dim=-1, descending=True, stable=True)
+    kept = ids.gather(-1, _invert(_filter(probs, batch), batch.uniform)[:, None])[:, 0]
+    # A row without filters keeps the vocabulary's order, so that its draw does not depend on its neighbours' filters.
+    is_filtered = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
+    return torch.where(is_filtered, kept, drawn)
 
 
 def _filter(probs: Tensor, batch: SamplingBatch) -> Tensor:

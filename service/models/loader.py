@@ -42,7 +42,8 @@ class RandomWeights:
 
     def linear(self, name: str, out_features: int, in_features: int, has_bias: bool) -> FloatLinear | Int8Linear:
         bias = self.tensor(name + ".bias", (out_features,)) if has_bias else None
-        if name not in self._int8_names:
+        activation = self.scheme.activation
+        if name not in self._int8_names or activation == "float":
             return FloatLinear(self.tensor(name + ".weight", (out_features, in_features)), bias)
         codes = torch.randint(
             -CODE_MAX, CODE_MAX + 1, (out_features, in_features), device=self.device, generator=self._generator
@@ -50,10 +51,8 @@ class RandomWeights:
         num_scales = 1 if self.scheme.weight == "tensor" else out_features
         # Uniform codes have the standard deviation 127 / sqrt(3): this scale gives real weights 1 / sqrt(K) of it.
         scale = torch.full((num_scales,), 3**0.5 / CODE_MAX * in_features**-0.5, device=self.device)
-        input_scale = (
-            torch.full((1,), 4.0 / CODE_MAX, device=self.device) if self.scheme.activation == "static" else None
-        )
-        return Int8Linear(codes.to(torch.int8), scale, bias, self.scheme.activation, input_scale, self.dtype)
+        input_scale = torch.full((1,), 4.0 / CODE_MAX, device=self.device) if activation == "static" else None
+        return Int8Linear(codes.to(torch.int8), scale, bias, activation, input_scale, self.dtype)
 
 
 def load_decoder(

@@ -28,6 +28,9 @@ from service.models.loader import pick_dtype, refuse_unsafe
 FETCHED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 """What is downloaded of a model: never pickled weights, never code."""
 
+SELF_WRITTEN_TOKENS = 128
+"""Longest window that the model writes itself: many short ones differ more, and are written in fewer steps."""
+
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, total)."""
 
@@ -114,9 +117,11 @@ def measure_ranges(
     """
     text = calibration_text(calibration.text) if calibration.text else None
     config = ModelConfig.load(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype("auto", config, device)).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=pick_dtype("auto", config, device), device_map=str(device)
+    )
     if text is None:
-        window_len = min(calibration.window_len, 256)
+        window_len = min(calibration.window_len, SELF_WRITTEN_TOKENS)
         windows = self_written(
             model,
             calibration.num_windows * calibration.window_len // window_len,

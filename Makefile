@@ -1,0 +1,47 @@
+# Two commands do everything: `make serve` and `make test`. PYTHON makes the environment; PY runs in it.
+PYTHON ?= python3
+VENV := .venv
+PY ?= $(VENV)/bin/python
+ARGS ?=
+INSTALLED := $(VENV)/.installed
+# An environment named with PY is used as it is; our own is made first.
+READY := $(if $(filter $(VENV)/%,$(PY)),$(INSTALLED))
+
+.PHONY: help setup serve test check format gpu bench clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+setup: $(INSTALLED) ## create .venv with everything in it, .venv/bin/ottava among it
+
+# torch is named beside the packages that need it: asked for alone, its pin finds the right build for this machine.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt "$$(grep ^torch== constraints.txt)" --editable '.[dev]'
+	touch $@
+
+serve: $(READY) ## prepare the demo model and serve it, W8A8 beside its baseline
+	$(if $(filter $(VENV)/%,$(PY)),$(VENV)/bin/ottava,$(PY) -m service) serve $(ARGS)
+
+test: $(READY) ## run the tests that need no GPU
+	$(PY) -m pytest $(ARGS)
+
+check: $(READY) ## format, lint, types, layers
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+format: $(READY) ## rewrite to the house's format
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+gpu: $(READY) ## run the tests that need a CUDA GPU
+	$(PY) -m pytest -m gpu $(ARGS)
+
+bench: $(READY) ## measure decode and prefill of both variants on this machine
+	$(PY) -m benchmarks.serving $(ARGS)
+
+clean: ## remove the environment and every cache in the tree
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,112 @@
+"""SiLU-gated product, GELU and ReLU, to float or straight to int8 codes: one kernel, one pass over memory."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.quantize import (
+    MAX_BUSY_ROW,
+    empty_output,
+    is_dynamic,
+    is_static,
+    load_row,
+    row_launch,
+    store_row,
+    with_unit_stride,
+)
+from kernels.quantized import Quantized, ToInt8
+
+__all__ = ["gelu", "relu", "silu_mul"]
+
+
+def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
+    """Gate the second half of each row by SiLU of the first; `reference.silu_mul`.
+
+    y = silu(gate) * up        silu(g) = g / (1 + exp(-g))
+
+    Args:
+        gate_up: [T, 2F] float, the gate in columns 0..F-1, up in F..2F-1.
+        quantize: None writes [T, F] in gate_up's dtype; `ToInt8` writes codes and scale of the float32 y.
+
+    Raises:
+        ValueError: F is above `MAX_ROW` and each row's scale is to be found.
+
+    Source: GLU variants (arXiv 2002.05202), SwiGLU.
+    """
+    gate_up = with_unit_stride(gate_up)
+    T, K = gate_up.shape[0], gate_up.shape[1] // 2
+    y, scale = empty_output(gate_up, K, quantize)
+    grid, options = row_launch(T, K, one_program=is_dynamic(quantize))
+    _silu_mul_kernel[grid](gate_up, y, scale, K, gate_up.stride(0), STATIC=is_static(quantize), **options)
+    return y if scale is None else Quantized(y, scale)
+
+
+def gelu(
+    x: Tensor, approximate: Literal["none", "tanh"] = "none", quantize: ToInt8 | None = None
+) -> Tensor | Quantized:
+    """Apply GELU, x * Phi(x), exactly or by its tanh form; [T, K] as in `silu_mul`; `reference.gelu`.
+
+    Raises:
+        ValueError: K is above `MAX_BUSY_ROW` and each row's scale is to be found.
+
+    Source: GELU (arXiv 1606.08415), section 2.
+    """
+    x = with_unit_stride(x)
+    T, K = x.shape
+    y, scale = empty_output(x, K, quantize)
+    grid, options = row_launch(T, K, MAX_BUSY_ROW, one_program=is_dynamic(quantize))
+    _gelu_kernel[grid](x, y, scale, K, x.stride(0), TANH=approximate == "tanh", STATIC=is_static(quantize), **options)
+    return y if scale is None else Quantized(y, scale)
+
+
+def relu(x: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
+    """Apply max(x, 0); [T, K] as in `silu_mul`. NaN stays NaN; `reference.relu`.
+
+    Raises:
+        ValueError: K is above `MAX_ROW` and each row's scale is to be found.
+    """
+    x = with_unit_stride(x)
+    T, K = x.shape
+    y, scale = empty_output(x, K, quantize)
+    grid, options = row_launch(T, K, one_program=is_dynamic(quantize))
+    _relu_kernel[grid](x, y, scale, K, x.stride(0), STATIC=is_static(quantize), **options)
+    return y if scale is None else Quantized(y, scale)
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up_ptr, y_ptr, scale_ptr, K, stride_t, STATIC: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < K
+    row_ptr = gate_up_ptr + row.to(tl.int64) * stride_t
+    gate = load_row(row_ptr, columns, mask)
+    y = gate / (1.0 + tl.exp(-gate)) * load_row(row_ptr + K, columns, mask)
+    store_row(y, y_ptr, scale_ptr, row, columns, mask, K, STATIC)
+
+
+@triton.jit
+def _gelu_kernel(x_ptr, y_ptr, scale_ptr, K, stride_t, TANH: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < K
+    x = load_row(x_ptr + row.to(tl.int64) * stride_t, columns, mask)
+    if TANH:
+        # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)): no tanh needed, and nothing cancels where x is very negative.
+        y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        y = 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+    store_row(y, y_ptr, scale_ptr, row, columns, mask, K, STATIC)
+
+
+@triton.jit
+def _relu_kernel(x_ptr, y_ptr, scale_ptr, K, stride_t, STATIC: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < K
+    x = load_row(x_ptr + row.to(tl.int64) * stride_t, columns, mask)
+    # Written so that NaN, which no comparison holds for, passes through.
+    store_row(tl.where(x < 0.0, 0.0, x), y_ptr, scale_ptr, row, columns, mask, K, STATIC)

@@ -1,0 +1,200 @@
+"""Float tensors to int8 codes and their scale, and the rounding that every kernel writing int8 shares."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.quantized import CODE_MAX, TINY, Quantized, ToInt8
+
+__all__ = ["MAX_BUSY_ROW", "MAX_ROW", "quantize_rows", "quantize_tensor"]
+
+MAX_ROW = 32768
+"""Longest row, in elements, of an op where one program holds one row: 64 registers a thread at 16 warps."""
+
+MAX_BUSY_ROW = 16384
+"""The same for norms and GELU, which hold twice as much of the row at once; beyond it they spill."""
+
+MAX_PARTIALS = 256
+CODE_LIMIT = tl.constexpr(float(CODE_MAX))
+ZERO_BELOW = tl.constexpr(TINY)
+# Adding and subtracting 1.5 * 2^23 leaves float32 no room for a fraction: round to nearest, ties to even.
+ROUNDER = tl.constexpr(12582912.0)
+
+
+def quantize_rows(x: Tensor) -> Quantized:
+    """Round each row of x to int8 with its own scale: `reference.quantize_rows` in one pass.
+
+    scale_t = max_k |x_tk| / 127        codes = rint(x / scale)
+
+    Args:
+        x: [T, K] float, any strides.
+
+    Returns:
+        codes [T, K] int8 in -127..127 (ties to even) and scale [T] float32. A row that holds NaN or infinity gets
+        scale infinity.
+
+    Raises:
+        ValueError: K is above `MAX_ROW`.
+
+    Source: ZeroQuant (arXiv 2206.01861), token-wise quantization.
+    """
+    x = with_unit_stride(x)
+    T, K = x.shape
+    codes, scale = empty_output(x, K, ToInt8())
+    grid, options = row_launch(T, K)
+    _quantize_rows_kernel[grid](x, codes, scale, K, x.stride(0), **options)
+    assert scale is not None
+    return Quantized(codes, scale)
+
+
+def quantize_tensor(x: Tensor, scale: Tensor | None = None) -> Quantized:
+    """Round all of x to int8 with one scale: one pass where the scale is given, two where it has to be found.
+
+    scale = max |x| / 127 unless given        codes = clamp(rint(x / scale), -127, 127)
+
+    Args:
+        x: [T, K] float, any strides; K of any length.
+        scale: float32 [1], positive, or None.
+
+    Returns:
+        codes [T, K] int8 in -127..127 (ties to even) and scale [1] float32.
+
+    Source: SmoothQuant (arXiv 2211.10438), table 2.
+    """
+    x = with_unit_stride(x)
+    T, K = x.shape
+    codes = torch.empty((T, K), dtype=torch.int8, device=x.device)
+    block = min(4096, triton.next_power_of_2(max(K, 1)))
+    partial, num_partials, found = None, 1, scale
+    if found is None:
+        found = torch.empty(1, dtype=torch.float32, device=x.device)
+        num_partials = min(MAX_PARTIALS, triton.next_power_of_2(max(T, 1)))
+        partial = torch.empty(num_partials, dtype=torch.float32, device=x.device)
+        _absmax_kernel[(num_partials,)](x, partial, T, K, x.stride(0), BLOCK=block)
+    grid = (T, triton.cdiv(K, block))
+    _quantize_tensor_kernel[grid](x, partial, codes, found, K, x.stride(0), NUM_PARTIALS=num_partials, BLOCK=block)
+    return Quantized(codes, found)
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """x [T, K] with neighbouring elements of a row side by side, copied only where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def row_launch(
+    num_rows: int, num_columns: int, max_row: int = MAX_ROW, one_program: bool = True
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and launch options of a kernel over rows: one program a row, or several where nothing sums along it.
+
+    Raises:
+        ValueError: one program has to hold a row longer than max_row.
+    """
+    block = max(32, triton.next_power_of_2(num_columns))
+    if not one_program:
+        block = min(block, 2048)
+    elif num_columns > max_row:
+        raise ValueError(f"a row of K = {num_columns} elements is too long for one program; the limit is {max_row}")
+    num_warps = min(16, max(8, block // 512)) if block > 2048 else max(1, block // 256)
+    return (num_rows, triton.cdiv(num_columns, block)), {"BLOCK": block, "num_warps": num_warps}
+
+
+def empty_output(x: Tensor, num_columns: int, quantize: ToInt8 | None) -> tuple[Tensor, Tensor | None]:
+    """Room for [T, num_columns] in x's dtype and no scale, or for int8 codes and the scale to write or to read."""
+    shape = (x.shape[0], num_columns)
+    if quantize is None:
+        return torch.empty(shape, dtype=x.dtype, device=x.device), None
+    scale = quantize.scale
+    if scale is None:
+        scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    return torch.empty(shape, dtype=torch.int8, device=x.device), scale
+
+
+def is_static(quantize: ToInt8 | None) -> bool:
+    """Whether the scale is read instead of written."""
+    return quantize is not None and quantize.scale is not None
+
+
+def is_dynamic(quantize: ToInt8 | None) -> bool:
+    """Whether each row's scale is found by the kernel, which then needs the whole row."""
+    return quantize is not None and quantize.scale is None
+
+
+@triton.jit
+def to_codes(y, scale):
+    """clamp(rint(y / scale), -127, 127) as int8. NaN becomes 0: the scale of its row already says so."""
+    code = tl.div_rn(y, scale)
+    code = tl.minimum(tl.maximum(code, -CODE_LIMIT), CODE_LIMIT)
+    code = (code + ROUNDER) - ROUNDER
+    return tl.where(y == y, code, 0.0).to(tl.int8)
+
+
+@triton.jit
+def to_scale(absmax):
+    """absmax / 127, or 1 where absmax counts as zero."""
+    return tl.where(absmax < ZERO_BELOW, 1.0, tl.div_rn(absmax, CODE_LIMIT))
+
+
+@triton.jit
+def magnitude(y):
+    """|y| with NaN as infinity, so that a maximum keeps the fault."""
+    return tl.where(y == y, tl.abs(y), float("inf"))
+
+
+@triton.jit
+def load_row(row_ptr, columns, mask):
+    """One row as float32, 0 beyond its end."""
+    return tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(y, y_ptr, scale_ptr, row, columns, mask, K, STATIC: tl.constexpr):
+    """Write one row of float32 y [K], 0 beyond the mask: as it is, or as codes with a scale found here or given."""
+    out = y_ptr + row.to(tl.int64) * K + columns
+    if scale_ptr is None:
+        tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask)
+    elif STATIC:
+        tl.store(out, to_codes(y, tl.load(scale_ptr)), mask=mask)
+    else:
+        scale = to_scale(tl.max(magnitude(y), axis=0))
+        tl.store(scale_ptr + row, scale)
+        tl.store(out, to_codes(y, scale), mask=mask)
+
+
+@triton.jit
+def _quantize_rows_kernel(x_ptr, codes_ptr, scale_ptr, K, stride_t, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < K
+    x = load_row(x_ptr + row.to(tl.int64) * stride_t, columns, mask)
+    store_row(x, codes_ptr, scale_ptr, row, columns, mask, K, STATIC=False)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _absmax_kernel(x_ptr, partial_ptr, T, K, stride_t, BLOCK: tl.constexpr):
+    """The largest magnitude of every num_programs-th row."""
+    absmax = tl.zeros([BLOCK], tl.float32)
+    for row in range(tl.program_id(0), T, tl.num_programs(0)):
+        row_ptr = x_ptr + tl.cast(row, tl.int64) * stride_t
+        for start in range(0, K, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            absmax = tl.maximum(absmax, magnitude(load_row(row_ptr, columns, columns < K)))
+    tl.store(partial_ptr + tl.program_id(0), tl.max(absmax, axis=0))
+
+
+@triton.jit
+def _quantize_tensor_kernel(
+    x_ptr, partial_ptr, codes_ptr, scale_ptr, K, stride_t, NUM_PARTIALS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < K
+    x = load_row(x_ptr + row.to(tl.int64) * stride_t, columns, mask)
+    if partial_ptr is None:
+        scale = tl.load(scale_ptr)
+    else:
+        scale = to_scale(tl.max(tl.load(partial_ptr + tl.arange(0, NUM_PARTIALS)), axis=0))
+        tl.store(scale_ptr, scale, mask=(row == 0) & (tl.program_id(1) == 0))
+    tl.store(codes_ptr + row.to(tl.int64) * K + columns, to_codes(x, scale), mask=mask)

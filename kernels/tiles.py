@@ -1,0 +1,193 @@
+"""Tile choices of the GEMM as data: (GPU, N, K, bucket of T) -> `Tile`. Nothing is tuned on the request path.
+
+A tuned table is `kernels/tiles/<gpu>.json`, with the GPU's name in lower case and dashes, e.g. nvidia-h100-80gb-hbm3:
+
+    {"gpu": "NVIDIA H100 80GB HBM3", "tiles": {"4096x4096": {"16": {"kernel": "plain", "block_t": 16, ...}}}}
+
+The keys are "NxK" and the largest T of the bucket, a power of two from 16 to 8192. What a table leaves out, and every
+GPU without a table, takes the defaults of its architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+__all__ = [
+    "AttentionTile",
+    "Gpu",
+    "Tile",
+    "bucket",
+    "choose",
+    "current_gpu",
+    "decode_tile",
+    "defaults",
+    "prefill_tile",
+]
+
+MIN_BUCKET, MAX_BUCKET = 16, 8192
+FOLDER = Path(__file__).parent / "tiles"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one GEMM is cut into programs.
+
+    kernel: "plain" keeps tokens on the matrix instruction's M side; "swapped" puts the weight's rows there, so that
+        8 tokens need no padding to 64 (or 16) rows.
+    block_t, block_n, block_k: tokens, output columns and depth of one program's tile; powers of two.
+    group: token tiles that run next to each other over the same weights, to find them in the L2 cache.
+    """
+
+    kernel: Literal["plain", "swapped"]
+    block_t: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTile:
+    """How attention is cut: query rows (positions x the heads of one key head) and keys of one step of the softmax."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class Gpu(NamedTuple):
+    """The name that finds a table, and the compute capability (90 for 9.0) that finds the defaults."""
+
+    name: str
+    capability: int
+
+
+INTERPRETER = Gpu("interpreter", 80)
+
+
+def bucket(t: int) -> int:
+    """The smallest power of two, from 16 to 8192, that holds t tokens; larger t count as 8192."""
+    return min(MAX_BUCKET, max(MIN_BUCKET, 1 << (t - 1).bit_length()))
+
+
+def choose(gpu: Gpu, n: int, k: int, t: int) -> Tile:
+    """The tile for a product of [t, k] with [n, k]^T: tuned where a table has it, else the architecture's default."""
+    return _choose(gpu, n, k, bucket(t))
+
+
+def current_gpu(device: torch.device) -> Gpu:
+    """The GPU behind a device; the CPU stands for Triton's interpreter."""
+    return INTERPRETER if device.type == "cpu" else _gpu(device)
+
+
+def defaults(capability: int, n: int, k: int, bucket_t: int) -> Tile:
+    """The tile of an architecture without a tuned table.
+
+    Decode is bound by the weights' bytes: deep tiles, and for narrow N the plain kernel with 16 columns, whose many
+    programs fill the chip. Where the swapped kernel wins, it does because its tile reads 256 bytes of 64 rows at once.
+    """
+    if k % 16:
+        # Rows that do not start on 16 bytes are read byte by byte; a deep tile of such reads spills registers.
+        return Tile("plain", 32, 32, 32, num_warps=4, num_stages=2)
+    if bucket_t == MIN_BUCKET and n <= 4096 and capability in {80, 90, 100}:
+        return Tile("plain", 16, 16, 512, num_warps=2, num_stages=4)
+    if capability == 90:
+        return _hopper(bucket_t)
+    return _large_smem(bucket_t) if capability in {80, 100} else _small_smem(bucket_t)
+
+
+def _hopper(bucket_t: int) -> Tile:
+    """wgmma: 64 rows a warp group; up to 227 KB of shared memory."""
+    if bucket_t <= 32:
+        return Tile("swapped", bucket_t, 64, 256, num_warps=4, num_stages=4)
+    if bucket_t == 64:
+        return Tile("swapped", 64, 64, 256, num_warps=4, num_stages=4)
+    if bucket_t == 128:
+        return Tile("plain", 64, 64, 256, num_warps=4, num_stages=4)
+    if bucket_t <= 1024:
+        return Tile("plain", 128, 128, 128, num_warps=4, num_stages=3)
+    return Tile("plain", 128, 256, 128, num_warps=8, num_stages=4)
+
+
+def _large_smem(bucket_t: int) -> Tile:
+    """mma.sync with 163 KB of shared memory (sm_80) or more (sm_100, where Triton has no int8 form of tcgen05)."""
+    if bucket_t <= 32:
+        return Tile("swapped", bucket_t, 64, 256, num_warps=4, num_stages=4)
+    if bucket_t <= 128:
+        return Tile("swapped", 64, 64, 128, num_warps=4, num_stages=4)
+    return Tile("plain", 128, 128, 128, num_warps=8, num_stages=4)
+
+
+def _small_smem(bucket_t: int) -> Tile:
+    """mma.sync with 99 KB of shared memory: sm_86, sm_89, sm_120, and any architecture not known here."""
+    if bucket_t <= 16:
+        return Tile("swapped", 16, 64, 256, num_warps=4, num_stages=4)
+    if bucket_t <= 32:
+        return Tile("swapped", 32, 64, 256, num_warps=4, num_stages=3)
+    if bucket_t <= 128:
+        return Tile("swapped", 64, 64, 128, num_warps=4, num_stages=4)
+    return Tile("plain", 128, 128, 64, num_warps=8, num_stages=4)
+
+
+def prefill_tile(gpu: Gpu, block_d: int, element_bytes: int) -> AttentionTile:
+    """The tile of prefill attention; block_d is the head size rounded up to a power of two.
+
+    float32 runs without tensor cores, exactly; its tiles are small because their products live in registers.
+    """
+    if gpu == INTERPRETER:
+        return AttentionTile(16, 16, num_warps=4, num_stages=1)
+    if element_bytes == 4:
+        return AttentionTile(16, 16, num_warps=4, num_stages=1)
+    if gpu.capability == 90:
+        return AttentionTile(128, 64 if block_d <= 128 else 32, num_warps=8, num_stages=3)
+    if block_d > 128:
+        return AttentionTile(64, 16, num_warps=4, num_stages=2)
+    if gpu.capability == 100:
+        return AttentionTile(128, 64, num_warps=4 if block_d <= 64 else 8, num_stages=3)
+    return AttentionTile(128, 32, num_warps=8, num_stages=5)
+
+
+def decode_tile(gpu: Gpu, block_d: int, element_bytes: int) -> AttentionTile:
+    """The tile of decode attention, bound by the bytes of the cache; block_m follows from the heads of a key head.
+
+    Keys are found through the block table, a load before their load, so 5 stages give two tiles in flight.
+    """
+    if gpu == INTERPRETER:
+        return AttentionTile(16, 16, num_warps=4, num_stages=1)
+    if element_bytes == 4:
+        return AttentionTile(16, 16, num_warps=4, num_stages=2)
+    return AttentionTile(16, 64 if block_d <= 128 else 32, num_warps=2 if block_d <= 64 else 4, num_stages=5)
+
+
+@lru_cache(maxsize=4096)
+def _choose(gpu: Gpu, n: int, k: int, bucket_t: int) -> Tile:
+    tuned = _table(gpu.name).get((n, k, bucket_t))
+    return tuned or defaults(gpu.capability, n, k, bucket_t)
+
+
+@lru_cache(maxsize=16)
+def _table(gpu_name: str) -> dict[tuple[int, int, int], Tile]:
+    path = FOLDER / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()) + ".json")
+    if not path.is_file():
+        return {}
+    shapes = json.loads(path.read_text())["tiles"]
+    return {
+        (*(int(size) for size in shape.split("x")), int(bucket_t)): Tile(**fields)  # type: ignore[misc]
+        for shape, buckets in shapes.items()
+        for bucket_t, fields in buckets.items()
+    }
+
+
+@lru_cache(maxsize=16)
+def _gpu(device: torch.device) -> Gpu:
+    major, minor = torch.cuda.get_device_capability(device)
+    return Gpu(torch.cuda.get_device_name(device), 10 * major + minor)

@@ -1,0 +1,190 @@
+"""Files of a checkpoint folder: safetensors read by tensor name, sharded or not, and written in shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl")
+
+
+class CheckpointError(Exception):
+    """A checkpoint folder that cannot be read or is not served; one line with file or tensor, fault and remedy."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON, or holds something other than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a model folder: it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+class TensorFiles:
+    """The tensors of a folder by name; each is read when asked for, from a memory-mapped file."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every safetensors file of the folder and check it against the index.
+
+        Raises:
+            CheckpointError: no safetensors (pickled weights are refused), several files without an index, a file that
+                is missing or corrupt, or a tensor that is not in the file the index names.
+        """
+        self.folder = folder
+        self._file_of: dict[str, Any] = {}
+        self._path_of: dict[str, Path] = {}
+        index = _read_index(folder)
+        for path in _weight_files(folder, index):
+            handle = _open(path)
+            for name in handle.keys():  # noqa: SIM118  (safe_open is no dict: it cannot be iterated)
+                self._file_of[name] = handle
+                self._path_of[name] = path
+        for name, file in index.items():
+            if self._path_of.get(name) != folder / file:
+                raise CheckpointError(f"{folder / file} lacks the tensor {name} that {INDEX_NAME} places there")
+        self.names = sorted(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._path_of[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header alone."""
+        return tuple(self._file_of[name].get_slice(name).get_shape())
+
+    def get(self, name: str) -> Tensor:
+        """A tensor as stored, on the CPU.
+
+        Raises:
+            CheckpointError: the folder has no such tensor, or its file cannot be read.
+        """
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.folder} has no tensor {name}; is it a checkpoint of this model?")
+        try:
+            tensor: Tensor = self._file_of[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._path_of[name]}: tensor {name} cannot be read ({error})") from error
+        return tensor
+
+
+class ShardWriter:
+    """Writes tensors into numbered safetensors files of bounded size, and the index that joins them."""
+
+    def __init__(self, folder: Path, max_bytes: int = 4 * 2**30) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor; written when its shard is full."""
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + num_bytes > self.max_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += num_bytes
+        self._total_bytes += num_bytes
+
+    def close(self) -> None:
+        """Write what is left; one shard is named model.safetensors, several get their index."""
+        self._flush()
+        num_shards = len(self._shards)
+        if num_shards == 1:
+            self._part(0).rename(self.folder / WEIGHTS_NAME)
+            return
+        weight_map: dict[str, str] = {}
+        for shard, names in enumerate(self._shards):
+            file = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+            self._part(shard).rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _flush(self) -> None:
+        # transformers refuses files whose metadata lacks the format.
+        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _part(self, shard: int) -> Path:
+        return self.folder / f"part-{shard:05d}.safetensors"
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """The tensor in another float dtype.
+
+    Raises:
+        CheckpointError: a finite value becomes infinite (float16 ends at 65504, bfloat16 does not).
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    if dtype == torch.float16 and not bool((converted.isfinite() | ~tensor.isfinite()).all()):
+        largest = tensor.abs().amax().item()
+        raise CheckpointError(f"{what} reaches {largest:g}, beyond float16's 65504; use bfloat16")
+    return converted
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name; empty where the folder has one unsharded file."""
+    path = folder / INDEX_NAME
+    if (folder / WEIGHTS_NAME).is_file() or not path.is_file():
+        return {}
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map; download it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{path} places {name} in {file!r}, which is not a file name of this folder")
+    return weight_map
+
+
+def _weight_files(folder: Path, index: dict[str, str]) -> list[Path]:
+    if index:
+        return [folder / file for file in sorted(set(index.values()))]
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    if found:
+        raise CheckpointError(f"{folder} holds {len(found)} safetensors files and no {INDEX_NAME} that joins them")
+    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} holds pickled weights only ({pickled[0]}), which can run code when loaded; convert them to "
+            "safetensors with save_pretrained on a machine where you trust them"
+        )
+    raise CheckpointError(f"{folder} holds no safetensors weights")
+
+
+def _open(path: Path) -> Any:
+    """A memory-mapped safetensors file. Its header is checked against its length here, so truncation shows."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing, and {INDEX_NAME} names it; download it again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download it again") from error

@@ -1,0 +1,5 @@
+"""`python -m service` is `ottava`."""
+
+from service.cli import main
+
+main()

@@ -1,0 +1,179 @@
+"""Prometheus series of one app, in its own registry: runs are observed here, engines are read at each scrape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from service.engine.request import Engine, EngineStats, FinishReason, Request, Token
+from service.errors import CapacityError, RequestError
+from service.schemas import Agreement, RunMetrics, Speedup
+
+# fmt: off
+TTFT_BUCKETS = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+TOKEN_BUCKETS = (.001, .002, .003, .004, .005, .0075, .01, .015, .02, .025, .05, .075, .1, .15, .2, .3, .5, .75, 1, 2.5)
+E2E_BUCKETS = (.1, .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240)
+LENGTH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+SPEEDUP_BUCKETS = (.25, .5, .75, .9, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8)
+AGREEMENT_BUCKETS = (0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .99, 1)
+# fmt: on
+
+ERROR, REJECTED = "error", "rejected"
+OUTCOMES = (*FinishReason, ERROR, REJECTED)
+NO_VARIANT = "none"
+"""Label of a request whose body could not be read, or which asked for a variant that is not served."""
+
+
+class ServiceMetrics:
+    """What the HTTP side counts. Label `variant` everywhere."""
+
+    def __init__(self, engines: Mapping[str, Engine], info: Callable[[], Mapping[str, object]]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(engines, info))
+        self._ttft = self._histogram("time_to_first_token_seconds", "First token sent - received", TTFT_BUCKETS)
+        self._itl = self._histogram("inter_token_latency_seconds", "Between tokens sent", TOKEN_BUCKETS)
+        self._tpot = self._histogram(
+            "request_time_per_output_token_seconds", "(e2e - ttft) / (generated - 1), per request", TOKEN_BUCKETS
+        )
+        self._e2e = self._histogram("e2e_request_latency_seconds", "Last token sent - received", E2E_BUCKETS)
+        self._queue = self._histogram("request_queue_time_seconds", "Received to first step", TTFT_BUCKETS)
+        self._prefill = self._histogram("request_prefill_time_seconds", "First step to first token", TTFT_BUCKETS)
+        self._decode = self._histogram("request_decode_time_seconds", "First token to last", E2E_BUCKETS)
+        self._prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens per request", LENGTH_BUCKETS)
+        self._length = self._histogram("request_generation_tokens", "Generated tokens per request", LENGTH_BUCKETS)
+        self._speedup = self._histogram(
+            "speedup_ratio", "Baseline time / this variant's time, same request", SPEEDUP_BUCKETS, "measure"
+        )
+        self._agreement = self._histogram("agreement_ratio", "Tokens equal to the baseline's", AGREEMENT_BUCKETS)
+        self._requests = self._counter("requests", "Runs by how they ended", "outcome")
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of runs that got a first token")
+        self._tokens = self._counter("generation_tokens", "Tokens sent")
+        self._cached = self._counter("prefix_cache_hit_tokens", "Prompt tokens found in the cache")
+        for variant in engines:
+            for counter in (self._prompt_tokens, self._tokens, self._cached):
+                counter.labels(variant)
+            for outcome in OUTCOMES:
+                self._requests.labels(variant, outcome)
+
+    def exposition(self) -> bytes:
+        """All series in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def count(self, variant: str, outcome: str) -> None:
+        """Count a run (or a request that did not get that far) that ended."""
+        self._requests.labels(variant, outcome).inc()
+
+    @contextmanager
+    def counting_refusals(self, variant: str) -> Iterator[None]:
+        """Count a request that is refused inside, as `rejected` or, where we are to blame, as `error`."""
+        try:
+            yield
+        except (RequestError, CapacityError):
+            self.count(variant, REJECTED)
+            raise
+        except Exception:
+            self.count(variant, ERROR)
+            raise
+
+    def tokens_sent(self, variant: str, request: Request, received_s: float, sent_s: Sequence[float], new: int) -> None:
+        """Observe the last `new` of the tokens sent so far."""
+        if new == len(sent_s):
+            self._ttft.labels(variant).observe(sent_s[0] - received_s)
+            self._prompt_tokens.labels(variant).inc(len(request.prompt_ids))
+            self._cached.labels(variant).inc(request.num_cached)
+        self._tokens.labels(variant).inc(new)
+        gaps = self._itl.labels(variant)
+        for place in range(max(1, len(sent_s) - new), len(sent_s)):
+            gaps.observe(sent_s[place] - sent_s[place - 1])
+
+    def finished(self, variant: str, times: RunMetrics, tokens: Sequence[Token]) -> None:
+        """Observe a run that came to its own end: neither cut off nor failed."""
+        self._prompt_length.labels(variant).observe(times.prompt_tokens)
+        self._length.labels(variant).observe(times.generated_tokens)
+        for histogram, value_ms in (
+            (self._queue, times.queue_ms),
+            (self._prefill, times.prefill_ms),
+            (self._tpot, times.tpot_ms),
+            (self._e2e, times.e2e_ms),
+        ):
+            if value_ms is not None:
+                histogram.labels(variant).observe(value_ms / 1e3)
+        if tokens:
+            self._decode.labels(variant).observe(tokens[-1].time_s - tokens[0].time_s)
+
+    def compared(self, variant: str, speedup: Speedup, agreement: Agreement) -> None:
+        """Observe one comparison with the baseline."""
+        for measure, ratio in (("ttft", speedup.ttft), ("tpot", speedup.tpot), ("e2e", speedup.e2e)):
+            if ratio is not None:
+                self._speedup.labels(variant, measure).observe(ratio)
+        self._agreement.labels(variant).observe(agreement.match_ratio)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        names = ("variant", *labels)
+        return Histogram(name, text, names, namespace="ottava", buckets=buckets, registry=self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ("variant", *labels), namespace="ottava", registry=self._registry)
+
+
+class _EngineCollector(Collector):
+    """Series that mirror `Engine.stats()`: read when Prometheus asks, so that they cannot lag behind."""
+
+    def __init__(self, engines: Mapping[str, Engine], info: Callable[[], Mapping[str, object]]) -> None:
+        self._engines = engines
+        self._info = info
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: an engine need not be readable while the registry is built."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """One reading of every engine."""
+        stats = {variant: engine.stats() for variant, engine in self._engines.items()}
+        for name, text, read in _GAUGES:
+            gauge = GaugeMetricFamily(f"ottava_{name}", text, labels=["variant"])
+            for variant, reading in stats.items():
+                gauge.add_metric([variant], read(reading))
+            yield gauge
+        preemptions = CounterMetricFamily("ottava_preemptions", "Requests put back to recompute", labels=["variant"])
+        batches = HistogramMetricFamily("ottava_step_batch_size", "Requests per step", labels=["variant"])
+        for variant, reading in stats.items():
+            preemptions.add_metric([variant], reading.num_preemptions)
+            batches.add_metric([variant], *_batch_histogram(reading.step_batch_sizes))
+        yield preemptions
+        yield batches
+        yield self._info_family()
+
+    def _info_family(self) -> Metric:
+        """One series per variant; its labels are the texts of /info, so numbers that change make no new series."""
+        texts = {k: v for k, v in self._info().items() if isinstance(v, str) and re.fullmatch("[a-zA-Z_]\\w*", k)}
+        family = InfoMetricFamily("ottava", "What is served", labels=["variant"])
+        for variant, engine in self._engines.items():
+            own = {"variant": variant, "dtype": engine.dtype, "max_model_len": str(engine.max_model_len)}
+            family.add_metric([variant], {**texts, **own})
+        return family
+
+
+_GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+    ("num_requests_running", "Requests in the batch", lambda stats: stats.num_running),
+    ("num_requests_waiting", "Requests in the queue", lambda stats: stats.num_waiting),
+    ("kv_cache_usage_ratio", "Blocks in use / blocks", lambda stats: stats.kv_cache_usage_ratio),
+    ("weight_bytes", "Memory of the weights", lambda stats: stats.weight_bytes),
+    ("kv_cache_bytes", "Memory of the KV cache", lambda stats: stats.kv_cache_bytes),
+)
+
+
+def _batch_histogram(counts: Sequence[int]) -> tuple[list[tuple[str, float]], float]:
+    """Cumulative buckets and sum of a histogram, from counts[n] steps of n requests."""
+    cumulative = list(accumulate(counts))
+    total = cumulative[-1] if cumulative else 0
+    buckets = [(str(float(le)), float(cumulative[le] if le < len(counts) else total)) for le in BATCH_BUCKETS]
+    return [*buckets, ("+Inf", float(total))], float(sum(size * count for size, count in enumerate(counts)))

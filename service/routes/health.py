@@ -1,0 +1,45 @@
+"""Alive, ready, what is served, and the metrics."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.responses import JSONResponse, Response
+
+from service.routes.serving import Serving, serving_of
+
+router = APIRouter(tags=["operation"])
+Shared = Annotated[Serving, Depends(serving_of)]
+
+
+@router.get("/health", summary="Alive?", responses={503: {"description": "An engine has stopped after a failure."}})
+async def health(serving: Shared) -> Response:
+    """200 while every engine runs; 503 with the reason once one has stopped. Not ready is still alive."""
+    failures = serving.failures()
+    if failures:
+        return JSONResponse({"status": "failed", "variants": failures}, 503)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready", summary="Ready?", responses={503: {"description": "A variant is not ready, and why."}})
+async def ready(serving: Shared) -> Response:
+    """200 once every variant is loaded, self-checked and running; else 503 with the reason for each that is not."""
+    reasons = {variant: reason for variant in serving.engines if (reason := serving.why_unready(variant))}
+    reasons.update(serving.failures())
+    if reasons:
+        return JSONResponse({"ready": False, "variants": reasons}, 503, {"retry-after": "1"})
+    return JSONResponse({"ready": True, "variants": dict.fromkeys(serving.engines, "ready")})
+
+
+@router.get("/info", summary="What is served")
+async def info(serving: Shared) -> dict[str, object]:
+    """Model, variants, scheme, calibration, memory, device and versions."""
+    return serving.info()
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(serving: Shared) -> Response:
+    """Every series in Prometheus' text format."""
+    return Response(serving.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

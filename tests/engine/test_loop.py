@@ -1,0 +1,258 @@
+"""The engine whole: scheduler, runner and loop over a tiny random model, against Hugging Face's own generation."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from quant.scheme import PRESETS
+from service.engine.loop import EngineLoop, Turnstile
+from service.engine.request import FinishReason, SamplingParams, Token
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduler
+from service.errors import EngineFailed, QueueFull
+from service.models.families import ModelConfig
+from service.models.loader import load_decoder, random_decoder
+from tests.models.conftest import make_model, tiny  # noqa: F401 (a fixture)
+
+CPU = torch.device("cpu")
+PROMPTS = [[(7 * i * j + 3 * j + i) % 250 + 3 for j in range(2 + 5 * i)] for i in range(12)]
+
+
+def make_engine(decoder, num_blocks=200, block_size=16, rows=16, budget=64, **kwargs) -> EngineLoop:
+    runner = Runner(decoder, num_blocks, block_size, rows, budget)
+    plan = Scheduler(num_blocks, block_size, rows, budget, frozenset(kwargs.pop("eos_ids", ())))
+    return EngineLoop("w8a8", plan, runner, Turnstile(), decoder.config.max_model_len, **kwargs).start()
+
+
+async def collect(engine: EngineLoop, prompt: list[int], params: SamplingParams, name: str = "r") -> list[Token]:
+    return [token async for tokens in engine.submit(prompt, params, name) for token in tokens]
+
+
+async def collect_all(engine: EngineLoop, prompts, params: SamplingParams) -> list[list[int]]:
+    runs = [collect(engine, prompt, params, str(i)) for i, prompt in enumerate(prompts)]
+    return [[token.id for token in tokens] for tokens in await asyncio.gather(*runs)]
+
+
+def greedy_by_transformers(model, prompt: list[int], count: int) -> list[int]:
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def engine_of():
+    engines = []
+
+    def start(decoder, **kwargs):
+        engines.append(make_engine(decoder, **kwargs))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"budget": 16, "block_size": 4, "num_blocks": 500},  # prompts in chunks
+        {"block_size": 4, "num_blocks": 70},  # preemption
+    ],
+)
+def test_greedy_tokens_equal_transformers_alone_and_together(tiny, engine_of, name, limits):  # noqa: F811
+    model, folder = tiny(name)
+    engine = engine_of(load_decoder(folder, torch.float32, CPU), **limits)
+    expected = [greedy_by_transformers(model, prompt, 16) for prompt in PROMPTS]
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+
+    async def alone_then_together():
+        alone = [(await collect_all(engine, [prompt], params))[0] for prompt in PROMPTS]
+        return alone, await collect_all(engine, PROMPTS, params)
+
+    alone, together = asyncio.run(alone_then_together())
+    assert alone == expected
+    assert together == expected
+    stats = engine.stats()
+    assert stats.num_free_blocks == stats.num_blocks
+    assert (stats.num_preemptions > 0) == ("num_blocks" in limits and limits["num_blocks"] == 70)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "smoothquant-o3"])
+def test_int8_tokens_do_not_depend_on_the_batch(engine_of, scheme):
+    """Integer sums are exact, so int8 rows are independent down to the last bit."""
+    config = ModelConfig.of(make_model("llama").config)
+    engine = engine_of(random_decoder(config, PRESETS[scheme], torch.float32, CPU))
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+
+    async def both():
+        alone = [(await collect_all(engine, [prompt], params))[0] for prompt in PROMPTS]
+        return alone, await collect_all(engine, PROMPTS, params)
+
+    alone, together = asyncio.run(both())
+    assert alone == together
+
+
+def test_a_seed_gives_the_same_tokens_under_preemption(tiny, engine_of):  # noqa: F811
+    _, folder = tiny("llama")
+    params = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, repetition_penalty=1.3, seed=11, ignore_eos=True)
+    runs = []
+    for limits in ({}, {"block_size": 4, "num_blocks": 70, "budget": 24}):
+        engine = engine_of(load_decoder(folder, torch.float32, CPU), **limits)
+        runs.append(asyncio.run(collect_all(engine, PROMPTS, params)))
+        assert (engine.stats().num_preemptions > 0) == bool(limits)
+    assert runs[0] == runs[1]
+
+
+def test_repetition_penalty_equals_transformers(tiny, engine_of):  # noqa: F811
+    model, folder = tiny("llama")
+    engine = engine_of(load_decoder(folder, torch.float32, CPU))
+    prompt = PROMPTS[5]
+    out = model.generate(
+        torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, repetition_penalty=1.5
+    )
+    params = SamplingParams(max_tokens=20, repetition_penalty=1.5, ignore_eos=True)
+    assert asyncio.run(collect_all(engine, [prompt], params)) == [out[0, len(prompt) :].tolist()]
+
+
+def test_logprobs_belong_to_the_tokens(tiny, engine_of):  # noqa: F811
+    model, folder = tiny("llama")
+    engine = engine_of(load_decoder(folder, torch.float32, CPU))
+    prompt = PROMPTS[4]
+    tokens = asyncio.run(collect(engine, prompt, SamplingParams(max_tokens=6, logprobs=3, ignore_eos=True)))
+    ids = torch.tensor([prompt + [token.id for token in tokens]])
+    with torch.inference_mode():
+        expected = model(ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    for row, token in zip(expected, tokens, strict=True):
+        assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4)
+        assert [i for i, _ in token.top_logprobs] == row.topk(3).indices.tolist()
+
+
+def test_eos_ends_a_request(tiny, engine_of):  # noqa: F811
+    model, folder = tiny("llama")
+    expected = greedy_by_transformers(model, PROMPTS[3], 16)
+    engine = engine_of(load_decoder(folder, torch.float32, CPU), eos_ids=[expected[5]])
+    tokens = asyncio.run(collect(engine, PROMPTS[3], SamplingParams(max_tokens=16)))
+    assert [token.id for token in tokens] == expected[: expected.index(expected[5]) + 1]
+
+
+def test_two_hundred_requests_a_third_of_them_cut_off(engine_of):
+    config = ModelConfig.of(make_model("llama").config)
+    engine = engine_of(
+        random_decoder(config, PRESETS["w8a8"], torch.float32, CPU), num_blocks=60, block_size=4, rows=12, budget=40
+    )
+    rng = random.Random(0)
+    jobs = [([rng.randrange(256) for _ in range(rng.randint(1, 60))], rng.randint(1, 30)) for _ in range(200)]
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for _, count in jobs]
+
+    async def one(i: int) -> list[int]:
+        stream = engine.submit(jobs[i][0], params[i], str(i))
+        ids = []
+        async for tokens in stream:
+            ids += [token.id for token in tokens]
+            if i % 3 == 0 and len(ids) >= jobs[i][1] // 2:
+                stream.finish(FinishReason.ABORT)
+        return ids
+
+    async def all_of_them():
+        return await asyncio.gather(*(one(i) for i in range(200)))
+
+    async def check():
+        return [await collect(engine, jobs[i][0], params[i], str(i)) for i in range(1, 200, 25) if i % 3]
+
+    ids = asyncio.run(all_of_them())
+    assert all(len(ids[i]) == jobs[i][1] for i in range(200) if i % 3)
+    alone = asyncio.run(check())
+    assert [[token.id for token in tokens] for tokens in alone] == [ids[i] for i in range(1, 200, 25) if i % 3]
+    deadline = time.monotonic() + 10
+    while engine.stats().num_running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.stats().kv_cache_usage_ratio == 0
+    assert engine.stats().num_preemptions > 0
+
+
+class SlowRunner:
+    """One made-up token per step and request, asynchronous as a GPU is; can be told to break."""
+
+    is_async = True
+    kv_cache_bytes = 0
+
+    def __init__(self) -> None:
+        self.breaks = False
+
+    def execute(self, step):
+        time.sleep(0.002)
+        return _Ready(self, [Token(len(c.request.output), time.perf_counter()) for c in step.chunks if c.samples])
+
+
+class _Ready:
+    def __init__(self, runner: SlowRunner, tokens: list[Token]) -> None:
+        self.runner, self.tokens = runner, tokens
+
+    def read(self):
+        if self.runner.breaks:
+            raise RuntimeError("the device is gone")
+        return self.tokens
+
+
+def test_a_full_queue_refuses_and_loses_nothing():
+    runner = SlowRunner()
+    engine = EngineLoop("w8a8", Scheduler(64, 16, 2, 64), runner, Turnstile(), 256, max_waiting=3).start()
+
+    async def run():
+        streams, refused = [], []
+        for i in range(30):
+            try:
+                streams.append(engine.submit([1, 2], SamplingParams(max_tokens=5), str(i)))
+            except QueueFull as error:
+                refused.append(error.message)
+        return refused, [len([t async for ts in stream for t in ts]) for stream in streams]
+
+    refused, lengths = asyncio.run(run())
+    assert refused
+    assert all("3 requests are waiting" in message for message in refused)
+    assert lengths == [5] * (30 - len(refused))
+    engine.stop()
+
+
+def test_a_failing_step_is_told_to_every_request_and_to_those_that_come_later():
+    runner = SlowRunner()
+    engine = EngineLoop("w8a8", Scheduler(64, 16, 4, 64), runner, Turnstile(), 256).start()
+
+    async def run():
+        streams = [engine.submit([1, 2], SamplingParams(max_tokens=1000), str(i)) for i in range(6)]
+        await asyncio.sleep(0.05)
+        runner.breaks = True
+        for stream in streams:
+            with pytest.raises(EngineFailed):
+                async for _ in stream:
+                    pass
+        with pytest.raises(EngineFailed):
+            engine.submit([1], SamplingParams(), "late")
+
+    asyncio.run(run())
+    assert isinstance(engine.failure, RuntimeError)
+    assert engine.stats().kv_cache_usage_ratio == 0
+
+
+def test_a_turnstile_lets_one_in_at_a_time_and_in_order():
+    turnstile, inside, order = Turnstile(), [], []
+
+    def enter(i: int) -> None:
+        time.sleep(0.02 * i)
+        with turnstile:
+            inside.append(i)
+            assert len(inside) == 1
+            time.sleep(0.05)
+            order.append(i)
+            inside.remove(i)
+
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(enter, range(5)))
+    assert order == sorted(order)

@@ -1,0 +1,179 @@
+"""Compile every kernel as its wrapper launches it, for every architecture, on a machine with no GPU.
+
+The wrappers run on meta tensors with the launch replaced by a note of its arguments; what is compiled is therefore what
+ships: the default tile of each architecture and bucket, realistic shapes and dtypes. The last line of the output is a
+JSON list, one object per kernel and architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from kernels import activation, attention, gemm, norm, quantize, rope, tiles
+from kernels.quantized import Quantized, ToInt8
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+}
+VARYING = {"T", "N", "K", "scale", "max_blocks"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+@dataclass
+class Launch:
+    """One recorded launch: the case it stands for, the kernel, and its arguments by name."""
+
+    capability: int
+    case: str
+    fn: JITFunction
+    arguments: dict[str, Any]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def rows(T: int = 64) -> None:
+    """Norms, activations and quantization, at the longest row allowed, whose registers are the tightest."""
+    static = ToInt8(meta(1, dtype=torch.float32))
+    quantize.quantize_rows(meta(T, quantize.MAX_ROW))
+    x, weight = meta(T, quantize.MAX_BUSY_ROW), meta(quantize.MAX_BUSY_ROW)
+    for to in (None, ToInt8(), static):
+        norm.rms_norm(x, weight, 1e-5, x, to)
+        norm.layer_norm(x, weight, weight, 1e-5, x, to)
+        activation.silu_mul(meta(T, 2 * quantize.MAX_ROW), to)
+        activation.gelu(x, "none", to)
+    for to in (ToInt8(), static):
+        activation.gelu(x, "tanh", to)
+        activation.relu(meta(T, quantize.MAX_ROW), to)
+    quantize.quantize_tensor(meta(T, 4096))
+    quantize.quantize_tensor(meta(T, 4096), static.scale)
+
+
+def linears() -> None:
+    """Every default tile: wide and narrow N, all buckets of T; then the epilogues, on the prefill tile."""
+    scale = meta(1, dtype=torch.float32)
+    for N, K in ((28672, 4096), (4096, 14336)):
+        weight, weight_scale = meta(N, K, dtype=torch.int8), meta(N, dtype=torch.float32)
+        for T in (1, 32, 64, 128, 256, 512, 1024, 2048):
+            x = Quantized(meta(T, K, dtype=torch.int8), meta(T, dtype=torch.float32))
+            gemm.int8_linear(x, weight, weight_scale, residual=meta(T, N) if N == 4096 else None)
+    gemm.int8_matmul(x.codes, weight)
+    gemm.int8_linear(x, weight, weight_scale, meta(N), meta(T, N), out_scale=scale)
+    gemm.int8_linear(Quantized(x.codes, scale), weight, scale, meta(N), out_dtype=torch.bfloat16)
+    for N, K in ((1536, 576), (300, 200)):
+        odd = Quantized(meta(17, K, dtype=torch.int8), meta(17, dtype=torch.float32))
+        gemm.int8_linear(odd, meta(N, K, dtype=torch.int8), meta(N, dtype=torch.float32))
+
+
+def attentions() -> None:
+    for D, H, G in ((64, 32, 8), (96, 32, 32), (128, 32, 8), (256, 8, 1)):
+        for dtype in (torch.float16, torch.bfloat16) if D == 64 else (torch.float16,):
+            attend(D, H, G, dtype)
+    attend(128, 32, 8, torch.float32)
+
+
+def attend(D: int, H: int, G: int, dtype: torch.dtype, B: int = 4, T: int = 512) -> None:
+    cache, ints = meta(64, 16, G, D, dtype=dtype), {"dtype": torch.int32}
+    q = rope.rope_and_cache(
+        meta(T, (H + 2 * G) * D, dtype=dtype), meta(T, **ints), meta(T, **ints), meta(4096, D, dtype=torch.float32),
+        cache, cache, H,
+    )  # fmt: skip
+    for max_blocks in (4, 256) if D == 128 else (256,):
+        table = meta(B, max_blocks, **ints)
+        attention.paged_attention(q, cache, cache, table, meta(B + 1, **ints), meta(B, **ints), T, D**-0.5)
+
+
+def record() -> list[Launch]:
+    """Every distinct launch of the wrappers on every architecture."""
+    launches: dict[str, Launch] = {}
+    capability = 0
+
+    def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        shown = {k: TYPES[v.dtype] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        shown["depth"] = "aligned" if arguments.get("K", 0) % 16 == 0 else "odd"
+        shown = {k: v for k, v in shown.items() if k not in VARYING and not k.startswith("stride")}
+        case = f"sm_{capability} {self.__name__} " + " ".join(f"{k}={v}" for k, v in shown.items() if v is not None)
+        launches.setdefault(case, Launch(capability, case, self, arguments))
+
+    JITFunction.run = note
+    for module in (gemm, attention):
+        module.current_gpu = lambda _: tiles.Gpu("untuned", capability)
+    for capability in ARCHITECTURES:  # noqa: B007 -- `note` reads it
+        rows()
+        linears()
+        attentions()
+    return list(launches.values())
+
+
+def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton compiles for a launch, specialized as its runtime would, and the options."""
+    signature, constants, attributes = {}, {}, {}
+    arguments = dict(launch.arguments)
+    for index, parameter in enumerate(launch.fn.params):
+        value = arguments.pop(parameter.name)
+        specialize = not parameter.do_not_specialize
+        is_constant = parameter.is_constexpr or value is None or (specialize and type(value) is int and value == 1)
+        if is_constant:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        aligned = isinstance(value, torch.Tensor) or (specialize and type(value) is int and value % 16 == 0)
+        if aligned and not is_constant:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.fn, signature, constants, attributes), arguments
+
+
+def build(launch: Launch) -> dict[str, Any]:
+    """Compile one launch; read its instructions, shared memory and stack (a spilled register lives on the stack)."""
+    result: dict[str, Any] = {"case": launch.case, "kernel": launch.fn.__name__, "capability": launch.capability}
+    src, options = source(launch)
+    compiled = triton.compile(src, target=GPUTarget("cuda", launch.capability, 32), options=options)
+    matrix = re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)(\S*)", compiled.asm["ptx"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, check=True, text=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return result | {
+        "matrix": sorted({name + suffix for name, suffix in matrix}),
+        "shared": compiled.metadata.shared,
+        "registers": registers,
+        "stack": stack + local,
+    }
+
+
+LAUNCHES: list[Launch] = []
+
+
+def build_nth(index: int) -> dict[str, Any]:
+    return build(LAUNCHES[index])
+
+
+if __name__ == "__main__":
+    LAUNCHES += [launch for launch in record() if len(sys.argv) < 2 or re.search(sys.argv[1], launch.case)]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        results = pool.map(build_nth, range(len(LAUNCHES)), chunksize=4)
+    print(json.dumps(results))

@@ -1,0 +1,87 @@
+"""Every kernel compiles for every architecture, on the tensor cores meant for it, without spilling a register.
+
+`compile_all.py` does the work in a process of its own, since here the kernels may be defined for the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = (80, 89, 90, 100, 120)
+# Shared memory of one block, bytes: CUDA C++ programming guide, table of technical specifications.
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+INT8_MMA = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
+GEMMS = ("_int8_linear_kernel", "_int8_linear_swapped_kernel")
+
+
+@pytest.fixture(scope="module")
+def built() -> list[dict[str, Any]]:
+    """One record per kernel, launch options and architecture."""
+    command = [sys.executable, str(ROOT / "tests/kernels/compile_all.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    records: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return records
+
+
+def instructions(built: list[dict[str, Any]], capability: int, kernel: str, having: str = "") -> set[str]:
+    """The matrix instructions in all records of a kernel on an architecture."""
+    chosen = [r for r in built if (r["capability"], r["kernel"]) == (capability, kernel) and having in r["case"]]
+    assert chosen, f"{kernel} {having} was not compiled for sm_{capability}"
+    assert all(r["matrix"] for r in chosen), [r["case"] for r in chosen if not r["matrix"]]
+    return {name for r in chosen for name in r["matrix"]}
+
+
+def test_every_kernel_was_compiled_for_every_architecture(built: list[dict[str, Any]]) -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    defined = {line.split("(")[0].removeprefix("def ") for line in sources.splitlines() if line.startswith("def _")}
+    defined = {name for name in defined if name.endswith("_kernel")}
+    for capability in ARCHITECTURES:
+        assert {r["kernel"] for r in built if r["capability"] == capability} == defined
+
+
+def test_nothing_spills(built: list[dict[str, Any]]) -> None:
+    assert not [(r["case"], r["stack"]) for r in built if r["stack"]]
+
+
+def test_shared_memory_fits(built: list[dict[str, Any]]) -> None:
+    assert not [(r["case"], r["shared"]) for r in built if r["shared"] > SHARED_LIMIT[r["capability"]]]
+
+
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+def test_int8_tensor_cores(built: list[dict[str, Any]], capability: int) -> None:
+    for kernel in GEMMS:
+        assert instructions(built, capability, kernel) == {INT8_MMA}
+
+
+def test_int8_tensor_cores_of_hopper(built: list[dict[str, Any]]) -> None:
+    prefill = instructions(built, 90, "_int8_linear_kernel", "BLOCK_T=128")
+    decode = instructions(built, 90, "_int8_linear_swapped_kernel")
+    for names in (prefill, decode):
+        assert all(n.startswith("wgmma.mma_async.sync.aligned.m64n") and n.endswith("k32.s32.s8.s8") for n in names)
+    assert "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8" in decode
+    # 16 tokens on the M side are fewer than the 64 rows of wgmma.
+    assert instructions(built, 90, "_int8_linear_kernel", "BLOCK_T=16") == {INT8_MMA}
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_attention_uses_tensor_cores(built: list[dict[str, Any]], capability: int) -> None:
+    for dtype, name in (("*fp16", "f16"), ("*bf16", "bf16")):
+        for kernel in ("_paged_attention_kernel", "_paged_decode_kernel"):
+            names = instructions(built, capability, kernel, f"q_ptr={dtype}")
+            assert names, kernel
+            if kernel == "_paged_attention_kernel":
+                prefix = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync.aligned.m16n8k16")
+            else:
+                prefix = "mma.sync.aligned.m16n8k16"
+            assert all(n.startswith(prefix) for n in names), names
+            assert all(name in n for n in names if not n.startswith("tcgen05")), names

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from quant.smooth import MAX_S, MIN_S, SmoothGroup, fold, migration
+
+magnitudes = st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=8)
+alphas = st.floats(0, 1)
+
+
+@given(x=magnitudes, alpha=alphas, data=st.data())
+def test_migration_is_finite_positive_and_leaves_dead_channels(x, alpha, data):
+    w = data.draw(st.lists(st.floats(0, 1e4, width=32), min_size=len(x), max_size=len(x)))
+    s = migration(torch.tensor(x), torch.tensor(w), alpha)
+    assert s.dtype == torch.float32
+    assert bool(((s >= MIN_S * 0.999) & (s <= MAX_S * 1.001)).all())
+    for k in range(len(x)):
+        if x[k] == 0 or w[k] == 0:
+            assert s[k] == 1
+
+
+@given(x=st.floats(1e-2, 1e3), w=st.floats(1e-2, 1e3), alpha=alphas)
+def test_migration_is_the_equation(x, w, alpha):
+    s = migration(torch.tensor([x]), torch.tensor([w]), alpha).item()
+    assert s == pytest.approx(x**alpha / w ** (1 - alpha), rel=1e-5)
+
+
+@given(x=st.floats(1e-2, 1e3), w=st.floats(1e-2, 1e3))
+def test_half_way_both_sides_are_equally_hard(x, w):
+    s = migration(torch.tensor([x]), torch.tensor([w]), 0.5).item()
+    assert x / s == pytest.approx(w * s, rel=1e-4)
+
+
+@given(x=st.floats(1e-2, 1e3), w=st.floats(1e-2, 1e3), low=alphas, high=alphas)
+def test_more_alpha_never_leaves_more_in_the_activation(x, w, low, high):
+    low, high = sorted((low, high))
+    s_low, s_high = (migration(torch.tensor([x]), torch.tensor([w]), alpha).item() for alpha in (low, high))
+    # d log s / d alpha = log x + log w
+    assert (s_high >= s_low * 0.9999) if x * w >= 1 else (s_high <= s_low * 1.0001)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "alpha", "message"),
+    [
+        ([1.0], [1.0], 1.1, "alpha = 1.1"),
+        ([1.0], [1.0, 2.0], 0.5, r"must both be \[K\]"),
+        ([float("nan")], [1.0], 0.5, "x_absmax holds"),
+        ([1.0], [float("inf")], 0.5, "w_absmax holds"),
+        ([-1.0], [1.0], 0.5, "x_absmax holds"),
+    ],
+)
+def test_migration_refuses(x, w, alpha, message):
+    with pytest.raises(ValueError, match=message):
+        migration(torch.tensor(x), torch.tensor(w), alpha)
+
+
+def _rand(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+
+
+def _norm_block(x, state):
+    y = nn.functional.layer_norm(x, (8,), state["norm.weight"], state["norm.bias"])
+    return torch.cat([y @ state["a.weight"].T, y @ state["b.weight"].T], dim=-1)
+
+
+@given(alpha=alphas, seed=st.integers(0, 1000))
+def test_norm_to_linears_keeps_the_function(alpha, seed):
+    state = {
+        "norm.weight": _rand(8, seed=seed) * 10,
+        "norm.bias": _rand(8, seed=seed + 1),
+        "a.weight": _rand(5, 8, seed=seed + 2),
+        "b.weight": _rand(3, 8, seed=seed + 3),
+    }
+    x = _rand(16, 8, seed=seed + 4)
+    before = _norm_block(x, state)
+    original = {name: tensor.clone() for name, tensor in state.items()}
+    given_tensors = dict(state)
+    absmax = dict.fromkeys(
+        ("a", "b"), nn.functional.layer_norm(x, (8,), state["norm.weight"], state["norm.bias"]).abs().amax(0)
+    )
+    smoothed = fold(state, [SmoothGroup("norm", ("a", "b"))], absmax, alpha)
+    torch.testing.assert_close(_norm_block(x, state), before, rtol=1e-4, atol=1e-4)
+    after = nn.functional.layer_norm(x, (8,), state["norm.weight"], state["norm.bias"]).abs().amax(0)
+    torch.testing.assert_close(smoothed["a"], after, rtol=1e-4, atol=1e-5)
+    assert smoothed["b"].equal(smoothed["a"])
+    assert all(torch.equal(given_tensors[name], original[name]) for name in original)  # the dict changes, no tensor
+
+
+def _gated(x, state):
+    return (nn.functional.silu(x @ state["gate.weight"].T) * (x @ state["up.weight"].T + state["up.bias"])) @ state[
+        "down.weight"
+    ].T
+
+
+@given(alpha=alphas, seed=st.integers(0, 1000))
+def test_up_to_down_keeps_the_function(alpha, seed):
+    state = {
+        "gate.weight": _rand(12, 8, seed=seed),
+        "up.weight": _rand(12, 8, seed=seed + 1),
+        "up.bias": _rand(12, seed=seed + 2),
+        "down.weight": _rand(8, 12, seed=seed + 3),
+    }
+    x = _rand(16, 8, seed=seed + 4)
+    before = _gated(x, state)
+    hidden = nn.functional.silu(x @ state["gate.weight"].T) * (x @ state["up.weight"].T + state["up.bias"])
+    fold(state, [SmoothGroup("up", ("down",))], {"down": hidden.abs().amax(0)}, alpha)
+    torch.testing.assert_close(_gated(x, state), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_rounded_to_bfloat16_is_compensated_in_its_sinks():
+    state = {"norm.weight": _rand(64, seed=0), "a.weight": _rand(5, 64, seed=1)}
+    x = _rand(4, 64, seed=2)
+    before = (x * state["norm.weight"]) @ state["a.weight"].T
+    fold(state, [SmoothGroup("norm", ("a",))], {"a": _rand(64, seed=3).abs()}, 0.5, torch.bfloat16)
+    stored = state["norm.weight"].bfloat16().float()
+    torch.testing.assert_close((x * stored) @ state["a.weight"].T, before, rtol=1e-4, atol=1e-4)
+    assert torch.equal(stored, state["norm.weight"])
+
+
+def test_zero_norm_weights_and_dead_columns_stay():
+    state = {"norm.weight": torch.tensor([0.0, 2.0, 3.0]), "a.weight": torch.tensor([[1.0, 0.0, 4.0]])}
+    smoothed = fold(state, [SmoothGroup("norm", ("a",))], {"a": torch.tensor([0.0, 5.0, 36.0])}, 0.5)
+    assert state["norm.weight"].tolist() == pytest.approx([0.0, 2.0, 1.0])
+    assert state["a.weight"].tolist() == [pytest.approx([1.0, 0.0, 12.0])]
+    assert smoothed["a"].tolist() == pytest.approx([0.0, 5.0, 12.0])
+
+
+def test_smoothing_leaves_the_whole_model_unchanged(tiny):
+    model = tiny.model.double()
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        before = model(ids).logits
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.float() for name, tensor in original.items()}
+    fold(state, tiny.groups, tiny.absmax, 0.5)
+    assert not torch.equal(state["model.layers.0.input_layernorm.weight"].double(), original["model.norm.weight"])
+    model.load_state_dict(state)
+    with torch.inference_mode():
+        after = model(ids).logits
+    model.load_state_dict(original)
+    model.float()
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("group", "absmax", "message"),
+    [
+        (SmoothGroup("norm", ("gone",)), {"gone": torch.ones(3)}, "no tensor gone.weight"),
+        (SmoothGroup("gone", ("a",)), {"a": torch.ones(3)}, "no tensor gone.weight"),
+        (SmoothGroup("norm", ("a",)), {}, "no activation range for a"),
+        (SmoothGroup("norm", ()), {}, "no activation range for any sink"),
+        (SmoothGroup("short", ("a",)), {"a": torch.ones(3)}, "writes 2 channels, the sinks read 3"),
+    ],
+)
+def test_fold_refuses_what_does_not_fit(group, absmax, message):
+    state = {"norm.weight": torch.ones(3), "short.weight": torch.ones(2), "a.weight": torch.ones(1, 3)}
+    with pytest.raises(ValueError, match=message):
+        fold(state, [group], absmax, 0.5)

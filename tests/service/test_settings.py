@@ -1,0 +1,75 @@
+"""Settings: sources, bounds, and names that do not exist."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from service.errors import InvalidSettings
+from service.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in os.environ:
+        if name.upper().startswith("OTTAVA_"):
+            monkeypatch.delenv(name)
+
+
+def test_defaults(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    settings = load_settings()
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert settings.model is None
+    assert settings.variants == ("w8a8", "fp16")
+    assert settings.cache_dir == Path("/somewhere/ottava")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert load_settings().cache_dir == Path.home() / ".cache" / "ottava"
+
+
+def test_environment_then_overrides(monkeypatch):
+    monkeypatch.setenv("OTTAVA_PORT", "9000")
+    monkeypatch.setenv("OTTAVA_VARIANTS", "fp16, w8a8")
+    monkeypatch.setenv("OTTAVA_CUDA_GRAPHS", "false")
+    settings = load_settings(host=None, max_waiting=5)
+    assert (settings.port, settings.variants, settings.cuda_graphs) == (9000, ("fp16", "w8a8"), False)
+    assert (settings.host, settings.max_waiting) == ("127.0.0.1", 5)
+    assert load_settings(port=1234, variants="fp16").variants == ("fp16",)
+
+
+def test_an_unknown_variable_names_the_nearest(monkeypatch):
+    monkeypatch.setenv("OTTAVA_MAX_WAITNG", "5")
+    with pytest.raises(InvalidSettings, match=r"OTTAVA_MAX_WAITNG.*OTTAVA_MAX_WAITING"):
+        load_settings()
+
+
+def test_an_unknown_name_names_the_nearest():
+    with pytest.raises(InvalidSettings, match=r"'blok_size'.*'block_size'"):
+        load_settings(blok_size=16)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"port": 70000}, "port = 70000.*65535"),
+        ({"block_size": 12}, "block_size = 12.*power of two"),
+        ({"variants": ""}, "variants"),
+        ({"variants": "int4"}, "variants.*'w8a8' or 'fp16'"),
+        ({"variants": "fp16,fp16"}, "named twice"),
+        ({"alpha": 1.5}, "alpha"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"dtype": "int8"}, "dtype.*float16"),
+        ({"max_num_requests": 600}, "max_batched_tokens is 512, below max_num_requests 600"),
+        ({"kv_cache_bytes": 0}, "kv_cache_bytes"),
+    ],
+)
+def test_impossible_values_are_told_in_one_line(values, words):
+    with pytest.raises(InvalidSettings, match=words) as caught:
+        load_settings(**values)
+    assert "\n" not in caught.value.message
+
+
+def test_every_field_has_a_reason_and_cannot_change():
+    assert all(field.description for field in Settings.model_fields.values())
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings().port = 1
