@@ -28,8 +28,8 @@ def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
     Raises:
         ValueError: K differs between the two, weight_q is not contiguous, or K is above `MAX_DEPTH`.
     """
-    x_q, y = x_q.contiguous(), torch.empty((len(x_q), len(weight_q)), dtype=torch.int32, device=x_q.device)
-    _launch(Quantized(x_q, y), weight_q, None, None, None, y, None)
+    y = torch.empty((len(x_q), len(weight_q)), dtype=torch.int32, device=x_q.device)
+    _launch(x_q.contiguous(), None, weight_q, None, None, None, y, None)
     return y
 
 
@@ -74,12 +74,13 @@ def int8_linear(
         raise ValueError(f"residual {tuple(residual.shape)} must be {(T, N)}")
     y = torch.empty((T, N), dtype=out_dtype if out_scale is None else torch.int8, device=codes.device)
     residual = None if residual is None else residual.contiguous()
-    _launch(Quantized(codes, x.scale), weight_q, weight_scale, bias, residual, y, out_scale)
+    _launch(codes, x.scale, weight_q, weight_scale, bias, residual, y, out_scale)
     return y if out_scale is None else Quantized(y, out_scale)
 
 
 def _launch(
-    x: Quantized,
+    x_q: Tensor,
+    x_scale: Tensor | None,
     weight_q: Tensor,
     weight_scale: Tensor | None,
     bias: Tensor | None,
@@ -87,8 +88,8 @@ def _launch(
     y: Tensor,
     out_scale: Tensor | None,
 ) -> None:
-    """Run the kernel that the tile table names. Without a weight scale, y receives the accumulator itself."""
-    (T, K), N = x.codes.shape, len(weight_q)
+    """Run the kernel that the tile table names. Without scales, y receives the accumulator itself."""
+    (T, K), N = x_q.shape, len(weight_q)
     if weight_q.shape[1] != K or not weight_q.is_contiguous():
         raise ValueError(f"weight_q {tuple(weight_q.shape)} must be [N, {K}] and contiguous, for x of depth {K}")
     if K > MAX_DEPTH:
@@ -96,8 +97,9 @@ def _launch(
     tile = choose(current_gpu(y.device), N, K, T)
     kernel = _int8_linear_kernel if tile.kernel == "plain" else _int8_linear_swapped_kernel
     kernel[(triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n),)](
-        x.codes, weight_q, x.scale, weight_scale, bias, residual, y, out_scale, T, N, K,
-        PER_ROW=x.scale.numel() == T, PER_COLUMN=weight_scale is not None and weight_scale.numel() == N,
+        x_q, weight_q, x_scale, weight_scale, bias, residual, y, out_scale, T, N, K,
+        PER_ROW=x_scale is not None and x_scale.numel() == T,
+        PER_COLUMN=weight_scale is not None and weight_scale.numel() == N,
         **launch_options(tile, K),
     )  # fmt: skip
 

@@ -146,11 +146,11 @@ def prefill_tile(gpu: Gpu, block_d: int, element_bytes: int) -> AttentionTile:
     if gpu == INTERPRETER:
         return AttentionTile(16, 16, num_warps=4, num_stages=1)
     if element_bytes == 4:
-        return AttentionTile(16, 16, num_warps=4, num_stages=1)
+        return AttentionTile(16, 16, num_warps=8, num_stages=1)
     if gpu.capability == 90:
         return AttentionTile(128, 64 if block_d <= 128 else 32, num_warps=8, num_stages=3)
     if block_d > 128:
-        return AttentionTile(64, 16, num_warps=4, num_stages=2)
+        return AttentionTile(64, 32, num_warps=8, num_stages=3)
     if gpu.capability == 100:
         return AttentionTile(128, 64, num_warps=4 if block_d <= 64 else 8, num_stages=3)
     return AttentionTile(128, 32, num_warps=8, num_stages=5)

@@ -16,6 +16,7 @@ import torch
 import typer
 import uvicorn
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -195,8 +196,9 @@ def _told_in_one_line() -> Iterator[None]:
     """Turn an error that the user can mend into one line on stderr and exit code 1."""
     try:
         yield
-    except (StartupError, CheckpointError, FileExistsError, torch.OutOfMemoryError) as error:
-        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    except (StartupError, CheckpointError, OSError, torch.OutOfMemoryError) as error:
+        # Brackets of a path or a shape are text, not markup.
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 
@@ -204,7 +206,7 @@ def _told_in_one_line() -> Iterator[None]:
 def _progress_bars() -> Iterator[Any]:
     """A bar per stage on stderr; stages without a length pulse."""
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()
-    with Progress(*columns, console=err, transient=not sys.stderr.isatty()) as progress:
+    with Progress(*columns, console=err, disable=not sys.stderr.isatty()) as progress:
         tasks: dict[str, Any] = {}
 
         def on_progress(stage: str, done: int, total: int) -> None:

@@ -85,9 +85,7 @@ class Host:
             "max_model_len": first.decoder.config.max_model_len,
             "variants": {name: _describe(variant) for name, variant in self.variants.items()},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-            "gpu_memory_bytes": torch.cuda.get_device_properties(device).total_memory
-            if device.type == "cuda"
-            else None,
+            "gpu_memory_bytes": _gpu_memory_bytes(device),
             "versions": {
                 "ottava": __version__,
                 "torch": torch.__version__,
@@ -100,7 +98,8 @@ class Host:
     def self_check(self) -> dict[str, str]:
         """Run a few fixed prompts through every variant: {variant: reason} of those that must not serve."""
         refused: dict[str, str] = {}
-        prompts = [torch.tensor(self.tokenizer.encode(text)) for text in CHECK_PROMPTS]
+        max_len = next(iter(self.variants.values())).decoder.config.max_model_len
+        prompts = [torch.tensor(self.tokenizer.encode(text)[:max_len]) for text in CHECK_PROMPTS]
         baseline = self.variants.get(BASELINE)
         with torch.inference_mode(), self._turnstile:
             expected = [score(baseline.decoder, ids) for ids in prompts] if baseline else None
@@ -120,22 +119,26 @@ def open_host(settings: Settings, on_progress: Progress = silent) -> Host:
         CheckpointError: the weights are corrupt or quantized in a way that is not served.
     """
     device = pick_device(settings.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidSettings("device = 'cuda': no CUDA GPU is visible here; use device auto or cpu")
     if settings.scheme not in PRESETS or not PRESETS[settings.scheme].is_int8:
         served = ", ".join(name for name, scheme in PRESETS.items() if scheme.is_int8)
         raise InvalidSettings(f"scheme = {settings.scheme!r} is not an int8 scheme; choose one of {served}")
     folder = resolve_model(settings.model, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
+    # Known before minutes of quantizing, not after them.
+    ModelConfig.load(folder, settings.max_model_len)
     tokenizer = Tokenizer.from_folder(folder)
     loaded = {name: _load_variant(name, folder, settings, device, on_progress) for name in settings.variants}
     turnstile = Turnstile()
-    variants: dict[str, Variant] = {}
-    for name, (decoder, notes) in loaded.items():
-        budget = settings.kv_cache_bytes or cache_budget(device, len(loaded) - len(variants))
-        variants[name] = start_variant(
-            name, decoder, settings, budget, turnstile, tokenizer.eos_ids, notes, on_progress
-        )
-    return Host(settings.model or folder.name, variants, tokenizer, turnstile)
+    host = Host(settings.model or folder.name, {}, tokenizer, turnstile)
+    try:
+        for name, (decoder, notes) in loaded.items():
+            budget = settings.kv_cache_bytes or cache_budget(device, len(loaded) - len(host.variants))
+            host.variants[name] = start_variant(
+                name, decoder, settings, budget, turnstile, tokenizer.eos_ids, notes, on_progress
+            )
+    except BaseException:
+        host.stop()
+        raise
+    return host
 
 
 def start_variant(
@@ -159,8 +162,8 @@ def start_variant(
     num_blocks = min(kv_cache_bytes // block_bytes, num_needed * settings.max_num_requests)
     if num_blocks < num_needed:
         raise InvalidSettings(
-            f"the KV cache of {name} has {kv_cache_bytes / 2**20:.0f} MiB; one request of {config.max_model_len} tokens "
-            f"takes {num_needed * block_bytes / 2**20:.0f} MiB: lower max_model_len or raise kv_cache_bytes"
+            f"the KV cache of {name} has {kv_cache_bytes / 2**20:.3g} MiB; one request of {config.max_model_len} "
+            f"tokens takes {num_needed * block_bytes / 2**20:.3g} MiB: lower max_model_len or raise kv_cache_bytes"
         )
     limits = settings.max_num_requests, settings.max_batched_tokens
     runner = Runner(decoder, num_blocks, block_size, *limits, use_graphs=settings.cuda_graphs)
@@ -205,7 +208,10 @@ def _load_variant(
     on_progress(f"loading {name}", 0, 0)
     config = ModelConfig.load(folder, settings.max_model_len)
     decoder = load_decoder(folder, pick_dtype(settings.dtype, config, device), device, settings.max_model_len)
-    return decoder, Checkpoint.open(folder, decoder.dtype, device).notes or {"scheme": scheme.name}
+    return decoder, Checkpoint.open(folder, decoder.dtype, device).notes or {
+        "scheme": scheme.name,
+        "description": scheme.describe() if name == BASELINE else None,
+    }
 
 
 def _baseline_folder(folder: Path, settings: Settings, on_progress: Progress) -> Path:

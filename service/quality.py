@@ -36,17 +36,18 @@ def measure_quality(
         calibration: where activation ranges come from; measured once for all schemes.
 
     Raises:
-        UnsupportedModel: the model is quantized already, or not of a served family.
+        UnsupportedModel: the model is quantized already, not of a served family, shorter of context than a window, or
+            its logits are not finite.
     """
     if is_quantized(folder):
         raise UnsupportedModel(f"{folder} is quantized already; evaluate the float model and name schemes")
     device = pick_device(settings.device)
-    dtype = pick_dtype(settings.dtype, ModelConfig.load(folder), device)
+    length = windows.shape[1]
+    dtype = pick_dtype(settings.dtype, ModelConfig.load(folder, length), device)
     quantized = [scheme for scheme in schemes if scheme.is_int8]
     ranges: dict[str, Tensor] = {}
     if any(scheme.needs_calibration for scheme in quantized):
         ranges = measure_ranges(folder, calibration, device, on_progress)
-    length = windows.shape[1]
     candidates: dict[str, Callable[[Tensor], Tensor]] = {}
     with TemporaryDirectory(prefix="ottava-evaluate-") as scratch:
         for scheme in quantized:
@@ -54,9 +55,12 @@ def measure_quality(
             quantize_model(folder, out, scheme, calibration, device, on_progress, ranges)
             candidates[scheme.name] = _scorer(load_decoder(out, dtype, device, length))
         baseline = _scorer(load_decoder(folder, dtype, device, length))
-        return evaluate(
-            ("fp16", baseline), candidates, windows, lambda done, total: on_progress("measuring", done, total)
-        )
+        try:
+            return evaluate(
+                ("fp16", baseline), candidates, windows, lambda done, total: on_progress("measuring", done, total)
+            )
+        except ValueError as error:
+            raise UnsupportedModel(f"{folder} cannot be measured: {error}") from error
 
 
 def _scorer(decoder: Decoder) -> Callable[[Tensor], Tensor]:

@@ -54,8 +54,8 @@ class Settings(BaseSettings):
         4 << 20, ge=1024, description="Largest request body; a longer one gets 413 before it is read."
     )
     scheme: str = Field("w8a8", min_length=1, description="Quantization preset of the w8a8 variant.")
-    alpha: float = Field(
-        0.5, ge=0, le=1, allow_inf_nan=False, description="SmoothQuant migration strength: 0 keeps activations as is."
+    alpha: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="SmoothQuant migration strength: 0 keeps activations as is; none: the scheme's own."
     )
     calibration: Path | None = Field(
         None, description="Text file for the activation ranges; none: the model writes its own."

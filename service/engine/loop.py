@@ -125,7 +125,7 @@ class EngineLoop:
         self._turnstile = turnstile
         self._max_waiting = max_waiting
         self._weight_bytes = weight_bytes
-        self._num_steps = 0
+        self._step_batch_sizes = [0] * (scheduler.max_num_requests + 1)
         self._inbox: deque[tuple[RequestStream, FinishReason | None]] = deque()
         self._num_unseen = 0
         self._streams: dict[Request, RequestStream] = {}
@@ -188,7 +188,8 @@ class EngineLoop:
             num_blocks=scheduler.pool.num_blocks,
             num_free_blocks=scheduler.pool.num_free,
             num_preemptions=scheduler.num_preemptions,
-            num_steps=self._num_steps,
+            num_steps=sum(self._step_batch_sizes),
+            step_batch_sizes=tuple(self._step_batch_sizes),
             weight_bytes=self._weight_bytes,
             kv_cache_bytes=self._runner.kv_cache_bytes,
         )
@@ -210,7 +211,7 @@ class EngineLoop:
             if step is not None:
                 with self._turnstile:
                     launched = step, self._runner.execute(step)
-                self._num_steps += 1
+                self._step_batch_sizes[len(step.chunks)] += 1
             # On an asynchronous device the step before is read while this one runs.
             if in_flight is not None:
                 self._settle(*in_flight)

@@ -58,6 +58,7 @@ class Scheduler:
     ) -> None:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
+        self.max_num_requests = max_num_requests
         self.max_batched_tokens = max_batched_tokens
         self.eos_ids = eos_ids
         self.waiting: deque[Request] = deque()

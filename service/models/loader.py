@@ -11,7 +11,7 @@ from kernels import CODE_MAX
 from quant.checkpoint import Checkpoint, CheckpointError
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import Scheme
-from service.errors import ModelNotFound, UnsafeCheckpoint
+from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint
 from service.models.decoder import Decoder
 from service.models.families import ModelConfig, linear_names
 
@@ -102,9 +102,15 @@ def refuse_unsafe(folder: Path) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to serve on: "auto" is CUDA where there is one."""
+    """The device to serve on: "auto" is CUDA where there is one.
+
+    Raises:
+        InvalidSettings: CUDA is asked for and there is none.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidSettings("device = 'cuda': no CUDA GPU is visible here; use device auto or cpu")
     return torch.device(name)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pydoc_data.topics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +13,17 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kernels import __version__
 from quant.calibrate import calibrate, self_written, windows_from_text
 from quant.convert import quantize_checkpoint
 from quant.scheme import Scheme
+from quant.tensors import read_json
 from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel
 from service.models.demo import prepare_demo_model
 from service.models.families import ModelConfig, first_line, linear_names, smooth_groups
-from service.models.loader import pick_dtype, refuse_unsafe
+from service.models.loader import load_decoder, pick_dtype, refuse_unsafe
 
 FETCHED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 """What is downloaded of a model: never pickled weights, never code."""
@@ -55,8 +55,8 @@ class Calibration:
     offset: int = 0
 
     def describe(self) -> str:
-        source = "text written by the model itself" if self.text is None else self.text.name
-        return f"{self.num_windows} windows of {self.window_len} tokens, {source}, seed {self.seed}"
+        source = f"text that the model wrote itself, seed {self.seed}" if self.text is None else self.text.name
+        return f"{self.num_windows * self.window_len} tokens of {source}"
 
 
 def resolve_model(name: str | None, cache: Path, on_stage: Callable[[str], None] = lambda _: None) -> Path:
@@ -88,9 +88,13 @@ def _fetch(name: str, on_stage: Callable[[str], None]) -> Path:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether a model folder names a quantization in its config.json."""
+    """Whether a model folder names a quantization in its config.json.
+
+    Raises:
+        CheckpointError: config.json is not a JSON object.
+    """
     path = folder / "config.json"
-    return path.is_file() and "quantization_config" in json.loads(path.read_text(encoding="utf-8"))
+    return path.is_file() and read_json(path).get("quantization_config") is not None
 
 
 def calibration_text(path: Path | None) -> str:
@@ -114,30 +118,44 @@ def measure_ranges(
 
     Raises:
         InvalidSettings: the calibration text cannot be read or is too short.
+        CheckpointError: a tensor is missing, corrupt or of another shape.
+        UnsupportedModel: the model's activations are not finite.
     """
     text = calibration_text(calibration.text) if calibration.text else None
     config = ModelConfig.load(folder)
+    # transformers gives a missing tensor random values, so names and shapes are checked before it is asked.
+    load_decoder(folder, None, torch.device("meta"))
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=pick_dtype("auto", config, device), device_map=str(device)
     )
-    if text is None:
-        window_len = min(calibration.window_len, SELF_WRITTEN_TOKENS)
-        windows = self_written(
-            model,
-            calibration.num_windows * calibration.window_len // window_len,
-            window_len,
-            calibration.seed,
-            lambda done, total: on_progress("writing calibration text", done, total),
+    try:
+        windows = (
+            _own_windows(model, calibration, config.max_model_len, on_progress)
+            if text is None
+            else _text_windows(folder, text, calibration)
         )
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        try:
-            windows = windows_from_text(
-                tokenizer, text, calibration.num_windows, calibration.window_len, calibration.offset
-            )
-        except ValueError as error:
-            raise InvalidSettings(f"calibration text {calibration.text}: {error}") from error
-    return calibrate(model, windows, lambda done, total: on_progress("calibrating", done, total))
+        return calibrate(model, windows, lambda done, total: on_progress("calibrating", done, total))
+    except ValueError as error:
+        raise UnsupportedModel(f"{folder} cannot be calibrated: {error}") from error
+
+
+def _own_windows(model: PreTrainedModel, calibration: Calibration, max_model_len: int, on_progress: Progress) -> Tensor:
+    window_len = min(calibration.window_len, SELF_WRITTEN_TOKENS, max_model_len)
+    return self_written(
+        model,
+        calibration.num_windows * calibration.window_len // window_len,
+        window_len,
+        calibration.seed,
+        lambda done, total: on_progress("writing calibration text", done, total),
+    )
+
+
+def _text_windows(folder: Path, text: str, calibration: Calibration) -> Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        return windows_from_text(tokenizer, text, calibration.num_windows, calibration.window_len, calibration.offset)
+    except ValueError as error:
+        raise InvalidSettings(f"calibration text {calibration.text}: {error}") from error
 
 
 def quantize_model(
@@ -155,25 +173,31 @@ def quantize_model(
         ranges: what `measure_ranges` gave, where it is known already.
 
     Raises:
-        UnsupportedModel: the source is quantized already, or not of a served family.
+        UnsupportedModel: the source is quantized already, not of a served family, or holds values that are not finite.
         FileExistsError: out exists and is not empty.
     """
+    # Known before minutes of calibration, not after them.
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty; remove it or name another folder")
     if is_quantized(source):
         raise UnsupportedModel(f"{source} is quantized already; start from the float model")
     config = ModelConfig.load(source)
     if ranges is None:
         ranges = measure_ranges(source, calibration, device, on_progress) if scheme.needs_calibration else {}
-    quantize_checkpoint(
-        source,
-        out,
-        scheme,
-        ranges,
-        smooth_groups(config),
-        linear_names(config),
-        config.dtype,
-        {"calibration": calibration.describe() if scheme.needs_calibration else None},
-        lambda done, total: on_progress("quantizing", done, total),
-    )
+    try:
+        quantize_checkpoint(
+            source,
+            out,
+            scheme,
+            ranges,
+            smooth_groups(config),
+            linear_names(config),
+            config.dtype,
+            {"calibration": calibration.describe() if scheme.needs_calibration else None},
+            lambda done, total: on_progress("quantizing", done, total),
+        )
+    except ValueError as error:
+        raise UnsupportedModel(f"{source} cannot be quantized: {error}") from error
 
 
 def quantized_folder(
