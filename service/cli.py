@@ -20,19 +20,18 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from kernels import __version__
-from quant.calibrate import windows_from_text
 from quant.checkpoint import CheckpointError
 from quant.evaluate import Quality
 from quant.scheme import PRESETS, Scheme
 from service.app import create_app
 from service.errors import InvalidSettings, StartupError
 from service.hosting import Host, open_host
+from service.models.families import ModelConfig
 from service.models.loader import pick_device
-from service.models.prepare import Calibration, calibration_text, quantize_model, resolve_model
+from service.models.prepare import Calibration, quantize_model, resolve_model, text_windows
 from service.quality import measure_quality
 from service.settings import Settings, load_settings
 
@@ -160,12 +159,8 @@ def evaluate(
         chosen = [_scheme(name, alpha) for name in dict.fromkeys(schemes.split(","))]
         with _progress_bars() as on_progress:
             folder = resolve_model(model, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
-            try:
-                measured = windows_from_text(
-                    AutoTokenizer.from_pretrained(folder), calibration_text(text), windows, window_len
-                )
-            except ValueError as error:
-                raise InvalidSettings(f"text {text or 'of the standard library'}: {error}") from error
+            ModelConfig.load(folder, window_len)
+            measured = text_windows(folder, text, windows, window_len)
             # From one file, calibration reads on where the measured windows end.
             offset = windows if text is not None and settings.calibration == text else 0
             ranges_from = Calibration(settings.calibration, settings.seed, calibration_windows, window_len, offset)
@@ -179,7 +174,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    app()
+    app(prog_name="ottava")
 
 
 def _scheme(name: str, alpha: float | None) -> Scheme:
@@ -197,8 +192,9 @@ def _told_in_one_line() -> Iterator[None]:
     try:
         yield
     except (StartupError, CheckpointError, OSError, torch.OutOfMemoryError) as error:
-        # Brackets of a path or a shape are text, not markup.
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        # Brackets of a path or a shape are text, not markup, and a library's message can have several lines.
+        message = escape(" ".join(line.strip() for line in str(error).splitlines()))
+        err.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 

@@ -169,7 +169,7 @@ def test_a_variant_that_disagrees_wildly_does_not_serve(float_folder, cache):
 
 
 def test_a_variant_that_is_not_finite_does_not_serve(float_folder, tmp_path):
-    """Baseline and int8 model both come from the damaged file; each says so for itself."""
+    """One NaN tensor of an int8 checkpoint, beside a sound baseline."""
     damaged = tmp_path / "damaged"
     quantize_model(float_folder, damaged, PRESETS["w8a8"], TEXT, CPU)
     change_tensors(damaged, {"model.layers.1.post_attention_layernorm.weight": torch.full((192,), torch.nan).half()})
@@ -251,10 +251,8 @@ def test_random_weights_take_shapes_alone(float_folder, tmp_path, scheme):
         info = host.info()["variants"]
         assert {info[name]["calibration"] for name in info} == {"random weights"}
         assert [info[name]["scheme"] for name in info] == [scheme, "fp16"]
-        runs = [host.variants[name].engine for name in host.variants]
-        assert all(engine.failure is None for engine in runs)
-        # Two sets of random weights have nothing in common, which the self-check would rightly call out.
-        host.variants.pop("fp16").engine.stop()
+        # Two sets of random weights have nothing in common, but their logits are flat enough to stay below the limit.
+        assert host.self_check() == {}
         (answer,) = ask(host, settings, ("POST", "/generate", body))
     assert len(answer.json()["token_ids"]) == 3
 

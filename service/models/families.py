@@ -116,7 +116,7 @@ class ModelConfig:
             mlp_bias=family.mlp_bias(config),
             is_tied=config.tie_word_embeddings,
             max_model_len=length,
-            dtype=config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16,
+            dtype=config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16,
             rope=_rope_table(config, head_size, length),
         )
 

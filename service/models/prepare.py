@@ -111,6 +111,24 @@ def calibration_text(path: Path | None) -> str:
         raise InvalidSettings(f"the text {path} cannot be read: {first_line(error)}") from error
 
 
+def text_windows(folder: Path, path: Path | None, num_windows: int, window_len: int, offset: int = 0) -> Tensor:
+    """Windows of a text (see `calibration_text`) by a model's tokenizer, [num_windows, window_len] int64.
+
+    Raises:
+        InvalidSettings: the text cannot be read or is too short.
+        UnsupportedModel: the folder has no usable tokenizer.
+    """
+    text = calibration_text(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
+    try:
+        return windows_from_text(tokenizer, text, num_windows, window_len, offset)
+    except ValueError as error:
+        raise InvalidSettings(f"text {path or 'of the standard library'}: {error}") from error
+
+
 def measure_ranges(
     folder: Path, calibration: Calibration, device: torch.device, on_progress: Progress = silent
 ) -> dict[str, Tensor]:
@@ -121,19 +139,19 @@ def measure_ranges(
         CheckpointError: a tensor is missing, corrupt or of another shape.
         UnsupportedModel: the model's activations are not finite.
     """
-    text = calibration_text(calibration.text) if calibration.text else None
     config = ModelConfig.load(folder)
+    windows = None
+    if calibration.text is not None:
+        sizes = calibration.num_windows, calibration.window_len, calibration.offset
+        windows = text_windows(folder, calibration.text, *sizes)
     # transformers gives a missing tensor random values, so names and shapes are checked before it is asked.
     load_decoder(folder, None, torch.device("meta"))
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=pick_dtype("auto", config, device), device_map=str(device)
+        folder, dtype=pick_dtype("auto", config, device), device_map=str(device), trust_remote_code=False
     )
     try:
-        windows = (
-            _own_windows(model, calibration, config.max_model_len, on_progress)
-            if text is None
-            else _text_windows(folder, text, calibration)
-        )
+        if windows is None:
+            windows = _own_windows(model, calibration, config.max_model_len, on_progress)
         return calibrate(model, windows, lambda done, total: on_progress("calibrating", done, total))
     except ValueError as error:
         raise UnsupportedModel(f"{folder} cannot be calibrated: {error}") from error
@@ -148,14 +166,6 @@ def _own_windows(model: PreTrainedModel, calibration: Calibration, max_model_len
         calibration.seed,
         lambda done, total: on_progress("writing calibration text", done, total),
     )
-
-
-def _text_windows(folder: Path, text: str, calibration: Calibration) -> Tensor:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    try:
-        return windows_from_text(tokenizer, text, calibration.num_windows, calibration.window_len, calibration.offset)
-    except ValueError as error:
-        raise InvalidSettings(f"calibration text {calibration.text}: {error}") from error
 
 
 def quantize_model(

@@ -1,0 +1,416 @@
+"""The command line, run in this process as `ottava` runs it; a few times as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from kernels import __version__
+from quant.checkpoint import Checkpoint
+from quant.scheme import PRESETS
+from service import cli
+from tests.test_prepare import change_tensors, save_tiny_model
+
+ROOT = Path(__file__).parents[1]
+INT8 = [name for name, scheme in PRESETS.items() if scheme.is_int8]
+
+
+@pytest.fixture(autouse=True)
+def _own_process_state(monkeypatch, tmp_path):
+    """What `main` changes for a process is put back, and nothing is read of this machine's set-up."""
+    for name in [name for name in os.environ if name.upper().startswith("OTTAVA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    torch.set_num_threads(2)
+    verbosity, handlers = transformers_logging.get_verbosity(), list(logging.getLogger().handlers)
+    yield
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+    logging.getLogger().handlers[:] = handlers
+
+
+@pytest.fixture
+def ottava(monkeypatch, capfd):
+    """Run a command: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ottava", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        out, err = capfd.readouterr()
+        code = exit_info.value.code
+        return (code if isinstance(code, int) else int(code is not None)), out, err
+
+    return run
+
+
+@pytest.fixture
+def refusal(ottava):
+    """The one line that a refused command says."""
+
+    def run(*arguments: object) -> str:
+        code, out, err = ottava(*arguments)
+        assert code == 1, err
+        assert out == ""
+        lines = err.splitlines()
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture
+def copy_of_tiny(tmp_path):
+    return save_tiny_model(tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = ["the", "quick", "brown", "fox", "hello", "world", "naïve", "tokens,"]
+    path.write_text(" ".join(words[(i * i + i // 7) % 8] for i in range(1200)), encoding="utf-8")
+    return path
+
+
+def test_version(ottava):
+    assert ottava("--version") == (0, f"ottava {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["quantize"], ["evaluate"]], ids=str)
+def test_help_works_and_names_every_option(ottava, command):
+    code, out, err = ottava(*command, "--help")
+    assert (code, err) == (0, "")
+    assert "Usage: ottava" in out
+    wanted = {
+        "": ["serve", "quantize", "evaluate", "--version"],
+        "serve": ["--host", "--port", "--variants", "--baseline", "--random-weights", "--kv-cache-bytes"],
+        "quantize": ["--scheme", "--alpha", "--calibration", "model", "out"],
+        "evaluate": ["--schemes", "--text", "--json", "--windows"],
+    }["".join(command)]
+    assert [word for word in wanted if word not in out.lower()] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["serve", "--no-such-option"],
+        ["serve", "--port", "eighty"],
+        ["quantize"],
+        ["quantize", "model"],
+        ["evaluate", "--windows", "0"],
+        ["evaluate", "--window-len", "1"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_usage_exits_with_2_and_no_traceback(ottava, arguments):
+    code, out, err = ottava(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage: ottava" in err
+    assert "Traceback" not in err
+
+
+COMMANDS = {
+    "serve": lambda model, _: ["serve", model],
+    "quantize": lambda model, out: ["quantize", model, out / "out"],
+    "evaluate": lambda model, _: ["evaluate", model, "--windows", 1, "--window-len", 16],
+}
+
+
+@pytest.fixture(params=COMMANDS)
+def refused_model(request, refusal, tmp_path):
+    """What a command says of a model that it must not take."""
+    return lambda model: refusal(*COMMANDS[request.param](model, tmp_path))
+
+
+def test_no_folder(refused_model, tmp_path):
+    assert refused_model(tmp_path / "none") == (
+        f"{tmp_path}/none is not a folder; name a model folder or a Hugging Face id such as owner/model"
+    )
+
+
+def test_an_id_that_cannot_be_fetched(refused_model):
+    assert "owner/model is neither a folder nor a model that can be fetched" in refused_model("owner/model")
+
+
+@pytest.mark.parametrize("name", ["[/bold]", "[red]", "[/no"])
+def test_brackets_in_a_name_are_shown_as_they_are(refusal, tmp_path, name):
+    assert f"{tmp_path}/{name} is not a folder" in refusal("serve", tmp_path / name)
+
+
+def test_a_folder_without_a_config(refused_model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert refused_model(tmp_path / "empty") == f"{tmp_path}/empty is not a model folder: it has no config.json"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "", "\xff"])
+def test_a_config_that_is_no_json_object(refused_model, copy_of_tiny, content):
+    (copy_of_tiny / "config.json").write_bytes(content.encode("latin-1"))
+    assert "config.json" in refused_model(copy_of_tiny)
+
+
+def test_a_family_that_is_not_served(refused_model, copy_of_tiny):
+    (copy_of_tiny / "config.json").write_text('{"model_type": "bert", "vocab_size": 340}')
+    assert refused_model(copy_of_tiny) == ("model family 'bert' is not served; the families are llama, mistral, qwen2")
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "no-such-family"}', '{"hidden_size": 5}'])
+def test_a_family_that_nobody_knows(refused_model, copy_of_tiny, content):
+    (copy_of_tiny / "config.json").write_text(content)
+    assert "config.json cannot be read" in refused_model(copy_of_tiny)
+
+
+def test_pickled_weights_alone(refused_model, copy_of_tiny):
+    (copy_of_tiny / "model.safetensors").rename(copy_of_tiny / "pytorch_model.bin")
+    assert "holds pickled weights (pytorch_model.bin), which can run code when read" in refused_model(copy_of_tiny)
+
+
+def test_no_weights(refused_model, copy_of_tiny):
+    (copy_of_tiny / "model.safetensors").unlink()
+    assert refused_model(copy_of_tiny) == f"{copy_of_tiny} holds no safetensors weights"
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 100, 100_000])
+def test_truncated_weights(refused_model, copy_of_tiny, num_bytes):
+    weights = copy_of_tiny / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:num_bytes])
+    assert re.search(
+        r"model\.safetensors is not a whole safetensors file .* download it again", refused_model(copy_of_tiny)
+    )
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.k_proj.weight"])
+def test_a_missing_tensor(refused_model, copy_of_tiny, name):
+    change_tensors(copy_of_tiny, {name: None})
+    assert refused_model(copy_of_tiny) == f"{copy_of_tiny} has no tensor {name}; is it a checkpoint of this model?"
+
+
+def test_no_tokenizer(refusal, copy_of_tiny):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy_of_tiny / name).unlink()
+    assert "tokenizer" in refusal("serve", copy_of_tiny)
+    assert "tokenizer" in refusal("evaluate", copy_of_tiny, "--windows", 1, "--window-len", 16)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite(refused_model, copy_of_tiny, value):
+    change_tensors(copy_of_tiny, {"model.norm.weight": torch.full((192,), float(value))})
+    assert "not finite" in refused_model(copy_of_tiny)
+
+
+@pytest.mark.parametrize("command", ["serve", "quantize"])
+def test_an_unknown_scheme(refusal, tiny_folder, tmp_path, command):
+    said = refusal(*COMMANDS[command](tiny_folder, tmp_path), "--scheme", "int4")
+    assert "'int4'" in said
+    assert "choose one of" in said
+    assert all(name in said for name in INT8)
+
+
+def test_an_unknown_scheme_among_others(refusal, tiny_folder):
+    assert "unknown scheme 'w4a16'; choose one of fp16, rtn" in refusal(
+        "evaluate", tiny_folder, "--schemes", "rtn,w4a16"
+    )
+
+
+def test_a_float_scheme_leaves_nothing_to_quantize(refusal, tiny_folder, tmp_path):
+    assert "is float: there is nothing to quantize" in refusal(
+        "quantize", tiny_folder, tmp_path / "o", "--scheme", "fp16"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--dtype", "float8", "dtype = 'float8'"),
+        ("--device", "tpu", "device = 'tpu'"),
+        ("--alpha", "1.5", "alpha = 1.5"),
+        ("--alpha", "nan", "alpha = nan"),
+        ("--port", "65536", "port = 65536"),
+        ("--variants", "w4a4", "variants = 'w4a4'"),
+        ("--variants", "fp16,fp16", "named twice"),
+        ("--max-num-requests", "0", "max_num_requests = 0"),
+        ("--max-model-len", "100000", "max_model_len 100000 exceeds the 256 positions"),
+        ("--kv-cache-bytes", "1000", "lower max_model_len or raise kv_cache_bytes"),
+        ("--log-level", "loud", "log_level = 'loud'"),
+        ("--calibration", "/no/such/text", "/no/such/text cannot be read"),
+        ("--baseline", "/no/such/model", "/no/such/model is not a folder"),
+    ],
+)
+def test_a_bad_value_is_told_by_name(refusal, tiny_folder, option, value, complaint):
+    assert complaint in refusal("serve", tiny_folder, option, value)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_variable_is_told_with_the_nearest(refusal, monkeypatch, tiny_folder, tmp_path, command):
+    monkeypatch.setenv("OTTAVA_MAX_MODEL_LENGTH", "64")
+    assert "OTTAVA_MAX_MODEL_LENGTH; the nearest known one is OTTAVA_MAX_MODEL_LEN" in refusal(
+        *COMMANDS[command](tiny_folder, tmp_path)
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_cuda_where_there_is_none(refusal, monkeypatch, tiny_folder, tmp_path, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA GPU is visible here" in refusal(*COMMANDS[command](tiny_folder, tmp_path), "--device", "cuda")
+
+
+def test_alpha_outside_its_range(refusal, tiny_folder, tmp_path):
+    assert "alpha as a number from 0 to 1" in refusal("quantize", tiny_folder, tmp_path / "out", "--alpha", 2)
+
+
+@pytest.mark.parametrize("scheme", INT8)
+def test_quantize_writes_a_folder_that_serves(ottava, tiny_folder, text, tmp_path, scheme):
+    out = tmp_path / "deep" / scheme
+    code, said, err = ottava("quantize", tiny_folder, out, "--scheme", scheme, "--calibration", _long(text, tmp_path))
+    assert (code, err) == (0, "")
+    assert said == f"{out}: {scheme}, {PRESETS[scheme].describe()}\n"
+    checkpoint = Checkpoint.open(out, torch.float32, "cpu")
+    assert checkpoint.scheme_name == scheme
+    linear = checkpoint.linear("model.layers.0.mlp.down_proj", 192, 160, has_bias=False)
+    assert linear.activation == PRESETS[scheme].activation
+    assert [path.name for path in out.parent.iterdir()] == [scheme]
+
+
+def _long(text: Path, folder: Path) -> Path:
+    """Enough of the text for the 8 windows of 512 tokens that quantizing reads."""
+    path = folder / "long.txt"
+    path.write_text(text.read_text(encoding="utf-8") * 4, encoding="utf-8")
+    return path
+
+
+def test_quantize_takes_alpha(ottava, tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    code, said, _ = ottava("quantize", tiny_folder, out, "--alpha", 0.25, "--seed", 3)
+    assert code == 0
+    assert "alpha 0.25" in said
+    notes = json.loads((out / "ottava.json").read_text())
+    assert notes["alpha"] == 0.25
+    assert notes["calibration"].endswith("seed 3")
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(refusal, tiny_folder, tmp_path):
+    (tmp_path / "precious.txt").write_text("keep")
+    assert "exists and is not empty" in refusal("quantize", tiny_folder, tmp_path)
+    assert "exists and is not empty" in refusal("quantize", tiny_folder, tmp_path / "precious.txt")
+    assert (tmp_path / "precious.txt").read_text() == "keep"
+
+
+def test_a_place_that_cannot_be_written_is_told(refusal, tiny_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refusal("quantize", tiny_folder, tmp_path / "file" / "out")
+
+
+def test_a_quantized_model_is_neither_quantized_nor_evaluated_again(ottava, refusal, tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    assert ottava("quantize", tiny_folder, out)[0] == 0
+    assert "quantized already" in refusal("quantize", out, tmp_path / "again")
+    assert "quantized already" in refusal("evaluate", out, "--windows", 1, "--window-len", 16)
+    assert "name the float model with --baseline" in refusal("serve", out)
+
+
+SMALL = ("--windows", 3, "--window-len", 64, "--calibration-windows", 2, "--dtype", "float32")
+
+
+def test_evaluate_prints_rows_for_every_preset(ottava, tiny_folder, text):
+    code, out, err = ottava("evaluate", tiny_folder, "--json", "--text", text, *SMALL)
+    assert (code, err) == (0, "")
+    rows = json.loads(out)
+    assert [row["scheme"] for row in rows] == list(PRESETS)
+    assert {tuple(row) for row in rows} == {("scheme", "perplexity", "kl", "top1_agreement", "num_tokens")}
+    assert {row["num_tokens"] for row in rows} == {3 * 63}
+    assert (rows[0]["kl"], rows[0]["top1_agreement"]) == (0, 1)
+    assert all(row["perplexity"] > 1 and 0 <= row["kl"] < 1 and 0 < row["top1_agreement"] <= 1 for row in rows)
+    kl = {row["scheme"]: row["kl"] for row in rows}
+    assert 0 < kl["w8a8"] < kl["rtn"]
+
+
+def test_evaluate_is_repeatable_and_takes_a_list(ottava, tiny_folder, text):
+    arguments = ("evaluate", tiny_folder, "--json", "--schemes", "w8a8, rtn,w8a8", "--text", text, *SMALL)
+    first, second = ottava(*arguments), ottava(*arguments)
+    assert first == second
+    assert [row["scheme"] for row in json.loads(first[1])] == ["fp16", "w8a8", "rtn"]
+
+
+def test_evaluate_prints_a_table(ottava, tiny_folder, text):
+    code, out, err = ottava("evaluate", tiny_folder, "--schemes", "w8a8", "--text", text, *SMALL)
+    assert (code, err) == (0, "")
+    assert all(word in out for word in ("fp16", "w8a8", "perplexity", "KL (nats)", "top-1 agreement", "189 tokens"))
+
+
+def test_evaluate_calibrates_on_what_it_does_not_measure(ottava, refusal, tiny_folder, text):
+    """From one file both parts must fit: 3 windows measured and 2 read on behind them."""
+    arguments = ("evaluate", tiny_folder, "--json", "--schemes", "w8a8", "--text", text, "--calibration", text)
+    assert ottava(*arguments, *SMALL)[0] == 0
+    num_tokens = int(re.search(r"it has (\d+)", refusal(*arguments, *SMALL, "--windows", 999))[1])
+    said = refusal(*arguments, *SMALL, "--windows", num_tokens // 64)
+    assert "windows of 64 after" in said
+
+
+def test_evaluate_refuses_windows_beyond_the_context(refusal, tiny_folder):
+    assert "exceeds the 256 positions" in refusal("evaluate", tiny_folder, "--windows", 1, "--window-len", 300)
+
+
+def test_a_text_that_is_too_short_or_unreadable(refusal, tiny_folder, tmp_path):
+    (tmp_path / "short.txt").write_text("hello")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    evaluate = ("evaluate", tiny_folder, *SMALL, "--text")
+    assert "too short" in refusal(*evaluate, tmp_path / "short.txt")
+    assert "cannot be read" in refusal(*evaluate, tmp_path / "latin.txt")
+    assert "cannot be read" in refusal(*evaluate, tmp_path / "none.txt")
+    assert "too short" in refusal("quantize", tiny_folder, tmp_path / "o", "--calibration", tmp_path / "short.txt")
+
+
+def test_serve_shows_what_it_serves_and_stops_its_engines(monkeypatch, capfd, tiny_folder):
+    served = {}
+
+    def run(application, **options):
+        served.update(options, engines=application.state.serving.engines)
+        assert all(engine._thread.is_alive() for engine in served["engines"].values())
+
+    monkeypatch.setattr(cli.uvicorn, "run", run)
+    monkeypatch.setattr(sys, "argv", ["ottava", "serve", str(tiny_folder), "--port", "8123", "--max-model-len", "64"])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert (exit_info.value.code, out) == (0, "")
+    assert (served["host"], served["port"]) == ("127.0.0.1", 8123)
+    assert list(served["engines"]) == ["w8a8", "fp16"]
+    assert not any(engine._thread.is_alive() for engine in served["engines"].values())
+    for words in (str(tiny_folder), "up to 64 tokens", "w8a8", "fp16", "http://127.0.0.1:8123/generate"):
+        assert words in err
+
+
+@pytest.mark.parametrize("damage", ["none", "tensor"])
+def test_a_process_says_one_line(copy_of_tiny, tmp_path, damage):
+    """Nothing that a library prints or warns about at import or while loading comes between."""
+    model = change_tensors(copy_of_tiny, {"model.norm.weight": None}) if damage == "tensor" else tmp_path / "none"
+    done = subprocess.run(
+        [sys.executable, "-m", "service", "quantize", str(model), str(tmp_path / "out")],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
