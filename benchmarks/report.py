@@ -17,6 +17,7 @@ import triton
 from kernels import __version__
 
 RESULTS = Path(__file__).parent / "results"
+LEFT_OUT = {"--out", "--commit"}
 
 
 def birth_certificate(commit: str | None = None) -> dict[str, Any]:
@@ -58,7 +59,9 @@ def write(path: Path, certificate: dict[str, Any], rows: list[dict[str, Any]]) -
 
 
 def _as_module(argv: list[str]) -> list[str]:
-    return ["-m", f"benchmarks.{Path(argv[0]).stem}", *argv[1:]]
+    """The command as a reader would repeat it: without where the result went and which commit it was told."""
+    kept = [word for before, word in zip(["", *argv], argv, strict=False) if {before, word}.isdisjoint(LEFT_OUT)]
+    return ["-m", f"benchmarks.{Path(argv[0]).stem}", *kept[1:]]
 
 
 def _commit() -> str:

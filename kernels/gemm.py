@@ -29,7 +29,7 @@ def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
         ValueError: K differs between the two, weight_q is not contiguous, or K is above `MAX_DEPTH`.
     """
     y = torch.empty((len(x_q), len(weight_q)), dtype=torch.int32, device=x_q.device)
-    _launch(x_q.contiguous(), None, weight_q, None, None, None, y, None)
+    launch(x_q.contiguous(), None, weight_q, None, None, None, y, None)
     return y
 
 
@@ -74,11 +74,11 @@ def int8_linear(
         raise ValueError(f"residual {tuple(residual.shape)} must be {(T, N)}")
     y = torch.empty((T, N), dtype=out_dtype if out_scale is None else torch.int8, device=codes.device)
     residual = None if residual is None else residual.contiguous()
-    _launch(codes, x.scale, weight_q, weight_scale, bias, residual, y, out_scale)
+    launch(codes, x.scale, weight_q, weight_scale, bias, residual, y, out_scale)
     return y if out_scale is None else Quantized(y, out_scale)
 
 
-def _launch(
+def launch(
     x_q: Tensor,
     x_scale: Tensor | None,
     weight_q: Tensor,
@@ -87,14 +87,15 @@ def _launch(
     residual: Tensor | None,
     y: Tensor,
     out_scale: Tensor | None,
+    tile: Tile | None = None,
 ) -> None:
-    """Run the kernel that the tile table names. Without scales, y receives the accumulator itself."""
+    """Fill y by the tile given, or else by the one that the table names. Without scales y is the accumulator."""
     (T, K), N = x_q.shape, len(weight_q)
     if weight_q.shape[1] != K or not weight_q.is_contiguous():
         raise ValueError(f"weight_q {tuple(weight_q.shape)} must be [N, {K}] and contiguous, for x of depth {K}")
     if K > MAX_DEPTH:
         raise ValueError(f"K = {K} can overflow the int32 accumulator; the limit is {MAX_DEPTH}")
-    tile = choose(current_gpu(y.device), N, K, T)
+    tile = tile or choose(current_gpu(y.device), N, K, T)
     kernel = _int8_linear_kernel if tile.kernel == "plain" else _int8_linear_swapped_kernel
     kernel[(triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n),)](
         x_q, weight_q, x_scale, weight_scale, bias, residual, y, out_scale, T, N, K,

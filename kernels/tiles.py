@@ -29,6 +29,7 @@ __all__ = [
     "decode_tile",
     "defaults",
     "prefill_tile",
+    "table_path",
 ]
 
 MIN_BUCKET, MAX_BUCKET = 16, 8192
@@ -168,6 +169,11 @@ def decode_tile(gpu: Gpu, block_d: int, element_bytes: int) -> AttentionTile:
     return AttentionTile(16, 64 if block_d <= 128 else 32, num_warps=2 if block_d <= 64 else 4, num_stages=5)
 
 
+def table_path(gpu_name: str) -> Path:
+    """Where the tuned table of a GPU lies, if there is one."""
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()) + ".json")
+
+
 @lru_cache(maxsize=4096)
 def _choose(gpu: Gpu, n: int, k: int, bucket_t: int) -> Tile:
     tuned = _table(gpu.name).get((n, k, bucket_t))
@@ -176,7 +182,7 @@ def _choose(gpu: Gpu, n: int, k: int, bucket_t: int) -> Tile:
 
 @lru_cache(maxsize=16)
 def _table(gpu_name: str) -> dict[tuple[int, int, int], Tile]:
-    path = FOLDER / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()) + ".json")
+    path = table_path(gpu_name)
     if not path.is_file():
         return {}
     shapes = json.loads(path.read_text())["tiles"]

@@ -23,6 +23,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from kernels import __version__
+from kernels.tune import tune as measure_tiles
 from quant.checkpoint import CheckpointError
 from quant.evaluate import Quality
 from quant.scheme import PRESETS, Scheme
@@ -34,6 +35,12 @@ from service.models.loader import pick_device
 from service.models.prepare import Calibration, quantize_model, resolve_model, text_windows
 from service.quality import measure_quality
 from service.settings import Settings, load_settings
+
+COMMON_SHAPES = [
+    *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),  # Llama-3.1-8B
+    *((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),  # Qwen2.5-7B
+    *((15360, 5120), (5120, 5120), (27648, 5120), (5120, 13824)),  # Llama-2-13B
+]
 
 app = typer.Typer(
     name="ottava",
@@ -168,6 +175,27 @@ def evaluate(
     typer.echo(json.dumps([asdict(row) for row in rows], indent=2)) if as_json else Console().print(_table(rows))
 
 
+@app.command()
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(help="Model whose Linears are measured; default: shapes of 7B to 13B models.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Table to write; default: this GPU's, in the package.")] = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Choose the GEMM tiles of this GPU by measurement; what its table holds already is kept."""
+    with _told_in_one_line():
+        settings = load_settings(cache_dir=cache_dir)
+        if not torch.cuda.is_available():
+            raise InvalidSettings("tuning measures a CUDA GPU, and none is visible here")
+        shapes = COMMON_SHAPES if model is None else _linear_shapes(resolve_model(model, settings.cache_dir))
+        with _progress_bars() as on_progress:
+            choices = measure_tiles(shapes, path=table, on_progress=lambda d, n: on_progress("measuring tiles", d, n))
+    for choice in choices:
+        gain = choice.default_us / choice.time_us
+        typer.echo(f"{choice.n}x{choice.k} T<={choice.bucket}: {choice.time_us:.1f} us, {gain:.2f}x of the default")
+
+
 def main() -> None:
     """Entry point of the `ottava` command."""
     # The model is on disk by now or fetched by name: nothing else may reach out, and no fork may deadlock tokenizers.
@@ -184,6 +212,14 @@ def _scheme(name: str, alpha: float | None) -> Scheme:
         return scheme if alpha is None or scheme.smoothing is None else Scheme.preset(scheme.name, alpha)
     except ValueError as error:
         raise InvalidSettings(str(error)) from error
+
+
+def _linear_shapes(folder: Path) -> list[tuple[int, int]]:
+    """(N, K) of the Linears of a model as the decoder fuses them."""
+    config = ModelConfig.load(folder)
+    hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_size
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * size
+    return [(qkv, hidden), (hidden, config.num_heads * size), (2 * inner, hidden), (hidden, inner)]
 
 
 @contextmanager

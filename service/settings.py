@@ -55,7 +55,11 @@ class Settings(BaseSettings):
     )
     scheme: str = Field("w8a8", min_length=1, description="Quantization preset of the w8a8 variant.")
     alpha: float | None = Field(
-        None, ge=0, le=1, allow_inf_nan=False, description="SmoothQuant migration strength: 0 keeps activations as is; none: the scheme's own."
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="SmoothQuant migration strength: 0 keeps activations as is; none: the scheme's own.",
     )
     calibration: Path | None = Field(
         None, description="Text file for the activation ranges; none: the model writes its own."

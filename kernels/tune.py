@@ -1,0 +1,171 @@
+"""Measures which tile is fastest for a GEMM on this GPU and writes the table that `tiles.choose` reads."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import OutOfResources
+
+from kernels.gemm import launch
+from kernels.quantized import CODE_MAX, Quantized
+from kernels.tiles import MAX_BUCKET, MIN_BUCKET, Gpu, Tile, current_gpu, defaults, table_path
+
+BUCKETS = tuple(1 << power for power in range(MIN_BUCKET.bit_length() - 1, MAX_BUCKET.bit_length()))
+"""The largest T of each bucket: 16, 32, .. 8192."""
+
+ROTATION_BYTES = 256 * 2**20
+"""Weights are rotated through this much memory, so that no run finds them in the L2 cache (50 MB on an H100)."""
+
+MIN_GAIN = 0.98
+"""A tile replaces the default only where it takes less than this share of its time: the rest is noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The winner for one product, with the time it takes and the default's, in microseconds."""
+
+    n: int
+    k: int
+    bucket: int
+    tile: Tile
+    time_us: float
+    default_us: float
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]],
+    buckets: Sequence[int] = BUCKETS,
+    path: Path | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> list[Choice]:
+    """Measure every candidate for every shape and bucket and write the winners, after each, into the GPU's table.
+
+    What the table already holds is kept and not measured again, so an interrupted run goes on where it was.
+
+    Args:
+        shapes: (N, K) of the Linears.
+        buckets: largest T of each bucket, from `BUCKETS`.
+        path: the table; None for this GPU's own in `kernels/tiles/`.
+        on_progress: told (products done, products in all).
+
+    Raises:
+        RuntimeError: a candidate's product differs from the exact one, or there is no CUDA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("tiles are chosen by measurement: tuning needs a CUDA GPU")
+    gpu = current_gpu(torch.device("cuda", torch.cuda.current_device()))
+    path = path or table_path(gpu.name)
+    empty: dict[str, Any] = {"gpu": gpu.name, "tiles": {}}
+    table = json.loads(path.read_text()) if path.is_file() else empty
+    jobs = list(itertools.product(dict.fromkeys(shapes), buckets))
+    done: list[Choice] = []
+    for index, ((n, k), bucket) in enumerate(jobs):
+        known = table["tiles"].setdefault(f"{n}x{k}", {})
+        if str(bucket) not in known:
+            choice = best_tile(gpu, n, k, bucket)
+            done.append(choice)
+            known[str(bucket)] = asdict(choice.tile)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(table, indent=1) + "\n")
+        on_progress(index + 1, len(jobs))
+    return done
+
+
+def best_tile(gpu: Gpu, n: int, k: int, bucket: int) -> Choice:
+    """The fastest correct tile for [T, k] x [n, k]^T, T filling the bucket (the smallest one also at T = 1)."""
+    product = Product(n, k, bucket)
+    default = defaults(gpu.capability, n, k, bucket)
+    tiles = [default, *(tile for tile in candidates(k, bucket) if tile != default)]
+    with ThreadPoolExecutor(16) as pool:
+        fits = [tile for tile, is_usable in zip(tiles, pool.map(product.is_exact, tiles), strict=True) if is_usable]
+    if default not in fits:
+        raise RuntimeError(f"the default tile {default} gives a wrong product for {n}x{k}, T = {bucket}")
+    times = {tile: product.time_us(tile, repeats=3) for tile in fits}
+    finalists = sorted(times, key=lambda tile: times[tile])[:3]
+    times = {tile: product.time_us(tile, repeats=9) for tile in dict.fromkeys([default, *finalists])}
+    fastest = min(times, key=lambda tile: times[tile])
+    tile = fastest if times[fastest] < MIN_GAIN * times[default] else default
+    return Choice(n, k, bucket, tile, times[tile], times[default])
+
+
+def candidates(k: int, bucket: int) -> Iterator[Tile]:
+    """Tiles worth trying: tall, deep and narrow ones for few tokens, square and wide ones for many."""
+    if bucket <= 64:
+        depths = [256, 512] if k % 512 == 0 else [128, 256]
+        for block_n, depth, warps, stages in itertools.product((16, 32, 64), depths, (2, 4), (3, 4, 5)):
+            yield Tile("plain", max(16, min(bucket, 32)), block_n, depth, warps, stages)
+        for block_n, depth, warps, stages in itertools.product((64, 128), (128, 256), (4, 8), (3, 4, 5)):
+            yield Tile("swapped", bucket, block_n, depth, warps, stages)
+    elif bucket <= 512:
+        for block_t, block_n, depth, stages in itertools.product((64, 128), (64, 128), (128, 256), (3, 4)):
+            yield Tile("plain", block_t, block_n, depth, 4, stages)
+        for block_t, block_n, stages in itertools.product((64, 128), (64, 128), (3, 4, 5)):
+            yield Tile("swapped", block_t, block_n, 128, 4, stages)
+        yield from (Tile("plain", 128, 256, 128, 8, stages) for stages in (3, 4))
+    else:
+        for (block_t, block_n, warps), stages, group in itertools.product(
+            ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 256, 4)), (3, 4), (4, 8, 16)
+        ):
+            yield Tile("plain", block_t, block_n, 128, warps, stages, group)
+
+
+class Product:
+    """Random operands of one GEMM, in enough copies of the weights that none stays in the cache."""
+
+    def __init__(self, n: int, k: int, bucket: int) -> None:
+        self.token_counts = (1, bucket) if bucket == MIN_BUCKET else (bucket,)
+        copies = max(2, -(-ROTATION_BYTES // (n * k)))
+        self.weights = [_codes(n, k) for _ in range(copies)]
+        self.weight_scale = torch.rand(n, device="cuda")
+        self.inputs = {t: Quantized(_codes(t, k), torch.rand(t, device="cuda")) for t in self.token_counts}
+        self.outputs = {t: torch.empty((t, n), dtype=torch.float16, device="cuda") for t in self.token_counts}
+        # float64 holds every partial sum exactly: |acc| < 2^31.
+        self.exact = self.inputs[bucket].codes[:64].double() @ self.weights[0].double().T
+        self.bucket = bucket
+
+    def is_exact(self, tile: Tile) -> bool:
+        """Whether the tile fits the GPU and its int32 accumulator is the exact product."""
+        x = self.inputs[self.bucket]
+        acc = torch.empty((len(x.codes), len(self.weight_scale)), dtype=torch.int32, device="cuda")
+        try:
+            launch(x.codes, None, self.weights[0], None, None, None, acc, None, tile)
+            self._run(tile)
+            torch.cuda.synchronize()
+        except OutOfResources:
+            return False
+        return torch.equal(acc[:64].double(), self.exact)
+
+    def time_us(self, tile: Tile, repeats: int) -> float:
+        """Median time of one product, all its token counts together, over replays of a graph of all the weights."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weight_q in self.weights:
+                self._run(tile, weight_q)
+        graph.replay()
+        times: list[float] = []
+        for _ in range(repeats):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times.append(1e3 * start.elapsed_time(stop) / len(self.weights))
+        return statistics.median(times)
+
+    def _run(self, tile: Tile, weight_q: Tensor | None = None) -> None:
+        weight_q = self.weights[0] if weight_q is None else weight_q
+        for t in self.token_counts:
+            launch(*self.inputs[t], weight_q, self.weight_scale, None, None, self.outputs[t], None, tile)
+
+
+def _codes(rows: int, columns: int) -> Tensor:
+    return torch.randint(-CODE_MAX, CODE_MAX + 1, (rows, columns), dtype=torch.int8, device="cuda")
