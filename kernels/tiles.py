@@ -166,6 +166,9 @@ def decode_tile(gpu: Gpu, block_d: int, element_bytes: int) -> AttentionTile:
         return AttentionTile(16, 16, num_warps=4, num_stages=1)
     if element_bytes == 4:
         return AttentionTile(16, 16, num_warps=4, num_stages=2)
+    if gpu.capability in {90, 100} and block_d <= 128:
+        # H100, 32 heads over 8, D = 128, context 512: 38 us at 32 requests, where 64 keys and 5 stages take 52.
+        return AttentionTile(16, 128, num_warps=4, num_stages=3)
     return AttentionTile(16, 64 if block_d <= 128 else 32, num_warps=2 if block_d <= 64 else 4, num_stages=5)
 
 
