@@ -1,7 +1,4 @@
-"""The real demo model: against transformers, alone and in a batch, in quality, and as others read its checkpoint.
-
-One session's 135M parameters on two cores: a forward pass of one token takes about 45 ms in float32.
-"""
+"""The real demo model: against transformers, alone and in a batch, in quality, and as others read its checkpoint."""
 
 from __future__ import annotations
 
@@ -14,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from quant.checkpoint import Checkpoint
 from quant.scheme import PRESETS
 from service.engine.request import SamplingParams
 from service.models.decoder import score
 from service.models.demo import prepare_demo_model
+from service.models.families import ModelConfig, linear_names
 from service.models.loader import load_decoder
 from service.models.prepare import Calibration, measure_ranges, quantize_model, text_windows
 from service.quality import measure_quality
@@ -96,10 +95,15 @@ def calibration(texts) -> Calibration:
 
 
 @pytest.fixture(scope="module")
-def int8_folder(folder, calibration, tmp_path_factory) -> Path:
+def ranges(folder, calibration) -> dict[str, torch.Tensor]:
+    return measure_ranges(folder, calibration, CPU)
+
+
+@pytest.fixture(scope="module")
+def int8_folder(folder, calibration, ranges, tmp_path_factory) -> Path:
     """The demo model in w8a8."""
     out = tmp_path_factory.mktemp("int8") / "w8a8"
-    quantize_model(folder, out, PRESETS["w8a8"], calibration, CPU)
+    quantize_model(folder, out, PRESETS["w8a8"], calibration, CPU, ranges=ranges)
     return out
 
 
@@ -164,9 +168,8 @@ def test_w8a8_costs_at_most_two_percent_of_perplexity(folder, texts, calibration
     assert w8a8.top1_agreement > 0.9 > rtn.top1_agreement
 
 
-def test_outlier_channels_are_there(folder, calibration):
+def test_outlier_channels_are_there(ranges):
     """What the test above rests on: inputs of down_proj with channels far above the others."""
-    ranges = measure_ranges(folder, calibration, CPU)
     worst = max((values.max() / values.median()).item() for name, values in ranges.items() if "down_proj" in name)
     assert worst > 100
 
@@ -180,15 +183,49 @@ def range_of_127(monkeypatch):
         monkeypatch.setattr(module, "calculate_range", lambda _args, _device: ends)
 
 
-def test_transformers_reads_the_checkpoint_as_we_do(int8_folder, oracle, texts, range_of_127):
-    theirs_model = AutoModelForCausalLM.from_pretrained(int8_folder, dtype=torch.float32).eval()
-    ours_decoder = load_decoder(int8_folder, torch.float32, CPU, 512)
-    for ids in texts[0][:2, :128]:
-        with torch.inference_mode():
-            exact, theirs = oracle(ids[None]).logits[0], theirs_model(ids[None]).logits[0]
-            ours = score(ours_decoder, ids)
-        print(
-            relative_error(ours, theirs),
-            relative_error(theirs, exact),
-            (ours.argmax(-1) == theirs.argmax(-1)).float().mean(),
-        )
+@pytest.fixture
+def reader(int8_folder, range_of_127) -> PreTrainedModel:
+    """transformers with compressed-tensors on the checkpoint we wrote, in float32."""
+    return AutoModelForCausalLM.from_pretrained(int8_folder, dtype=torch.float32).eval()
+
+
+def test_transformers_reads_every_linear_as_we_do(int8_folder, reader, texts):
+    """Given the same input, to 1e-4 of its norm: sums in another order, a code on a tie that falls the other way."""
+    checkpoint = Checkpoint.open(int8_folder, torch.float32, CPU)
+    errors: dict[str, float] = {}
+
+    def compare(name):
+        def hook(module, args, output):
+            ours = checkpoint.linear(name, *module.weight.shape, has_bias=False)(args[0][0])
+            errors[name] = relative_error(ours, output[0])
+
+        return hook
+
+    for name in linear_names(ModelConfig.load(int8_folder)):
+        reader.get_submodule(name).register_forward_hook(compare(name))
+    with torch.inference_mode():
+        reader(texts[0][:1, :64])
+    assert len(errors) == 7 * 30
+    assert max(errors.values()) < 1e-4
+
+
+def test_transformers_gives_the_logits_we_give(int8_folder, reader, oracle, texts):
+    """Rounding alone lies between us, but after 30 layers it is not small: a sum in another order moves a value by
+    1e-6, so that one code in ten thousand falls on the other side, and each layer multiplies these. What is left must
+    be below quantization's own error, in the logits (measured 0.031 against 0.045) and in what they say (0.008 against
+    0.014 nats); that scales and codes mean the same is what the test above shows.
+    """
+    decoder = load_decoder(int8_folder, torch.float32, CPU, 512)
+    ids = texts[0][0, :128]
+    with torch.inference_mode():
+        exact, theirs = oracle(ids[None]).logits[0], reader(ids[None]).logits[0]
+        ours = score(decoder, ids)
+    assert relative_error(ours, theirs) < 0.9 * relative_error(theirs, exact)
+    assert relative_error(ours, exact) < 1.2 * relative_error(theirs, exact)
+    assert mean_kl(theirs, ours) < mean_kl(exact, theirs) < 0.05
+    assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.9
+
+
+def mean_kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> float:
+    p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
