@@ -7,6 +7,8 @@ real int8 x int8 -> int32 product (`torch._int_mm`), never a float one.
 
 from __future__ import annotations
 
+import os
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -14,6 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.quantized import CODE_MAX, TINY, Quantized, ToInt8
+
+# MKL may otherwise sum in an order that depends on where its operands lie in memory, and the same row would round
+# differently alone and in a batch. It reads this at its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 __all__ = [
     "gelu",
@@ -169,6 +175,9 @@ def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
 
 MAX_DEPTH = (2**31 - 1) // (CODE_MAX * CODE_MAX)
 
+VECTOR = 16
+"""float32 values in the widest vector register."""
+
 
 def int8_linear(
     x: Quantized,
@@ -284,20 +293,25 @@ def paged_attention(
     """
     if max_query_len == 1 and len(context_lens) == len(q):
         return _decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale)
-    out = torch.empty_like(q)
+    out = torch.empty_like(q).flatten(1)
     starts, contexts = query_starts.tolist(), context_lens.tolist()
-    for b, context in enumerate(contexts):
-        rows = slice(starts[b], starts[b + 1])
-        num_rows = rows.stop - rows.start
-        if num_rows == 0:
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    # A lone row always goes through the batched product: it rounds the same whatever shares its step.
+    decodes = [b for b, length in enumerate(lengths) if length == 1]
+    if decodes:
+        rows = [starts[b] for b in decodes]
+        out[rows] = _decode_attention(q[rows], k_cache, v_cache, block_tables[decodes], context_lens[decodes], scale)
+    for b, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
+        if length < 2:
             continue
+        chunk = slice(starts[b], starts[b + 1])
         keys, values = (_gather(cache, block_tables[b : b + 1], context) for cache in (k_cache, v_cache))
-        mask = torch.ones(num_rows, context, dtype=torch.bool, device=q.device).tril(context - num_rows)
+        mask = torch.ones(length, context, dtype=torch.bool, device=q.device).tril(context - length)
         y = F.scaled_dot_product_attention(
-            q[rows].float().transpose(0, 1)[None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+            q[chunk].float().transpose(0, 1)[None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
         )
-        out[rows] = y[0].transpose(0, 1).to(q.dtype)
-    return out.flatten(1)
+        out[chunk] = y[0].transpose(0, 1).flatten(1).to(q.dtype)
+    return out
 
 
 def _decode_attention(
@@ -305,7 +319,8 @@ def _decode_attention(
 ) -> Tensor:
     """`paged_attention` where every request has one query row: one batched product over padded contexts."""
     block_size, num_kv_heads, head_size = k_cache.shape[1:]
-    longest = int(context_lens.max())
+    # In whole vectors and always masked, so that a row is summed in the same order whatever the longest context is.
+    longest = -(-int(context_lens.max()) // VECTOR) * VECTOR
     positions = torch.arange(longest, device=q.device)
     # Beyond a context its last key is read again: a slot never written may hold NaN, and 0 * NaN would pass the mask.
     inside = torch.minimum(positions, context_lens[:, None] - 1)
@@ -318,10 +333,8 @@ def _decode_attention(
         .transpose(1, 2)
         for cache in (k_cache, v_cache)
     )
-    mask = None
-    if int(context_lens.min()) < longest:
-        beyond = positions >= context_lens[:, None]
-        mask = torch.zeros(beyond.shape, device=q.device).masked_fill_(beyond, float("-inf"))[:, None, None]
+    beyond = positions >= context_lens[:, None]
+    mask = torch.zeros(beyond.shape, device=q.device).masked_fill_(beyond, float("-inf"))[:, None, None]
     y = F.scaled_dot_product_attention(
         q.float()[:, :, None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
     )

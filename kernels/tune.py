@@ -64,7 +64,7 @@ def tune(
         raise RuntimeError("tiles are chosen by measurement: tuning needs a CUDA GPU")
     gpu = current_gpu(torch.device("cuda", torch.cuda.current_device()))
     path = path or table_path(gpu.name)
-    empty: dict[str, Any] = {"gpu": gpu.name, "tiles": {}}
+    empty: dict[str, Any] = {"gpu": gpu.name, "capability": gpu.capability, "tiles": {}}
     table = json.loads(path.read_text()) if path.is_file() else empty
     jobs = list(itertools.product(dict.fromkeys(shapes), buckets))
     done: list[Choice] = []

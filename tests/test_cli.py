@@ -24,6 +24,15 @@ ROOT = Path(__file__).parents[1]
 INT8 = [name for name, scheme in PRESETS.items() if scheme.is_int8]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """A tiny model gains nothing from a second thread, and on a busy machine waits for it at every op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _own_process_state(monkeypatch, tmp_path):
     """What `main` changes for a process is put back, and nothing is read of this machine's set-up."""
@@ -33,7 +42,6 @@ def _own_process_state(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    torch.set_num_threads(2)
     verbosity, handlers = transformers_logging.get_verbosity(), list(logging.getLogger().handlers)
     yield
     transformers_logging.set_verbosity(verbosity)

@@ -35,6 +35,15 @@ SHORT = Calibration(num_windows=2, window_len=32)
 W8A8 = PRESETS["w8a8"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """A tiny model gains nothing from a second thread, and on a busy machine waits for it at every op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch, tmp_path):
     def unreachable(*_args, **_kwargs):

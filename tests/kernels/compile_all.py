@@ -1,7 +1,7 @@
 """Compile every kernel as its wrapper launches it, for every architecture, on a machine with no GPU.
 
 The wrappers run on meta tensors with the launch replaced by a note of its arguments; what is compiled is therefore what
-ships: the default tile of each architecture and bucket, realistic shapes and dtypes. The last line of the output is a
+ships: the default tile of each architecture and bucket, every tuned tile, realistic shapes and dtypes. The last line of the output is a
 JSON list, one object per kernel and architecture.
 """
 
@@ -85,6 +85,16 @@ def linears() -> None:
         gemm.int8_linear(odd, meta(N, K, dtype=torch.int8), meta(N, dtype=torch.float32))
 
 
+def tuned(capability: int) -> None:
+    """Every tile of every table shipped for an architecture."""
+    tables = [json.loads(path.read_text()) for path in sorted(tiles.FOLDER.glob("*.json"))]
+    shapes = [shape for table in tables if table["capability"] == capability for shape in table["tiles"].values()]
+    weight, weight_scale = meta(28672, 4096, dtype=torch.int8), meta(28672, dtype=torch.float32)
+    for tile in {tiles.Tile(**fields) for buckets in shapes for fields in buckets.values()}:
+        x = Quantized(meta(8192, 4096, dtype=torch.int8), meta(8192, dtype=torch.float32))
+        gemm.launch(*x, weight, weight_scale, None, None, meta(8192, 28672), None, tile)
+
+
 def attentions() -> None:
     for D, H, G in ((64, 32, 8), (96, 32, 32), (128, 32, 8), (256, 8, 1)):
         for dtype in (torch.float16, torch.bfloat16) if D == 64 else (torch.float16,):
@@ -122,6 +132,7 @@ def record() -> list[Launch]:
     for capability in ARCHITECTURES:  # noqa: B007 -- `note` reads it
         rows()
         linears()
+        tuned(capability)
         attentions()
     return list(launches.values())
 
