@@ -17,9 +17,10 @@ from torch import Tensor
 from kernels import __version__
 from quant.checkpoint import Checkpoint
 from quant.scheme import PRESETS, Scheme
-from service.engine.loop import EngineLoop, Turnstile
+from service.engine.loop import EngineLoop
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
+from service.engine.turnstile import Turnstile
 from service.errors import InvalidSettings, SelfCheckFailed
 from service.models.decoder import Decoder, cache_dtype, score
 from service.models.families import ModelConfig
@@ -97,11 +98,14 @@ class Host:
 
     def self_check(self) -> dict[str, str]:
         """Run a few fixed prompts through every variant: {variant: reason} of those that must not serve."""
+        return self._turnstile.run(self._check_all)
+
+    def _check_all(self) -> dict[str, str]:
         refused: dict[str, str] = {}
         max_len = next(iter(self.variants.values())).decoder.config.max_model_len
         prompts = [torch.tensor(self.tokenizer.encode(text)[:max_len]) for text in CHECK_PROMPTS]
         baseline = self.variants.get(BASELINE)
-        with torch.inference_mode(), self._turnstile:
+        with torch.inference_mode():
             expected = [score(baseline.decoder, ids) for ids in prompts] if baseline else None
             for name, variant in self.variants.items():
                 try:
@@ -118,6 +122,12 @@ def open_host(settings: Settings, on_progress: Progress = silent) -> Host:
         StartupError: any leaf of it, with a message that says what to change.
         CheckpointError: the weights are corrupt or quantized in a way that is not served.
     """
+    turnstile = Turnstile()
+    return turnstile.run(_open, settings, turnstile, on_progress)
+
+
+def _open(settings: Settings, turnstile: Turnstile, on_progress: Progress) -> Host:
+    """`open_host` on the thread that computes."""
     device = pick_device(settings.device)
     if settings.scheme not in PRESETS or not PRESETS[settings.scheme].is_int8:
         served = ", ".join(name for name, scheme in PRESETS.items() if scheme.is_int8)
@@ -127,7 +137,6 @@ def open_host(settings: Settings, on_progress: Progress = silent) -> Host:
     ModelConfig.load(folder, settings.max_model_len)
     tokenizer = Tokenizer.from_folder(folder)
     loaded = {name: _load_variant(name, folder, settings, device, on_progress) for name in settings.variants}
-    turnstile = Turnstile()
     host = Host(settings.model or folder.name, {}, tokenizer, turnstile)
     try:
         for name, (decoder, notes) in loaded.items():

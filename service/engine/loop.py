@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import random
 import threading
@@ -15,6 +14,7 @@ from typing import Protocol
 
 from service.engine.request import EngineStats, FinishReason, Request, SamplingParams, Token
 from service.engine.scheduler import Scheduler, Step
+from service.engine.turnstile import Turnstile
 from service.errors import EngineFailed, QueueFull
 
 logger = logging.getLogger(__name__)
@@ -38,25 +38,6 @@ class StepRunner(Protocol):
 
     @property
     def kv_cache_bytes(self) -> int: ...
-
-
-class Turnstile:
-    """Lets one holder in at a time, in the order of arrival (`threading.Lock` promises no order)."""
-
-    def __init__(self) -> None:
-        self._tickets = itertools.count()
-        self._serving = 0
-        self._changed = threading.Condition()
-
-    def __enter__(self) -> None:
-        with self._changed:
-            ticket = next(self._tickets)
-            self._changed.wait_for(lambda: self._serving == ticket)
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._serving += 1
-            self._changed.notify_all()
 
 
 @dataclass(slots=True, eq=False)
@@ -209,8 +190,7 @@ class EngineLoop:
             step = self._scheduler.schedule(time.perf_counter())
             launched = None
             if step is not None:
-                with self._turnstile:
-                    launched = step, self._runner.execute(step)
+                launched = step, self._turnstile.run(self._runner.execute, step)
                 self._step_batch_sizes[len(step.chunks)] += 1
             # On an asynchronous device the step before is read while this one runs.
             if in_flight is not None:

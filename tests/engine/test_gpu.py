@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from quant.scheme import PRESETS
-from service.engine.loop import EngineLoop, Turnstile
+from service.engine.loop import EngineLoop
 from service.engine.request import SamplingParams
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
+from service.engine.turnstile import Turnstile
 from service.models.decoder import Decoder, score
 from service.models.families import ModelConfig
 from service.models.loader import load_decoder, random_decoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from quant.scheme import PRESETS
-from service.engine.loop import EngineLoop, Turnstile
+from service.engine.loop import EngineLoop
 from service.engine.request import FinishReason, SamplingParams, Token
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
+from service.engine.turnstile import Turnstile
 from service.errors import EngineFailed, QueueFull
 from service.models.families import ModelConfig
 from service.models.loader import load_decoder, random_decoder
@@ -241,18 +243,38 @@ def test_a_failing_step_is_told_to_every_request_and_to_those_that_come_later():
     assert engine.stats().kv_cache_usage_ratio == 0
 
 
-def test_a_turnstile_lets_one_in_at_a_time_and_in_order():
-    turnstile, inside, order = Turnstile(), [], []
+def test_a_turnstile_lets_one_in_at_a_time_in_order_and_on_one_thread():
+    turnstile, inside, order, threads = Turnstile(), [], [], set()
 
-    def enter(i: int) -> None:
+    def work(i: int) -> int:
+        inside.append(i)
+        assert len(inside) == 1
+        threads.add(threading.get_ident())
+        time.sleep(0.05)
+        order.append(i)
+        inside.remove(i)
+        return 10 * i
+
+    def enter(i: int) -> int:
         time.sleep(0.02 * i)
-        with turnstile:
-            inside.append(i)
-            assert len(inside) == 1
-            time.sleep(0.05)
-            order.append(i)
-            inside.remove(i)
+        return turnstile.run(work, i)
 
     with ThreadPoolExecutor(5) as pool:
-        list(pool.map(enter, range(5)))
+        assert list(pool.map(enter, range(5))) == [0, 10, 20, 30, 40]
     assert order == sorted(order)
+    assert len(threads) == 1
+
+
+def test_a_turnstile_hands_back_what_the_work_raises():
+    turnstile = Turnstile()
+    with pytest.raises(ZeroDivisionError):
+        turnstile.run(divmod, 1, 0)
+    assert turnstile.run(divmod, 7, 2) == (3, 1)
+
+
+def test_a_turnstile_ends_with_its_last_user():
+    turnstile = Turnstile()
+    thread = turnstile.run(threading.current_thread)
+    del turnstile
+    thread.join(5)
+    assert not thread.is_alive()

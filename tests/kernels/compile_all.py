@@ -1,8 +1,8 @@
 """Compile every kernel as its wrapper launches it, for every architecture, on a machine with no GPU.
 
 The wrappers run on meta tensors with the launch replaced by a note of its arguments; what is compiled is therefore what
-ships: the default tile of each architecture and bucket, every tuned tile, realistic shapes and dtypes. The last line of the output is a
-JSON list, one object per kernel and architecture.
+ships: the default tile of each architecture and bucket, every tuned tile, realistic shapes and dtypes. The last line of
+the output is a JSON list, one object per kernel and architecture.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def record() -> list[Launch]:
     JITFunction.run = note
     for module in (gemm, attention):
         module.current_gpu = lambda _: tiles.Gpu("untuned", capability)
-    for capability in ARCHITECTURES:  # noqa: B007 -- `note` reads it
+    for capability in ARCHITECTURES:
         rows()
         linears()
         tuned(capability)

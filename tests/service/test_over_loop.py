@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from service.engine.loop import EngineLoop, Turnstile
+from service.engine.loop import EngineLoop
 from service.engine.request import Token
 from service.engine.scheduler import Scheduler
+from service.engine.turnstile import Turnstile
 from tests.service.harness import app_of, events_of, metrics_of, server_of, total, until
 from tests.service.test_disconnect import _leave, _open
 
