@@ -3,15 +3,14 @@
     python -m benchmarks.serving                                     the demo model, or
     python -m benchmarks.serving --shape llama-3.1-8b --batches 1,8,32,64,128,256 --prompt 512
 
-Each variant is loaded, measured and dropped in turn. A step is timed as the engine turns it: plan, launch, read the
-tokens, commit; on a GPU the next step is launched before the last is read. HTTP is left out. Prompts are random token
-ids. The last line printed is JSON.
+Both variants are loaded, and take turns in every round, so that a machine whose speed drifts does not favour one. A
+step is timed as the engine turns it: plan, launch, read the tokens, commit; on a GPU the next step is launched before
+the last is read. HTTP is left out. Prompts are random token ids. The last line printed is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import random
 import sys
@@ -40,23 +39,20 @@ def main() -> None:
     args = _arguments()
     torch.manual_seed(0)
     certificate = birth_certificate(args.commit)
-    rows: list[dict[str, Any]] = []
-    for variant in args.variants.split(","):
-        decoder = _decoder(variant, args)
-        bench = Bench(variant, decoder, args)
+    variants = args.variants.split(",")
+    decoders = {variant: _decoder(variant, args) for variant in variants}
+    benches = {
+        variant: Bench(variant, decoder, args, len(variants) - index)
+        for index, (variant, decoder) in enumerate(decoders.items())
+    }
+    for variant, decoder in decoders.items():
         certificate[f"{variant} dtype"] = str(decoder.dtype).removeprefix("torch.")
-        for batch in args.batches:
-            rows.append(bench.decode(batch, args.prompt, args.steps))
-            _print_row(rows[-1])
-        rows.append(bench.prefill(args.prefill, args.prefill_prompts))
-        _print_row(rows[-1])
-        if args.burst:
-            rows.append(bench.burst(args.burst, args.prompt, args.burst_tokens))
-            _print_row(rows[-1])
-        del bench, decoder
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    rows: list[dict[str, Any]] = []
+    for batch in args.batches:
+        rows += _decode(benches, batch, args)
+    rows += _rates(benches, "prefill", args.prefill_prompts, args.prefill, 1, args.rounds)
+    if args.burst:
+        rows += _rates(benches, "burst", args.burst, args.prompt, args.burst_tokens, 1)
     _add_ratios(rows)
     name = args.out or RESULTS / f"serving-{args.shape or 'demo'}-{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
     write(Path(name), certificate, rows)
@@ -64,17 +60,49 @@ def main() -> None:
     print(json.dumps(rows))
 
 
+def _decode(benches: dict[str, Bench], batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Inter-token latency of full decode steps of one batch size; the variants take turns, round by round."""
+    times: dict[str, list[float]] = {variant: [] for variant in benches}
+    for _ in range(args.rounds):
+        for variant, bench in benches.items():
+            times[variant] += bench.decode_times(batch, args.prompt, args.steps)
+    rows = []
+    for variant, measured in times.items():
+        row = {"what": "decode", "variant": variant, "batch": batch, "prompt": args.prompt, "steps": len(measured)}
+        row |= {f"itl_ms_{name}": 1e3 * value for name, value in quantiles(measured).items()}
+        rows.append(row | {"tokens_per_s": batch / quantiles(measured)["p50"]})
+        _print_row(rows[-1])
+    return rows
+
+
+def _rates(
+    benches: dict[str, Bench], what: str, count: int, prompt_len: int, max_tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Tokens per second of requests that arrive at once: of their prompts, or of their answers for a burst."""
+    rates: dict[str, list[float]] = {variant: [] for variant in benches}
+    counted = count * (prompt_len if what == "prefill" else max_tokens)
+    for _ in range(rounds):
+        for variant, bench in benches.items():
+            rates[variant].append(counted / bench.total_s(count, prompt_len, max_tokens))
+    rows = []
+    for variant, measured in rates.items():
+        row = {"what": what, "variant": variant, "batch": count, "prompt": prompt_len, "max_tokens": max_tokens}
+        row |= {f"tokens_per_s_{name}": value for name, value in quantiles(measured).items()}
+        rows.append(row | {"tokens_per_s": quantiles(measured)["p50"]})
+        _print_row(rows[-1])
+    return rows
+
+
 class Bench:
     """One variant behind a scheduler and a runner, driven without HTTP."""
 
-    def __init__(self, variant: str, decoder: Decoder, args: argparse.Namespace) -> None:
-        self.variant = variant
+    def __init__(self, variant: str, decoder: Decoder, args: argparse.Namespace, num_sharing: int) -> None:
         self.vocab_size = decoder.config.vocab_size
         self.max_batched_tokens = args.max_batched_tokens
         self.rows = max(*args.batches, 64)
         block_size = 16
         block_bytes = block_size * decoder.config.cache_elements_per_token * cache_dtype(decoder).itemsize
-        num_blocks = cache_budget(decoder.embedding.device, 1) // block_bytes
+        num_blocks = cache_budget(decoder.embedding.device, num_sharing) // block_bytes
         limits = num_blocks, block_size, self.rows, args.max_batched_tokens
         self.runner = Runner(decoder, *limits, use_graphs=not args.no_graphs)
         self.scheduler = Scheduler(*limits)
@@ -82,46 +110,18 @@ class Bench:
         self.runner.warm_up()
         print(f"{variant}: warmed up in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
-    def decode(self, batch: int, prompt_len: int, steps: int) -> dict[str, Any]:
-        """Inter-token latency of full decode steps of one batch size."""
+    def decode_times(self, batch: int, prompt_len: int, steps: int) -> list[float]:
+        """Seconds of each full decode step, the first few left out."""
         self._add(batch, prompt_len, steps + 8)
-        times = [step_s for step, step_s in self._drive() if step.is_decode and len(step.chunks) == batch]
-        times = times[4:]
-        row = {"what": "decode", "batch": batch, "prompt": prompt_len, "steps": len(times)}
-        row |= {f"itl_ms_{name}": 1e3 * value for name, value in quantiles(times).items()}
-        return row | {"variant": self.variant, "tokens_per_s": batch / quantiles(times)["p50"]}
+        return [step_s for step, step_s in self._drive() if step.is_decode and len(step.chunks) == batch][4:]
 
-    def prefill(self, prompt_len: int, num_prompts: int) -> dict[str, Any]:
-        """Prompt tokens per second, several prompts at once."""
-        rates = []
-        for _ in range(4):
-            self._add(num_prompts, prompt_len, 1)
-            started = time.perf_counter()
-            for _ in self._drive():
-                pass
-            rates.append(num_prompts * prompt_len / (time.perf_counter() - started))
-        row = {"variant": self.variant, "what": "prefill", "batch": num_prompts, "prompt": prompt_len}
-        return (
-            row
-            | {f"tokens_per_s_{name}": value for name, value in quantiles(rates[1:]).items()}
-            | {"tokens_per_s": quantiles(rates[1:])["p50"]}
-        )
-
-    def burst(self, num_requests: int, prompt_len: int, max_tokens: int) -> dict[str, Any]:
-        """Output tokens per second of many requests that arrive at once."""
-        self._add(num_requests, prompt_len, max_tokens)
+    def total_s(self, count: int, prompt_len: int, max_tokens: int) -> float:
+        """Seconds until the last of count requests is done."""
+        self._add(count, prompt_len, max_tokens)
         started = time.perf_counter()
         for _ in self._drive():
             pass
-        rate = num_requests * max_tokens / (time.perf_counter() - started)
-        return {
-            "variant": self.variant,
-            "what": "burst",
-            "batch": num_requests,
-            "prompt": prompt_len,
-            "max_tokens": max_tokens,
-            "tokens_per_s": rate,
-        }
+        return time.perf_counter() - started
 
     def _add(self, count: int, prompt_len: int, max_tokens: int) -> None:
         rng = random.Random(0)
@@ -197,6 +197,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=48, help="decode steps measured")
     parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of a prefill run")
     parser.add_argument("--prefill-prompts", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="turns that each variant takes")
     parser.add_argument("--burst", type=int, default=0, help="requests that arrive at once; 0 for none")
     parser.add_argument("--burst-tokens", type=int, default=128)
     parser.add_argument("--max-batched-tokens", type=int, default=512)

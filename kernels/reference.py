@@ -8,6 +8,7 @@ real int8 x int8 -> int32 product (`torch._int_mm`), never a float one.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal
 
@@ -53,7 +54,7 @@ def quantize_rows(x: Tensor) -> Quantized:
     x = x.float()
     absmax = x.abs().amax(-1, keepdim=True)
     scale = absmax / CODE_MAX
-    if absmax.numel() and absmax.min() < TINY:
+    if absmax.numel() and absmax.min().item() < TINY:
         is_zero = absmax < TINY
         x = x.masked_fill(is_zero, 0.0)
         scale.masked_fill_(is_zero, 1.0)
@@ -143,8 +144,11 @@ def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quanti
 
     Source: GLU variants (arXiv 2002.05202), SwiGLU.
     """
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return _store(F.silu(gate).mul_(up), gate_up.dtype, quantize)
+    blocks = []
+    for rows in _row_blocks(len(gate_up)):
+        gate, up = gate_up[rows].float().chunk(2, dim=-1)
+        blocks.append(_store(F.silu(gate).mul_(up), gate_up.dtype, quantize))
+    return _joined(blocks)
 
 
 def gelu(
@@ -174,6 +178,8 @@ def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
 
 
 MAX_DEPTH = (2**31 - 1) // (CODE_MAX * CODE_MAX)
+
+ROWS_AT_ONCE = 128
 
 VECTOR = 16
 """float32 values in the widest vector register."""
@@ -211,13 +217,18 @@ def int8_linear(
 
     Source: SmoothQuant (arXiv 2211.10438), equation 2.
     """
-    y = int8_matmul(x.codes, weight_q) * weight_scale
-    y.mul_(x.scale.unsqueeze(-1))
-    if bias is not None:
-        y.add_(bias)
-    if residual is not None:
-        y.add_(residual)
-    return y.to(out_dtype) if out_scale is None else quantize_tensor(y, out_scale)
+    acc = int8_matmul(x.codes, weight_q)
+    y = torch.empty(acc.shape, dtype=out_dtype if out_scale is None else torch.int8, device=acc.device)
+    x_scale = x.scale.expand(len(acc)).unsqueeze(-1)
+    for rows in _row_blocks(len(acc)):
+        part = acc[rows] * weight_scale
+        part.mul_(x_scale[rows])
+        if bias is not None:
+            part.add_(bias)
+        if residual is not None:
+            part.add_(residual[rows])
+        y[rows] = part if out_scale is None else quantize_tensor(part, out_scale).codes
+    return y if out_scale is None else Quantized(y, out_scale)
 
 
 def rope_and_cache(
@@ -355,6 +366,27 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     low, high = x[..., :half], x[..., half : 2 * half]
     return torch.cat((low * cos - high * sin, high * cos + low * sin, x[..., 2 * half :]), dim=-1)
+
+
+def _row_blocks(num_rows: int) -> Iterator[slice]:
+    """Rows in blocks whose float32 values stay in the cache: a pass over whole prompts takes three times as long."""
+    for start in range(0, max(num_rows, 1), ROWS_AT_ONCE):
+        yield slice(start, start + ROWS_AT_ONCE)
+
+
+def _joined(blocks: list[Tensor | Quantized]) -> Tensor | Quantized:
+    """Blocks of rows as one tensor. A static scale is the same in each."""
+    if len(blocks) == 1:
+        return blocks[0]
+    quantized = [block for block in blocks if isinstance(block, Quantized)]
+    if not quantized:
+        return torch.cat([block for block in blocks if isinstance(block, Tensor)])
+    scale = quantized[0].scale
+    is_static = all(block.scale is scale for block in quantized)
+    return Quantized(
+        torch.cat([block.codes for block in quantized]),
+        scale if is_static else torch.cat([block.scale for block in quantized]),
+    )
 
 
 def _store(y: Tensor, dtype: torch.dtype, quantize: ToInt8 | None) -> Tensor | Quantized:
