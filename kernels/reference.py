@@ -144,11 +144,10 @@ def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quanti
 
     Source: GLU variants (arXiv 2002.05202), SwiGLU.
     """
-    blocks = []
-    for rows in _row_blocks(len(gate_up)):
-        gate, up = gate_up[rows].float().chunk(2, dim=-1)
-        blocks.append(_store(F.silu(gate).mul_(up), gate_up.dtype, quantize))
-    return _joined(blocks)
+    if len(gate_up) > ROWS_AT_ONCE:
+        return _joined([silu_mul(gate_up[rows], quantize) for rows in _row_blocks(len(gate_up))])
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return _store(F.silu(gate).mul_(up), gate_up.dtype, quantize)
 
 
 def gelu(
@@ -218,17 +217,42 @@ def int8_linear(
     Source: SmoothQuant (arXiv 2211.10438), equation 2.
     """
     acc = int8_matmul(x.codes, weight_q)
-    y = torch.empty(acc.shape, dtype=out_dtype if out_scale is None else torch.int8, device=acc.device)
-    x_scale = x.scale.expand(len(acc)).unsqueeze(-1)
-    for rows in _row_blocks(len(acc)):
-        part = acc[rows] * weight_scale
-        part.mul_(x_scale[rows])
-        if bias is not None:
-            part.add_(bias)
-        if residual is not None:
-            part.add_(residual[rows])
-        y[rows] = part if out_scale is None else quantize_tensor(part, out_scale).codes
-    return y if out_scale is None else Quantized(y, out_scale)
+    if len(acc) <= ROWS_AT_ONCE:
+        return _finish(acc, x.scale, weight_scale, bias, residual, out_dtype, out_scale)
+    x_scale = x.scale.expand(len(acc))
+    return _joined(
+        [
+            _finish(
+                acc[rows],
+                x_scale[rows],
+                weight_scale,
+                bias,
+                None if residual is None else residual[rows],
+                out_dtype,
+                out_scale,
+            )
+            for rows in _row_blocks(len(acc))
+        ]
+    )
+
+
+def _finish(
+    acc: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+) -> Tensor | Quantized:
+    """The epilogue of `int8_linear` on the accumulator [T, N]."""
+    y = acc * weight_scale
+    y.mul_(x_scale.unsqueeze(-1))
+    if bias is not None:
+        y.add_(bias)
+    if residual is not None:
+        y.add_(residual)
+    return y.to(out_dtype) if out_scale is None else quantize_tensor(y, out_scale)
 
 
 def rope_and_cache(
@@ -263,8 +287,8 @@ def rope_and_cache(
     qkv = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_size)
     rotated = _rotate(qkv[:, : num_heads + num_kv_heads].float(), cos_sin[positions])
     slots = slots.long()
-    keep = slots >= 0
-    if not bool(keep.all()):
+    if slots.min().item() < 0:
+        keep = slots >= 0
         slots, rotated_k, v = slots[keep], rotated[keep, num_heads:], qkv[keep, num_heads + num_kv_heads :]
     else:
         rotated_k, v = rotated[:, num_heads:], qkv[:, num_heads + num_kv_heads :]
@@ -370,14 +394,12 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 def _row_blocks(num_rows: int) -> Iterator[slice]:
     """Rows in blocks whose float32 values stay in the cache: a pass over whole prompts takes three times as long."""
-    for start in range(0, max(num_rows, 1), ROWS_AT_ONCE):
+    for start in range(0, num_rows, ROWS_AT_ONCE):
         yield slice(start, start + ROWS_AT_ONCE)
 
 
 def _joined(blocks: list[Tensor | Quantized]) -> Tensor | Quantized:
     """Blocks of rows as one tensor. A static scale is the same in each."""
-    if len(blocks) == 1:
-        return blocks[0]
     quantized = [block for block in blocks if isinstance(block, Quantized)]
     if not quantized:
         return torch.cat([block for block in blocks if isinstance(block, Tensor)])
