@@ -119,11 +119,15 @@ def test_info_is_whole_and_is_json(float_folder, cache):
     assert w8a8["weight_bytes"] < 0.6 * fp16["weight_bytes"]
 
 
+def running_engines() -> list[str]:
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("engine-"))
+
+
 def test_the_engines_end_with_their_host(float_folder, cache):
-    before = threading.active_count()
+    assert running_engines() == []
     with hosted(float_folder, cache):
-        assert threading.active_count() == before + 2
-    assert threading.active_count() == before
+        assert running_engines() == ["engine-fp16", "engine-w8a8"]
+    assert running_engines() == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -240,10 +244,9 @@ def test_a_refused_start_leaves_no_engine_running(float_folder, cache, monkeypat
     """The second variant finds no memory; the first must not go on."""
     budgets = iter([1024 * 256, 1])
     monkeypatch.setattr("service.hosting.cache_budget", lambda *_: next(budgets))
-    before = threading.active_count()
     with pytest.raises(InvalidSettings, match="KV cache of fp16"), hosted(float_folder, cache):
         pass
-    assert threading.active_count() == before
+    assert running_engines() == []
 
 
 @pytest.mark.parametrize("scheme", [name for name, preset in PRESETS.items() if preset.is_int8])
