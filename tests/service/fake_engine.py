@@ -169,7 +169,7 @@ class FakeEngine:
         for start in range(0, len(ids), self.tokens_per_step):
             await asyncio.sleep(self.delay_s)
             if self.fail_at is not None and start >= self.fail_at:
-                self.failure = RuntimeError("secret path /root/weights")
+                self.failure = RuntimeError("secret path /srv/weights")
                 self.release(stream, FinishReason.ABORT)
                 stream.queue.put_nowait(EngineFailed(f"the engine of variant {self.variant!r} failed"))
                 return
