@@ -108,8 +108,7 @@ def quantize_checkpoint(
         raise ValueError(f"scheme {scheme.name!r} is float: there is nothing to quantize; serve the source itself")
     if scheme.smoothing is not None and not groups:
         raise ValueError(f"scheme {scheme.name!r} smooths and no groups say what; name them, or set smoothing to None")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not empty; remove it or name another folder")
+    refuse_occupied(out)
     config = read_json(source / "config.json")
     if parse(config) is not None:
         raise CheckpointError(f"{source} is quantized already; start from the float model")
@@ -132,6 +131,12 @@ def quantize_checkpoint(
     except BaseException:
         shutil.rmtree(part)
         raise
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raise FileExistsError unless out can be created, or is an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty; remove it or name another folder")
 
 
 def _quantized_tensors(

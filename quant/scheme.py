@@ -88,6 +88,14 @@ class Scheme:
             )
         return replace(scheme, smoothing=alpha)
 
+    def with_alpha(self, alpha: float | None) -> Scheme:
+        """The same scheme with another alpha, where one is given and the scheme smooths.
+
+        Raises:
+            ValueError: alpha is outside 0..1.
+        """
+        return self if alpha is None or self.smoothing is None else replace(self, smoothing=alpha)
+
     @property
     def is_int8(self) -> bool:
         return self.weight != "float"

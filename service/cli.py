@@ -208,8 +208,7 @@ def main() -> None:
 def _scheme(name: str, alpha: float | None) -> Scheme:
     """A preset; alpha replaces the presets' own where they smooth."""
     try:
-        scheme = Scheme.preset(name.strip())
-        return scheme if alpha is None or scheme.smoothing is None else Scheme.preset(scheme.name, alpha)
+        return Scheme.preset(name.strip()).with_alpha(alpha)
     except ValueError as error:
         raise InvalidSettings(str(error)) from error
 

@@ -201,9 +201,7 @@ def _load_variant(
     name: str, folder: Path, settings: Settings, device: torch.device, on_progress: Progress
 ) -> tuple[Decoder, dict[str, Any]]:
     """A variant's decoder, and what is known of how it was quantized."""
-    scheme = Scheme.preset(BASELINE if name == BASELINE else settings.scheme)
-    if settings.alpha is not None and scheme.smoothing is not None:
-        scheme = Scheme.preset(scheme.name, settings.alpha)
+    scheme = Scheme.preset(BASELINE if name == BASELINE else settings.scheme).with_alpha(settings.alpha)
     if settings.random_weights:
         config = ModelConfig.load(folder, settings.max_model_len)
         dtype = pick_dtype(settings.dtype, config, device)

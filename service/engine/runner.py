@@ -141,12 +141,13 @@ class Runner:
             self._graphs[bucket] = graph, logits
             if on_progress:
                 on_progress(done + 1, len(buckets))
+        self._graphs = dict(sorted(self._graphs.items()))
         torch.cuda.synchronize()
 
     def _bucket(self, step: Step) -> int | None:
         if not self._graphs or not step.is_decode:
             return None
-        return next((bucket for bucket in sorted(self._graphs) if bucket >= len(step.chunks)), None)
+        return next((bucket for bucket in self._graphs if bucket >= len(step.chunks)), None)
 
     def _forward(self, batch: Batch, is_decode: bool = False) -> Tensor:
         """Logits of the rows that sample; in a decode step those are all rows, in order."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import CODE_MAX
-from quant.checkpoint import Checkpoint, CheckpointError
+from quant.checkpoint import Checkpoint
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import Scheme
 from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint
@@ -124,14 +124,3 @@ def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dt
     if device.type == "cuda":
         return config.dtype
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
-__all__ = [
-    "CheckpointError",
-    "RandomWeights",
-    "load_decoder",
-    "pick_device",
-    "pick_dtype",
-    "random_decoder",
-    "refuse_unsafe",
-]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kernels import __version__
 from quant.calibrate import calibrate, self_written, windows_from_text
-from quant.convert import quantize_checkpoint
+from quant.convert import quantize_checkpoint, refuse_occupied
 from quant.scheme import Scheme
 from quant.tensors import read_json
 from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel
@@ -187,8 +187,7 @@ def quantize_model(
         FileExistsError: out exists and is not empty.
     """
     # Known before minutes of calibration, not after them.
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not empty; remove it or name another folder")
+    refuse_occupied(out)
     if is_quantized(source):
         raise UnsupportedModel(f"{source} is quantized already; start from the float model")
     config = ModelConfig.load(source)
