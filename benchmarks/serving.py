@@ -100,7 +100,7 @@ class Bench:
         self.vocab_size = decoder.config.vocab_size
         self.max_batched_tokens = args.max_batched_tokens
         self.rows = max(*args.batches, 64)
-        block_size = 16
+        block_size = Settings().block_size
         block_bytes = block_size * decoder.config.cache_elements_per_token * cache_dtype(decoder).itemsize
         num_blocks = cache_budget(decoder.embedding.device, num_sharing) // block_bytes
         limits = num_blocks, block_size, self.rows, args.max_batched_tokens

@@ -15,6 +15,7 @@ __all__ = [
     "Quantized",
     "ToInt8",
     "gelu",
+    "int8_gated_linear",
     "int8_linear",
     "int8_matmul",
     "layer_norm",
@@ -52,5 +53,6 @@ gelu = _by_device(activation.gelu, reference.gelu)
 relu = _by_device(activation.relu, reference.relu)
 int8_matmul = _by_device(gemm.int8_matmul, reference.int8_matmul)
 int8_linear = _by_device(gemm.int8_linear, reference.int8_linear)
+int8_gated_linear = _by_device(gemm.int8_gated_linear, reference.int8_gated_linear)
 rope_and_cache = _by_device(rope.rope_and_cache, reference.rope_and_cache)
 paged_attention = _by_device(attention.paged_attention, reference.paged_attention)

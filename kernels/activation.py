@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent import await_inputs, launch_dependents, launch_early
 from kernels.quantize import (
     MAX_BUSY_ROW,
     empty_output,
@@ -41,7 +42,9 @@ def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quanti
     T, K = gate_up.shape[0], gate_up.shape[1] // 2
     y, scale = empty_output(gate_up, K, quantize)
     grid, options = row_launch(T, K, one_program=is_dynamic(quantize))
-    _silu_mul_kernel[grid](gate_up, y, scale, K, gate_up.stride(0), STATIC=is_static(quantize), **options)
+    _silu_mul_kernel[grid](
+        gate_up, y, scale, K, gate_up.stride(0), STATIC=is_static(quantize), **options, **launch_early(y.device, T)
+    )
     return y if scale is None else Quantized(y, scale)
 
 
@@ -59,7 +62,17 @@ def gelu(
     T, K = x.shape
     y, scale = empty_output(x, K, quantize)
     grid, options = row_launch(T, K, MAX_BUSY_ROW, one_program=is_dynamic(quantize))
-    _gelu_kernel[grid](x, y, scale, K, x.stride(0), TANH=approximate == "tanh", STATIC=is_static(quantize), **options)
+    _gelu_kernel[grid](
+        x,
+        y,
+        scale,
+        K,
+        x.stride(0),
+        TANH=approximate == "tanh",
+        STATIC=is_static(quantize),
+        **options,
+        **launch_early(y.device, T),
+    )
     return y if scale is None else Quantized(y, scale)
 
 
@@ -73,12 +86,16 @@ def relu(x: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
     T, K = x.shape
     y, scale = empty_output(x, K, quantize)
     grid, options = row_launch(T, K, one_program=is_dynamic(quantize))
-    _relu_kernel[grid](x, y, scale, K, x.stride(0), STATIC=is_static(quantize), **options)
+    _relu_kernel[grid](x, y, scale, K, x.stride(0), STATIC=is_static(quantize), **options, **launch_early(y.device, T))
     return y if scale is None else Quantized(y, scale)
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, y_ptr, scale_ptr, K, stride_t, STATIC: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up_ptr, y_ptr, scale_ptr, K, stride_t, STATIC: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < K
@@ -89,7 +106,19 @@ def _silu_mul_kernel(gate_up_ptr, y_ptr, scale_ptr, K, stride_t, STATIC: tl.cons
 
 
 @triton.jit
-def _gelu_kernel(x_ptr, y_ptr, scale_ptr, K, stride_t, TANH: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    K,
+    stride_t,
+    TANH: tl.constexpr,
+    STATIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < K
@@ -103,7 +132,11 @@ def _gelu_kernel(x_ptr, y_ptr, scale_ptr, K, stride_t, TANH: tl.constexpr, STATI
 
 
 @triton.jit
-def _relu_kernel(x_ptr, y_ptr, scale_ptr, K, stride_t, STATIC: tl.constexpr, BLOCK: tl.constexpr):
+def _relu_kernel(
+    x_ptr, y_ptr, scale_ptr, K, stride_t, STATIC: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < K

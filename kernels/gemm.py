@@ -10,16 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quantize import to_codes
-from kernels.quantized import CODE_MAX, Quantized
+from kernels.blocks import block_tile, launch_blocks
+from kernels.dependent import await_inputs, launch_dependents, launch_early
+from kernels.epilogue import MAX_PIECE, Epilogue, finish_tile
+from kernels.pingpong import can_pingpong, launch_pingpong
+from kernels.quantize import quantize_rows, quantize_tensor
+from kernels.quantized import BLOCK, CODE_MAX, Quantized, ToInt8
 from kernels.tiles import Tile, choose, current_gpu
 
-__all__ = ["MAX_DEPTH", "int8_linear", "int8_matmul"]
+__all__ = ["MAX_DEPTH", "int8_gated_linear", "int8_linear", "int8_matmul"]
 
 MAX_DEPTH = (2**31 - 1) // (CODE_MAX * CODE_MAX)
 """Largest K whose int32 accumulator cannot overflow: 133,144."""
 
-MAX_EPILOGUE = tl.constexpr(128)
+FALLBACK = Tile("plain", 128, 128, 128, num_warps=8, num_stages=3)
+"""Where a table asks for the ping-pong kernel and the epilogue is one that it does not have."""
 
 
 def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
@@ -29,7 +34,7 @@ def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
         ValueError: K differs between the two, weight_q is not contiguous, or K is above `MAX_DEPTH`.
     """
     y = torch.empty((len(x_q), len(weight_q)), dtype=torch.int32, device=x_q.device)
-    launch(x_q.contiguous(), None, weight_q, None, None, None, y, None)
+    launch(x_q.contiguous(), weight_q, Epilogue(), y)
     return y
 
 
@@ -41,53 +46,115 @@ def int8_linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
     out_scale: Tensor | None = None,
+    is_blocked: bool = False,
 ) -> Tensor | Quantized:
     """Apply a W8A8 Linear in one kernel; `reference.int8_linear`.
 
     acc = x_q @ weight_q^T  (int32)        y_tn = acc_tn * x_scale_t * weight_scale_n + bias_n + residual_tn
+    with x in blocks p of 128 columns: acc_tn * x_scale_t becomes sum_p acc_tnp * x_scale_tp, in float32, p rising
 
     Args:
-        x: codes [T, K], scale [T] or [1].
+        x: codes [T, K], scale [T], [1] or [T, ceil(K / 128)].
         weight_q: [N, K] int8, contiguous.
         weight_scale: float32 [N] (per output channel) or [1] (per tensor).
         bias: [N] float or None.
         residual: [T, N] float or None.
         out_dtype: float16, bfloat16 or float32; of y where out_scale is None.
         out_scale: float32 [1]: write y as `Quantized` with this static scale instead.
+        is_blocked: write y as `Quantized` with one scale per row and 128 columns instead.
 
     Returns:
-        y [T, N], the same bits for a row whatever else is in the batch: the sum is exact, the rest is per element.
+        y [T, N], the same bits for a row whatever else is in the batch: int32 sums are exact, the rest is per element
+        and in one order.
 
     Raises:
-        ValueError: K differs between x and weight_q, weight_q is not contiguous, K is above `MAX_DEPTH`, or a scale,
-            the bias or the residual does not have one of the shapes above.
+        ValueError: K differs between x and weight_q, weight_q is not contiguous, K is above `MAX_DEPTH`, a scale, the
+            bias or the residual does not have one of the shapes above, or out_scale and is_blocked are both given.
 
     Source: SmoothQuant (arXiv 2211.10438), equation 2.
     """
     codes = x.codes.contiguous()
     T, N = len(codes), len(weight_q)
-    if x.scale.numel() not in {1, T} or weight_scale.numel() not in {1, N}:
-        raise ValueError(f"scales of {x.scale.numel()} rows and {weight_scale.numel()} columns for y [{T}, {N}]")
-    if bias is not None and bias.numel() != N:
-        raise ValueError(f"bias has {bias.numel()} elements, weight_q {N} rows")
+    _check_operands(x, weight_q, weight_scale, bias)
     if residual is not None and residual.shape != (T, N):
         raise ValueError(f"residual {tuple(residual.shape)} must be {(T, N)}")
-    y = torch.empty((T, N), dtype=out_dtype if out_scale is None else torch.int8, device=codes.device)
+    if is_blocked and out_scale is not None:
+        raise ValueError("out_scale is one scale for y, is_blocked finds one per block: give one of the two")
     residual = None if residual is None else residual.contiguous()
-    launch(codes, x.scale, weight_q, weight_scale, bias, residual, y, out_scale)
+    ops = Epilogue(x.scale, weight_scale, bias, residual, out_scale)
+    if is_blocked:
+        return _launch_to_blocks(codes, weight_q, ops, N)
+    y = torch.empty((T, N), dtype=out_dtype if out_scale is None else torch.int8, device=codes.device)
+    launch(codes, weight_q, ops, y)
     return y if out_scale is None else Quantized(y, out_scale)
 
 
-def launch(
-    x_q: Tensor,
-    x_scale: Tensor | None,
+def int8_gated_linear(
+    x: Quantized,
     weight_q: Tensor,
-    weight_scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    out_scale: Tensor | None,
-    tile: Tile | None = None,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    quantize: ToInt8 | None = None,
+) -> Tensor | Quantized:
+    """Apply a W8A8 Linear whose outputs are pairs of gate and up, and gate them; `reference.int8_gated_linear`.
+
+    z = int8_linear(x, weight_q, weight_scale, bias) in float32        y_tf = silu(z_t,2f) * z_t,2f+1
+
+    The gate happens in the product's epilogue, so z is never written. Scales per row take a second kernel, which reads
+    y once: the first leaves it the largest magnitude of each piece of a row. Scales per block need no second one.
+
+    Args:
+        x, weight_q, weight_scale, bias: as `int8_linear`; row 2f of weight_q is gate f, row 2f + 1 is up f.
+        out_dtype: of y; a `Quantized` result holds y rounded to it first, one in blocks the float32 y.
+        quantize: None writes y [T, N / 2]; `ToInt8` writes its codes and scale.
+
+    Raises:
+        ValueError: as `int8_linear`, or N is odd.
+
+    Source: GLU variants (arXiv 2002.05202), SwiGLU; fusion after ZeroQuant (arXiv 2206.01861), section 4.3.
+    """
+    codes, N = x.codes.contiguous(), len(weight_q)
+    if N % 2:
+        raise ValueError(f"weight_q has {N} rows; pairs of gate and up are an even number")
+    _check_operands(x, weight_q, weight_scale, bias)
+    T, width = len(codes), N // 2
+    ops = Epilogue(x.scale, weight_scale, bias)
+    if quantize is not None and quantize.is_blocked:
+        return _launch_to_blocks(codes, weight_q, ops, width)
+    y = torch.empty((T, width), dtype=out_dtype, device=codes.device)
+    tile = pick_tile(codes, weight_q, ops, y)
+    if quantize is None or quantize.scale is not None:
+        launch(codes, weight_q, ops, y, tile, is_gated=True)
+        return y if quantize is None else quantize_tensor(y, quantize.scale)
+    pieces = triton.cdiv(width, min(tile.block_n, MAX_PIECE.value) // 2)
+    row_max = torch.empty((T, pieces), dtype=torch.float32, device=y.device)
+    launch(codes, weight_q, ops._replace(row_max=row_max), y, tile, is_gated=True)
+    return quantize_rows(y, row_max)
+
+
+def _launch_to_blocks(x_q: Tensor, weight_q: Tensor, ops: Epilogue, width: int) -> Quantized:
+    """y [T, width] as codes with a scale per row and block: gated where width is half of N."""
+    T = len(x_q)
+    y = torch.empty((T, width), dtype=torch.int8, device=x_q.device)
+    scale = torch.empty((T, triton.cdiv(width, BLOCK)), dtype=torch.float32, device=x_q.device)
+    launch(x_q, weight_q, ops._replace(block_scale=scale), y, is_gated=width != len(weight_q))
+    return Quantized(y, scale)
+
+
+def _check_operands(x: Quantized, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    (T, K), N = x.codes.shape, len(weight_q)
+    blocks = (T, triton.cdiv(K, BLOCK))
+    if x.scale.ndim == 2 and x.scale.shape != blocks:
+        raise ValueError(f"x.scale {tuple(x.scale.shape)} must be {blocks} for x {(T, K)}: one per {BLOCK} columns")
+    if (x.scale.ndim < 2 and x.scale.numel() not in {1, T}) or weight_scale.numel() not in {1, N}:
+        raise ValueError(f"scales of {x.scale.numel()} rows and {weight_scale.numel()} columns for y [{T}, {N}]")
+    if bias is not None and bias.numel() != N:
+        raise ValueError(f"bias has {bias.numel()} elements, weight_q {N} rows")
+
+
+def launch(
+    x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile | None = None, is_gated: bool = False
 ) -> None:
     """Fill y by the tile given, or else by the one that the table names. Without scales y is the accumulator."""
     (T, K), N = x_q.shape, len(weight_q)
@@ -95,20 +162,47 @@ def launch(
         raise ValueError(f"weight_q {tuple(weight_q.shape)} must be [N, {K}] and contiguous, for x of depth {K}")
     if K > MAX_DEPTH:
         raise ValueError(f"K = {K} can overflow the int32 accumulator; the limit is {MAX_DEPTH}")
-    tile = tile or choose(current_gpu(y.device), N, K, T)
+    if T == 0:
+        return
+    tile = tile or pick_tile(x_q, weight_q, ops, y, is_gated)
+    form = {
+        "PER_ROW": ops.x_scale is not None and ops.x_scale.numel() == T,
+        "PER_COLUMN": ops.weight_scale is not None and ops.weight_scale.numel() == N,
+        "GATED": is_gated,
+    }
+    if _reads_blocks(x_q, ops):
+        launch_blocks(x_q, weight_q, ops, y, tile, form["PER_COLUMN"], is_gated)
+        return
+    num_tiles = triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n)
+    if tile.kernel == "pingpong":
+        launch_pingpong(x_q, weight_q, ops, y, tile, min(num_tiles, current_gpu(y.device).num_sms), form)
+        return
     kernel = _int8_linear_kernel if tile.kernel == "plain" else _int8_linear_swapped_kernel
-    kernel[(triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n),)](
-        x_q, weight_q, x_scale, weight_scale, bias, residual, y, out_scale, T, N, K,
-        PER_ROW=x_scale is not None and x_scale.numel() == T,
-        PER_COLUMN=weight_scale is not None and weight_scale.numel() == N,
-        **launch_options(tile, K),
+    kernel[(num_tiles,)](
+        x_q, weight_q, ops, y, T, N, K, EVEN_K=K % tile.block_k == 0,
+        **form, **launch_options(tile), **launch_early(y.device, T),
     )  # fmt: skip
 
 
-def launch_options(tile: Tile, k: int) -> dict[str, int | bool]:
-    """The compile-time arguments of either kernel that follow from the tile."""
+def pick_tile(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, is_gated: bool = False) -> Tile:
+    """The table's tile, unless its kernel lacks the epilogue. Blocks of scales have tiles of their own."""
+    T, K = x_q.shape
+    gpu, reads_blocks = current_gpu(y.device), _reads_blocks(x_q, ops)
+    if ops.block_scale is not None:
+        return block_tile(gpu.capability, K, T, reads_blocks, BLOCK * (1 + is_gated))
+    if reads_blocks:
+        return block_tile(gpu.capability, K, T)
+    tile = choose(gpu, len(weight_q), K, T)
+    return FALLBACK if tile.kernel == "pingpong" and not can_pingpong(K, ops, y) else tile
+
+
+def _reads_blocks(x_q: Tensor, ops: Epilogue) -> bool:
+    return ops.x_scale is not None and ops.x_scale.shape == (len(x_q), triton.cdiv(x_q.shape[1], BLOCK))
+
+
+def launch_options(tile: Tile) -> dict[str, int | bool]:
+    """The compile-time arguments of every kernel that follow from the tile."""
     return {
-        "EVEN_K": k % tile.block_k == 0,
         "GROUP": tile.group,
         "BLOCK_T": tile.block_t,
         "BLOCK_N": tile.block_n,
@@ -118,173 +212,97 @@ def launch_options(tile: Tile, k: int) -> dict[str, int | bool]:
     }
 
 
-@triton.jit
-def _tile_position(T, N, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """This program's token tile and column tile: column by column within groups of GROUP token tiles."""
-    num_t = tl.cdiv(T, BLOCK_T)
-    per_group = GROUP * tl.cdiv(N, BLOCK_N)
-    first_t = tl.program_id(0) // per_group * GROUP
-    group = tl.minimum(num_t - first_t, GROUP)
-    within = tl.program_id(0) % per_group
-    return first_t + within % group, within // group
-
-
-@triton.jit
-def _finish(
-    acc,
-    x_scale_ptr,
-    weight_scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    y_ptr,
-    out_scale_ptr,
-    tokens,
-    first_column,
-    T,
-    N,
-    PER_ROW: tl.constexpr,
-    PER_COLUMN: tl.constexpr,
-):
-    """Scale the accumulator [tokens, columns], add bias and residual, and store in y's dtype."""
-    if acc.shape[1] > MAX_EPILOGUE:
-        # In two halves: the accumulator fills half the registers, and the epilogue of all of it would spill.
-        HALF: tl.constexpr = acc.shape[1] // 2
-        halves = tl.reshape(acc, [acc.shape[0], 2, HALF])
-        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        _store_tile(left, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, y_ptr, out_scale_ptr, tokens,
-                    first_column + tl.arange(0, HALF), T, N, PER_ROW, PER_COLUMN)  # fmt: skip
-        _store_tile(right, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, y_ptr, out_scale_ptr, tokens,
-                    first_column + HALF + tl.arange(0, HALF), T, N, PER_ROW, PER_COLUMN)  # fmt: skip
-    else:
-        _store_tile(acc, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, y_ptr, out_scale_ptr, tokens,
-                    first_column + tl.arange(0, acc.shape[1]), T, N, PER_ROW, PER_COLUMN)  # fmt: skip
-
-
-@triton.jit
-def _store_tile(
-    acc,
-    x_scale_ptr,
-    weight_scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    y_ptr,
-    out_scale_ptr,
-    tokens,
-    columns,
-    T,
-    N,
-    PER_ROW: tl.constexpr,
-    PER_COLUMN: tl.constexpr,
-):
-    has_token, has_column = tokens < T, columns < N
-    mask = has_token[:, None] & has_column[None, :]
-    at = tokens.to(tl.int64)[:, None] * N + columns[None, :]
-    if weight_scale_ptr is None:
-        tl.store(y_ptr + at, acc, mask=mask)
-    else:
-        y = acc.to(tl.float32)
-        if PER_COLUMN:
-            y *= tl.load(weight_scale_ptr + columns, mask=has_column, other=0.0)[None, :]
-        else:
-            y *= tl.load(weight_scale_ptr)
-        if PER_ROW:
-            y *= tl.load(x_scale_ptr + tokens, mask=has_token, other=0.0)[:, None]
-        else:
-            y *= tl.load(x_scale_ptr)
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + columns, mask=has_column, other=0.0).to(tl.float32)[None, :]
-        if residual_ptr is not None:
-            y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if out_scale_ptr is not None:
-            tl.store(y_ptr + at, to_codes(y, tl.load(out_scale_ptr)), mask=mask)
-        else:
-            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
 # T changes with every step: specialized on its value (1, or a multiple of 16) it would compile three kernels for one.
 @triton.jit(do_not_specialize=["T"])
 def _int8_linear_kernel(
     x_ptr,
     weight_ptr,
-    x_scale_ptr,
-    weight_scale_ptr,
-    bias_ptr,
-    residual_ptr,
+    ops,
     y_ptr,
-    out_scale_ptr,
     T,
     N,
     K,
     PER_ROW: tl.constexpr,
     PER_COLUMN: tl.constexpr,
+    GATED: tl.constexpr,
     EVEN_K: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One tile [BLOCK_T, BLOCK_N] of y, tokens on the M side of the matrix instruction."""
-    tile_t, tile_n = _tile_position(T, N, BLOCK_T, BLOCK_N, GROUP)
+    num_n = tl.cdiv(N, BLOCK_N)
+    tile_t, tile_n = tl.swizzle2d(
+        tl.program_id(0) // num_n, tl.program_id(0) % num_n, tl.cdiv(T, BLOCK_T), num_n, GROUP
+    )
     tokens = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
-    # Rows past the end repeat the last one, so that only the store needs a mask.
-    x_ptrs = x_ptr + tl.minimum(tokens, T - 1).to(tl.int64)[:, None] * K + depth[None, :]
+    await_inputs(DEPENDENT)
+    # Columns past the end repeat the last one, so that only the store needs a mask. Tokens do not: where T is 1 all
+    # programs would ask for the same line 16 times, and T = 1 took longer than T = 16.
+    is_token = (tokens < T)[:, None]
+    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * K + depth[None, :]
     weight_ptrs = weight_ptr + tl.minimum(columns, N - 1).to(tl.int64)[None, :] * K + depth[:, None]
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
-            x = tl.load(x_ptrs)
+            x = tl.load(x_ptrs, mask=is_token, other=0)
             weight = tl.load(weight_ptrs)
         else:
-            x = tl.load(x_ptrs, mask=depth[None, :] < K - start, other=0)
+            x = tl.load(x_ptrs, mask=is_token & (depth[None, :] < K - start), other=0)
             weight = tl.load(weight_ptrs, mask=depth[:, None] < K - start, other=0)
         acc = tl.dot(x, weight, acc, out_dtype=tl.int32)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
-    _finish(acc, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, y_ptr, out_scale_ptr, tokens,
-            tile_n * BLOCK_N, T, N, PER_ROW, PER_COLUMN)  # fmt: skip
+    launch_dependents(DEPENDENT)
+    finish_tile(acc, ops, y_ptr, tokens, tile_n * BLOCK_N, T, N, PER_ROW, PER_COLUMN, GATED)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _int8_linear_swapped_kernel(
     x_ptr,
     weight_ptr,
-    x_scale_ptr,
-    weight_scale_ptr,
-    bias_ptr,
-    residual_ptr,
+    ops,
     y_ptr,
-    out_scale_ptr,
     T,
     N,
     K,
     PER_ROW: tl.constexpr,
     PER_COLUMN: tl.constexpr,
+    GATED: tl.constexpr,
     EVEN_K: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One tile of y computed as y^T = weight x^T, for few tokens: the weight's rows fill the instruction's M side."""
-    tile_t, tile_n = _tile_position(T, N, BLOCK_T, BLOCK_N, GROUP)
+    num_n = tl.cdiv(N, BLOCK_N)
+    tile_t, tile_n = tl.swizzle2d(
+        tl.program_id(0) // num_n, tl.program_id(0) % num_n, tl.cdiv(T, BLOCK_T), num_n, GROUP
+    )
     tokens = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + tl.minimum(tokens, T - 1).to(tl.int64)[None, :] * K + depth[:, None]
+    await_inputs(DEPENDENT)
+    is_token = (tokens < T)[None, :]
+    x_ptrs = x_ptr + tokens.to(tl.int64)[None, :] * K + depth[:, None]
     weight_ptrs = weight_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + depth[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.int32)
     for start in range(0, K, BLOCK_K):
         # The weights are read once and would only push the activations out of the L2 cache.
         if EVEN_K:
-            x = tl.load(x_ptrs)
+            x = tl.load(x_ptrs, mask=is_token, other=0)
             weight = tl.load(weight_ptrs, eviction_policy="evict_first")
         else:
-            x = tl.load(x_ptrs, mask=depth[:, None] < K - start, other=0)
+            x = tl.load(x_ptrs, mask=is_token & (depth[:, None] < K - start), other=0)
             weight = tl.load(weight_ptrs, mask=depth[None, :] < K - start, other=0, eviction_policy="evict_first")
         acc = tl.dot(weight, x, acc, out_dtype=tl.int32)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
-    _finish(tl.trans(acc), x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, y_ptr, out_scale_ptr, tokens,
-            tile_n * BLOCK_N, T, N, PER_ROW, PER_COLUMN)  # fmt: skip
+    launch_dependents(DEPENDENT)
+    finish_tile(tl.trans(acc), ops, y_ptr, tokens, tile_n * BLOCK_N, T, N, PER_ROW, PER_COLUMN, GATED)

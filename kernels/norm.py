@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent import await_inputs, launch_dependents, launch_early
 from kernels.quantize import MAX_BUSY_ROW, empty_output, is_static, load_row, row_launch, store_row, with_unit_stride
 from kernels.quantized import Quantized, ToInt8
 
@@ -42,10 +43,10 @@ def rms_norm(
     x, residual, h = _operands(x, residual)
     T, K = x.shape
     y, scale = empty_output(x, K, quantize)
-    grid, options = row_launch(T, K, MAX_BUSY_ROW)
+    grid, options = row_launch(T, K, MAX_BUSY_ROW, per_warp=256)
     _rms_norm_kernel[grid](
         x, residual, weight, h, y, scale, K, x.stride(0), _row_stride(residual), eps,
-        STATIC=is_static(quantize), **options,
+        STATIC=is_static(quantize), **options, **launch_early(x.device, T),
     )  # fmt: skip
     return y if scale is None else Quantized(y, scale), x if h is None else h
 
@@ -69,10 +70,10 @@ def layer_norm(
     x, residual, h = _operands(x, residual)
     T, K = x.shape
     y, scale = empty_output(x, K, quantize)
-    grid, options = row_launch(T, K, MAX_BUSY_ROW)
+    grid, options = row_launch(T, K, MAX_BUSY_ROW, per_warp=256)
     _layer_norm_kernel[grid](
         x, residual, weight, bias, h, y, scale, K, x.stride(0), _row_stride(residual), eps,
-        STATIC=is_static(quantize), **options,
+        STATIC=is_static(quantize), **options, **launch_early(x.device, T),
     )  # fmt: skip
     return y if scale is None else Quantized(y, scale), x if h is None else h
 
@@ -118,7 +119,10 @@ def _rms_norm_kernel(
     eps,
     STATIC: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < K
@@ -143,7 +147,10 @@ def _layer_norm_kernel(
     eps,
     STATIC: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < K

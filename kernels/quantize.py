@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent import await_inputs, launch_dependents, launch_early
 from kernels.quantized import CODE_MAX, TINY, Quantized, ToInt8
 
 __all__ = ["MAX_BUSY_ROW", "MAX_ROW", "quantize_rows", "quantize_tensor"]
@@ -22,31 +23,39 @@ CODE_LIMIT = tl.constexpr(float(CODE_MAX))
 ZERO_BELOW = tl.constexpr(TINY)
 # Adding and subtracting 1.5 * 2^23 leaves float32 no room for a fraction: round to nearest, ties to even.
 ROUNDER = tl.constexpr(12582912.0)
+# The interpreter's fma rounds twice.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def quantize_rows(x: Tensor) -> Quantized:
+def quantize_rows(x: Tensor, row_max: Tensor | None = None) -> Quantized:
     """Round each row of x to int8 with its own scale: `reference.quantize_rows` in one pass.
 
     scale_t = max_k |x_tk| / 127        codes = rint(x / scale)
 
     Args:
         x: [T, K] float, any strides.
+        row_max: float32 [T, P], whose largest element of a row is max_k |x_tk|, where the op before has found it; a
+            row may then be of any length and is shared by several programs.
 
     Returns:
         codes [T, K] int8 in -127..127 (ties to even) and scale [T] float32. A row that holds NaN or infinity gets
         scale infinity.
 
     Raises:
-        ValueError: K is above `MAX_ROW`.
+        ValueError: K is above `MAX_ROW` and row_max is not given.
 
     Source: ZeroQuant (arXiv 2206.01861), token-wise quantization.
     """
     x = with_unit_stride(x)
     T, K = x.shape
     codes, scale = empty_output(x, K, ToInt8())
-    grid, options = row_launch(T, K)
-    _quantize_rows_kernel[grid](x, codes, scale, K, x.stride(0), **options)
     assert scale is not None
+    grid, options = row_launch(T, K, one_program=row_max is None)
+    pieces = 0 if row_max is None else row_max.shape[1]
+    _quantize_rows_kernel[grid](
+        x, row_max, codes, scale, K, x.stride(0), pieces, PIECES=triton.next_power_of_2(max(1, pieces)),
+        **options, **launch_early(x.device, T),
+    )  # fmt: skip
     return Quantized(codes, scale)
 
 
@@ -73,9 +82,11 @@ def quantize_tensor(x: Tensor, scale: Tensor | None = None) -> Quantized:
         found = torch.empty(1, dtype=torch.float32, device=x.device)
         num_partials = min(MAX_PARTIALS, triton.next_power_of_2(max(T, 1)))
         partial = torch.empty(num_partials, dtype=torch.float32, device=x.device)
-        _absmax_kernel[(num_partials,)](x, partial, T, K, x.stride(0), BLOCK=block)
+        _absmax_kernel[(num_partials,)](x, partial, T, K, x.stride(0), BLOCK=block, **launch_early(x.device, T))
     grid = (T, triton.cdiv(K, block))
-    _quantize_tensor_kernel[grid](x, partial, codes, found, K, x.stride(0), NUM_PARTIALS=num_partials, BLOCK=block)
+    _quantize_tensor_kernel[grid](
+        x, partial, codes, found, K, x.stride(0), NUM_PARTIALS=num_partials, BLOCK=block, **launch_early(x.device, T)
+    )
     return Quantized(codes, found)
 
 
@@ -85,9 +96,11 @@ def with_unit_stride(x: Tensor) -> Tensor:
 
 
 def row_launch(
-    num_rows: int, num_columns: int, max_row: int = MAX_ROW, one_program: bool = True
+    num_rows: int, num_columns: int, max_row: int = MAX_ROW, one_program: bool = True, per_warp: int = 512
 ) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and launch options of a kernel over rows: one program a row, or several where nothing sums along it.
+
+    per_warp: elements of a long row for each warp. Not chosen by num_rows, on which no sum's order may depend.
 
     Raises:
         ValueError: one program has to hold a row longer than max_row.
@@ -97,12 +110,18 @@ def row_launch(
         block = min(block, 2048)
     elif num_columns > max_row:
         raise ValueError(f"a row of K = {num_columns} elements is too long for one program; the limit is {max_row}")
-    num_warps = min(16, max(8, block // 512)) if block > 2048 else max(1, block // 256)
+    num_warps = min(16, max(8, block // per_warp)) if block > 2048 else max(1, block // 256)
     return (num_rows, triton.cdiv(num_columns, block)), {"BLOCK": block, "num_warps": num_warps}
 
 
 def empty_output(x: Tensor, num_columns: int, quantize: ToInt8 | None) -> tuple[Tensor, Tensor | None]:
-    """Room for [T, num_columns] in x's dtype and no scale, or for int8 codes and the scale to write or to read."""
+    """Room for [T, num_columns] in x's dtype and no scale, or for int8 codes and the scale to write or to read.
+
+    Raises:
+        ValueError: quantize asks for scales of blocks, which only the Linears write.
+    """
+    if quantize is not None and quantize.is_blocked:
+        raise ValueError("only the Linears write scales of blocks: is_blocked must be False here")
     shape = (x.shape[0], num_columns)
     if quantize is None:
         return torch.empty(shape, dtype=x.dtype, device=x.device), None
@@ -125,10 +144,19 @@ def is_dynamic(quantize: ToInt8 | None) -> bool:
 @triton.jit
 def to_codes(y, scale):
     """clamp(rint(y / scale), -127, 127) as int8. NaN becomes 0: the scale of its row already says so."""
-    code = tl.div_rn(y, scale)
-    code = tl.minimum(tl.maximum(code, -CODE_LIMIT), CODE_LIMIT)
-    code = (code + ROUNDER) - ROUNDER
-    return tl.where(y == y, code, 0.0).to(tl.int8)
+    limit = CODE_LIMIT * scale
+    y = tl.minimum(y, limit, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.maximum(y, -limit, propagate_nan=tl.PropagateNan.ALL)
+    if INTERPRETED:
+        code = tl.div_rn(y, scale)
+    else:
+        # IEEE division in three instructions: a quotient from the rounded inverse is corrected by its own remainder
+        # (Markstein, 1990). The division proper takes ten, and would bound the ops that write codes.
+        inverse = tl.div_rn(1.0, scale)
+        code = y * inverse
+        code = tl.fma(tl.fma(-code, scale, y), inverse, code)
+    # The sum leaves the code in the low bits of the float.
+    return tl.where(code == code, (code + ROUNDER).to(tl.int32, bitcast=True), 0).to(tl.int8)
 
 
 @triton.jit
@@ -164,17 +192,40 @@ def store_row(y, y_ptr, scale_ptr, row, columns, mask, K, STATIC: tl.constexpr):
 
 
 @triton.jit
-def _quantize_rows_kernel(x_ptr, codes_ptr, scale_ptr, K, stride_t, BLOCK: tl.constexpr):
+def _quantize_rows_kernel(
+    x_ptr,
+    row_max_ptr,
+    codes_ptr,
+    scale_ptr,
+    K,
+    stride_t,
+    num_pieces,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """A row, or with row_max_ptr BLOCK columns of it."""
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
     row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < K
     x = load_row(x_ptr + row.to(tl.int64) * stride_t, columns, mask)
-    store_row(x, codes_ptr, scale_ptr, row, columns, mask, K, STATIC=False)
+    if row_max_ptr is None:
+        store_row(x, codes_ptr, scale_ptr, row, columns, mask, K, STATIC=False)
+    else:
+        pieces = tl.arange(0, PIECES)
+        row_max = tl.load(row_max_ptr + row.to(tl.int64) * num_pieces + pieces, mask=pieces < num_pieces, other=0.0)
+        scale = to_scale(tl.max(row_max, axis=0))
+        tl.store(scale_ptr + row, scale, mask=tl.program_id(1) == 0)
+        tl.store(codes_ptr + row.to(tl.int64) * K + columns, to_codes(x, scale), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])
-def _absmax_kernel(x_ptr, partial_ptr, T, K, stride_t, BLOCK: tl.constexpr):
+def _absmax_kernel(x_ptr, partial_ptr, T, K, stride_t, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """The largest magnitude of every num_programs-th row."""
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
     absmax = tl.zeros([BLOCK], tl.float32)
     for row in range(tl.program_id(0), T, tl.num_programs(0)):
         row_ptr = x_ptr + tl.cast(row, tl.int64) * stride_t
@@ -186,8 +237,18 @@ def _absmax_kernel(x_ptr, partial_ptr, T, K, stride_t, BLOCK: tl.constexpr):
 
 @triton.jit
 def _quantize_tensor_kernel(
-    x_ptr, partial_ptr, codes_ptr, scale_ptr, K, stride_t, NUM_PARTIALS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    partial_ptr,
+    codes_ptr,
+    scale_ptr,
+    K,
+    stride_t,
+    NUM_PARTIALS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < K

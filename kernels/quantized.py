@@ -10,6 +10,9 @@ from torch import Tensor
 CODE_MAX = 127
 """Codes live in -127..127. -128 is never written: the range stays symmetric."""
 
+BLOCK = 128
+"""Columns that share a scale where each row has several: the depth of one step of the product that reads them."""
+
 TINY = 2.0**-100
 """A row whose largest magnitude is below this counts as zero: scale 1, codes 0 (no division by zero)."""
 
@@ -18,7 +21,7 @@ class Quantized(NamedTuple):
     """An int8 tensor: real = codes * scale.
 
     codes: [T, K] int8 in -127..127, rows contiguous.
-    scale: float32, [T] (one per row) or [1] (one for the tensor).
+    scale: float32, [T] (one per row), [1] (one for the tensor) or [T, ceil(K / BLOCK)] (one per row and 128 columns).
     """
 
     codes: Tensor
@@ -31,6 +34,15 @@ class ToInt8:
 
     scale: None for one dynamic scale per row (max |y_t| / 127), or a float32 tensor [1]: one static
     scale for the whole tensor, values beyond 127 scales saturating.
+    is_blocked: one dynamic scale per row and `BLOCK` columns; only the Linears write it.
+
+    Raises:
+        ValueError: is_blocked with a scale.
     """
 
     scale: Tensor | None = None
+    is_blocked: bool = False
+
+    def __post_init__(self) -> None:
+        if self.is_blocked and self.scale is not None:
+            raise ValueError("is_blocked finds its own scales: scale must be None")

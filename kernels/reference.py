@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.quantized import CODE_MAX, TINY, Quantized, ToInt8
+from kernels.quantized import BLOCK, CODE_MAX, TINY, Quantized, ToInt8
 
 # MKL may otherwise sum in an order that depends on where its operands lie in memory, and the same row would round
 # differently alone and in a batch. It reads this at its first product.
@@ -24,10 +24,12 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 __all__ = [
     "gelu",
+    "int8_gated_linear",
     "int8_linear",
     "int8_matmul",
     "layer_norm",
     "paged_attention",
+    "quantize_blocks",
     "quantize_rows",
     "quantize_tensor",
     "relu",
@@ -59,6 +61,25 @@ def quantize_rows(x: Tensor) -> Quantized:
         x = x.masked_fill(is_zero, 0.0)
         scale.masked_fill_(is_zero, 1.0)
     return Quantized((x / scale).round_().to(torch.int8), scale.squeeze(-1))
+
+
+def quantize_blocks(x: Tensor) -> Quantized:
+    """Round each 128 columns of each row of x to int8 with a scale of their own, by the rules of `quantize_rows`.
+
+    scale_tp = max_k in block p |x_tk| / 127        codes = rint(x / scale)
+
+    Args:
+        x: [T, K] float, any strides. The last block holds what is left of K.
+
+    Returns:
+        codes [T, K] int8 in -127..127 (ties to even) and scale [T, ceil(K / 128)] float32.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2: tiles of 1 x 128, there for FP8.
+    """
+    T, K = x.shape
+    num_blocks = -(-K // BLOCK)
+    codes, scale = quantize_rows(F.pad(x.float(), (0, -K % BLOCK)).view(T * num_blocks, BLOCK))
+    return Quantized(codes.view(T, num_blocks * BLOCK)[:, :K].contiguous(), scale.view(T, num_blocks))
 
 
 def quantize_tensor(x: Tensor, scale: Tensor | None = None) -> Quantized:
@@ -192,34 +213,40 @@ def int8_linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
     out_scale: Tensor | None = None,
+    is_blocked: bool = False,
 ) -> Tensor | Quantized:
     """Apply a W8A8 Linear: one int8 GEMM, both scales applied after the sum.
 
     acc = x_q @ weight_q^T  (int32)        y_tn = acc_tn * x_scale_t * weight_scale_n + bias_n + residual_tn
 
-    Neither scale depends on the summed index k, which is what leaves the sum to the int8 tensor cores.
+    Neither scale depends on the summed index k, which is what leaves the sum to the int8 tensor cores. Where x has a
+    scale per block p of 128 columns, the sum is theirs within a block: acc_tn * x_scale_t is then
+    sum_p acc_tnp * x_scale_tp in float32, added in the order of p.
 
     Args:
-        x: codes [T, K], scale [T] or [1].
+        x: codes [T, K], scale [T], [1] or [T, ceil(K / 128)].
         weight_q: [N, K] int8, rows contiguous.
         weight_scale: float32 [N] (per output channel) or [1] (per tensor).
         bias: [N] float or None.
         residual: [T, N] float or None.
         out_dtype: float16, bfloat16 or float32; of y where out_scale is None.
         out_scale: float32 [1]: write y as `Quantized` with this static scale instead.
+        is_blocked: write y as `Quantized` with one scale per row and 128 columns instead (`quantize_blocks`).
 
     Returns:
         y [T, N].
 
     Raises:
-        ValueError: K is above `MAX_DEPTH`.
+        ValueError: K is above `MAX_DEPTH`, x.scale has two dimensions and is not [T, ceil(K / 128)], or out_scale and
+            is_blocked are both given.
 
     Source: SmoothQuant (arXiv 2211.10438), equation 2.
     """
-    acc = int8_matmul(x.codes, weight_q)
+    quantize = ToInt8(out_scale, is_blocked) if is_blocked or out_scale is not None else None
+    acc, x_scale = _sum_blocks(x, weight_q) if x.scale.ndim == 2 else (int8_matmul(x.codes, weight_q), x.scale)
     if len(acc) <= ROWS_AT_ONCE:
-        return _finish(acc, x.scale, weight_scale, bias, residual, out_dtype, out_scale)
-    x_scale = x.scale.expand(len(acc))
+        return _finish(acc, x_scale, weight_scale, bias, residual, out_dtype, quantize)
+    x_scale = x_scale.expand(len(acc))
     return _joined(
         [
             _finish(
@@ -229,11 +256,51 @@ def int8_linear(
                 bias,
                 None if residual is None else residual[rows],
                 out_dtype,
-                out_scale,
+                quantize,
             )
             for rows in _row_blocks(len(acc))
         ]
     )
+
+
+def int8_gated_linear(
+    x: Quantized,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    quantize: ToInt8 | None = None,
+) -> Tensor | Quantized:
+    """Apply a W8A8 Linear whose outputs are pairs of gate and up, and gate each up by SiLU of its gate.
+
+    z = int8_linear(x, weight_q, weight_scale, bias), float32        y_tf = silu(z_t,2f) * z_t,2f+1
+
+    Args:
+        x, weight_q, weight_scale, bias: as `int8_linear`; row 2f of weight_q is gate f, row 2f + 1 is up f.
+        out_dtype: of y [T, N / 2].
+        quantize: None writes y; `ToInt8` writes codes and scale of y as rounded to out_dtype, or in blocks of the
+            float32 y.
+
+    Source: GLU variants (arXiv 2002.05202), SwiGLU; fusion after ZeroQuant (arXiv 2206.01861), section 4.3.
+    """
+    z = int8_linear(x, weight_q, weight_scale, bias, out_dtype=torch.float32)
+    assert isinstance(z, Tensor)
+    blocks = [z[rows] for rows in _row_blocks(max(1, len(z)))]
+    rounded = torch.float32 if quantize is not None and quantize.is_blocked else out_dtype
+    gated = [(F.silu(block[:, ::2]) * block[:, 1::2]).to(rounded) for block in blocks]
+    return _joined([_store(y, out_dtype, quantize) for y in gated])
+
+
+def _sum_blocks(x: Quantized, weight_q: Tensor) -> tuple[Tensor, Tensor]:
+    """The product with the scales of x applied block by block, [T, N] float32, and the scale 1 that is left."""
+    T, K = x.codes.shape
+    if x.scale.shape != (T, -(-K // BLOCK)):
+        raise ValueError(f"x.scale {tuple(x.scale.shape)} must be {(T, -(-K // BLOCK))} for x {(T, K)}")
+    acc = x.scale.new_zeros(T, len(weight_q))
+    for block, scale in zip(range(0, K, BLOCK), x.scale.t().unsqueeze(-1), strict=True):
+        columns = slice(block, block + BLOCK)
+        acc.addcmul_(int8_matmul(x.codes[:, columns], weight_q[:, columns].contiguous()).float(), scale)
+    return acc, x.scale.new_ones(1)
 
 
 def _finish(
@@ -243,7 +310,7 @@ def _finish(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
-    out_scale: Tensor | None,
+    quantize: ToInt8 | None,
 ) -> Tensor | Quantized:
     """The epilogue of `int8_linear` on the accumulator [T, N]."""
     y = acc * weight_scale
@@ -252,7 +319,7 @@ def _finish(
         y.add_(bias)
     if residual is not None:
         y.add_(residual)
-    return y.to(out_dtype) if out_scale is None else quantize_tensor(y, out_scale)
+    return _store(y, out_dtype, quantize)
 
 
 def rope_and_cache(
@@ -260,8 +327,8 @@ def rope_and_cache(
     positions: Tensor,
     slots: Tensor,
     cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
     num_heads: int,
 ) -> Tensor:
     """Rotate queries and keys by their positions; write keys and values into the paged cache.
@@ -274,7 +341,9 @@ def rope_and_cache(
         positions: [T] int32, row of cos_sin.
         slots: [T] int32, block * block_size + offset; -1 writes nothing (a padding row).
         cos_sin: [P, R] float32, R even and at most D.
-        k_cache, v_cache: [num_blocks, block_size, G, D], written in place.
+        k_cache, v_cache: [num_blocks, block_size, G, D], written in place. Either may be `Quantized`, int8 codes with
+            a float32 scale [num_blocks, block_size, G]: each token's head is then rounded with a scale of its own, by
+            the rules of `quantize_rows`, the key after its rotation in float32.
         num_heads: H.
 
     Returns:
@@ -283,7 +352,7 @@ def rope_and_cache(
     Source: RoFormer (arXiv 2104.09864), equation 34, with halves instead of neighbours paired; PagedAttention
     (arXiv 2309.06180).
     """
-    num_kv_heads, head_size = k_cache.shape[-2:]
+    num_kv_heads, head_size = (k_cache.codes if isinstance(k_cache, Quantized) else k_cache).shape[-2:]
     qkv = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_size)
     rotated = _rotate(qkv[:, : num_heads + num_kv_heads].float(), cos_sin[positions])
     slots = slots.long()
@@ -292,21 +361,32 @@ def rope_and_cache(
         slots, rotated_k, v = slots[keep], rotated[keep, num_heads:], qkv[keep, num_heads + num_kv_heads :]
     else:
         rotated_k, v = rotated[:, num_heads:], qkv[:, num_heads + num_kv_heads :]
-    k_cache.view(-1, num_kv_heads, head_size).index_copy_(0, slots, rotated_k.to(k_cache.dtype))
-    v_cache.view(-1, num_kv_heads, head_size).index_copy_(0, slots, v.to(v_cache.dtype))
+    _write_slots(k_cache, slots, rotated_k)
+    _write_slots(v_cache, slots, v)
     return rotated[:, :num_heads].to(qkv.dtype)
+
+
+def _write_slots(cache: Tensor | Quantized, slots: Tensor, heads: Tensor) -> None:
+    """Write heads [T, G, D] into slots of a cache, as they are or as codes and scales."""
+    if isinstance(cache, Quantized):
+        block_size = cache.codes.shape[1]
+        at, rows = (slots // block_size, slots % block_size), quantize_rows(heads.flatten(0, 1))
+        cache.codes[at], cache.scale[at] = rows.codes.view(heads.shape), rows.scale.view(heads.shape[:2])
+    else:
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, heads.to(cache.dtype))
 
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
     block_tables: Tensor,
     query_starts: Tensor,
     context_lens: Tensor,
     max_query_len: int,
     scale: float,
-) -> Tensor:
+    quantize: ToInt8 | None = None,
+) -> Tensor | Quantized:
     """Attend causally over the paged cache, for prefill chunks and decodes in one batch.
 
     Request b owns query rows query_starts[b] .. query_starts[b+1]-1; row i of its n sits at position
@@ -314,20 +394,23 @@ def paged_attention(
 
     Args:
         q: [T, H, D] float.
-        k_cache, v_cache: [num_blocks, block_size, G, D]; H is a multiple of G, and heads h*H/G .. share key head h.
+        k_cache, v_cache: [num_blocks, block_size, G, D] float, or such int8 codes with a float32 scale
+            [num_blocks, block_size, G]; H is a multiple of G, and heads h*H/G .. share key head h.
         block_tables: [B, max_blocks] int32, entries beyond the context never read.
         query_starts: [B + 1] int32, rising.
         context_lens: [B] int32, keys of each request, this step's own included.
         max_query_len: the largest number of query rows of one request (a grid size; 1 for a decode step).
-        scale: usually D ** -0.5.
+        scale: positive, usually D ** -0.5.
+        quantize: None writes y in q's dtype; `ToInt8` writes codes and scale of y rounded to q's dtype.
 
     Returns:
-        [T, H * D] in q's dtype. Rows outside every request are not defined.
+        y [T, H * D]. Rows outside every request are not defined.
 
     Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; PagedAttention (arXiv 2309.06180).
     """
     if max_query_len == 1 and len(context_lens) == len(q):
-        return _decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale)
+        out = _decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale)
+        return _store(out, q.dtype, quantize)
     out = torch.empty_like(q).flatten(1)
     starts, contexts = query_starts.tolist(), context_lens.tolist()
     lengths = [stop - start for start, stop in pairwise(starts)]
@@ -340,34 +423,32 @@ def paged_attention(
         if length < 2:
             continue
         chunk = slice(starts[b], starts[b + 1])
-        keys, values = (_gather(cache, block_tables[b : b + 1], context) for cache in (k_cache, v_cache))
+        keys, values = (_gather_blocks(cache, block_tables[b : b + 1], context) for cache in (k_cache, v_cache))
         mask = torch.ones(length, context, dtype=torch.bool, device=q.device).tril(context - length)
         y = F.scaled_dot_product_attention(
             q[chunk].float().transpose(0, 1)[None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
         )
         out[chunk] = y[0].transpose(0, 1).flatten(1).to(q.dtype)
-    return out
+    return _store(out, q.dtype, quantize)
 
 
 def _decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
 ) -> Tensor:
     """`paged_attention` where every request has one query row: one batched product over padded contexts."""
-    block_size, num_kv_heads, head_size = k_cache.shape[1:]
+    block_size = (k_cache.codes if isinstance(k_cache, Quantized) else k_cache).shape[1]
     # In whole vectors and always masked, so that a row is summed in the same order whatever the longest context is.
     longest = -(-int(context_lens.max()) // VECTOR) * VECTOR
     positions = torch.arange(longest, device=q.device)
     # Beyond a context its last key is read again: a slot never written may hold NaN, and 0 * NaN would pass the mask.
     inside = torch.minimum(positions, context_lens[:, None] - 1)
-    slots = (block_tables.gather(1, (inside // block_size).long()) * block_size + inside % block_size).flatten()
-    keys, values = (
-        cache.view(-1, num_kv_heads * head_size)
-        .index_select(0, slots)
-        .view(len(q), longest, num_kv_heads, head_size)
-        .float()
-        .transpose(1, 2)
-        for cache in (k_cache, v_cache)
-    )
+    slots = block_tables.gather(1, (inside // block_size).long()) * block_size + inside % block_size
+    keys, values = (_gather(cache, slots) for cache in (k_cache, v_cache))
     beyond = positions >= context_lens[:, None]
     mask = torch.zeros(beyond.shape, device=q.device).masked_fill_(beyond, float("-inf"))[:, None, None]
     y = F.scaled_dot_product_attention(
@@ -376,12 +457,25 @@ def _decode_attention(
     return y.flatten(1).to(q.dtype)
 
 
-def _gather(cache: Tensor, block_tables: Tensor, num_tokens: int) -> Tensor:
+def _gather_blocks(cache: Tensor | Quantized, block_tables: Tensor, num_tokens: int) -> Tensor:
     """The first num_tokens slots of each request's blocks: [B, G, num_tokens, D] float32."""
+    if isinstance(cache, Quantized):
+        codes, scale = _gather_blocks(cache.codes, block_tables, num_tokens), cache.scale.unsqueeze(-1)
+        return codes * _gather_blocks(scale, block_tables, num_tokens)
     block_size = cache.shape[1]
     num_blocks = -(-num_tokens // block_size)
     blocks = cache.index_select(0, block_tables[:, :num_blocks].reshape(-1))
     return blocks.view(len(block_tables), -1, *cache.shape[2:])[:, :num_tokens].float().transpose(1, 2)
+
+
+def _gather(cache: Tensor | Quantized, slots: Tensor) -> Tensor:
+    """The keys or values in slots [B, N] of a cache: [B, G, N, D] float32."""
+    if isinstance(cache, Quantized):
+        scale = cache.scale.flatten(0, 1).index_select(0, slots.flatten())
+        return _gather(cache.codes, slots) * scale.view(*slots.shape, -1, 1).transpose(1, 2)
+    num_slots, head_shape = cache.shape[0] * cache.shape[1], cache.shape[2:]
+    rows = cache.view(num_slots, -1).index_select(0, slots.flatten())
+    return rows.view(*slots.shape, *head_shape).float().transpose(1, 2)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -415,4 +509,6 @@ def _store(y: Tensor, dtype: torch.dtype, quantize: ToInt8 | None) -> Tensor | Q
     """Round a float32 result to what the caller asked for."""
     if quantize is None:
         return y.to(dtype)
+    if quantize.is_blocked:
+        return quantize_blocks(y)
     return quantize_rows(y) if quantize.scale is None else quantize_tensor(y, quantize.scale)

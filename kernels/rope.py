@@ -7,6 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent import await_inputs, launch_dependents, launch_early
+from kernels.paging import codes_of, key_offsets, paged_layout, scale_of
+from kernels.quantize import magnitude, to_codes, to_scale
+from kernels.quantized import Quantized
+
 __all__ = ["rope_and_cache"]
 
 HEADS_PER_PROGRAM = 8
@@ -17,8 +22,8 @@ def rope_and_cache(
     positions: Tensor,
     slots: Tensor,
     cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
     num_heads: int,
 ) -> Tensor:
     """Rotate queries and keys by their positions; write keys and values into the cache; `reference.rope_and_cache`.
@@ -31,20 +36,24 @@ def rope_and_cache(
         positions: [T] int32, row of cos_sin.
         slots: [T] int32, block * block_size + offset; -1 writes nothing (a padding row).
         cos_sin: [P, R] float32, contiguous, R even and at most D.
-        k_cache, v_cache: [num_blocks, block_size, G, D], written in place; slots evenly spaced, [G, D] contiguous.
+        k_cache, v_cache: [num_blocks, block_size, G, D], written in place; block_size a power of two, a head's D
+            elements contiguous. Either may be `Quantized`, int8 codes with a float32 scale [num_blocks, block_size, G]:
+            each token's head is then rounded with a scale of its own, by the rules of `quantize_rows`, the key after
+            its rotation in float32.
         num_heads: H.
 
     Returns:
         q [T, H, D] in qkv's dtype, rotated.
 
     Raises:
-        ValueError: qkv's width is not (H + 2G) D, or a cache does not have evenly spaced slots.
+        ValueError: qkv's width is not (H + 2G) D, H is not a multiple of G, block_size is not a power of two, or a
+            cache's heads are not contiguous.
 
     Source: RoFormer (arXiv 2104.09864), equation 34, with halves instead of neighbours paired; PagedAttention
     (arXiv 2309.06180).
     """
     T = qkv.shape[0]
-    num_kv_heads, head_size = k_cache.shape[-2:]
+    num_kv_heads, head_size = codes_of(k_cache).shape[-2:]
     all_heads = num_heads + 2 * num_kv_heads
     if qkv.shape[1] != all_heads * head_size:
         raise ValueError(
@@ -53,24 +62,27 @@ def rope_and_cache(
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     q = torch.empty((T, num_heads, head_size), dtype=qkv.dtype, device=qkv.device)
     _rope_and_cache_kernel[(T, triton.cdiv(all_heads, HEADS_PER_PROGRAM))](
-        qkv, positions, slots, cos_sin, q, k_cache, v_cache, qkv.stride(0), slot_stride(k_cache), slot_stride(v_cache),
-        num_heads, num_kv_heads, R=cos_sin.shape[1], D=head_size, BLOCK_D=triton.next_power_of_2(head_size),
-        HEADS=HEADS_PER_PROGRAM,
+        qkv, positions, slots, cos_sin, q, codes_of(k_cache), codes_of(v_cache), scale_of(k_cache), scale_of(v_cache),
+        qkv.stride(0), G=num_kv_heads, R=cos_sin.shape[1], LAYOUT=paged_layout(num_heads, k_cache, v_cache),
+        HEADS=HEADS_PER_PROGRAM, **launch_early(q.device, T),
     )  # fmt: skip
     return q
 
 
-def slot_stride(cache: Tensor) -> int:
-    """Elements from one slot of a paged cache to the next.
-
-    Raises:
-        ValueError: the slots are not evenly spaced across blocks, or a slot's heads are not contiguous.
-    """
-    _, block_size, _, head_size = cache.shape
-    per_block, per_slot, per_head, per_element = cache.stride()
-    if per_block != block_size * per_slot or per_head != head_size or per_element != 1:
-        raise ValueError(f"a cache of shape {tuple(cache.shape)} cannot have strides {cache.stride()}")
-    return per_slot
+@triton.jit
+def _write_heads(y, cache_ptr, scale_ptr, slot, head, mask, STRIDES: tl.constexpr, SCALE: tl.constexpr,
+                 LAYOUT: tl.constexpr):  # fmt: skip
+    """Write float32 heads y [HEADS, BLOCK_D] of one token into its slot, as they are or as codes and scales."""
+    block, inside = slot // LAYOUT.BLOCK_SIZE, slot % LAYOUT.BLOCK_SIZE
+    columns = tl.arange(0, LAYOUT.BLOCK_D)
+    ptrs = cache_ptr + key_offsets(block, inside, STRIDES, True) + head[:, None] * STRIDES.HEAD + columns[None, :]
+    if scale_ptr is None:
+        tl.store(ptrs, y.to(cache_ptr.dtype.element_ty), mask=mask)
+    else:
+        scale = to_scale(tl.max(magnitude(y), axis=1))
+        tl.store(ptrs, to_codes(y, scale[:, None]), mask=mask)
+        is_head = tl.max(mask.to(tl.int32), axis=1) > 0
+        tl.store(scale_ptr + key_offsets(block, inside, SCALE, True) + head * SCALE.HEAD, scale, mask=is_head)
 
 
 @triton.jit
@@ -80,22 +92,31 @@ def _rope_and_cache_kernel(
     slots_ptr,
     cos_sin_ptr,
     q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     stride_qkv,
-    stride_k,
-    stride_v,
-    H: tl.constexpr,
     G: tl.constexpr,
     R: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    LAYOUT: tl.constexpr,
     HEADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One token, HEADS of its H + 2G heads."""
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
+    D: tl.constexpr = LAYOUT.D
+    H: tl.constexpr = LAYOUT.GROUP * G
+    K: tl.constexpr = LAYOUT.K
+    V: tl.constexpr = LAYOUT.V
+    K_SCALE: tl.constexpr = LAYOUT.K_SCALE
+    V_SCALE: tl.constexpr = LAYOUT.V_SCALE
     token = tl.program_id(0).to(tl.int64)
-    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
-    columns = tl.arange(0, BLOCK_D)
+    first = tl.program_id(1) * HEADS
+    head = first + tl.arange(0, HEADS)
+    heads = head[:, None]
+    columns = tl.arange(0, LAYOUT.BLOCK_D)
     at = heads * D + columns[None, :]
     is_here = (heads < H + 2 * G) & (columns < D)[None, :]
 
@@ -115,10 +136,12 @@ def _rope_and_cache_kernel(
     turned = x.to(tl.float32) * cos[None, :] + partner.to(tl.float32) * sin[None, :]
     y = tl.where(turns, turned, x.to(tl.float32))
 
-    slot = tl.load(slots_ptr + token).to(tl.int64)
-    is_k, is_v = (heads >= H) & (heads < H + G), heads >= H + G
     tl.store(q_ptr + token * H * D + at, y.to(q_ptr.dtype.element_ty), mask=is_here & (heads < H))
-    k_ptrs = k_cache_ptr + slot * stride_k + at - H * D
-    tl.store(k_ptrs, y.to(k_cache_ptr.dtype.element_ty), mask=is_here & is_k & (slot >= 0))
-    v_ptrs = v_cache_ptr + slot * stride_v + at - (H + G) * D
-    tl.store(v_ptrs, y.to(v_cache_ptr.dtype.element_ty), mask=is_here & is_v & (slot >= 0))
+    slot = tl.load(slots_ptr + token)
+    is_written = is_here & (slot >= 0)
+    if (first + HEADS > H) & (first < H + G):
+        mask = is_written & (heads >= H) & (heads < H + G)
+        _write_heads(y, k_ptr, k_scale_ptr, slot, head - H, mask, K, K_SCALE, LAYOUT)
+    if first + HEADS > H + G:
+        mask = is_written & (heads >= H + G)
+        _write_heads(y, v_ptr, v_scale_ptr, slot, head - H - G, mask, V, V_SCALE, LAYOUT)

@@ -42,12 +42,12 @@ class Tile:
     """How one GEMM is cut into programs.
 
     kernel: "plain" keeps tokens on the matrix instruction's M side; "swapped" puts the weight's rows there, so that
-        8 tokens need no padding to 64 (or 16) rows.
+        8 tokens need no padding to 64 (or 16) rows; "pingpong" is Hopper's for many tokens, block_n at most 128.
     block_t, block_n, block_k: tokens, output columns and depth of one program's tile; powers of two.
     group: token tiles that run next to each other over the same weights, to find them in the L2 cache.
     """
 
-    kernel: Literal["plain", "swapped"]
+    kernel: Literal["plain", "swapped", "pingpong"]
     block_t: int
     block_n: int
     block_k: int
@@ -67,13 +67,14 @@ class AttentionTile:
 
 
 class Gpu(NamedTuple):
-    """The name that finds a table, and the compute capability (90 for 9.0) that finds the defaults."""
+    """The name that finds a table, the compute capability (90 for 9.0) that finds the defaults, and the size."""
 
     name: str
     capability: int
+    num_sms: int = 1
 
 
-INTERPRETER = Gpu("interpreter", 80)
+INTERPRETER = Gpu("interpreter", 80, 4)
 
 
 def bucket(t: int) -> int:
@@ -115,9 +116,9 @@ def _hopper(bucket_t: int) -> Tile:
         return Tile("swapped", 64, 64, 256, num_warps=4, num_stages=4)
     if bucket_t == 128:
         return Tile("plain", 64, 64, 256, num_warps=4, num_stages=4)
-    if bucket_t <= 1024:
-        return Tile("plain", 128, 128, 128, num_warps=4, num_stages=3)
-    return Tile("plain", 128, 256, 128, num_warps=8, num_stages=4)
+    if bucket_t == 256:
+        return Tile("pingpong", 64, 128, 128, num_warps=4, num_stages=7)
+    return Tile("pingpong", 128, 128, 128, num_warps=4, num_stages=4)
 
 
 def _large_smem(bucket_t: int) -> Tile:
@@ -140,38 +141,36 @@ def _small_smem(bucket_t: int) -> Tile:
     return Tile("plain", 128, 128, 64, num_warps=8, num_stages=4)
 
 
-def prefill_tile(gpu: Gpu, block_d: int, element_bytes: int) -> AttentionTile:
+def prefill_tile(gpu: Gpu, block_d: int, element_bytes: int, cache_bytes: int) -> AttentionTile:
     """The tile of prefill attention; block_d is the head size rounded up to a power of two.
 
-    float32 runs without tensor cores, exactly; its tiles are small because their products live in registers.
+    float32 runs without tensor cores, exactly; its tiles are small because their products live in registers. The codes
+    of an int8 cache pass through registers on their way to the tensor cores, which leaves less room for the tile.
     """
     if gpu == INTERPRETER:
         return AttentionTile(16, 16, num_warps=4, num_stages=1)
     if element_bytes == 4:
         return AttentionTile(16, 16, num_warps=8, num_stages=1)
-    if gpu.capability == 90:
-        return AttentionTile(128, 64 if block_d <= 128 else 32, num_warps=8, num_stages=3)
+    is_int8 = cache_bytes == 1
     if block_d > 128:
-        return AttentionTile(64, 32, num_warps=8, num_stages=3)
-    if gpu.capability == 100:
-        return AttentionTile(128, 64, num_warps=4 if block_d <= 64 else 8, num_stages=3)
-    return AttentionTile(128, 32, num_warps=8, num_stages=5)
+        # Hopper alone has room for 128 rows of 256 columns and three tiles of keys.
+        rows, num_stages = (128, 3) if gpu.capability == 90 and not is_int8 else (64, 2)
+        return AttentionTile(rows, 32, num_warps=8, num_stages=num_stages)
+    if gpu.capability in {90, 100}:
+        is_small = gpu.capability == 100 and block_d <= 64 and not is_int8
+        return AttentionTile(128, 64, num_warps=4 if is_small else 8, num_stages=3)
+    return AttentionTile(64 if is_int8 else 128, 32, num_warps=8, num_stages=3)
 
 
 def decode_tile(gpu: Gpu, block_d: int, element_bytes: int) -> AttentionTile:
-    """The tile of decode attention, bound by the bytes of the cache; block_m follows from the heads of a key head.
-
-    Keys are found through the block table, a load before their load, so 5 stages give two tiles in flight.
-    """
+    """The tile of decode attention, bound by the bytes of the cache; block_m follows from the heads of a key head."""
     if gpu == INTERPRETER:
         return AttentionTile(16, 16, num_warps=4, num_stages=1)
     if element_bytes == 4:
-        return AttentionTile(16, 16, num_warps=4, num_stages=2)
+        return AttentionTile(16, 16, num_warps=8, num_stages=2)
     if gpu.capability in {90, 100} and block_d <= 128:
-        # H100, 32 heads over 8, D = 128, context 512, 32 requests: 40 us, where 4 warps and 5 stages take 52, and 128
-        # keys with 4 warps 38, but they spill.
-        return AttentionTile(16, 64, num_warps=2, num_stages=4)
-    return AttentionTile(16, 64 if block_d <= 128 else 32, num_warps=2 if block_d <= 64 else 4, num_stages=5)
+        return AttentionTile(16, 64, num_warps=4, num_stages=4)
+    return AttentionTile(16, 64 if block_d <= 128 else 32, num_warps=4, num_stages=3)
 
 
 def table_path(gpu_name: str) -> Path:
@@ -200,5 +199,5 @@ def _table(gpu_name: str) -> dict[tuple[int, int, int], Tile]:
 
 @lru_cache(maxsize=16)
 def _gpu(device: torch.device) -> Gpu:
-    major, minor = torch.cuda.get_device_capability(device)
-    return Gpu(torch.cuda.get_device_name(device), 10 * major + minor)
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.name, 10 * found.major + found.minor, found.multi_processor_count)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from triton import OutOfResources
 
+from kernels.epilogue import Epilogue
 from kernels.gemm import launch
 from kernels.quantized import CODE_MAX, Quantized
 from kernels.tiles import MAX_BUCKET, MIN_BUCKET, Gpu, Tile, current_gpu, defaults, table_path
@@ -24,6 +25,10 @@ BUCKETS = tuple(1 << power for power in range(MIN_BUCKET.bit_length() - 1, MAX_B
 
 ROTATION_BYTES = 256 * 2**20
 """Weights are rotated through this much memory, so that no run finds them in the L2 cache (50 MB on an H100)."""
+
+HOPPER = 90
+SHARED_BYTES = 227 * 1024
+"""Shared memory of one program on Hopper."""
 
 MIN_GAIN = 0.98
 """A tile replaces the default only where it takes less than this share of its time: the rest is noise."""
@@ -84,7 +89,7 @@ def best_tile(gpu: Gpu, n: int, k: int, bucket: int) -> Choice:
     """The fastest correct tile for [T, k] x [n, k]^T, T filling the bucket (the smallest one also at T = 1)."""
     product = Product(n, k, bucket)
     default = defaults(gpu.capability, n, k, bucket)
-    tiles = [default, *(tile for tile in candidates(k, bucket) if tile != default)]
+    tiles = [default, *(tile for tile in candidates(gpu.capability, k, bucket) if tile != default)]
     with ThreadPoolExecutor(16) as pool:
         fits = [tile for tile, is_usable in zip(tiles, pool.map(product.is_exact, tiles), strict=True) if is_usable]
     if default not in fits:
@@ -97,7 +102,7 @@ def best_tile(gpu: Gpu, n: int, k: int, bucket: int) -> Choice:
     return Choice(n, k, bucket, tile, times[tile], times[default])
 
 
-def candidates(k: int, bucket: int) -> Iterator[Tile]:
+def candidates(capability: int, k: int, bucket: int) -> Iterator[Tile]:
     """Tiles worth trying: tall, deep and narrow ones for few tokens, square and wide ones for many."""
     if bucket <= 64:
         depths = [256, 512] if k % 512 == 0 else [128, 256]
@@ -111,11 +116,17 @@ def candidates(k: int, bucket: int) -> Iterator[Tile]:
         for block_t, block_n, stages in itertools.product((64, 128), (64, 128), (3, 4, 5)):
             yield Tile("swapped", block_t, block_n, 128, 4, stages)
         yield from (Tile("plain", 128, 256, 128, 8, stages) for stages in (3, 4))
-    else:
+    elif capability != HOPPER:
         for (block_t, block_n, warps), stages, group in itertools.product(
             ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 256, 4)), (3, 4), (4, 8, 16)
         ):
             yield Tile("plain", block_t, block_n, 128, warps, stages, group)
+    if capability == HOPPER and bucket >= 64:
+        sizes = ((64, 64), (64, 128), (128, 64), (128, 128)) if bucket <= 512 else ((128, 128),)
+        for (block_t, block_n), group in itertools.product(sizes, (8,) if bucket <= 512 else (4, 8, 16)):
+            deepest = SHARED_BYTES // ((block_t + block_n) * 128) - 2
+            for stages in range(max(4, deepest - 1), deepest + 2):
+                yield Tile("pingpong", block_t, block_n, 128, 4, stages, group)
 
 
 class Product:
@@ -128,21 +139,23 @@ class Product:
         self.weight_scale = torch.rand(n, device="cuda")
         self.inputs = {t: Quantized(_codes(t, k), torch.rand(t, device="cuda")) for t in self.token_counts}
         self.outputs = {t: torch.empty((t, n), dtype=torch.float16, device="cuda") for t in self.token_counts}
-        # float64 holds every partial sum exactly: |acc| < 2^31.
-        self.exact = self.inputs[bucket].codes[:64].double() @ self.weights[0].double().T
+        # Codes of -1, 0 and 1, whose sums are exact even in the float16 that a Linear writes.
+        self.few = torch.randint(-1, 2, (bucket, k), dtype=torch.int8, device="cuda")
+        self.weight_few = torch.randint(-1, 2, (n, k), dtype=torch.int8, device="cuda")
+        self.exact = (self.few[-64:].float() @ self.weight_few.float().T).half()
         self.bucket = bucket
 
     def is_exact(self, tile: Tile) -> bool:
-        """Whether the tile fits the GPU and its int32 accumulator is the exact product."""
-        x = self.inputs[self.bucket]
-        acc = torch.empty((len(x.codes), len(self.weight_scale)), dtype=torch.int32, device="cuda")
+        """Whether the tile fits the GPU and its product is the exact one."""
+        y = torch.full_like(self.outputs[self.bucket], float("nan"))
+        one = torch.ones(1, device="cuda")
         try:
-            launch(x.codes, None, self.weights[0], None, None, None, acc, None, tile)
+            launch(self.few, self.weight_few, Epilogue(one, one), y, tile)
             self._run(tile)
             torch.cuda.synchronize()
         except OutOfResources:
             return False
-        return torch.equal(acc[:64].double(), self.exact)
+        return torch.equal(y[-64:], self.exact)
 
     def time_us(self, tile: Tile, repeats: int) -> float:
         """Median time of one product, all its token counts together, over replays of a graph of all the weights."""
@@ -164,7 +177,8 @@ class Product:
     def _run(self, tile: Tile, weight_q: Tensor | None = None) -> None:
         weight_q = self.weights[0] if weight_q is None else weight_q
         for t in self.token_counts:
-            launch(*self.inputs[t], weight_q, self.weight_scale, None, None, self.outputs[t], None, tile)
+            x = self.inputs[t]
+            launch(x.codes, weight_q, Epilogue(x.scale, self.weight_scale), self.outputs[t], tile)
 
 
 def _codes(rows: int, columns: int) -> Tensor:

@@ -1,14 +1,15 @@
-"""The two Linear classes of the decoder: float, and int8 with its scales. Plain objects that serve and never train."""
+"""The Linear classes of the decoder: float, int8 with its scales, gated. Plain objects that serve and never train."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kernels import Quantized, ToInt8, int8_linear, quantize_rows, quantize_tensor
+from kernels import Quantized, ToInt8, int8_gated_linear, int8_linear, quantize_rows, quantize_tensor, silu_mul
 
 Activation = Literal["static", "tensor", "token"]
 
@@ -103,12 +104,14 @@ class Int8Linear:
 
     def __call__(self, x: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
         """Apply to x [T, K], float or `Quantized` by input_format; residual [T, N] float or None."""
-        x_q = x if isinstance(x, Quantized) else self._quantize(x)
-        y = int8_linear(x_q, self.weight_q, self.weight_scale, self.bias, residual, self.out_dtype)
+        y = int8_linear(self.quantized(x), self.weight_q, self.weight_scale, self.bias, residual, self.out_dtype)
         assert isinstance(y, Tensor)  # no out_scale was given
         return y
 
-    def _quantize(self, x: Tensor) -> Quantized:
+    def quantized(self, x: Tensor | Quantized) -> Quantized:
+        """x as this Linear eats it."""
+        if isinstance(x, Quantized):
+            return x
         return quantize_rows(x) if self.activation == "token" else quantize_tensor(x, self.input_scale)
 
     @property
@@ -132,8 +135,75 @@ class Int8Linear:
         )
 
 
+class GatedLinear:
+    """y = silu(gate(x)) * up(x), in the form that the Linear after it eats.
+
+    On a GPU int8 parts become one product with the gate in its epilogue, and their rows lie in pairs for it. Float
+    parts, and a CPU, which reads halves faster than pairs, take one product and `silu_mul`.
+
+    Args:
+        gate, up: Linears of one kind and shape.
+        output_format: None for y in their dtype, or the `ToInt8` that the next Linear asks for.
+
+    Raises:
+        ValueError: the parts cannot be fused (`fuse`), or differ in N.
+
+    Source: GLU variants (arXiv 2002.05202), SwiGLU.
+    """
+
+    def __init__(
+        self, gate: FloatLinear | Int8Linear, up: FloatLinear | Int8Linear, output_format: ToInt8 | None
+    ) -> None:
+        if gate.shape != up.shape:
+            raise ValueError(f"gate {gate.shape} and up {up.shape} must have one shape")
+        self.linear = fuse([gate, up])
+        self.output_format = output_format
+        self.is_paired = isinstance(self.linear, Int8Linear) and self.linear.weight_q.is_cuda
+        if self.is_paired:
+            self.linear = _reorder(self.linear, (2, -1))
+
+    def __call__(self, x: Tensor | Quantized) -> Tensor | Quantized:
+        linear = self.linear
+        if not self.is_paired:
+            return silu_mul(linear(x), self.output_format)
+        assert isinstance(linear, Int8Linear)
+        return int8_gated_linear(
+            linear.quantized(x), linear.weight_q, linear.weight_scale, linear.bias, linear.out_dtype, self.output_format
+        )
+
+    @property
+    def input_format(self) -> ToInt8 | None:
+        return self.linear.input_format
+
+    def to(self, device: torch.device | str) -> GatedLinear:
+        """The same Linear on another device."""
+        moved = copy(self)
+        halves = _reorder(self.linear, (-1, 2)) if self.is_paired else self.linear
+        moved.linear = halves.to(device)
+        moved.is_paired = isinstance(halves, Int8Linear) and torch.device(device).type == "cuda"
+        if moved.is_paired:
+            moved.linear = _reorder(moved.linear, (2, -1))
+        if self.output_format is not None:
+            moved.output_format = ToInt8(_move(self.output_format.scale, device))
+        return moved
+
+
+def _reorder(linear: FloatLinear | Int8Linear, shape: tuple[int, int]) -> Int8Linear:
+    """The same Linear with its rows, viewed in this shape, taken column by column: two halves become pairs, or back."""
+    assert isinstance(linear, Int8Linear)
+    rows = torch.arange(linear.shape[0], device=linear.weight_q.device).view(shape).t().flatten()
+    return Int8Linear(
+        linear.weight_q[rows],
+        linear.weight_scale[rows],
+        None if linear.bias is None else linear.bias[rows],
+        linear.activation,
+        linear.input_scale,
+        linear.out_dtype,
+    )
+
+
 def fuse(linears: Sequence[FloatLinear | Int8Linear]) -> FloatLinear | Int8Linear:
-    """One Linear whose output is the parts' outputs side by side: qkv, gate_up.
+    """One Linear whose output is the parts' outputs side by side: qkv, gate and up.
 
     Channel scales are concatenated, tensor scales first expanded to one per channel; biases are concatenated, zeros
     where a part has none; a static input scale is the largest of the parts, so that no part saturates.

@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     max_batched_tokens: int = Field(
         512, ge=1, le=1 << 17, description="Tokens computed per step: long prompts are cut into chunks of this."
     )
-    block_size: int = Field(16, ge=1, le=256, description="Tokens per block of the KV cache; a power of two.")
+    block_size: int = Field(64, ge=1, le=256, description="Tokens per block of the KV cache; a power of two.")
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="Memory of one variant's KV cache; none: from the memory that is free."
     )
@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     @classmethod
     def _refuse_odd_block_size(cls, value: int) -> int:
         if value & (value - 1):
-            raise ValueError(f"{value} is not a power of two; use 8, 16 or 32")
+            raise ValueError(f"{value} is not a power of two; use 16, 32 or 64")
         return value
 
     @model_validator(mode="after")

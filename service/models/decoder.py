@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import kernels
 from kernels import Quantized, ToInt8
-from quant.linear import FloatLinear, Int8Linear, fuse
+from quant.linear import FloatLinear, GatedLinear, Int8Linear, fuse
 from service.models.families import ModelConfig
 
 Linear = FloatLinear | Int8Linear
@@ -74,22 +74,21 @@ class Layer:
         def linear(path: str, n: int, k: int, has_bias: bool) -> Linear:
             return weights.linear(f"{name}.{path}", n, k, has_bias)
 
-        def norm(path: str, consumer: Linear) -> RMSNorm:
+        def norm(path: str, consumer: Linear | GatedLinear) -> RMSNorm:
             return RMSNorm(weights.tensor(f"{name}.{path}.weight", (hidden,)), config.norm_eps, consumer.input_format)
 
         sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv = fuse([linear(f"self_attn.{part}", n, hidden, config.qkv_bias) for part, n in sizes.items()])
         self.o = linear("self_attn.o_proj", hidden, q_size, config.o_bias)
-        self.gate_up = fuse(
-            [linear(f"mlp.{part}", inner, hidden, config.mlp_bias) for part in ("gate_proj", "up_proj")]
-        )
         self.down = linear("mlp.down_proj", hidden, inner, config.mlp_bias)
+        gate, up = (linear(f"mlp.{part}", inner, hidden, config.mlp_bias) for part in ("gate_proj", "up_proj"))
+        self.gated = GatedLinear(gate, up, self.down.input_format)
         self.attention_norm = norm("input_layernorm", self.qkv)
-        self.mlp_norm = norm("post_attention_layernorm", self.gate_up)
+        self.mlp_norm = norm("post_attention_layernorm", self.gated)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return self.qkv, self.o, self.gate_up, self.down
+        return self.qkv, self.o, self.gated.linear, self.down
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, rows: Rows, cos_sin: Tensor, cache: KVCache
@@ -105,9 +104,10 @@ class Layer:
             rows.context_lens,
             rows.max_query_len,
             self.scale,
+            self.o.input_format,
         )
         y, residual = self.mlp_norm(self.o(attended), residual)
-        return self.down(kernels.silu_mul(self.gate_up(y), self.down.input_format)), residual
+        return self.down(self.gated(y)), residual
 
 
 class Decoder:

@@ -58,9 +58,9 @@ def to_gpu(decoder: Decoder) -> Decoder:
     decoder.embedding, decoder.cos_sin = decoder.embedding.cuda(), decoder.cos_sin.cuda()
     decoder.norm.weight, decoder.head = decoder.norm.weight.cuda(), decoder.head.to("cuda")
     for layer in decoder.layers:
-        for name in ("qkv", "o", "gate_up", "down"):
+        for name in ("qkv", "o", "gated", "down"):
             setattr(layer, name, getattr(layer, name).to("cuda"))
-        for norm, linear in ((layer.attention_norm, layer.qkv), (layer.mlp_norm, layer.gate_up)):
+        for norm, linear in ((layer.attention_norm, layer.qkv), (layer.mlp_norm, layer.gated)):
             norm.weight, norm.quantize = norm.weight.cuda(), linear.input_format
     return decoder
 

@@ -21,9 +21,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from kernels import activation, attention, gemm, norm, quantize, rope, tiles
+from kernels import activation, attention, dependent, gemm, norm, quantize, rope, tiles
+from kernels.epilogue import Epilogue
 from kernels.quantized import Quantized, ToInt8
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -77,12 +80,30 @@ def linears() -> None:
         for T in (1, 32, 64, 128, 256, 512, 1024, 2048):
             x = Quantized(meta(T, K, dtype=torch.int8), meta(T, dtype=torch.float32))
             gemm.int8_linear(x, weight, weight_scale, residual=meta(T, N) if N == 4096 else None)
+            if N == 28672:
+                gemm.int8_gated_linear(x, weight, weight_scale, quantize=ToInt8())
+    gemm.int8_gated_linear(x, weight, weight_scale, meta(N), torch.bfloat16, ToInt8(scale))
     gemm.int8_matmul(x.codes, weight)
     gemm.int8_linear(x, weight, weight_scale, meta(N), meta(T, N), out_scale=scale)
     gemm.int8_linear(Quantized(x.codes, scale), weight, scale, meta(N), out_dtype=torch.bfloat16)
     for N, K in ((1536, 576), (300, 200)):
         odd = Quantized(meta(17, K, dtype=torch.int8), meta(17, dtype=torch.float32))
         gemm.int8_linear(odd, meta(N, K, dtype=torch.int8), meta(N, dtype=torch.float32))
+
+
+def blocks() -> None:
+    """Scales per block, read, written and both, at every default tile; then K that is no multiple of a block."""
+    for N, K in ((28672, 4096), (4096, 14336), (300, 144)):
+        weight, weight_scale = meta(N, K, dtype=torch.int8), meta(N, dtype=torch.float32)
+        for T in (1, 32, 64, 128, 2048) if N > 300 else (17,):
+            codes = meta(T, K, dtype=torch.int8)
+            by_row, by_block = (meta(*size, dtype=torch.float32) for size in ((T,), (T, triton.cdiv(K, 128))))
+            residual = meta(T, N) if N == 4096 else None
+            gemm.int8_linear(Quantized(codes, by_block), weight, weight_scale, residual=residual)
+            for scale in (by_row, by_block):
+                gemm.int8_gated_linear(Quantized(codes, scale), weight, weight_scale, quantize=ToInt8(is_blocked=True))
+                gemm.int8_linear(Quantized(codes, scale), weight, weight_scale, meta(N), meta(T, N), is_blocked=True)
+    gemm.int8_gated_linear(Quantized(codes, by_row), weight, weight_scale, meta(N), quantize=ToInt8(is_blocked=True))
 
 
 def tuned(capability: int) -> None:
@@ -92,25 +113,42 @@ def tuned(capability: int) -> None:
     weight, weight_scale = meta(28672, 4096, dtype=torch.int8), meta(28672, dtype=torch.float32)
     for tile in {tiles.Tile(**fields) for buckets in shapes for fields in buckets.values()}:
         x = Quantized(meta(8192, 4096, dtype=torch.int8), meta(8192, dtype=torch.float32))
-        gemm.launch(*x, weight, weight_scale, None, None, meta(8192, 28672), None, tile)
+        ops = Epilogue(x.scale, weight_scale)
+        gemm.launch(x.codes, weight, ops, meta(8192, 28672), tile)
+        row_max = meta(8192, 28672 // min(tile.block_n, 128), dtype=torch.float32)
+        gemm.launch(x.codes, weight, ops._replace(row_max=row_max), meta(8192, 14336), tile, is_gated=True)
 
 
 def attentions() -> None:
+    """Head sizes and dtypes, float and int8 caches and outputs, decodes of one split and of sixteen."""
     for D, H, G in ((64, 32, 8), (96, 32, 32), (128, 32, 8), (256, 8, 1)):
         for dtype in (torch.float16, torch.bfloat16) if D == 64 else (torch.float16,):
-            attend(D, H, G, dtype)
-    attend(128, 32, 8, torch.float32)
+            for is_int8 in (False, True):
+                attend(D, H, G, dtype, is_int8)
+    attend(128, 32, 8, torch.bfloat16, is_int8=True)
+    for is_int8 in (False, True):
+        attend(128, 32, 8, torch.float32, is_int8)
 
 
-def attend(D: int, H: int, G: int, dtype: torch.dtype, B: int = 4, T: int = 512) -> None:
-    cache, ints = meta(64, 16, G, D, dtype=dtype), {"dtype": torch.int32}
+def attend(D: int, H: int, G: int, dtype: torch.dtype, is_int8: bool, B: int = 4, T: int = 512) -> None:
+    ints, floats = {"dtype": torch.int32}, {"dtype": torch.float32}
+    cache: Any = meta(64, 16, G, D, dtype=torch.int8 if is_int8 else dtype)
+    if is_int8:
+        cache = Quantized(cache, meta(64, 16, G, **floats))
     q = rope.rope_and_cache(
-        meta(T, (H + 2 * G) * D, dtype=dtype), meta(T, **ints), meta(T, **ints), meta(4096, D, dtype=torch.float32),
-        cache, cache, H,
-    )  # fmt: skip
+        meta(T, (H + 2 * G) * D, dtype=dtype),
+        meta(T, **ints),
+        meta(T, **ints),
+        meta(4096, D, **floats),
+        cache,
+        cache,
+        H,
+    )
     for max_blocks in (4, 256) if D == 128 else (256,):
-        table = meta(B, max_blocks, **ints)
-        attention.paged_attention(q, cache, cache, table, meta(B + 1, **ints), meta(B, **ints), T, D**-0.5)
+        table, starts, contexts = meta(B, max_blocks, **ints), meta(B + 1, **ints), meta(B, **ints)
+        attention.paged_attention(q, cache, cache, table, starts, contexts, T, D**-0.5)
+        for to in (None, ToInt8(), ToInt8(meta(1, **floats))) if D == 128 else (ToInt8(),):
+            attention.paged_attention(q[:B], cache, cache, table, starts, contexts, 1, D**-0.5, to)
 
 
 def record() -> list[Launch]:
@@ -120,41 +158,58 @@ def record() -> list[Launch]:
 
     def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        shown = {k: TYPES[v.dtype] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        shown = {name: kind(value) for name, value in arguments.items()}
         shown["depth"] = "aligned" if arguments.get("K", 0) % 16 == 0 else "odd"
         shown = {k: v for k, v in shown.items() if k not in VARYING and not k.startswith("stride")}
         case = f"sm_{capability} {self.__name__} " + " ".join(f"{k}={v}" for k, v in shown.items() if v is not None)
         launches.setdefault(case, Launch(capability, case, self, arguments))
 
     JITFunction.run = note
-    for module in (gemm, attention):
-        module.current_gpu = lambda _: tiles.Gpu("untuned", capability)
+    for module in (gemm, attention, dependent):
+        module.current_gpu = lambda _: tiles.Gpu("untuned", capability, num_sms=100)
     for capability in ARCHITECTURES:
         rows()
         linears()
+        blocks()
         tuned(capability)
         attentions()
     return list(launches.values())
 
 
+def kind(value: Any) -> Any:
+    """An argument as Triton's signature tells it, or as it is."""
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape},{value.layout!r}>"
+    return tuple(map(kind, value)) if isinstance(value, tuple) else value
+
+
 def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     """What Triton compiles for a launch, specialized as its runtime would, and the options."""
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     arguments = dict(launch.arguments)
+
+    def describe(value: Any, path: tuple[int, ...], is_constant: bool, specialize: bool) -> Any:
+        if isinstance(value, tuple):
+            parts = (describe(part, (*path, i), False, specialize) for i, part in enumerate(value))
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if is_constant or value is None or (specialize and type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (specialize and type(value) is int and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor | TensorDescriptor):
+            return kind(value)
+        return "fp32" if isinstance(value, float) else "i32"
+
     for index, parameter in enumerate(launch.fn.params):
         value = arguments.pop(parameter.name)
-        specialize = not parameter.do_not_specialize
-        is_constant = parameter.is_constexpr or value is None or (specialize and type(value) is int and value == 1)
-        if is_constant:
-            signature[parameter.name], constants[(index,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        aligned = isinstance(value, torch.Tensor) or (specialize and type(value) is int and value % 16 == 0)
-        if aligned and not is_constant:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.fn, signature, constants, attributes), arguments
+        signature[parameter.name] = describe(value, (index,), parameter.is_constexpr, not parameter.do_not_specialize)
+    language = GluonASTSource if launch.fn.is_gluon() else ASTSource
+    return language(launch.fn, signature, constants, attributes), arguments
 
 
 def build(launch: Launch) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Attention over shuffled blocks against float64, with NaN in every slot that no request owns."""
+"""Attention over shuffled blocks against float64, with NaN in every slot (or its scale) that no request owns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention
+from kernels import attention, decode_attention, paging, quantize, reference
+from kernels.quantized import Quantized, ToInt8
 from tests.kernels.conftest import Place
 
 MIXED = [(5, 5), (1, 70), (0, 0), (9, 33), (1, 1), (20, 61), (2, 16)]
@@ -17,10 +18,17 @@ LARGE = [(64, 32, 8), (96, 32, 32), (128, 32, 8), (256, 8, 1), (64, 71, 1)]
 
 
 class Case:
-    """Requests as (query rows, context): caches, block tables in random order, queries."""
+    """Requests as (query rows, context): caches, block tables in random order, queries. int8 names int8 caches."""
 
     def __init__(
-        self, place: Place, requests: list[tuple[int, int]], D: int, H: int, G: int, block_size: int = 16
+        self,
+        place: Place,
+        requests: list[tuple[int, int]],
+        D: int,
+        H: int,
+        G: int,
+        block_size: int = 16,
+        int8: str = "",
     ) -> None:
         self.requests, self.scale, self.dtype = requests, D**-0.5, place.dtype
         self.keys = [place.randn(context, G, D) for _, context in requests]
@@ -28,32 +36,50 @@ class Case:
         width = max(-(-context // block_size) for _, context in requests) + 1
         order = torch.randperm(len(requests) * width, generator=torch.Generator().manual_seed(D)).to(place.device)
         # Entries beyond a context point at blocks that do not exist: reading one would fault or give NaN.
-        tables = torch.full((len(requests), width), 2**30, dtype=torch.int32, device=place.device)
-        self.k, self.v = (
-            torch.full((len(order), block_size, G, D), float("nan"), device=place.device, dtype=place.dtype)
-            for _ in range(2)
-        )
+        self.tables = torch.full((len(requests), width), 2**30, dtype=torch.int32, device=place.device)
         for b, (_, context) in enumerate(requests):
-            tokens = torch.arange(context, device=place.device)
-            tables[b, : -(-context // block_size)] = order[b * width :][: -(-context // block_size)].int()
-            at = tables[b, tokens // block_size].long(), tokens % block_size
-            self.k[at], self.v[at] = self.keys[b], self.values[b]
-        self.tables = tables
+            self.tables[b, : -(-context // block_size)] = order[b * width :][: -(-context // block_size)].int()
+        shape = (len(order), block_size, G, D)
+        self.k, self.v = (
+            self.int8_cache(shape, rows) if name in int8 else self.float_cache(shape, rows)
+            for name, rows in (("k", self.keys), ("v", self.values))
+        )
         self.context_lens = torch.tensor([context for _, context in requests], dtype=torch.int32, device=place.device)
         starts = torch.tensor([0] + [rows for rows, _ in requests]).cumsum(0)
         self.query_starts = starts.to(place.device, torch.int32)
         self.q = place.randn(int(starts[-1]), H, D)
         self.max_query_len = max(rows for rows, _ in requests)
 
-    def run(self) -> Tensor:
+    def slots(self, b: int, block_size: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.arange(self.requests[b][1], device=self.tables.device)
+        return self.tables[b, tokens // block_size].long(), tokens % block_size
+
+    def float_cache(self, shape: tuple[int, ...], rows: list[Tensor]) -> Tensor:
+        cache = torch.full(shape, float("nan"), device=self.tables.device, dtype=self.dtype)
+        for b, heads in enumerate(rows):
+            cache[self.slots(b, shape[1])] = heads
+        return cache
+
+    def int8_cache(self, shape: tuple[int, ...], rows: list[Tensor]) -> Quantized:
+        """Codes, and scales with the slots of a block side by side; rows become what the codes stand for."""
+        codes = torch.full(shape, -128, dtype=torch.int8, device=self.tables.device)
+        scale = torch.full((shape[0], shape[2], shape[1]), float("nan"), device=codes.device).transpose(1, 2)
+        for b, heads in enumerate(rows):
+            at, rounded = self.slots(b, shape[1]), reference.quantize_rows(heads.flatten(0, 1))
+            codes[at], scale[at] = rounded.codes.view(heads.shape), rounded.scale.view(heads.shape[:2])
+            rows[b] = codes[at].double() * scale[at].double()[..., None]
+        return Quantized(codes, scale)
+
+    def run(self, to_int8: ToInt8 | None = None) -> Tensor | Quantized:
         return attention.paged_attention(
-            self.q, self.k, self.v, self.tables, self.query_starts, self.context_lens, self.max_query_len, self.scale
-        )
+            self.q, self.k, self.v, self.tables, self.query_starts, self.context_lens, self.max_query_len, self.scale,
+            to_int8,
+        )  # fmt: skip
 
     def check(self, got: Tensor) -> None:
         """Within: p rounded to the dtype, the output rounded, and float32 scores whose exponential is taken."""
         assert got.dtype == self.dtype
-        half_ulp, start, group = torch.finfo(self.dtype).eps / 2, 0, self.q.shape[1] // self.k.shape[2]
+        half_ulp, start, group = torch.finfo(self.dtype).eps / 2, 0, self.q.shape[1] // self.keys[0].shape[1]
         for (rows, context), keys, values in zip(self.requests, self.keys, self.values, strict=True):
             q = self.q[start : start + rows].double().transpose(0, 1)
             k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (keys, values))
@@ -114,10 +140,93 @@ def test_padding_requests_of_a_captured_graph(place: Place) -> None:
     case.check(kept)
 
 
+@pytest.mark.parametrize("requests", [MIXED, DECODES], ids=["mixed", "decodes"])
+def test_int8_cache(place: Place, requests: list[tuple[int, int]]) -> None:
+    for D, H, G in place.shapes([(64, 6, 2), (96, 4, 1)], LARGE):
+        case = Case(place, requests, D, H, G, int8="kv")
+        case.check(case.run())
+    for int8 in ("k", "v"):
+        case = Case(place, requests, 64, 2, 2, int8=int8)
+        case.check(case.run())
+
+
+def test_int8_row_does_not_depend_on_its_batch(place: Place) -> None:
+    batch, start = Case(place, MIXED, 64, 6, 2, int8="kv"), 0
+    together = batch.run()
+    for b, (rows, _) in enumerate(MIXED):
+        alone = Case(place, MIXED[b : b + 1], 64, 6, 2, int8="kv")
+        alone.k, alone.v, alone.tables = batch.k, batch.v, batch.tables[b : b + 1]
+        alone.q = batch.q[start : start + rows]
+        assert torch.equal(alone.run(), together[start : start + rows])
+        start += rows
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_fault_of_an_int8_key_is_not_hidden(place: Place) -> None:
+    """A key or value that was not finite has scale infinity and codes 0; its request's rows say so, no other's do."""
+    for name in ("k", "v"):
+        case = Case(place, DECODES, 64, 4, 2, int8="kv")
+        getattr(case, name).scale[case.tables[1, 0].long(), 3] = float("inf")
+        getattr(case, name).codes[case.tables[1, 0].long(), 3] = 0
+        assert case.run().isfinite().all(1).tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("int8", ["", "kv"])
+@pytest.mark.parametrize("requests", [MIXED, DECODES, [(1, 300), (0, 0), (1, 7)], [(1, 40)]])
+def test_quantized_output(place: Place, requests: list[tuple[int, int]], int8: str) -> None:
+    """Codes and scales are those of the unquantized result, bit for bit."""
+    for D, H, G in place.shapes([(64, 6, 2), (80, 3, 1)], LARGE):
+        case = Case(place, requests, D, H, G, int8=int8)
+        y = case.run()
+        case.check(y)
+        static = torch.full((1,), 0.004, device=y.device)
+        for to_int8, want in (
+            (ToInt8(), quantize.quantize_rows(y)),
+            (ToInt8(static), quantize.quantize_tensor(y, static)),
+        ):
+            got = case.run(to_int8)
+            assert isinstance(got, Quantized)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("requests", [DECODES, LONG, [(1, 900), (1, 2500)]], ids=["decodes", "long", "longer"])
+def test_splits_in_one_program(place: Place, requests: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split has the same bits whether a program takes one or several, at any number of requests."""
+    case = Case(place, requests, 64, 4, 2, int8="k")
+    want = case.run()
+    case.check(want)
+    for programs in (1, 20):
+        monkeypatch.setattr(decode_attention, "ENOUGH_PROGRAMS", programs)
+        assert torch.equal(case.run(), want)
+
+
+def test_wide_offsets(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache beyond 2**31 elements takes 64-bit offsets, to the same result."""
+    case = Case(place, MIXED, 64, 6, 2, int8="v")
+    want = case.run()
+    monkeypatch.setattr(paging, "MAX_NARROW", 0)
+    assert torch.equal(case.run(), want)
+
+
+def test_heads_before_slots(place: Place) -> None:
+    """A cache may keep a head's slots side by side."""
+    case = Case(place, MIXED, 64, 6, 2)
+    want = case.run()
+    case.k = case.k.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(case.run(), want)
+
+
 def test_bad_shapes_are_named(place: Place) -> None:
     case = Case(place, [(1, 5)], 64, 4, 3)
     with pytest.raises(ValueError, match="4 query heads over 3 key heads"):
         case.run()
+    case = Case(place, [(1, 5)], 64, 4, 2)
+    case.v = case.v.repeat_interleave(2, dim=3)[..., ::2]
+    with pytest.raises(ValueError, match="cannot have strides"):
+        case.run()
+    case = Case(place, [(1, 300)], 64, 1024, 1)
+    with pytest.raises(ValueError, match="K = 65536"):
+        case.run(ToInt8())
 
 
 def test_twins_fail(place: Place) -> None:
@@ -141,3 +250,30 @@ def test_twins_fail(place: Place) -> None:
         case.scale = exact_scale
         with pytest.raises(AssertionError):
             case.check(got)
+
+
+def test_int8_twins_fail(place: Place) -> None:
+    def scaled(case: Case) -> None:
+        case.v.scale.mul_(1.02)
+
+    def rolled(case: Case) -> None:
+        block = case.tables[1, 0].long()
+        case.k.scale[block] = case.k.scale[block].flip(0)
+
+    def swapped(case: Case) -> None:
+        case.k.codes.copy_(case.k.codes.flip(2))
+
+    for corrupt in (scaled, rolled, swapped):
+        case = Case(place, MIXED, 64, 6, 2, int8="kv")
+        corrupt(case)
+        with pytest.raises(AssertionError):
+            case.check(case.run())
+
+
+def test_quantized_output_twins_fail(place: Place) -> None:
+    case = Case(place, DECODES, 64, 6, 2)
+    want = quantize.quantize_rows(case.run())
+    case.q[1] *= 1.1
+    got = case.run(ToInt8())
+    same = (got.codes == want.codes).all(1) & (got.scale == want.scale)
+    assert same.tolist() == [True, False, True, True]

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import rope
-from tests.kernels.checks import check_float
+from kernels import reference, rope
+from kernels.quantized import Quantized
+from tests.kernels.checks import check_codes, check_float
 from tests.kernels.conftest import Place
 
 SENTINEL = 7.25
+CODE = -99
 SHAPES = [(64, 64, 6, 2), (80, 80, 3, 3), (128, 32, 8, 1)]
 LARGE = [(128, 128, 32, 8), (256, 256, 8, 1), (96, 96, 32, 32)]
 
@@ -26,7 +28,7 @@ def exact_rotation(x: Tensor, cos_sin: Tensor) -> Tensor:
 class Case:
     """One step: tokens with random positions and shuffled slots, the last but one a padding row."""
 
-    def __init__(self, place: Place, T: int, D: int, R: int, H: int, G: int) -> None:
+    def __init__(self, place: Place, T: int, D: int, R: int, H: int, G: int, is_int8: bool = False) -> None:
         self.H, self.G = H, G
         self.qkv = place.randn(T, (H + 2 * G) * D + 16)[:, 16:]
         angles = 100 * place.randn(50, R // 2, dtype=torch.float32)
@@ -35,12 +37,39 @@ class Case:
         slots = torch.randperm(16 * (T // 16 + 2), generator=torch.Generator().manual_seed(T))[:T]
         slots[-2:-1] = -1
         self.slots = slots.to(place.device, torch.int32)
-        self.k, self.v = (
-            torch.full((T // 16 + 2, 16, G, D), SENTINEL, device=place.device, dtype=place.dtype) for _ in range(2)
-        )
+        shape = (T // 16 + 2, 16, G, D)
+        self.k, self.v = (torch.full(shape, SENTINEL, device=place.device, dtype=place.dtype) for _ in range(2))
+        if is_int8:
+            self.k, self.v = (
+                Quantized(
+                    torch.full(shape, CODE, dtype=torch.int8, device=place.device),
+                    torch.full(shape[:3], SENTINEL, device=place.device),
+                )
+                for _ in range(2)
+            )
+            # The slots of a block side by side, for v alone.
+            self.v = Quantized(self.v.codes, self.v.scale.transpose(1, 2).contiguous().transpose(1, 2))
 
     def run(self) -> Tensor:
         return rope.rope_and_cache(self.qkv, self.positions, self.slots, self.cos_sin, self.k, self.v, self.H)
+
+    def check_int8(self, q: Tensor) -> None:
+        G, D = self.k.codes.shape[-2:]
+        heads = self.qkv.unflatten(1, (self.H + 2 * G, D))
+        turned = exact_rotation(heads[:, : self.H + G], self.cos_sin[self.positions.long()])
+        check_float(q, turned[:, : self.H], self.qkv.dtype)
+        keep = self.slots >= 0
+        at = self.slots[keep].long() // 16, self.slots[keep].long() % 16
+        k, v = (Quantized(cache.codes[at].flatten(0, 1), cache.scale[at].flatten()) for cache in (self.k, self.v))
+        check_codes(k, turned[keep, self.H :].flatten(0, 1))
+        # On the CPU: on a GPU torch divides by 127 as a multiplication, an ulp off.
+        want = reference.quantize_rows(heads[keep, self.H + G :].flatten(0, 1).cpu())
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(v, want, strict=True))
+        for cache in (self.k, self.v):
+            for part, sentinel in ((cache.codes, CODE), (cache.scale, SENTINEL)):
+                rest = part.clone()
+                rest[at] = sentinel
+                assert bool((rest == sentinel).all()), "an unused slot was written"
 
     def check(self, q: Tensor, positions: Tensor) -> None:
         G, D = self.k.shape[-2:]
@@ -69,13 +98,31 @@ def test_only_padding_rows(place: Place) -> None:
     case.check(case.run(), case.positions)
 
 
+def test_int8_cache(place: Place) -> None:
+    for D, R, H, G in place.shapes([*SHAPES, (96, 64, 3, 1)], LARGE):
+        case = Case(place, 17, D, R, H, G, is_int8=True)
+        # A head of zeros has scale 1; a token's faulty head must not touch its neighbours.
+        case.qkv.unflatten(1, (-1, D))[3, -1] = 0.0
+        case.check_int8(case.run())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_int8_faults(place: Place) -> None:
+    case = Case(place, 3, 64, 64, 2, 2, is_int8=True)
+    case.qkv.unflatten(1, (-1, 64))[0, 2:] = float("nan")
+    case.run()
+    at = case.slots[0] // 16, case.slots[0] % 16
+    assert not case.k.scale[at].isfinite().any()
+    assert not case.v.scale[at].isfinite().any()
+
+
 def test_bad_shapes_are_named(place: Place) -> None:
     case = Case(place, 3, 64, 64, 2, 1)
     case.H = 3
     with pytest.raises(ValueError, match="5 heads of 64 need 320"):
         case.run()
     case.H = 2
-    case.k = case.k[:, :8]
+    case.k = case.k.repeat_interleave(2, dim=3)[..., ::2]
     with pytest.raises(ValueError, match="cannot have strides"):
         case.run()
 
@@ -96,3 +143,17 @@ def test_twins_fail(place: Place) -> None:
     again.slots[:2] = again.slots[:2].flip(0)
     with pytest.raises(AssertionError):
         again.check(q, again.positions)
+
+
+def test_int8_twins_fail(place: Place) -> None:
+    for name, part in (("k", "codes"), ("k", "scale"), ("v", "codes"), ("v", "scale")):
+        case = Case(place, 17, 64, 64, 6, 2, is_int8=True)
+        q = case.run()
+        case.check_int8(q)
+        tensor = getattr(getattr(case, name), part)
+        tensor[case.slots[0] // 16, case.slots[0] % 16, 1] += 1
+        with pytest.raises(AssertionError):
+            case.check_int8(q)
+    case.slots[0] = -1
+    with pytest.raises(AssertionError):
+        case.check_int8(q)

@@ -42,4 +42,4 @@ def test_what_the_table_leaves_out_takes_the_default(gpu: Gpu) -> None:
 def test_few_tokens_use_swapped_operands() -> None:
     hopper = Gpu("untuned", 90)
     assert tiles.choose(hopper, 28672, 4096, 1).kernel == "swapped"
-    assert tiles.choose(hopper, 28672, 4096, 4096).kernel == "plain"
+    assert tiles.choose(hopper, 28672, 4096, 4096).kernel == "pingpong"

@@ -44,7 +44,7 @@ def test_a_dropped_tensor_is_noticed(tiny, name):
     with torch.inference_mode():
         expected = model(ids[None]).logits[0]
         layer = decoder.layers[0]
-        for owner in (layer.qkv, layer.o, layer.gate_up, layer.down):
+        for owner in layer.linears:
             if owner.bias is not None:
                 bias, owner.bias = owner.bias, None
                 assert relative_error(score(decoder, ids), expected) > 1e-3

@@ -5,7 +5,7 @@ import torch
 
 from kernels import Quantized, ToInt8, quantize_rows, quantize_tensor
 from quant.convert import quantize_weight
-from quant.linear import FloatLinear, Int8Linear, fuse
+from quant.linear import FloatLinear, GatedLinear, Int8Linear, _reorder, fuse
 
 N, K, T = 24, 32, 5
 
@@ -146,3 +146,77 @@ def test_codes_of_minus_128_from_other_tools_are_multiplied_exactly():
     linear = Int8Linear(codes, torch.ones(N), None, "token", None, torch.float32)
     x_q = Quantized(torch.full((T, K), 127, dtype=torch.int8), torch.ones(T))
     assert torch.equal(linear(x_q), torch.full((T, N), -128.0 * 127 * K))
+
+
+def test_pairs_of_rows_and_back():
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (6, 16), generator=generator, dtype=torch.int8)
+    linear = Int8Linear(codes, torch.rand(6), torch.rand(6), "token", None, torch.float32)
+    pairs = _reorder(linear, (2, -1))
+    assert torch.equal(pairs.weight_q, codes[[0, 3, 1, 4, 2, 5]])
+    assert torch.equal(pairs.bias[::2], linear.bias[:3])
+    back = _reorder(pairs, (-1, 2))
+    for name in ("weight_q", "weight_scale", "bias"):
+        assert torch.equal(getattr(back, name), getattr(linear, name))
+
+
+@pytest.mark.parametrize("output_format", [None, ToInt8(), ToInt8(torch.tensor([0.1]))], ids=["float", "row", "static"])
+def test_gated_linear(output_format):
+    generator = torch.Generator().manual_seed(1)
+    gate, up = (
+        Int8Linear(
+            torch.randint(-127, 128, (24, 32), generator=generator, dtype=torch.int8),
+            torch.rand(24, generator=generator) / 1000,
+            None,
+            "token",
+            None,
+            torch.float32,
+        )
+        for _ in range(2)
+    )
+    x = torch.randn(5, 32, generator=generator)
+    gated = GatedLinear(gate, up, output_format)
+    assert gated.input_format == gate.input_format
+    got = gated(x)
+    want = torch.nn.functional.silu(gate(x)) * up(x)
+    if isinstance(got, Quantized):
+        assert output_format is not None
+        scale = got.scale
+        got = got.codes * scale.reshape(-1, 1)
+        torch.testing.assert_close(got, want, atol=0.51 * scale.max().item(), rtol=0)
+    else:
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(GatedLinear(gate, up, None).to("cpu")(x), want)
+    floats = [FloatLinear(part.weight_q * part.weight_scale[:, None]) for part in (gate, up)]
+    exact = torch.nn.functional.silu(floats[0](x)) * floats[1](x)
+    torch.testing.assert_close(GatedLinear(*floats, None)(x), exact)
+
+
+def test_gated_linear_refuses_unlike_parts():
+    gate, up = FloatLinear(torch.ones(4, 8)), FloatLinear(torch.ones(6, 8))
+    with pytest.raises(ValueError, match="one shape"):
+        GatedLinear(gate, up, None)
+
+
+@pytest.mark.gpu
+def test_gated_linear_on_a_gpu():
+    generator = torch.Generator().manual_seed(2)
+    gate, up = (
+        Int8Linear(
+            torch.randint(-127, 128, (256, 128), generator=generator, dtype=torch.int8),
+            torch.rand(256, generator=generator) / 1000,
+            torch.rand(256, generator=generator),
+            "token",
+            None,
+            torch.float16,
+        )
+        for _ in range(2)
+    )
+    x = torch.randn(40, 128, generator=generator).half()
+    on_cpu = GatedLinear(gate, up, None)
+    want = on_cpu(x).float()
+    for there in (on_cpu.to("cuda"), GatedLinear(gate.to("cuda"), up.to("cuda"), None)):
+        assert there.is_paired
+        torch.testing.assert_close(there(x.cuda()).float().cpu(), want, rtol=2e-3, atol=1e-3 * want.abs().max().item())
+    assert not on_cpu.to("cuda").to("cpu").is_paired
+    assert torch.equal(on_cpu.to("cuda").to("cpu")(x).float(), want)

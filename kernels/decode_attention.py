@@ -1,0 +1,228 @@
+"""Attention of requests with one query row: splits of the context, and the sum over a request's splits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dependent import await_inputs, launch_dependents, launch_early
+from kernels.paging import LIFT, Layout, fold_keys, load_blocks
+from kernels.quantize import quantize_rows, quantize_tensor
+from kernels.quantized import Quantized, ToInt8
+from kernels.tiles import AttentionTile
+
+__all__ = ["Step", "decode", "quantized"]
+
+MAX_SPLITS = 16
+MIN_SPLIT = 128
+"""Keys below which a context is not split further. Sixteen splits of 8 key heads fill a GPU at one request."""
+
+ENOUGH_PROGRAMS = 512
+"""Programs beyond which each takes several splits of its request one after the other: a longer stream of keys. H100, 32
+requests at context 512: 34 us, where 2048 take 37 and one split a program 43."""
+
+SUM_HEADS = 4
+"""Heads that one program sums. All 32, so that it could find the row's scale and write its codes, took 10 us at one
+request where these and `quantize_rows` take 3."""
+
+SUM_STAGES = 5
+
+MIN_KEYS = tl.constexpr(MIN_SPLIT)
+
+
+class Step(NamedTuple):
+    """The operands of attention in one step; `scale` counts in powers of two."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    block_tables: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    scale: float
+    layout: Layout
+
+
+def decode(step: Step, tile: AttentionTile, quantize: ToInt8 | None, y: Tensor | None = None) -> Tensor | Quantized:
+    """Attend for every request with one query row; other rows of y [T, H * D] are left alone."""
+    q, layout = step.q, step.layout
+    (B, max_blocks), (_, H, D) = step.block_tables.shape, q.shape
+    num_splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(max_blocks * layout.BLOCK_SIZE, MIN_SPLIT)))
+    y = torch.empty((len(q), H * D), dtype=q.dtype, device=q.device) if y is None else y
+    if num_splits == 1:
+        _launch_splits(step, tile, y, None)
+    else:
+        part = torch.empty((B, num_splits, H, D), dtype=torch.float32, device=q.device)
+        lse = torch.empty((B, num_splits, H), dtype=torch.float32, device=q.device)
+        _launch_splits(step, tile, part, lse)
+        _launch_sum(step, tile, part, lse, y)
+    return quantized(y, quantize)
+
+
+def quantized(y: Tensor, quantize: ToInt8 | None) -> Tensor | Quantized:
+    """y [T, H * D] as it is, or its codes and scale.
+
+    Raises:
+        ValueError: a row is longer than `MAX_ROW` and its scale is to be found.
+    """
+    if quantize is None:
+        return y
+    return quantize_rows(y) if quantize.scale is None else quantize_tensor(y, quantize.scale)
+
+
+def _launch_splits(step: Step, tile: AttentionTile, part: Tensor, lse: Tensor | None) -> None:
+    """Launch the splits; each writes its part, or without lse the one split of each request writes the output."""
+    layout, (B, max_blocks), G = step.layout, step.block_tables.shape, step.k.shape[2]
+    num_splits = 1 if lse is None else lse.shape[1]
+    per_program = max(1, min(num_splits, num_splits * G * B // ENOUGH_PROGRAMS))
+    _paged_decode_kernel[(triton.cdiv(num_splits, per_program), G, B)](
+        step.q, step.k, step.v, step.k_scale, step.v_scale, part, lse, step.block_tables, step.query_starts,
+        step.context_lens, max_blocks, step.scale, per_program, LAYOUT=layout, SPLITS=num_splits,
+        BLOCK_M=max(16, triton.next_power_of_2(layout.GROUP)), BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+        num_stages=tile.num_stages, **launch_early(part.device, B),
+    )  # fmt: skip
+
+
+def _launch_sum(step: Step, tile: AttentionTile, part: Tensor, lse: Tensor, out: Tensor) -> None:
+    """Launch the sum over each request's splits."""
+    B, num_splits, H, D = part.shape
+    heads, block_d = min(SUM_HEADS, triton.next_power_of_2(H)), step.layout.BLOCK_D
+    _paged_decode_sum_kernel[(B, triton.cdiv(H, heads))](
+        part, lse, out, step.query_starts, step.context_lens, H, HEADS=heads, D=D, BLOCK_D=block_d,
+        BLOCK_N=tile.block_n, SPLITS=num_splits, STAGES=SUM_STAGES, num_warps=max(1, heads * block_d // 256),
+        **launch_early(part.device, B),
+    )  # fmt: skip
+
+
+@triton.jit
+def _split_len(context, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys of one split: whole tiles, the same for every split of a request but the last."""
+    return tl.maximum(MIN_KEYS, tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_N) * BLOCK_N)
+
+
+@triton.jit
+def _paged_decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    part_ptr,
+    lse_ptr,
+    table_ptr,
+    query_starts_ptr,
+    context_lens_ptr,
+    max_blocks,
+    scale,
+    per_program,
+    LAYOUT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """per_program splits of one request's context for the GROUP query heads of one key head.
+
+    Of each split its softmax, and log2 of its sum. With lse_ptr None there is one split, and part_ptr is the output.
+    """
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
+    D: tl.constexpr = LAYOUT.D
+    GROUP: tl.constexpr = LAYOUT.GROUP
+    BLOCK_D: tl.constexpr = LAYOUT.BLOCK_D
+    kv_head, request = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    query_start = tl.load(query_starts_ptr + request)
+    if tl.load(query_starts_ptr + request + 1) - query_start != 1:
+        return
+    context = tl.load(context_lens_ptr + request)
+    split_len = _split_len(context, SPLITS, BLOCK_N)
+    first = tl.program_id(0) * per_program * split_len
+    last = tl.minimum(context, first + per_program * split_len)
+    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    heads, H = kv_head * GROUP + rows, tl.num_programs(1) * GROUP
+    mask = (rows < GROUP)[:, None] & (columns < D)[None, :]
+    at = (query_start.to(tl.int64) * H + heads)[:, None] * D + columns[None, :]
+    q = tl.load(q_ptr + at, mask=mask, other=0.0)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    k_ptr += kv_head * LAYOUT.K.HEAD
+    v_ptr += kv_head * LAYOUT.V.HEAD
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv_head * LAYOUT.K_SCALE.HEAD
+    if v_scale_ptr is not None:
+        v_scale_ptr += kv_head * LAYOUT.V_SCALE.HEAD
+    table_ptr += request * max_blocks
+    num_visible = tl.full([BLOCK_M], last, tl.int32)
+    blocks = load_blocks(table_ptr, first, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
+        # A split starts from -inf, which also shrinks what the split before it has left to nothing.
+        top = tl.where(start % split_len == 0, float("-inf"), top)
+        top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
+                                    last, num_visible, scale, True, LAYOUT, BLOCK_N)  # fmt: skip
+        blocks = next_blocks
+        if lse_ptr is not None:
+            end = start + BLOCK_N
+            if (end % split_len == 0) | (end >= last):
+                part = (request * SPLITS + start // split_len) * H + heads
+                y = acc / (total if v_scale_ptr is None else total * LIFT)[:, None]
+                tl.store(part_ptr + part[:, None] * D + columns[None, :], y, mask=mask)
+                tl.store(lse_ptr + part, top + tl.math.log2(total), mask=rows < GROUP)
+    if lse_ptr is None:
+        # The largest score alone adds 1 to total; less means no key at all (context 0), and y is then 0.
+        total = tl.maximum(total, 1.0)
+        y = acc / (total if v_scale_ptr is None else total * LIFT)[:, None]
+        tl.store(part_ptr + at, y.to(part_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _paged_decode_sum_kernel(
+    part_ptr,
+    lse_ptr,
+    out_ptr,
+    query_starts_ptr,
+    context_lens_ptr,
+    H,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """HEADS heads of one decode: its splits' results, each weighted by its share of the whole softmax sum."""
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
+    request = tl.program_id(0).to(tl.int64)
+    query_start = tl.load(query_starts_ptr + request).to(tl.int64)
+    if tl.load(query_starts_ptr + request + 1) - query_start != 1:
+        return
+    context = tl.load(context_lens_ptr + request)
+    num_splits = tl.cdiv(context, _split_len(context, SPLITS, BLOCK_N))
+    heads, columns = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK_D)
+    is_head = heads < H
+    at = heads[:, None] * D + columns[None, :]
+    mask = is_head[:, None] & (columns < D)[None, :]
+    row, splits = request * SPLITS * H, tl.arange(0, SPLITS)
+    is_split = is_head[:, None] & (splits < num_splits)[None, :]
+    # From a finite floor: a context of 0 has no split, and -inf - -inf is NaN.
+    tops = tl.load(lse_ptr + row + splits[None, :] * H + heads[:, None], mask=is_split, other=-1e30)
+    top = tl.max(tops, axis=1)
+    total = tl.zeros([HEADS], tl.float32)
+    y = tl.zeros([HEADS, BLOCK_D], tl.float32)
+    for split in tl.range(0, num_splits, num_stages=STAGES):
+        lse = tl.load(lse_ptr + row + split * H + heads, mask=is_head, other=float("-inf"))
+        weight = tl.math.exp2(lse - top)
+        total += weight
+        y += tl.load(part_ptr + (row + split * H) * D + at, mask=mask, other=0.0) * weight[:, None]
+    y = y / tl.maximum(total, 1.0)[:, None]
+    tl.store(out_ptr + query_start * H * D + at, y.to(out_ptr.dtype.element_ty), mask=mask)

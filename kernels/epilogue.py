@@ -1,0 +1,149 @@
+"""What a Linear does to its int32 accumulator before it stores it: scales, bias, gate, residual, requantization."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.quantize import magnitude, to_codes, to_scale
+from kernels.quantized import BLOCK
+
+__all__ = ["MAX_PIECE", "Epilogue", "finish_tile"]
+
+MAX_PIECE = tl.constexpr(BLOCK)
+"""Columns of the accumulator that are finished at once: the epilogue of a wider tile would spill."""
+
+
+class Epilogue(NamedTuple):
+    """The operands of an epilogue, None where not asked for. Without weight_scale y is the accumulator itself.
+
+    x_scale: float32 [T] (PER_ROW) or [1], or [T, blocks], which the product applies and its epilogue is not given.
+    weight_scale: float32 [N] (PER_COLUMN) or [1].
+    bias: [N] float.                            residual: float, of y's shape.
+    out_scale: float32 [1]; y is int8 codes.    row_max: float32 [T, pieces], written: max |y| of each piece of a row.
+    block_scale: float32 [T, blocks], written; y is int8 codes. A tile has to hold whole blocks of y.
+    """
+
+    x_scale: Tensor | None = None
+    weight_scale: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    out_scale: Tensor | None = None
+    row_max: Tensor | None = None
+    block_scale: Tensor | None = None
+
+
+@triton.jit
+def finish_tile(
+    acc, ops, y_ptr, tokens, first, T, N, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr, GATED: tl.constexpr
+):
+    """Finish and store the accumulator [tokens, columns first ..]."""
+    if acc.shape[1] > MAX_PIECE:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], 2, HALF]), (0, 2, 1)))
+        if GATED and ops.block_scale is not None:
+            left = _gate(left, ops, tokens, first, T, N, PER_ROW, PER_COLUMN)
+            right = _gate(right, ops, tokens, first + HALF, T, N, PER_ROW, PER_COLUMN)
+            _store_block(left, right, ops, y_ptr, tokens, first // 2, T, N // 2)
+        else:
+            _finish_piece(left, ops, y_ptr, tokens, first, T, N, PER_ROW, PER_COLUMN, GATED)
+            _finish_piece(right, ops, y_ptr, tokens, first + HALF, T, N, PER_ROW, PER_COLUMN, GATED)
+    else:
+        _finish_piece(acc, ops, y_ptr, tokens, first, T, N, PER_ROW, PER_COLUMN, GATED)
+
+
+@triton.jit
+def _finish_piece(
+    acc, ops, y_ptr, tokens, first, T, N, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr, GATED: tl.constexpr
+):
+    if ops.weight_scale is None:
+        columns = first + tl.arange(0, acc.shape[1])
+        at = tokens.to(tl.int64)[:, None] * N + columns[None, :]
+        tl.store(y_ptr + at, acc, mask=(tokens < T)[:, None] & (columns < N)[None, :])
+    elif GATED:
+        y = _gate(acc, ops, tokens, first, T, N, PER_ROW, PER_COLUMN)
+        _store_piece(y, ops, y_ptr, tokens, first // 2, T, N // 2)
+    else:
+        y = _dequantize(acc, ops, tokens, first, T, N, PER_ROW, PER_COLUMN)
+        _store_piece(y, ops, y_ptr, tokens, first, T, N)
+
+
+@triton.jit
+def _gate(acc, ops, tokens, first, T, N, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr):
+    """silu(gate) * up: float32, half as many columns."""
+    y = _dequantize(acc, ops, tokens, first, T, N, PER_ROW, PER_COLUMN)
+    # Row 2f of the weights is gate f, row 2f + 1 is up f: a thread holds both, whatever the tile.
+    gate, up = tl.split(tl.reshape(y, [acc.shape[0], acc.shape[1] // 2, 2]))
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _dequantize(acc, ops, tokens, first, T, N, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr):
+    columns = first + tl.arange(0, acc.shape[1])
+    y = acc.to(tl.float32)
+    if PER_COLUMN:
+        y *= tl.load(ops.weight_scale + columns, mask=columns < N, other=0.0)[None, :]
+    else:
+        y *= tl.load(ops.weight_scale)
+    if PER_ROW:
+        y *= tl.load(ops.x_scale + tokens, mask=tokens < T, other=0.0)[:, None]
+    elif ops.x_scale is not None:
+        y *= tl.load(ops.x_scale)
+    if ops.bias is not None:
+        y += tl.load(ops.bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def _store_piece(y, ops, y_ptr, tokens, first, T, N):
+    """Store float32 y in y_ptr's dtype; N is the width of y as stored."""
+    columns = first + tl.arange(0, y.shape[1])
+    mask = (tokens < T)[:, None] & (columns < N)[None, :]
+    at = tokens.to(tl.int64)[:, None] * N + columns[None, :]
+    if ops.residual is not None:
+        y += tl.load(ops.residual + at, mask=mask, other=0.0).to(tl.float32)
+    if ops.out_scale is not None:
+        tl.store(y_ptr + at, to_codes(y, tl.load(ops.out_scale)), mask=mask)
+    elif ops.block_scale is not None:
+        scale = _store_scale(_row_max(y, mask), y.shape[1], ops, tokens, first, T, N)
+        tl.store(y_ptr + at, to_codes(y, scale[:, None]), mask=mask)
+    else:
+        stored = y.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + at, stored, mask=mask)
+        if ops.row_max is not None:
+            # Of what was stored, since that is what will be quantized.
+            at_piece = tokens.to(tl.int64) * tl.cdiv(N, y.shape[1]) + first // y.shape[1]
+            row_max = _row_max(stored.to(tl.float32), mask)
+            tl.store(ops.row_max + at_piece, row_max, mask=(tokens < T) & (first < N))
+
+
+@triton.jit
+def _store_block(left, right, ops, y_ptr, tokens, first, T, N):
+    """Store the two halves of one block of y as codes; N is the width of y as stored."""
+    HALF: tl.constexpr = left.shape[1]
+    columns = first + tl.arange(0, HALF)
+    mask_left = (tokens < T)[:, None] & (columns < N)[None, :]
+    mask_right = (tokens < T)[:, None] & (columns + HALF < N)[None, :]
+    row_max = tl.maximum(_row_max(left, mask_left), _row_max(right, mask_right))
+    scale = _store_scale(row_max, 2 * HALF, ops, tokens, first, T, N)[:, None]
+    at = tokens.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(y_ptr + at, to_codes(left, scale), mask=mask_left)
+    tl.store(y_ptr + at + HALF, to_codes(right, scale), mask=mask_right)
+
+
+@triton.jit
+def _row_max(y, mask):
+    return tl.max(tl.where(mask, magnitude(y), 0.0), axis=1)
+
+
+@triton.jit
+def _store_scale(row_max, WIDTH: tl.constexpr, ops, tokens, first, T, N):
+    """Store and return the scale of one block of each row."""
+    tl.static_assert(WIDTH == MAX_PIECE, "the tile does not hold whole blocks of y")
+    scale = to_scale(row_max)
+    at = tokens.to(tl.int64) * tl.cdiv(N, WIDTH) + first // WIDTH
+    tl.store(ops.block_scale + at, scale, mask=(tokens < T) & (first < N))
+    return scale

@@ -1,0 +1,216 @@
+"""Where the paged cache keeps a token, and the step of the softmax over it that prefill and decode share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.quantized import Quantized
+
+__all__ = [
+    "Layout",
+    "Strides",
+    "codes_of",
+    "fold_keys",
+    "key_offsets",
+    "load_blocks",
+    "paged_layout",
+    "scale_of",
+    "strides_of",
+]
+
+MAX_NARROW = 2**31
+"""Elements that 32-bit offsets reach; half the address arithmetic of 64-bit ones."""
+
+# Lifts p * v_scale out of float16's subnormals. A scale of float16 values is at most 65504 / 127: it stays finite.
+LIFT = tl.constexpr(64.0)
+
+# The byte code + 128 below the byte 0x64 is the float16 1152 + code: five instructions for four codes, where the plain
+# conversion of each runs at an eighth of their rate.
+CODES_TO_HALF = tl.constexpr("""{
+    .reg .b32 bytes, ones, bias;
+    xor.b32 bytes, $2, 0x80808080;
+    mov.b32 ones, 0x64646464;
+    mov.b32 bias, 0x64806480;
+    prmt.b32 $0, bytes, ones, 0x4140;
+    prmt.b32 $1, bytes, ones, 0x4342;
+    sub.f16x2 $0, $0, bias;
+    sub.f16x2 $1, $1, bias;
+}""")
+
+
+@dataclass(frozen=True, slots=True)
+class Strides:
+    """Elements from one block, one slot and one key head of a cache to the next."""
+
+    BLOCK: int
+    SLOT: int
+    HEAD: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What attention is compiled for: GROUP query heads to a key head, head size D, where the caches keep a slot."""
+
+    GROUP: int
+    D: int
+    BLOCK_D: int
+    BLOCK_SIZE: int
+    K: Strides
+    V: Strides
+    K_SCALE: Strides | None
+    V_SCALE: Strides | None
+    IS_WIDE: bool
+    IS_INTERPRETED: bool
+
+
+def codes_of(cache: Tensor | Quantized) -> Tensor:
+    """The tensor that holds keys or values, float or int8."""
+    return cache.codes if isinstance(cache, Quantized) else cache
+
+
+def scale_of(cache: Tensor | Quantized) -> Tensor | None:
+    """The scales [num_blocks, block_size, G] of an int8 cache, or None."""
+    return cache.scale if isinstance(cache, Quantized) else None
+
+
+def paged_layout(num_heads: int, k_cache: Tensor | Quantized, v_cache: Tensor | Quantized) -> Layout:
+    """The layout of two caches under num_heads query heads.
+
+    Raises:
+        ValueError: num_heads is not a multiple of the key heads, block_size is not a power of two, or a head's
+            elements are not contiguous.
+    """
+    _, block_size, num_kv_heads, head_size = codes_of(k_cache).shape
+    if num_heads % num_kv_heads or block_size & (block_size - 1):
+        raise ValueError(
+            f"{num_heads} query heads over {num_kv_heads} key heads, block_size {block_size}: "
+            "not a multiple, or not 2**n"
+        )
+    k_scale, v_scale = scale_of(k_cache), scale_of(v_cache)
+    return Layout(
+        num_heads // num_kv_heads,
+        head_size,
+        triton.next_power_of_2(head_size),
+        block_size,
+        strides_of(codes_of(k_cache)),
+        strides_of(codes_of(v_cache)),
+        None if k_scale is None else Strides(*k_scale.stride()),
+        None if v_scale is None else Strides(*v_scale.stride()),
+        max(_reach(codes_of(cache)) for cache in (k_cache, v_cache)) > MAX_NARROW,
+        codes_of(k_cache).device.type == "cpu",
+    )
+
+
+def strides_of(cache: Tensor) -> Strides:
+    """The strides of keys or values [num_blocks, block_size, G, D].
+
+    Raises:
+        ValueError: a head's elements are not contiguous.
+    """
+    *strides, per_element = cache.stride()
+    if per_element != 1:
+        raise ValueError(f"a cache of shape {tuple(cache.shape)} cannot have strides {cache.stride()}")
+    return Strides(*strides)
+
+
+def _reach(cache: Tensor) -> int:
+    """Elements from the first to beyond the last."""
+    return sum(stride * (size - 1) for stride, size in zip(cache.stride(), cache.shape, strict=True)) + 1
+
+
+@triton.jit
+def key_offsets(blocks, slots, STRIDES: tl.constexpr, IS_WIDE: tl.constexpr):
+    """Elements from the start of a cache to slots of blocks."""
+    if IS_WIDE:
+        blocks = blocks.to(tl.int64)
+    return blocks * STRIDES.BLOCK + slots * STRIDES.SLOT
+
+
+@triton.jit
+def _load(ptrs, mask, MASKED: tl.constexpr):
+    """A load, 0 where masked."""
+    return tl.load(ptrs, mask=mask, other=0) if MASKED else tl.load(ptrs)
+
+
+@triton.jit
+def widen(x, q, IS_INTERPRETED: tl.constexpr):
+    """Keys or values in q's dtype; int8 codes to float16 four at a time, exactly."""
+    if x.dtype == tl.int8 and q.dtype == tl.float16 and not IS_INTERPRETED:
+        y = tl.inline_asm_elementwise(CODES_TO_HALF, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        y = x.to(q.dtype)
+    return y
+
+
+@triton.jit
+def load_blocks(table_ptr, start, last, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The blocks of keys start .. start + BLOCK_N - 1, each below last; one number where a block holds them all.
+
+    A loop over keys loads them an iteration before it needs them: as loads that others wait for in one iteration, they
+    would halve the tiles of keys that Triton keeps in flight.
+    """
+    keys = start if BLOCK_SIZE >= BLOCK_N else start + tl.arange(0, BLOCK_N)
+    return tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < last, other=0)
+
+
+@triton.jit
+def fold_keys(
+    q,
+    top,
+    total,
+    acc,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    blocks,
+    start,
+    last,
+    num_unmasked,
+    num_visible,
+    scale,
+    MASKED: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Fold keys start .. start + BLOCK_N - 1 into the running softmax of query rows q [BLOCK_M, BLOCK_D].
+
+    Row m sees its first num_visible[m] keys, and each row the first num_unmasked; keys from last on are not read.
+    top: largest score so far (in powers of two), total: sum of exp2(score - top), acc: the same sum weighted by v,
+    times LIFT where v is int8. Without MASKED every row sees every key. start is a multiple of BLOCK_N.
+    """
+    K: tl.constexpr = LAYOUT.K
+    V: tl.constexpr = LAYOUT.V
+    K_SCALE: tl.constexpr = LAYOUT.K_SCALE
+    V_SCALE: tl.constexpr = LAYOUT.V_SCALE
+    columns = tl.arange(0, LAYOUT.BLOCK_D)
+    keys = start + tl.arange(0, BLOCK_N)
+    # Masked, since a slot beyond the context may hold anything, NaN included.
+    is_key = keys < last
+    slots = keys % LAYOUT.BLOCK_SIZE
+    k_at = key_offsets(blocks, slots, K, LAYOUT.IS_WIDE)[:, None] + columns[None, :]
+    v_at = key_offsets(blocks, slots, V, LAYOUT.IS_WIDE)[:, None] + columns[None, :]
+    is_there = is_key[:, None] & (columns < LAYOUT.D)[None, :]
+    HAS_GAPS: tl.constexpr = MASKED or LAYOUT.D < LAYOUT.BLOCK_D
+    k = widen(_load(k_ptr + k_at, is_there, HAS_GAPS), q, LAYOUT.IS_INTERPRETED)
+    v = widen(_load(v_ptr + v_at, is_there, HAS_GAPS), q, LAYOUT.IS_INTERPRETED)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if k_scale_ptr is not None:
+        at = key_offsets(blocks, slots, K_SCALE, LAYOUT.IS_WIDE)
+        scores *= _load(k_scale_ptr + at, is_key, MASKED)[None, :]
+    if MASKED:  # noqa: SIM102
+        if start + BLOCK_N > num_unmasked:
+            scores = tl.where(keys[None, :] < num_visible[:, None], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    p = tl.math.exp2(scores * scale - new_top[:, None])
+    shrink = tl.math.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, axis=1)
+    if v_scale_ptr is not None:
+        at = key_offsets(blocks, slots, V_SCALE, LAYOUT.IS_WIDE)
+        p *= (_load(v_scale_ptr + at, is_key, MASKED) * LIFT)[None, :]
+    acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_top, total, acc

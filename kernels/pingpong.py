@@ -1,0 +1,230 @@
+"""The int8 product of many tokens on Hopper, in Gluon (Triton's explicit dialect): two warp groups take turns.
+
+One warp does nothing but ask the copy engine for the next operands. Two groups of four warps each own every other tile
+of y: while one multiplies, the other scales, adds, rounds and stores what it has, so the tensor cores never wait for an
+epilogue.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language import swizzle2d
+
+from kernels.epilogue import Epilogue
+from kernels.quantize import magnitude
+from kernels.tiles import Tile
+
+__all__ = ["can_pingpong", "launch_pingpong"]
+
+GL_TYPES = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+WARP_GROUP = 4
+LOADER_REGISTERS, MULTIPLIER_REGISTERS = gl.constexpr(40), gl.constexpr(232)
+MAX_REGISTERS = 168
+"""Per thread at launch: 12 warps share the 65,536 registers of a multiprocessor."""
+
+
+def can_pingpong(k: int, ops: Epilogue, y: Tensor) -> bool:
+    """Whether the kernel has this epilogue, and rows start on the 16 bytes that the copy engine asks for."""
+    is_float = ops.weight_scale is not None and ops.residual is None and ops.out_scale is None
+    return is_float and y.dtype in GL_TYPES and k % 16 == 0 and y.shape[1] % 8 == 0
+
+
+def launch_pingpong(
+    x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile, num_programs: int, form: dict[str, bool]
+) -> None:
+    """Fill y from x_q [T, K] and weight_q [N, K] with at most one program on each multiprocessor."""
+    (T, K), N = x_q.shape, len(weight_q)
+    width = tile.block_n // 2 if form["GATED"] else tile.block_n
+    operands = [
+        (x_q, [tile.block_t, tile.block_k]),
+        (weight_q, [tile.block_n, tile.block_k]),
+        (y, [tile.block_t, width]),
+    ]
+    descriptors = [
+        TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, GL_TYPES[tensor.dtype]))
+        for tensor, block in operands
+    ]
+    _int8_linear_pingpong_kernel[(num_programs,)](
+        *descriptors, ops, T, N, K, GROUP=tile.group, STAGES=tile.num_stages, num_warps=WARP_GROUP,
+        maxnreg=MAX_REGISTERS, **form,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _tile_start(index, T, N, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
+    """First token and first column of the index-th tile: column by column within groups of GROUP token tiles."""
+    num_n = gl.cdiv(N, BLOCK_N)
+    tile_t, tile_n = swizzle2d(index // num_n, index % num_n, gl.cdiv(T, BLOCK_T), num_n, GROUP)
+    return tile_t * BLOCK_T, tile_n * BLOCK_N
+
+
+@gluon.jit
+def _load_operands(x_desc, weight_desc, y_desc, ops, buffers, barriers, sizes, GROUP: gl.constexpr, FORM: gl.constexpr):
+    """Keep the ring of stages full, tile after tile."""
+    x_ring, weight_ring, _ = buffers
+    full, empty, _ = barriers
+    T, N, K, num_tiles = sizes
+    BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
+    STAGES: gl.constexpr = x_ring.type.shape[0]
+    step = 0
+    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        first_t, first_n = _tile_start(index, T, N, BLOCK_T, BLOCK_N, GROUP)
+        for start in range(0, K, x_desc.block_type.shape[1]):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(x_desc, [first_t, start], ready, x_ring.index(stage))
+            tma.async_copy_global_to_shared(weight_desc, [first_n, start], ready, weight_ring.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _multiply_first(
+    x_desc, weight_desc, y_desc, ops, buffers, barriers, sizes, GROUP: gl.constexpr, FORM: gl.constexpr
+):
+    _multiply(0, x_desc, weight_desc, y_desc, ops, buffers, barriers, sizes, GROUP, FORM)
+
+
+@gluon.jit
+def _multiply_second(
+    x_desc, weight_desc, y_desc, ops, buffers, barriers, sizes, GROUP: gl.constexpr, FORM: gl.constexpr
+):
+    _multiply(1, x_desc, weight_desc, y_desc, ops, buffers, barriers, sizes, GROUP, FORM)
+
+
+@gluon.jit
+def _multiply(
+    WHO: gl.constexpr,
+    x_desc,
+    weight_desc,
+    y_desc,
+    ops,
+    buffers,
+    barriers,
+    sizes,
+    GROUP: gl.constexpr,
+    FORM: gl.constexpr,
+):
+    """Every second tile of this program, from the WHO-th on."""
+    x_ring, weight_ring, y_tiles = buffers
+    full, empty, turns = barriers
+    T, N, K, num_tiles = sizes
+    BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
+    STAGES: gl.constexpr = x_ring.type.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
+    y_tile = y_tiles.index(WHO)
+    steps = gl.cdiv(K, x_desc.block_type.shape[1])
+    step = WHO * steps
+    turn = 0
+    for index in range(gl.program_id(0) + WHO * gl.num_programs(0), num_tiles, 2 * gl.num_programs(0)):
+        first_t, first_n = _tile_start(index, T, N, BLOCK_T, BLOCK_N, GROUP)
+        acc = gl.zeros([BLOCK_T, BLOCK_N], gl.int32, layout)
+        # A stage's barrier tells its uses apart by parity alone, so no group may look at one more than a use ahead.
+        mbarrier.wait(turns.index(WHO), turn & 1 ^ (1 - WHO))
+        for i in range(steps):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            weight = weight_ring.index(stage).permute((1, 0))
+            acc = warpgroup_mma(x_ring.index(stage), weight, acc, is_async=True)
+            # One product stays in flight; the one before it is done with its stage.
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=i > 0)
+            step += 1
+        mbarrier.arrive(turns.index(1 - WHO), count=1)
+        turn += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        step += steps
+        y = _finish(acc, ops, first_t, first_n, T, N, FORM)
+        y = y.to(y_desc.dtype)
+        # The tile before has left its shared memory long ago.
+        tma.store_wait(0)
+        y_tile.store(y)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(y_desc, [first_t, first_n // BLOCK_N * y_desc.block_type.shape[1]], y_tile)
+        if ops.row_max is not None:
+            # Of what was stored, since that is what will be quantized.
+            row_max = gl.convert_layout(gl.max(magnitude(y.to(gl.float32)), axis=1), gl.SliceLayout(1, layout))
+            tokens = first_t + gl.arange(0, BLOCK_T, gl.SliceLayout(1, layout))
+            at = tokens.to(gl.int64) * gl.cdiv(N, BLOCK_N) + first_n // BLOCK_N
+            gl.store(ops.row_max + at, row_max, mask=tokens < T)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _finish(acc, ops, first_t, first_n, T, N, FORM: gl.constexpr):
+    """The epilogue on the accumulator: y as float32, before it is rounded."""
+    layout: gl.constexpr = acc.type.layout
+    tokens = first_t + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
+    columns = first_n + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    PER_ROW: gl.constexpr = FORM[0]
+    PER_COLUMN: gl.constexpr = FORM[1]
+    y = acc.to(gl.float32)
+    if PER_COLUMN:
+        y *= gl.load(ops.weight_scale + columns, mask=columns < N, other=0.0)[None, :]
+    else:
+        y *= gl.load(ops.weight_scale)
+    if PER_ROW:
+        y *= gl.load(ops.x_scale + tokens, mask=tokens < T, other=0.0)[:, None]
+    else:
+        y *= gl.load(ops.x_scale)
+    if ops.bias is not None:
+        y += gl.load(ops.bias + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
+    if FORM[2]:
+        gate, up = gl.split(gl.reshape(y, [acc.shape[0], acc.shape[1] // 2, 2]))
+        y = gate / (1.0 + gl.exp(-gate)) * up
+    return y
+
+
+@gluon.jit(do_not_specialize=["T"])
+def _int8_linear_pingpong_kernel(
+    x_desc,
+    weight_desc,
+    y_desc,
+    ops,
+    T,
+    N,
+    K,
+    PER_ROW: gl.constexpr,
+    PER_COLUMN: gl.constexpr,
+    GATED: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Every num_programs-th tile of y."""
+    BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
+    x_ring = gl.allocate_shared_memory(gl.int8, [STAGES] + x_desc.block_type.shape, x_desc.layout)
+    weight_ring = gl.allocate_shared_memory(gl.int8, [STAGES] + weight_desc.block_type.shape, weight_desc.layout)
+    y_tiles = gl.allocate_shared_memory(y_desc.dtype, [2] + y_desc.block_type.shape, y_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for who in gl.static_range(2):
+        mbarrier.init(turns.index(who), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    num_tiles = gl.cdiv(T, BLOCK_T) * gl.cdiv(N, BLOCK_N)
+    FORM: gl.constexpr = (PER_ROW, PER_COLUMN, GATED)
+    buffers, barriers, sizes = (x_ring, weight_ring, y_tiles), (full, empty, turns), (T, N, K, num_tiles)
+    args = (x_desc, weight_desc, y_desc, ops, buffers, barriers, sizes, GROUP, FORM)
+    gl.warp_specialize(
+        [(_multiply_first, args), (_multiply_second, args), (_load_operands, args)],
+        [4, 1],
+        [MULTIPLIER_REGISTERS, LOADER_REGISTERS],
+    )

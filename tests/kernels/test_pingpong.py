@@ -1,0 +1,83 @@
+"""Hopper's kernel for many tokens: the same bits as the plain kernel, whatever the tile. It has no interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import gemm, pingpong
+from kernels.epilogue import Epilogue
+from kernels.quantized import Quantized, ToInt8
+from kernels.tiles import Tile, current_gpu
+from tests.kernels.conftest import Place
+
+PLAIN = Tile("plain", 128, 128, 128, num_warps=4, num_stages=3)
+TILES = [
+    Tile("pingpong", 128, 128, 128, num_warps=4, num_stages=4),
+    Tile("pingpong", 128, 128, 128, num_warps=4, num_stages=4, group=1),
+    Tile("pingpong", 64, 128, 128, num_warps=4, num_stages=7),
+    Tile("pingpong", 128, 64, 128, num_warps=4, num_stages=6),
+    Tile("pingpong", 64, 64, 128, num_warps=4, num_stages=8),
+]
+# One tile, one tile more than there are programs, tails in each direction, one step of K, and fewer steps than stages.
+SHAPES = [(1, 128, 128), (17, 4096, 14336), (1000, 6144, 4096), (129, 80, 576), (2049, 2064, 80), (8192, 1536, 1024)]
+
+
+@pytest.fixture
+def hopper() -> Place:
+    if not torch.cuda.is_available() or current_gpu(torch.device("cuda", 0)).capability != 90:
+        pytest.skip("wgmma is Hopper's")
+    return Place("cuda", torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.block_t}x{tile.block_n}x{tile.num_stages}")
+def test_same_bits_as_the_plain_kernel(hopper: Place, tile: Tile) -> None:
+    for T, N, K in SHAPES:
+        for dtype in (torch.float16, torch.bfloat16):
+            x, weight = hopper.codes(T, K), hopper.codes(N, K)
+            scales = [hopper.randn(size, dtype=torch.float32).abs() / 100 for size in (T, N)]
+            for ops in (Epilogue(*scales), Epilogue(*scales, hopper.randn(N)), Epilogue(scales[0][:1], scales[1][:1])):
+                for is_gated in (False, True):
+                    got, want = (torch.empty(T, N // (1 + is_gated), dtype=dtype, device="cuda") for _ in range(2))
+                    gemm.launch(x, weight, ops, got, tile, is_gated)
+                    gemm.launch(x, weight, ops, want, PLAIN, is_gated)
+                    assert torch.equal(got.view(torch.int16), want.view(torch.int16)), (T, N, K, dtype, is_gated)
+
+
+@pytest.mark.gpu
+def test_row_max(hopper: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = Quantized(hopper.codes(1000, 512), hopper.randn(1000, dtype=torch.float32).abs() / 50)
+    case = x, hopper.codes(6144, 512), hopper.randn(6144, dtype=torch.float32).abs() / 1000
+    monkeypatch.setattr(gemm, "choose", lambda *_: PLAIN)
+    want = gemm.int8_gated_linear(*case, quantize=ToInt8())
+    for tile in TILES:
+        monkeypatch.setattr(gemm, "choose", lambda *_, tile=tile: tile)
+        got = gemm.int8_gated_linear(*case, quantize=ToInt8())
+        assert torch.equal(got.codes, want.codes)
+        assert torch.equal(got.scale, want.scale)
+
+
+@pytest.mark.gpu
+def test_twin_fails(hopper: Place) -> None:
+    x, weight, scale = hopper.codes(256, 512), hopper.codes(256, 512), torch.ones(256, device="cuda") / 1000
+    got, want = (torch.empty(256, 256, dtype=torch.float16, device="cuda") for _ in range(2))
+    gemm.launch(x, weight, Epilogue(scale, scale), want, PLAIN)
+    weight[77, 300] += 1 if weight[77, 300] < 127 else -1
+    gemm.launch(x, weight, Epilogue(scale, scale), got, TILES[0])
+    assert not torch.equal(got, want)
+
+
+def test_what_it_cannot_do_is_left_to_the_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, codes, scale = (torch.empty(8, 16, dtype=dtype) for dtype in (torch.float16, torch.int8, torch.float32))
+    full = Epilogue(scale, scale)
+    assert pingpong.can_pingpong(64, full, y)
+    assert not pingpong.can_pingpong(72, full, y)
+    assert not pingpong.can_pingpong(64, Epilogue(), y)
+    assert not pingpong.can_pingpong(64, full._replace(residual=y), y)
+    assert not pingpong.can_pingpong(64, full._replace(out_scale=scale), codes)
+    assert not pingpong.can_pingpong(64, full, scale)
+    assert not pingpong.can_pingpong(64, full, y[:, :12])
+    monkeypatch.setattr(gemm, "choose", lambda *_: TILES[2])
+    assert gemm.pick_tile(codes, codes, full, y) == TILES[2]
+    assert gemm.pick_tile(codes, codes, full, scale) == gemm.FALLBACK
