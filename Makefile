@@ -7,10 +7,10 @@ INSTALLED := $(VENV)/.installed
 # An environment named with PY is used as it is; our own is made first.
 READY := $(if $(filter $(VENV)/%,$(PY)),$(INSTALLED))
 
-.PHONY: help setup serve test check format gpu bench clean
+.PHONY: help setup serve test check format gpu bench bench-kernels clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 setup: $(INSTALLED) ## create .venv with everything in it, .venv/bin/ottava among it
 
@@ -42,6 +42,9 @@ gpu: $(READY) ## run the tests that need a CUDA GPU
 
 bench: $(READY) ## measure decode and prefill of both variants on this machine
 	$(PY) -m benchmarks.serving $(ARGS)
+
+bench-kernels: $(READY) ## measure every kernel beside torch's on a CUDA GPU
+	$(PY) -m benchmarks.kernels $(ARGS)
 
 clean: ## remove the environment and every cache in the tree
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

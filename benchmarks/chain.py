@@ -1,0 +1,150 @@
+"""A whole decoder layer as a chain, fp16 beside W8A8, each in one CUDA graph of two layers in turn."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Call, Roofs, Work, add_ratios, expect, measure, result_row
+from quant.linear import FloatLinear
+from quant.scheme import PRESETS
+from service.models.decoder import KVCache, Layer, RMSNorm, Rows
+from service.models.families import ModelConfig, linear_names
+from service.models.loader import RandomWeights
+
+NUM_LAYERS = 2
+"""Each layer's weights are far larger than the L2 cache, so two in turn are never found there."""
+BLOCK_SIZE = 64
+MAX_CHECKED_TOKENS = 16
+MAX_ERROR = 0.02
+"""Of the norm, against the layer in plain torch on the CPU: codes that flip at ties, float16 between the ops."""
+
+
+def chain_rows(
+    shape: str,
+    config: ModelConfig,
+    decode_tokens: Iterable[int],
+    context: int,
+    prefill_tokens: int,
+    roofs: Roofs,
+) -> list[dict[str, Any]]:
+    """Time of one layer: decode steps of T requests at one context, and a prefill of one request."""
+    device = config.rope.device
+    layers = {variant: _layers(config, variant, device) for variant in ("fp16", "w8a8")}
+    steps = [("decode", tokens, _decode_rows(config, tokens, context)) for tokens in decode_tokens]
+    steps.append(("prefill", prefill_tokens, _prefill_rows(config, prefill_tokens)))
+    rows = []
+    for what, tokens, step in steps:
+        contenders = {variant: partial(_calls, config, chain, step) for variant, chain in layers.items()}
+        keys = context * tokens if what == "decode" else tokens
+        works = {variant: layer_work(config, tokens, keys, variant) for variant in layers}
+        case = []
+        for variant, measured in measure(contenders, roofs.floor_s(works["w8a8"])).items():
+            row = {"what": "chain", "shape": shape, "op": what, "tokens": tokens, "variant": variant}
+            row |= {"context": context if what == "decode" else tokens}
+            case.append(result_row(row, measured, works[variant], roofs))
+        add_ratios(case, "fp16", "speedup")
+        print([(row["variant"], row.get("us_p50", row), row.get("speedup")) for row in case], file=sys.stderr)
+        rows += case
+    return rows
+
+
+def layer_work(config: ModelConfig, tokens: int, num_keys: int, variant: str) -> Work:
+    """Bytes of a layer's weights, keys and values, and operations of its Linears; activations are left out."""
+    q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    hidden, inner = config.hidden_size, config.intermediate_size
+    weights = (q + 2 * kv) * hidden + hidden * q + 3 * hidden * inner
+    weight_bytes = weights if variant == "w8a8" else 2 * weights
+    return Work(weight_bytes + 4 * num_keys * kv, 2.0 * tokens * weights, is_int8=variant == "w8a8")
+
+
+def _layers(config: ModelConfig, variant: str, device: torch.device) -> list[Layer]:
+    weights = RandomWeights(PRESETS[variant], linear_names(config), torch.float16, device)
+    return [Layer(config, weights, index) for index in range(NUM_LAYERS)]
+
+
+def _calls(config: ModelConfig, layers: Sequence[Layer], step: Rows) -> list[Call]:
+    """One call per layer; each feeds itself, since a graph's order is what matters and not its values."""
+    T, device = len(step.positions), config.rope.device
+    num_blocks = int(step.block_tables.max()) + 1
+    shape = (num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_size)
+    calls: list[Call] = []
+    for layer in layers:
+        x, residual = (torch.randn(T, config.hidden_size, device=device, dtype=torch.float16) for _ in range(2))
+        cache = KVCache(*(torch.randn(shape, device=device, dtype=torch.float16) for _ in range(2)))
+        _check(layer, x, residual, step, config.rope, cache)
+        calls.append(partial(layer, x, residual, step, config.rope, cache))
+    return calls
+
+
+def _check(layer: Layer, x: Tensor, residual: Tensor, step: Rows, rope: Tensor, cache: KVCache) -> None:
+    """Compare the W8A8 layer with itself in plain torch on the CPU, for few tokens.
+
+    Of the baseline, which is torch's own but for attention, and of large steps: that it is finite and repeats its bits.
+
+    Raises:
+        WrongResult: it differs.
+    """
+    y, h = layer(x, residual, step, rope, cache)
+    again, _ = layer(x, residual, step, rope, cache)
+    expect(y.isfinite().all() and torch.equal(y, again), "the layer's output is not finite, or changes")
+    if len(x) > MAX_CHECKED_TOKENS or not x.is_cuda or isinstance(layer.qkv, FloatLinear):
+        return
+    there = Rows(
+        positions=step.positions.cpu(),
+        slots=step.slots.cpu(),
+        query_starts=step.query_starts.cpu(),
+        context_lens=step.context_lens.cpu(),
+        block_tables=step.block_tables.cpu(),
+        max_query_len=step.max_query_len,
+    )
+    want, want_h = _on_cpu(layer)(x.cpu(), residual.cpu(), there, rope.cpu(), KVCache(cache.k.cpu(), cache.v.cpu()))
+    for got, wanted in ((y, want), (h, want_h)):
+        error = ((got.cpu().float() - wanted.float()).norm() / wanted.float().norm()).item()
+        expect(error <= MAX_ERROR, f"the layer is off by {error:.3g} of its norm")
+
+
+def _on_cpu(layer: Layer) -> Layer:
+    there = copy.copy(layer)
+    there.qkv, there.o, there.down = (linear.to("cpu") for linear in (layer.qkv, layer.o, layer.down))
+    there.gated = layer.gated.to("cpu")
+    there.attention_norm, there.mlp_norm = (
+        RMSNorm(norm.weight.cpu(), norm.eps, norm.quantize) for norm in (layer.attention_norm, layer.mlp_norm)
+    )
+    return there
+
+
+def _decode_rows(config: ModelConfig, tokens: int, context: int) -> Rows:
+    """One new token of each of T requests, whose blocks lie one after the other."""
+    device = config.rope.device
+    num_blocks = -(-context // BLOCK_SIZE)
+    requests = torch.arange(tokens, dtype=torch.int32, device=device)
+    tables = torch.zeros(tokens, config.max_model_len // BLOCK_SIZE, dtype=torch.int32, device=device)
+    tables[:, :num_blocks] = requests[:, None] * num_blocks + torch.arange(num_blocks, device=device)
+    return Rows(
+        positions=torch.full_like(requests, context - 1),
+        slots=requests * num_blocks * BLOCK_SIZE + context - 1,
+        query_starts=torch.arange(tokens + 1, dtype=torch.int32, device=device),
+        context_lens=torch.full_like(requests, context),
+        block_tables=tables,
+        max_query_len=1,
+    )
+
+
+def _prefill_rows(config: ModelConfig, tokens: int) -> Rows:
+    """All tokens of one request."""
+    positions = torch.arange(tokens, dtype=torch.int32, device=config.rope.device)
+    return Rows(
+        positions=positions,
+        slots=positions,
+        query_starts=torch.tensor([0, tokens], dtype=torch.int32, device=positions.device),
+        context_lens=torch.tensor([tokens], dtype=torch.int32, device=positions.device),
+        block_tables=positions[: -(-tokens // BLOCK_SIZE)][None],
+        max_query_len=tokens,
+    )
