@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import kernels
 from benchmarks.timing import Call, Roofs, Work, add_ratios, expect, measure, result_row
+from kernels import Quantized
 from quant.linear import FloatLinear
 from quant.scheme import PRESETS
 from service.models.decoder import KVCache, Layer, RMSNorm, Rows
 from service.models.families import ModelConfig, linear_names
 from service.models.loader import RandomWeights
 
+INT8_KV = "w8a8 int8 kv"
 NUM_LAYERS = 2
 """Each layer's weights are far larger than the L2 cache, so two in turn are never found there."""
 BLOCK_SIZE = 64
@@ -37,11 +40,14 @@ def chain_rows(
     """Time of one layer: decode steps of T requests at one context, and a prefill of one request."""
     device = config.rope.device
     layers = {variant: _layers(config, variant, device) for variant in ("fp16", "w8a8")}
+    layers[INT8_KV] = layers["w8a8"]
     steps = [("decode", tokens, _decode_rows(config, tokens, context)) for tokens in decode_tokens]
     steps.append(("prefill", prefill_tokens, _prefill_rows(config, prefill_tokens)))
     rows = []
     for what, tokens, step in steps:
-        contenders = {variant: partial(_calls, config, chain, step) for variant, chain in layers.items()}
+        contenders = {
+            variant: partial(_calls, config, chain, step, variant == INT8_KV) for variant, chain in layers.items()
+        }
         keys = context * tokens if what == "decode" else tokens
         works = {variant: layer_work(config, tokens, keys, variant) for variant in layers}
         case = []
@@ -60,8 +66,10 @@ def layer_work(config: ModelConfig, tokens: int, num_keys: int, variant: str) ->
     q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
     hidden, inner = config.hidden_size, config.intermediate_size
     weights = (q + 2 * kv) * hidden + hidden * q + 3 * hidden * inner
-    weight_bytes = weights if variant == "w8a8" else 2 * weights
-    return Work(weight_bytes + 4 * num_keys * kv, 2.0 * tokens * weights, is_int8=variant == "w8a8")
+    is_int8 = variant != "fp16"
+    key_bytes = kv + 4 * config.num_kv_heads if variant == INT8_KV else 2 * kv
+    weight_bytes = weights if is_int8 else 2 * weights
+    return Work(weight_bytes + 2 * num_keys * key_bytes, 2.0 * tokens * weights, is_int8)
 
 
 def _layers(config: ModelConfig, variant: str, device: torch.device) -> list[Layer]:
@@ -69,7 +77,7 @@ def _layers(config: ModelConfig, variant: str, device: torch.device) -> list[Lay
     return [Layer(config, weights, index) for index in range(NUM_LAYERS)]
 
 
-def _calls(config: ModelConfig, layers: Sequence[Layer], step: Rows) -> list[Call]:
+def _calls(config: ModelConfig, layers: Sequence[Layer], step: Rows, has_int8_kv: bool) -> list[Call]:
     """One call per layer; each feeds itself, since a graph's order is what matters and not its values."""
     T, device = len(step.positions), config.rope.device
     num_blocks = int(step.block_tables.max()) + 1
@@ -77,10 +85,23 @@ def _calls(config: ModelConfig, layers: Sequence[Layer], step: Rows) -> list[Cal
     calls: list[Call] = []
     for layer in layers:
         x, residual = (torch.randn(T, config.hidden_size, device=device, dtype=torch.float16) for _ in range(2))
-        cache = KVCache(*(torch.randn(shape, device=device, dtype=torch.float16) for _ in range(2)))
+        cache = KVCache(*(_random_keys(shape, device, has_int8_kv) for _ in range(2)))
         _check(layer, x, residual, step, config.rope, cache)
         calls.append(partial(layer, x, residual, step, config.rope, cache))
     return calls
+
+
+def _random_keys(shape: tuple[int, ...], device: torch.device, is_int8: bool) -> Any:
+    """Keys or values, normal: floats, or codes with a scale per token and head."""
+    keys = torch.randn(shape, device=device, dtype=torch.float16)
+    if not is_int8:
+        return keys
+    codes, scale = kernels.quantize_rows(keys.view(-1, shape[-1]))
+    return Quantized(codes.view(shape), scale.view(shape[:-1]))
+
+
+def _on_cpu_too(keys: Tensor | Quantized) -> Any:
+    return Quantized(keys.codes.cpu(), keys.scale.cpu()) if isinstance(keys, Quantized) else keys.cpu()
 
 
 def _check(layer: Layer, x: Tensor, residual: Tensor, step: Rows, rope: Tensor, cache: KVCache) -> None:
@@ -104,7 +125,9 @@ def _check(layer: Layer, x: Tensor, residual: Tensor, step: Rows, rope: Tensor, 
         block_tables=step.block_tables.cpu(),
         max_query_len=step.max_query_len,
     )
-    want, want_h = _on_cpu(layer)(x.cpu(), residual.cpu(), there, rope.cpu(), KVCache(cache.k.cpu(), cache.v.cpu()))
+    want, want_h = _on_cpu(layer)(
+        x.cpu(), residual.cpu(), there, rope.cpu(), KVCache(_on_cpu_too(cache.k), _on_cpu_too(cache.v))
+    )
     for got, wanted in ((y, want), (h, want_h)):
         error = ((got.cpu().float() - wanted.float()).norm() / wanted.float().norm()).item()
         expect(error <= MAX_ERROR, f"the layer is off by {error:.3g} of its norm")

@@ -20,6 +20,7 @@ matplotlib.use("Agg")  # no display
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from benchmarks.chain import INT8_KV
 from benchmarks.goals import GOAL_SHAPE, cutlass
 
 Row = dict[str, Any]
@@ -111,15 +112,17 @@ def _finish(axes: Axes, title: str) -> None:
 
 
 def _bars(axes: Axes, rows: list[Row]) -> None:
-    """The decoder layer: time of both variants as a share of fp16's, the microseconds above."""
+    """The decoder layer: time of each variant as a share of fp16's, the microseconds above."""
     times = {(row["op"], row["tokens"], row["variant"]): row["us_p50"] for row in rows}
-    steps = [(op, tokens) for op, tokens, variant in times if variant == "fp16" and (op, tokens, "w8a8") in times]
-    for offset, variant, colour in ((-0.2, "fp16", "tab:grey"), (0.2, "w8a8", "tab:blue")):
-        shares = [times[*step, variant] / times[*step, "fp16"] for step in steps]
-        bars = axes.bar([i + offset for i in range(len(steps))], shares, 0.4, label=variant, color=colour)
-        axes.bar_label(bars, [f"{times[*step, variant]:.0f} us" for step in steps], fontsize=8)
+    steps = [(op, tokens) for op, tokens, variant in times if variant == "fp16"]
+    colours = {"fp16": "tab:grey", "w8a8": "tab:blue", INT8_KV: "tab:cyan"}
+    for offset, (variant, colour) in zip((-0.27, 0.0, 0.27), colours.items(), strict=True):
+        there = [(i, step) for i, step in enumerate(steps) if (*step, variant) in times]
+        shares = [times[*step, variant] / times[*step, "fp16"] for _, step in there]
+        bars = axes.bar([i + offset for i, _ in there], shares, 0.27, label=variant, color=colour)
+        axes.bar_label(bars, [f"{times[*step, variant]:.0f}" for _, step in there], fontsize=7)
     axes.set_xticks(range(len(steps)), [f"{op} {tokens}" for op, tokens in steps])
-    axes.set_title("one decoder layer as a chain: time as a share of fp16's", fontsize=9)
+    axes.set_title("one decoder layer as a chain: time as a share of fp16's, and microseconds", fontsize=9)
     axes.grid(alpha=0.3, axis="y")
     if steps:
         axes.legend(fontsize=8, loc="lower right")

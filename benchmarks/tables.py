@@ -18,7 +18,7 @@ def table(rows: list[Row], goals: Iterable[Goal], device: str) -> Iterator[str]:
     yield from _ops([row for row in rows if row["what"] == "op"])
     yield from _pairs([row for row in rows if row["what"] == "gated"], "apart", ("fused",))
     yield from _pairs([row for row in rows if row["what"] == "attention"], "fp16 kv", ("int8 kv", "sdpa flash"))
-    yield from _pairs([row for row in rows if row["what"] == "chain"], "fp16", ("w8a8",))
+    yield from _pairs([row for row in rows if row["what"] == "chain"], "fp16", ("w8a8", "w8a8 int8 kv"))
     yield from _absences(rows)
     yield f"{'goal: worst of the run':<58}{'measured':>10}{'target':>10}  verdict"
     for goal in goals:
@@ -64,12 +64,12 @@ def _pairs(rows: list[Row], first: str, others: tuple[str, ...]) -> Iterator[str
     """A line per case: time and rates of the first; of each other its time, and the first's time over it."""
     if not rows:
         return
-    title = "".join(f"{name:>12}{'ratio':>7}" for name in others)
+    title = "".join(f"{name:>14}{'ratio':>7}" for name in others)
     yield f"{rows[0]['what']:<24}{first + ' us':>12}{'GB/s':>7}{'of copy':>9}{'TFLOP/s':>9}{title}"
     for (op, tokens, batch, context), case in _grouped(rows, ("op", "tokens", "batch", "context")):
         base = case.get(first, {})
         name = f"{op} {tokens or batch} x {context}" if op == "decode" or batch else f"{op} {tokens}"
-        cells = [f"{_us(case.get(other), 12)}{_number(case.get(other, {}), 'speedup', '7.2f')}" for other in others]
+        cells = [f"{_us(case.get(other), 14)}{_number(case.get(other, {}), 'speedup', '7.2f')}" for other in others]
         yield (
             f"{name:<24}{_us(base, 12)}{_number(base, 'gb_per_s', '7.0f')}{_number(base, 'copy_share', '9.2f')}"
             f"{_number(base, 'tops', '9.0f')}{''.join(cells)}"

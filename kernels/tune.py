@@ -30,6 +30,9 @@ HOPPER = 90
 SHARED_BYTES = 227 * 1024
 """Shared memory of one program on Hopper."""
 
+MAX_SMALL_BUCKET = 512
+"""Above it a tile more or less is a small part of the work."""
+
 MIN_GAIN = 0.98
 """A tile replaces the default only where it takes less than this share of its time: the rest is noise."""
 
@@ -86,7 +89,7 @@ def tune(
 
 
 def best_tile(gpu: Gpu, n: int, k: int, bucket: int) -> Choice:
-    """The fastest correct tile for [T, k] x [n, k]^T, T filling the bucket (the smallest one also at T = 1)."""
+    """The fastest correct tile for [T, k] x [n, k]^T at the ends of the bucket."""
     product = Product(n, k, bucket)
     default = defaults(gpu.capability, n, k, bucket)
     tiles = [default, *(tile for tile in candidates(gpu.capability, k, bucket) if tile != default)]
@@ -129,11 +132,18 @@ def candidates(capability: int, k: int, bucket: int) -> Iterator[Tile]:
                 yield Tile("pingpong", block_t, block_n, 128, 4, stages, group)
 
 
+def token_counts(bucket: int) -> tuple[int, ...]:
+    """What a bucket is measured at: both its ends, so that no tile shines at one and stumbles at the other."""
+    if bucket > MAX_SMALL_BUCKET:
+        return (bucket,)
+    return (1 if bucket == MIN_BUCKET else bucket // 2 + 1, bucket)
+
+
 class Product:
     """Random operands of one GEMM, in enough copies of the weights that none stays in the cache."""
 
     def __init__(self, n: int, k: int, bucket: int) -> None:
-        self.token_counts = (1, bucket) if bucket == MIN_BUCKET else (bucket,)
+        self.token_counts = token_counts(bucket)
         copies = max(2, -(-ROTATION_BYTES // (n * k)))
         self.weights = [_codes(n, k) for _ in range(copies)]
         self.weight_scale = torch.rand(n, device="cuda")
@@ -151,7 +161,8 @@ class Product:
         one = torch.ones(1, device="cuda")
         try:
             launch(self.few, self.weight_few, Epilogue(one, one), y, tile)
-            self._run(tile)
+            for t in self.token_counts:
+                self._run(tile, t, self.weights[0])
             torch.cuda.synchronize()
         except OutOfResources:
             return False
@@ -161,8 +172,9 @@ class Product:
         """Median time of one product, all its token counts together, over replays of a graph of all the weights."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for weight_q in self.weights:
-                self._run(tile, weight_q)
+            # Weight by weight the second token count would find its weights in the L2 cache.
+            for t, weight_q in itertools.product(self.token_counts, self.weights):
+                self._run(tile, t, weight_q)
         graph.replay()
         times: list[float] = []
         for _ in range(repeats):
@@ -174,11 +186,9 @@ class Product:
             times.append(1e3 * start.elapsed_time(stop) / len(self.weights))
         return statistics.median(times)
 
-    def _run(self, tile: Tile, weight_q: Tensor | None = None) -> None:
-        weight_q = self.weights[0] if weight_q is None else weight_q
-        for t in self.token_counts:
-            x = self.inputs[t]
-            launch(x.codes, weight_q, Epilogue(x.scale, self.weight_scale), self.outputs[t], tile)
+    def _run(self, tile: Tile, t: int, weight_q: Tensor) -> None:
+        x = self.inputs[t]
+        launch(x.codes, weight_q, Epilogue(x.scale, self.weight_scale), self.outputs[t], tile)
 
 
 def _codes(rows: int, columns: int) -> Tensor:
