@@ -193,7 +193,7 @@ def pick_tile(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, is_gated:
     if reads_blocks:
         return block_tile(gpu.capability, K, T)
     tile = choose(gpu, len(weight_q), K, T)
-    return FALLBACK if tile.kernel == "pingpong" and not can_pingpong(K, ops, y) else tile
+    return FALLBACK if tile.kernel == "pingpong" and not can_pingpong(x_q, weight_q, ops, y) else tile
 
 
 def _reads_blocks(x_q: Tensor, ops: Epilogue) -> bool:

@@ -69,15 +69,20 @@ def test_twin_fails(hopper: Place) -> None:
 
 
 def test_what_it_cannot_do_is_left_to_the_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    y, codes, scale = (torch.empty(8, 16, dtype=dtype) for dtype in (torch.float16, torch.int8, torch.float32))
+    y, scale = torch.empty(8, 16, dtype=torch.float16), torch.empty(8)
+    x, weight = torch.empty(8, 64, dtype=torch.int8), torch.empty(16, 64, dtype=torch.int8)
     full = Epilogue(scale, scale)
-    assert pingpong.can_pingpong(64, full, y)
-    assert not pingpong.can_pingpong(72, full, y)
-    assert not pingpong.can_pingpong(64, Epilogue(), y)
-    assert not pingpong.can_pingpong(64, full._replace(residual=y), y)
-    assert not pingpong.can_pingpong(64, full._replace(out_scale=scale), codes)
-    assert not pingpong.can_pingpong(64, full, scale)
-    assert not pingpong.can_pingpong(64, full, y[:, :12])
+    assert pingpong.can_pingpong(x, weight, full, y)
+    for case in (
+        (x[:, :56], weight, full, y),
+        (x, weight, Epilogue(), y),
+        (x, weight, full._replace(residual=y), y),
+        (x, weight, full._replace(out_scale=scale), x),
+        (x, weight, full, y.float()),
+        (x, weight, full, y[:, :12]),
+        (torch.empty(8 * 64 + 1, dtype=torch.int8)[1:].view(8, 64), weight, full, y),
+    ):
+        assert not pingpong.can_pingpong(*case)
     monkeypatch.setattr(gemm, "choose", lambda *_: TILES[2])
-    assert gemm.pick_tile(codes, codes, full, y) == TILES[2]
-    assert gemm.pick_tile(codes, codes, full, scale) == gemm.FALLBACK
+    assert gemm.pick_tile(x, weight, full, y) == TILES[2]
+    assert gemm.pick_tile(x, weight, full, y.float()) == gemm.FALLBACK
