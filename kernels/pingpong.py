@@ -7,6 +7,8 @@ epilogue.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -47,19 +49,22 @@ def launch_pingpong(
     """Fill y from x_q [T, K] and weight_q [N, K] with at most one program on each multiprocessor."""
     (T, K), N = x_q.shape, len(weight_q)
     width = tile.block_n // 2 if form["GATED"] else tile.block_n
-    operands = [
-        (x_q, [tile.block_t, tile.block_k]),
-        (weight_q, [tile.block_n, tile.block_k]),
-        (y, [tile.block_t, width]),
-    ]
-    descriptors = [
-        TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, GL_TYPES[tensor.dtype]))
-        for tensor, block in operands
-    ]
     _int8_linear_pingpong_kernel[(num_programs,)](
-        *descriptors, ops, T, N, K, GROUP=tile.group, STAGES=tile.num_stages, num_warps=WARP_GROUP,
-        maxnreg=MAX_REGISTERS, **form,
+        _described(x_q, tile.block_t, tile.block_k), _described(weight_q, tile.block_n, tile.block_k),
+        _described(y, tile.block_t, width), ops, T, N, K, GROUP=tile.group, STAGES=tile.num_stages,
+        num_warps=WARP_GROUP, maxnreg=MAX_REGISTERS, **form,
     )  # fmt: skip
+
+
+def _described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What the copy engine is told of a tensor that it moves in blocks of rows x columns."""
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], _shared_layout(rows, columns, tensor.dtype))
+
+
+@lru_cache(maxsize=256)
+def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    # Found anew it would be a third of the time a launch takes.
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], GL_TYPES[dtype])
 
 
 @gluon.jit
