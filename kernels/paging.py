@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.quantize import INTERPRETED
 from kernels.quantized import Quantized
 
 __all__ = [
@@ -64,7 +65,6 @@ class Layout:
     K_SCALE: Strides | None
     V_SCALE: Strides | None
     IS_WIDE: bool
-    IS_INTERPRETED: bool
 
 
 def codes_of(cache: Tensor | Quantized) -> Tensor:
@@ -101,7 +101,6 @@ def paged_layout(num_heads: int, k_cache: Tensor | Quantized, v_cache: Tensor | 
         None if k_scale is None else Strides(*k_scale.stride()),
         None if v_scale is None else Strides(*v_scale.stride()),
         max(_reach(codes_of(cache)) for cache in (k_cache, v_cache)) > MAX_NARROW,
-        codes_of(k_cache).device.type == "cpu",
     )
 
 
@@ -137,9 +136,9 @@ def _load(ptrs, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def widen(x, q, IS_INTERPRETED: tl.constexpr):
+def widen(x, q):
     """Keys or values in q's dtype; int8 codes to float16 four at a time, exactly."""
-    if x.dtype == tl.int8 and q.dtype == tl.float16 and not IS_INTERPRETED:
+    if x.dtype == tl.int8 and q.dtype == tl.float16 and not INTERPRETED:
         y = tl.inline_asm_elementwise(CODES_TO_HALF, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
     else:
         y = x.to(q.dtype)
@@ -196,8 +195,8 @@ def fold_keys(
     v_at = key_offsets(blocks, slots, V, LAYOUT.IS_WIDE)[:, None] + columns[None, :]
     is_there = is_key[:, None] & (columns < LAYOUT.D)[None, :]
     HAS_GAPS: tl.constexpr = MASKED or LAYOUT.D < LAYOUT.BLOCK_D
-    k = widen(_load(k_ptr + k_at, is_there, HAS_GAPS), q, LAYOUT.IS_INTERPRETED)
-    v = widen(_load(v_ptr + v_at, is_there, HAS_GAPS), q, LAYOUT.IS_INTERPRETED)
+    k = widen(_load(k_ptr + k_at, is_there, HAS_GAPS), q)
+    v = widen(_load(v_ptr + v_at, is_there, HAS_GAPS), q)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if k_scale_ptr is not None:
         at = key_offsets(blocks, slots, K_SCALE, LAYOUT.IS_WIDE)
