@@ -28,7 +28,7 @@ from service.engine.request import Request, SamplingParams
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler, Step
 from service.hosting import cache_budget
-from service.models.decoder import Decoder, cache_dtype
+from service.models.decoder import Decoder
 from service.models.families import ModelConfig
 from service.models.loader import load_decoder, pick_device, pick_dtype, random_decoder
 from service.models.prepare import Calibration, quantized_folder, resolve_model
@@ -47,6 +47,7 @@ def main() -> None:
     }
     for variant, decoder in decoders.items():
         certificate[f"{variant} dtype"] = str(decoder.dtype).removeprefix("torch.")
+        certificate[f"{variant} kv cache"] = str(decoder.kv_dtype).removeprefix("torch.")
     rows: list[dict[str, Any]] = []
     for batch in args.batches:
         rows += _decode(benches, batch, args)
@@ -101,7 +102,7 @@ class Bench:
         self.max_batched_tokens = args.max_batched_tokens
         self.rows = max(*args.batches, 64)
         block_size = Settings().block_size
-        block_bytes = block_size * decoder.config.cache_elements_per_token * cache_dtype(decoder).itemsize
+        block_bytes = block_size * decoder.kv_bytes_per_token
         num_blocks = cache_budget(decoder.embedding.device, num_sharing) // block_bytes
         limits = num_blocks, block_size, self.rows, args.max_batched_tokens
         self.runner = Runner(decoder, *limits, use_graphs=not args.no_graphs)
@@ -149,7 +150,7 @@ class Bench:
 def _decoder(variant: str, args: argparse.Namespace) -> Decoder:
     device = pick_device("auto")
     max_model_len = max(args.prompt + max(args.steps, args.burst_tokens) + 16, args.prefill + 16)
-    scheme = PRESETS["fp16" if variant == "fp16" else args.scheme]
+    scheme = PRESETS["fp16" if variant == "fp16" else args.scheme].with_kv(args.kv_cache)
     if args.shape:
         config = ModelConfig.of(SHAPES[args.shape], max_model_len)
         return random_decoder(config, scheme, pick_dtype(args.dtype, config, device), device)
@@ -158,7 +159,7 @@ def _decoder(variant: str, args: argparse.Namespace) -> Decoder:
     dtype = pick_dtype(args.dtype, ModelConfig.load(folder), device)
     if scheme.is_int8:
         folder = quantized_folder(folder, scheme, Calibration(), cache, device)
-    return load_decoder(folder, dtype, device, max_model_len)
+    return load_decoder(folder, dtype, device, max_model_len, scheme.kv)
 
 
 def _add_ratios(rows: list[dict[str, Any]]) -> None:
@@ -191,6 +192,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, help="random weights of these shapes instead of a model")
     parser.add_argument("--variants", default="fp16,w8a8")
     parser.add_argument("--scheme", default="w8a8", help="preset of the w8a8 variant")
+    parser.add_argument("--kv-cache", choices=["float", "int8"], default="float", help="of the w8a8 variant")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens of a decode run")

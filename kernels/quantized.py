@@ -27,6 +27,11 @@ class Quantized(NamedTuple):
     codes: Tensor
     scale: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together, as `Tensor.nbytes` says it of a float tensor."""
+        return self.codes.nbytes + self.scale.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class ToInt8:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from quant.compressed import LinearFormat, Quantization, parse
 from quant.linear import FloatLinear, Int8Linear
+from quant.scheme import PRESETS, KVStorage, Scheme
 from quant.tensors import CheckpointError, TensorFiles, cast, read_json
 
 __all__ = ["NOTES_NAME", "Checkpoint", "CheckpointError"]
 
 NOTES_NAME = "ottava.json"
-"""Our own notes beside config.json: scheme, alpha, calibration. Readers of compressed-tensors allow no extra keys."""
+"""Our own notes beside config.json: scheme, alpha, KV cache, calibration. Readers of compressed-tensors allow no extra
+keys, and those that serve refuse a kv_cache_scheme of int8: with one in config.json vLLM would not load the folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,34 @@ class Checkpoint:
         """The preset this folder was written with; None where the notes do not say."""
         name = self.notes.get("scheme")
         return name if isinstance(name, str) else None
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme this folder was written with; None where the notes name no preset.
+
+        Raises:
+            CheckpointError: the notes have a value that no scheme takes.
+        """
+        if self.scheme_name not in PRESETS:
+            return None
+        try:
+            return replace(PRESETS[self.scheme_name], smoothing=self.notes.get("alpha"), kv=self.kv)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder / NOTES_NAME}: {error}") from error
+
+    @property
+    def kv(self) -> KVStorage:
+        """What keys and values are stored in unless the user says otherwise; "float" where the notes do not say.
+
+        Raises:
+            CheckpointError: the notes ask for a storage that is not served.
+        """
+        kv = self.notes.get("kv", "float")
+        if kv == "float":
+            return "float"
+        if kv == "int8":
+            return "int8"
+        raise CheckpointError(f'{self.folder / NOTES_NAME}: kv = {kv!r} is not served; write "float" or "int8"')
 
     def __contains__(self, name: str) -> bool:
         """Whether the folder has a tensor of that name."""

@@ -82,6 +82,8 @@ def parse(config: Mapping[str, Any]) -> Quantization | None:
 def render(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
     """The `quantization_config` that describes a scheme's checkpoint, every key of it known to compressed-tensors.
 
+    It says nothing of the KV cache: a kv_cache_scheme means calibrated float8 scales to those that serve it.
+
     Args:
         scheme: an int8 scheme.
         ignore: names of the Linears that stay float.

@@ -96,7 +96,7 @@ def quantize_checkpoint(
         groups: what to smooth, if the scheme smooths.
         linear_names: the Linears to quantize; every other matrix stays float and is listed in `ignore`, as is lm_head.
         dtype: float16, bfloat16 or float32, of norms, embeddings, biases and stored scales.
-        notes: added to ottava.json beside version, scheme and alpha.
+        notes: added to ottava.json beside version, scheme, alpha and kv.
         on_progress: called with (Linears done, total).
 
     Raises:
@@ -126,7 +126,7 @@ def quantize_checkpoint(
         writer.close()
         _write_json(part / "config.json", _int8_config(config, scheme, _ignored(files, linear_names), dtype))
         own = {"version": __version__, "scheme": scheme.name, "description": scheme.describe()}
-        _write_json(part / NOTES_NAME, {**own, "alpha": scheme.smoothing, **notes})
+        _write_json(part / NOTES_NAME, {**own, "alpha": scheme.smoothing, "kv": scheme.kv, **notes})
         part.replace(out)
     except BaseException:
         shutil.rmtree(part)

@@ -1,4 +1,4 @@
-"""What is quantized and how: four knobs, whose named settings are the methods of the literature."""
+"""What is quantized and how: five knobs, whose named settings are the methods of the literature."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 WeightScale = Literal["float", "tensor", "channel"]
 ActivationScale = Literal["float", "static", "tensor", "token"]
+KVStorage = Literal["float", "int8"]
 
 _WEIGHTS = {
     "float": "float weights",
@@ -19,14 +20,20 @@ _ACTIVATIONS = {
     "tensor": "int8 activations with one scale per tensor, found as it runs",
     "token": "int8 activations with one scale per token, found as it runs",
 }
+_KV = {
+    "float": "float keys and values",
+    "int8": "int8 keys and values with one scale per token and head",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How the Linears of a decoder are quantized.
+    """How the Linears of a decoder, and its keys and values, are quantized.
 
     A scale must not vary along the summed index k, or the product leaves the integer GEMM; hence scales per row of
-    the activation (token), per row of the weight (channel), or per tensor.
+    the activation (token), per row of the weight (channel), or per tensor. A key's scale leaves q k^T the same way, and
+    a value's multiplies its probability; both are found as the token is written, so int8 keys and values need no
+    calibration and add nothing to the weights.
 
     Args:
         name: what it is called in tables and on the command line.
@@ -35,10 +42,11 @@ class Scheme:
             "token" (one per row and step).
         smoothing: alpha in 0..1 of SmoothQuant's migration, or None for no smoothing.
         outliers: threshold of a mixed-precision decomposition; None, as it is not served yet.
+        kv: the KV cache: "float", or "int8" (one scale per token and head).
 
     Raises:
         ValueError: a knob is set to a value that is not served, weights and activations are not both float or both
-            int8, or a float scheme is smoothed.
+            int8, or a float scheme is smoothed or has int8 keys and values.
 
     Source: SmoothQuant (arXiv 2211.10438), table 2; the condition on k from its section 3.
     """
@@ -48,15 +56,19 @@ class Scheme:
     activation: ActivationScale
     smoothing: float | None = None
     outliers: float | None = None
+    kv: KVStorage = "float"
 
     def __post_init__(self) -> None:
         _require("weight", self.weight, _WEIGHTS)
         _require("activation", self.activation, _ACTIVATIONS)
+        _require("kv", self.kv, _KV)
         if (self.weight == "float") != (self.activation == "float"):
             raise ValueError(
                 f"weight {self.weight!r} with activation {self.activation!r} is not served: the integer GEMM needs "
                 "both in int8; set both to float, or neither"
             )
+        if self.kv == "int8" and not self.is_int8:
+            raise ValueError("kv = 'int8' in a float scheme is not served: the baseline stays float; leave it 'float'")
         if self.smoothing is not None:
             self._check_smoothing(self.smoothing)
         if self.outliers is not None:
@@ -96,9 +108,18 @@ class Scheme:
         """
         return self if alpha is None or self.smoothing is None else replace(self, smoothing=alpha)
 
+    def with_kv(self, kv: KVStorage | None) -> Scheme:
+        """The same scheme with another storage of keys and values, where one is given and the scheme is int8."""
+        return self if kv is None or not self.is_int8 else replace(self, kv=kv)
+
     @property
     def is_int8(self) -> bool:
         return self.weight != "float"
+
+    @property
+    def label(self) -> str:
+        """The name, and what a preset of that name does not have: for rows of a table."""
+        return f"{self.name}, int8 KV" if self.kv == "int8" else self.name
 
     @property
     def needs_calibration(self) -> bool:
@@ -111,7 +132,8 @@ class Scheme:
         smoothed = (
             "" if self.smoothing is None else f", outliers smoothed into the weights with alpha {self.smoothing:g}"
         )
-        return f"{parts}{smoothed}."
+        keys = "" if self.kv == "float" else f", {_KV[self.kv]}"
+        return f"{parts}{smoothed}{keys}."
 
 
 def _require(knob: str, value: object, served: dict[str, str]) -> None:

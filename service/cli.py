@@ -1,4 +1,4 @@
-"""The command line: `ottava serve`, `ottava quantize`, `ottava evaluate`."""
+"""The command line: `ottava serve`, `quantize`, `evaluate`, `tune`, `roofline`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ from kernels import __version__
 from kernels.tune import tune as measure_tiles
 from quant.checkpoint import CheckpointError
 from quant.evaluate import Quality
+from quant.gpus import GPUS
+from quant.practical import explain, parse_scheme
+from quant.roofline import SHAPES
 from quant.scheme import PRESETS, Scheme
 from service.app import create_app
 from service.errors import InvalidSettings, StartupError
@@ -34,6 +37,7 @@ from service.models.families import ModelConfig
 from service.models.loader import pick_device
 from service.models.prepare import Calibration, quantize_model, resolve_model, text_windows
 from service.quality import measure_quality
+from service.roofline import Report, find_gpu, find_shape, read_measured, read_steps, summary, tables
 from service.settings import Settings, load_settings
 
 COMMON_SHAPES = [
@@ -60,6 +64,9 @@ CalibrationText = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of self-written calibration text and of random weights.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where prepared models are kept.")]
+KVCache = Annotated[
+    str | None, typer.Option(help="Keys and values of int8 schemes: auto (what the scheme says), float or int8.")
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float16, bfloat16 or float32.")]
 
@@ -89,6 +96,10 @@ def serve(
     max_num_requests: Annotated[int | None, typer.Option(help="Requests that share a step.")] = None,
     max_batched_tokens: Annotated[int | None, typer.Option(help="Tokens computed per step.")] = None,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory of one variant's KV cache.")] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="Keys and values of w8a8: auto (what MODEL or the scheme says), float or int8; fp16: float."),
+    ] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may queue.")] = None,
     random_weights: Annotated[
         bool | None, typer.Option("--random-weights", help="Random weights of MODEL's shapes, for speed tests.")
@@ -123,6 +134,7 @@ def quantize(
         "w8a8"
     ),
     alpha: Alpha = None,
+    kv_cache: KVCache = None,
     calibration: CalibrationText = None,
     seed: Seed = None,
     cache_dir: CacheDir = None,
@@ -130,8 +142,10 @@ def quantize(
 ) -> None:
     """Write MODEL as a W8A8 checkpoint (compressed-tensors) that ottava, transformers and vLLM load."""
     with _told_in_one_line():
-        settings = load_settings(calibration=calibration, seed=seed, cache_dir=cache_dir, device=device)
-        recipe = _scheme(scheme, alpha)
+        settings = load_settings(
+            kv_cache=kv_cache, calibration=calibration, seed=seed, cache_dir=cache_dir, device=device
+        )
+        recipe = _scheme(scheme, alpha).with_kv(settings.kv)
         if not recipe.is_int8:
             raise InvalidSettings(f"scheme {scheme!r} is float: there is nothing to quantize")
         with _progress_bars() as on_progress:
@@ -148,6 +162,7 @@ def evaluate(
     schemes: Annotated[str, typer.Option(help="Presets, separated by commas.")] = ",".join(PRESETS),
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; default: Python's help topics.")] = None,
     alpha: Alpha = None,
+    kv_cache: KVCache = None,
     calibration: CalibrationText = None,
     calibration_windows: Annotated[int, typer.Option(min=1, help="Windows read to calibrate.")] = 8,
     windows: Annotated[int, typer.Option(min=1, help="Windows measured.")] = 20,
@@ -161,9 +176,15 @@ def evaluate(
     """Measure perplexity, KL divergence and top-1 agreement of schemes against the float model, on the int8 path."""
     with _told_in_one_line():
         settings = load_settings(
-            model=model, calibration=calibration, seed=seed, cache_dir=cache_dir, dtype=dtype, device=device
+            model=model,
+            kv_cache=kv_cache,
+            calibration=calibration,
+            seed=seed,
+            cache_dir=cache_dir,
+            dtype=dtype,
+            device=device,
         )
-        chosen = [_scheme(name, alpha) for name in dict.fromkeys(schemes.split(","))]
+        chosen = [_scheme(name, alpha).with_kv(settings.kv) for name in dict.fromkeys(schemes.split(","))]
         with _progress_bars() as on_progress:
             folder = resolve_model(model, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
             ModelConfig.load(folder, window_len)
@@ -196,6 +217,36 @@ def tune(
         typer.echo(f"{choice.n}x{choice.k} T<={choice.bucket}: {choice.time_us:.1f} us, {gain:.2f}x of the default")
 
 
+@app.command()
+def roofline(
+    model: Annotated[str, typer.Argument(help=f"Model folder, Hugging Face id, or {', '.join(SHAPES)}.")],
+    gpu: Annotated[str, typer.Option(help="One of: " + ", ".join(GPUS))] = "h100",
+    tokens: Annotated[str, typer.Option(help="Tokens of a step, separated by commas.")] = "1,16,256,4096",
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache of each request, or of a prompt.")] = 512,
+    decodes: Annotated[int, typer.Option(min=0, help="Steps up to this size decode; larger ones read prompts.")] = 256,
+    bandwidth: Annotated[str, typer.Option(help="data-sheet, measured (a copy; h100 alone), or TB/s.")] = "data-sheet",
+    scheme: Annotated[
+        str | None, typer.Option(help="Say whether weight=GRANULARITY,activation=GRANULARITY is practical.")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Result of benchmarks.kernels or benchmarks.serving to set beside.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the rows to.")] = None,
+) -> None:
+    """Predict the time of MODEL's Linears and steps in FP16 and INT8 from operations and bytes alone."""
+    with _told_in_one_line():
+        _refuse_impractical(scheme)
+        shape, roofs = find_shape(model), find_gpu(gpu, bandwidth)
+        steps = read_steps(tokens, context, decodes)
+        report = Report(shape, roofs, steps, read_measured(measured or [], shape, roofs, steps))
+        if json_file is not None:
+            json_file.write_text(report.as_json(), encoding="utf-8")
+    console = Console()
+    for table in tables(report):
+        console.print(table)
+    console.print(summary(report), highlight=False)
+
+
 def main() -> None:
     """Entry point of the `ottava` command."""
     # The model is on disk by now or fetched by name: nothing else may reach out, and no fork may deadlock tokenizers.
@@ -219,6 +270,20 @@ def _linear_shapes(folder: Path) -> list[tuple[int, int]]:
     hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_size
     qkv = (config.num_heads + 2 * config.num_kv_heads) * size
     return [(qkv, hidden), (hidden, config.num_heads * size), (2 * inner, hidden), (hidden, inner)]
+
+
+def _refuse_impractical(scheme: str | None) -> None:
+    """Say why a scheme written by hand is practical, or why not and exit with 2."""
+    if scheme is None:
+        return
+    try:
+        verdict = explain(**parse_scheme(scheme))
+    except ValueError as error:
+        raise InvalidSettings(str(error)) from error
+    if not verdict.is_practical:
+        err.print(escape(verdict.reason), highlight=False, soft_wrap=True)
+        raise typer.Exit(2)
+    Console().print(escape(verdict.reason), highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -257,7 +322,8 @@ def _panel(hosted: Host, settings: Settings) -> Panel:
     lines = [f"model     {info['model']} ({info['family']}), up to {info['max_model_len']} tokens", ""]
     for name, variant in hosted.variants.items():
         scheme = variant.notes.get("description") or "float weights and activations."
-        memory = f"{variant.decoder.weight_bytes / 1e6:.0f} MB weights, {variant.runner.kv_cache_bytes / 1e6:.0f} MB KV"
+        kv = f"{variant.runner.kv_cache_bytes / 1e6:.0f} MB {variant.decoder.kv_dtype} KV".replace("torch.", "")
+        memory = f"{variant.decoder.weight_bytes / 1e6:.0f} MB weights, {kv}"
         lines.append(f"{name:<9} {variant.engine.dtype}, {memory}: {scheme}")
     url = f"http://{settings.host}:{settings.port}"
     lines += ["", f"device    {info['device']}", f"endpoints {url}/generate  /metrics  /health  /ready  /info  /docs"]

@@ -22,7 +22,7 @@ from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.engine.turnstile import Turnstile
 from service.errors import InvalidSettings, SelfCheckFailed
-from service.models.decoder import Decoder, cache_dtype, score
+from service.models.decoder import Decoder, score
 from service.models.families import ModelConfig
 from service.models.loader import load_decoder, pick_device, pick_dtype, random_decoder
 from service.models.prepare import Calibration, Progress, is_quantized, quantized_folder, resolve_model, silent
@@ -166,7 +166,7 @@ def start_variant(
         InvalidSettings: the cache would not hold one request of max_model_len tokens.
     """
     config, block_size = decoder.config, settings.block_size
-    block_bytes = block_size * config.cache_elements_per_token * cache_dtype(decoder).itemsize
+    block_bytes = block_size * decoder.kv_bytes_per_token
     num_needed = -(-config.max_model_len // block_size)
     num_blocks = min(kv_cache_bytes // block_bytes, num_needed * settings.max_num_requests)
     if num_blocks < num_needed:
@@ -202,11 +202,14 @@ def _load_variant(
 ) -> tuple[Decoder, dict[str, Any]]:
     """A variant's decoder, and what is known of how it was quantized."""
     scheme = Scheme.preset(BASELINE if name == BASELINE else settings.scheme).with_alpha(settings.alpha)
+    scheme = scheme.with_kv(settings.kv)
     if settings.random_weights:
         config = ModelConfig.load(folder, settings.max_model_len)
         dtype = pick_dtype(settings.dtype, config, device)
         notes = {"scheme": scheme.name, "description": scheme.describe(), "calibration": "random weights"}
         return random_decoder(config, scheme, dtype, device, settings.seed), notes
+    # A folder that is quantized already says for itself what the settings leave open.
+    kv = settings.kv if name != BASELINE and is_quantized(folder) else scheme.kv
     if name == BASELINE:
         folder = _baseline_folder(folder, settings, on_progress)
     elif not is_quantized(folder):
@@ -214,8 +217,11 @@ def _load_variant(
         folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress)
     on_progress(f"loading {name}", 0, 0)
     config = ModelConfig.load(folder, settings.max_model_len)
-    decoder = load_decoder(folder, pick_dtype(settings.dtype, config, device), device, settings.max_model_len)
-    return decoder, Checkpoint.open(folder, decoder.dtype, device).notes or {
+    decoder = load_decoder(folder, pick_dtype(settings.dtype, config, device), device, settings.max_model_len, kv)
+    checkpoint = Checkpoint.open(folder, decoder.dtype, device)
+    if checkpoint.scheme is not None:
+        return decoder, {**checkpoint.notes, "description": checkpoint.scheme.with_kv(decoder.kv).describe()}
+    return decoder, checkpoint.notes or {
         "scheme": scheme.name,
         "description": scheme.describe() if name == BASELINE else None,
     }
@@ -258,6 +264,7 @@ def _describe(variant: Variant) -> dict[str, object]:
         "alpha": variant.notes.get("alpha"),
         "calibration": variant.notes.get("calibration"),
         "dtype": variant.engine.dtype,
+        "kv_cache_dtype": str(variant.decoder.kv_dtype).removeprefix("torch."),
         "weight_bytes": variant.decoder.weight_bytes,
         "kv_cache_bytes": variant.runner.kv_cache_bytes,
         "max_num_requests": variant.runner.max_requests,

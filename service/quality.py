@@ -53,7 +53,7 @@ def measure_quality(
         for scheme in quantized:
             out = Path(scratch) / scheme.name
             quantize_model(folder, out, scheme, calibration, device, on_progress, ranges)
-            candidates[scheme.name] = _scorer(load_decoder(out, dtype, device, length))
+            candidates[scheme.label] = _scorer(load_decoder(out, dtype, device, length))
         baseline = _scorer(load_decoder(folder, dtype, device, length))
         try:
             return evaluate(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from quant.scheme import KVStorage
 from service.errors import InvalidSettings
 
 ENV_PREFIX = "OTTAVA_"
@@ -48,6 +49,11 @@ class Settings(BaseSettings):
     block_size: int = Field(64, ge=1, le=256, description="Tokens per block of the KV cache; a power of two.")
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="Memory of one variant's KV cache; none: from the memory that is free."
+    )
+    kv_cache: Literal["auto", "float", "int8"] = Field(
+        "auto",
+        description="What the w8a8 variant stores keys and values in, the baseline always float; "
+        "auto: what the quantized model says, else the scheme.",
     )
     max_waiting: int = Field(1024, ge=1, description="Requests that may wait per variant; the next gets 503.")
     max_body_bytes: int = Field(
@@ -108,6 +114,20 @@ class Settings(BaseSettings):
                 "requests that decode together need a token each; raise the first or lower the second"
             )
         return self
+
+    @model_validator(mode="after")
+    def _refuse_an_int8_baseline(self) -> Self:
+        if self.kv_cache == "int8" and "w8a8" not in self.variants:
+            raise ValueError(
+                f"kv_cache is 'int8' and variants is {','.join(self.variants)}: the baseline's keys and values stay "
+                "float; add w8a8 to variants, or leave kv_cache auto"
+            )
+        return self
+
+    @property
+    def kv(self) -> KVStorage | None:
+        """`kv_cache` where it decides; None leaves it to the checkpoint or the scheme."""
+        return None if self.kv_cache == "auto" else self.kv_cache
 
 
 def load_settings(**overrides: object) -> Settings:

@@ -110,9 +110,17 @@ def test_help_works_and_names_every_option(ottava, command):
     assert "Usage: ottava" in out
     wanted = {
         "": ["serve", "quantize", "evaluate", "--version"],
-        "serve": ["--host", "--port", "--variants", "--baseline", "--random-weights", "--kv-cache-bytes"],
-        "quantize": ["--scheme", "--alpha", "--calibration", "model", "out"],
-        "evaluate": ["--schemes", "--text", "--json", "--windows"],
+        "serve": [
+            "--host",
+            "--port",
+            "--variants",
+            "--baseline",
+            "--random-weights",
+            "--kv-cache-bytes",
+            "--kv-cache ",
+        ],
+        "quantize": ["--scheme", "--alpha", "--kv-cache", "--calibration", "model", "out"],
+        "evaluate": ["--schemes", "--text", "--json", "--windows", "--kv-cache"],
     }["".join(command)]
     assert [word for word in wanted if word not in out.lower()] == []
 
@@ -259,6 +267,7 @@ def test_a_float_scheme_leaves_nothing_to_quantize(refusal, tiny_folder, tmp_pat
         ("--max-num-requests", "0", "max_num_requests = 0"),
         ("--max-model-len", "100000", "max_model_len 100000 exceeds the 256 positions"),
         ("--kv-cache-bytes", "1000", "lower max_model_len or raise kv_cache_bytes"),
+        ("--kv-cache", "int4", "kv_cache = 'int4': Input should be 'auto', 'float' or 'int8'"),
         ("--log-level", "loud", "log_level = 'loud'"),
         ("--calibration", "/no/such/text", "/no/such/text cannot be read"),
         ("--baseline", "/no/such/model", "/no/such/model is not a folder"),
@@ -266,6 +275,12 @@ def test_a_float_scheme_leaves_nothing_to_quantize(refusal, tiny_folder, tmp_pat
 )
 def test_a_bad_value_is_told_by_name(refusal, tiny_folder, option, value, complaint):
     assert complaint in refusal("serve", tiny_folder, option, value)
+
+
+def test_an_int8_cache_of_the_baseline_is_refused_with_the_remedy(refusal, tiny_folder):
+    said = refusal("serve", tiny_folder, "--variants", "fp16", "--kv-cache", "int8")
+    assert "kv_cache is 'int8' and variants is fp16" in said
+    assert "add w8a8 to variants" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -316,6 +331,17 @@ def test_quantize_takes_alpha(ottava, tiny_folder, tmp_path):
     assert notes["calibration"].endswith("seed 3")
 
 
+def test_quantize_stores_what_the_cache_is(ottava, tiny_folder, text, tmp_path):
+    for kv_cache in ("int8", "auto"):
+        out = tmp_path / kv_cache
+        arguments = "--kv-cache", kv_cache, "--calibration", _long(text, tmp_path)
+        code, said, _ = ottava("quantize", tiny_folder, out, *arguments)
+        assert code == 0
+        assert ("int8 keys and values" in said) == (kv_cache == "int8")
+    assert Checkpoint.open(tmp_path / "int8", torch.float32, "cpu").scheme == PRESETS["w8a8"].with_kv("int8")
+    assert Checkpoint.open(tmp_path / "auto", torch.float32, "cpu").scheme == PRESETS["w8a8"]
+
+
 def test_a_folder_that_is_not_empty_is_left_alone(refusal, tiny_folder, tmp_path):
     (tmp_path / "precious.txt").write_text("keep")
     assert "exists and is not empty" in refusal("quantize", tiny_folder, tmp_path)
@@ -357,6 +383,15 @@ def test_evaluate_is_repeatable_and_takes_a_list(ottava, tiny_folder, text):
     first, second = ottava(*arguments), ottava(*arguments)
     assert first == second
     assert [row["scheme"] for row in json.loads(first[1])] == ["fp16", "w8a8", "rtn"]
+
+
+def test_evaluate_measures_an_int8_cache_and_names_it(ottava, tiny_folder, text):
+    arguments = ("evaluate", tiny_folder, "--json", "--schemes", "fp16,w8a8", "--text", text, *SMALL)
+    rows = {kv: json.loads(ottava(*arguments, "--kv-cache", kv)[1]) for kv in ("float", "int8")}
+    assert [row["scheme"] for row in rows["int8"]] == ["fp16", "w8a8, int8 KV"]
+    assert rows["int8"][0] == rows["float"][0]
+    assert rows["int8"][1]["perplexity"] != rows["float"][1]["perplexity"]
+    assert 0 < rows["int8"][1]["kl"] < 2 * rows["float"][1]["kl"]
 
 
 def test_evaluate_prints_a_table(ottava, tiny_folder, text):

@@ -119,6 +119,55 @@ def test_info_is_whole_and_is_json(float_folder, cache):
     assert w8a8["weight_bytes"] < 0.6 * fp16["weight_bytes"]
 
 
+# Of 2 layers, 1 head of 64, keys and values: 4 bytes an element, or 1 and 4 for the scale of a head.
+FLOAT_BYTES, INT8_BYTES = 2 * 2 * 64 * 4, 2 * 2 * (64 + 4)
+
+
+def test_an_int8_cache_is_the_int8_variant_s_alone(float_folder, cache):
+    """It holds more tokens in the same memory; /info and /metrics say what it takes; the files in the cache serve."""
+    body = {"prompt": "hello world", "max_tokens": 5, "ignore_eos": True, "compare": True}
+    budget = FLOAT_BYTES * 256 * 3
+    with hosted(float_folder, cache, kv_cache="int8", kv_cache_bytes=budget) as (host, settings):
+        assert host.self_check() == {}
+        info, metrics, answer = ask(
+            host, settings, ("GET", "/info", None), ("GET", "/metrics", None), ("POST", "/generate", body)
+        )
+        num_blocks = {name: engine.stats().num_blocks for name, engine in host.engines.items()}
+    assert len(list((cache / "quantized").glob("*.lock"))) == 1
+    variants = info.json()["variants"]
+    assert {name: variant["kv_cache_dtype"] for name, variant in variants.items()} == {
+        "w8a8": "int8",
+        "fp16": "float32",
+    }
+    assert variants["w8a8"]["description"] == PRESETS["w8a8"].with_kv("int8").describe()
+    assert variants["fp16"]["description"] == PRESETS["fp16"].describe()
+    for name, token_bytes in (("w8a8", INT8_BYTES), ("fp16", FLOAT_BYTES)):
+        assert num_blocks[name] == budget // (64 * token_bytes)
+        num_bytes = num_blocks[name] * 64 * token_bytes
+        assert variants[name]["kv_cache_bytes"] == num_bytes <= budget
+        assert f'ottava_kv_cache_bytes{{variant="{name}"}} {float(num_bytes)}' in metrics.text
+    assert num_blocks["w8a8"] > 3.7 * num_blocks["fp16"]
+    assert answer.status_code == 200
+    assert len(answer.json()["token_ids"]) == 5
+
+
+def test_a_folder_says_what_its_cache_is_unless_the_user_does(float_folder, tmp_path):
+    out = tmp_path / "int8-kv"
+    quantize_model(float_folder, out, PRESETS["w8a8"].with_kv("int8"), TEXT, CPU)
+    for kv_cache, dtype in (("auto", "int8"), ("float", "float32"), ("int8", "int8")):
+        with hosted(out, tmp_path, kv_cache=kv_cache, baseline=str(float_folder)) as (host, _):
+            assert host.self_check() == {}
+            info = host.info()["variants"]
+        assert (info["w8a8"]["kv_cache_dtype"], info["fp16"]["kv_cache_dtype"]) == (dtype, "float32")
+        assert ("keys and values" in info["w8a8"]["description"]) == (dtype == "int8")
+
+
+def test_random_weights_take_an_int8_cache(float_folder, tmp_path):
+    with hosted(float_folder, tmp_path, random_weights=True, kv_cache="int8", variants="w8a8") as (host, _):
+        assert host.info()["variants"]["w8a8"]["kv_cache_dtype"] == "int8"
+        assert host.self_check() == {}
+
+
 def running_engines() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("engine-"))
 

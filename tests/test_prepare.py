@@ -168,6 +168,14 @@ def test_a_model_is_quantized_once(tiny_folder, tmp_path):
     assert all(folder.parent == tmp_path / "quantized" for folder in others)
 
 
+def test_one_folder_serves_both_caches(tiny_folder, tmp_path):
+    """What keys and values are stored in changes no tensor, and is said when the folder is loaded."""
+    schemes = W8A8, W8A8.with_kv("int8")
+    first, second = (quantized_folder(tiny_folder, scheme, SHORT, tmp_path, CPU) for scheme in reversed(schemes))
+    assert first == second
+    assert Checkpoint.open(first, torch.float32, CPU).scheme == W8A8
+
+
 def test_changed_weights_or_text_are_quantized_anew(tmp_path):
     source = save_tiny_model(tmp_path / "model")
     text = tmp_path / "text.txt"

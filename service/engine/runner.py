@@ -13,7 +13,7 @@ from service.engine.batch import Batch, BatchBuilder, SamplingBatch
 from service.engine.request import Request, Token
 from service.engine.sampler import Choice, sample
 from service.engine.scheduler import Chunk, Step
-from service.models.decoder import Decoder, cache_dtype
+from service.models.decoder import Decoder
 
 GRAPH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Batch sizes of captured decode steps; a batch runs in the smallest that holds it."""
@@ -93,7 +93,7 @@ class Runner:
         self.max_tokens = max_tokens
         max_blocks = -(-decoder.config.max_model_len // block_size)
         self.builder = BatchBuilder(max_tokens, max_requests, max_blocks, block_size, self.device)
-        self.caches = decoder.new_caches(num_blocks, block_size, cache_dtype(decoder))
+        self.caches = decoder.new_caches(num_blocks, block_size)
         self._last_ids = torch.zeros(max_requests, dtype=torch.int64, device=self.device)
         self._seen: Tensor | None = None
         self._seen_owner: list[tuple[Request | None, int]] = [(None, 0)] * max_requests
@@ -101,7 +101,7 @@ class Runner:
 
     @property
     def kv_cache_bytes(self) -> int:
-        return sum(cache.k.nbytes + cache.v.nbytes for cache in self.caches)
+        return sum(cache.nbytes for cache in self.caches)
 
     @torch.inference_mode()
     def execute(self, step: Step) -> Sampled:

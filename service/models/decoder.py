@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import kernels
 from kernels import Quantized, ToInt8
 from quant.linear import FloatLinear, GatedLinear, Int8Linear, fuse
+from quant.scheme import KVStorage
 from service.models.families import ModelConfig
 
 Linear = FloatLinear | Int8Linear
@@ -43,10 +44,17 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of one layer: two tensors [num_blocks, block_size, G, D]."""
+    """Keys and values of one layer, each [num_blocks, block_size, G, D] float.
 
-    k: Tensor
-    v: Tensor
+    Or codes of that shape with scales [num_blocks, block_size, G].
+    """
+
+    k: Tensor | Quantized
+    v: Tensor | Quantized
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
 
 
 class RMSNorm:
@@ -111,10 +119,17 @@ class Layer:
 
 
 class Decoder:
-    """Token ids in, hidden states out; the same code for `fp16` and `w8a8`."""
+    """Token ids in, hidden states out; the same code for `fp16` and `w8a8`.
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    Args:
+        config: of the model.
+        weights: of the model.
+        kv: what its caches store keys and values in.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, kv: KVStorage = "float") -> None:
         self.config = config
+        self.kv = kv
         vocabulary = (config.vocab_size, config.hidden_size)
         self.embedding = weights.tensor("model.embed_tokens.weight", vocabulary)
         self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
@@ -156,14 +171,27 @@ class Decoder:
         """[S, hidden_size] -> [S, V] float32."""
         return self.head(hidden).float()
 
-    def new_caches(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> list[KVCache]:
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the elements of its caches; `cache_dtype` says which float."""
+        return torch.int8 if self.kv == "int8" else cache_dtype(self)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token adds to the caches of all layers: keys, values and, of int8, a float32 scale a head."""
+        elements = self.config.cache_elements_per_token
+        num_scales = elements // self.config.head_size if self.kv == "int8" else 0
+        return elements * self.kv_dtype.itemsize + num_scales * torch.float32.itemsize
+
+    def new_caches(self, num_blocks: int, block_size: int) -> list[KVCache]:
         """Zeroed caches, one a layer."""
         shape = (num_blocks, block_size, self.config.num_kv_heads, self.config.head_size)
+        return [KVCache(self._zeros(shape), self._zeros(shape)) for _ in self.layers]
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor | Quantized:
         device = self.embedding.device
-        return [
-            KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in self.layers
-        ]
+        elements = torch.zeros(shape, dtype=self.kv_dtype, device=device)
+        return Quantized(elements, torch.zeros(shape[:-1], device=device)) if self.kv == "int8" else elements
 
 
 def score(decoder: Decoder, token_ids: Tensor) -> Tensor:
@@ -180,10 +208,13 @@ def score(decoder: Decoder, token_ids: Tensor) -> Tensor:
         block_tables=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
         max_query_len=length,
     )
-    caches = decoder.new_caches(num_blocks, block_size, cache_dtype(decoder))
+    caches = decoder.new_caches(num_blocks, block_size)
     return decoder.logits(decoder(token_ids.to(device), rows, caches))
 
 
 def cache_dtype(decoder: Decoder) -> torch.dtype:
-    """The model's own dtype on a GPU. float32 on the CPU, where torch's attention is ten times slower in bf16."""
+    """Of float caches.
+
+    The model's own dtype on a GPU. float32 on the CPU, where torch's attention is ten times slower in bf16.
+    """
     return torch.float32 if decoder.embedding.device.type == "cpu" else decoder.dtype

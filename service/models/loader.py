@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import CODE_MAX
 from quant.checkpoint import Checkpoint
 from quant.linear import FloatLinear, Int8Linear
-from quant.scheme import Scheme
+from quant.scheme import KVStorage, Scheme
 from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint
 from service.models.decoder import Decoder
 from service.models.families import ModelConfig, linear_names
@@ -60,6 +60,7 @@ def load_decoder(
     dtype: torch.dtype | None,
     device: torch.device,
     max_model_len: int | None = None,
+    kv: KVStorage | None = None,
 ) -> Decoder:
     """Read a float or int8 model folder.
 
@@ -67,6 +68,7 @@ def load_decoder(
         folder: config.json and safetensors.
         dtype: of everything float; None for the model's own.
         max_model_len: positions to serve; None for the model's own, at most 8192.
+        kv: what keys and values are stored in; None for what the folder says.
 
     Raises:
         ModelNotFound: no such folder.
@@ -78,7 +80,7 @@ def load_decoder(
     config = ModelConfig.load(folder, max_model_len)
     weights = Checkpoint.open(folder, dtype or config.dtype, device)
     with torch.inference_mode():
-        return Decoder(config, weights)
+        return Decoder(config, weights, kv or weights.kv)
 
 
 def random_decoder(
@@ -86,7 +88,7 @@ def random_decoder(
 ) -> Decoder:
     """A decoder of a model's shapes with random weights."""
     with torch.inference_mode():
-        return Decoder(config, RandomWeights(scheme, linear_names(config), dtype, device, seed))
+        return Decoder(config, RandomWeights(scheme, linear_names(config), dtype, device, seed), scheme.kv)
 
 
 def refuse_unsafe(folder: Path) -> None:

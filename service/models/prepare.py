@@ -217,7 +217,11 @@ def quantized_folder(
     device: torch.device,
     on_progress: Progress = silent,
 ) -> Path:
-    """The int8 checkpoint of a float model in the cache, made on the first call for these weights and settings."""
+    """The int8 checkpoint of a float model in the cache, made on the first call for these weights and settings.
+
+    What keys and values are stored in changes none of its tensors: one folder serves both, and says "float".
+    """
+    scheme = scheme.with_kv("float")
     key = _fingerprint(source, scheme, calibration)
     out = cache / "quantized" / f"{source.resolve().name}-{scheme.name}-{key}"
     out.parent.mkdir(parents=True, exist_ok=True)

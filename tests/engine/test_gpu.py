@@ -42,16 +42,20 @@ def generate(decoder: Decoder, use_graphs: bool, num_blocks: int = 200, one_by_o
         engine.stop()
 
 
-@pytest.mark.parametrize("scheme", ["fp16", "w8a8", "smoothquant-o1", "smoothquant-o2", "smoothquant-o3", "rtn"])
+INT8_KV = PRESETS["w8a8"].with_kv("int8")
+SCHEMES = [*PRESETS.values(), INT8_KV]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
 def test_logits_equal_the_reference_ops(scheme):
     """The same random weights through the Triton kernels and through plain torch on the CPU."""
     config = ModelConfig.of(make_model("llama").config)
-    decoder = random_decoder(config, PRESETS[scheme], torch.float32, torch.device("cpu"))
+    decoder = random_decoder(config, scheme, torch.float32, torch.device("cpu"))
     ids = torch.arange(3, 150)
     with torch.inference_mode():
         expected = score(decoder, ids)
         found = score(to_gpu(decoder), ids).cpu()
-    assert ((found - expected).norm() / expected.norm()).item() < (1e-4 if scheme == "fp16" else 2e-2)
+    assert ((found - expected).norm() / expected.norm()).item() < (2e-2 if scheme.is_int8 else 1e-4)
 
 
 def to_gpu(decoder: Decoder) -> Decoder:
@@ -75,14 +79,19 @@ def test_fp16_logits_equal_transformers(tiny, name):  # noqa: F811
     assert ((found - expected).norm() / expected.norm()).item() < 1e-3
 
 
-@pytest.mark.parametrize("scheme", ["fp16", "w8a8", "smoothquant-o3"])
+@pytest.mark.parametrize(
+    "scheme",
+    [PRESETS["fp16"], PRESETS["w8a8"], PRESETS["smoothquant-o3"], INT8_KV],
+    ids=lambda scheme: scheme.label,
+)
 def test_captured_steps_give_the_tokens_of_plain_ones(scheme):
-    decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS[scheme], torch.float16, CUDA)
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float16, CUDA)
     assert generate(decoder, use_graphs=True) == generate(decoder, use_graphs=False)
 
 
-def test_int8_tokens_do_not_depend_on_the_batch():
-    decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CUDA)
+@pytest.mark.parametrize("scheme", [PRESETS["w8a8"], INT8_KV], ids=lambda scheme: scheme.label)
+def test_int8_tokens_do_not_depend_on_the_batch(scheme):
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float32, CUDA)
     assert generate(decoder, use_graphs=True) == generate(decoder, use_graphs=True, one_by_one=True)
 
 

@@ -86,11 +86,12 @@ def test_greedy_tokens_equal_transformers_alone_and_together(tiny, engine_of, na
     assert (stats.num_preemptions > 0) == ("num_blocks" in limits and limits["num_blocks"] == 70)
 
 
+@pytest.mark.parametrize("kv", ["float", "int8"])
 @pytest.mark.parametrize("scheme", ["w8a8", "smoothquant-o3"])
-def test_int8_tokens_do_not_depend_on_the_batch(engine_of, scheme):
+def test_int8_tokens_do_not_depend_on_the_batch(engine_of, scheme, kv):
     """Integer sums are exact, so int8 rows are independent down to the last bit."""
     config = ModelConfig.of(make_model("llama").config)
-    engine = engine_of(random_decoder(config, PRESETS[scheme], torch.float32, CPU))
+    engine = engine_of(random_decoder(config, PRESETS[scheme].with_kv(kv), torch.float32, CPU))
     params = SamplingParams(max_tokens=24, ignore_eos=True)
 
     async def both():

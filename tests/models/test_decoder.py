@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+import kernels
 from kernels import Quantized
 from quant.linear import Int8Linear
-from quant.scheme import PRESETS
+from quant.scheme import PRESETS, Scheme
 from service.errors import UnsupportedModel
-from service.models.decoder import Decoder, score
+from service.models.decoder import Decoder, Rows, score
 from service.models.families import ModelConfig, linear_names, smooth_groups
 from service.models.loader import RandomWeights, load_decoder, random_decoder
 from tests.models.conftest import SHAPE, TINY, make_model
@@ -80,6 +81,117 @@ def test_random_weights_quantize_every_linear_but_the_head():
     assert all(isinstance(linear, Int8Linear) for layer in decoder.layers for linear in layer.linears)
     assert not isinstance(decoder.head, Int8Linear)
     assert score(decoder, torch.arange(9)).isfinite().all()
+
+
+IDS = torch.randint(3, 256, (100,), generator=torch.Generator().manual_seed(5))
+
+
+def twins(name: str, tiny, scheme: Scheme | None = None) -> tuple[Decoder, Decoder]:
+    """A decoder with float and one with int8 keys and values, of the same weights: a float model's, or random ones."""
+    model, folder = tiny(name)
+    if scheme is None:
+        return load_decoder(folder, torch.float32, CPU), load_decoder(folder, torch.float32, CPU, kv="int8")
+    config = ModelConfig.of(model.config)
+    floating, int8 = (random_decoder(config, scheme.with_kv(kv), torch.float32, CPU) for kv in ("float", "int8"))
+    return floating, int8
+
+
+@pytest.fixture
+def change_heads(monkeypatch):
+    """Lets a function (heads [n, D], codes, scale [n]) -> heads change what a step wrote into its float caches."""
+    rope_and_cache = kernels.rope_and_cache
+
+    def use(change):
+        def changed(qkv, positions, slots, cos_sin, k_cache, v_cache, num_heads):
+            q = rope_and_cache(qkv, positions, slots, cos_sin, k_cache, v_cache, num_heads)
+            for cache in (k_cache, v_cache):
+                heads = cache.flatten(0, 2)
+                cache.copy_(change(heads, *kernels.quantize_rows(heads)).view_as(cache))
+            return q
+
+        monkeypatch.setattr(kernels, "rope_and_cache", changed)
+
+    return use
+
+
+@pytest.mark.parametrize("scheme", [None, PRESETS["w8a8"]], ids=["float", "w8a8"])
+def test_an_int8_cache_is_a_float_one_whose_heads_were_rounded(tiny, change_heads, scheme):
+    """Each head rounded by `quantize_rows` as it is written, and nothing else: the same bits."""
+    floating, int8 = twins("llama-3.1", tiny, scheme)
+    with torch.inference_mode():
+        found = score(int8, IDS)
+        assert not torch.equal(score(floating, IDS), found)
+        change_heads(lambda _, codes, scale: codes * scale[:, None])
+        assert torch.equal(score(floating, IDS), found)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-3.1", "llama-wide-heads", "qwen2"])
+def test_int8_keys_and_values_are_near_float_ones(tiny, change_heads, name):
+    """As near as rounding allows: what noise, uniform in half a code either way, does to float keys and values.
+
+    That noise has the mean square of a rounding error. Twice either way, for one draw of it.
+    """
+    floating, int8 = twins(name, tiny)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        exact, found = score(floating, IDS), score(int8, IDS)
+        change_heads(
+            lambda heads, _, scale: heads + (torch.rand(heads.shape, generator=generator) - 0.5) * scale[:, None]
+        )
+        allowed = relative_error(score(floating, IDS), exact)
+    assert allowed / 2 < relative_error(found, exact) < 2 * allowed < 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-3.1", "qwen2"])
+@pytest.mark.parametrize("scheme", [None, PRESETS["w8a8"]], ids=["float", "w8a8"])
+def test_decoding_gives_the_logits_of_one_prefill(tiny, name, scheme):
+    """A token reads what it and those before it wrote, in one step or in many: 9 tokens at once, then one by one.
+
+    With float keys and values the two differ by the order of float32 sums. With int8 ones such a difference may turn a
+    code on a tie, which moves one element of a head by a code: of a head of 64 that is 0.4 of what rounding moved it,
+    and few heads have a tie. So they differ by less than half of what rounding did.
+    """
+    floating, int8 = twins(name, tiny, scheme)
+    with torch.inference_mode():
+        expected = score(int8, IDS)
+        rounding = relative_error(expected, score(floating, IDS))
+        assert relative_error(in_steps(int8, IDS, first=9), expected) < rounding / 2 < 0.05
+        if scheme is None:
+            assert relative_error(in_steps(floating, IDS, first=9), score(floating, IDS)) < 2e-5
+
+
+def in_steps(decoder: Decoder, ids: torch.Tensor, first: int) -> torch.Tensor:
+    """Logits of every token: the first few in one step, the others one by one, in blocks out of order."""
+    caches = decoder.new_caches(num_blocks=8, block_size=16)
+    table = torch.tensor([[5, 2, 7, 0, 1, 6, 3]], dtype=torch.int32)
+    steps = [(0, first), *((start, start + 1) for start in range(first, len(ids)))]
+    return torch.cat([decoder.logits(decoder(ids[a:b], rows_of(a, b, table), caches)) for a, b in steps])
+
+
+def rows_of(start: int, stop: int, table: torch.Tensor, block_size: int = 16) -> Rows:
+    positions = torch.arange(start, stop, dtype=torch.int32)
+    return Rows(
+        positions=positions,
+        slots=table[0, positions // block_size] * block_size + positions % block_size,
+        query_starts=torch.tensor([0, stop - start], dtype=torch.int32),
+        context_lens=torch.tensor([stop], dtype=torch.int32),
+        block_tables=table,
+        max_query_len=stop - start,
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-3.1", "llama-wide-heads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_takes_the_bytes_that_its_caches_have(tiny, name, dtype):
+    config = ModelConfig.of(tiny(name)[0].config)
+    heads = 2 * config.num_layers * config.num_kv_heads
+    # On the CPU a float cache is float32 whatever the model's dtype; int8 adds 4 bytes of scale to a head.
+    for kv, bytes_per_head in (("float", 4 * config.head_size), ("int8", config.head_size + 4)):
+        decoder = random_decoder(config, PRESETS["w8a8"].with_kv(kv), dtype, CPU)
+        assert decoder.kv_bytes_per_token == heads * bytes_per_head
+        caches = decoder.new_caches(num_blocks=3, block_size=16)
+        assert sum(cache.nbytes for cache in caches) == 3 * 16 * decoder.kv_bytes_per_token
+        assert all(isinstance(part, Quantized) == (kv == "int8") for cache in caches for part in (cache.k, cache.v))
 
 
 def test_smooth_groups_name_modules_of_the_model():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quant import tensors
-from quant.checkpoint import Checkpoint, CheckpointError
+from quant.checkpoint import NOTES_NAME, Checkpoint, CheckpointError
 from quant.convert import quantize_weight, static_scale
 from quant.scheme import PRESETS, Scheme
 from quant.smooth import SmoothGroup, fold
@@ -73,6 +74,34 @@ def test_what_is_written_is_read_back(tiny, tmp_path, scheme, dtype):
     assert checkpoint.scheme_name == scheme.name
     assert checkpoint.notes["alpha"] == scheme.smoothing
     assert checkpoint.notes["calibration"] == "self-written"
+
+
+@pytest.mark.parametrize("scheme", INT8, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("kv", ["float", "int8"])
+def test_the_scheme_is_read_back(tiny, tmp_path, scheme, kv):
+    """Knobs that leave no tensor included; config.json, which other readers parse, is the same for both caches."""
+    scheme = replace(scheme, smoothing=scheme.smoothing and 0.7, kv=kv)
+    checkpoint = Checkpoint.open(tiny.quantize(tmp_path / "out", scheme), torch.float32, "cpu")
+    assert (checkpoint.scheme, checkpoint.kv) == (scheme, kv)
+    assert checkpoint.notes["description"] == scheme.describe()
+    assert "kv_cache_scheme" not in checkpoint.config["quantization_config"]
+
+
+def test_notes_that_say_nothing_or_nonsense_of_the_cache(tiny, tmp_path):
+    out = tiny.quantize(tmp_path / "out", PRESETS["w8a8"].with_kv("int8"))
+    notes = json.loads((out / NOTES_NAME).read_text())
+    (out / NOTES_NAME).write_text(json.dumps({key: value for key, value in notes.items() if key != "kv"}))
+    assert Checkpoint.open(out, torch.float32, "cpu").scheme == PRESETS["w8a8"]
+    (out / NOTES_NAME).write_text(json.dumps(notes | {"scheme": "of tomorrow"}))
+    assert Checkpoint.open(out, torch.float32, "cpu").scheme is None
+    assert Checkpoint.open(out, torch.float32, "cpu").kv == "int8"
+    for wrong, complaint in (({"kv": "int4"}, "kv = 'int4' is not served"), ({"alpha": 7}, "smoothing = 7")):
+        (out / NOTES_NAME).write_text(json.dumps(notes | wrong))
+        with pytest.raises(CheckpointError, match=rf"ottava\.json: {complaint}"):
+            _ = Checkpoint.open(out, torch.float32, "cpu").scheme
+    (out / NOTES_NAME).unlink()
+    foreign = Checkpoint.open(out, torch.float32, "cpu")
+    assert (foreign.scheme, foreign.kv) == (None, "float")
 
 
 def test_the_folder_is_complete_and_nothing_else_is_left(tiny, tmp_path):

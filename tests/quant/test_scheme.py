@@ -27,7 +27,19 @@ def test_presets_are_the_methods_of_the_paper(name, weight, activation, smoothin
 
 
 def test_descriptions_differ():
-    assert len({scheme.describe() for scheme in PRESETS.values()}) == len(PRESETS)
+    both = [scheme.with_kv(kv) for scheme in PRESETS.values() if scheme.is_int8 for kv in ("float", "int8")]
+    assert len({scheme.describe() for scheme in both}) == len({scheme.label for scheme in both}) == len(both)
+
+
+def test_keys_and_values_are_float_unless_asked_for():
+    assert {scheme.kv for scheme in PRESETS.values()} == {"float"}
+    scheme = Scheme.preset("w8a8").with_kv("int8")
+    assert scheme == dataclasses.replace(PRESETS["w8a8"], kv="int8")
+    assert scheme.describe().endswith(", int8 keys and values with one scale per token and head.")
+    assert (scheme.label, PRESETS["w8a8"].label) == ("w8a8, int8 KV", "w8a8")
+    assert scheme.with_kv(None) == scheme
+    assert scheme.with_kv("float") == PRESETS["w8a8"]
+    assert Scheme.preset("fp16").with_kv("int8") == PRESETS["fp16"]
 
 
 def test_alpha_replaces_the_preset_s():
@@ -52,6 +64,8 @@ def test_alpha_replaces_the_preset_s():
         (lambda: Scheme("x", "float", "token"), "both in int8"),
         (lambda: Scheme("x", "float", "float", 0.5), "changes nothing in a float scheme"),
         (lambda: Scheme("x", None, "token"), "weight = None"),
+        (lambda: Scheme("x", "channel", "token", kv="int4"), "kv = 'int4' is not served; choose one of float, int8"),
+        (lambda: Scheme("x", "float", "float", kv="int8"), "the baseline stays float"),
     ],
 )
 def test_a_value_that_is_not_served_is_refused_by_name(make, message):

@@ -37,6 +37,13 @@ def test_environment_then_overrides(monkeypatch):
     assert load_settings(port=1234, variants="fp16").variants == ("fp16",)
 
 
+def test_the_cache_of_w8a8_alone_is_asked_for(monkeypatch):
+    assert [load_settings(kv_cache=value).kv for value in ("auto", "float", "int8")] == [None, "float", "int8"]
+    assert load_settings(kv_cache="float", variants="fp16").kv == "float"
+    monkeypatch.setenv("OTTAVA_KV_CACHE", "int8")
+    assert load_settings().kv == load_settings(variants="w8a8").kv == "int8"
+
+
 def test_an_unknown_variable_names_the_nearest(monkeypatch):
     monkeypatch.setenv("OTTAVA_MAX_WAITNG", "5")
     with pytest.raises(InvalidSettings, match=r"OTTAVA_MAX_WAITNG.*OTTAVA_MAX_WAITING"):
@@ -61,6 +68,8 @@ def test_an_unknown_name_names_the_nearest():
         ({"dtype": "int8"}, "dtype.*float16"),
         ({"max_num_requests": 600}, "max_batched_tokens is 512, below max_num_requests 600"),
         ({"kv_cache_bytes": 0}, "kv_cache_bytes"),
+        ({"kv_cache": "int4"}, "kv_cache = 'int4'.*'auto', 'float' or 'int8'"),
+        ({"kv_cache": "int8", "variants": "fp16"}, "kv_cache is 'int8' and variants is fp16.*add w8a8 to variants"),
     ],
 )
 def test_impossible_values_are_told_in_one_line(values, words):

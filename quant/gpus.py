@@ -1,0 +1,52 @@
+"""Roofs of GPUs: memory and tensor cores by data sheet, and the copy rate where it was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Roofs of a GPU, in bytes and dense operations per second. copy_bytes_per_s: read + written, where measured."""
+
+    name: str
+    bytes_per_s: float
+    fp16_per_s: float
+    int8_per_s: float
+    copy_bytes_per_s: float | None = None
+
+    def with_bandwidth(self, choice: str) -> Gpu:
+        """The same GPU with another memory roof: "data-sheet", "measured", or a number of TB/s.
+
+        Raises:
+            ValueError: nothing was measured for this GPU, or choice is neither a word above nor a positive number.
+        """
+        if choice == "data-sheet":
+            return self
+        if choice == "measured":
+            if self.copy_bytes_per_s is None:
+                raise ValueError(f"no copy rate was measured for {self.name}; give one in TB/s")
+            return replace(self, bytes_per_s=self.copy_bytes_per_s)
+        try:
+            tb_per_s = float(choice)
+        except ValueError:
+            tb_per_s = 0.0
+        if not 0.0 < tb_per_s < float("inf"):
+            raise ValueError(f"bandwidth {choice!r} is not known; give data-sheet, measured or a number of TB/s")
+        return replace(self, bytes_per_s=1e12 * tb_per_s)
+
+
+# NVIDIA's data sheets, dense: those that print rates with sparsity are halved. fp16 accumulates in float32, as torch
+# does, which GeForce cards do at half rate.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100", 2.039e12, 312e12, 624e12),  # A100 80GB SXM
+        Gpu("h100", 3.35e12, 989.5e12, 1979e12, copy_bytes_per_s=3.02e12),  # H100 SXM; copy: benchmarks/timing.py
+        Gpu("h200", 4.8e12, 989.5e12, 1979e12),  # H200 SXM
+        Gpu("b200", 8e12, 2250e12, 4500e12),  # HGX B200
+        Gpu("l4", 0.3e12, 121e12, 242.5e12),
+        Gpu("l40s", 0.864e12, 362e12, 733e12),
+        Gpu("rtx4090", 1.008e12, 165.2e12, 660.6e12),
+    )
+}
