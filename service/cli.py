@@ -241,7 +241,8 @@ def roofline(
         report = Report(shape, roofs, steps, read_measured(measured or [], shape, roofs, steps))
         if json_file is not None:
             json_file.write_text(report.as_json(), encoding="utf-8")
-    console = Console()
+    # A pipe has no width; with measured times beside the predicted ones a line takes 94 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=100)
     for table in tables(report):
         console.print(table)
     console.print(summary(report), highlight=False)
