@@ -106,7 +106,7 @@ def main() -> None:
             rows += measure_section()
             print(f"{name}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     finally:
-        # What was measured before an error is worth having, on a machine that is lent by the minute.
+        # What was measured before an error is worth having, on a machine that is paid by the minute.
         certificate["left out for time"] = left_out
         goals = judge(rows, certificate["device"])
         write(_result_path(args.out), certificate, rows + goal_rows(goals))
