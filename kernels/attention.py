@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_attention import Step, decode, quantized
+from kernels.decode_attention import Step, decode
 from kernels.dependent import await_inputs, launch_dependents, launch_early
 from kernels.paging import LIFT, codes_of, fold_keys, load_blocks, paged_layout, scale_of
+from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import AttentionTile, current_gpu, decode_tile, prefill_tile
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from kernels.dependent import await_inputs, launch_dependents, launch_early
 from kernels.paging import LIFT, Layout, fold_keys, load_blocks
-from kernels.quantize import quantize_rows, quantize_tensor
+from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import AttentionTile
 
-__all__ = ["Step", "decode", "quantized"]
+__all__ = ["Step", "decode"]
 
 MAX_SPLITS = 16
 MIN_SPLIT = 128
@@ -63,17 +63,6 @@ def decode(step: Step, tile: AttentionTile, quantize: ToInt8 | None, y: Tensor |
         _launch_splits(step, tile, part, lse)
         _launch_sum(step, tile, part, lse, y)
     return quantized(y, quantize)
-
-
-def quantized(y: Tensor, quantize: ToInt8 | None) -> Tensor | Quantized:
-    """y [T, H * D] as it is, or its codes and scale.
-
-    Raises:
-        ValueError: a row is longer than `MAX_ROW` and its scale is to be found.
-    """
-    if quantize is None:
-        return y
-    return quantize_rows(y) if quantize.scale is None else quantize_tensor(y, quantize.scale)
 
 
 def _launch_splits(step: Step, tile: AttentionTile, part: Tensor, lse: Tensor | None) -> None:

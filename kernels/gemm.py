@@ -14,7 +14,7 @@ from kernels.blocks import block_tile, launch_blocks
 from kernels.dependent import await_inputs, launch_dependents, launch_early
 from kernels.epilogue import MAX_PIECE, Epilogue, finish_tile
 from kernels.pingpong import can_pingpong, launch_pingpong
-from kernels.quantize import quantize_rows, quantize_tensor
+from kernels.quantize import quantize_rows, quantized
 from kernels.quantized import BLOCK, CODE_MAX, Quantized, ToInt8
 from kernels.tiles import Tile, choose, current_gpu
 
@@ -126,7 +126,7 @@ def int8_gated_linear(
     tile = pick_tile(codes, weight_q, ops, y)
     if quantize is None or quantize.scale is not None:
         launch(codes, weight_q, ops, y, tile, is_gated=True)
-        return y if quantize is None else quantize_tensor(y, quantize.scale)
+        return quantized(y, quantize)
     pieces = triton.cdiv(width, min(tile.block_n, MAX_PIECE.value) // 2)
     row_max = torch.empty((T, pieces), dtype=torch.float32, device=y.device)
     launch(codes, weight_q, ops._replace(row_max=row_max), y, tile, is_gated=True)

@@ -71,8 +71,8 @@ def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMAShare
 def _tile_start(index, T, N, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
     """First token and first column of the index-th tile: column by column within groups of GROUP token tiles.
 
-    The last tile ends with the last token, and repeats some of the tile before it: rows that the copy engine has to
-    fill with zeros cost 3 us of 14 at 65 tokens.
+    The last tile ends with the last token, and repeats some of the tile before it, so that the copy engine has no rows
+    to fill with zeros: with them 65 tokens took 16.8 us where 128 took 13.7.
     """
     num_n = gl.cdiv(N, BLOCK_N)
     tile_t, tile_n = swizzle2d(index // num_n, index % num_n, gl.cdiv(T, BLOCK_T), num_n, GROUP)

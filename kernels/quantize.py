@@ -90,6 +90,17 @@ def quantize_tensor(x: Tensor, scale: Tensor | None = None) -> Quantized:
     return Quantized(codes, found)
 
 
+def quantized(y: Tensor, quantize: ToInt8 | None) -> Tensor | Quantized:
+    """y [T, K] as it is, or its codes and scale.
+
+    Raises:
+        ValueError: K is above `MAX_ROW` and each row's scale is to be found.
+    """
+    if quantize is None:
+        return y
+    return quantize_rows(y) if quantize.scale is None else quantize_tensor(y, quantize.scale)
+
+
 def with_unit_stride(x: Tensor) -> Tensor:
     """x [T, K] with neighbouring elements of a row side by side, copied only where they are not."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -169,7 +169,8 @@ def decode_tile(gpu: Gpu, block_d: int, element_bytes: int) -> AttentionTile:
     if element_bytes == 4:
         return AttentionTile(16, 16, num_warps=8, num_stages=2)
     if gpu.capability in {90, 100} and block_d <= 128:
-        return AttentionTile(16, 64, num_warps=4, num_stages=4)
+        # H100, 32 requests at context 2048: 113 us, where 4 stages take 119.
+        return AttentionTile(16, 64, num_warps=4, num_stages=3)
     return AttentionTile(16, 64 if block_d <= 128 else 32, num_warps=4, num_stages=3)
 
 

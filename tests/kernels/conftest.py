@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from kernels import gemm
+from kernels.tiles import Tile
+
 POISON = {torch.int8: -128, torch.int32: -(2**31) + 12345}
 
 
@@ -66,3 +69,19 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+TILES = {
+    "default": None,
+    "plain": Tile("plain", 16, 32, 64, num_warps=4, num_stages=2, group=2),
+    "swapped": Tile("swapped", 16, 64, 64, num_warps=4, num_stages=2),
+    "split epilogue": Tile("plain", 32, 256, 64, num_warps=8, num_stages=2),
+}
+
+
+@pytest.fixture(params=TILES)
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile kind in place of the table's choice."""
+    chosen = TILES[request.param]
+    if chosen is not None:
+        monkeypatch.setattr(gemm, "choose", lambda *_: chosen)

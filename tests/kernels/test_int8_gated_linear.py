@@ -10,26 +10,11 @@ from torch import Tensor
 
 from kernels import gemm, quantize, reference
 from kernels.quantized import Quantized, ToInt8
-from kernels.tiles import Tile
 from tests.kernels.checks import check_codes, check_float
 from tests.kernels.conftest import Place
 
 SMALL = [(1, 40, 64), (17, 300, 200), (63, 72, 576)]
 LARGE = [(t, 2000, 4096) for t in (1, 16, 33, 129, 257, 1025)] + [(2049, 6144, 1024), (7, 28672, 1024)]
-TILES = {
-    "default": None,
-    "plain": Tile("plain", 16, 32, 64, num_warps=4, num_stages=2, group=2),
-    "swapped": Tile("swapped", 16, 64, 64, num_warps=4, num_stages=2),
-    "split epilogue": Tile("plain", 32, 256, 64, num_warps=8, num_stages=2),
-}
-
-
-@pytest.fixture(params=TILES)
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tile kind in place of the table's choice."""
-    chosen = TILES[request.param]
-    if chosen is not None:
-        monkeypatch.setattr(gemm, "choose", lambda *_: chosen)
 
 
 def operands(place: Place, T: int, N: int, K: int) -> dict[str, Any]:
