@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.quantize import magnitude, to_codes, to_scale
 from kernels.quantized import BLOCK
 
-__all__ = ["MAX_PIECE", "Epilogue", "finish_tile"]
+__all__ = ["MAX_PIECE", "Epilogue", "dequantize", "finish_tile", "gate_pairs"]
 
 MAX_PIECE = tl.constexpr(BLOCK)
 """Columns of the accumulator that are finished at once: the epilogue of a wider tile would spill."""
@@ -67,22 +67,28 @@ def _finish_piece(
         y = _gate(acc, ops, tokens, first, T, N, PER_ROW, PER_COLUMN)
         _store_piece(y, ops, y_ptr, tokens, first // 2, T, N // 2)
     else:
-        y = _dequantize(acc, ops, tokens, first, T, N, PER_ROW, PER_COLUMN)
+        columns = first + tl.arange(0, acc.shape[1])
+        y = dequantize(acc, ops, tokens, columns, T, N, PER_ROW, PER_COLUMN)
         _store_piece(y, ops, y_ptr, tokens, first, T, N)
 
 
 @triton.jit
 def _gate(acc, ops, tokens, first, T, N, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr):
     """silu(gate) * up: float32, half as many columns."""
-    y = _dequantize(acc, ops, tokens, first, T, N, PER_ROW, PER_COLUMN)
-    # Row 2f of the weights is gate f, row 2f + 1 is up f: a thread holds both, whatever the tile.
-    gate, up = tl.split(tl.reshape(y, [acc.shape[0], acc.shape[1] // 2, 2]))
+    columns = first + tl.arange(0, acc.shape[1])
+    return gate_pairs(dequantize(acc, ops, tokens, columns, T, N, PER_ROW, PER_COLUMN))
+
+
+@triton.jit
+def gate_pairs(y):
+    """silu(gate) * up of neighbouring columns: row 2f of the weights is gate f, row 2f + 1 is up f."""
+    gate, up = tl.split(tl.reshape(y, [y.shape[0], y.shape[1] // 2, 2]))
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit
-def _dequantize(acc, ops, tokens, first, T, N, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr):
-    columns = first + tl.arange(0, acc.shape[1])
+def dequantize(acc, ops, tokens, columns, T, N, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr):
+    """The accumulator [tokens, columns] as float32, scaled, with its bias."""
     y = acc.to(tl.float32)
     if PER_COLUMN:
         y *= tl.load(ops.weight_scale + columns, mask=columns < N, other=0.0)[None, :]

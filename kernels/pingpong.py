@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import swizzle2d
 
-from kernels.epilogue import Epilogue
+from kernels.epilogue import Epilogue, dequantize, gate_pairs
 from kernels.quantize import magnitude
 from kernels.tiles import Tile
 
@@ -181,23 +181,8 @@ def _finish(acc, ops, first_t, first_n, T, N, FORM: gl.constexpr):
     layout: gl.constexpr = acc.type.layout
     tokens = first_t + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
     columns = first_n + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
-    PER_ROW: gl.constexpr = FORM[0]
-    PER_COLUMN: gl.constexpr = FORM[1]
-    y = acc.to(gl.float32)
-    if PER_COLUMN:
-        y *= gl.load(ops.weight_scale + columns, mask=columns < N, other=0.0)[None, :]
-    else:
-        y *= gl.load(ops.weight_scale)
-    if PER_ROW:
-        y *= gl.load(ops.x_scale + tokens, mask=tokens < T, other=0.0)[:, None]
-    else:
-        y *= gl.load(ops.x_scale)
-    if ops.bias is not None:
-        y += gl.load(ops.bias + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
-    if FORM[2]:
-        gate, up = gl.split(gl.reshape(y, [acc.shape[0], acc.shape[1] // 2, 2]))
-        y = gate / (1.0 + gl.exp(-gate)) * up
-    return y
+    y = dequantize(acc, ops, tokens, columns, T, N, FORM[0], FORM[1])
+    return gate_pairs(y) if FORM[2] else y
 
 
 @gluon.jit(do_not_specialize=["T"])
