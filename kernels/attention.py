@@ -79,7 +79,7 @@ def paged_attention(
         layout,
     )
     gpu = current_gpu(q.device)
-    splits = decode_tile(gpu, layout.BLOCK_D, q.element_size())
+    splits = decode_tile(gpu, layout.BLOCK_D, q.element_size(), step.k.element_size())
     if max_query_len == 1:
         return decode(step, splits, quantize)
     y = torch.empty(q.flatten(1).shape, dtype=q.dtype, device=q.device)

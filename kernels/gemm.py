@@ -13,9 +13,11 @@ from torch import Tensor
 from kernels.blocks import block_tile, launch_blocks
 from kernels.dependent import await_inputs, launch_dependents, launch_early
 from kernels.epilogue import MAX_PIECE, Epilogue, finish_tile
-from kernels.pingpong import can_pingpong, launch_pingpong
+from kernels.hopper import can_copy
+from kernels.pingpong import launch_pingpong
 from kernels.quantize import quantize_rows, quantized
 from kernels.quantized import BLOCK, CODE_MAX, Quantized, ToInt8
+from kernels.stream import launch_stream
 from kernels.tiles import Tile, choose, current_gpu
 
 __all__ = ["MAX_DEPTH", "int8_gated_linear", "int8_linear", "int8_matmul"]
@@ -23,8 +25,11 @@ __all__ = ["MAX_DEPTH", "int8_gated_linear", "int8_linear", "int8_matmul"]
 MAX_DEPTH = (2**31 - 1) // (CODE_MAX * CODE_MAX)
 """Largest K whose int32 accumulator cannot overflow: 133,144."""
 
-FALLBACK = Tile("plain", 128, 128, 128, num_warps=8, num_stages=3)
-"""Where a table asks for the ping-pong kernel and the epilogue is one that it does not have."""
+FALLBACKS = {
+    "pingpong": Tile("plain", 128, 128, 128, num_warps=8, num_stages=3),
+    "stream": Tile("swapped", 32, 64, 256, num_warps=4, num_stages=4),
+}
+"""Where a table asks for a kernel in Gluon and the epilogue is one that it does not have."""
 
 
 def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
@@ -173,6 +178,9 @@ def launch(
     if _reads_blocks(x_q, ops):
         launch_blocks(x_q, weight_q, ops, y, tile, form["PER_COLUMN"], is_gated)
         return
+    if tile.kernel == "stream":
+        launch_stream(x_q, weight_q, ops, y, tile, form)
+        return
     num_tiles = triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n)
     if tile.kernel == "pingpong":
         launch_pingpong(x_q, weight_q, ops, y, tile, min(num_tiles, current_gpu(y.device).num_sms), form)
@@ -193,7 +201,7 @@ def pick_tile(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, is_gated:
     if reads_blocks:
         return block_tile(gpu.capability, K, T)
     tile = choose(gpu, len(weight_q), K, T)
-    return FALLBACK if tile.kernel == "pingpong" and not can_pingpong(x_q, weight_q, ops, y) else tile
+    return tile if tile.kernel not in FALLBACKS or can_copy(x_q, weight_q, ops, y) else FALLBACKS[tile.kernel]
 
 
 def _reads_blocks(x_q: Tensor, ops: Epilogue) -> bool:

@@ -7,9 +7,6 @@ epilogue.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,27 +17,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import swizzle2d
 
-from kernels.epilogue import Epilogue, dequantize, gate_pairs
+from kernels.epilogue import Epilogue
+from kernels.hopper import described, finish, first_token
 from kernels.quantize import magnitude
 from kernels.tiles import Tile
 
-__all__ = ["can_pingpong", "launch_pingpong"]
+__all__ = ["launch_pingpong"]
 
-GL_TYPES = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 WARP_GROUP = 4
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = gl.constexpr(40), gl.constexpr(232)
 MAX_REGISTERS = 168
 """Per thread at launch: 12 warps share the 65,536 registers of a multiprocessor."""
-
-
-def can_pingpong(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor) -> bool:
-    """Whether the kernel has this epilogue, and every row starts on the 16 bytes that the copy engine asks for."""
-    is_float = ops.weight_scale is not None and ops.residual is None and ops.out_scale is None
-    rows = x_q.shape[1], 2 * y.shape[1], x_q.data_ptr(), weight_q.data_ptr()
-    return is_float and y.dtype in GL_TYPES and all(place % 16 == 0 for place in rows)
 
 
 def launch_pingpong(
@@ -50,33 +39,18 @@ def launch_pingpong(
     (T, K), N = x_q.shape, len(weight_q)
     width = tile.block_n // 2 if form["GATED"] else tile.block_n
     _int8_linear_pingpong_kernel[(num_programs,)](
-        _described(x_q, tile.block_t, tile.block_k), _described(weight_q, tile.block_n, tile.block_k),
-        _described(y, tile.block_t, width), ops, T, N, K, GROUP=tile.group, STAGES=tile.num_stages,
+        described(x_q, tile.block_t, tile.block_k), described(weight_q, tile.block_n, tile.block_k),
+        described(y, tile.block_t, width), ops, T, N, K, GROUP=tile.group, STAGES=tile.num_stages,
         num_warps=WARP_GROUP, maxnreg=MAX_REGISTERS, **form,
     )  # fmt: skip
 
 
-def _described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """What the copy engine is told of a tensor that it moves in blocks of rows x columns."""
-    return TensorDescriptor.from_tensor(tensor, [rows, columns], _shared_layout(rows, columns, tensor.dtype))
-
-
-@lru_cache(maxsize=256)
-def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    # Found anew it would be a third of the time a launch takes.
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], GL_TYPES[dtype])
-
-
 @gluon.jit
 def _tile_start(index, T, N, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
-    """First token and first column of the index-th tile: column by column within groups of GROUP token tiles.
-
-    The last tile ends with the last token, and repeats some of the tile before it, so that the copy engine has no rows
-    to fill with zeros: with them 65 tokens took 16.8 us where 128 took 13.7.
-    """
+    """First token and first column of the index-th tile: column by column within groups of GROUP token tiles."""
     num_n = gl.cdiv(N, BLOCK_N)
     tile_t, tile_n = swizzle2d(index // num_n, index % num_n, gl.cdiv(T, BLOCK_T), num_n, GROUP)
-    return gl.maximum(gl.minimum(tile_t * BLOCK_T, T - BLOCK_T), 0), tile_n * BLOCK_N
+    return first_token(tile_t, T, BLOCK_T), tile_n * BLOCK_N
 
 
 @gluon.jit
@@ -159,7 +133,7 @@ def _multiply(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         step += steps
-        y = _finish(acc, ops, first_t, first_n, T, N, FORM)
+        y = finish(acc, ops, first_t, first_n, T, N, FORM)
         y = y.to(y_desc.dtype)
         # The tile before has left its shared memory long ago.
         tma.store_wait(0)
@@ -173,16 +147,6 @@ def _multiply(
             at = tokens.to(gl.int64) * gl.cdiv(N, BLOCK_N) + first_n // BLOCK_N
             gl.store(ops.row_max + at, row_max, mask=tokens < T)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _finish(acc, ops, first_t, first_n, T, N, FORM: gl.constexpr):
-    """The epilogue on the accumulator: y as float32, before it is rounded."""
-    layout: gl.constexpr = acc.type.layout
-    tokens = first_t + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
-    columns = first_n + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
-    y = dequantize(acc, ops, tokens, columns, T, N, FORM[0], FORM[1])
-    return gate_pairs(y) if FORM[2] else y
 
 
 @gluon.jit(do_not_specialize=["T"])

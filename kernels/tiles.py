@@ -5,7 +5,7 @@ A tuned table is `kernels/tiles/<gpu>.json`, with the GPU's name in lower case a
     {"gpu": "NVIDIA H100 80GB HBM3", "capability": 90,
      "tiles": {"4096x4096": {"16": {"kernel": "plain", "block_t": 16, ...}}}}
 
-The keys are "NxK" and the largest T of the bucket, a power of two from 16 to 8192. What a table leaves out, and every
+The keys are "NxK" and the largest T of the bucket, one of `BUCKETS`. What a table leaves out, and every
 GPU without a table, takes the defaults of its architecture.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 
 __all__ = [
+    "BUCKETS",
     "AttentionTile",
     "Gpu",
     "Tile",
@@ -33,7 +35,10 @@ __all__ = [
     "table_path",
 ]
 
-MIN_BUCKET, MAX_BUCKET = 16, 8192
+BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+"""The largest T of each bucket; narrow ones from 65 to 512 tokens, where one row of tiles more is much of the work."""
+
+MIN_BUCKET, MAX_BUCKET = BUCKETS[0], BUCKETS[-1]
 FOLDER = Path(__file__).parent / "tiles"
 
 
@@ -42,12 +47,13 @@ class Tile:
     """How one GEMM is cut into programs.
 
     kernel: "plain" keeps tokens on the matrix instruction's M side; "swapped" puts the weight's rows there, so that
-        8 tokens need no padding to 64 (or 16) rows; "pingpong" is Hopper's for many tokens, block_n at most 128.
+        8 tokens need no padding to 64 (or 16) rows; Hopper's own are "stream", for few tokens, and "pingpong", for
+        many, with block_n at most 128.
     block_t, block_n, block_k: tokens, output columns and depth of one program's tile; powers of two.
     group: token tiles that run next to each other over the same weights, to find them in the L2 cache.
     """
 
-    kernel: Literal["plain", "swapped", "pingpong"]
+    kernel: Literal["plain", "swapped", "stream", "pingpong"]
     block_t: int
     block_n: int
     block_k: int
@@ -78,8 +84,8 @@ INTERPRETER = Gpu("interpreter", 80, 4)
 
 
 def bucket(t: int) -> int:
-    """The smallest power of two, from 16 to 8192, that holds t tokens; larger t count as 8192."""
-    return min(MAX_BUCKET, max(MIN_BUCKET, 1 << (t - 1).bit_length()))
+    """The smallest of `BUCKETS` that holds t tokens; larger t count as the last."""
+    return BUCKETS[min(bisect_left(BUCKETS, t), len(BUCKETS) - 1)]
 
 
 def choose(gpu: Gpu, n: int, k: int, t: int) -> Tile:
@@ -114,9 +120,9 @@ def _hopper(bucket_t: int) -> Tile:
         return Tile("swapped", bucket_t, 64, 256, num_warps=4, num_stages=4)
     if bucket_t == 64:
         return Tile("swapped", 64, 64, 256, num_warps=4, num_stages=4)
-    if bucket_t == 128:
+    if bucket_t <= 128:
         return Tile("plain", 64, 64, 256, num_warps=4, num_stages=4)
-    if bucket_t == 256:
+    if bucket_t <= 256:
         return Tile("pingpong", 64, 128, 128, num_warps=4, num_stages=7)
     return Tile("pingpong", 128, 128, 128, num_warps=4, num_stages=4)
 
@@ -162,15 +168,15 @@ def prefill_tile(gpu: Gpu, block_d: int, element_bytes: int, cache_bytes: int) -
     return AttentionTile(64 if is_int8 else 128, 32, num_warps=8, num_stages=3)
 
 
-def decode_tile(gpu: Gpu, block_d: int, element_bytes: int) -> AttentionTile:
+def decode_tile(gpu: Gpu, block_d: int, element_bytes: int, cache_bytes: int) -> AttentionTile:
     """The tile of decode attention, bound by the bytes of the cache; block_m follows from the heads of a key head."""
     if gpu == INTERPRETER:
         return AttentionTile(16, 16, num_warps=4, num_stages=1)
     if element_bytes == 4:
         return AttentionTile(16, 16, num_warps=8, num_stages=2)
     if gpu.capability in {90, 100} and block_d <= 128:
-        # H100, 32 requests at context 2048: 113 us, where 4 stages take 119.
-        return AttentionTile(16, 64, num_warps=4, num_stages=3)
+        # H100, 32 requests at context 8192: 379 us; int8 238, where 64 keys take 275: fewer bytes a tile are in flight.
+        return AttentionTile(16, 128, num_warps=4, num_stages=3 if cache_bytes == 1 else 2)
     return AttentionTile(16, 64 if block_d <= 128 else 32, num_warps=4, num_stages=3)
 
 

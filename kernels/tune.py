@@ -18,10 +18,7 @@ from triton import OutOfResources
 from kernels.epilogue import Epilogue
 from kernels.gemm import launch
 from kernels.quantized import CODE_MAX, Quantized
-from kernels.tiles import MAX_BUCKET, MIN_BUCKET, Gpu, Tile, current_gpu, defaults, table_path
-
-BUCKETS = tuple(1 << power for power in range(MIN_BUCKET.bit_length() - 1, MAX_BUCKET.bit_length()))
-"""The largest T of each bucket: 16, 32, .. 8192."""
+from kernels.tiles import BUCKETS, Gpu, Tile, current_gpu, defaults, table_path
 
 ROTATION_BYTES = 256 * 2**20
 """Weights are rotated through this much memory, so that no run finds them in the L2 cache (50 MB on an H100)."""
@@ -106,37 +103,68 @@ def best_tile(gpu: Gpu, n: int, k: int, bucket: int) -> Choice:
 
 
 def candidates(capability: int, k: int, bucket: int) -> Iterator[Tile]:
-    """Tiles worth trying: tall, deep and narrow ones for few tokens, square and wide ones for many."""
+    """Tiles worth trying."""
     if bucket <= 64:
-        depths = [256, 512] if k % 512 == 0 else [128, 256]
-        for block_n, depth, warps, stages in itertools.product((16, 32, 64), depths, (2, 4), (3, 4, 5)):
-            yield Tile("plain", max(16, min(bucket, 32)), block_n, depth, warps, stages)
-        for block_n, depth, warps, stages in itertools.product((64, 128), (128, 256), (4, 8), (3, 4, 5)):
-            yield Tile("swapped", bucket, block_n, depth, warps, stages)
-    elif bucket <= 512:
-        for block_t, block_n, depth, stages in itertools.product((64, 128), (64, 128), (128, 256), (3, 4)):
-            yield Tile("plain", block_t, block_n, depth, 4, stages)
-        for block_t, block_n, stages in itertools.product((64, 128), (64, 128), (3, 4, 5)):
-            yield Tile("swapped", block_t, block_n, 128, 4, stages)
-        yield from (Tile("plain", 128, 256, 128, 8, stages) for stages in (3, 4))
+        yield from _few_tokens(k, bucket)
+    elif bucket <= MAX_SMALL_BUCKET:
+        yield from _some_tokens()
     elif capability != HOPPER:
-        for (block_t, block_n, warps), stages, group in itertools.product(
-            ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 256, 4)), (3, 4), (4, 8, 16)
-        ):
-            yield Tile("plain", block_t, block_n, 128, warps, stages, group)
-    if capability == HOPPER and bucket >= 64:
-        sizes = ((64, 64), (64, 128), (128, 64), (128, 128)) if bucket <= 512 else ((128, 128),)
-        for (block_t, block_n), group in itertools.product(sizes, (8,) if bucket <= 512 else (4, 8, 16)):
-            deepest = SHARED_BYTES // ((block_t + block_n) * 128) - 2
-            for stages in range(max(4, deepest - 1), deepest + 2):
-                yield Tile("pingpong", block_t, block_n, 128, 4, stages, group)
+        yield from _many_tokens()
+    if capability == HOPPER:
+        if bucket <= 64:
+            yield from _streams(bucket)
+        if bucket >= 64:
+            yield from _pingpongs(bucket)
+
+
+def _few_tokens(k: int, bucket: int) -> Iterator[Tile]:
+    """Deep and narrow."""
+    depths = [256, 512] if k % 512 == 0 else [128, 256]
+    for block_n, depth, warps, stages in itertools.product((16, 32, 64), depths, (2, 4), (3, 4, 5)):
+        yield Tile("plain", max(16, min(bucket, 32)), block_n, depth, warps, stages)
+    for block_n, depth, warps, stages in itertools.product((64, 128), (128, 256), (4, 8), (3, 4, 5)):
+        yield Tile("swapped", bucket, block_n, depth, warps, stages)
+
+
+def _some_tokens() -> Iterator[Tile]:
+    for block_t, block_n, depth, stages in itertools.product((64, 128), (64, 128), (128, 256), (3, 4)):
+        yield Tile("plain", block_t, block_n, depth, 4, stages)
+    for block_t, block_n, stages in itertools.product((64, 128), (64, 128), (3, 4, 5)):
+        yield Tile("swapped", block_t, block_n, 128, 4, stages)
+    yield from (Tile("plain", 128, 256, 128, 8, stages) for stages in (3, 4))
+
+
+def _many_tokens() -> Iterator[Tile]:
+    """Square and wide."""
+    for (block_t, block_n, warps), stages, group in itertools.product(
+        ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 256, 4)), (3, 4), (4, 8, 16)
+    ):
+        yield Tile("plain", block_t, block_n, 128, warps, stages, group)
+
+
+def _streams(bucket: int) -> Iterator[Tile]:
+    """All tokens in one tile, or in two where the weights alone give too few programs."""
+    for block_t, stages in itertools.product(sorted({max(16, bucket // 2), bucket}), (6, 8, 12, 20)):
+        if stages * (block_t + 64) * 128 < SHARED_BYTES:
+            yield Tile("stream", block_t, 64, 128, 4, stages)
+
+
+def _pingpongs(bucket: int) -> Iterator[Tile]:
+    """About as many stages as there is room for."""
+    is_small = bucket <= MAX_SMALL_BUCKET
+    sizes = ((64, 64), (64, 128), (128, 64), (128, 128)) if is_small else ((128, 128),)
+    for (block_t, block_n), group in itertools.product(sizes, (8,) if is_small else (4, 8, 16)):
+        deepest = SHARED_BYTES // ((block_t + block_n) * 128) - 2
+        for stages in range(max(4, deepest - 1), deepest + 2):
+            yield Tile("pingpong", block_t, block_n, 128, 4, stages, group)
 
 
 def token_counts(bucket: int) -> tuple[int, ...]:
     """What a bucket is measured at: both its ends, so that no tile shines at one and stumbles at the other."""
     if bucket > MAX_SMALL_BUCKET:
         return (bucket,)
-    return (1 if bucket == MIN_BUCKET else bucket // 2 + 1, bucket)
+    index = BUCKETS.index(bucket)
+    return (BUCKETS[index - 1] + 1 if index else 1, bucket)
 
 
 class Product:
@@ -169,7 +197,7 @@ class Product:
         return torch.equal(y[-64:], self.exact)
 
     def time_us(self, tile: Tile, repeats: int) -> float:
-        """Median time of one product, all its token counts together, over replays of a graph of all the weights."""
+        """Median time of one product, the mean of its token counts, over replays of a graph of all the weights."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             # Weight by weight the second token count would find its weights in the L2 cache.
@@ -184,7 +212,7 @@ class Product:
             stop.record()
             stop.synchronize()
             times.append(1e3 * start.elapsed_time(stop) / len(self.weights))
-        return statistics.median(times)
+        return statistics.median(times) / len(self.token_counts)
 
     def _run(self, tile: Tile, t: int, weight_q: Tensor) -> None:
         x = self.inputs[t]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.tiles import BUCKETS
 from service.engine.batch import Batch, BatchBuilder, SamplingBatch
 from service.engine.request import Request, Token
 from service.engine.sampler import Choice, sample
@@ -126,7 +127,7 @@ class Runner:
         for bucket in buckets:
             self._forward(self.builder.blank(bucket), is_decode=True)
         longest = min(self.max_tokens, self.decoder.config.max_model_len)
-        for query_len in {min(2**power, longest) for power in range(1, longest.bit_length() + 1)}:
+        for query_len in sorted({min(length, longest) for length in (2, 4, 8, *BUCKETS)}):
             self._forward(self.builder.blank(1, query_len))
         torch.cuda.synchronize()
         if not self.use_graphs:

@@ -1,0 +1,54 @@
+"""What the kernels in Gluon (Triton's explicit dialect) share: what Hopper's copy engine asks for, and the epilogue."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.epilogue import Epilogue, dequantize, gate_pairs
+
+__all__ = ["can_copy", "described", "finish", "first_token"]
+
+GL_TYPES = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def can_copy(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor) -> bool:
+    """Whether these kernels have this epilogue, and every row starts on the 16 bytes that the copy engine asks for."""
+    is_float = ops.weight_scale is not None and ops.residual is None and ops.out_scale is None
+    rows = x_q.shape[1], 2 * y.shape[1], x_q.data_ptr(), weight_q.data_ptr()
+    return is_float and y.dtype in GL_TYPES and all(place % 16 == 0 for place in rows)
+
+
+def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What the copy engine is told of a tensor that it moves in blocks of rows x columns."""
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], _shared_layout(rows, columns, tensor.dtype))
+
+
+@lru_cache(maxsize=256)
+def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    # Found anew it would be a third of the time a launch takes.
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], GL_TYPES[dtype])
+
+
+@gluon.jit
+def first_token(tile_t, T, BLOCK_T: gl.constexpr):
+    """Where a tile starts. The last one ends with the last token, and repeats some of the tile before it.
+
+    So the copy engine has no rows to fill with zeros: with them 65 tokens took 16.8 us where 128 took 13.7.
+    """
+    return gl.maximum(gl.minimum(tile_t * BLOCK_T, T - BLOCK_T), 0)
+
+
+@gluon.jit
+def finish(acc, ops, first_t, first_n, T, N, FORM: gl.constexpr):
+    """The epilogue on an accumulator in registers: y as float32, before it is rounded."""
+    layout: gl.constexpr = acc.type.layout
+    tokens = first_t + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
+    columns = first_n + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    y = dequantize(acc, ops, tokens, columns, T, N, FORM[0], FORM[1])
+    return gate_pairs(y) if FORM[2] else y
