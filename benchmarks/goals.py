@@ -47,6 +47,12 @@ def judge(rows: Iterable[Row], device: str) -> list[Goal]:
     many = _between(main, 1024, 8192)
     wide, narrow = ("gate_up", "down"), ("qkv", "o")
     ops = [row for row in rows if row["what"] == "op" and row["op"] in FUSED_OPS]
+    attention = [row for row in rows if row["what"] == "attention"]
+    flash = [row for row in attention if row["variant"] == "sdpa flash"]
+    decode = [
+        row for row in attention if (row["op"], row["variant"]) == ("decode", "fp16 kv") and row["context"] >= 2048
+    ]
+    int8_kv = [row for row in attention if (row["variant"], row["batch"], row["context"]) == ("int8 kv", 32, 8192)]
     chain = [row for row in rows if row["what"] == "chain" and row["variant"] == "w8a8"]
     return [
         _least("fp16/int8, M <= 32", 1.85, few, "speedup"),
@@ -61,9 +67,19 @@ def judge(rows: Iterable[Row], device: str) -> list[Goal]:
         _most("step from M to M + 1, every shape", MAX_CLIFF, cliffs(linears), "cliff"),
         _least("share of copy rate, fused ops, T >= 2048", 0.85, _between(ops, 2048, 8192), "copy_share"),
         _most("us, fused ops, T <= 16", 2.5, _between(ops, 1, 16), "us_p50"),
+        _least(
+            "prefill attention: torch's flash SDPA / ours, time", 0.9, [_inverted(row) for row in flash], "of_flash"
+        ),
+        _least("share of copy rate, decode attention, context >= 2048", 0.8, decode, "copy_share"),
+        _least("fp16 KV / int8 KV, decode attention, 32 x 8192", 1.6, int8_kv, "speedup"),
         _least("decoder layer, fp16/int8, decode", 1.7, [row for row in chain if row["op"] == "decode"], "speedup"),
         _least("decoder layer, fp16/int8, prefill", 1.7, [row for row in chain if row["op"] == "prefill"], "speedup"),
     ]
+
+
+def _inverted(row: Row) -> Row:
+    """A row of a peer whose speedup is over it, as time of the peer over ours."""
+    return row | {"of_flash": 1 / row["speedup"]} if "speedup" in row else row
 
 
 def goal_rows(goals: Iterable[Goal]) -> list[Row]:
@@ -126,7 +142,7 @@ def _place(row: Row) -> Iterator[str]:
     if row.get("shape") != GOAL_SHAPE:
         yield str(row.get("shape"))
     yield str(row.get("layer") or row.get("op"))
-    yield str(row["tokens"])
+    yield str(row["tokens"]) if "tokens" in row else f"{row['batch']} x {row['context']}"
 
 
 def _between(rows: Iterable[Row], first: int, last: int) -> list[Row]:

@@ -22,7 +22,8 @@ from kernels.tiles import Tile
 __all__ = ["launch_stream"]
 
 LOADER_REGISTERS = gl.constexpr(24)
-MAX_REGISTERS = 128
+MAX_REGISTERS = {16: 128, 32: 128, 64: 128, 128: 168}
+"""Per thread, by tokens of a tile: enough for the sums, and few enough for several programs a multiprocessor."""
 
 
 def launch_stream(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile, form: dict[str, bool]) -> None:
@@ -30,7 +31,7 @@ def launch_stream(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile:
     (T, K), N = x_q.shape, len(weight_q)
     _int8_linear_stream_kernel[(triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n),)](
         described(x_q, tile.block_t, tile.block_k), described(weight_q, tile.block_n, tile.block_k), ops, y, T, N, K,
-        STAGES=tile.num_stages, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS, launch_pdl=True, **form,
+        STAGES=tile.num_stages, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS[tile.block_t], launch_pdl=True, **form,
     )  # fmt: skip
 
 

@@ -27,6 +27,9 @@ HOPPER = 90
 SHARED_BYTES = 227 * 1024
 """Shared memory of one program on Hopper."""
 
+MAX_STREAMED = 256
+"""Above it the products are bound by the tensor cores, which the streaming kernel leaves idle in its epilogue."""
+
 MAX_SMALL_BUCKET = 512
 """Above it a tile more or less is a small part of the work."""
 
@@ -111,7 +114,7 @@ def candidates(capability: int, k: int, bucket: int) -> Iterator[Tile]:
     elif capability != HOPPER:
         yield from _many_tokens()
     if capability == HOPPER:
-        if bucket <= 64:
+        if bucket <= MAX_STREAMED:
             yield from _streams(bucket)
         if bucket >= 64:
             yield from _pingpongs(bucket)
@@ -143,10 +146,11 @@ def _many_tokens() -> Iterator[Tile]:
 
 
 def _streams(bucket: int) -> Iterator[Tile]:
-    """All tokens in one tile, or in two where the weights alone give too few programs."""
-    for block_t, stages in itertools.product(sorted({max(16, bucket // 2), bucket}), (6, 8, 12, 20)):
-        if stages * (block_t + 64) * 128 < SHARED_BYTES:
-            yield Tile("stream", block_t, 64, 128, 4, stages)
+    """All tokens in one tile, or in more where the weights alone give too few programs."""
+    sizes = {max(16, bucket // 2), bucket} if bucket <= 64 else {64, 128}
+    for block_t, block_n, stages in itertools.product(sorted(sizes), (64, 128), (4, 6, 8, 12, 20)):
+        if block_n + block_t <= 192 and stages * (block_t + block_n) * 128 < SHARED_BYTES:
+            yield Tile("stream", block_t, block_n, 128, block_n // 16, stages)
 
 
 def _pingpongs(bucket: int) -> Iterator[Tile]:

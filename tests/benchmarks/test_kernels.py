@@ -33,6 +33,11 @@ def linear_row(layer: str, tokens: int, us: float, variant: str = "w8a8", **fiel
     return row | {"us_p20": us, "us_p50": us, "us_p80": us} | fields
 
 
+def attention_row(op: str, batch: int, context: int, variant: str, **values: float) -> dict[str, Any]:
+    named = {"what": "attention", "shape": GOAL_SHAPE, "op": op, "batch": batch, "context": context}
+    return named | {"variant": variant, "us_p50": 9.0} | values
+
+
 def goal(goals: Sequence[Goal], text: str) -> Goal:
     return next(goal for goal in goals if goal.text.startswith(text))
 
@@ -214,6 +219,11 @@ def test_a_goal_is_judged_by_its_worst_place() -> None:
         {"what": "op", "op": "rms_norm", "tokens": 2048, "variant": "w8a8", "us_p50": 9.0, "copy_share": 0.86},
         {"what": "chain", "op": "decode", "tokens": 16, "variant": "w8a8", "us_p50": 9.0, "speedup": 1.8},
         {"what": "chain", "op": "decode", "tokens": 64, "variant": "w8a8", "us_p50": 9.0, "speedup": 1.6},
+        attention_row("prefill", 16, 2048, "sdpa flash", speedup=0.8),
+        attention_row("prefill", 1, 8192, "sdpa flash", speedup=1.25),
+        attention_row("decode", 32, 512, "fp16 kv", copy_share=0.3),
+        attention_row("decode", 32, 8192, "fp16 kv", copy_share=0.9),
+        attention_row("decode", 32, 8192, "int8 kv", speedup=1.59),
     ]
     goals = judge(rows, H100)
     verdicts = {goal.text: (goal.verdict, goal.where) for goal in goals}
@@ -227,6 +237,9 @@ def test_a_goal_is_judged_by_its_worst_place() -> None:
     assert goal(goals, "share of copy rate, fused ops").verdict == "met"
     assert goal(goals, "us, fused ops").verdict == "not measured"
     assert goal(goals, "decoder layer, fp16/int8, decode").measured == 1.6
+    assert goal(goals, "prefill attention") == Goal(goal(goals, "prefill attention").text, 0.9, True, 0.8, "prefill 1 x 8192")
+    assert goal(goals, "share of copy rate, decode attention").where == "decode 32 x 8192"
+    assert goal(goals, "fp16 KV / int8 KV").verdict == "missed"
     assert all(row["what"] == "goal" and row["verdict"] for row in goal_rows(goals))
 
 
