@@ -6,18 +6,23 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from kernels import activation, attention, gemm, norm, quantize, reference, rope
-from kernels.quantized import CODE_MAX, Quantized, ToInt8
+from kernels import activation, attention, gemm, groups, norm, outliers, quantize, reference, rope
+from kernels.quantized import CODE_MAX, MIN_GROUP, Outliers, Quantized, ToInt8
 
 __version__ = "0.1.0"
 __all__ = [
     "CODE_MAX",
+    "MIN_GROUP",
+    "Outliers",
     "Quantized",
     "ToInt8",
     "gelu",
+    "gelu_mul",
     "int8_gated_linear",
+    "int8_group_linear",
     "int8_linear",
     "int8_matmul",
+    "int8_outlier_linear",
     "layer_norm",
     "paged_attention",
     "quantize_rows",
@@ -26,6 +31,7 @@ __all__ = [
     "rms_norm",
     "rope_and_cache",
     "silu_mul",
+    "split_outliers",
 ]
 
 P = ParamSpec("P")
@@ -49,10 +55,14 @@ quantize_tensor = _by_device(quantize.quantize_tensor, reference.quantize_tensor
 rms_norm = _by_device(norm.rms_norm, reference.rms_norm)
 layer_norm = _by_device(norm.layer_norm, reference.layer_norm)
 silu_mul = _by_device(activation.silu_mul, reference.silu_mul)
+gelu_mul = _by_device(activation.gelu_mul, reference.gelu_mul)
 gelu = _by_device(activation.gelu, reference.gelu)
 relu = _by_device(activation.relu, reference.relu)
 int8_matmul = _by_device(gemm.int8_matmul, reference.int8_matmul)
 int8_linear = _by_device(gemm.int8_linear, reference.int8_linear)
 int8_gated_linear = _by_device(gemm.int8_gated_linear, reference.int8_gated_linear)
+int8_group_linear = _by_device(groups.int8_group_linear, reference.int8_group_linear)
+split_outliers = _by_device(outliers.split_outliers, reference.split_outliers)
+int8_outlier_linear = _by_device(outliers.int8_outlier_linear, reference.int8_outlier_linear)
 rope_and_cache = _by_device(rope.rope_and_cache, reference.rope_and_cache)
 paged_attention = _by_device(attention.paged_attention, reference.paged_attention)

@@ -1,4 +1,4 @@
-"""SiLU-gated product, GELU and ReLU, to float or straight to int8 codes: one kernel, one pass over memory."""
+"""Products gated by SiLU or GELU, GELU and ReLU, to float or straight to int8 codes: one kernel each, one pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kernels.quantize import (
 )
 from kernels.quantized import Quantized, ToInt8
 
-__all__ = ["gelu", "relu", "silu_mul"]
+__all__ = ["gelu", "gelu_mul", "relu", "silu_mul"]
 
 
 def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
@@ -43,6 +43,25 @@ def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quanti
     y, scale = empty_output(gate_up, K, quantize)
     grid, options = row_launch(T, K, one_program=is_dynamic(quantize))
     _silu_mul_kernel[grid](
+        gate_up, y, scale, K, gate_up.stride(0), STATIC=is_static(quantize), **options, **launch_early(y.device, T)
+    )
+    return y if scale is None else Quantized(y, scale)
+
+
+def gelu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
+    """Gate the second half of each row by GELU, in its tanh form, of the first; `reference.gelu_mul`.
+
+    y = gelu(gate) * up
+
+    Args and raises: as `silu_mul`.
+
+    Source: GLU variants (arXiv 2002.05202), GEGLU.
+    """
+    gate_up = with_unit_stride(gate_up)
+    T, K = gate_up.shape[0], gate_up.shape[1] // 2
+    y, scale = empty_output(gate_up, K, quantize)
+    grid, options = row_launch(T, K, one_program=is_dynamic(quantize))
+    _gelu_mul_kernel[grid](
         gate_up, y, scale, K, gate_up.stride(0), STATIC=is_static(quantize), **options, **launch_early(y.device, T)
     )
     return y if scale is None else Quantized(y, scale)
@@ -106,6 +125,26 @@ def _silu_mul_kernel(
 
 
 @triton.jit
+def _gelu_tanh(x):
+    # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)): no tanh needed, and nothing cancels where x is very negative.
+    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+def _gelu_mul_kernel(
+    gate_up_ptr, y_ptr, scale_ptr, K, stride_t, STATIC: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < K
+    row_ptr = gate_up_ptr + row.to(tl.int64) * stride_t
+    y = _gelu_tanh(load_row(row_ptr, columns, mask)) * load_row(row_ptr + K, columns, mask)
+    store_row(y, y_ptr, scale_ptr, row, columns, mask, K, STATIC)
+
+
+@triton.jit
 def _gelu_kernel(
     x_ptr,
     y_ptr,
@@ -123,11 +162,7 @@ def _gelu_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < K
     x = load_row(x_ptr + row.to(tl.int64) * stride_t, columns, mask)
-    if TANH:
-        # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)): no tanh needed, and nothing cancels where x is very negative.
-        y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    else:
-        y = 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+    y = _gelu_tanh(x) if TANH else 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
     store_row(y, y_ptr, scale_ptr, row, columns, mask, K, STATIC)
 
 

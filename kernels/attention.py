@@ -8,6 +8,7 @@ company in the step.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -16,12 +17,16 @@ from torch import Tensor
 
 from kernels.decode_attention import Step, decode
 from kernels.dependent import await_inputs, launch_dependents, launch_early
-from kernels.paging import LIFT, codes_of, fold_keys, load_blocks, paged_layout, scale_of
+from kernels.paging import LIFT, codes_of, first_key, fold_keys, load_blocks, lowest_top, paged_layout, scale_of
 from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
-from kernels.tiles import AttentionTile, current_gpu, decode_tile, prefill_tile
+from kernels.tiles import AttentionTile, Gpu, current_gpu, decode_tile, prefill_tile
 
 __all__ = ["paged_attention"]
+
+HOPPER = 90
+MIN_ROWS = 16
+"""Of a tile that a matrix instruction multiplies."""
 
 
 def paged_attention(
@@ -34,11 +39,14 @@ def paged_attention(
     max_query_len: int,
     scale: float,
     quantize: ToInt8 | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor | Quantized:
     """Attend causally over the paged cache, for prefill chunks and decodes in one batch; `reference.paged_attention`.
 
     Request b owns query rows query_starts[b] .. query_starts[b+1]-1; row i of its n sits at position
     context_lens[b] - n + i and sees keys 0 .. that position.        y = softmax(q k^T * scale) v
+    With a soft cap c the scores are c tanh(q k^T * scale / c).
 
     The sums are float32; q k^T and p v multiply in q's dtype, p rounded to it. The scales of an int8 cache multiply
     q k^T after the product and p before it.
@@ -54,6 +62,8 @@ def paged_attention(
         max_query_len: the largest number of query rows of one request (a grid size; 1 for a decode step).
         scale: positive, usually D ** -0.5.
         quantize: None writes y in q's dtype; `ToInt8` writes codes and scale of y rounded to q's dtype.
+        window: row i sees only the last window keys up to its own position; None for all. At least 1.
+        soft_cap: positive bound of the scores, None for none.
 
     Returns:
         y [T, H * D]. Rows outside every request are not defined.
@@ -63,9 +73,10 @@ def paged_attention(
             H * D is above `quantize.MAX_ROW` and rows are to be quantized.
 
     Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; Flash-Decoding (Dao et al., 2023); PagedAttention
-    (arXiv 2309.06180).
+    (arXiv 2309.06180); window: Longformer (arXiv 2004.05150), section 3.1; soft cap: Gemma 2 (arXiv 2408.00118),
+    section 2.
     """
-    layout = paged_layout(q.shape[1], k_cache, v_cache)
+    layout = paged_layout(q.shape[1], k_cache, v_cache, window, soft_cap)
     step = Step(
         q.contiguous(),
         codes_of(k_cache),
@@ -83,10 +94,22 @@ def paged_attention(
     if max_query_len == 1:
         return decode(step, splits, quantize)
     y = torch.empty(q.flatten(1).shape, dtype=q.dtype, device=q.device)
-    tile = prefill_tile(gpu, layout.BLOCK_D, q.element_size(), step.k.element_size())
-    _prefill(step, tile, y, max_query_len)
+    _prefill(step, _prefill_tile(gpu, step), y, max_query_len)
     decode(step, splits, None, y)
     return quantized(y, quantize)
+
+
+def _prefill_tile(gpu: Gpu, step: Step) -> AttentionTile:
+    """Half as many rows where int8 codes and a window's mask share the registers: at full height they spill.
+
+    Hopper alone has room for both.
+    """
+    layout = step.layout
+    tile = prefill_tile(gpu, layout.BLOCK_D, step.q.element_size(), step.k.element_size())
+    is_crowded = step.k_scale is not None and (layout.WINDOW is not None or layout.SOFT_CAP is not None)
+    if not is_crowded or gpu.capability == HOPPER or tile.block_m == MIN_ROWS:
+        return tile
+    return replace(tile, block_m=tile.block_m // 2)
 
 
 def _prefill(step: Step, tile: AttentionTile, y: Tensor, max_query_len: int) -> None:
@@ -123,6 +146,7 @@ def _paged_attention_kernel(
     D: tl.constexpr = LAYOUT.D
     GROUP: tl.constexpr = LAYOUT.GROUP
     BLOCK_D: tl.constexpr = LAYOUT.BLOCK_D
+    WINDOW: tl.constexpr = LAYOUT.WINDOW
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     kv_head, request = tl.program_id(1), tl.program_id(2)
     query_start = tl.load(query_starts_ptr + request)
@@ -140,7 +164,7 @@ def _paged_attention_kernel(
     mask = is_row[:, None] & (columns < D)[None, :]
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_ptr += kv_head * LAYOUT.K.HEAD
@@ -153,14 +177,16 @@ def _paged_attention_kernel(
     num_visible = context - num_queries + queries + 1
     first_visible = context - num_queries + first_query + 1
     last = tl.minimum(context, first_visible + QUERIES - 1)
-    # Keys that even the first query sees need no mask.
-    middle = first_visible // BLOCK_N * BLOCK_N
-    blocks = load_blocks(table_ptr, 0, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
-    for start in range(0, middle, BLOCK_N):
-        next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
-        top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
-                                    middle, num_visible, scale, False, LAYOUT, BLOCK_N)  # fmt: skip
-        blocks = next_blocks
+    first = first_key(first_visible, WINDOW, BLOCK_N)
+    # Keys that even the first query sees need no mask. Under a window later rows do not see them: all tiles take one.
+    middle = first_visible // BLOCK_N * BLOCK_N if WINDOW is None else first
+    blocks = load_blocks(table_ptr, first, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
+    if WINDOW is None:
+        for start in range(first, middle, BLOCK_N):
+            next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
+            top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start,
+                                        last, middle, num_visible, scale, False, LAYOUT, BLOCK_N)  # fmt: skip
+            blocks = next_blocks
     for start in range(middle, last, BLOCK_N):
         next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
         top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,

@@ -1,7 +1,7 @@
-"""The int8 product of activations whose every row has one scale per 128 columns, and the tiles of blocked scales.
+"""The int8 product with scales along the summed index: of activations per 128 columns, of weights per group of them.
 
-A scale that changes along the summed index cannot wait for the epilogue: each step of the product is one block, whose
-int32 sum (exact, and below 2^24, so exact in float32 too) is scaled and added to a float32 accumulator.
+Such a scale cannot wait for the epilogue: each step of the product lies in one block or group, and its int32 sum
+(exact, and below 2^24, so exact in float32 too) is scaled and added to a float32 accumulator.
 """
 
 from __future__ import annotations
@@ -63,14 +63,20 @@ def _reading_tile(has_room: bool, k: int, t: int) -> Tile:
 def launch_blocks(
     x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile, per_column: bool, is_gated: bool
 ) -> None:
-    """Fill y from x_q [T, K] with ops.x_scale [T, ceil(K / 128)] and weight_q [N, K]."""
+    """Fill y from x_q [T, K] and weight_q [N, K]: ops.x_scale is [T, ceil(K / 128)] or ops.weight_scale [N, groups]."""
     assert ops.x_scale is not None
-    assert tile.block_k == BLOCK, tile
+    assert ops.weight_scale is not None
     (T, K), N = x_q.shape, len(weight_q)
+    by_weight = ops.weight_scale.ndim == 2
+    width = K // ops.weight_scale.shape[1] if by_weight else BLOCK
+    assert width % tile.block_k == 0, tile
+    scale = (ops.weight_scale if by_weight else ops.x_scale).contiguous()
+    left = ops._replace(weight_scale=None) if by_weight else ops._replace(x_scale=None)
     num_tiles = triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n)
     _int8_linear_blocks_kernel[(num_tiles,)](
-        x_q, ops.x_scale.contiguous(), weight_q, ops._replace(x_scale=None), y, T, N, K,
-        PER_COLUMN=per_column, GATED=is_gated, EVEN_K=K % BLOCK == 0, SWAPPED=tile.kernel == "swapped",
+        x_q, weight_q, scale, left, y, T, N, K, BY_WEIGHT=by_weight, WIDTH=width,
+        PER_ROW=by_weight and ops.x_scale.numel() == T, PER_COLUMN=per_column, GATED=is_gated,
+        EVEN_K=K % tile.block_k == 0, SWAPPED=tile.kernel == "swapped",
         GROUP=tile.group, BLOCK_T=tile.block_t, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_early(y.device, T),
     )  # fmt: skip
@@ -79,13 +85,16 @@ def launch_blocks(
 @triton.jit(do_not_specialize=["T"])
 def _int8_linear_blocks_kernel(
     x_ptr,
-    x_scale_ptr,
     weight_ptr,
+    scale_ptr,
     ops,
     y_ptr,
     T,
     N,
     K,
+    BY_WEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PER_ROW: tl.constexpr,
     PER_COLUMN: tl.constexpr,
     GATED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -96,7 +105,10 @@ def _int8_linear_blocks_kernel(
     BLOCK_K: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One tile of y, or where SWAPPED of y^T = weight x^T: a step multiplies one block and scales what it gives."""
+    """One tile of y, or where SWAPPED of y^T = weight x^T: a step multiplies BLOCK_K columns and scales what it gives.
+
+    scale_ptr: [rows, cdiv(K, WIDTH)], of the weight's rows where BY_WEIGHT, else of x's.
+    """
     num_n = tl.cdiv(N, BLOCK_N)
     tile_t, tile_n = tl.swizzle2d(
         tl.program_id(0) // num_n, tl.program_id(0) % num_n, tl.cdiv(T, BLOCK_T), num_n, GROUP
@@ -105,31 +117,33 @@ def _int8_linear_blocks_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)[None, :]
     await_inputs(DEPENDENT)
-    num_blocks = tl.cdiv(K, BLOCK_K)
     is_token = tokens < T
     x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * K + depth
     weight_ptrs = weight_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + depth
-    scale_ptrs = x_scale_ptr + tokens.to(tl.int64) * num_blocks
+    is_scaled = columns < N if BY_WEIGHT else is_token
+    # Of columns in 32 bits: a thread keeps one for each of its many columns, and would spill.
+    scale_at = (columns if BY_WEIGHT else tokens.to(tl.int64)) * tl.cdiv(K, WIDTH)
+    # The axis of acc along which one scale is shared: acc is [columns, tokens] where SWAPPED.
+    ACROSS: tl.constexpr = 1 if BY_WEIGHT == SWAPPED else 0
     acc = tl.zeros([BLOCK_N, BLOCK_T] if SWAPPED else [BLOCK_T, BLOCK_N], tl.float32)
-    for block in range(num_blocks):
-        scale = tl.load(scale_ptrs + block, mask=is_token, other=0.0)
+    for step in range(tl.cdiv(K, BLOCK_K)):
+        scale = tl.load(scale_ptr + scale_at + step // (WIDTH // BLOCK_K), mask=is_scaled, other=0.0)
         if EVEN_K:
             x = tl.load(x_ptrs, mask=is_token[:, None], other=0)
             weight = tl.load(weight_ptrs)
         else:
-            is_inside = depth < K - block * BLOCK_K
+            is_inside = depth < K - step * BLOCK_K
             x = tl.load(x_ptrs, mask=is_token[:, None] & is_inside, other=0)
             weight = tl.load(weight_ptrs, mask=is_inside, other=0)
         # Written as fma, so that no tile and no compiler rounds a row otherwise than another.
         if SWAPPED:
             part = tl.dot(weight, tl.trans(x), out_dtype=tl.int32)
-            acc = tl.fma(part.to(tl.float32), scale[None, :], acc)
         else:
             part = tl.dot(x, tl.trans(weight), out_dtype=tl.int32)
-            acc = tl.fma(part.to(tl.float32), scale[:, None], acc)
+        acc = tl.fma(part.to(tl.float32), tl.expand_dims(scale, ACROSS), acc)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
     launch_dependents(DEPENDENT)
     if SWAPPED:
         acc = tl.trans(acc)
-    finish_tile(acc, ops, y_ptr, tokens, tile_n * BLOCK_N, T, N, False, PER_COLUMN, GATED)
+    finish_tile(acc, ops, y_ptr, tokens, tile_n * BLOCK_N, T, N, PER_ROW, PER_COLUMN, GATED)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent import await_inputs, launch_dependents, launch_early
-from kernels.paging import LIFT, Layout, fold_keys, load_blocks
+from kernels.paging import LIFT, Layout, first_key, fold_keys, load_blocks, lowest_top
 from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import AttentionTile
@@ -53,7 +53,10 @@ def decode(step: Step, tile: AttentionTile, quantize: ToInt8 | None, y: Tensor |
     """Attend for every request with one query row; other rows of y [T, H * D] are left alone."""
     q, layout = step.q, step.layout
     (B, max_blocks), (_, H, D) = step.block_tables.shape, q.shape
-    num_splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(max_blocks * layout.BLOCK_SIZE, MIN_SPLIT)))
+    max_keys = max_blocks * layout.BLOCK_SIZE
+    if layout.WINDOW is not None:
+        max_keys = min(max_keys, layout.WINDOW + tile.block_n - 1)
+    num_splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(max_keys, MIN_SPLIT)))
     y = torch.empty((len(q), H * D), dtype=q.dtype, device=q.device) if y is None else y
     if num_splits == 1:
         _launch_splits(step, tile, y, None)
@@ -84,15 +87,15 @@ def _launch_sum(step: Step, tile: AttentionTile, part: Tensor, lse: Tensor, out:
     heads, block_d = min(SUM_HEADS, triton.next_power_of_2(H)), step.layout.BLOCK_D
     _paged_decode_sum_kernel[(B, triton.cdiv(H, heads))](
         part, lse, out, step.query_starts, step.context_lens, H, HEADS=heads, D=D, BLOCK_D=block_d,
-        BLOCK_N=tile.block_n, SPLITS=num_splits, STAGES=SUM_STAGES, num_warps=max(1, heads * block_d // 256),
-        **launch_early(part.device, B),
+        BLOCK_N=tile.block_n, SPLITS=num_splits, STAGES=SUM_STAGES, WINDOW=step.layout.WINDOW,
+        num_warps=max(1, heads * block_d // 256), **launch_early(part.device, B),
     )  # fmt: skip
 
 
 @triton.jit
-def _split_len(context, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys of one split: whole tiles, the same for every split of a request but the last."""
-    return tl.maximum(MIN_KEYS, tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_N) * BLOCK_N)
+def _split_len(num_keys, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys of one split of num_keys: whole tiles, the same for every split of a request but the last."""
+    return tl.maximum(MIN_KEYS, tl.cdiv(tl.cdiv(num_keys, SPLITS), BLOCK_N) * BLOCK_N)
 
 
 @triton.jit
@@ -125,13 +128,15 @@ def _paged_decode_kernel(
     D: tl.constexpr = LAYOUT.D
     GROUP: tl.constexpr = LAYOUT.GROUP
     BLOCK_D: tl.constexpr = LAYOUT.BLOCK_D
+    WINDOW: tl.constexpr = LAYOUT.WINDOW
     kv_head, request = tl.program_id(1), tl.program_id(2).to(tl.int64)
     query_start = tl.load(query_starts_ptr + request)
     if tl.load(query_starts_ptr + request + 1) - query_start != 1:
         return
     context = tl.load(context_lens_ptr + request)
-    split_len = _split_len(context, SPLITS, BLOCK_N)
-    first = tl.program_id(0) * per_program * split_len
+    window_start = first_key(context, WINDOW, BLOCK_N)
+    split_len = _split_len(context - window_start, SPLITS, BLOCK_N)
+    first = window_start + tl.program_id(0) * per_program * split_len
     last = tl.minimum(context, first + per_program * split_len)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     heads, H = kv_head * GROUP + rows, tl.num_programs(1) * GROUP
@@ -139,7 +144,7 @@ def _paged_decode_kernel(
     at = (query_start.to(tl.int64) * H + heads)[:, None] * D + columns[None, :]
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_ptr += kv_head * LAYOUT.K.HEAD
@@ -149,19 +154,19 @@ def _paged_decode_kernel(
     if v_scale_ptr is not None:
         v_scale_ptr += kv_head * LAYOUT.V_SCALE.HEAD
     table_ptr += request * max_blocks
-    num_visible = tl.full([BLOCK_M], last, tl.int32)
+    num_visible = tl.full([BLOCK_M], last if WINDOW is None else context, tl.int32)
     blocks = load_blocks(table_ptr, first, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
     for start in range(first, last, BLOCK_N):
         next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
-        # A split starts from -inf, which also shrinks what the split before it has left to nothing.
-        top = tl.where(start % split_len == 0, float("-inf"), top)
+        # A split starts from the lowest, which also shrinks what the split before it has left to nothing.
+        top = tl.where((start - window_start) % split_len == 0, lowest_top(WINDOW), top)
         top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
                                     last, num_visible, scale, True, LAYOUT, BLOCK_N)  # fmt: skip
         blocks = next_blocks
         if lse_ptr is not None:
             end = start + BLOCK_N
-            if (end % split_len == 0) | (end >= last):
-                part = (request * SPLITS + start // split_len) * H + heads
+            if ((end - window_start) % split_len == 0) | (end >= last):
+                part = (request * SPLITS + (start - window_start) // split_len) * H + heads
                 y = acc / (total if v_scale_ptr is None else total * LIFT)[:, None]
                 tl.store(part_ptr + part[:, None] * D + columns[None, :], y, mask=mask)
                 tl.store(lse_ptr + part, top + tl.math.log2(total), mask=rows < GROUP)
@@ -186,6 +191,7 @@ def _paged_decode_sum_kernel(
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    WINDOW: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """HEADS heads of one decode: its splits' results, each weighted by its share of the whole softmax sum."""
@@ -196,7 +202,8 @@ def _paged_decode_sum_kernel(
     if tl.load(query_starts_ptr + request + 1) - query_start != 1:
         return
     context = tl.load(context_lens_ptr + request)
-    num_splits = tl.cdiv(context, _split_len(context, SPLITS, BLOCK_N))
+    num_keys = context - first_key(context, WINDOW, BLOCK_N)
+    num_splits = tl.cdiv(num_keys, _split_len(num_keys, SPLITS, BLOCK_N))
     heads, columns = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK_D)
     is_head = heads < H
     at = heads[:, None] * D + columns[None, :]

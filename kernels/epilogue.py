@@ -18,10 +18,10 @@ MAX_PIECE = tl.constexpr(BLOCK)
 
 
 class Epilogue(NamedTuple):
-    """The operands of an epilogue, None where not asked for. Without weight_scale y is the accumulator itself.
+    """The operands of an epilogue, None where not asked for. Without any scale y is the accumulator itself.
 
     x_scale: float32 [T] (PER_ROW) or [1], or [T, blocks], which the product applies and its epilogue is not given.
-    weight_scale: float32 [N] (PER_COLUMN) or [1].
+    weight_scale: float32 [N] (PER_COLUMN) or [1], or [N, groups], of which the same is true.
     bias: [N] float.                            residual: float, of y's shape.
     out_scale: float32 [1]; y is int8 codes.    row_max: float32 [T, pieces], written: max |y| of each piece of a row.
     block_scale: float32 [T, blocks], written; y is int8 codes. A tile has to hold whole blocks of y.
@@ -59,7 +59,7 @@ def finish_tile(
 def _finish_piece(
     acc, ops, y_ptr, tokens, first, T, N, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr, GATED: tl.constexpr
 ):
-    if ops.weight_scale is None:
+    if ops.weight_scale is None and ops.x_scale is None:
         columns = first + tl.arange(0, acc.shape[1])
         at = tokens.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(y_ptr + at, acc, mask=(tokens < T)[:, None] & (columns < N)[None, :])
@@ -92,7 +92,7 @@ def dequantize(acc, ops, tokens, columns, T, N, PER_ROW: tl.constexpr, PER_COLUM
     y = acc.to(tl.float32)
     if PER_COLUMN:
         y *= tl.load(ops.weight_scale + columns, mask=columns < N, other=0.0)[None, :]
-    else:
+    elif ops.weight_scale is not None:
         y *= tl.load(ops.weight_scale)
     if PER_ROW:
         y *= tl.load(ops.x_scale + tokens, mask=tokens < T, other=0.0)[:, None]

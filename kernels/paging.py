@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import triton
@@ -15,9 +16,11 @@ __all__ = [
     "Layout",
     "Strides",
     "codes_of",
+    "first_key",
     "fold_keys",
     "key_offsets",
     "load_blocks",
+    "lowest_top",
     "paged_layout",
     "scale_of",
     "strides_of",
@@ -28,6 +31,8 @@ MAX_NARROW = 2**31
 
 # Lifts p * v_scale out of float16's subnormals. A scale of float16 values is at most 65504 / 127: it stays finite.
 LIFT = tl.constexpr(64.0)
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 # The byte code + 128 below the byte 0x64 is the float16 1152 + code: five instructions for four codes, where the plain
 # conversion of each runs at an eighth of their rate.
@@ -54,7 +59,11 @@ class Strides:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What attention is compiled for: GROUP query heads to a key head, head size D, where the caches keep a slot."""
+    """What attention is compiled for: GROUP query heads to a key head, head size D, where the caches keep a slot.
+
+    WINDOW: the keys a query sees, its own the last; None for all before it.
+    SOFT_CAP: what scores stay below, each way; None for no bound.
+    """
 
     GROUP: int
     D: int
@@ -65,6 +74,8 @@ class Layout:
     K_SCALE: Strides | None
     V_SCALE: Strides | None
     IS_WIDE: bool
+    WINDOW: int | None
+    SOFT_CAP: float | None
 
 
 def codes_of(cache: Tensor | Quantized) -> Tensor:
@@ -77,7 +88,13 @@ def scale_of(cache: Tensor | Quantized) -> Tensor | None:
     return cache.scale if isinstance(cache, Quantized) else None
 
 
-def paged_layout(num_heads: int, k_cache: Tensor | Quantized, v_cache: Tensor | Quantized) -> Layout:
+def paged_layout(
+    num_heads: int,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Layout:
     """The layout of two caches under num_heads query heads.
 
     Raises:
@@ -101,6 +118,8 @@ def paged_layout(num_heads: int, k_cache: Tensor | Quantized, v_cache: Tensor | 
         None if k_scale is None else Strides(*k_scale.stride()),
         None if v_scale is None else Strides(*v_scale.stride()),
         max(_reach(codes_of(cache)) for cache in (k_cache, v_cache)) > MAX_NARROW,
+        window,
+        soft_cap,
     )
 
 
@@ -157,6 +176,28 @@ def load_blocks(table_ptr, start, last, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
+def first_key(num_visible, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first key of the first tile that a query with num_visible keys up to its own has to read."""
+    return 0 if WINDOW is None else tl.maximum(num_visible - WINDOW, 0) // BLOCK_N * BLOCK_N
+
+
+@triton.jit
+def lowest_top(WINDOW: tl.constexpr):
+    """Where a running maximum of scores begins.
+
+    A finite number under a window: a row may see no key of a tile that another row needs, and -inf - -inf is NaN.
+    """
+    return float("-inf") if WINDOW is None else -1e30
+
+
+@triton.jit
+def _soft_cap(x, CAP: tl.constexpr):
+    """CAP * tanh(x / CAP) in powers of two: with e^2u = exp2(2u * log2(e)), tanh(u) = 1 - 2 / (1 + e^2u)."""
+    LIMIT: tl.constexpr = CAP * LOG2_E
+    return LIMIT * (1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2_E / LIMIT))))
+
+
+@triton.jit
 def fold_keys(
     q,
     top,
@@ -178,10 +219,13 @@ def fold_keys(
 ):
     """Fold keys start .. start + BLOCK_N - 1 into the running softmax of query rows q [BLOCK_M, BLOCK_D].
 
-    Row m sees its first num_visible[m] keys, and each row the first num_unmasked; keys from last on are not read.
+    Row m sees its first num_visible[m] keys, or the last WINDOW of them, and without a window each row the first
+    num_unmasked; keys from last on are not read.
     top: largest score so far (in powers of two), total: sum of exp2(score - top), acc: the same sum weighted by v,
     times LIFT where v is int8. Without MASKED every row sees every key. start is a multiple of BLOCK_N.
     """
+    WINDOW: tl.constexpr = LAYOUT.WINDOW
+    SOFT_CAP: tl.constexpr = LAYOUT.SOFT_CAP
     K: tl.constexpr = LAYOUT.K
     V: tl.constexpr = LAYOUT.V
     K_SCALE: tl.constexpr = LAYOUT.K_SCALE
@@ -201,7 +245,13 @@ def fold_keys(
     if k_scale_ptr is not None:
         at = key_offsets(blocks, slots, K_SCALE, LAYOUT.IS_WIDE)
         scores *= _load(k_scale_ptr + at, is_key, MASKED)[None, :]
-    if MASKED:  # noqa: SIM102
+    if SOFT_CAP is not None:
+        scores = _soft_cap(scores * scale, SOFT_CAP)
+        scale = 1.0
+    if WINDOW is not None:
+        is_seen = (keys[None, :] < num_visible[:, None]) & (keys[None, :] >= (num_visible - WINDOW)[:, None])
+        scores = tl.where(is_seen, scores, float("-inf"))
+    elif MASKED:  # noqa: SIM102
         if start + BLOCK_N > num_unmasked:
             scores = tl.where(keys[None, :] < num_visible[:, None], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent import await_inputs, launch_dependents, launch_early
-from kernels.quantized import CODE_MAX, TINY, Quantized, ToInt8
+from kernels.quantized import CODE_MAX, TINY, Quantized, ToInt8, require_scale
 
 __all__ = ["MAX_BUSY_ROW", "MAX_ROW", "quantize_rows", "quantize_tensor"]
 
@@ -20,6 +20,7 @@ MAX_BUSY_ROW = 16384
 
 MAX_PARTIALS = 256
 CODE_LIMIT = tl.constexpr(float(CODE_MAX))
+LOWEST_CODE = tl.constexpr(-128.0)
 ZERO_BELOW = tl.constexpr(TINY)
 # Adding and subtracting 1.5 * 2^23 leaves float32 no room for a fraction: round to nearest, ties to even.
 ROUNDER = tl.constexpr(12582912.0)
@@ -59,20 +60,26 @@ def quantize_rows(x: Tensor, row_max: Tensor | None = None) -> Quantized:
     return Quantized(codes, scale)
 
 
-def quantize_tensor(x: Tensor, scale: Tensor | None = None) -> Quantized:
+def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Quantized:
     """Round all of x to int8 with one scale: one pass where the scale is given, two where it has to be found.
 
     scale = max |x| / 127 unless given        codes = clamp(rint(x / scale), -127, 127)
+    with a zero point                         codes = clamp(rint(x / scale) + zero_point, -128, 127)
 
     Args:
         x: [T, K] float, any strides; K of any length.
         scale: float32 [1], positive, or None.
+        zero_point: int8 [1], the code of 0, or None; only with a scale that is given.
 
     Returns:
-        codes [T, K] int8 in -127..127 (ties to even) and scale [1] float32.
+        codes [T, K] int8 (ties to even) and scale [1] float32.
 
-    Source: SmoothQuant (arXiv 2211.10438), table 2.
+    Raises:
+        ValueError: a zero point without a scale.
+
+    Source: SmoothQuant (arXiv 2211.10438), table 2; the zero point: Jacob et al. (arXiv 1712.05877), equation 1.
     """
+    require_scale(scale, zero_point)
     x = with_unit_stride(x)
     T, K = x.shape
     codes = torch.empty((T, K), dtype=torch.int8, device=x.device)
@@ -85,8 +92,9 @@ def quantize_tensor(x: Tensor, scale: Tensor | None = None) -> Quantized:
         _absmax_kernel[(num_partials,)](x, partial, T, K, x.stride(0), BLOCK=block, **launch_early(x.device, T))
     grid = (T, triton.cdiv(K, block))
     _quantize_tensor_kernel[grid](
-        x, partial, codes, found, K, x.stride(0), NUM_PARTIALS=num_partials, BLOCK=block, **launch_early(x.device, T)
-    )
+        x, partial, codes, found, zero_point, K, x.stride(0),
+        NUM_PARTIALS=num_partials, BLOCK=block, **launch_early(x.device, T),
+    )  # fmt: skip
     return Quantized(codes, found)
 
 
@@ -155,9 +163,20 @@ def is_dynamic(quantize: ToInt8 | None) -> bool:
 @triton.jit
 def to_codes(y, scale):
     """clamp(rint(y / scale), -127, 127) as int8. NaN becomes 0: the scale of its row already says so."""
-    limit = CODE_LIMIT * scale
-    y = tl.minimum(y, limit, propagate_nan=tl.PropagateNan.ALL)
-    y = tl.maximum(y, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return _to_codes_between(y, scale, -CODE_LIMIT, CODE_LIMIT, 0)
+
+
+@triton.jit
+def to_shifted_codes(y, scale, zero_point):
+    """clamp(rint(y / scale) + zero_point, -128, 127) as int8. NaN becomes 0, as in the symmetric form."""
+    return _to_codes_between(y, scale, LOWEST_CODE - zero_point, CODE_LIMIT - zero_point, zero_point)
+
+
+@triton.jit
+def _to_codes_between(y, scale, low, high, shift):
+    """rint(y / scale), held between two whole numbers, plus shift."""
+    y = tl.minimum(y, scale * high, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.maximum(y, scale * low, propagate_nan=tl.PropagateNan.ALL)
     if INTERPRETED:
         code = tl.div_rn(y, scale)
     else:
@@ -167,7 +186,7 @@ def to_codes(y, scale):
         code = y * inverse
         code = tl.fma(tl.fma(-code, scale, y), inverse, code)
     # The sum leaves the code in the low bits of the float.
-    return tl.where(code == code, (code + ROUNDER).to(tl.int32, bitcast=True), 0).to(tl.int8)
+    return tl.where(code == code, (code + ROUNDER).to(tl.int32, bitcast=True) + shift, 0).to(tl.int8)
 
 
 @triton.jit
@@ -252,6 +271,7 @@ def _quantize_tensor_kernel(
     partial_ptr,
     codes_ptr,
     scale_ptr,
+    zero_point_ptr,
     K,
     stride_t,
     NUM_PARTIALS: tl.constexpr,
@@ -269,4 +289,8 @@ def _quantize_tensor_kernel(
     else:
         scale = to_scale(tl.max(tl.load(partial_ptr + tl.arange(0, NUM_PARTIALS)), axis=0))
         tl.store(scale_ptr, scale, mask=(row == 0) & (tl.program_id(1) == 0))
-    tl.store(codes_ptr + row.to(tl.int64) * K + columns, to_codes(x, scale), mask=mask)
+    if zero_point_ptr is None:
+        codes = to_codes(x, scale)
+    else:
+        codes = to_shifted_codes(x, scale, tl.load(zero_point_ptr).to(tl.int32))
+    tl.store(codes_ptr + row.to(tl.int64) * K + columns, codes, mask=mask)

@@ -7,11 +7,26 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+__all__ = [
+    "BLOCK",
+    "CODE_MAX",
+    "MIN_GROUP",
+    "TINY",
+    "Outliers",
+    "Quantized",
+    "ToInt8",
+    "group_size_of",
+    "require_scale",
+]
+
 CODE_MAX = 127
 """Codes live in -127..127. -128 is never written: the range stays symmetric."""
 
 BLOCK = 128
 """Columns that share a scale where each row has several: the depth of one step of the product that reads them."""
+
+MIN_GROUP = 32
+"""Fewest columns of a weight's row that may share a scale of their own: one step of the int8 tensor cores."""
 
 TINY = 2.0**-100
 """A row whose largest magnitude is below this counts as zero: scale 1, codes 0 (no division by zero)."""
@@ -33,6 +48,17 @@ class Quantized(NamedTuple):
         return self.codes.nbytes + self.scale.nbytes
 
 
+class Outliers(NamedTuple):
+    """The columns of an activation [T, K] that a mixed-precision product keeps in float.
+
+    columns: int32 [K]; the first `num_columns` are their indices, rising, the rest is not defined.
+    num_columns: int32 [1], on the device, where nothing waits for the host to read it.
+    """
+
+    columns: Tensor
+    num_columns: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class ToInt8:
     """Asks an op to write `Quantized` instead of float.
@@ -51,3 +77,29 @@ class ToInt8:
     def __post_init__(self) -> None:
         if self.is_blocked and self.scale is not None:
             raise ValueError("is_blocked finds its own scales: scale must be None")
+
+
+def group_size_of(weight_q: Tensor, weight_scale: Tensor) -> int:
+    """The columns that share one scale, from weight_q [N, K] and weight_scale [N, K / group size].
+
+    Raises:
+        ValueError: weight_scale is not of that shape for a power of two from `MIN_GROUP` as the group size.
+    """
+    (N, K), shape = weight_q.shape, tuple(weight_scale.shape)
+    size = K // shape[1] if len(shape) == 2 and shape[1] else 0
+    if shape != (N, K // max(1, size)) or K % max(1, size) or size < MIN_GROUP or size & (size - 1):
+        raise ValueError(
+            f"weight_scale {shape} must be [N, K / group size] for weight_q {(N, K)}, the group size a power of two "
+            f"from {MIN_GROUP} that divides K"
+        )
+    return size
+
+
+def require_scale(scale: Tensor | None, zero_point: Tensor | None) -> None:
+    """Raise unless a zero point comes with the scale that it belongs to.
+
+    Raises:
+        ValueError: a zero point without a scale.
+    """
+    if zero_point is not None and scale is None:
+        raise ValueError("a zero point belongs to a scale that is given: a scale found in max |x| is symmetric")

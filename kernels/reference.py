@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.quantized import BLOCK, CODE_MAX, TINY, Quantized, ToInt8
+from kernels.quantized import BLOCK, CODE_MAX, TINY, Outliers, Quantized, ToInt8, group_size_of, require_scale
 
 # MKL may otherwise sum in an order that depends on where its operands lie in memory, and the same row would round
 # differently alone and in a batch. It reads this at its first product.
@@ -24,9 +24,12 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 __all__ = [
     "gelu",
+    "gelu_mul",
     "int8_gated_linear",
+    "int8_group_linear",
     "int8_linear",
     "int8_matmul",
+    "int8_outlier_linear",
     "layer_norm",
     "paged_attention",
     "quantize_blocks",
@@ -36,6 +39,7 @@ __all__ = [
     "rms_norm",
     "rope_and_cache",
     "silu_mul",
+    "split_outliers",
 ]
 
 
@@ -82,25 +86,57 @@ def quantize_blocks(x: Tensor) -> Quantized:
     return Quantized(codes.view(T, num_blocks * BLOCK)[:, :K].contiguous(), scale.view(T, num_blocks))
 
 
-def quantize_tensor(x: Tensor, scale: Tensor | None = None) -> Quantized:
+def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Quantized:
     """Round all of x to int8 with one scale, given or found.
 
     scale = max |x| / 127 unless given        codes = clamp(rint(x / scale), -127, 127)
+    with a zero point                         codes = clamp(rint(x / scale) + zero_point, -128, 127)
 
     Args:
         x: [T, K] float, any strides.
         scale: float32 [1], positive: a static scale. None finds the tensor's own, by the rules of `quantize_rows`.
+        zero_point: int8 [1], the code of 0, or None; only with a scale that is given. Then
+            x ~ (codes - zero_point) * scale, and what multiplies the codes has to take the zero point off.
 
     Returns:
-        codes [T, K] int8 in -127..127 (ties to even) and scale [1] float32.
+        codes [T, K] int8 (ties to even), in -127..127 where there is no zero point, and scale [1] float32.
 
-    Source: SmoothQuant (arXiv 2211.10438), table 2: per-tensor static (O3) and dynamic (O2) activations.
+    Raises:
+        ValueError: a zero point without a scale.
+
+    Source: SmoothQuant (arXiv 2211.10438), table 2: per-tensor static (O3) and dynamic (O2) activations; the zero
+    point: Jacob et al. (arXiv 1712.05877), equation 1.
     """
+    require_scale(scale, zero_point)
     x = x.float()
     if scale is None:
         absmax = x.abs().amax().reshape(1)
         scale = (absmax / CODE_MAX).masked_fill_(absmax < TINY, 1.0)
-    return Quantized((x / scale).round_().clamp_(-CODE_MAX, CODE_MAX).to(torch.int8), scale)
+    codes = (x / scale).round_()
+    codes = codes.clamp_(-CODE_MAX, CODE_MAX) if zero_point is None else codes.add_(zero_point).clamp_(-128, CODE_MAX)
+    return Quantized(codes.to(torch.int8), scale)
+
+
+def split_outliers(x: Tensor, threshold: float) -> tuple[Quantized, Outliers]:
+    """Round each row of x to int8 without the columns that hold an outlier, and list these.
+
+    O = {k : max_t |x_tk| >= threshold}        scale_t = max_{k not in O} |x_tk| / 127        codes = 0 in O
+
+    Args:
+        x: [T, K] float, any strides.
+        threshold: positive, in x's units. NaN counts as an outlier.
+
+    Returns:
+        codes [T, K] int8 and scale [T], by the rules of `quantize_rows`, and O.
+
+    Source: LLM.int8() (arXiv 2208.07339), section 3.2.
+    """
+    # Written so that NaN is one.
+    is_outlier = ~(x.abs() < threshold).all(0)
+    columns = is_outlier.nonzero().squeeze(-1).to(torch.int32)
+    count = torch.tensor([len(columns)], dtype=torch.int32, device=x.device)
+    listed = Outliers(F.pad(columns, (0, len(is_outlier) - len(columns))), count)
+    return quantize_rows(x.masked_fill(is_outlier, 0.0)), listed
 
 
 def rms_norm(
@@ -169,6 +205,21 @@ def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quanti
         return _joined([silu_mul(gate_up[rows], quantize) for rows in _row_blocks(len(gate_up))])
     gate, up = gate_up.float().chunk(2, dim=-1)
     return _store(F.silu(gate).mul_(up), gate_up.dtype, quantize)
+
+
+def gelu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
+    """Gate the second half of each row by GELU, in its tanh form, of the first.
+
+    y = gelu(gate) * up
+
+    Args: as `silu_mul`.
+
+    Source: GLU variants (arXiv 2002.05202), GEGLU.
+    """
+    if len(gate_up) > ROWS_AT_ONCE:
+        return _joined([gelu_mul(gate_up[rows], quantize) for rows in _row_blocks(len(gate_up))])
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return _store(F.gelu(gate, approximate="tanh").mul_(up), gate_up.dtype, quantize)
 
 
 def gelu(
@@ -263,6 +314,90 @@ def int8_linear(
     )
 
 
+def int8_group_linear(
+    x: Quantized,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """Apply an int8 Linear whose weights have one scale per row and group g of neighbouring columns.
+
+    y_tn = x_scale_t * sum_g weight_scale_ng * (sum_{k in g} x_q_tk * weight_q_nk) + bias_n + residual_tn
+
+    The inner sums are int32 products; they are scaled and added in float32, in the order of g.
+
+    Args:
+        x: codes [T, K], scale [T] or [1].
+        weight_q: [N, K] int8, rows contiguous.
+        weight_scale: float32 [N, K / group size], the group size a power of two from 32.
+        bias: [N] float or None.
+        residual: [T, N] float or None.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        y [T, N].
+
+    Raises:
+        ValueError: weight_scale is not of a shape above.
+
+    Source: ZeroQuant (arXiv 2206.01861), section 4.1: group-wise weights, token-wise activations.
+    """
+    group_size, scales = group_size_of(weight_q, weight_scale), weight_scale.t().contiguous()
+    x_scale, one = x.scale.expand(len(x.codes)), x.scale.new_ones(1)
+    blocks = []
+    for rows in _row_blocks(max(1, len(x.codes))):
+        acc = _sum_parts(x.codes[rows], weight_q, scales, group_size)
+        added = None if residual is None else residual[rows]
+        blocks.append(_finish(acc, x_scale[rows], one, bias, added, out_dtype, None))
+    y = _joined(blocks)
+    assert isinstance(y, Tensor)  # nothing was quantized
+    return y
+
+
+def int8_outlier_linear(
+    x: Tensor,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    threshold: float = 6.0,
+) -> Tensor:
+    """Apply a Linear in int8 but for the input columns that hold an outlier, which it multiplies in float.
+
+    O = {k : max_t |x_tk| >= threshold}
+    y_tn = int8_linear(x without O)_tn + weight_scale_n * sum_{k in O} x_tk * weight_q_nk
+
+    What is split is the summed dimension, the features: every token has its outlier features multiplied in float and
+    all others in int8, with row scales found without them.
+
+    Args:
+        x: [T, K] float, any strides.
+        weight_q: [N, K] int8, rows contiguous. In the float part it stands for weight_q * weight_scale: the float
+            weight is not kept.
+        weight_scale: float32 [N] or [1].
+        bias: [N] float or None.
+        residual: [T, N] float or None.
+        out_dtype: float16, bfloat16 or float32; of y, and of the int8 part before the float part is added.
+        threshold: positive, in x's units. NaN counts as an outlier.
+
+    Returns:
+        y [T, N]. A row depends on its batch, which decides O.
+
+    Source: LLM.int8() (arXiv 2208.07339), section 3.2 and equation 8.
+    """
+    x_q, (columns, count) = split_outliers(x, threshold)
+    y = int8_linear(x_q, weight_q, weight_scale, bias, residual, out_dtype)
+    assert isinstance(y, Tensor)  # no out_scale was given
+    found = columns[: int(count)]
+    if not len(found):
+        return y
+    outliers = x.index_select(1, found).float() @ weight_q.index_select(1, found).float().t()
+    return outliers.mul_(weight_scale).add_(y).to(out_dtype)
+
+
 def int8_gated_linear(
     x: Quantized,
     weight_q: Tensor,
@@ -296,11 +431,20 @@ def _sum_blocks(x: Quantized, weight_q: Tensor) -> tuple[Tensor, Tensor]:
     T, K = x.codes.shape
     if x.scale.shape != (T, -(-K // BLOCK)):
         raise ValueError(f"x.scale {tuple(x.scale.shape)} must be {(T, -(-K // BLOCK))} for x {(T, K)}")
-    acc = x.scale.new_zeros(T, len(weight_q))
-    for block, scale in zip(range(0, K, BLOCK), x.scale.t().unsqueeze(-1), strict=True):
-        columns = slice(block, block + BLOCK)
-        acc.addcmul_(int8_matmul(x.codes[:, columns], weight_q[:, columns].contiguous()).float(), scale)
-    return acc, x.scale.new_ones(1)
+    return _sum_parts(x.codes, weight_q, x.scale.t().unsqueeze(-1), BLOCK), x.scale.new_ones(1)
+
+
+def _sum_parts(x_q: Tensor, weight_q: Tensor, scales: Tensor, width: int) -> Tensor:
+    """sum_p (x_q weight_q^T over columns p * width ..) * scales[p], float32 [T, N], in the order of p.
+
+    Each part is one int8 product that reads its columns where they lie: two thirds of the time that copies of them
+    would take at one token, half of it at 128 (K = 576 and 1536, 9 to 12 parts).
+    """
+    acc = scales.new_zeros(len(x_q), len(weight_q))
+    for part, scale in enumerate(scales):
+        columns = slice(part * width, (part + 1) * width)
+        acc.addcmul_(torch._int_mm(x_q[:, columns], weight_q[:, columns].t()), scale)
+    return acc
 
 
 def _finish(
@@ -330,31 +474,41 @@ def rope_and_cache(
     k_cache: Tensor | Quantized,
     v_cache: Tensor | Quantized,
     num_heads: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Rotate queries and keys by their positions; write keys and values into the paged cache.
 
     For i < R/2, with c, s = cos_sin[position, i], cos_sin[position, R/2 + i]:
         out_i = x_i c - x_{i+R/2} s        out_{i+R/2} = x_{i+R/2} c + x_i s        (columns from R on unchanged)
+    With weights each head of q and k is first scaled to unit root mean square: x / sqrt(mean_d x^2 + eps) * weight.
 
     Args:
         qkv: [T, (H + 2G) D] float: queries, then keys, then values, head by head.
         positions: [T] int32, row of cos_sin.
         slots: [T] int32, block * block_size + offset; -1 writes nothing (a padding row).
-        cos_sin: [P, R] float32, R even and at most D.
+        cos_sin: [P, R] float32, R even and at most D; 0 turns nothing.
         k_cache, v_cache: [num_blocks, block_size, G, D], written in place. Either may be `Quantized`, int8 codes with
             a float32 scale [num_blocks, block_size, G]: each token's head is then rounded with a scale of its own, by
             the rules of `quantize_rows`, the key after its rotation in float32.
         num_heads: H.
+        q_weight, k_weight: [D] float, of the norms of queries and keys; both or neither.
+        eps: added to the mean square.
 
     Returns:
         q [T, H, D] in qkv's dtype, rotated.
 
     Source: RoFormer (arXiv 2104.09864), equation 34, with halves instead of neighbours paired; PagedAttention
-    (arXiv 2309.06180).
+    (arXiv 2309.06180); norms of queries and keys: arXiv 2302.05442, section 2.
     """
     num_kv_heads, head_size = (k_cache.codes if isinstance(k_cache, Quantized) else k_cache).shape[-2:]
     qkv = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_size)
-    rotated = _rotate(qkv[:, : num_heads + num_kv_heads].float(), cos_sin[positions])
+    heads = qkv[:, : num_heads + num_kv_heads].float()
+    if q_weight is not None and k_weight is not None:
+        weight = torch.cat((q_weight.float().expand(num_heads, -1), k_weight.float().expand(num_kv_heads, -1)))
+        heads = heads * (heads.square().mean(-1, keepdim=True) + eps).rsqrt_() * weight
+    rotated = _rotate(heads, cos_sin[positions])
     slots = slots.long()
     if slots.min().item() < 0:
         keep = slots >= 0
@@ -386,11 +540,14 @@ def paged_attention(
     max_query_len: int,
     scale: float,
     quantize: ToInt8 | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor | Quantized:
     """Attend causally over the paged cache, for prefill chunks and decodes in one batch.
 
     Request b owns query rows query_starts[b] .. query_starts[b+1]-1; row i of its n sits at position
     context_lens[b] - n + i and sees keys 0 .. that position.        y = softmax(q k^T * scale) v
+    With a soft cap c the scores are c tanh(q k^T * scale / c).
 
     Args:
         q: [T, H, D] float.
@@ -402,14 +559,17 @@ def paged_attention(
         max_query_len: the largest number of query rows of one request (a grid size; 1 for a decode step).
         scale: positive, usually D ** -0.5.
         quantize: None writes y in q's dtype; `ToInt8` writes codes and scale of y rounded to q's dtype.
+        window: row i sees only the last window keys up to its own position; None for all. At least 1.
+        soft_cap: positive bound of the scores, None for none.
 
     Returns:
         y [T, H * D]. Rows outside every request are not defined.
 
-    Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; PagedAttention (arXiv 2309.06180).
+    Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; PagedAttention (arXiv 2309.06180); window: Longformer
+    (arXiv 2004.05150), section 3.1; soft cap: Gemma 2 (arXiv 2408.00118), section 2.
     """
     if max_query_len == 1 and len(context_lens) == len(q):
-        out = _decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale)
+        out = _decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale, window, soft_cap)
         return _store(out, q.dtype, quantize)
     out = torch.empty_like(q).flatten(1)
     starts, contexts = query_starts.tolist(), context_lens.tolist()
@@ -418,16 +578,18 @@ def paged_attention(
     decodes = [b for b, length in enumerate(lengths) if length == 1]
     if decodes:
         rows = [starts[b] for b in decodes]
-        out[rows] = _decode_attention(q[rows], k_cache, v_cache, block_tables[decodes], context_lens[decodes], scale)
+        out[rows] = _decode_attention(
+            q[rows], k_cache, v_cache, block_tables[decodes], context_lens[decodes], scale, window, soft_cap
+        )
     for b, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
         if length < 2:
             continue
         chunk = slice(starts[b], starts[b + 1])
         keys, values = (_gather_blocks(cache, block_tables[b : b + 1], context) for cache in (k_cache, v_cache))
         mask = torch.ones(length, context, dtype=torch.bool, device=q.device).tril(context - length)
-        y = F.scaled_dot_product_attention(
-            q[chunk].float().transpose(0, 1)[None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
-        )
+        if window is not None:
+            mask = mask.triu(context - length - window + 1)
+        y = _attend(q[chunk].float().transpose(0, 1)[None], keys, values, mask, scale, soft_cap)
         out[chunk] = y[0].transpose(0, 1).flatten(1).to(q.dtype)
     return _store(out, q.dtype, quantize)
 
@@ -439,6 +601,8 @@ def _decode_attention(
     block_tables: Tensor,
     context_lens: Tensor,
     scale: float,
+    window: int | None,
+    soft_cap: float | None,
 ) -> Tensor:
     """`paged_attention` where every request has one query row: one batched product over padded contexts."""
     block_size = (k_cache.codes if isinstance(k_cache, Quantized) else k_cache).shape[1]
@@ -450,11 +614,20 @@ def _decode_attention(
     slots = block_tables.gather(1, (inside // block_size).long()) * block_size + inside % block_size
     keys, values = (_gather(cache, slots) for cache in (k_cache, v_cache))
     beyond = positions >= context_lens[:, None]
+    if window is not None:
+        beyond |= positions < context_lens[:, None] - window
     mask = torch.zeros(beyond.shape, device=q.device).masked_fill_(beyond, float("-inf"))[:, None, None]
-    y = F.scaled_dot_product_attention(
-        q.float()[:, :, None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
-    )
-    return y.flatten(1).to(q.dtype)
+    return _attend(q.float()[:, :, None], keys, values, mask, scale, soft_cap).flatten(1).to(q.dtype)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    """softmax(q k^T * scale) v, [B, H, rows, D] float32. mask: True or 0 where a row sees a key."""
+    if soft_cap is None:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    keys, values = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (keys, values))
+    scores = torch.tanh(q @ keys.transpose(-1, -2) * (scale / soft_cap)) * soft_cap
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1) @ values
 
 
 def _gather_blocks(cache: Tensor | Quantized, block_tables: Tensor, num_tokens: int) -> Tensor:

@@ -25,33 +25,41 @@ def rope_and_cache(
     k_cache: Tensor | Quantized,
     v_cache: Tensor | Quantized,
     num_heads: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Rotate queries and keys by their positions; write keys and values into the cache; `reference.rope_and_cache`.
 
     For i < R/2, with c, s = cos_sin[position, i], cos_sin[position, R/2 + i]:
         out_i = x_i c - x_{i+R/2} s        out_{i+R/2} = x_{i+R/2} c + x_i s        (columns from R on unchanged)
+    With weights each head of q and k is first scaled to unit root mean square: x / sqrt(mean_d x^2 + eps) * weight.
 
     Args:
         qkv: [T, (H + 2G) D] float: queries, then keys, then values, head by head.
         positions: [T] int32, row of cos_sin.
         slots: [T] int32, block * block_size + offset; -1 writes nothing (a padding row).
-        cos_sin: [P, R] float32, contiguous, R even and at most D.
+        cos_sin: [P, R] float32, contiguous, R even and at most D; 0 turns nothing.
         k_cache, v_cache: [num_blocks, block_size, G, D], written in place; block_size a power of two, a head's D
             elements contiguous. Either may be `Quantized`, int8 codes with a float32 scale [num_blocks, block_size, G]:
             each token's head is then rounded with a scale of its own, by the rules of `quantize_rows`, the key after
             its rotation in float32.
         num_heads: H.
+        q_weight, k_weight: [D] float, of the norms of queries and keys; both or neither.
+        eps: added to the mean square.
 
     Returns:
         q [T, H, D] in qkv's dtype, rotated.
 
     Raises:
-        ValueError: qkv's width is not (H + 2G) D, H is not a multiple of G, block_size is not a power of two, or a
-            cache's heads are not contiguous.
+        ValueError: qkv's width is not (H + 2G) D, H is not a multiple of G, block_size is not a power of two, a
+            cache's heads are not contiguous, or only one of the two weights is given.
 
     Source: RoFormer (arXiv 2104.09864), equation 34, with halves instead of neighbours paired; PagedAttention
-    (arXiv 2309.06180).
+    (arXiv 2309.06180); norms of queries and keys: arXiv 2302.05442, section 2.
     """
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("queries and keys are normed both or neither: give q_weight and k_weight, or none")
     T = qkv.shape[0]
     num_kv_heads, head_size = codes_of(k_cache).shape[-2:]
     all_heads = num_heads + 2 * num_kv_heads
@@ -63,8 +71,8 @@ def rope_and_cache(
     q = torch.empty((T, num_heads, head_size), dtype=qkv.dtype, device=qkv.device)
     _rope_and_cache_kernel[(T, triton.cdiv(all_heads, HEADS_PER_PROGRAM))](
         qkv, positions, slots, cos_sin, q, codes_of(k_cache), codes_of(v_cache), scale_of(k_cache), scale_of(v_cache),
-        qkv.stride(0), G=num_kv_heads, R=cos_sin.shape[1], LAYOUT=paged_layout(num_heads, k_cache, v_cache),
-        HEADS=HEADS_PER_PROGRAM, **launch_early(q.device, T),
+        q_weight, k_weight, qkv.stride(0), eps, G=num_kv_heads, R=cos_sin.shape[1],
+        LAYOUT=paged_layout(num_heads, k_cache, v_cache), HEADS=HEADS_PER_PROGRAM, **launch_early(q.device, T),
     )  # fmt: skip
     return q
 
@@ -86,6 +94,13 @@ def _write_heads(y, cache_ptr, scale_ptr, slot, head, mask, STRIDES: tl.constexp
 
 
 @triton.jit
+def _head_weight(q_weight_ptr, k_weight_ptr, columns, mask, is_query, is_key):
+    """The norm's weight [HEADS, BLOCK_D] of each head, float32."""
+    q_weight = tl.load(q_weight_ptr + columns[None, :], mask=mask[None, :] & is_query, other=0.0).to(tl.float32)
+    return q_weight + tl.load(k_weight_ptr + columns[None, :], mask=mask[None, :] & is_key, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _rope_and_cache_kernel(
     qkv_ptr,
     positions_ptr,
@@ -96,7 +111,10 @@ def _rope_and_cache_kernel(
     v_ptr,
     k_scale_ptr,
     v_scale_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
     stride_qkv,
+    eps,
     G: tl.constexpr,
     R: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -133,8 +151,15 @@ def _rope_and_cache_kernel(
     x = tl.load(row_ptr + at, mask=is_here, other=0.0)
     turns = is_here & is_turned[None, :] & (heads < H + G)
     partner = tl.load(row_ptr + heads * D + partners[None, :], mask=turns, other=0.0)
-    turned = x.to(tl.float32) * cos[None, :] + partner.to(tl.float32) * sin[None, :]
-    y = tl.where(turns, turned, x.to(tl.float32))
+    x, partner = x.to(tl.float32), partner.to(tl.float32)
+    if q_weight_ptr is not None:
+        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        is_query, is_key = heads < H, (heads >= H) & (heads < H + G)
+        weight = _head_weight(q_weight_ptr, k_weight_ptr, columns, columns < D, is_query, is_key)
+        x = tl.where(is_query | is_key, x * inverse * weight, x)
+        partner *= inverse * _head_weight(q_weight_ptr, k_weight_ptr, partners, is_turned, is_query, is_key)
+    turned = x * cos[None, :] + partner * sin[None, :]
+    y = tl.where(turns, turned, x)
 
     tl.store(q_ptr + token * H * D + at, y.to(q_ptr.dtype.element_ty), mask=is_here & (heads < H))
     slot = tl.load(slots_ptr + token)

@@ -120,9 +120,8 @@ def _hopper(bucket_t: int) -> Tile:
         return Tile("swapped", bucket_t, 64, 256, num_warps=4, num_stages=4)
     if bucket_t == 64:
         return Tile("swapped", 64, 64, 256, num_warps=4, num_stages=4)
-    if bucket_t <= 128:
-        return Tile("plain", 64, 64, 256, num_warps=4, num_stages=4)
     if bucket_t <= 256:
+        # H100, 128 tokens: the plain kernel with 64 x 64 x 256 took 1.4 times as long as what the tuner found.
         return Tile("pingpong", 64, 128, 128, num_warps=4, num_stages=7)
     return Tile("pingpong", 128, 128, 128, num_warps=4, num_stages=4)
 

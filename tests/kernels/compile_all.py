@@ -25,7 +25,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from kernels import activation, attention, dependent, gemm, norm, quantize, rope, tiles
+from kernels import activation, attention, dependent, gemm, groups, norm, outliers, quantize, rope, tiles
 from kernels.epilogue import Epilogue
 from kernels.quantized import Quantized, ToInt8
 
@@ -64,12 +64,14 @@ def rows(T: int = 64) -> None:
         norm.rms_norm(x, weight, 1e-5, x, to)
         norm.layer_norm(x, weight, weight, 1e-5, x, to)
         activation.silu_mul(meta(T, 2 * quantize.MAX_ROW), to)
+        activation.gelu_mul(meta(T, 2 * quantize.MAX_ROW), to)
         activation.gelu(x, "none", to)
     for to in (ToInt8(), static):
         activation.gelu(x, "tanh", to)
         activation.relu(meta(T, quantize.MAX_ROW), to)
     quantize.quantize_tensor(meta(T, 4096))
     quantize.quantize_tensor(meta(T, 4096), static.scale)
+    quantize.quantize_tensor(meta(T, 4096), static.scale, meta(1, dtype=torch.int8))
 
 
 def linears() -> None:
@@ -106,6 +108,27 @@ def blocks() -> None:
     gemm.int8_gated_linear(Quantized(codes, by_row), weight, weight_scale, meta(N), quantize=ToInt8(is_blocked=True))
 
 
+def grouped() -> None:
+    """Scales per group of the weight, every depth of a step at every default tile; then the epilogues."""
+    N, K, one = 4096, 14336, meta(1, dtype=torch.float32)
+    for group in (32, 64, 128):
+        weight, weight_scale = meta(N, K, dtype=torch.int8), meta(N, K // group, dtype=torch.float32)
+        for T in (1, 32, 128, 2048):
+            x = Quantized(meta(T, K, dtype=torch.int8), meta(T, dtype=torch.float32))
+            groups.int8_group_linear(x, weight, weight_scale, residual=meta(T, N))
+    groups.int8_group_linear(x, weight, meta(N, K // 256, dtype=torch.float32))
+    groups.int8_group_linear(Quantized(x.codes, one), weight, weight_scale, meta(N), out_dtype=torch.bfloat16)
+
+
+def mixed() -> None:
+    """LLM.int8(), at the longest row allowed, whose registers are the tightest."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for T, K in ((1, 4096), (64, 4096), (64, quantize.MAX_ROW)):
+            weight, scale = meta(4096, K, dtype=torch.int8), meta(4096, dtype=torch.float32)
+            outliers.int8_outlier_linear(meta(T, K, dtype=dtype), weight, scale, out_dtype=dtype)
+    outliers.int8_outlier_linear(meta(T, K), weight, meta(1, dtype=torch.float32))
+
+
 def tuned(capability: int) -> None:
     """Every tile of every table shipped for an architecture."""
     tables = [json.loads(path.read_text()) for path in sorted(tiles.FOLDER.glob("*.json"))]
@@ -126,11 +149,26 @@ def attentions() -> None:
             for is_int8 in (False, True):
                 attend(D, H, G, dtype, is_int8)
     attend(128, 32, 8, torch.bfloat16, is_int8=True)
+    for D, H, G in ((256, 8, 4), (128, 32, 16)):
+        for is_int8 in (False, True):
+            attend(D, H, G, torch.bfloat16, is_int8, window=4096, soft_cap=50.0)
+            attend(D, H, G, torch.bfloat16, is_int8, window=1024, is_normed=True)
     for is_int8 in (False, True):
         attend(128, 32, 8, torch.float32, is_int8)
 
 
-def attend(D: int, H: int, G: int, dtype: torch.dtype, is_int8: bool, B: int = 4, T: int = 512) -> None:
+def attend(
+    D: int,
+    H: int,
+    G: int,
+    dtype: torch.dtype,
+    is_int8: bool,
+    B: int = 4,
+    T: int = 512,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    is_normed: bool = False,
+) -> None:
     ints, floats = {"dtype": torch.int32}, {"dtype": torch.float32}
     cache: Any = meta(64, 16, G, D, dtype=torch.int8 if is_int8 else dtype)
     if is_int8:
@@ -143,12 +181,13 @@ def attend(D: int, H: int, G: int, dtype: torch.dtype, is_int8: bool, B: int = 4
         cache,
         cache,
         H,
+        *((meta(D, dtype=dtype), meta(D, dtype=dtype)) if is_normed else ()),
     )
     for max_blocks in (4, 256) if D == 128 else (256,):
         table, starts, contexts = meta(B, max_blocks, **ints), meta(B + 1, **ints), meta(B, **ints)
-        attention.paged_attention(q, cache, cache, table, starts, contexts, T, D**-0.5)
+        attention.paged_attention(q, cache, cache, table, starts, contexts, T, D**-0.5, None, window, soft_cap)
         for to in (None, ToInt8(), ToInt8(meta(1, **floats))) if D == 128 else (ToInt8(),):
-            attention.paged_attention(q[:B], cache, cache, table, starts, contexts, 1, D**-0.5, to)
+            attention.paged_attention(q[:B], cache, cache, table, starts, contexts, 1, D**-0.5, to, window, soft_cap)
 
 
 def record() -> list[Launch]:
@@ -165,12 +204,14 @@ def record() -> list[Launch]:
         launches.setdefault(case, Launch(capability, case, self, arguments))
 
     JITFunction.run = note
-    for module in (gemm, attention, dependent):
+    for module in (gemm, groups, attention, dependent):
         module.current_gpu = lambda _: tiles.Gpu("untuned", capability, num_sms=100)
     for capability in ARCHITECTURES:
         rows()
         linears()
         blocks()
+        grouped()
+        mixed()
         tuned(capability)
         attentions()
     return list(launches.values())

@@ -22,6 +22,11 @@ def exact_silu_mul(x: Tensor) -> Tensor:
     return gate / (1 + (-gate).exp()) * up
 
 
+def exact_gelu_mul(x: Tensor) -> Tensor:
+    gate, up = x.double().chunk(2, dim=-1)
+    return exact_gelu_tanh(gate) * up
+
+
 def exact_gelu(x: Tensor) -> Tensor:
     x = x.double()
     return 0.5 * x * torch.erfc(-x / math.sqrt(2))
@@ -34,14 +39,18 @@ def exact_gelu_tanh(x: Tensor) -> Tensor:
 
 OPS: dict[str, tuple[Callable[..., Tensor | Quantized], Callable[[Tensor], Tensor]]] = {
     "silu_mul": (activation.silu_mul, exact_silu_mul),
+    "gelu_mul": (activation.gelu_mul, exact_gelu_mul),
     "gelu": (lambda x, quantize=None: activation.gelu(x, "none", quantize), exact_gelu),
     "gelu_tanh": (lambda x, quantize=None: activation.gelu(x, "tanh", quantize), exact_gelu_tanh),
     "relu": (activation.relu, lambda x: x.double().clamp(min=0)),
 }
 
 
+GATED = ("silu_mul", "gelu_mul")
+
+
 def hostile(place: Place, op: str, T: int, K: int) -> Tensor:
-    x = 3 * place.randn(T, 2 * K if op == "silu_mul" else K)
+    x = 3 * place.randn(T, 2 * K if op in GATED else K)
     x[:, K // 2] *= 10
     if T > 1:
         x[1] = 0
@@ -84,6 +93,8 @@ def test_too_long_a_row_is_named(place: Place) -> None:
         activation.gelu(place.randn(1, 16385), quantize=ToInt8())
     with pytest.raises(ValueError, match=r"K = 32769 .* limit is 32768"):
         activation.silu_mul(place.randn(1, 65538), ToInt8())
+    with pytest.raises(ValueError, match=r"K = 32769 .* limit is 32768"):
+        activation.gelu_mul(place.randn(1, 65538), ToInt8())
     check_float(activation.relu(place.randn(1, 40_000)), place.randn(1, 40_000).double().clamp(min=0), place.dtype)
 
 
@@ -95,6 +106,8 @@ def test_twins_fail(place: Place) -> None:
     wrong = [
         lambda: check_float(silu, exact_silu_mul(halves_swapped), place.dtype),
         lambda: check_float(silu.roll(1, 0), exact_silu_mul(x), place.dtype),
+        lambda: check_float(silu, exact_gelu_mul(x), place.dtype),
+        lambda: check_float(activation.gelu_mul(x), exact_gelu_mul(halves_swapped), place.dtype),
         lambda: check_float(gelu, exact_gelu_tanh(x) if place.dtype == torch.float32 else x.double(), place.dtype),
         lambda: check_codes(codes, exact_gelu_tanh(x.roll(1, 1))),
         lambda: check_codes(Quantized(codes.codes, codes.scale.roll(1)), exact_gelu_tanh(x)),

@@ -29,8 +29,11 @@ class Case:
         G: int,
         block_size: int = 16,
         int8: str = "",
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> None:
         self.requests, self.scale, self.dtype = requests, D**-0.5, place.dtype
+        self.window, self.soft_cap = window, soft_cap
         self.keys = [place.randn(context, G, D) for _, context in requests]
         self.values = [place.randn(context + 1, G, D)[1:] for _, context in requests]
         width = max(-(-context // block_size) for _, context in requests) + 1
@@ -73,7 +76,7 @@ class Case:
     def run(self, to_int8: ToInt8 | None = None) -> Tensor | Quantized:
         return attention.paged_attention(
             self.q, self.k, self.v, self.tables, self.query_starts, self.context_lens, self.max_query_len, self.scale,
-            to_int8,
+            to_int8, self.window, self.soft_cap,
         )  # fmt: skip
 
     def check(self, got: Tensor) -> None:
@@ -84,8 +87,12 @@ class Case:
             q = self.q[start : start + rows].double().transpose(0, 1)
             k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (keys, values))
             visible = torch.ones(rows, context, device=q.device, dtype=torch.bool).tril(context - rows)
-            scores = (q @ k.transpose(1, 2) * self.scale).masked_fill(~visible, float("-inf"))
-            p = scores.softmax(-1)
+            if self.window is not None:
+                visible = visible.triu(context - rows - self.window + 1)
+            scores = q @ k.transpose(1, 2) * self.scale
+            if self.soft_cap is not None:
+                scores = self.soft_cap * (scores / self.soft_cap).tanh()
+            p = scores.masked_fill(~visible, float("-inf")).softmax(-1)
             want, size = (x.transpose(0, 1).flatten(1) for x in (p @ v, p @ v.abs()))
             error = (got[start : start + rows].double() - want).abs()
             bound = half_ulp * want.abs() + (half_ulp + 2.0**-16) * size
@@ -198,6 +205,85 @@ def test_splits_in_one_program(place: Place, requests: list[tuple[int, int]], mo
     for programs in (1, 20):
         monkeypatch.setattr(decode_attention, "ENOUGH_PROGRAMS", programs)
         assert torch.equal(case.run(), want)
+
+
+def forget_before(case: Case, window: int) -> None:
+    """Block tables of blocks that do not exist wherever no row of a request sees a key any more."""
+    block_size = case.k.shape[1] if isinstance(case.k, Tensor) else case.k.codes.shape[1]
+    for b, (rows, context) in enumerate(case.requests):
+        # Tiles start at multiples of at most 128 keys.
+        first = max(0, context - max(rows, 1) + 1 - window) // 128 * 128
+        case.tables[b, : first // block_size] = 2**30
+
+
+@pytest.mark.parametrize("window", [1, 16, 50, 300])
+@pytest.mark.parametrize("requests", [MIXED, DECODES, LONG], ids=["mixed", "decodes", "long"])
+def test_window(place: Place, requests: list[tuple[int, int]], window: int) -> None:
+    """Keys before it are masked, and blocks that hold none of it are not read."""
+    for D, H, G in place.shapes([(64, 6, 2)], LARGE):
+        for int8 in ("", "kv"):
+            case = Case(place, requests, D, H, G, int8=int8, window=window)
+            forget_before(case, window)
+            case.check(case.run())
+
+
+def test_long_window(place: Place) -> None:
+    """Splits count from where the window begins; there are fewer of them than the context would take."""
+    requests = [(1, 2500), (1, 2049), (1, 90)] if place.device == "cpu" else [(1, 2500), (300, 3000), (1, 20_000)]
+    for window in (200, 1100):
+        case = Case(place, requests, 64, 2, 1, block_size=64, window=window)
+        forget_before(case, window)
+        case.check(case.run())
+
+
+@pytest.mark.parametrize("requests", [MIXED, DECODES], ids=["mixed", "decodes"])
+@pytest.mark.parametrize("int8", ["", "kv"])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_soft_cap(place: Place, requests: list[tuple[int, int]], int8: str) -> None:
+    """From a cap that most scores reach to one that hardly changes any."""
+    for cap in (0.1, 1.0, 50.0):
+        for window in (None, 20):
+            case = Case(place, requests, 64, 6, 2, int8=int8, window=window, soft_cap=cap)
+            case.check(case.run())
+
+
+def test_window_row_does_not_depend_on_its_batch(place: Place) -> None:
+    D, H, G, settings = 64, 6, 2, {"window": 20, "soft_cap": 2.0}
+    batch, start = Case(place, MIXED, D, H, G, **settings), 0
+    together = batch.run()
+    for b, (rows, _) in enumerate(MIXED):
+        alone = Case(place, MIXED[b : b + 1], D, H, G, **settings)
+        alone.k, alone.v, alone.tables = batch.k, batch.v, batch.tables[b : b + 1]
+        alone.q = batch.q[start : start + rows]
+        assert torch.equal(alone.run(), together[start : start + rows])
+        start += rows
+
+
+def test_reference_window_and_soft_cap(place: Place) -> None:
+    """The oracle in plain torch keeps the same contract."""
+    if place.device != "cpu":
+        return
+    for requests in (MIXED, DECODES):
+        for window, cap in ((16, None), (None, 2.0), (50, 2.0)):
+            case = Case(place, requests, 64, 6, 2, window=window, soft_cap=cap)
+            case.tables.clamp_(max=len(case.k) - 1)
+            case.check(
+                reference.paged_attention(
+                    case.q, case.k, case.v, case.tables, case.query_starts, case.context_lens, case.max_query_len,
+                    case.scale, None, window, cap,
+                )
+            )  # fmt: skip
+
+
+def test_window_and_soft_cap_twins_fail(place: Place) -> None:
+    for name, wrong in (("window", 17), ("window", 19), ("window", None), ("soft_cap", 2.1), ("soft_cap", None)):
+        case = Case(place, MIXED, 64, 6, 2, window=18, soft_cap=2.0)
+        right = getattr(case, name)
+        setattr(case, name, wrong)
+        got = case.run()
+        setattr(case, name, right)
+        with pytest.raises(AssertionError):
+            case.check(got)
 
 
 def test_wide_offsets(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,38 @@ def test_static_scale_saturates(place: Place) -> None:
     assert (got.codes.min().item(), got.codes.max().item()) == (-127, 127)
 
 
+@pytest.mark.parametrize("zero_point", [-128, -37, 0, 5, 127])
+def test_zero_point(place: Place, zero_point: int) -> None:
+    scale = torch.tensor([0.01], device=place.device)
+    shift = torch.tensor([zero_point], dtype=torch.int8, device=place.device)
+    x = place.randn(17, 100) + zero_point / -100
+    x[3, 4], x[5, 6], x[7, 8] = 1000, -1000, 0
+    got = quantize.quantize_tensor(x, scale, shift)
+    assert_same(got, reference.quantize_tensor(x.cpu(), scale.cpu(), shift.cpu()))
+    assert (got.codes[3, 4].item(), got.codes[5, 6].item(), got.codes[7, 8].item()) == (127, -128, zero_point)
+    # In float64, of the quotient as float32 rounds it, since a tie is one of its values.
+    exact = ((x.float() / scale).double().round() + zero_point).clamp(-128, 127)
+    assert torch.equal(got.codes.double(), exact)
+    other = quantize.quantize_tensor(x, scale, shift // 2 + 1)
+    assert not torch.equal(got.codes, other.codes)
+
+
+def test_zero_point_needs_a_scale(place: Place) -> None:
+    x, shift = place.randn(3, 64), torch.ones(1, dtype=torch.int8, device=place.device)
+    for op in (quantize.quantize_tensor, reference.quantize_tensor):
+        with pytest.raises(ValueError, match="scale that is given"):
+            op(x, None, shift)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_nan_is_code_0_with_a_zero_point(place: Place) -> None:
+    x = place.randn(3, 64)
+    x[1, 5] = float("nan")
+    scale, shift = torch.ones(1, device=place.device), torch.full((1,), 9, dtype=torch.int8, device=place.device)
+    for op in (quantize.quantize_tensor, reference.quantize_tensor):
+        assert op(x, scale, shift).codes[1, 5] == 0
+
+
 def test_no_rows(place: Place) -> None:
     codes, scale = quantize.quantize_rows(place.randn(3, 64)[:0])
     assert codes.shape == (0, 64)

@@ -13,7 +13,8 @@ from tests.kernels.conftest import Place
 
 SENTINEL = 7.25
 CODE = -99
-SHAPES = [(64, 64, 6, 2), (80, 80, 3, 3), (128, 32, 8, 1)]
+SHAPES = [(64, 64, 6, 2), (80, 80, 3, 3), (128, 32, 8, 1), (64, 0, 3, 3)]
+EPS = 1e-5
 LARGE = [(128, 128, 32, 8), (256, 256, 8, 1), (96, 96, 32, 32)]
 
 
@@ -25,14 +26,22 @@ def exact_rotation(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), dim=-1)
 
 
+def exact_norm(x: Tensor, weight: Tensor) -> Tensor:
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+
 class Case:
     """One step: tokens with random positions and shuffled slots, the last but one a padding row."""
 
-    def __init__(self, place: Place, T: int, D: int, R: int, H: int, G: int, is_int8: bool = False) -> None:
+    def __init__(
+        self, place: Place, T: int, D: int, R: int, H: int, G: int, is_int8: bool = False, is_normed: bool = False
+    ) -> None:
         self.H, self.G = H, G
         self.qkv = place.randn(T, (H + 2 * G) * D + 16)[:, 16:]
         angles = 100 * place.randn(50, R // 2, dtype=torch.float32)
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+        self.weights = (1 + place.randn(D), 3 + place.randn(D + 1)[1:]) if is_normed else ()
         self.positions = torch.arange(T, dtype=torch.int32, device=place.device) * 7 % 50
         slots = torch.randperm(16 * (T // 16 + 2), generator=torch.Generator().manual_seed(T))[:T]
         slots[-2:-1] = -1
@@ -51,12 +60,21 @@ class Case:
             self.v = Quantized(self.v.codes, self.v.scale.transpose(1, 2).contiguous().transpose(1, 2))
 
     def run(self) -> Tensor:
-        return rope.rope_and_cache(self.qkv, self.positions, self.slots, self.cos_sin, self.k, self.v, self.H)
+        where = self.positions, self.slots, self.cos_sin, self.k, self.v
+        return rope.rope_and_cache(self.qkv, *where, self.H, *self.weights, eps=EPS)
+
+    def turned(self, positions: Tensor) -> Tensor:
+        """Queries and keys in float64 as they should leave the op."""
+        heads = self.qkv.unflatten(1, (self.H + 2 * self.G, -1))[:, : self.H + self.G]
+        if self.weights:
+            each = zip(heads.split((self.H, self.G), dim=1), self.weights, strict=True)
+            heads = torch.cat([exact_norm(part, weight) for part, weight in each], dim=1)
+        return exact_rotation(heads, self.cos_sin[positions.long()])
 
     def check_int8(self, q: Tensor) -> None:
         G, D = self.k.codes.shape[-2:]
         heads = self.qkv.unflatten(1, (self.H + 2 * G, D))
-        turned = exact_rotation(heads[:, : self.H + G], self.cos_sin[self.positions.long()])
+        turned = self.turned(self.positions)
         check_float(q, turned[:, : self.H], self.qkv.dtype)
         keep = self.slots >= 0
         at = self.slots[keep].long() // 16, self.slots[keep].long() % 16
@@ -74,7 +92,7 @@ class Case:
     def check(self, q: Tensor, positions: Tensor) -> None:
         G, D = self.k.shape[-2:]
         heads = self.qkv.unflatten(1, (self.H + 2 * G, D))
-        turned = exact_rotation(heads[:, : self.H + G], self.cos_sin[positions.long()])
+        turned = self.turned(positions)
         check_float(q, turned[:, : self.H], self.qkv.dtype)
         keep = self.slots >= 0
         slots, used = self.slots[keep].long(), torch.zeros(self.k[:, :, 0, 0].numel(), dtype=torch.bool)
@@ -90,6 +108,32 @@ def test_rope_and_cache(place: Place) -> None:
         for T in place.shapes([1, 17, 63], [1000]) if D == 64 else [17]:
             case = Case(place, T, D, R, H, G)
             case.check(case.run(), case.positions)
+
+
+def test_head_norms(place: Place) -> None:
+    """Of queries and keys, with a head of zeros and partners from beyond the turned columns; values stay."""
+    for D, R, H, G in place.shapes([*SHAPES, (96, 64, 3, 1)], LARGE):
+        case = Case(place, 17, D, R, H, G, is_normed=True)
+        case.qkv.unflatten(1, (-1, D))[3, 0] = 0.0
+        case.check(case.run(), case.positions)
+    case = Case(place, 17, 64, 32, 6, 2, is_int8=True, is_normed=True)
+    case.check_int8(case.run())
+
+
+def test_head_norm_twins_fail(place: Place) -> None:
+    for corrupt in (
+        lambda case: case.weights[::-1],
+        lambda case: (case.weights[0].roll(1), case.weights[1]),
+        lambda case: (case.weights[0], 1.01 * case.weights[1]),
+        lambda _: (),
+    ):
+        case = Case(place, 17, 64, 64, 6, 2, is_normed=True)
+        exact = case.weights
+        case.weights = corrupt(case)
+        q = case.run()
+        case.weights = exact
+        with pytest.raises(AssertionError):
+            case.check(q, case.positions)
 
 
 def test_only_padding_rows(place: Place) -> None:
@@ -121,6 +165,10 @@ def test_bad_shapes_are_named(place: Place) -> None:
     case.H = 3
     with pytest.raises(ValueError, match="5 heads of 64 need 320"):
         case.run()
+    case.weights = (place.randn(64),)
+    with pytest.raises(ValueError, match="normed both or neither"):
+        case.run()
+    case.weights = ()
     case.H = 2
     case.k = case.k.repeat_interleave(2, dim=3)[..., ::2]
     with pytest.raises(ValueError, match="cannot have strides"):

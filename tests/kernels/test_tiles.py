@@ -24,7 +24,8 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 
 @pytest.mark.parametrize(
-    ("t", "expected"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 96), (97, 128), (257, 384), (385, 512), (8192, 8192), (9999, 8192)]
+    ("t", "expected"),
+    [(1, 16), (16, 16), (17, 32), (64, 64), (65, 96), (97, 128), (257, 384), (385, 512), (8192, 8192), (9999, 8192)],
 )
 def test_bucket(t: int, expected: int) -> None:
     assert tiles.bucket(t) == expected
