@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -14,11 +13,12 @@ from torch import Tensor
 import kernels
 from benchmarks.timing import Call, Roofs, Work, add_ratios, expect, measure, result_row
 from kernels import Quantized
-from quant.linear import FloatLinear
 from quant.scheme import PRESETS
-from service.models.decoder import KVCache, Layer, RMSNorm, Rows
+from service.models.attention import KVCache, Rows
+from service.models.decoder import Layer
 from service.models.families import ModelConfig, linear_names
 from service.models.loader import RandomWeights
+from service.models.weights import Linear, Weights
 
 INT8_KV = "w8a8 int8 kv"
 NUM_LAYERS = 2
@@ -27,6 +27,22 @@ BLOCK_SIZE = 64
 MAX_CHECKED_TOKENS = 16
 MAX_ERROR = 0.02
 """Of the norm, against the layer in plain torch on the CPU: codes that flip at ties, float16 between the ops."""
+
+
+class Moved:
+    """Weights brought to a device as they are asked for: the same layer there."""
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self.weights = weights
+        self.device = device
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.weights.tensor(name, shape).to(self.device)
+
+    def linear(
+        self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
+    ) -> Linear:
+        return self.weights.linear(name, out_features, in_features, has_bias, is_transposed).to(self.device)
 
 
 def chain_rows(
@@ -45,9 +61,7 @@ def chain_rows(
     steps.append(("prefill", prefill_tokens, _prefill_rows(config, prefill_tokens)))
     rows = []
     for what, tokens, step in steps:
-        contenders = {
-            variant: partial(_calls, config, chain, step, variant == INT8_KV) for variant, chain in layers.items()
-        }
+        contenders = {variant: partial(_calls, config, variant, chain, step) for variant, chain in layers.items()}
         keys = context * tokens if what == "decode" else tokens
         works = {variant: layer_work(config, tokens, keys, variant) for variant in layers}
         case = []
@@ -73,20 +87,24 @@ def layer_work(config: ModelConfig, tokens: int, num_keys: int, variant: str) ->
 
 
 def _layers(config: ModelConfig, variant: str, device: torch.device) -> list[Layer]:
-    weights = RandomWeights(PRESETS[variant], linear_names(config), torch.float16, device)
+    """Layers on a device; drawn where the angles are, so the same on any."""
+    scheme = PRESETS["w8a8" if variant == INT8_KV else variant]
+    weights = Moved(RandomWeights(scheme, linear_names(config), torch.float16, config.rope.device), device)
     return [Layer(config, weights, index) for index in range(NUM_LAYERS)]
 
 
-def _calls(config: ModelConfig, layers: Sequence[Layer], step: Rows, has_int8_kv: bool) -> list[Call]:
+def _calls(config: ModelConfig, variant: str, layers: Sequence[Layer], step: Rows) -> list[Call]:
     """One call per layer; each feeds itself, since a graph's order is what matters and not its values."""
     T, device = len(step.positions), config.rope.device
+    is_checked = T <= MAX_CHECKED_TOKENS and variant != "fp16" and device.type == "cuda"
+    on_cpu = _layers(config, variant, torch.device("cpu")) if is_checked else [None] * len(layers)
     num_blocks = int(step.block_tables.max()) + 1
     shape = (num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_size)
     calls: list[Call] = []
-    for layer in layers:
+    for layer, there in zip(layers, on_cpu, strict=True):
         x, residual = (torch.randn(T, config.hidden_size, device=device, dtype=torch.float16) for _ in range(2))
-        cache = KVCache(*(_random_keys(shape, device, has_int8_kv) for _ in range(2)))
-        _check(layer, x, residual, step, config.rope, cache)
+        cache = KVCache(*(_random_keys(shape, device, variant == INT8_KV) for _ in range(2)))
+        _check(layer, there, x, residual, step, config.rope, cache)
         calls.append(partial(layer, x, residual, step, config.rope, cache))
     return calls
 
@@ -104,8 +122,10 @@ def _on_cpu_too(keys: Tensor | Quantized) -> Any:
     return Quantized(keys.codes.cpu(), keys.scale.cpu()) if isinstance(keys, Quantized) else keys.cpu()
 
 
-def _check(layer: Layer, x: Tensor, residual: Tensor, step: Rows, rope: Tensor, cache: KVCache) -> None:
-    """Compare the W8A8 layer with itself in plain torch on the CPU, for few tokens.
+def _check(
+    layer: Layer, on_cpu: Layer | None, x: Tensor, residual: Tensor, step: Rows, rope: Tensor, cache: KVCache
+) -> None:
+    """Compare a layer with the same one in plain torch on the CPU, if it is given: W8A8, for few tokens.
 
     Of the baseline, which is torch's own but for attention, and of large steps: that it is finite and repeats its bits.
 
@@ -115,7 +135,7 @@ def _check(layer: Layer, x: Tensor, residual: Tensor, step: Rows, rope: Tensor, 
     y, h = layer(x, residual, step, rope, cache)
     again, _ = layer(x, residual, step, rope, cache)
     expect(y.isfinite().all() and torch.equal(y, again), "the layer's output is not finite, or changes")
-    if len(x) > MAX_CHECKED_TOKENS or not x.is_cuda or isinstance(layer.qkv, FloatLinear):
+    if on_cpu is None:
         return
     there = Rows(
         positions=step.positions.cpu(),
@@ -125,22 +145,12 @@ def _check(layer: Layer, x: Tensor, residual: Tensor, step: Rows, rope: Tensor, 
         block_tables=step.block_tables.cpu(),
         max_query_len=step.max_query_len,
     )
-    want, want_h = _on_cpu(layer)(
+    want, want_h = on_cpu(
         x.cpu(), residual.cpu(), there, rope.cpu(), KVCache(_on_cpu_too(cache.k), _on_cpu_too(cache.v))
     )
     for got, wanted in ((y, want), (h, want_h)):
         error = ((got.cpu().float() - wanted.float()).norm() / wanted.float().norm()).item()
         expect(error <= MAX_ERROR, f"the layer is off by {error:.3g} of its norm")
-
-
-def _on_cpu(layer: Layer) -> Layer:
-    there = copy.copy(layer)
-    there.qkv, there.o, there.down = (linear.to("cpu") for linear in (layer.qkv, layer.o, layer.down))
-    there.gated = layer.gated.to("cpu")
-    there.attention_norm, there.mlp_norm = (
-        RMSNorm(norm.weight.cpu(), norm.eps, norm.quantize) for norm in (layer.attention_norm, layer.mlp_norm)
-    )
-    return there
 
 
 def _decode_rows(config: ModelConfig, tokens: int, context: int) -> Rows:

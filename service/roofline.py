@@ -15,7 +15,7 @@ from rich.table import Table
 
 from quant.gpus import GPUS, Gpu
 from quant.roofline import FLOWS, SHAPES, Flow, ModelShape, Prediction, Step, crossover_tokens, predict
-from service.errors import InvalidSettings, ModelNotFound
+from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel
 from service.models.families import ModelConfig, first_line
 
 MEASURED_AS: dict[str, Flow] = {"fp16": "fp16", "torchao": "int8", "w8a8": "dataflow"}
@@ -76,6 +76,11 @@ def find_shape(name: str) -> ModelShape:
             return SHAPES[name]
         folder = _fetch_config(name)
     config = ModelConfig.load(folder)
+    if not config.layout.is_gated or config.experts is not None:
+        raise UnsupportedModel(
+            f"the roofline of family {config.family!r} is not served: it counts one gated MLP a layer; "
+            "take a model without experts whose MLP is gated"
+        )
     return ModelShape(
         name,
         config.num_layers,

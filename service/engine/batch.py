@@ -13,7 +13,7 @@ from torch import Tensor
 
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step
-from service.models.decoder import Rows
+from service.models.attention import Rows
 
 PER_TOKEN = ("token_ids", "from_row", "positions", "slots")
 PER_REQUEST = ("context_lens", "sample_index", "sample_rows")

@@ -1,4 +1,7 @@
-"""One step on the device: inputs, forward pass, sampling. Nothing in here waits for the device but `Sampled.read`."""
+"""One step on the device: inputs, forward pass, sampling.
+
+Nothing in here waits for the device but `Sampled.read`, and a decoder with experts, which `can_be_captured` denies.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,8 @@ class Runner:
         self.decoder = decoder
         self.device = decoder.embedding.device
         self.is_async = self.device.type == "cuda"
-        self.use_graphs = use_graphs and self.is_async and decoder.is_row_independent
+        can_capture = decoder.is_row_independent and decoder.can_be_captured
+        self.use_graphs = use_graphs and self.is_async and can_capture
         self.max_requests = max_requests
         self.max_tokens = max_tokens
         max_blocks = -(-decoder.config.max_model_len // block_size)

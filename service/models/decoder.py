@@ -2,120 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import kernels
-from kernels import Quantized, ToInt8
-from quant.linear import FloatLinear, GatedLinear, Int8Linear, fuse
+from kernels import Quantized
+from quant.linear import FloatLinear
 from quant.scheme import KVStorage
+from service.models.attention import Attention, KVCache, Rows
 from service.models.families import ModelConfig
-
-Linear = FloatLinear | Int8Linear
-
-
-class Weights(Protocol):
-    """Where a decoder takes its tensors from: a checkpoint, or random numbers of the same shapes."""
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
-
-    def linear(self, name: str, out_features: int, in_features: int, has_bias: bool) -> Linear: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Where the T token rows of a step sit. int32 tensors on the device.
-
-    positions, slots: [T].   query_starts: [B + 1].   context_lens: [B].   block_tables: [B, W].
-    max_query_len: the largest number of rows of one request.
-    """
-
-    positions: Tensor
-    slots: Tensor
-    query_starts: Tensor
-    context_lens: Tensor
-    block_tables: Tensor
-    max_query_len: int
-
-
-@dataclass(frozen=True, slots=True)
-class KVCache:
-    """Keys and values of one layer, each [num_blocks, block_size, G, D] float.
-
-    Or codes of that shape with scales [num_blocks, block_size, G].
-    """
-
-    k: Tensor | Quantized
-    v: Tensor | Quantized
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
-
-class RMSNorm:
-    """Residual add and root-mean-square norm; writes what the Linear after it eats."""
-
-    def __init__(self, weight: Tensor, eps: float, quantize: ToInt8 | None) -> None:
-        self.weight = weight
-        self.eps = eps
-        self.quantize = quantize
-
-    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor | Quantized, Tensor]:
-        return kernels.rms_norm(x, self.weight, self.eps, residual, self.quantize)
+from service.models.mlp import Experts, load_mlp
+from service.models.weights import Linear, Norm, Weights
 
 
 class Layer:
-    """Attention and gated MLP, each behind its norm."""
+    """Attention and MLP, each behind its norm, both added to one residual stream.
+
+    What a branch gives is added where the next norm reads it, so a layer hands on two tensors: the residual stream
+    without its last branch, and that branch.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
-        self.num_heads = config.num_heads
-        self.scale = config.head_size**-0.5
-        name = f"model.layers.{index}"
-        hidden, inner = config.hidden_size, config.intermediate_size
-        q_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-
-        def linear(path: str, n: int, k: int, has_bias: bool) -> Linear:
-            return weights.linear(f"{name}.{path}", n, k, has_bias)
-
-        def norm(path: str, consumer: Linear | GatedLinear) -> RMSNorm:
-            return RMSNorm(weights.tensor(f"{name}.{path}.weight", (hidden,)), config.norm_eps, consumer.input_format)
-
-        sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv = fuse([linear(f"self_attn.{part}", n, hidden, config.qkv_bias) for part, n in sizes.items()])
-        self.o = linear("self_attn.o_proj", hidden, q_size, config.o_bias)
-        self.down = linear("mlp.down_proj", hidden, inner, config.mlp_bias)
-        gate, up = (linear(f"mlp.{part}", inner, hidden, config.mlp_bias) for part in ("gate_proj", "up_proj"))
-        self.gated = GatedLinear(gate, up, self.down.input_format)
-        self.attention_norm = norm("input_layernorm", self.qkv)
-        self.mlp_norm = norm("post_attention_layernorm", self.gated)
+        names = config.layout.names
+        layer = names.layer(index)
+        self.is_parallel = config.is_parallel
+        self.attention = Attention(config, weights, index)
+        self.mlp = load_mlp(config, weights, index)
+        self.attention_norm = Norm.load(
+            config, weights, f"{layer}.{names.attention_norm}", self.attention.qkv.input_format
+        )
+        self.mlp_norm = Norm.load(config, weights, f"{layer}.{names.mlp_norm}", self.mlp.input_format)
+        self.post_attention_norm, self.post_mlp_norm = (
+            None if name is None else Norm.load(config, weights, f"{layer}.{name}")
+            for name in (names.post_attention_norm, names.post_mlp_norm)
+        )
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return self.qkv, self.o, self.gated.linear, self.down
+        return *self.attention.linears, *self.mlp.linears
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, rows: Rows, cos_sin: Tensor, cache: KVCache
     ) -> tuple[Tensor, Tensor]:
         y, residual = self.attention_norm(x, residual)
-        q = kernels.rope_and_cache(self.qkv(y), rows.positions, rows.slots, cos_sin, cache.k, cache.v, self.num_heads)
-        attended = kernels.paged_attention(
-            q,
-            cache.k,
-            cache.v,
-            rows.block_tables,
-            rows.query_starts,
-            rows.context_lens,
-            rows.max_query_len,
-            self.scale,
-            self.o.input_format,
-        )
-        y, residual = self.mlp_norm(self.o(attended), residual)
-        return self.down(self.gated(y)), residual
+        if self.is_parallel:
+            z, _ = self.mlp_norm(residual, None)
+            return self.mlp(z), self.attention(y, rows, cos_sin, cache, residual)
+        x = _normed(self.attention(y, rows, cos_sin, cache), self.post_attention_norm)
+        y, residual = self.mlp_norm(x, residual)
+        return _normed(self.mlp(y), self.post_mlp_norm), residual
+
+
+def _normed(x: Tensor, norm: Norm | None) -> Tensor:
+    """What a branch adds, through the norm that some families put there."""
+    if norm is None:
+        return x
+    y, _ = norm(x, None)
+    assert isinstance(y, Tensor)  # it feeds no Linear
+    return y
 
 
 class Decoder:
@@ -130,15 +74,22 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Weights, kv: KVStorage = "float") -> None:
         self.config = config
         self.kv = kv
+        family, names = config.layout, config.layout.names
         vocabulary = (config.vocab_size, config.hidden_size)
-        self.embedding = weights.tensor("model.embed_tokens.weight", vocabulary)
+        self.embedding = weights.tensor(f"{names.embedding}.weight", vocabulary)
+        self.position_embedding = _position_embedding(config, weights)
+        # Rounded to the dtype first, as the models were trained.
+        scale = torch.tensor(config.hidden_size**0.5).to(self.embedding.dtype).item()
+        self.embedding_scale = scale if family.has_scaled_embedding else None
         self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
-        self.norm = RMSNorm(weights.tensor("model.norm.weight", (config.hidden_size,)), config.norm_eps, None)
+        self.norm = Norm.load(config, weights, names.norm)
         if config.is_tied:
             self.head: Linear = FloatLinear(self.embedding, None)
         else:
-            self.head = weights.linear("lm_head", *vocabulary, has_bias=False)
-        self.cos_sin = config.rope.to(self.embedding.device)
+            self.head = weights.linear(names.head, *vocabulary, has_bias=False)
+        rope = config.rope.to(self.embedding.device)
+        local_rope = rope if config.local_rope is None else config.local_rope.to(rope.device)
+        self.cos_sin = [rope if window is None else local_rope for window in config.windows]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,30 +97,40 @@ class Decoder:
 
     @property
     def is_row_independent(self) -> bool:
-        """Whether a token's result is free of what else is in the step: a dynamic per-tensor scale is not."""
-        linears = [linear for layer in self.layers for linear in layer.linears]
-        return not any(isinstance(linear, Int8Linear) and linear.activation == "tensor" for linear in linears)
+        """Whether a token's result is free of what else is in the step: that of every Linear is."""
+        return all(linear.is_row_independent for layer in self.layers for linear in layer.linears)
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a step never waits for the host, so that a CUDA graph can hold it: with experts it does."""
+        return not any(isinstance(layer.mlp, Experts) for layer in self.layers)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of every Linear, the embedding and the head, a tied one once."""
+        """Bytes of every Linear, the embeddings and the head, a tied one once."""
         linears = sum(linear.weight_bytes for layer in self.layers for linear in layer.linears)
         head = 0 if self.config.is_tied else self.head.weight_bytes
-        return linears + head + self.embedding.nbytes
+        positions = 0 if self.position_embedding is None else self.position_embedding.nbytes
+        return linears + head + self.embedding.nbytes + positions
 
     def __call__(self, token_ids: Tensor, rows: Rows, caches: list[KVCache]) -> Tensor:
         """Run T tokens through every layer: hidden states [T, hidden_size], normed; keys and values go to caches."""
         x = F.embedding(token_ids, self.embedding)
-        residual: Tensor | None = None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, residual = layer(x, residual, rows, self.cos_sin, cache)
+        if self.embedding_scale is not None:
+            x *= self.embedding_scale
+        # Learned positions are added where the first norm reads them.
+        table = self.position_embedding
+        residual = None if table is None else F.embedding(rows.positions, table)
+        for layer, cos_sin, cache in zip(self.layers, self.cos_sin, caches, strict=True):
+            x, residual = layer(x, residual, rows, cos_sin, cache)
         y, _ = self.norm(x, residual)
         assert isinstance(y, Tensor)
         return y
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden_size] -> [S, V] float32."""
-        return self.head(hidden).float()
+        logits, cap = self.head(hidden).float(), self.config.logit_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -192,6 +153,15 @@ class Decoder:
         device = self.embedding.device
         elements = torch.zeros(shape, dtype=self.kv_dtype, device=device)
         return Quantized(elements, torch.zeros(shape[:-1], device=device)) if self.kv == "int8" else elements
+
+
+def _position_embedding(config: ModelConfig, weights: Weights) -> Tensor | None:
+    """The row of every served position, [max_model_len, hidden_size]; None where positions are rotary."""
+    name, offset = config.layout.names.positions, config.layout.position_offset
+    if name is None:
+        return None
+    table = weights.tensor(f"{name}.weight", (config.num_positions + offset, config.hidden_size))
+    return table[offset : offset + config.max_model_len]
 
 
 def score(decoder: Decoder, token_ids: Tensor) -> Tensor:

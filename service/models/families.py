@@ -2,52 +2,160 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quant.smooth import SmoothGroup
 from service.errors import UnsupportedModel
+from service.models.family import ExpertShape, Family, Names
+from service.models.positions import max_positions, refuse_rope, rope_parameters, rope_tables
+from service.models.refusals import (
+    Activation,
+    activation_of,
+    gemma3_unserved,
+    gpt2_unserved,
+    opt_unserved,
+    refuse_head_size,
+    windows_of,
+)
+from service.models.smoothing import layer_groups, layer_linears
 
-HEAD_SIZES = (64, 80, 96, 128, 256)
-"""Head sizes the attention kernels are tested for."""
+GEMMA_NAMES = Names(
+    post_attention_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    post_mlp_norm="post_feedforward_layernorm",
+)
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Rotary types whose angles do not depend on the length of the request."""
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How a family's configuration maps onto the decoder.
-
-    Each field answers from the Hugging Face configuration: whether the projections carry a bias.
-    window: the number of past tokens a position sees, or None for all.
-    """
-
-    qkv_bias: Callable[[PreTrainedConfig], bool] = lambda _: False
-    o_bias: Callable[[PreTrainedConfig], bool] = lambda _: False
-    mlp_bias: Callable[[PreTrainedConfig], bool] = lambda _: False
-    window: Callable[[PreTrainedConfig], int | None] = lambda _: None
+def qwen3_experts(config: PreTrainedConfig) -> ExpertShape:
+    """Experts in every so many layers, but in those named."""
+    is_sparse = [(i + 1) % config.decoder_sparse_step == 0 for i in range(config.num_hidden_layers)]
+    layers = frozenset(i for i, sparse in enumerate(is_sparse) if sparse and i not in config.mlp_only_layers)
+    shape = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
+    return ExpertShape(*shape, is_renormalized=config.norm_topk_prob, layers=layers)
 
 
 FAMILIES = {
     "llama": Family(
         qkv_bias=lambda c: c.attention_bias, o_bias=lambda c: c.attention_bias, mlp_bias=lambda c: c.mlp_bias
     ),
-    "mistral": Family(window=lambda c: c.sliding_window),
-    "qwen2": Family(qkv_bias=lambda _: True, window=lambda c: c.sliding_window if c.use_sliding_window else None),
+    "mistral": Family(has_window=True),
+    "qwen2": Family(qkv_bias=lambda _: True, has_window=True),
+    "qwen3": Family(
+        names=Names(head_norms=HEAD_NORMS),
+        has_window=True,
+        qkv_bias=lambda c: c.attention_bias,
+        o_bias=lambda c: c.attention_bias,
+    ),
+    "qwen3_moe": Family(
+        names=Names(head_norms=HEAD_NORMS),
+        has_window=True,
+        qkv_bias=lambda c: c.attention_bias,
+        o_bias=lambda c: c.attention_bias,
+        experts=qwen3_experts,
+    ),
+    "gemma2": Family(
+        names=GEMMA_NAMES,
+        norm_offset=1.0,
+        has_window=True,
+        has_scaled_embedding=True,
+        qkv_bias=lambda c: c.attention_bias,
+        o_bias=lambda c: c.attention_bias,
+    ),
+    "gemma3_text": Family(
+        names=replace(GEMMA_NAMES, head_norms=HEAD_NORMS),
+        norm_offset=1.0,
+        has_window=True,
+        has_scaled_embedding=True,
+        qkv_bias=lambda c: c.attention_bias,
+        o_bias=lambda c: c.attention_bias,
+        unserved=gemma3_unserved,
+    ),
+    "phi3": Family(
+        names=Names(qkv=("self_attn.qkv_proj",), up=("gate_up_proj",)), has_window=True, has_partial_rope=True
+    ),
+    "opt": Family(
+        names=Names(
+            embedding="model.decoder.embed_tokens",
+            positions="model.decoder.embed_positions",
+            layers="model.decoder.layers",
+            norm="model.decoder.final_layer_norm",
+            attention_norm="self_attn_layer_norm",
+            o="self_attn.out_proj",
+            mlp_norm="final_layer_norm",
+            mlp="",
+            up=("fc1",),
+            down="fc2",
+        ),
+        norm="layer",
+        is_gated=False,
+        position_offset=2,
+        qkv_bias=lambda c: c.enable_bias,
+        o_bias=lambda c: c.enable_bias,
+        mlp_bias=lambda c: c.enable_bias,
+        unserved=opt_unserved,
+    ),
+    "gpt2": Family(
+        names=Names(
+            embedding="transformer.wte",
+            positions="transformer.wpe",
+            layers="transformer.h",
+            norm="transformer.ln_f",
+            attention_norm="ln_1",
+            qkv=("attn.c_attn",),
+            o="attn.c_proj",
+            mlp_norm="ln_2",
+            up=("c_fc",),
+            down="c_proj",
+        ),
+        norm="layer",
+        is_gated=False,
+        is_transposed=True,
+        qkv_bias=lambda _: True,
+        o_bias=lambda _: True,
+        mlp_bias=lambda _: True,
+        unserved=gpt2_unserved,
+    ),
+    "gpt_neox": Family(
+        names=Names(
+            embedding="gpt_neox.embed_in",
+            layers="gpt_neox.layers",
+            norm="gpt_neox.final_layer_norm",
+            head="embed_out",
+            qkv=("attention.query_key_value",),
+            o="attention.dense",
+            up=("dense_h_to_4h",),
+            down="dense_4h_to_h",
+        ),
+        norm="layer",
+        is_gated=False,
+        has_head_major_qkv=True,
+        has_partial_rope=True,
+        qkv_bias=lambda c: c.attention_bias,
+        o_bias=lambda c: c.attention_bias,
+        mlp_bias=lambda _: True,
+        is_parallel=lambda c: c.use_parallel_residual,
+    ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What the decoder needs to know of a model. rope: [max_model_len, R] float32, cosines then sines by position."""
+    """What the decoder needs to know of a model.
+
+    scale: multiplies q k^T.   soft_cap, logit_cap: bounds of the scores and of the logits, or None.
+    windows: of each layer the keys that a token sees, or None for all.
+    experts: None where no layer has any.
+    num_positions: that the model was made for.
+    rope: [max_model_len, R] float32, cosines then sines by position, R 0 where positions are learned.
+    local_rope: the same for layers with a window where these turn otherwise, else None.
+    """
 
     family: str
     num_layers: int
@@ -58,13 +166,22 @@ class ModelConfig:
     head_size: int
     vocab_size: int
     norm_eps: float
+    activation: Activation
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    is_parallel: bool
     is_tied: bool
+    scale: float
+    soft_cap: float | None
+    logit_cap: float | None
+    windows: tuple[int | None, ...]
+    experts: ExpertShape | None
+    num_positions: int
     max_model_len: int
     dtype: torch.dtype
     rope: Tensor = field(repr=False, compare=False)
+    local_rope: Tensor | None = field(repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: Path, max_model_len: int | None = None) -> ModelConfig:
@@ -72,7 +189,7 @@ class ModelConfig:
 
         Args:
             folder: holds config.json.
-            max_model_len: positions to serve; None for as many as the model and its window admit, at most 8192.
+            max_model_len: positions to serve; None for as many as the model was made for, at most 8192.
 
         Raises:
             UnsupportedModel: no config.json, a family outside the table, or a feature of it that is not served.
@@ -94,60 +211,71 @@ class ModelConfig:
                 f"model family {config.model_type!r} is not served; the families are {', '.join(FAMILIES)}"
             )
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        _refuse_unserved(config, head_size)
-        limit = min(config.max_position_embeddings, family.window(config) or config.max_position_embeddings)
-        if max_model_len is not None and max_model_len > limit:
-            raise UnsupportedModel(
-                f"max_model_len {max_model_len} exceeds the {limit} positions this model was made for"
-            )
-        length = max_model_len or min(limit, 8192)
+        refuse_head_size(head_size)
+        for parameters in rope_parameters(config).values():
+            refuse_rope(parameters, family.has_partial_rope, head_size)
+        reason = family.unserved(config)
+        if reason is not None:
+            raise UnsupportedModel(reason)
+        length = _served_len(config, max_model_len)
+        rope, local_rope = rope_tables(config, head_size, length)
         return cls(
             family=config.model_type,
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=_first(config, "ffn_dim", "n_inner", "intermediate_size") or 4 * config.hidden_size,
             num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
+            num_kv_heads=_first(config, "num_key_value_heads", "num_attention_heads"),
             head_size=head_size,
             vocab_size=config.vocab_size,
-            norm_eps=config.rms_norm_eps,
+            norm_eps=_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") or 1e-5,
+            activation=activation_of(config, family.is_gated),
             qkv_bias=family.qkv_bias(config),
             o_bias=family.o_bias(config),
             mlp_bias=family.mlp_bias(config),
+            is_parallel=family.is_parallel(config),
             is_tied=config.tie_word_embeddings,
+            scale=(_first(config, "query_pre_attn_scalar") or head_size) ** -0.5,
+            soft_cap=_first(config, "attn_logit_softcapping"),
+            logit_cap=_first(config, "final_logit_softcapping"),
+            windows=windows_of(config) if family.has_window else (None,) * config.num_hidden_layers,
+            experts=family.experts(config),
+            num_positions=config.max_position_embeddings,
             max_model_len=length,
             dtype=config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16,
-            rope=_rope_table(config, head_size, length),
+            rope=rope,
+            local_rope=local_rope,
         )
+
+    @property
+    def layout(self) -> Family:
+        """Its family's row."""
+        return FAMILIES[self.family]
 
     @property
     def cache_elements_per_token(self) -> int:
         """Key and value elements that one token adds, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_size
 
+    def num_experts(self, index: int) -> int:
+        """Of a layer; 0 where it has one MLP for all tokens."""
+        return self.experts.count if self.experts is not None and index in self.experts.layers else 0
+
 
 def linear_names(config: ModelConfig) -> list[str]:
-    """The Linears that a scheme quantizes: all but the head."""
-    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
-    return [f"model.layers.{i}.{part}" for i in range(config.num_layers) for part in parts]
+    """The Linears that a scheme quantizes: all but the head and routers."""
+    layers = range(config.num_layers)
+    return [name for i in layers for name in layer_linears(config.layout, i, config.num_experts(i))]
 
 
 def smooth_groups(config: ModelConfig) -> list[SmoothGroup]:
-    """Where a migration can be folded without a trace.
-
-    The norms into the Linears they feed, and up into down, since silu(gate) * up is linear in up.
-    """
-    groups = []
-    for i in range(config.num_layers):
-        layer = f"model.layers.{i}"
-        qkv = tuple(f"{layer}.self_attn.{p}_proj" for p in "qkv")
-        gate_up = (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
-        groups += [
-            SmoothGroup(f"{layer}.input_layernorm", qkv),
-            SmoothGroup(f"{layer}.post_attention_layernorm", gate_up),
-            SmoothGroup(f"{layer}.mlp.up_proj", (f"{layer}.mlp.down_proj",)),
-        ]
-    return groups
+    """Where a migration can be folded without a trace; see `layer_groups`."""
+    is_up_linear = config.layout.is_gated or config.activation == "relu"
+    heads = config.num_heads // config.num_kv_heads, config.head_size
+    layers = range(config.num_layers)
+    return [
+        group for i in layers for group in layer_groups(config.layout, i, config.num_experts(i), is_up_linear, *heads)
+    ]
 
 
 def first_line(error: BaseException) -> str:
@@ -155,25 +283,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _refuse_unserved(config: PreTrainedConfig, head_size: int) -> None:
-    if head_size not in HEAD_SIZES:
-        raise UnsupportedModel(f"head size {head_size} is not served; the sizes are {', '.join(map(str, HEAD_SIZES))}")
-    if config.hidden_act != "silu":
-        raise UnsupportedModel(f"hidden_act {config.hidden_act!r} is not served for {config.model_type}; silu is")
-    rope_type = config.rope_parameters.get("rope_type", "default")
-    if rope_type not in STATIC_ROPE:
-        raise UnsupportedModel(f"rope type {rope_type!r} is not served; the types are {', '.join(STATIC_ROPE)}")
-    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModel("partial_rotary_factor other than 1 is not served for this family")
+def _served_len(config: PreTrainedConfig, max_model_len: int | None) -> int:
+    limit = max_positions(config)
+    if max_model_len is not None and max_model_len > limit:
+        raise UnsupportedModel(f"max_model_len {max_model_len} exceeds the {limit} positions this model was made for")
+    return max_model_len or min(limit, 8192)
 
 
-def _rope_table(config: PreTrainedConfig, head_size: int, length: int) -> Tensor:
-    """cos and sin of position * frequency, [length, head_size] float32, times the type's attention factor."""
-    rope_type = config.rope_parameters.get("rope_type", "default")
-    if rope_type == "default":
-        exponents = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
-        frequencies, factor = torch.exp(-exponents * math.log(config.rope_parameters["rope_theta"])), 1.0
-    else:
-        frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies.double())
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(factor).float()
+def _first(config: PreTrainedConfig, *keys: str) -> Any:
+    """The first of these that the configuration sets."""
+    return next((value for key in keys if (value := getattr(config, key, None)) is not None), None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import CODE_MAX
-from quant.checkpoint import Checkpoint
+from quant.checkpoint import Checkpoint, CheckpointError
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import KVStorage, Scheme
 from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint
@@ -36,11 +36,18 @@ class RandomWeights:
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A norm's weight about 1, anything else about 0 with the spread 1 / sqrt(columns)."""
+        """A norm's weight, the only one of one dimension, about 1; anything else about 0, spread 1 / sqrt(columns)."""
         noise = torch.randn(shape, dtype=self.dtype, device=self.device, generator=self._generator)
-        return 1 + 0.1 * noise if name.endswith("norm.weight") else noise.mul_(shape[-1] ** -0.5)
+        return 1 + 0.1 * noise if name.endswith(".weight") and len(shape) == 1 else noise.mul_(shape[-1] ** -0.5)
 
-    def linear(self, name: str, out_features: int, in_features: int, has_bias: bool) -> FloatLinear | Int8Linear:
+    def linear(
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        has_bias: bool,
+        is_transposed: bool = False,  # noqa: ARG002 (random numbers are stored in no order)
+    ) -> FloatLinear | Int8Linear:
         bias = self.tensor(name + ".bias", (out_features,)) if has_bias else None
         activation = self.scheme.activation
         if name not in self._int8_names or activation == "float":
@@ -48,11 +55,18 @@ class RandomWeights:
         codes = torch.randint(
             -CODE_MAX, CODE_MAX + 1, (out_features, in_features), device=self.device, generator=self._generator
         )
-        num_scales = 1 if self.scheme.weight == "tensor" else out_features
         # Uniform codes have the standard deviation 127 / sqrt(3): this scale gives real weights 1 / sqrt(K) of it.
-        scale = torch.full((num_scales,), 3**0.5 / CODE_MAX * in_features**-0.5, device=self.device)
+        spread = 3**0.5 / CODE_MAX * in_features**-0.5
+        scale = torch.full(self._scale_shape(out_features, in_features), spread, device=self.device)
         input_scale = torch.full((1,), 4.0 / CODE_MAX, device=self.device) if activation == "static" else None
-        return Int8Linear(codes.to(torch.int8), scale, bias, activation, input_scale, self.dtype)
+        outliers = self.scheme.outliers
+        return Int8Linear(codes.to(torch.int8), scale, bias, activation, input_scale, self.dtype, outliers=outliers)
+
+    def _scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        group_size = self.scheme.fitted([in_features]).group_size
+        if group_size is not None:
+            return out_features, in_features // group_size
+        return (1,) if self.scheme.weight == "tensor" else (out_features,)
 
 
 def load_decoder(
@@ -78,9 +92,23 @@ def load_decoder(
     """
     refuse_unsafe(folder)
     config = ModelConfig.load(folder, max_model_len)
-    weights = Checkpoint.open(folder, dtype or config.dtype, device)
-    with torch.inference_mode():
-        return Decoder(config, weights, kv or weights.kv)
+    return decoder_of(config, Checkpoint.open(folder, dtype or config.dtype, device), kv)
+
+
+def decoder_of(config: ModelConfig, checkpoint: Checkpoint, kv: KVStorage | None = None) -> Decoder:
+    """The decoder of an open checkpoint.
+
+    Args:
+        kv: what keys and values are stored in; None for what the checkpoint says.
+
+    Raises:
+        CheckpointError: see `load_decoder`; also Linears that are computed as one, but quantized in different ways.
+    """
+    try:
+        with torch.inference_mode():
+            return Decoder(config, checkpoint, kv or checkpoint.kv)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from error
 
 
 def random_decoder(

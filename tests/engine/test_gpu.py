@@ -7,6 +7,7 @@ import asyncio
 import pytest
 import torch
 
+from benchmarks.chain import Moved
 from quant.scheme import PRESETS
 from service.engine.loop import EngineLoop
 from service.engine.request import SamplingParams
@@ -14,10 +15,10 @@ from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.engine.turnstile import Turnstile
 from service.models.decoder import Decoder, score
-from service.models.families import ModelConfig
-from service.models.loader import load_decoder, random_decoder
+from service.models.families import ModelConfig, linear_names
+from service.models.loader import RandomWeights, load_decoder, random_decoder
 from tests.engine.test_loop import PROMPTS, collect_all
-from tests.models.conftest import make_model, tiny  # noqa: F401 (a fixture)
+from tests.models.conftest import TINY, make_model, tiny  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -50,32 +51,22 @@ SCHEMES = [*PRESETS.values(), INT8_KV]
 def test_logits_equal_the_reference_ops(scheme):
     """The same random weights through the Triton kernels and through plain torch on the CPU."""
     config = ModelConfig.of(make_model("llama").config)
-    decoder = random_decoder(config, scheme, torch.float32, torch.device("cpu"))
-    ids = torch.arange(3, 150)
+    ids, cpu = torch.arange(3, 150), torch.device("cpu")
     with torch.inference_mode():
-        expected = score(decoder, ids)
-        found = score(to_gpu(decoder), ids).cpu()
+        here, there = (Moved(RandomWeights(scheme, linear_names(config), torch.float32, cpu), x) for x in (cpu, CUDA))
+        expected = score(Decoder(config, here, scheme.kv), ids)
+        found = score(Decoder(config, there, scheme.kv), ids).cpu()
     assert ((found - expected).norm() / expected.norm()).item() < (2e-2 if scheme.is_int8 else 1e-4)
 
 
-def to_gpu(decoder: Decoder) -> Decoder:
-    decoder.embedding, decoder.cos_sin = decoder.embedding.cuda(), decoder.cos_sin.cuda()
-    decoder.norm.weight, decoder.head = decoder.norm.weight.cuda(), decoder.head.to("cuda")
-    for layer in decoder.layers:
-        for name in ("qkv", "o", "gated", "down"):
-            setattr(layer, name, getattr(layer, name).to("cuda"))
-        for norm, linear in ((layer.attention_norm, layer.qkv), (layer.mlp_norm, layer.gated)):
-            norm.weight, norm.quantize = norm.weight.cuda(), linear.input_format
-    return decoder
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-wide-heads", "qwen2"])
+@pytest.mark.parametrize("name", TINY)
 def test_fp16_logits_equal_transformers(tiny, name):  # noqa: F811
     model, folder = tiny(name)
-    ids = torch.arange(3, 203)
+    decoder = load_decoder(folder, torch.float32, CUDA)
+    ids = torch.arange(3, 203)[: decoder.config.max_model_len]
     with torch.inference_mode():
         expected = model(ids[None]).logits[0]
-        found = score(load_decoder(folder, torch.float32, CUDA), ids).cpu()
+        found = score(decoder, ids).cpu()
     assert ((found - expected).norm() / expected.norm()).item() < 1e-3
 
 
@@ -86,6 +77,14 @@ def test_fp16_logits_equal_transformers(tiny, name):  # noqa: F811
 )
 def test_captured_steps_give_the_tokens_of_plain_ones(scheme):
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float16, CUDA)
+    assert generate(decoder, use_graphs=True) == generate(decoder, use_graphs=False)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "opt", "gpt2", "gpt_neox", "qwen3", "qwen3_moe"])
+def test_steps_of_a_family(name):
+    """Captured and plain steps give the same tokens; experts are never captured."""
+    decoder = random_decoder(ModelConfig.of(make_model(name).config), PRESETS["w8a8"], torch.float16, CUDA)
+    assert Runner(decoder, 20, 16, 4, 64).use_graphs == (name != "qwen3_moe")
     assert generate(decoder, use_graphs=True) == generate(decoder, use_graphs=False)
 
 

@@ -12,7 +12,9 @@ from benchmarks.roofline import draw
 from quant.gpus import GPUS
 from quant.roofline import SHAPES, Step, predict
 from service.cli import app
+from service.errors import UnsupportedModel
 from service.roofline import find_shape
+from tests.models.conftest import make_config
 from tests.test_prepare import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +61,13 @@ def test_its_shape_is_read_as_the_decoder_reads_it(tiny_folder):
     config = json.loads((tiny_folder / "config.json").read_text())
     assert shape.num_layers == config["num_hidden_layers"]
     assert shape.linears()["down"] == (config["hidden_size"], config["intermediate_size"])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3_moe"])
+def test_a_layer_that_it_does_not_count_is_refused(name, tmp_path):
+    make_config(name).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=f"the roofline of family '{name}' is not served"):
+        find_shape(str(tmp_path))
 
 
 def test_the_tables_fit_100_columns_and_say_where_int8_pays(roofline):

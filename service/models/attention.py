@@ -1,0 +1,124 @@
+"""Attention over the paged cache: from the normed rows of a step to what o_proj adds to the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import Quantized
+from quant.fused import fuse, take_rows
+from service.models.families import ModelConfig
+from service.models.weights import Linear, Weights, norm_weight
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the T token rows of a step sit. int32 tensors on the device.
+
+    positions, slots: [T].   query_starts: [B + 1].   context_lens: [B].   block_tables: [B, W].
+    max_query_len: the largest number of rows of one request.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    max_query_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of one layer, each [num_blocks, block_size, G, D] float.
+
+    Or codes of that shape with scales [num_blocks, block_size, G].
+    """
+
+    k: Tensor | Quantized
+    v: Tensor | Quantized
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+class Attention:
+    """o(softmax(q k^T) v) of one layer, with its rotation, head norms, window and soft cap."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        names, head_size = config.layout.names, config.head_size
+        self.num_heads = config.num_heads
+        self.scale = config.scale
+        self.window = config.windows[index]
+        self.soft_cap = config.soft_cap
+        self.eps = config.norm_eps
+        self.qkv = _qkv(config, weights, index)
+        self.o = weights.linear(
+            f"{names.layer(index)}.{names.o}",
+            config.hidden_size,
+            config.num_heads * head_size,
+            config.o_bias,
+            config.layout.is_transposed,
+        )
+        self.q_weight: Tensor | None = None
+        self.k_weight: Tensor | None = None
+        if names.head_norms is not None:
+            self.q_weight, self.k_weight = (
+                norm_weight(config, weights, f"{names.layer(index)}.{norm}", head_size) for norm in names.head_norms
+            )
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.o
+
+    def __call__(
+        self, y: Tensor | Quantized, rows: Rows, cos_sin: Tensor, cache: KVCache, residual: Tensor | None = None
+    ) -> Tensor:
+        """[T, hidden_size], plus the residual where it is given; keys and values go to the cache."""
+        q = kernels.rope_and_cache(
+            self.qkv(y),
+            rows.positions,
+            rows.slots,
+            cos_sin,
+            cache.k,
+            cache.v,
+            self.num_heads,
+            self.q_weight,
+            self.k_weight,
+            self.eps,
+        )
+        attended = kernels.paged_attention(
+            q,
+            cache.k,
+            cache.v,
+            rows.block_tables,
+            rows.query_starts,
+            rows.context_lens,
+            rows.max_query_len,
+            self.scale,
+            self.o.input_format,
+            self.window,
+            self.soft_cap,
+        )
+        return self.o(attended, residual)
+
+
+def _qkv(config: ModelConfig, weights: Weights, index: int) -> Linear:
+    """One Linear whose rows are all queries, then all keys, then all values, head by head."""
+    family, head_size = config.layout, config.head_size
+    heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+    sizes = [num * head_size for num in heads]
+    parts = zip(family.names.qkv, sizes if len(family.names.qkv) > 1 else [sum(sizes)], strict=True)
+    layer = family.names.layer(index)
+    qkv = fuse(
+        [
+            weights.linear(f"{layer}.{name}", size, config.hidden_size, config.qkv_bias, family.is_transposed)
+            for name, size in parts
+        ]
+    )
+    if not family.has_head_major_qkv:
+        return qkv
+    return take_rows(qkv, torch.arange(sum(sizes)).view(-1, 3, head_size).transpose(0, 1).flatten())

@@ -1,0 +1,133 @@
+"""The second branch of a layer: a gated MLP, a plain one, or experts of which each token visits a few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import Quantized, ToInt8
+from quant.fused import GatedLinear, take_rows
+from service.models.families import ModelConfig
+from service.models.weights import Linear, Weights
+
+Product = Callable[[Tensor, ToInt8 | None], Tensor | Quantized]
+
+GATED: dict[str, Product] = {"silu": kernels.silu_mul, "gelu_tanh": kernels.gelu_mul}
+PLAIN: dict[str, Product] = {
+    "relu": kernels.relu,
+    "gelu": lambda x, quantize: kernels.gelu(x, "none", quantize),
+    "gelu_tanh": lambda x, quantize: kernels.gelu(x, "tanh", quantize),
+}
+
+
+class GatedMLP:
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, gated: GatedLinear, down: Linear) -> None:
+        self.gated = gated
+        self.down = down
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.gated.linear, self.down
+
+    @property
+    def input_format(self) -> ToInt8 | None:
+        return self.gated.input_format
+
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        return self.down(self.gated(x))
+
+
+class PlainMLP:
+    """down(act(up(x)))."""
+
+    def __init__(self, up: Linear, act: Product, down: Linear) -> None:
+        self.up = up
+        self.act = act
+        self.down = down
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.up, self.down
+
+    @property
+    def input_format(self) -> ToInt8 | None:
+        return self.up.input_format
+
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        return self.down(self.act(self.up(x), self.down.input_format))
+
+
+class Experts:
+    """sum_e share_te expert_e(x_t) over the experts with the largest shares of each token.
+
+    share_t = softmax(router(x_t)), scaled to sum to 1 over those chosen where is_renormalized.
+
+    The host waits to learn how many tokens each expert gets, so no step can be captured in a CUDA graph. The router
+    reads floats; int8 experts round the rows that come to them.
+
+    Source: Mixtral (arXiv 2401.04088), section 2.1.
+    """
+
+    input_format: ToInt8 | None = None
+
+    def __init__(self, router: Linear, experts: list[GatedMLP], per_token: int, is_renormalized: bool) -> None:
+        self.router = router
+        self.experts = experts
+        self.per_token = per_token
+        self.is_renormalized = is_renormalized
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.router, *(linear for expert in self.experts for linear in expert.linears)
+
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        assert isinstance(x, Tensor)  # as input_format asks
+        shares, chosen = self._route(x)
+        # Rows in the order of their experts, then back: sums in the order of a token's choice, the same in every run.
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        pieces = torch.split(x[order // self.per_token], counts)
+        parts = [expert(rows) for expert, rows in zip(self.experts, pieces, strict=True) if len(rows)]
+        y = torch.empty_like(torch.cat(parts)).index_copy_(0, order, torch.cat(parts))
+        y = y.view(*chosen.shape, -1).float() * shares.unsqueeze(-1)
+        return y.sum(1).to(x.dtype)
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares float32 and experts int64, each [T, per_token]."""
+        shares, chosen = self.router(x).float().softmax(-1).topk(self.per_token)
+        return (shares / shares.sum(-1, keepdim=True) if self.is_renormalized else shares), chosen
+
+
+def load_mlp(config: ModelConfig, weights: Weights, index: int) -> GatedMLP | PlainMLP | Experts:
+    """The MLP of a layer, or its experts."""
+    names, shape = config.layout.names, config.experts
+    num_experts = config.num_experts(index)
+    width = shape.intermediate_size if shape is not None and num_experts else config.intermediate_size
+    mlps = [_one_mlp(config, weights, prefix, width) for prefix in names.mlps(index, num_experts)]
+    if shape is None or not num_experts:
+        return mlps[0]
+    router = weights.linear(names.router(index), num_experts, config.hidden_size, has_bias=False)
+    experts = [mlp for mlp in mlps if isinstance(mlp, GatedMLP)]
+    return Experts(router, experts, shape.per_token, shape.is_renormalized)
+
+
+def _one_mlp(config: ModelConfig, weights: Weights, prefix: str, width: int) -> GatedMLP | PlainMLP:
+    family, hidden = config.layout, config.hidden_size
+
+    def linear(name: str, n: int, k: int) -> Linear:
+        return weights.linear(prefix + name, n, k, config.mlp_bias, family.is_transposed)
+
+    down = linear(family.names.down, hidden, width)
+    if not family.is_gated:
+        return PlainMLP(linear(family.names.up[0], width, hidden), PLAIN[config.activation], down)
+    if len(family.names.up) == 1:
+        fused = linear(family.names.up[0], 2 * width, hidden)
+        gate, up = (take_rows(fused, rows) for rows in torch.arange(2 * width).chunk(2))
+    else:
+        gate, up = (linear(name, width, hidden) for name in family.names.up)
+    return GatedMLP(GatedLinear(gate, up, down.input_format, GATED[config.activation]), down)

@@ -1,0 +1,80 @@
+"""Rotary angles of every position, as tables: what is served are types whose angles do not depend on the request."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from service.errors import UnsupportedModel
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "longrope")
+"""Rotary types whose angles do not depend on the length of the request. Those of longrope change beyond the positions
+of its pretraining: it is served up to there, by its short factors."""
+
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+"""What Hugging Face calls a layer without and with a window."""
+
+
+def rope_parameters(config: PreTrainedConfig) -> dict[str | None, dict[str, Any]]:
+    """The rotary parameters by kind of layer; by None where all layers share them, empty for learned positions."""
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        return {}
+    return {kind: parameters[kind] for kind in (GLOBAL, LOCAL)} if GLOBAL in parameters else {None: parameters}
+
+
+def refuse_rope(parameters: dict[str, Any], has_partial: bool, head_size: int) -> None:
+    """Raise UnsupportedModel where the angles cannot be a table, or turn a part of a head that the family does not."""
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type not in STATIC_ROPE:
+        raise UnsupportedModel(f"rope type {rope_type!r} is not served; the types are {', '.join(STATIC_ROPE)}")
+    factor = parameters.get("partial_rotary_factor", 1.0)
+    if factor != 1.0 and not has_partial:
+        raise UnsupportedModel(f"partial_rotary_factor {factor} is not served for this family; 1 is")
+    if int(head_size * factor) % 2:
+        raise UnsupportedModel(
+            f"partial_rotary_factor {factor} turns {int(head_size * factor)} of {head_size} columns of a head; "
+            "an even number is served"
+        )
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """The positions that a model was made for and whose angles are served."""
+    limits = [
+        int(parameters["original_max_position_embeddings"])
+        for parameters in rope_parameters(config).values()
+        if parameters.get("rope_type") == "longrope"
+    ]
+    return min([int(config.max_position_embeddings), *limits])
+
+
+def rope_tables(config: PreTrainedConfig, head_size: int, length: int) -> tuple[Tensor, Tensor | None]:
+    """cos and sin by position, [length, R] float32, of global layers, and of local ones where these turn otherwise.
+
+    R is 0 where positions are learned.
+    """
+    parameters = rope_parameters(config)
+    if not parameters:
+        return torch.zeros(length, 0), None
+    tables = [_rope_table(config, kind, own, head_size, length) for kind, own in parameters.items()]
+    return tables[0], tables[1] if len(tables) > 1 else None
+
+
+def _rope_table(
+    config: PreTrainedConfig, kind: str | None, parameters: dict[str, Any], head_size: int, length: int
+) -> Tensor:
+    """cos and sin of position * frequency, times the type's attention factor."""
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type == "default":
+        num_turned = int(head_size * parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, num_turned, 2, dtype=torch.float64) / num_turned
+        frequencies, factor = torch.exp(-exponents * math.log(parameters["rope_theta"])), 1.0
+    else:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), layer_type=kind)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies.double())
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(factor).float()

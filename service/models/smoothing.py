@@ -1,0 +1,44 @@
+"""Of one layer: the Linears that a scheme quantizes, and where a migration can be folded without a trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from quant.smooth import SmoothGroup
+from service.models.family import Family
+
+
+def layer_linears(family: Family, index: int, num_experts: int) -> list[str]:
+    """All Linears of a layer but a router."""
+    names = family.names
+    attention = [f"{names.layer(index)}.{part}" for part in (*names.qkv, names.o)]
+    return attention + [f"{mlp}{part}" for mlp in names.mlps(index, num_experts) for part in (*names.up, names.down)]
+
+
+def layer_groups(
+    family: Family, index: int, num_experts: int, is_up_linear: bool, num_copies: int, head_size: int
+) -> list[SmoothGroup]:
+    """The groups of a layer, in the order in which activations flow.
+
+    Norms go into the Linears that read them; all experts and their router read one norm, so they share one s. v goes
+    into o, since attention's output is linear in v, and up into down. Neither does where v or up is a slice of a fused
+    Linear. A norm between o and the residual divides by what it reads, so nothing is folded into it.
+
+    Args:
+        is_up_linear: whether down's input is proportional to up's output.
+        num_copies: query heads that read one value head, of head_size channels.
+    """
+    names, layer = family.names, family.names.layer(index)
+    mlps = names.mlps(index, num_experts)
+    readers = [f"{mlp}{part}" for mlp in mlps for part in names.up] + ([names.router(index)] if num_experts else [])
+    qkv = tuple(f"{layer}.{part}" for part in names.qkv)
+    norms = [
+        SmoothGroup(f"{layer}.{names.attention_norm}", qkv, offset=family.norm_offset),
+        SmoothGroup(f"{layer}.{names.mlp_norm}", tuple(readers), offset=family.norm_offset),
+    ]
+    v_to_o = SmoothGroup(qkv[-1], (f"{layer}.{names.o}",))
+    if num_copies > 1:
+        v_to_o = replace(v_to_o, num_copies=num_copies, head_size=head_size)
+    up_to_down = [SmoothGroup(f"{mlp}{names.up[-1]}", (f"{mlp}{names.down}",)) for mlp in mlps]
+    is_up_apart = is_up_linear and len(names.up) == 1 + family.is_gated
+    return [norms[0], *([v_to_o] if len(qkv) > 1 else []), norms[1], *(up_to_down if is_up_apart else [])]

@@ -1,0 +1,51 @@
+"""Where a decoder takes its tensors from, and the norm that it makes of some of them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+import kernels
+from kernels import Quantized, ToInt8
+from quant.linear import FloatLinear, Int8Linear
+from service.models.families import ModelConfig
+
+Linear = FloatLinear | Int8Linear
+
+
+class Weights(Protocol):
+    """A checkpoint, or random numbers of the same shapes."""
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
+
+    def linear(
+        self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
+    ) -> Linear: ...
+
+
+class Norm:
+    """Residual add and RMSNorm, or LayerNorm where there is a bias; writes what the Linear after it eats."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float, quantize: ToInt8 | None) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+        self.quantize = quantize
+
+    @classmethod
+    def load(cls, config: ModelConfig, weights: Weights, name: str, quantize: ToInt8 | None = None) -> Norm:
+        """The norm of that name over the hidden states."""
+        bias = weights.tensor(f"{name}.bias", (config.hidden_size,)) if config.layout.norm == "layer" else None
+        return cls(norm_weight(config, weights, name, config.hidden_size), bias, config.norm_eps, quantize)
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor | Quantized, Tensor]:
+        if self.bias is None:
+            return kernels.rms_norm(x, self.weight, self.eps, residual, self.quantize)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps, residual, self.quantize)
+
+
+def norm_weight(config: ModelConfig, weights: Weights, name: str, width: int) -> Tensor:
+    """What a norm multiplies by, [width]; in float32 where an offset is added, which bfloat16 would round away."""
+    weight, offset = weights.tensor(f"{name}.weight", (width,)), config.layout.norm_offset
+    return weight.float() + offset if offset else weight
