@@ -1,70 +1,15 @@
-"""Activation ranges of a float model over a stream of tokens: a user's text, or text that the model writes itself."""
+"""The tokens that a scheme is fitted to: a user's text, or text that the model writes itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
-
-
-class _AbsmaxHook:
-    """Keeps the running channel absmax of one Linear's input."""
-
-    def __init__(self, name: str, absmax: dict[str, Tensor]) -> None:
-        self.name = name
-        self.absmax = absmax
-
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        batch_absmax = args[0].detach().abs().flatten(0, -2).amax(0).float()
-        so_far = self.absmax.get(self.name)
-        self.absmax[self.name] = batch_absmax if so_far is None else torch.maximum(so_far, batch_absmax)
-
-
-@torch.inference_mode()
-def calibrate(model: PreTrainedModel, windows: Tensor, on_progress: Progress | None = None) -> dict[str, Tensor]:
-    """The largest magnitude of each input channel of every Linear.
-
-    absmax_k = max_t |x_tk|
-
-    Args:
-        model: a float causal language model.
-        windows: [n, L] int64 token ids; each row is read from its own start.
-        on_progress: called after each window with (done, total).
-
-    Returns:
-        float32 [K] on the CPU by module name, in the order in which the Linears ran. A Linear that never ran is absent.
-
-    Raises:
-        ValueError: windows is not [n, L] int64 within the vocabulary, or an activation is NaN or infinite: the message
-            names the first Linear that read one.
-    """
-    _check_windows(windows, _vocab_size(model))
-    absmax: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_pre_hook(_AbsmaxHook(name, absmax))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    was_training = model.training
-    model.train(False)
-    try:
-        for index, window in enumerate(windows.to(model.device)):
-            model(input_ids=window[None], use_cache=False)
-            # The maximum keeps NaN and infinity, so one look per window finds them without stopping a GPU per layer.
-            _require_finite(absmax, index)
-            if on_progress is not None:
-                on_progress(index + 1, len(windows))
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return {name: values.cpu() for name, values in absmax.items()}
 
 
 def windows_from_text(
@@ -92,7 +37,7 @@ def windows_from_text(
             f"num_windows = {num_windows}, window_len = {window_len}, offset = {offset}: "
             "need at least 1 window of at least 2 tokens and no negative offset"
         )
-    lead = _prompt_lead(tokenizer)
+    lead = prompt_lead(tokenizer)
     piece_len = window_len - len(lead)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     num_needed = (offset + num_windows) * piece_len
@@ -172,7 +117,7 @@ def _bos(model: PreTrainedModel) -> list[int]:
     return [] if bos is None else [int(bos)]
 
 
-def _prompt_lead(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_lead(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[BOS] if the tokenizer begins every prompt with it, else []."""
     ids = tokenizer("")["input_ids"]
     return [ids[0]] if ids and ids[0] == tokenizer.bos_token_id else []
@@ -184,24 +129,4 @@ def _check_counts(model: PreTrainedModel, num_windows: int, window_len: int, min
         raise ValueError(
             f"num_windows = {num_windows}, window_len = {window_len}: need at least 1 window "
             f"of {min_len} to {max_len} tokens"
-        )
-
-
-def _check_windows(windows: Tensor, vocab_size: int) -> None:
-    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
-        raise ValueError(
-            f"windows must be [n, L] int64 with at least one token, got {windows.dtype} {list(windows.shape)}"
-        )
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"token ids run from {low} to {high}; the vocabulary has 0..{vocab_size - 1}")
-
-
-def _require_finite(absmax: dict[str, Tensor], window: int) -> None:
-    is_finite = torch.stack([values.isfinite().all() for values in absmax.values()]).tolist()
-    if not all(is_finite):
-        name = list(absmax)[is_finite.index(False)]
-        raise ValueError(
-            f"the input of {name} is NaN or infinite in calibration window {window}: the model overflows in "
-            "this float type; calibrate in bfloat16 or float32"
         )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant.compressed import LinearFormat, Quantization, parse
+from quant.compressed import parse
 from quant.linear import FloatLinear, Int8Linear
-from quant.scheme import PRESETS, KVStorage, Scheme
+from quant.scheme import KVStorage, Scheme
+from quant.targets import LinearFormat, Quantization
 from quant.tensors import CheckpointError, TensorFiles, cast, read_json
 
-__all__ = ["NOTES_NAME", "Checkpoint", "CheckpointError"]
+__all__ = ["NOTES_NAME", "Checkpoint", "CheckpointError", "notes_of"]
 
 NOTES_NAME = "ottava.json"
 """Our own notes beside config.json: scheme, alpha, KV cache, calibration. Readers of compressed-tensors allow no extra
@@ -28,6 +30,7 @@ class Checkpoint:
     config: config.json.
     quantization: what its quantization_config says; None for a float model.
     notes: ottava.json; empty where the folder is not ours.
+    schemes: one for each way in which Linears are stored; empty for a float model.
     dtype, device: what tensors are cast and moved to.
     """
 
@@ -35,6 +38,7 @@ class Checkpoint:
     config: dict[str, Any]
     quantization: Quantization | None
     notes: dict[str, Any]
+    schemes: tuple[Scheme, ...]
     dtype: torch.dtype
     device: torch.device
     files: TensorFiles
@@ -49,8 +53,8 @@ class Checkpoint:
             device: where tensors go.
 
         Raises:
-            CheckpointError: not a model folder, pickled weights, a corrupt or missing file, or a quantization that is
-                not served.
+            CheckpointError: not a model folder, pickled weights, a corrupt or missing file, a quantization that is
+                not served, or notes with a value that no scheme takes.
         """
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder")
@@ -58,41 +62,35 @@ class Checkpoint:
         quantization = parse(config)
         notes_path = folder / NOTES_NAME
         notes = read_json(notes_path) if notes_path.is_file() else {}
-        return cls(folder, config, quantization, notes, dtype, torch.device(device), TensorFiles(folder))
-
-    @property
-    def scheme_name(self) -> str | None:
-        """The preset this folder was written with; None where the notes do not say."""
-        name = self.notes.get("scheme")
-        return name if isinstance(name, str) else None
+        try:
+            schemes = _schemes(quantization, notes)
+        except ValueError as error:
+            raise CheckpointError(f"{notes_path}: {error}; quantize the float model again") from error
+        return cls(folder, config, quantization, notes, schemes, dtype, torch.device(device), TensorFiles(folder))
 
     @property
     def scheme(self) -> Scheme | None:
-        """The scheme this folder was written with; None where the notes name no preset.
+        """The scheme of all int8 Linears; None for a float model, or where Linears differ.
 
-        Raises:
-            CheckpointError: the notes have a value that no scheme takes.
+        Its scales are what config.json says. What leaves no trace there (smoothing, rounding) is from our notes, so a
+        folder written by another tool is named after its scales, "int8 channel/token", never after a method.
         """
-        if self.scheme_name not in PRESETS:
-            return None
-        try:
-            return replace(PRESETS[self.scheme_name], smoothing=self.notes.get("alpha"), kv=self.kv)
-        except ValueError as error:
-            raise CheckpointError(f"{self.folder / NOTES_NAME}: {error}") from error
+        return self.schemes[0] if len(self.schemes) == 1 else None
+
+    @property
+    def scheme_name(self) -> str | None:
+        """The names of its schemes; None for a float model."""
+        return " + ".join(dict.fromkeys(scheme.name for scheme in self.schemes)) or None
 
     @property
     def kv(self) -> KVStorage:
-        """What keys and values are stored in unless the user says otherwise; "float" where the notes do not say.
+        """What keys and values are stored in unless the user says otherwise; "float" where the notes do not say."""
+        return self.schemes[0].kv if self.schemes else "float"
 
-        Raises:
-            CheckpointError: the notes ask for a storage that is not served.
-        """
-        kv = self.notes.get("kv", "float")
-        if kv == "float":
-            return "float"
-        if kv == "int8":
-            return "int8"
-        raise CheckpointError(f'{self.folder / NOTES_NAME}: kv = {kv!r} is not served; write "float" or "int8"')
+    @property
+    def outliers(self) -> float | None:
+        """The threshold beyond which an input column is multiplied in float; None for none."""
+        return self.schemes[0].outliers if self.schemes else None
 
     def __contains__(self, name: str) -> bool:
         """Whether the folder has a tensor of that name."""
@@ -112,33 +110,42 @@ class Checkpoint:
             )
         return cast(stored, self.dtype, name).to(self.device)
 
-    def linear(self, name: str, out_features: int, in_features: int, has_bias: bool) -> FloatLinear | Int8Linear:
+    def linear(
+        self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
+    ) -> FloatLinear | Int8Linear:
         """The Linear of that module name, weight [out_features, in_features]: int8 if targeted and not ignored.
 
         Every tensor stored under the name is used or refused: no scale is left unread. Zero points of a symmetric
         scheme, which older tools store, must be all zero. Codes of -128, written by tools whose scale is
         absmax / 127.5, are kept as they are.
 
+        Args:
+            is_transposed: the weight, codes too, is stored [in_features, out_features], as GPT-2's is.
+
         Raises:
-            CheckpointError: a tensor is missing, has another shape or dtype, a scale is not positive and finite, or
-                a tensor is left over.
+            CheckpointError: a tensor is missing, has another shape or dtype, a scale is not positive and finite,
+                groups do not divide in_features, or a tensor is left over.
         """
         linear_format = None if self.quantization is None else self.quantization.format_of(name)
+        shape = out_features, in_features
         bias = self.tensor(f"{name}.bias", (out_features,)) if has_bias else None
         used = {f"{name}.weight"} | ({f"{name}.bias"} if has_bias else set())
         if linear_format is None:
-            weight = self.tensor(f"{name}.weight", (out_features, in_features))
+            weight = _matrix(self.tensor, f"{name}.weight", shape, is_transposed)
             self._refuse_leftovers(name, used)
             return FloatLinear(weight, bias)
-        codes = self._codes(f"{name}.weight", (out_features, in_features))
-        num_scales = out_features if linear_format.weight == "channel" else 1
-        weight_scale = self._scale(f"{name}.weight_scale", num_scales)
+        codes = _matrix(self._codes, f"{name}.weight", shape, is_transposed)
+        weight_scale = self._scale(f"{name}.weight_scale", self._scale_shape(name, shape, linear_format))
         is_static = linear_format.activation == "static"
-        input_scale = self._scale(f"{name}.input_scale", 1) if is_static else None
+        input_scale = self._scale(f"{name}.input_scale", (1,)) if is_static else None
         used |= {f"{name}.weight_scale"} | ({f"{name}.input_scale"} if is_static else set())
-        used |= self._zero_points(name, linear_format)
+        zero_point = self._zero_point(f"{name}.input_zero_point") if linear_format.has_zero_point else None
+        used |= {f"{name}.input_zero_point"} if linear_format.has_zero_point else set()
+        used |= self._idle_zero_points(name, linear_format)
         self._refuse_leftovers(name, used)
-        return Int8Linear(codes, weight_scale, bias, linear_format.activation, input_scale, self.dtype)
+        outliers = self.outliers if linear_format.activation == "token" else None
+        activation = linear_format.activation
+        return Int8Linear(codes, weight_scale, bias, activation, input_scale, self.dtype, zero_point, outliers)
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.files.get(name)
@@ -157,24 +164,47 @@ class Checkpoint:
             )
         return codes.to(self.device)
 
-    def _scale(self, name: str, num_scales: int) -> Tensor:
-        """A scale as float32 [num_scales]; stored as [n], [n, 1], or [] for one."""
-        stored = self.files.get(name)
-        if stored.numel() != num_scales or any(size not in (1, num_scales) for size in stored.shape):
-            expected = [num_scales, 1] if num_scales > 1 else [1]
+    def _scale_shape(self, name: str, shape: tuple[int, int], linear_format: LinearFormat) -> tuple[int, ...]:
+        """[1] per tensor, [out, 1] per channel, [out, groups] where every group_size inputs share a scale."""
+        out_features, in_features = shape
+        if linear_format.weight == "tensor":
+            return (1,)
+        size = linear_format.group_size or in_features
+        if in_features % size:
             raise CheckpointError(
-                f"{self.files.path(name)}: {name} has shape {list(stored.shape)}, expected {expected}"
+                f"{self.files.folder}: {name} has {in_features} inputs, which groups of {size} do not divide; quantize "
+                "the float model again with a smaller group_size"
+            )
+        return out_features, in_features // size
+
+    def _scale(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A scale as float32 [n], or [n, groups] of several groups; dimensions of 1 may be stored or left out."""
+        stored = self.files.get(name)
+        if [size for size in stored.shape if size > 1] != [size for size in shape if size > 1] or not stored.numel():
+            raise CheckpointError(
+                f"{self.files.path(name)}: {name} has shape {list(stored.shape)}, expected {list(shape)}"
             )
         if not stored.is_floating_point():
             raise CheckpointError(f"{self.files.path(name)}: {name} is {_dtype_name(stored)}, expected float")
-        scale = stored.float().reshape(num_scales)
+        has_groups = len(shape) == 2 and shape[1] > 1
+        scale = stored.float().reshape(shape if has_groups else shape[:1])
         if not bool(((scale > 0) & scale.isfinite()).all()):
             raise CheckpointError(f"{self.files.path(name)}: {name} holds a scale that is not positive and finite")
         return scale.to(self.device)
 
-    def _zero_points(self, name: str, linear_format: LinearFormat) -> set[str]:
-        """Names of the stored zero points that are all zero, as a symmetric scheme's are."""
-        suffixes = ["weight_zero_point"] + (["input_zero_point"] if linear_format.activation == "static" else [])
+    def _zero_point(self, name: str) -> Tensor:
+        """The code that stands for 0 in an asymmetric activation, int8 [1]."""
+        stored = self.files.get(name)
+        if stored.dtype != torch.int8 or stored.numel() != 1:
+            raise CheckpointError(
+                f"{self.files.path(name)}: {name} is {_dtype_name(stored)} {list(stored.shape)}, expected int8 [1]"
+            )
+        return stored.reshape(1).to(self.device)
+
+    def _idle_zero_points(self, name: str, linear_format: LinearFormat) -> set[str]:
+        """Names of the stored zero points of what is symmetric: they must be all zero."""
+        is_symmetric = linear_format.activation == "static" and not linear_format.has_zero_point
+        suffixes = ["weight_zero_point"] + (["input_zero_point"] if is_symmetric else [])
         stored = [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in self.files]
         for zero_point in stored:
             if bool(self.files.get(zero_point).any()):
@@ -191,6 +221,49 @@ class Checkpoint:
                 f"{self.files.path(left[0])}: {', '.join(left)} would be loaded and never used: config.json and the "
                 "weights do not belong together, or the model's family reads no such tensor"
             )
+
+
+def notes_of(scheme: Scheme) -> dict[str, Any]:
+    """What our notes say of a scheme: its name, and the knobs that leave no trace in config.json."""
+    return {
+        "scheme": scheme.name,
+        "description": scheme.describe(),
+        "alpha": scheme.smoothing,
+        "outliers": scheme.outliers,
+        "kv": scheme.kv,
+        "rounding": scheme.rounding,
+        "is_distilled": scheme.is_distilled,
+    }
+
+
+def _schemes(quantization: Quantization | None, notes: dict[str, Any]) -> tuple[Scheme, ...]:
+    """One scheme per format of the config, with what our notes add to it.
+
+    Raises:
+        ValueError: the notes have a value that no scheme of that format takes.
+    """
+    name = notes.get("scheme")
+    return tuple(
+        Scheme(
+            name if isinstance(name, str) else linear_format.name,
+            linear_format.weight,
+            linear_format.activation,
+            smoothing=notes.get("alpha"),
+            outliers=notes.get("outliers"),
+            kv=notes.get("kv", "float"),
+            rounding=notes.get("rounding", "nearest"),
+            group_size=linear_format.group_size,
+            is_distilled=notes.get("is_distilled", False),
+        )
+        for linear_format in (quantization.formats if quantization is not None else ())
+    )
+
+
+def _matrix(
+    read: Callable[[str, tuple[int, ...]], Tensor], name: str, shape: tuple[int, int], is_transposed: bool
+) -> Tensor:
+    """A weight of that shape, whichever way round it is stored."""
+    return read(name, shape[::-1]).t().contiguous() if is_transposed else read(name, shape)
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -1,54 +1,69 @@
 """The `quantization_config` of compressed-tensors: which Linears are int8 and how. What is not served is refused.
 
-Accepted: formats int-quantized and naive-quantized, for the whole or per group; int8 weights, symmetric, per tensor or
-per channel; int8 input activations, symmetric, per token, dynamic per tensor or static per tensor.
+Accepted: formats int-quantized and naive-quantized, for the whole or per group; int8 weights, symmetric, per tensor,
+per channel or per group of inputs; int8 input activations, symmetric, per token, dynamic per tensor or static per
+tensor, the last also asymmetric.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from quant.linear import Activation
-from quant.scheme import Scheme
+from quant.scheme import MIN_GROUP_SIZE, Scheme
+from quant.targets import LinearFormat, Quantization
 from quant.tensors import CheckpointError
 
 _FORMATS = ("int-quantized", "naive-quantized")
 _REMEDY = "quantize the float model with `ottava quantize`, or take a checkpoint in int-quantized W8A8"
-# Classes of a Linear in PyTorch, which is what a class-name target is compared with.
-_LINEAR_CLASSES = ("Linear", "Module")
+_METHODS = {
+    "awq": "packed 4-bit weights with float activations",
+    "bitsandbytes": "weights that bitsandbytes unpacks as it runs",
+    "fp8": "float8 weights and activations",
+    "gptq": "packed weights with float activations",
+}
+# Presets that a group may be named after in place of its values, and that are served.
+_W8A8 = ("W8A8", "INT8")
+_W8A8_VALUES = {"weights": {"strategy": "channel"}, "input_activations": {"strategy": "token", "dynamic": True}}
 
-
-@dataclass(frozen=True, slots=True)
-class LinearFormat:
-    """How one group of Linears is stored: scale per "tensor" or "channel" of the weight, and the activation's kind."""
-
-    weight: Literal["tensor", "channel"]
-    activation: Activation
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """What a checkpoint says of itself: targets (name, `re:` pattern or class) -> format, and what to leave out."""
-
-    targets: Mapping[str, LinearFormat]
-    ignore: tuple[str, ...]
-
-    def format_of(self, name: str) -> LinearFormat | None:
-        """How the Linear of that module name is stored; None for float.
-
-        The most specific target decides: the exact name, then a pattern (in alphabetical order, as compressed-tensors
-        has it), then a class.
-        """
-        if any(_matches(name, entry) for entry in self.ignore):
-            return None
-        is_pattern = sorted(target for target in self.targets if target.startswith("re:"))
-        for target in (name, *is_pattern, *_LINEAR_CLASSES):
-            if target in self.targets and _matches(name, target):
-                return self.targets[target]
-        return None
+# Every key that is read here, or says nothing of how a Linear is computed. Another key may change the numbers.
+_TOP_KEYS = frozenset(
+    (
+        "config_groups",
+        "dequantize",
+        "format",
+        "global_compression_ratio",
+        "ignore",
+        "kv_cache_scheme",
+        "moe_sparsity_config",
+        "quant_method",
+        "quantization_status",
+        "run_compressed",
+        "sparsity_config",
+        "transform_config",
+        "use_optimized_inference",
+        "version",
+    )
+)
+_GROUP_KEYS = frozenset(("format", "input_activations", "output_activations", "targets", "weights"))
+_ARGS_KEYS = frozenset(
+    (
+        "actorder",
+        "block_structure",
+        "dynamic",
+        "group_size",
+        "num_bits",
+        "observer",
+        "observer_kwargs",
+        "scale_dtype",
+        "strategy",
+        "symmetric",
+        "type",
+        "zp_dtype",
+    )
+)
 
 
 def parse(config: Mapping[str, Any]) -> Quantization | None:
@@ -70,13 +85,14 @@ def parse(config: Mapping[str, Any]) -> Quantization | None:
         raise _refused("a quantization_config without config_groups")
     targets: dict[str, LinearFormat] = {}
     for name, group in groups.items():
-        if not isinstance(group, dict):
-            raise _refused(f"config_groups.{name} = {group!r}, a preset's name instead of its values")
-        linear_format = _parse_group(f"config_groups.{name}", group, quantization.get("format"))
-        targets |= dict.fromkeys(_strings(f"config_groups.{name}.targets", group.get("targets")), linear_format)
+        where = f"config_groups.{name}"
+        values = _values(where, name, group)
+        linear_format = _parse_group(where, values, quantization.get("format"))
+        targets |= dict.fromkeys(_strings(f"{where}.targets", values.get("targets")), linear_format)
     if "Embedding" in targets:
         raise _refused("an int8 embedding (target Embedding)")
-    return Quantization(targets, tuple(_strings("ignore", quantization.get("ignore") or [])))
+    ignore = quantization.get("ignore")
+    return Quantization(targets, () if ignore is None else tuple(_strings("ignore", ignore)))
 
 
 def render(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
@@ -89,6 +105,8 @@ def render(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
         ignore: names of the Linears that stay float.
     """
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": scheme.weight, "dynamic": False}
+    if scheme.weight == "group":
+        weights["group_size"] = scheme.group_size
     activations = {
         "num_bits": 8,
         "type": "int",
@@ -110,16 +128,30 @@ def render(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
 def _check_top_level(quantization: dict[str, Any]) -> None:
     method = quantization.get("quant_method", "compressed-tensors")
     if method != "compressed-tensors":
-        raise _refused(f"quant_method {method!r}")
+        known = _METHODS.get(method) if isinstance(method, str) else None
+        raise _refused(f"quant_method {method!r}{f' ({known})' if known else ''}")
+    _refuse_unknown("quantization_config", quantization, _TOP_KEYS)
     sparsity = quantization.get("sparsity_config") or {}
     # "dense" only reports the share of zeros that the tool measured; nothing is packed.
     if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
         raise _refused(f"sparse weights (sparsity_config {sparsity!r})")
+    if quantization.get("moe_sparsity_config") is not None:
+        raise _refused("experts left out by layer (moe_sparsity_config)")
     transform = quantization.get("transform_config") or {}
     if transform and not (isinstance(transform, dict) and not any(transform.values())):
         raise _refused("a non-empty transform_config (rotations applied while the model runs)")
     if quantization.get("kv_cache_scheme") is not None:
-        raise _refused("a calibrated kv_cache_scheme")
+        raise _refused("a calibrated kv_cache_scheme (int8 keys and values here need none: --kv-cache int8)")
+
+
+def _values(where: str, name: str, group: object) -> dict[str, Any]:
+    """A group's values, also where it is a preset's name with a list of targets."""
+    if isinstance(group, list) and name.upper() in _W8A8:
+        return {"targets": group, **_W8A8_VALUES}
+    if not isinstance(group, dict):
+        raise _refused(f"{where} = {group!r}, a preset other than {' and '.join(_W8A8)}")
+    _refuse_unknown(where, group, _GROUP_KEYS)
+    return group
 
 
 def _parse_group(where: str, group: dict[str, Any], default_format: object) -> LinearFormat:
@@ -136,7 +168,9 @@ def _parse_group(where: str, group: dict[str, Any], default_format: object) -> L
         raise _refused(f"weights quantized while the model runs ({where}.weights.dynamic)")
     if weights.get("actorder") in (True, "group", "dynamic"):
         raise _refused(f"reordered weight columns ({where}.weights.actorder = {weights['actorder']!r})")
-    return LinearFormat(_weight_scale(where, weights), _activation(where, inputs))
+    weight, group_size = _weight_scale(f"{where}.weights", weights)
+    activation = _activation(f"{where}.input_activations", inputs)
+    return LinearFormat(weight, activation, group_size, has_zero_point=not inputs.get("symmetric", True))
 
 
 def _int8_args(where: str, args: object) -> dict[str, Any]:
@@ -149,28 +183,39 @@ def _int8_args(where: str, args: object) -> dict[str, Any]:
         raise _refused(f"{where}.num_bits = {num_bits!r}")
     if kind != "int":
         raise _refused(f"{where}.type = {kind!r}")
+    if not isinstance(args.get("symmetric", True), bool):
+        raise _refused(f"{where}.symmetric = {args['symmetric']!r}")
+    _refuse_unknown(where, args, _ARGS_KEYS)
     return args
 
 
-def _weight_scale(where: str, weights: dict[str, Any]) -> Literal["tensor", "channel"]:
-    strategy = _strategy(weights)
+def _weight_scale(where: str, weights: dict[str, Any]) -> tuple[Literal["tensor", "channel", "group"], int | None]:
+    """How the scales lie, and the group size where they lie in groups."""
+    strategy, size = _strategy(weights), weights.get("group_size")
+    if strategy == "group":
+        if not isinstance(size, int) or isinstance(size, bool) or size < MIN_GROUP_SIZE or size & (size - 1):
+            raise _refused(f"{where}.group_size = {size!r} (not a power of two from {MIN_GROUP_SIZE})")
+        return "group", size
+    if size not in (None, -1):
+        raise _refused(f"{where}.group_size = {size!r} with strategy {strategy!r}")
     if strategy == "tensor":
-        return "tensor"
+        return "tensor", None
     if strategy == "channel":
-        return "channel"
-    raise _refused(f"{where}.weights.strategy = {strategy!r} (one scale per {strategy})")
+        return "channel", None
+    raise _refused(f"{where}.strategy = {strategy!r} (one scale per {strategy})")
 
 
 def _activation(where: str, inputs: dict[str, Any]) -> Activation:
     strategy, dynamic = _strategy(inputs), inputs.get("dynamic", False)
-    if not inputs.get("symmetric", True):
-        kind = "per-token" if strategy == "token" else "static" if not dynamic else "per-tensor"
-        raise _refused(f"asymmetric {kind} activations with an input_zero_point ({where}.input_activations)")
+    if not inputs.get("symmetric", True) and (strategy, dynamic) != ("tensor", False):
+        raise _refused(f"asymmetric per-{strategy} activations with a zero point found as the model runs ({where})")
+    if inputs.get("scale_dtype") is not None:
+        raise _refused(f"{where}.scale_dtype = {inputs['scale_dtype']!r} (scales rounded to another type)")
     if strategy == "token" and dynamic is True:
         return "token"
     if strategy == "tensor" and isinstance(dynamic, bool):
         return "tensor" if dynamic else "static"
-    raise _refused(f"{where}.input_activations with strategy {strategy!r} and dynamic = {dynamic!r}")
+    raise _refused(f"{where} with strategy {strategy!r} and dynamic = {dynamic!r}")
 
 
 def _strategy(args: dict[str, Any]) -> str:
@@ -196,15 +241,14 @@ def _check_pattern(where: str, entry: str) -> None:
         return
     try:
         re.compile(entry.removeprefix("re:"))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise _refused(f"{where} holds the pattern {entry!r}, which does not compile ({error})") from error
 
 
-def _matches(name: str, entry: str) -> bool:
-    """Whether a Linear's module name meets one target or ignore entry."""
-    if entry.startswith("re:"):
-        return re.match(entry.removeprefix("re:"), name) is not None
-    return entry == name or entry in _LINEAR_CLASSES
+def _refuse_unknown(where: str, content: dict[str, Any], known: frozenset[str]) -> None:
+    unknown = sorted(str(key) for key in content.keys() - known)
+    if unknown:
+        raise _refused(f"the unknown key {unknown[0]} in {where}")
 
 
 def _refused(what: str) -> CheckpointError:

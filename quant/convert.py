@@ -1,135 +1,102 @@
-"""A float checkpoint in, an int8 checkpoint out: smoothing folded, weights rounded, in compressed-tensors' layout."""
+"""A float checkpoint in, an int8 checkpoint out: layer after layer, in compressed-tensors' layout."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import CODE_MAX, __version__
+from kernels import __version__
+from quant.block import Block, Recipe
 from quant.checkpoint import NOTES_NAME
 from quant.compressed import parse, render
+from quant.layers import LayerStream
+from quant.part import PartFolder
 from quant.scheme import Scheme
-from quant.smooth import SmoothGroup, fold
+from quant.smooth import SmoothGroup
 from quant.tensors import CheckpointError, ShardWriter, TensorFiles, cast, read_json
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _EMBEDDINGS = ("embed_tokens", "embed_positions", "embed_in", "wte", "wpe")
 
-
-def quantize_weight(
-    weight: Tensor, strategy: Literal["tensor", "channel"], scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Round a weight matrix to int8.
-
-    scale = round(absmax / 127 to scale_dtype)        codes = clamp(rint(weight / scale), -127, 127)
-
-    The scale is rounded first: codes made with the unrounded scale would stand for other values once it is stored.
-
-    Args:
-        weight: [N, K] float.
-        strategy: "channel" (a scale per row) or "tensor" (one).
-        scale_dtype: what the scale is stored in.
-
-    Returns:
-        codes [N, K] int8 in -127..127 and scale [N, 1] (channel) or [1] (tensor) in scale_dtype, positive. A row of
-        zeros gets scale 1.
-
-    Raises:
-        ValueError: the weight is NaN or infinite, or its scale overflows scale_dtype.
-
-    Source: SmoothQuant (arXiv 2211.10438), equation 1.
-    """
-    weight = weight.float()
-    absmax = weight.abs().amax(1, keepdim=True) if strategy == "channel" else weight.abs().amax().reshape(1)
-    scale = static_scale(absmax, scale_dtype)
-    codes = (weight / scale.float()).round_().clamp_(-CODE_MAX, CODE_MAX).to(torch.int8)
-    return codes, scale
-
-
-def static_scale(absmax: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """The scale absmax / 127 in scale_dtype, such that absmax is at most half a code beyond 127.
-
-    Where absmax is 0 the scale is 1. Where rounding down loses more than that (float16's subnormals), the next value
-    up is taken.
-
-    Raises:
-        ValueError: absmax is NaN or infinite, or absmax / 127 overflows scale_dtype.
-    """
-    scale = (absmax.float() / CODE_MAX).to(scale_dtype)
-    if not bool(scale.isfinite().all()):
-        raise ValueError(f"its largest magnitude is {absmax.max().item():g}: no finite scale in {scale_dtype}")
-    saturates = absmax.float() > (CODE_MAX + 0.5) * scale.float()
-    # Positive floats are ordered as their bits are, so one more is the next value up, in any float type.
-    bits = scale.view(torch.int16 if scale.element_size() == 2 else torch.int32)
-    scale = torch.where(saturates, (bits + 1).view(scale_dtype), scale)
-    return torch.where(absmax == 0, torch.ones_like(scale), scale)
+LayerProgress = Callable[[int, int, str], None]
+"""Called with (layers done, total, what came of the last one)."""
 
 
 def quantize_checkpoint(
     source: Path,
     out: Path,
     scheme: Scheme,
-    absmax: dict[str, Tensor],
     groups: Sequence[SmoothGroup],
     linear_names: Sequence[str],
     dtype: torch.dtype,
     notes: dict[str, Any],
-    on_progress: Callable[[int, int], None] | None = None,
+    windows: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    on_progress: LayerProgress | None = None,
 ) -> None:
     """Write the int8 checkpoint of a float one. The folder appears whole or not at all.
 
-    One group of Linears that smoothing ties together is in memory as float32 at a time.
+    One decoder layer is in memory at a time, in float32, with the hidden states of all windows, twice; of its Linears'
+    inputs, `quant.block.SAMPLED_ROWS` tokens. Layers that are done are kept beside `out`: called again with the same
+    arguments after an interruption, it goes on with the next one and gives the same bytes.
 
     Args:
-        source: folder of a float model: config.json and safetensors.
+        source: folder of a float model that transformers knows: config.json and safetensors, sharded or not.
         out: folder to create; it may exist only if it is empty.
-        scheme: an int8 scheme.
-        absmax: activation ranges by Linear name, from `calibrate`; may be empty if the scheme needs none.
+        scheme: an int8 scheme; a group size that does not divide every width is halved until it does.
         groups: what to smooth, if the scheme smooths.
         linear_names: the Linears to quantize; every other matrix stays float and is listed in `ignore`, as is lm_head.
         dtype: float16, bfloat16 or float32, of norms, embeddings, biases and stored scales.
-        notes: added to ottava.json beside version, scheme, alpha and kv.
-        on_progress: called with (Linears done, total).
+        notes: added to ottava.json beside the scheme and what was chosen for each layer.
+        windows: [n, L] int64 token ids to calibrate on, if the scheme needs calibration.
+        device: where layers are computed.
+        seed: of the choice of tokens that alphas and ranges are judged by.
 
     Raises:
         CheckpointError: source is not a float checkpoint, or lacks one of the Linears.
         FileExistsError: out is there and not empty.
-        ValueError: the scheme is float, or smooths without groups, a range is missing, or a weight has no finite scale.
+        ValueError: the scheme is float, smooths without groups, or is calibrated without windows; or an activation or
+            a scale is not finite.
     """
     if not scheme.is_int8:
         raise ValueError(f"scheme {scheme.name!r} is float: there is nothing to quantize; serve the source itself")
     if scheme.smoothing is not None and not groups:
         raise ValueError(f"scheme {scheme.name!r} smooths and no groups say what; name them, or set smoothing to None")
+    if scheme.needs_calibration and windows is None:
+        raise ValueError(f"scheme {scheme.name!r} is calibrated and no windows say on what; give calibration windows")
     refuse_occupied(out)
     config = read_json(source / "config.json")
     if parse(config) is not None:
         raise CheckpointError(f"{source} is quantized already; start from the float model")
     files = TensorFiles(source)
     _require_weights(files, linear_names)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling: renaming is atomic within one file system only.
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.parent))
+    stream = LayerStream(source, torch.float32, torch.device(device))
+    scheme = scheme.fitted(stream.widths(linear_names))
+    recipe = Recipe(scheme, frozenset(linear_names), tuple(groups), dtype, seed)
+    settings = _fingerprint(files, recipe, windows, notes)
+    ignored = _ignored(files, linear_names)
+    # A file that stays open keeps every page that was ever read from it in memory.
+    del files
+    part = PartFolder(out, settings)
     try:
-        part.chmod(0o755)
-        _copy_companions(source, part)
-        writer = ShardWriter(part)
-        for name, tensor in _quantized_tensors(files, scheme, absmax, groups, linear_names, dtype, on_progress):
-            writer.add(name, tensor)
-        writer.close()
-        _write_json(part / "config.json", _int8_config(config, scheme, _ignored(files, linear_names), dtype))
-        own = {"version": __version__, "scheme": scheme.name, "description": scheme.describe()}
-        _write_json(part / NOTES_NAME, {**own, "alpha": scheme.smoothing, "kv": scheme.kv, **notes})
-        part.replace(out)
-    except BaseException:
-        shutil.rmtree(part)
+        _quantize_layers(stream, part, recipe, windows if scheme.needs_calibration else None, on_progress)
+        with part.whole() as folder:
+            _write_rest(source, folder, part, dtype)
+            _write_json(folder / "config.json", _int8_config(config, scheme, ignored, dtype))
+            _write_json(folder / NOTES_NAME, {**_scheme_notes(scheme), **_layer_notes(part.notes), **notes})
+            _copy_companions(source, folder)
+    except (ValueError, CheckpointError):
+        # It would fail again; what an interruption or a full disk leaves is kept.
+        part.remove()
         raise
 
 
@@ -139,75 +106,82 @@ def refuse_occupied(out: Path) -> None:
         raise FileExistsError(f"{out} exists and is not empty; remove it or name another folder")
 
 
-def _quantized_tensors(
-    files: TensorFiles,
-    scheme: Scheme,
-    absmax: dict[str, Tensor],
-    groups: Sequence[SmoothGroup],
-    linear_names: Sequence[str],
-    dtype: torch.dtype,
-    on_progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the int8 checkpoint: the modules cluster by cluster, then what no cluster holds."""
-    linears, written, num_done = set(linear_names), set[str](), 0
-    for cluster in _clusters(groups if scheme.smoothing is not None else (), linear_names):
-        stored = [f"{module}.{suffix}" for module in cluster.modules for suffix in ("weight", "bias")]
-        state = {name: files.get(name) for name in stored if name in files}
-        written |= set(state)
-        if cluster.groups and scheme.smoothing is not None:
-            absmax = fold(state, cluster.groups, absmax, scheme.smoothing, dtype)
-        for module in cluster.modules:
-            if module in linears:
-                yield from _int8_tensors(module, state.pop(f"{module}.weight"), scheme, absmax, dtype)
-                num_done += 1
-                if on_progress is not None:
-                    on_progress(num_done, len(linears))
-        for name, tensor in state.items():
-            yield name, cast(tensor, dtype, name)
+def _quantize_layers(
+    stream: LayerStream, part: PartFolder, recipe: Recipe, windows: Tensor | None, on_progress: LayerProgress | None
+) -> None:
+    """Every layer that is not done yet, each into the part folder."""
+    num_layers, num_found = len(stream.prefixes), part.num_done
+    hidden: list[Tensor] = []
+    if windows is not None and num_found < num_layers:
+        hidden = stream.embed(windows)
+        if num_found:
+            hidden = [window.to(stream.device) for window in part.carried().values()]
+    began = time.monotonic()
+    for index in range(num_found, num_layers):
+        done = Block(stream, index, recipe).quantize(hidden)
+        hidden = done.hidden
+        tensors = {name: _stored(name, tensor, recipe.dtype) for name, tensor in done.tensors.items()}
+        part.add(tensors, done.notes, {f"{number:06d}": window for number, window in enumerate(hidden)})
+        stream.drop(index)
+        if on_progress is not None:
+            left_s = (time.monotonic() - began) / (index + 1 - num_found) * (num_layers - index - 1)
+            on_progress(index + 1, num_layers, f"error {done.notes['error']:.2%}, {left_s:.0f} s left")
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return cast(tensor, dtype, name) if tensor.is_floating_point() else tensor
+
+
+def _write_rest(source: Path, folder: Path, part: PartFolder, dtype: torch.dtype) -> None:
+    """The layers' tensors joined, and behind them all that no layer holds."""
+    writer = ShardWriter(folder)
+    written = set()
+    for tensors in part.layers():
+        written |= set(tensors)
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    files = TensorFiles(source)
     for name in files.names:
         if name not in written:
-            tensor = files.get(name)
-            yield name, cast(tensor, dtype, name) if tensor.is_floating_point() else tensor
+            writer.add(name, _stored(name, files.get(name), dtype))
+    writer.close()
 
 
-def _int8_tensors(
-    name: str, weight: Tensor, scheme: Scheme, absmax: dict[str, Tensor], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one int8 Linear except its bias."""
-    assert scheme.weight != "float"
-    try:
-        codes, scale = quantize_weight(weight, scheme.weight, dtype)
-    except ValueError as error:
-        raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
-    yield f"{name}.weight", codes
-    yield f"{name}.weight_scale", scale
-    if scheme.activation == "static":
-        if name not in absmax:
-            raise ValueError(f"scheme {scheme.name!r} needs the activation range of {name}; calibrate the model first")
-        yield f"{name}.input_scale", static_scale(absmax[name].amax().reshape(1), dtype)
+def _fingerprint(files: TensorFiles, recipe: Recipe, windows: Tensor | None, notes: dict[str, Any]) -> str:
+    """Changes with all that decides the bytes that are written."""
+    names = sorted(recipe.linear_names)
+    told = (__version__, recipe.scheme, names, recipe.groups, recipe.dtype, recipe.seed, sorted(notes.items()))
+    digest = hashlib.sha256(repr(told).encode())
+    if windows is not None:
+        digest.update(windows.numpy().tobytes())
+    for path in sorted({files.path(name) for name in files.names}):
+        status = path.stat()
+        digest.update(repr((str(path.resolve()), status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()
 
 
-@dataclass(slots=True)
-class _Cluster:
-    """Modules that smoothing ties together, with the groups that tie them; a lone Linear has none."""
+def _scheme_notes(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "scheme": scheme.name,
+        "description": scheme.describe(),
+        "alpha": scheme.smoothing,
+        "outliers": scheme.outliers,
+        "kv": scheme.kv,
+        "rounding": scheme.rounding,
+        "group_size": scheme.group_size,
+        "is_distilled": scheme.is_distilled,
+    }
 
-    modules: list[str]
-    groups: list[SmoothGroup]
 
-
-def _clusters(groups: Sequence[SmoothGroup], linear_names: Sequence[str]) -> list[_Cluster]:
-    """Groups joined where they share a module (up_proj is the sink of one, the source of another), order kept."""
-    clusters: list[_Cluster] = []
-    for group in groups:
-        names = [group.source, *group.sinks]
-        touched = [cluster for cluster in clusters if not set(names).isdisjoint(cluster.modules)]
-        joined = _Cluster(
-            list(dict.fromkeys([*(name for cluster in touched for name in cluster.modules), *names])),
-            [*(member for cluster in touched for member in cluster.groups), group],
-        )
-        clusters = [cluster for cluster in clusters if cluster not in touched] + [joined]
-    tied = {name for cluster in clusters for name in cluster.modules}
-    return clusters + [_Cluster([name], []) for name in linear_names if name not in tied]
+def _layer_notes(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was chosen by group, by Linear and by layer, for the whole model."""
+    joined: dict[str, Any] = {"alphas": {}, "ranges": {}, "errors": [note["error"] for note in notes]}
+    for note in notes:
+        joined["alphas"] |= note.get("alphas", {})
+        joined["ranges"] |= note.get("ranges", {})
+    distillation = [note["distillation"] for note in notes if "distillation" in note]
+    return {**joined, **({"distillation": distillation} if distillation else {})}
 
 
 def _ignored(files: TensorFiles, linear_names: Sequence[str]) -> list[str]:

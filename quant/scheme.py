@@ -1,18 +1,26 @@
-"""What is quantized and how: five knobs, whose named settings are the methods of the literature."""
+"""What is quantized and how: a few knobs, whose named settings are the methods of the literature."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-WeightScale = Literal["float", "tensor", "channel"]
+WeightScale = Literal["float", "tensor", "channel", "group"]
 ActivationScale = Literal["float", "static", "tensor", "token"]
+Smoothing = float | Literal["search"]
 KVStorage = Literal["float", "int8"]
+Rounding = Literal["nearest", "gptq"]
+
+MIN_GROUP_SIZE = 32
+"""One step of an int8 matrix instruction along K: a smaller group would leave part of it idle."""
 
 _WEIGHTS = {
     "float": "float weights",
     "tensor": "int8 weights with one scale per matrix",
     "channel": "int8 weights with one scale per output channel",
+    "group": "int8 weights with one scale per output channel and group of {group_size} inputs",
 }
 _ACTIVATIONS = {
     "float": "float activations",
@@ -24,6 +32,10 @@ _KV = {
     "float": "float keys and values",
     "int8": "int8 keys and values with one scale per token and head",
 }
+_ROUNDING = {
+    "nearest": "weights rounded to nearest",
+    "gptq": "each weight's rounding error made good in the weights after it (GPTQ)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,55 +43,115 @@ class Scheme:
     """How the Linears of a decoder, and its keys and values, are quantized.
 
     A scale must not vary along the summed index k, or the product leaves the integer GEMM; hence scales per row of
-    the activation (token), per row of the weight (channel), or per tensor. A key's scale leaves q k^T the same way, and
-    a value's multiplies its probability; both are found as the token is written, so int8 keys and values need no
-    calibration and add nothing to the weights.
+    the activation (token), per row of the weight (channel), or per tensor. Groups of k have scales of their own
+    because each is a product of its own, summed in float. A key's scale leaves q k^T as a row's does, and a value's
+    multiplies its probability; both are found as the token is written, so int8 keys and values need no calibration and
+    add nothing to the weights.
 
     Args:
         name: what it is called in tables and on the command line.
-        weight: "float", "tensor" (one scale per matrix) or "channel" (one per output channel).
+        weight: "float", "tensor" (one scale per matrix), "channel" (one per output channel) or "group" (one per output
+            channel and group of inputs).
         activation: "float", "static" (one calibrated scale per tensor), "tensor" (one per tensor and step) or
             "token" (one per row and step).
-        smoothing: alpha in 0..1 of SmoothQuant's migration, or None for no smoothing.
-        outliers: threshold of a mixed-precision decomposition; None, as it is not served yet.
+        smoothing: alpha in 0..1 of SmoothQuant's migration, "search" for the best alpha of each group on calibration
+            data, or None for no smoothing.
+        outliers: LLM.int8()'s threshold: input columns with a larger magnitude are multiplied in float; None for no
+            such columns.
         kv: the KV cache: "float", or "int8" (one scale per token and head).
+        rounding: of weights, "nearest" or "gptq".
+        group_size: inputs that share a scale, a power of two from 32, with weight "group"; None otherwise.
+        is_distilled: whether each layer's weights are trained towards the float layer's output before they are rounded.
 
     Raises:
         ValueError: a knob is set to a value that is not served, weights and activations are not both float or both
-            int8, or a float scheme is smoothed or has int8 keys and values.
+            int8, a float scheme sets a knob of int8, or two knobs contradict each other; the message says which.
 
-    Source: SmoothQuant (arXiv 2211.10438), table 2; the condition on k from its section 3.
+    Source: SmoothQuant (arXiv 2211.10438), table 2, and its section 3 for the condition on k; ZeroQuant
+        (arXiv 2206.01861); LLM.int8() (arXiv 2208.07339); GPTQ (arXiv 2210.17323).
     """
 
     name: str
     weight: WeightScale
     activation: ActivationScale
-    smoothing: float | None = None
+    smoothing: Smoothing | None = None
     outliers: float | None = None
     kv: KVStorage = "float"
+    rounding: Rounding = "nearest"
+    group_size: int | None = None
+    is_distilled: bool = False
 
     def __post_init__(self) -> None:
         _require("weight", self.weight, _WEIGHTS)
         _require("activation", self.activation, _ACTIVATIONS)
         _require("kv", self.kv, _KV)
+        _require("rounding", self.rounding, _ROUNDING)
         if (self.weight == "float") != (self.activation == "float"):
             raise ValueError(
                 f"weight {self.weight!r} with activation {self.activation!r} is not served: the integer GEMM needs "
                 "both in int8; set both to float, or neither"
             )
-        if self.kv == "int8" and not self.is_int8:
-            raise ValueError("kv = 'int8' in a float scheme is not served: the baseline stays float; leave it 'float'")
-        if self.smoothing is not None:
-            self._check_smoothing(self.smoothing)
-        if self.outliers is not None:
-            raise ValueError(f"outliers = {self.outliers!r} is not served yet; leave it None")
-
-    def _check_smoothing(self, alpha: float) -> None:
-        # bool is an int to Python, and True would pass for alpha 1.
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"smoothing = {alpha!r} is not served; give alpha as a number from 0 to 1, or None")
         if not self.is_int8:
-            raise ValueError(f"smoothing = {alpha!r} changes nothing in a float scheme; leave it None")
+            self._refuse_int8_knobs()
+        self._check_smoothing()
+        self._check_group_size()
+        self._check_outliers()
+        if self.is_distilled and self.rounding != "nearest":
+            raise ValueError(
+                f"is_distilled with rounding {self.rounding!r} is not served: the student learns under rounding to "
+                "nearest; leave rounding 'nearest', or is_distilled False"
+            )
+
+    def _refuse_int8_knobs(self) -> None:
+        if self.kv == "int8":
+            raise ValueError("kv = 'int8' in a float scheme is not served: the baseline stays float; leave it 'float'")
+        knobs = {
+            "smoothing": (self.smoothing, None),
+            "outliers": (self.outliers, None),
+            "rounding": (self.rounding, "nearest"),
+            "is_distilled": (self.is_distilled, False),
+        }
+        for knob, (value, unset) in knobs.items():
+            if value != unset:
+                raise ValueError(f"{knob} = {value!r} changes nothing in a float scheme; leave it {unset!r}")
+
+    def _check_smoothing(self) -> None:
+        alpha = self.smoothing
+        if alpha is not None and alpha != "search" and not _is_number(alpha, 0.0, 1.0):
+            raise ValueError(
+                f"smoothing = {alpha!r} is not served; give alpha as a number from 0 to 1, 'search', or None"
+            )
+
+    def _check_group_size(self) -> None:
+        size = self.group_size
+        if (self.weight == "group") != (size is not None):
+            raise ValueError(
+                f"weight {self.weight!r} with group_size = {size!r}: weight 'group' takes a group size, no other does"
+            )
+        if size is None:
+            return
+        if not isinstance(size, int) or isinstance(size, bool) or size < MIN_GROUP_SIZE or size & (size - 1):
+            raise ValueError(
+                f"group_size = {size!r} is not served; give a power of two from {MIN_GROUP_SIZE}, 128 for instance"
+            )
+
+    def _check_outliers(self) -> None:
+        if self.outliers is None:
+            return
+        if not _is_number(self.outliers, 0.0, math.inf) or not 0 < self.outliers < math.inf:
+            raise ValueError(f"outliers = {self.outliers!r} is not served; give a threshold above 0, 6.0 for instance")
+        refusals = {
+            "activation": (self.activation == "token", "which columns are outliers is found with the tokens' scales"),
+            "weight": (self.weight != "group", "an outlier column would leave its group"),
+            "smoothing": (self.smoothing is None, "it changes the magnitudes that the threshold is compared with"),
+            "is_distilled": (not self.is_distilled, "the student learns with every column in int8"),
+        }
+        for knob, (is_served, reason) in refusals.items():
+            if not is_served:
+                raise ValueError(
+                    f"outliers = {self.outliers!r} with {knob} = {getattr(self, knob)!r} is not served: {reason}; "
+                    f"change {knob}, or leave outliers None"
+                )
 
     @classmethod
     def preset(cls, name: str, alpha: float | None = None) -> Scheme:
@@ -101,7 +173,7 @@ class Scheme:
         return replace(scheme, smoothing=alpha)
 
     def with_alpha(self, alpha: float | None) -> Scheme:
-        """The same scheme with another alpha, where one is given and the scheme smooths.
+        """The same scheme with this alpha, where one is given and the scheme smooths.
 
         Raises:
             ValueError: alpha is outside 0..1.
@@ -112,28 +184,67 @@ class Scheme:
         """The same scheme with another storage of keys and values, where one is given and the scheme is int8."""
         return self if kv is None or not self.is_int8 else replace(self, kv=kv)
 
+    def with_rounding(self, rounding: Rounding | None) -> Scheme:
+        """The same scheme with another rounding of weights, where one is given and the scheme is int8.
+
+        Raises:
+            ValueError: the scheme is distilled, which needs rounding to nearest.
+        """
+        return self if rounding is None or not self.is_int8 else replace(self, rounding=rounding)
+
+    def fitted(self, widths: Iterable[int]) -> Scheme:
+        """The same scheme with the largest group size, halved as often as needed, that divides every width K.
+
+        Raises:
+            ValueError: not even groups of 32 divide every width.
+        """
+        if self.group_size is None:
+            return self
+        common = math.gcd(self.group_size, *widths)
+        if common < MIN_GROUP_SIZE:
+            raise ValueError(
+                f"groups of {self.group_size} inputs, halved down to {MIN_GROUP_SIZE}, do not divide every width in "
+                f"{sorted(set(widths))}; choose a scheme with weights per channel"
+            )
+        return replace(self, group_size=common)
+
     @property
     def is_int8(self) -> bool:
         return self.weight != "float"
 
     @property
     def label(self) -> str:
-        """The name, and what a preset of that name does not have: for rows of a table."""
-        return f"{self.name}, int8 KV" if self.kv == "int8" else self.name
+        """The name, and what the preset of that name does not have: for rows of a table."""
+        preset = PRESETS.get(self.name, self)
+        extras = []
+        if self.smoothing != preset.smoothing:
+            extras.append("not smoothed" if self.smoothing is None else f"alpha {_alpha_text(self.smoothing)}")
+        if self.rounding != preset.rounding:
+            extras.append(self.rounding)
+        if self.kv == "int8":
+            extras.append("int8 KV")
+        return ", ".join([self.name, *extras])
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether quantizing takes activation ranges: for static scales, and for smoothing."""
-        return self.activation == "static" or self.smoothing is not None
+        """Whether quantizing takes calibration data: for static scales, smoothing, GPTQ's rounding, distillation."""
+        is_data_driven = self.rounding == "gptq" or self.is_distilled
+        return self.activation == "static" or self.smoothing is not None or is_data_driven
 
     def describe(self) -> str:
         """One sentence for tables, logs and /info."""
-        parts = f"{_WEIGHTS[self.weight]}, {_ACTIVATIONS[self.activation]}"
-        smoothed = (
-            "" if self.smoothing is None else f", outliers smoothed into the weights with alpha {self.smoothing:g}"
-        )
-        keys = "" if self.kv == "float" else f", {_KV[self.kv]}"
-        return f"{parts}{smoothed}{keys}."
+        parts = [_WEIGHTS[self.weight].format(group_size=self.group_size), _ACTIVATIONS[self.activation]]
+        if self.smoothing is not None:
+            parts.append(f"outliers smoothed into the weights with alpha {_alpha_text(self.smoothing)}")
+        if self.outliers is not None:
+            parts.append(f"input columns beyond {self.outliers:g} multiplied in float")
+        if self.is_distilled:
+            parts.append("each layer distilled from its float original")
+        if self.rounding != "nearest":
+            parts.append(_ROUNDING[self.rounding])
+        if self.kv != "float":
+            parts.append(_KV[self.kv])
+        return ", ".join(parts) + "."
 
 
 def _require(knob: str, value: object, served: dict[str, str]) -> None:
@@ -141,14 +252,29 @@ def _require(knob: str, value: object, served: dict[str, str]) -> None:
         raise ValueError(f"{knob} = {value!r} is not served; choose one of {', '.join(served)}")
 
 
+def _is_number(value: object, low: float, high: float) -> bool:
+    # bool is an int to Python, and True would pass for 1.
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _alpha_text(alpha: Smoothing) -> str:
+    return "searched per group" if alpha == "search" else f"{alpha:g}"
+
+
 PRESETS: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("fp16", weight="float", activation="float"),
         Scheme("rtn", weight="tensor", activation="static"),
-        Scheme("w8a8", weight="channel", activation="token", smoothing=0.5),
-        Scheme("smoothquant-o1", weight="tensor", activation="token", smoothing=0.5),
-        Scheme("smoothquant-o2", weight="tensor", activation="tensor", smoothing=0.5),
-        Scheme("smoothquant-o3", weight="tensor", activation="static", smoothing=0.5),
+        Scheme("rtn-dynamic", weight="tensor", activation="tensor"),
+        Scheme("rtn-token", weight="channel", activation="token"),
+        Scheme("w8a8", weight="channel", activation="token", smoothing="search"),
+        Scheme("w8a8-static", weight="channel", activation="static", smoothing="search"),
+        Scheme("smoothquant-o1", weight="tensor", activation="token", smoothing="search"),
+        Scheme("smoothquant-o2", weight="tensor", activation="tensor", smoothing="search"),
+        Scheme("smoothquant-o3", weight="tensor", activation="static", smoothing="search"),
+        Scheme("zeroquant", weight="group", activation="token", group_size=128),
+        Scheme("zeroquant-lkd", weight="group", activation="token", group_size=128, is_distilled=True),
+        Scheme("llm-int8", weight="channel", activation="token", outliers=6.0),
     )
 }

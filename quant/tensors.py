@@ -37,8 +37,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+BARE = {"wte.weight": "transformer."}
+"""A tensor that shows a checkpoint to be of the base model alone, and what the whole model's names have before it."""
+
+
 class TensorFiles:
-    """The tensors of a folder by name; each is read when asked for, from a memory-mapped file."""
+    """The tensors of a folder by name; each is read when asked for, from a memory-mapped file.
+
+    Names are those of the whole language model, also where the base model was saved alone, as the first GPT-2 was.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open every safetensors file of the folder and check it against the index.
@@ -59,6 +66,10 @@ class TensorFiles:
         for name, file in index.items():
             if self._path_of.get(name) != folder / file:
                 raise CheckpointError(f"{folder / file} lacks the tensor {name} that {INDEX_NAME} places there")
+        prefix = next((prefix for marker, prefix in BARE.items() if marker in self._file_of), "")
+        self._stored_name = {prefix + name: name for name in self._file_of}
+        self._file_of = {prefix + name: handle for name, handle in self._file_of.items()}
+        self._path_of = {prefix + name: path for name, path in self._path_of.items()}
         self.names = sorted(self._file_of)
 
     def __contains__(self, name: str) -> bool:
@@ -70,7 +81,7 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the header alone."""
-        return tuple(self._file_of[name].get_slice(name).get_shape())
+        return tuple(self._file_of[name].get_slice(self._stored_name[name]).get_shape())
 
     def get(self, name: str) -> Tensor:
         """A tensor as stored, on the CPU.
@@ -81,7 +92,7 @@ class TensorFiles:
         if name not in self._file_of:
             raise CheckpointError(f"{self.folder} has no tensor {name}; is it a checkpoint of this model?")
         try:
-            tensor: Tensor = self._file_of[name].get_tensor(name)
+            tensor: Tensor = self._file_of[name].get_tensor(self._stored_name[name])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._path_of[name]}: tensor {name} cannot be read ({error})") from error
         return tensor
@@ -90,7 +101,7 @@ class TensorFiles:
 class ShardWriter:
     """Writes tensors into numbered safetensors files of bounded size, and the index that joins them."""
 
-    def __init__(self, folder: Path, max_bytes: int = 4 * 2**30) -> None:
+    def __init__(self, folder: Path, max_bytes: int = 2**30) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
         self._pending: dict[str, Tensor] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import transformers
-import triton
 from torch import Tensor
 
-from kernels import __version__
 from quant.checkpoint import Checkpoint
 from quant.scheme import PRESETS, Scheme
+from service.certificate import device_name, versions
 from service.engine.loop import EngineLoop
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
@@ -24,7 +21,7 @@ from service.engine.turnstile import Turnstile
 from service.errors import InvalidSettings, SelfCheckFailed
 from service.models.decoder import Decoder, score
 from service.models.families import ModelConfig
-from service.models.loader import load_decoder, pick_device, pick_dtype, random_decoder
+from service.models.loader import decoder_of, pick_device, pick_dtype, random_decoder, refuse_unsafe
 from service.models.prepare import Calibration, Progress, is_quantized, quantized_folder, resolve_model, silent
 from service.settings import Settings
 from service.tokenizer import Tokenizer
@@ -85,15 +82,9 @@ class Host:
             "family": first.decoder.config.family,
             "max_model_len": first.decoder.config.max_model_len,
             "variants": {name: _describe(variant) for name, variant in self.variants.items()},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+            "device": device_name(device),
             "gpu_memory_bytes": _gpu_memory_bytes(device),
-            "versions": {
-                "ottava": __version__,
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
 
     def self_check(self) -> dict[str, str]:
@@ -217,14 +208,13 @@ def _load_variant(
         folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress)
     on_progress(f"loading {name}", 0, 0)
     config = ModelConfig.load(folder, settings.max_model_len)
-    decoder = load_decoder(folder, pick_dtype(settings.dtype, config, device), device, settings.max_model_len, kv)
-    checkpoint = Checkpoint.open(folder, decoder.dtype, device)
-    if checkpoint.scheme is not None:
-        return decoder, {**checkpoint.notes, "description": checkpoint.scheme.with_kv(decoder.kv).describe()}
-    return decoder, checkpoint.notes or {
-        "scheme": scheme.name,
-        "description": scheme.describe() if name == BASELINE else None,
-    }
+    refuse_unsafe(folder)
+    checkpoint = Checkpoint.open(folder, pick_dtype(settings.dtype, config, device), device)
+    decoder = decoder_of(config, checkpoint, kv)
+    # What the folder says of itself: the settings' scheme is another where it was quantized elsewhere.
+    schemes = [stored.with_kv(decoder.kv) for stored in checkpoint.schemes] or [scheme]
+    names = {"scheme": checkpoint.scheme_name or scheme.name, "description": " ".join(s.describe() for s in schemes)}
+    return decoder, {**checkpoint.notes, **names}
 
 
 def _baseline_folder(folder: Path, settings: Settings, on_progress: Progress) -> Path:
@@ -273,11 +263,3 @@ def _describe(variant: Variant) -> dict[str, object]:
 
 def _gpu_memory_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-
-
-def _cpu_name() -> str:
-    """The processor as the kernel names it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

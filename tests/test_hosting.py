@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from quant.checkpoint import CheckpointError
 from quant.linear import Int8Linear
-from quant.scheme import PRESETS
+from quant.scheme import PRESETS, Scheme
 from service.app import create_app
 from service.errors import InvalidSettings, StartupError, UnsupportedModel
 from service.hosting import MAX_KL, Host, open_host
@@ -106,7 +107,7 @@ def test_info_is_whole_and_is_json(float_folder, cache):
     assert info["device"]
     w8a8, fp16 = info["variants"]["w8a8"], info["variants"]["fp16"]
     assert list(info["variants"]) == ["w8a8", "fp16"]
-    assert (w8a8["scheme"], w8a8["alpha"], w8a8["dtype"]) == ("w8a8", 0.5, "float32")
+    assert (w8a8["scheme"], w8a8["alpha"], w8a8["dtype"]) == ("w8a8", "search", "float32")
     assert w8a8["calibration"] == "4096 tokens of text that the model wrote itself, seed 0"
     assert w8a8["description"] == PRESETS["w8a8"].describe()
     assert (fp16["scheme"], fp16["alpha"], fp16["calibration"]) == ("fp16", None, None)
@@ -160,6 +161,17 @@ def test_a_folder_says_what_its_cache_is_unless_the_user_does(float_folder, tmp_
             info = host.info()["variants"]
         assert (info["w8a8"]["kv_cache_dtype"], info["fp16"]["kv_cache_dtype"]) == (dtype, "float32")
         assert ("keys and values" in info["w8a8"]["description"]) == (dtype == "int8")
+
+
+def test_a_folder_of_another_tool_is_named_after_its_scales(float_folder, int8_folder, tmp_path):
+    """Not after the settings' scheme, which it was not quantized by."""
+    foreign = shutil.copytree(int8_folder, tmp_path / "foreign", ignore=shutil.ignore_patterns("ottava.json"))
+    with hosted(foreign, tmp_path, scheme="smoothquant-o3", baseline=str(float_folder)) as (host, _):
+        info = host.info()["variants"]
+    scheme = Scheme("int8 channel/token", "channel", "token")
+    assert (info["w8a8"]["scheme"], info["w8a8"]["alpha"]) == (scheme.name, None)
+    assert info["w8a8"]["description"] == scheme.describe()
+    assert info["fp16"]["scheme"] == "fp16"
 
 
 def test_random_weights_take_an_int8_cache(float_folder, tmp_path):

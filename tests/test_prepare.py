@@ -21,8 +21,8 @@ from service.models.loader import pick_device
 from service.models.prepare import (
     Calibration,
     calibration_text,
+    calibration_windows,
     is_quantized,
-    measure_ranges,
     quantize_model,
     quantized_folder,
     resolve_model,
@@ -158,8 +158,8 @@ def test_a_model_is_quantized_once(tiny_folder, tmp_path):
         return quantized_folder(tiny_folder, scheme, calibration, tmp_path, CPU, lambda *args: stages.append(args))
 
     first = prepared()
-    assert {stage for stage, _, _ in stages} == {"writing calibration text", "calibrating", "quantizing"}
-    assert all(done <= total for _, done, total in stages)
+    assert {stage for stage, *_ in stages} == {"writing calibration text", "quantizing layers"}
+    assert all(done <= total for _, done, total, *_ in stages)
     assert is_quantized(first)
     assert prepared() == first
     assert not stages
@@ -197,14 +197,25 @@ def test_quantizing_twice_gives_the_same_bytes(tiny_folder, int8_folder, tmp_pat
 
 
 def test_the_seed_of_self_written_text_matters(tiny_folder):
-    ranges = [measure_ranges(tiny_folder, replace(SHORT, seed=seed), CPU) for seed in (0, 0, 1)]
-    same = [all(torch.equal(ranges[0][name], other[name]) for name in ranges[0]) for other in ranges[1:]]
-    assert same == [True, False]
+    one, same, other = (calibration_windows(tiny_folder, replace(SHORT, seed=seed), CPU) for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_a_model_too_large_to_be_loaded_whole_reads_pythons_help_topics(tiny_folder, monkeypatch):
+    def loaded(*_args, **_kwargs):
+        raise AssertionError("the whole model was loaded")
+
+    monkeypatch.setattr(prepare, "SELF_WRITTEN_MAX_BYTES", 1000)
+    monkeypatch.setattr(prepare.AutoModelForCausalLM, "from_pretrained", loaded)
+    expected = prepare.text_windows(tiny_folder, None, 2, 32)
+    assert torch.equal(calibration_windows(tiny_folder, SHORT, CPU), expected)
+    assert SHORT.describe(tiny_folder) == "64 tokens of Python's help topics"
 
 
 def test_the_notes_say_how_it_was_calibrated(tiny_folder, int8_folder, tmp_path):
     notes = json.loads((int8_folder / "ottava.json").read_text())
-    assert (notes["scheme"], notes["alpha"]) == ("w8a8", 0.5)
+    assert (notes["scheme"], notes["alpha"]) == ("w8a8", "search")
     assert notes["calibration"] == "64 tokens of text that the model wrote itself, seed 0"
     text = tmp_path / "own.txt"
     text.write_text("hello world, " * 200)
@@ -216,15 +227,14 @@ def test_the_notes_say_how_it_was_calibrated(tiny_folder, int8_folder, tmp_path)
 
 def test_a_model_of_little_context_writes_shorter_windows(tmp_path):
     source = save_tiny_model(tmp_path / "model", max_position_embeddings=48)
-    ranges = measure_ranges(source, Calibration(num_windows=1, window_len=96), CPU)
-    assert all(values.isfinite().all() for values in ranges.values())
+    assert calibration_windows(source, Calibration(num_windows=1, window_len=96), CPU).shape == (2, 48)
 
 
 def test_a_calibration_text_that_is_too_short_is_refused_with_both_numbers(tiny_folder, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("hello")
     with pytest.raises(InvalidSettings, match=r"short\.txt: the text is too short: it has \d+ tokens and .* take 64"):
-        measure_ranges(tiny_folder, replace(SHORT, text=text), CPU)
+        calibration_windows(tiny_folder, replace(SHORT, text=text), CPU)
 
 
 def test_a_text_that_cannot_be_read_is_refused(tmp_path):
@@ -240,7 +250,7 @@ def test_quantizing_refuses_before_it_calibrates(tiny_folder, int8_folder, tmp_p
     def calibrated(*_args, **_kwargs):
         raise AssertionError("calibrated first")
 
-    monkeypatch.setattr(prepare, "measure_ranges", calibrated)
+    monkeypatch.setattr(prepare, "calibration_windows", calibrated)
     (tmp_path / "precious.txt").write_text("")
     with pytest.raises(FileExistsError, match="exists and is not empty; remove it or name another folder"):
         quantize_model(tiny_folder, tmp_path, W8A8, SHORT, CPU)
@@ -272,13 +282,12 @@ def test_a_damaged_model_is_refused_before_anything_is_written(tmp_path, changes
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_nan_in_what_calibration_cannot_see_is_refused(tiny_folder, tmp_path):
-    """Given ranges, the model is not run: rounding itself finds the weight that has no scale."""
-    ranges = measure_ranges(tiny_folder, SHORT, CPU)
+def test_nan_in_what_calibration_cannot_see_is_refused(tmp_path):
+    """Without calibration the model is not run: rounding itself finds the weight that has no scale."""
     source = save_tiny_model(tmp_path / "model")
     change_tensors(source, {"model.layers.0.self_attn.o_proj.weight": torch.full((192, 192), torch.nan)})
     with pytest.raises(UnsupportedModel, match=r"cannot be quantized: model.layers.0.self_attn.o_proj.weight"):
-        quantize_model(source, tmp_path / "out", W8A8, SHORT, CPU, ranges=ranges)
+        quantize_model(source, tmp_path / "out", PRESETS["rtn-token"], SHORT, CPU)
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):

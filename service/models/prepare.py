@@ -7,16 +7,17 @@ import pydoc_data.topics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kernels import __version__
-from quant.calibrate import calibrate, self_written, windows_from_text
+from quant.calibrate import self_written, windows_from_text
 from quant.convert import quantize_checkpoint, refuse_occupied
 from quant.scheme import Scheme
 from quant.tensors import read_json
@@ -31,19 +32,28 @@ FETCHED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.
 SELF_WRITTEN_TOKENS = 128
 """Longest window that the model writes itself: many short ones differ more, and are written in fewer steps."""
 
-Progress = Callable[[str, int, int], None]
-"""Told (stage, done, total)."""
+SELF_WRITTEN_MAX_BYTES = 2 * 2**30
+"""Largest float weights of a model that writes its own calibration text: to write, it must be in memory as a whole."""
 
 
-def silent(_stage: str, _done: int, _total: int) -> None:
+class Progress(Protocol):
+    """Told how far a stage is; total is 0 where its length is not known."""
+
+    def __call__(self, stage: str, done: int, total: int, detail: str = "", /) -> None:
+        """detail: what came of the last part, and the seconds left, where a stage says so."""
+
+
+def silent(_stage: str, _done: int, _total: int, _detail: str = "", /) -> None:
     """A `Progress` that shows nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Where the activation ranges come from.
+    """The tokens that a scheme is fitted to.
 
-    text: a UTF-8 file; None lets the model write its own text (seed).
+    text: a UTF-8 file; None lets a model of up to SELF_WRITTEN_MAX_BYTES write its own text (seed), and gives a larger
+        one the standard library's help topics.
+    seed: of self-written text, and of the choice of tokens that alphas and ranges are judged by.
     num_windows, window_len: how much of it is read, in windows of so many tokens.
     offset: windows skipped at the start of a text, where another use reads those.
     """
@@ -54,8 +64,16 @@ class Calibration:
     window_len: int = 512
     offset: int = 0
 
-    def describe(self) -> str:
-        source = f"text that the model wrote itself, seed {self.seed}" if self.text is None else self.text.name
+    def is_self_written(self, folder: Path) -> bool:
+        """Whether the model of a folder writes the text itself."""
+        num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return self.text is None and num_bytes <= SELF_WRITTEN_MAX_BYTES
+
+    def describe(self, folder: Path) -> str:
+        """What a model of that folder is calibrated on, in words."""
+        source = "Python's help topics" if self.text is None else self.text.name
+        if self.is_self_written(folder):
+            source = f"text that the model wrote itself, seed {self.seed}"
         return f"{self.num_windows * self.window_len} tokens of {source}"
 
 
@@ -129,43 +147,36 @@ def text_windows(folder: Path, path: Path | None, num_windows: int, window_len: 
         raise InvalidSettings(f"text {path or 'of the standard library'}: {error}") from error
 
 
-def measure_ranges(
+def calibration_windows(
     folder: Path, calibration: Calibration, device: torch.device, on_progress: Progress = silent
-) -> dict[str, Tensor]:
-    """The largest magnitude of every Linear's input channels, [K] float32 by module name.
+) -> Tensor:
+    """The tokens that a model is calibrated on, [n, L] int64.
 
     Raises:
         InvalidSettings: the calibration text cannot be read or is too short.
         CheckpointError: a tensor is missing, corrupt or of another shape.
-        UnsupportedModel: the model's activations are not finite.
+        UnsupportedModel: the model cannot write, as its logits are not finite.
     """
     config = ModelConfig.load(folder)
-    windows = None
-    if calibration.text is not None:
-        sizes = calibration.num_windows, calibration.window_len, calibration.offset
-        windows = text_windows(folder, calibration.text, *sizes)
     # transformers gives a missing tensor random values, so names and shapes are checked before it is asked.
     load_decoder(folder, None, torch.device("meta"))
+    if not calibration.is_self_written(folder):
+        window_len = min(calibration.window_len, config.max_model_len)
+        return text_windows(folder, calibration.text, calibration.num_windows, window_len, calibration.offset)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=pick_dtype("auto", config, device), device_map=str(device), trust_remote_code=False
     )
+    window_len = min(calibration.window_len, SELF_WRITTEN_TOKENS, config.max_model_len)
     try:
-        if windows is None:
-            windows = _own_windows(model, calibration, config.max_model_len, on_progress)
-        return calibrate(model, windows, lambda done, total: on_progress("calibrating", done, total))
+        return self_written(
+            model,
+            calibration.num_windows * calibration.window_len // window_len,
+            window_len,
+            calibration.seed,
+            lambda done, total: on_progress("writing calibration text", done, total),
+        )
     except ValueError as error:
         raise UnsupportedModel(f"{folder} cannot be calibrated: {error}") from error
-
-
-def _own_windows(model: PreTrainedModel, calibration: Calibration, max_model_len: int, on_progress: Progress) -> Tensor:
-    window_len = min(calibration.window_len, SELF_WRITTEN_TOKENS, max_model_len)
-    return self_written(
-        model,
-        calibration.num_windows * calibration.window_len // window_len,
-        window_len,
-        calibration.seed,
-        lambda done, total: on_progress("writing calibration text", done, total),
-    )
 
 
 def quantize_model(
@@ -175,12 +186,12 @@ def quantize_model(
     calibration: Calibration,
     device: torch.device,
     on_progress: Progress = silent,
-    ranges: dict[str, Tensor] | None = None,
+    windows: Tensor | None = None,
 ) -> None:
-    """Write the int8 checkpoint of a float model folder.
+    """Write the int8 checkpoint of a float model folder. Interrupted and called again, it goes on where it stopped.
 
     Args:
-        ranges: what `measure_ranges` gave, where it is known already.
+        windows: what `calibration_windows` gave, where it is known already.
 
     Raises:
         UnsupportedModel: the source is quantized already, not of a served family, or holds values that are not finite.
@@ -191,19 +202,21 @@ def quantize_model(
     if is_quantized(source):
         raise UnsupportedModel(f"{source} is quantized already; start from the float model")
     config = ModelConfig.load(source)
-    if ranges is None:
-        ranges = measure_ranges(source, calibration, device, on_progress) if scheme.needs_calibration else {}
+    if windows is None and scheme.needs_calibration:
+        windows = calibration_windows(source, calibration, device, on_progress)
     try:
         quantize_checkpoint(
             source,
             out,
             scheme,
-            ranges,
             smooth_groups(config),
             linear_names(config),
             config.dtype,
-            {"calibration": calibration.describe() if scheme.needs_calibration else None},
-            lambda done, total: on_progress("quantizing", done, total),
+            {"calibration": calibration.describe(source) if scheme.needs_calibration else None},
+            windows,
+            device,
+            calibration.seed,
+            lambda done, total, detail: on_progress("quantizing layers", done, total, detail),
         )
     except ValueError as error:
         raise UnsupportedModel(f"{source} cannot be quantized: {error}") from error

@@ -1,4 +1,4 @@
-"""A tiny random Llama, its smoothing groups and its ranges: what every test of quant/ starts from."""
+"""A tiny random Llama, its smoothing groups and text that it wrote: what every test of quant/ starts from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quant.calibrate import calibrate, self_written
+from quant.calibrate import self_written
 from quant.convert import quantize_checkpoint
 from quant.scheme import Scheme
 from quant.smooth import SmoothGroup
@@ -34,12 +34,12 @@ class Tiny:
 
     model: LlamaForCausalLM
     folder: Path
-    absmax: dict[str, Tensor]
+    windows: Tensor
     groups: list[SmoothGroup]
     linear_names: list[str]
 
     def quantize(self, out: Path, scheme: Scheme, dtype: torch.dtype = torch.float32, **changes) -> Path:
-        arguments = {"absmax": self.absmax, "groups": self.groups, "linear_names": self.linear_names, "notes": {}}
+        arguments = {"groups": self.groups, "linear_names": self.linear_names, "notes": {}, "windows": self.windows}
         quantize_checkpoint(self.folder, out, scheme, dtype=dtype, **(arguments | changes))
         return out
 
@@ -52,6 +52,7 @@ def llama_groups(num_layers: int) -> list[SmoothGroup]:
         gate_up = (f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")
         groups += [
             SmoothGroup(f"{prefix}.input_layernorm", qkv),
+            SmoothGroup(f"{prefix}.self_attn.v_proj", (f"{prefix}.self_attn.o_proj",), num_copies=2, head_size=16),
             SmoothGroup(f"{prefix}.post_attention_layernorm", gate_up),
             SmoothGroup(f"{prefix}.mlp.up_proj", (f"{prefix}.mlp.down_proj",)),
         ]
@@ -92,6 +93,6 @@ def tiny(tmp_path_factory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny") / "float"
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
-    absmax = calibrate(model, self_written(model, 2, 48, seed=1))
-    linear_names = [name for name in absmax if name != "lm_head"]
-    return Tiny(model, folder, absmax, llama_groups(NUM_LAYERS), linear_names)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear_names = [name for name in linears if name != "lm_head"]
+    return Tiny(model, folder, self_written(model, 2, 48, seed=1), llama_groups(NUM_LAYERS), linear_names)

@@ -3,85 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from quant.calibrate import calibrate, self_written, windows_from_text
-
-
-def windows(n=3, length=16, seed=0):
-    return torch.randint(128, (n, length), generator=torch.Generator().manual_seed(seed))
-
-
-def brute_force(model, tokens):
-    """Every input of every Linear kept, then the maximum."""
-    inputs = {}
-    handles = [
-        module.register_forward_hook(lambda _m, args, _out, name=name: inputs.setdefault(name, []).append(args[0]))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    with torch.inference_mode():
-        for row in tokens:
-            model(row[None])
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts, dim=1).abs().flatten(0, 1).amax(0) for name, parts in inputs.items()}
-
-
-def test_absmax_is_the_brute_force_maximum(tiny):
-    seen = []
-    absmax = calibrate(tiny.model, windows(), lambda done, total: seen.append((done, total)))
-    expected = brute_force(tiny.model, windows())
-    assert list(absmax) == list(expected)
-    assert "lm_head" in absmax
-    for name in expected:
-        assert absmax[name].dtype == torch.float32
-        assert torch.equal(absmax[name], expected[name]), name
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-
-
-def test_hooks_and_mode_are_put_back(tiny):
-    tiny.model.train()
-    calibrate(tiny.model, windows(1))
-    assert tiny.model.training
-    tiny.model.eval()
-    assert not any(module._forward_pre_hooks for module in tiny.model.modules())
-
-
-def test_readers_of_one_activation_share_its_range(tiny):
-    layer = "model.layers.0.self_attn"
-    assert torch.equal(tiny.absmax[f"{layer}.q_proj"], tiny.absmax[f"{layer}.v_proj"])
-
-
-@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite_is_refused_and_named(tiny, fault):
-    norm = tiny.model.model.layers[1].post_attention_layernorm.weight
-    kept = norm.detach().clone()
-    try:
-        norm.data[5] = fault
-        with pytest.raises(
-            ValueError, match=r"the input of model\.layers\.1\.mlp\.gate_proj is NaN or infinite.*window 0"
-        ):
-            calibrate(tiny.model, windows(1))
-    finally:
-        norm.data.copy_(kept)
-    assert not any(module._forward_pre_hooks for module in tiny.model.modules())
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (torch.zeros(4, dtype=torch.int64), r"\[n, L\] int64"),
-        (torch.zeros(2, 4), r"torch\.float32"),
-        (torch.zeros(0, 4, dtype=torch.int64), "at least one token"),
-        (torch.full((1, 4), 128), "128; the vocabulary has 0..127"),
-        (torch.full((1, 4), -1), "from -1"),
-    ],
-)
-def test_windows_that_do_not_fit_are_refused(tiny, bad, message):
-    with pytest.raises(ValueError, match=message):
-        calibrate(tiny.model, bad)
+from quant.calibrate import self_written, windows_from_text
 
 
 def word_tokenizer(bos: bool) -> PreTrainedTokenizerFast:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kernels import Quantized, ToInt8, quantize_rows, quantize_tensor
-from quant.convert import quantize_weight
-from quant.linear import FloatLinear, GatedLinear, Int8Linear, _reorder, fuse
+from quant.fused import GatedLinear, _reorder, fuse
+from quant.linear import FloatLinear, Int8Linear
+from quant.rounding import quantize_weight
 
 N, K, T = 24, 32, 5
 
@@ -220,3 +221,204 @@ def test_gated_linear_on_a_gpu():
         torch.testing.assert_close(there(x.cuda()).float().cpu(), want, rtol=2e-3, atol=1e-3 * want.abs().max().item())
     assert not on_cpu.to("cuda").to("cpu").is_paired
     assert torch.equal(on_cpu.to("cuda").to("cpu")(x).float(), want)
+
+
+def grouped(n: int = N, bias: torch.Tensor | None = None, groups: int = 2, seed: int = 0) -> Int8Linear:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-127, 128, (n, 64), generator=generator, dtype=torch.int8)
+    scale = torch.rand(n, groups, generator=generator) / 1000
+    return Int8Linear(codes, scale, bias, "token", None, torch.float32)
+
+
+def asymmetric(scale: float, zero_point: int, bias=None, weight_scale: torch.Tensor | None = None, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-127, 128, (N, 64), generator=generator, dtype=torch.int8)
+    weight_scale = torch.rand(N, generator=generator) / 1000 if weight_scale is None else weight_scale
+    point = torch.tensor([zero_point], dtype=torch.int8)
+    return Int8Linear(codes, weight_scale, bias, "static", torch.tensor([scale]), torch.float32, point)
+
+
+def mixed(n: int = N, threshold: float = 6.0, seed: int = 0) -> Int8Linear:
+    codes, scale = quantize_weight(rand(n, 64, seed=seed), "channel", torch.float32)
+    return Int8Linear(codes, scale.reshape(-1), rand(n, seed=1), "token", None, torch.float32, outliers=threshold)
+
+
+def real_weight(linear: Int8Linear) -> torch.Tensor:
+    """[N, K] float64 of one scale per matrix, row or group."""
+    groups = linear.weight_scale.reshape(-1, 1 if linear.weight_scale.ndim == 1 else linear.weight_scale.shape[1])
+    return linear.weight_q.double() * groups.double().repeat_interleave(linear.shape[1] // groups.shape[1], dim=1)
+
+
+def test_group_scales():
+    bias, residual, x = rand(N), rand(T, N, seed=1), rand(T, 64, seed=2)
+    linear = grouped(bias=bias)
+    x_q = quantize_rows(x)
+    want = x_q.codes.double() * x_q.scale.double()[:, None] @ real_weight(linear).T + bias + residual
+    torch.testing.assert_close(linear(x, residual).double(), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(linear(x_q, residual), linear(x, residual))
+    assert linear.input_format == ToInt8()
+    assert linear.weight_bytes == N * 64 + 4 * N * 2 + 4 * N
+    assert linear.is_row_independent
+    assert linear.to("meta").weight_scale.is_meta
+
+
+@pytest.mark.parametrize("weight_scale", [torch.rand(N) / 900, torch.full((1,), 0.002), torch.rand(N, 2) / 900])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_zero_point_leaves_through_the_bias(weight_scale, has_bias):
+    """Exactly what the codes less the zero point give: x of a range that is not symmetric, and beyond it."""
+    linear = asymmetric(0.03, -77, rand(N) if has_bias else None, weight_scale)
+    x = rand(T, 64, seed=1) + 2
+    x[0, 0], x[1, 1] = 100, -100
+    codes = quantize_tensor(x, linear.input_scale, linear.input_zero_point).codes
+    assert (codes.min().item(), codes.max().item()) == (-128, 127)
+    want = (codes.double() + 77) * linear.input_scale.double() @ real_weight(linear).T
+    want = want + linear.bias if has_bias else want
+    y = linear(x)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    assert linear.added_bias.dtype == torch.float32
+    without = Int8Linear(linear.weight_q, weight_scale, linear.bias, "static", linear.input_scale, torch.float32)
+    assert not torch.allclose(without(x).double(), want, rtol=1e-2, atol=1e-2)
+
+
+def test_zero_point_asks_for_floats():
+    linear = asymmetric(0.03, 5)
+    assert linear.input_format is None
+    assert linear.is_row_independent
+    with pytest.raises(TypeError, match="zero point takes a float tensor"):
+        linear(quantize_rows(rand(T, 64)))
+    moved = linear.to("meta")
+    assert moved.input_zero_point.is_meta
+    assert moved.added_bias.is_meta
+
+
+def test_outliers_are_multiplied_in_float():
+    x = rand(T, 64, seed=2)
+    x[1, 7], x[4, 60] = 500, -6
+    linear, residual = mixed(), rand(T, N, seed=3)
+    exact = x.double() @ real_weight(linear).T + linear.bias + residual
+    token = Int8Linear(linear.weight_q, linear.weight_scale, linear.bias, "token", None, torch.float32)
+    error, without = ((some(x, residual) - exact).abs().max().item() for some in (linear, token))
+    # Half a step of a row whose largest magnitude is then that of a normal value, in each of 64 products.
+    assert error < 64 * 0.5 * 6 / 127 * real_weight(linear).abs().max().item()
+    assert without > 10 * error
+    assert linear.input_format is None
+    assert not linear.is_row_independent
+    with pytest.raises(TypeError, match="outliers or a zero point takes a float tensor"):
+        linear(quantize_rows(x))
+    assert linear.to("meta").outliers == 6.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight_scale": torch.ones(N, 3)}, "a power of two from 32"),
+        ({"weight_scale": torch.ones(N - 1, 2)}, "a power of two from 32"),
+        ({"weight_scale": torch.ones(N, 2).half()}, "torch.float16"),
+        ({"activation": "tensor", "outliers": 6.0}, "outliers = 6.0 with activation 'tensor'"),
+        ({"weight_scale": torch.ones(N, 2), "outliers": 6.0}, r"weight_scale \[24, 2\]"),
+        ({"outliers": 0.0}, "a threshold above 0"),
+        ({"input_zero_point": torch.ones(1, dtype=torch.int8)}, "input_zero_point .* static alone"),
+        (
+            {"activation": "static", "input_scale": torch.ones(1), "input_zero_point": torch.ones(1)},
+            "input_zero_point must be int8",
+        ),
+        (
+            {
+                "activation": "static",
+                "input_scale": torch.ones(1),
+                "input_zero_point": torch.ones(2, dtype=torch.int8),
+            },
+            r"int8 \[1\]",
+        ),
+    ],
+)
+def test_int8_linear_refuses_what_does_not_go_together(arguments, message):
+    operands = {
+        "weight_q": torch.zeros(N, 64, dtype=torch.int8),
+        "weight_scale": torch.ones(N),
+        "bias": None,
+        "activation": "token",
+        "input_scale": None,
+        "out_dtype": torch.float32,
+    }
+    with pytest.raises(ValueError, match=message):
+        Int8Linear(**(operands | arguments))
+
+
+@pytest.mark.parametrize("make", [grouped, mixed], ids=["groups", "outliers"])
+def test_fused_methods_are_their_parts_side_by_side(make):
+    parts = [make(N), make(8, seed=1)]
+    x = rand(T, 64, seed=2)
+    x[2, 5] = 30
+    got, want = fuse(parts)(x), torch.cat([part(x) for part in parts], dim=1)
+    # The outliers' float product may sum in another order in another width.
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert make is mixed or torch.equal(got, want)
+
+
+def test_fused_zero_points_that_agree_are_kept():
+    parts = [asymmetric(0.03, -77, rand(N)), asymmetric(0.03, -77, seed=1)]
+    x, fused = rand(T, 64, seed=2) + 2, fuse(parts)
+    assert torch.equal(fused(x), torch.cat([part(x) for part in parts], dim=1))
+    assert (fused.input_scale.item(), fused.input_zero_point.item()) == (parts[0].input_scale.item(), -77)
+
+
+def test_fused_zero_points_hold_the_range_of_every_part():
+    """Ranges -0.51 .. 7.14, -3.84 .. 3.81 and, symmetric, -1.27 .. 1.27: together -3.84 .. 7.14."""
+    symmetric = Int8Linear(
+        torch.ones(N, 64, dtype=torch.int8), torch.ones(N), None, "static", torch.tensor([0.01]), torch.float32
+    )
+    parts = [asymmetric(0.03, -111, rand(N)), asymmetric(0.03, 0, seed=1), symmetric]
+    fused = fuse(parts)
+    scale, zero_point = fused.input_scale.item(), fused.input_zero_point.item()
+    assert scale == pytest.approx((7.14 + 3.84) / 255)
+    assert zero_point == round(-128 + 3.84 / scale)
+    x = torch.linspace(-3.84, 7.14, T * 64).reshape(T, 64)
+    codes = quantize_tensor(x, fused.input_scale, fused.input_zero_point).codes
+    # The zero point is whole, so that the ends of the range may lie half a step beyond the codes, on top of rounding.
+    assert ((codes.double() - zero_point) * scale - x).abs().max().item() <= scale * 1.001
+    exact = x.double() @ torch.cat([real_weight(part) for part in parts]).T
+    exact[:, :N] += parts[0].bias
+    weights = torch.cat([real_weight(part) for part in parts]).abs().sum(1)
+    assert ((fused(x) - exact).abs() <= 1.001 * scale * weights + 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (lambda: [grouped(), grouped(groups=1)], "different number of groups: 2, 1"),
+        (lambda: [mixed(), mixed(threshold=5.0)], "different outliers: 6.0, 5.0"),
+        (
+            lambda: [
+                mixed(),
+                Int8Linear(torch.ones(N, 64).to(torch.int8), torch.ones(N), None, "token", None, torch.float32),
+            ],
+            "different outliers: 6.0, None",
+        ),
+    ],
+)
+def test_fuse_refuses_methods_that_differ(parts, message):
+    with pytest.raises(ValueError, match=message):
+        fuse(parts())
+
+
+@pytest.mark.parametrize("make", [grouped, mixed, lambda seed=0: asymmetric(0.03, -77, rand(N), seed=seed)])
+def test_gated_linear_of_every_method(make):
+    gate, up = make(), make(seed=1)
+    x = rand(T, 64, seed=2)
+    x[2, 5] = 7
+    gated = GatedLinear(gate, up, None)
+    assert gated.input_format == gate.input_format
+    torch.testing.assert_close(gated(x), torch.nn.functional.silu(gate(x)) * up(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(gated.to("cpu")(x), gated(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [grouped, mixed, lambda seed=0: asymmetric(0.03, -77, rand(N), seed=seed)])
+def test_gated_linear_of_every_method_on_a_gpu(make):
+    gate, up = make(), make(seed=1)
+    x = rand(T, 64, seed=2)
+    x[2, 5] = 7
+    want, there = GatedLinear(gate, up, None)(x), GatedLinear(gate, up, None).to("cuda")
+    assert there.is_paired == gate.has_gated_kernel
+    torch.testing.assert_close(there(x.cuda()).cpu(), want, rtol=1e-4, atol=1e-4)

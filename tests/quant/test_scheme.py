@@ -8,22 +8,49 @@ from quant.scheme import PRESETS, Scheme
 
 
 @pytest.mark.parametrize(
-    ("name", "weight", "activation", "smoothing"),
+    ("name", "weight", "activation", "knobs"),
     [
-        ("fp16", "float", "float", None),
-        ("rtn", "tensor", "static", None),
-        ("w8a8", "channel", "token", 0.5),
-        ("smoothquant-o1", "tensor", "token", 0.5),
-        ("smoothquant-o2", "tensor", "tensor", 0.5),
-        ("smoothquant-o3", "tensor", "static", 0.5),
+        ("fp16", "float", "float", {}),
+        ("rtn", "tensor", "static", {}),
+        ("rtn-dynamic", "tensor", "tensor", {}),
+        ("rtn-token", "channel", "token", {}),
+        ("w8a8", "channel", "token", {"smoothing": "search"}),
+        ("w8a8-static", "channel", "static", {"smoothing": "search"}),
+        ("smoothquant-o1", "tensor", "token", {"smoothing": "search"}),
+        ("smoothquant-o2", "tensor", "tensor", {"smoothing": "search"}),
+        ("smoothquant-o3", "tensor", "static", {"smoothing": "search"}),
+        ("zeroquant", "group", "token", {"group_size": 128}),
+        ("zeroquant-lkd", "group", "token", {"group_size": 128, "is_distilled": True}),
+        ("llm-int8", "channel", "token", {"outliers": 6.0}),
     ],
 )
-def test_presets_are_the_methods_of_the_paper(name, weight, activation, smoothing):
+def test_presets_are_the_methods_of_the_papers(name, weight, activation, knobs):
     scheme = Scheme.preset(name)
-    assert (scheme.name, scheme.weight, scheme.activation, scheme.smoothing) == (name, weight, activation, smoothing)
+    assert scheme == Scheme(name, weight, activation, **knobs)
     assert scheme.is_int8 == (name != "fp16")
-    assert scheme.needs_calibration == (name != "fp16")
+    assert scheme.needs_calibration == (activation == "static" or "smoothing" in knobs or "is_distilled" in knobs)
     assert scheme.describe().endswith(".")
+
+
+def test_every_preset_is_listed_above():
+    assert len(PRESETS) == 12
+
+
+def test_a_group_size_is_halved_until_it_divides_every_width():
+    scheme = Scheme.preset("zeroquant")
+    assert scheme.fitted([256, 1536]) == scheme
+    assert scheme.fitted([576, 1536]).group_size == 64
+    assert Scheme.preset("w8a8").fitted([7]) == Scheme.preset("w8a8")
+    with pytest.raises(ValueError, match=r"halved down to 32, do not divide every width in \[48, 256\]"):
+        scheme.fitted([256, 48])
+
+
+def test_labels_say_what_differs_from_the_preset():
+    assert Scheme.preset("w8a8", alpha=0.5).label == "w8a8, alpha 0.5"
+    assert dataclasses.replace(PRESETS["w8a8"], smoothing=None).label == "w8a8, not smoothed"
+    assert PRESETS["w8a8"].with_rounding("gptq").with_kv("int8").label == "w8a8, gptq, int8 KV"
+    assert PRESETS["fp16"].with_rounding("gptq") == PRESETS["fp16"]
+    assert PRESETS["rtn-token"].with_rounding("gptq").needs_calibration
 
 
 def test_descriptions_differ():
@@ -45,21 +72,36 @@ def test_keys_and_values_are_float_unless_asked_for():
 def test_alpha_replaces_the_preset_s():
     assert Scheme.preset("w8a8", alpha=0.75) == dataclasses.replace(PRESETS["w8a8"], smoothing=0.75)
     assert "0.75" in Scheme.preset("w8a8", alpha=0.75).describe()
-    assert PRESETS["w8a8"].smoothing == 0.5
+    assert PRESETS["w8a8"].smoothing == "search"
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Scheme.preset("int4"), "unknown scheme 'int4'; choose one of fp16, rtn, w8a8"),
+        (lambda: Scheme.preset("int4"), "unknown scheme 'int4'; choose one of fp16, rtn, rtn-dynamic"),
         (lambda: Scheme.preset("rtn", alpha=0.5), "'rtn' does not smooth"),
         (lambda: Scheme.preset("w8a8", alpha=1.5), "smoothing = 1.5"),
         (lambda: Scheme.preset("w8a8", alpha=float("nan")), "smoothing = nan"),
-        (lambda: Scheme("x", "group", "token"), "weight = 'group' is not served; choose one of float, tensor, channel"),
+        (lambda: Scheme("x", "block", "token"), "weight = 'block' is not served; choose one of float, tensor, channel"),
+        (lambda: Scheme("x", "group", "token"), "weight 'group' takes a group size, no other does"),
+        (lambda: Scheme("x", "channel", "token", group_size=128), "weight 'channel' with group_size = 128"),
+        (lambda: Scheme("x", "group", "token", group_size=100), "group_size = 100 is not served; give a power of two"),
+        (lambda: Scheme("x", "group", "token", group_size=16), "group_size = 16 is not served"),
+        (lambda: Scheme("x", "group", "token", group_size=128.0), "group_size = 128.0 is not served"),
+        (lambda: Scheme("x", "channel", "token", rounding="up"), "rounding = 'up' is not served"),
+        (lambda: Scheme("x", "channel", "static", outliers=6.0), "outliers = 6.0 with activation = 'static'"),
+        (lambda: Scheme("x", "channel", "token", 0.5, 6.0), "outliers = 6.0 with smoothing = 0.5 is not served"),
+        (lambda: Scheme("x", "group", "token", outliers=6.0, group_size=64), "would leave its group"),
+        (lambda: Scheme("x", "channel", "token", outliers=6.0, is_distilled=True), "every column in int8"),
+        (lambda: Scheme("x", "channel", "token", outliers=0.0), "outliers = 0.0 is not served; give a threshold"),
+        (lambda: Scheme("x", "channel", "token", outliers=float("inf")), "outliers = inf is not served"),
+        (lambda: Scheme("x", "channel", "token", is_distilled=True, rounding="gptq"), "the student learns under"),
+        (lambda: Scheme("x", "float", "float", outliers=6.0), "outliers = 6.0 changes nothing in a float scheme"),
+        (lambda: Scheme("x", "float", "float", rounding="gptq"), "rounding = 'gptq' changes nothing"),
+        (lambda: Scheme("x", "float", "float", is_distilled=True), "is_distilled = True changes nothing"),
         (lambda: Scheme("x", "channel", "group"), "activation = 'group' is not served"),
         (lambda: Scheme("x", "channel", "token", "searched"), "smoothing = 'searched' is not served; give alpha"),
         (lambda: Scheme("x", "channel", "token", True), "smoothing = True"),
-        (lambda: Scheme("x", "channel", "token", None, 6.0), "outliers = 6.0 is not served yet"),
         (lambda: Scheme("x", "channel", "float"), "both in int8"),
         (lambda: Scheme("x", "float", "token"), "both in int8"),
         (lambda: Scheme("x", "float", "float", 0.5), "changes nothing in a float scheme"),

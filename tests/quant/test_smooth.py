@@ -111,6 +111,38 @@ def test_up_to_down_keeps_the_function(alpha, seed):
     torch.testing.assert_close(_gated(x, state), before, rtol=1e-4, atol=1e-4)
 
 
+@given(alpha=alphas, seed=st.integers(0, 1000), num_copies=st.integers(1, 3))
+def test_v_to_o_keeps_the_function_of_grouped_queries(alpha, seed, num_copies):
+    """Attention mixes tokens, not channels: each of 2 value heads of 4 channels is read by num_copies query heads."""
+    width = 8 * num_copies
+    state = {
+        "v.weight": _rand(8, 6, seed=seed),
+        "v.bias": _rand(8, seed=seed + 1),
+        "o.weight": _rand(5, width, seed=seed + 2),
+    }
+    x, mix = _rand(10, 6, seed=seed + 3), _rand(10, 10, seed=seed + 4).softmax(-1)
+
+    def read() -> torch.Tensor:
+        heads = (mix @ (x @ state["v.weight"].T + state["v.bias"])).view(10, 2, 1, 4)
+        return heads.expand(-1, -1, num_copies, -1).reshape(10, width)
+
+    before, absmax = read() @ state["o.weight"].T, read().abs().amax(0)
+    smoothed = fold(state, [SmoothGroup("v", ("o",), num_copies, 4)], {"o": absmax}, alpha)
+    torch.testing.assert_close(read() @ state["o.weight"].T, before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(smoothed["o"], read().abs().amax(0), rtol=1e-4, atol=1e-5)
+
+
+@given(alpha=alphas, seed=st.integers(0, 1000), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_a_norm_with_an_offset_keeps_the_function(alpha, seed, dtype):
+    state = {"norm.weight": _rand(8, seed=seed), "a.weight": _rand(5, 8, seed=seed + 1)}
+    x = _rand(16, 8, seed=seed + 2)
+    before = (x * (state["norm.weight"] + 1)) @ state["a.weight"].T
+    absmax = (x * (state["norm.weight"] + 1)).abs().amax(0)
+    fold(state, [SmoothGroup("norm", ("a",), offset=1.0)], {"a": absmax}, alpha, dtype)
+    stored = state["norm.weight"].to(dtype).float()
+    torch.testing.assert_close((x * (stored + 1)) @ state["a.weight"].T, before, rtol=1e-4, atol=1e-4)
+
+
 def test_a_norm_rounded_to_bfloat16_is_compensated_in_its_sinks():
     state = {"norm.weight": _rand(64, seed=0), "a.weight": _rand(5, 64, seed=1)}
     x = _rand(4, 64, seed=2)
@@ -136,7 +168,8 @@ def test_smoothing_leaves_the_whole_model_unchanged(tiny):
         before = model(ids).logits
     original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = {name: tensor.float() for name, tensor in original.items()}
-    fold(state, tiny.groups, tiny.absmax, 0.5)
+    absmax = {sink: torch.rand(state[f"{sink}.weight"].shape[1]) + 0.1 for g in tiny.groups for sink in g.sinks}
+    fold(state, tiny.groups, absmax, 0.5)
     assert not torch.equal(state["model.layers.0.input_layernorm.weight"].double(), original["model.norm.weight"])
     model.load_state_dict(state)
     with torch.inference_mode():

@@ -1,0 +1,102 @@
+"""The peak memory of quantizing a 7B-shaped model, beside the floats of its largest layer.
+
+    python -m benchmarks.memory [--layers 32] [--scheme w8a8] [--folder FOLDER]
+
+The model is random (a Llama of hidden size 4096 and 32,000 tokens in bfloat16, sharded by layer): memory depends on
+shapes alone. 32 layers take 13 GB of disk; fewer layers show the same peak, since layers come and go one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from quant.convert import quantize_checkpoint
+from quant.layers import skeleton
+from quant.scheme import PRESETS
+from service.models.families import ModelConfig, linear_names, smooth_groups
+
+SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--scheme", default="w8a8")
+    parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens, in windows of 512")
+    parser.add_argument("--folder", type=Path, default=None, help="where the model is made; default: a temporary one")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        source = Path(scratch) / "float"
+        write_model(source, args.layers)
+        before = peak_bytes()
+        began = time.monotonic()
+        layer_bytes = quantize(source, Path(scratch) / "int8", args)
+        peak = peak_bytes()
+    row = {
+        "scheme": args.scheme,
+        "num_layers": args.layers,
+        "seconds": round(time.monotonic() - began),
+        "layer_float32_bytes": layer_bytes,
+        "before_bytes": before,
+        "peak_bytes": peak,
+        "peak_above_layer_gib": round((peak - layer_bytes) / 2**30, 2),
+    }
+    print(json.dumps(row))
+
+
+def write_model(folder: Path, num_layers: int) -> None:
+    """A random model, one file per layer and one for the rest, written layer by layer."""
+    LlamaConfig(**SHAPE, num_hidden_layers=num_layers, dtype="bfloat16").save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    files: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in skeleton(folder).named_parameters():
+        layer = name.split(".")[2] if ".layers." in name else "rest"
+        files.setdefault(f"model-{layer}.safetensors", {})[name] = parameter.shape
+    for file, shapes in files.items():
+        tensors = {}
+        for name, shape in shapes.items():
+            noise = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
+            tensors[name] = noise.abs() if len(shape) == 1 else noise.mul_(shape[-1] ** -0.5)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, shapes in files.items() for name in shapes}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def quantize(source: Path, out: Path, args: argparse.Namespace) -> int:
+    """Run the scheme; bytes of one layer's floats in float32."""
+    config = ModelConfig.load(source)
+    names = linear_names(config)
+    tokens = torch.randint(SHAPE["vocab_size"], (args.tokens // 512, 512), generator=torch.Generator().manual_seed(0))
+    scheme = PRESETS[args.scheme]
+    quantize_checkpoint(
+        source,
+        out,
+        scheme,
+        smooth_groups(config),
+        names,
+        config.dtype,
+        {},
+        tokens if scheme.needs_calibration else None,
+        on_progress=lambda done, total, detail: print(f"{done} of {total}, {detail}", file=sys.stderr),
+    )
+    hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    return 4 * (4 * hidden * hidden + 3 * hidden * inner)
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

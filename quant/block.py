@@ -1,0 +1,189 @@
+"""One decoder layer on its way to int8: smoothed, distilled, rounded, and held against what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quant.gptq import round_gptq
+from quant.inputs import Inputs, tapped
+from quant.int8 import Int8Module, Int8Tensors
+from quant.layers import LayerStream
+from quant.rounding import dequantize
+from quant.scheme import Scheme
+from quant.search import best_ranges, round_nearest, smooth_layer
+from quant.smooth import SmoothGroup
+from quant.zeroquant import Student, distill
+
+SAMPLED_ROWS = 1024
+"""Tokens by which alphas and ranges are judged: of one layer's inputs that many are kept in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is the same for all layers.
+
+    linear_names: the Linears to quantize, all layers'.
+    groups: what to smooth, all layers'.
+    dtype: of norms, biases and stored scales.
+    seed: of the choice of tokens that alphas and ranges are judged by.
+    """
+
+    scheme: Scheme
+    linear_names: frozenset[str]
+    groups: tuple[SmoothGroup, ...]
+    dtype: torch.dtype
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A finished layer: its tensors by checkpoint name, what was chosen, and the float layer's outputs."""
+
+    tensors: dict[str, Tensor]
+    notes: dict[str, Any]
+    hidden: list[Tensor]
+
+
+class Block:
+    """One layer, loaded in float32.
+
+    Args:
+        stream: the model.
+        index: which of its layers.
+        recipe: what to do.
+    """
+
+    def __init__(self, stream: LayerStream, index: int, recipe: Recipe) -> None:
+        self.stream = stream
+        self.index = index
+        self.recipe = recipe
+        self.prefix = stream.prefixes[index]
+        self.layer = stream.load(index)
+        modules = ((f"{self.prefix}.{name}", module) for name, module in self.layer.named_modules())
+        self.linears = {name: module for name, module in modules if name in recipe.linear_names}
+        self.transposed = {name for name, module in self.linears.items() if isinstance(module, Conv1D)}
+        named = ((f"{self.prefix}.{name}", parameter.data) for name, parameter in self.layer.named_parameters())
+        # Everywhere but in files and modules of that family a weight is [N, K].
+        self.state = {name: tensor.T if self._is_transposed(name) else tensor for name, tensor in named}
+        self.notes: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def quantize(self, windows: Sequence[Tensor]) -> Quantized:
+        """Do all that the scheme asks for.
+
+        Args:
+            windows: hidden states [1, L, hidden] that enter the layer; none where the scheme needs no calibration.
+
+        Raises:
+            ValueError: a weight or an activation is not finite, or a Linear whose range is needed never ran.
+        """
+        scheme, hidden, inputs = self.recipe.scheme, list[Tensor](), dict[str, Inputs]()
+        if windows:
+            hidden, inputs = self._measure(windows)
+        if scheme.smoothing is not None:
+            self._smooth(inputs)
+        if scheme.is_distilled:
+            self._distill(windows, hidden)
+        int8 = {name: self._rounded(name, inputs.get(name)) for name in self.linears}
+        self.notes["error"] = self._error(int8, windows, hidden)
+        return Quantized(self._stored(int8), self.notes, hidden)
+
+    def _measure(self, windows: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Inputs]]:
+        """The float layer's outputs, and what its Linears read."""
+        num_tokens = sum(window.shape[1] for window in windows)
+        share, has_gram = min(1.0, SAMPLED_ROWS / num_tokens), self.recipe.scheme.rounding == "gptq"
+        with tapped(self.linears, share, has_gram, self.recipe.seed) as taps:
+            hidden = [self.stream.run(self.index, self.layer, window) for window in windows]
+        inputs = {name: read for name, tap in taps.items() if (read := tap.inputs()) is not None}
+        for name, read in inputs.items():
+            if not bool(read.absmax.isfinite().all()):
+                raise ValueError(f"the input of {name} is NaN or infinite over the calibration windows")
+        return hidden, inputs
+
+    def _smooth(self, inputs: dict[str, Inputs]) -> None:
+        groups = [group for group in self.recipe.groups if self._is_within(group.source)]
+        choices = smooth_layer(self.state, groups, inputs, self.recipe.scheme, self.recipe.dtype)
+        self.notes["alphas"] = {source: choice.alpha for source, choice in choices.items()}
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """Give the module the values of `state`."""
+        values = {
+            name.removeprefix(f"{self.prefix}."): tensor.T if self._is_transposed(name) else tensor
+            for name, tensor in self.state.items()
+        }
+        self.layer.load_state_dict(values, strict=False, assign=True)
+
+    def _distill(self, windows: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        students = {}
+        for name in self.linears:
+            weight, bias = self.state[f"{name}.weight"], self.state.get(f"{name}.bias")
+            students[name] = Student(weight, bias, self.recipe.scheme, self.recipe.dtype)
+            self._replace(name, students[name])
+        losses = distill(list(students.values()), self._run, windows, targets)
+        self.notes["distillation"] = dict(zip(("before", "after"), losses, strict=True))
+        for name, student in students.items():
+            self.state[f"{name}.weight"] = student.weight.data
+
+    def _rounded(self, name: str, inputs: Inputs | None) -> Int8Tensors:
+        scheme, dtype, weight = self.recipe.scheme, self.recipe.dtype, self.state[f"{name}.weight"]
+        try:
+            if inputs is None:
+                if scheme.activation == "static":
+                    raise ValueError("no calibration token reached it, so it has no static range; give a longer text")
+                return round_nearest(weight, None, scheme, dtype)
+            ranges = best_ranges(weight, inputs, scheme, dtype)
+            if ranges != (1.0, 1.0):
+                self.notes.setdefault("ranges", {})[name] = ranges
+            nearest = round_nearest(weight, inputs, scheme, dtype, *ranges)
+        except ValueError as error:
+            raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
+        if inputs.gram is None or scheme.weight == "float":
+            return nearest
+        codes, scale = round_gptq(weight, inputs.gram, scheme.weight, dtype, scheme.group_size, ranges[0])
+        return Int8Tensors(codes, scale, nearest.input_scale)
+
+    def _error(self, int8: dict[str, Int8Tensors], windows: Sequence[Tensor], hidden: Sequence[Tensor]) -> float:
+        """How far off the int8 layer is on the first window, as a share of its output, the mean over tokens.
+
+        Without windows it is how far off the weights are.
+        """
+        if not windows:
+            off = [
+                float((dequantize(t.codes, t.scale) - weight).norm() / weight.norm().clamp_min(1e-30))
+                for t, weight in ((tensors, self.state[f"{name}.weight"]) for name, tensors in int8.items())
+            ]
+            return sum(off) / max(1, len(off))
+        for name, tensors in int8.items():
+            linear = tensors.linear(self.recipe.scheme, self.state.get(f"{name}.bias"))
+            self._replace(name, Int8Module(linear))
+        off_by = (self._run(windows[0]) - hidden[0]).norm(dim=-1) / hidden[0].norm(dim=-1).clamp_min(1e-30)
+        return float(off_by.mean())
+
+    def _stored(self, int8: dict[str, Int8Tensors]) -> dict[str, Tensor]:
+        stored: dict[str, Tensor] = {}
+        for name, tensor in self.state.items():
+            module, _, kind = name.rpartition(".")
+            if module in int8 and kind == "weight":
+                stored |= int8[module].stored(module, module in self.transposed)
+            else:
+                stored[name] = tensor
+        return {name: tensor.cpu() for name, tensor in stored.items()}
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        return self.stream.run(self.index, self.layer, hidden)
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        self.layer.set_submodule(name.removeprefix(f"{self.prefix}."), module)
+
+    def _is_within(self, name: str) -> bool:
+        return name.startswith(f"{self.prefix}.")
+
+    def _is_transposed(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self.transposed

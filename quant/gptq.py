@@ -1,0 +1,79 @@
+"""GPTQ's rounding: what each column's rounding gets wrong is made good in the columns that are rounded after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import CODE_MAX
+from quant.rounding import Strategy, per_element, weight_scale
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to it: keeps columns that calibration hardly saw from taking up errors."""
+
+BLOCK = 128
+"""Columns whose errors are spread at once over all columns behind them."""
+
+
+def round_gptq(
+    weight: Tensor,
+    gram: Tensor,
+    strategy: Strategy,
+    scale_dtype: torch.dtype,
+    group_size: int | None = None,
+    clip: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Round a weight matrix to int8 so that its outputs, not its elements, come out near.
+
+    Minimizes ||X W^T - X (codes scale)^T||^2 greedily, column by column: with U the upper Cholesky factor of
+    (X^T X + damping)^-1, the error e = (w_k - codes_k scale) / U_kk of column k changes each later column j by -e U_kj.
+
+    Args:
+        weight: [N, K] float.
+        gram: [K, K] float32, X^T X of the calibration inputs as the Linear reads them.
+        strategy, scale_dtype, group_size, clip: as for `quantize_weight`, which also gives the scale.
+
+    Returns:
+        codes [N, K] int8 in -127..127 and scale, as `quantize_weight`.
+
+    Raises:
+        ValueError: as `quantize_weight`, or the gram matrix is not [K, K] or not finite.
+
+    Source: GPTQ (arXiv 2210.17323), algorithm 1, columns in the order of falling diagonal.
+    """
+    width = weight.shape[1]
+    if gram.shape != (width, width) or not bool(gram.isfinite().all()):
+        raise ValueError(f"gram {list(gram.shape)} must be finite and [{width}, {width}]")
+    weight = weight.float()
+    scale = weight_scale(weight, strategy, scale_dtype, group_size, clip)
+    # Large columns first: the many that come after can make good what they get wrong.
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    scales = per_element(scale, width).expand_as(weight)[:, order]
+    codes = _round_columns(weight[:, order], scales, _spread(gram[order][:, order]))
+    return codes[:, order.argsort()].contiguous(), scale
+
+
+def _spread(gram: Tensor) -> Tensor:
+    """U, upper triangular float32, with U^T U = (gram + damping)^-1. In float64: gram is all but singular."""
+    h = gram.double()
+    mean = h.diagonal().mean()
+    h.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper.float()
+
+
+def _round_columns(weight: Tensor, scales: Tensor, spread: Tensor) -> Tensor:
+    width = weight.shape[1]
+    left = weight.T.contiguous()
+    scales = scales.T.contiguous()
+    codes = torch.empty_like(left)
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
+        errors = torch.empty_like(left[start:stop])
+        for k in range(start, stop):
+            codes[k] = (left[k] / scales[k]).round_().clamp_(-CODE_MAX, CODE_MAX)
+            errors[k - start] = (left[k] - codes[k] * scales[k]) / spread[k, k]
+            left[k + 1 : stop] -= spread[k, k + 1 : stop, None] * errors[k - start]
+        left[stop:] -= spread[start:stop, stop:].T @ errors
+    return codes.T.to(torch.int8)

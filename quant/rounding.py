@@ -1,0 +1,91 @@
+"""Weights rounded to int8 codes and their scales, and the scale of a calibrated activation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels import CODE_MAX
+
+Strategy = Literal["tensor", "channel", "group"]
+
+
+def quantize_weight(
+    weight: Tensor,
+    strategy: Strategy,
+    scale_dtype: torch.dtype,
+    group_size: int | None = None,
+    clip: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Round a weight matrix to int8.
+
+    scale = round(clip absmax / 127 to scale_dtype)        codes = clamp(rint(weight / scale), -127, 127)
+
+    The scale is rounded first: codes made with the unrounded scale would stand for other values once it is stored.
+
+    Args:
+        weight: [N, K] float.
+        strategy: "channel" (a scale per row), "group" (a scale per row and group_size columns) or "tensor" (one).
+        scale_dtype: what the scale is stored in.
+        group_size: divides K; with "group" alone.
+        clip: share of the largest magnitude that becomes code 127; what is beyond it saturates.
+
+    Returns:
+        codes [N, K] int8 in -127..127 and scale [N, 1] (channel), [N, K // group_size] (group) or [1] (tensor) in
+        scale_dtype, positive. Where all that share a scale is 0, it is 1.
+
+    Raises:
+        ValueError: the weight is NaN or infinite, its scale overflows scale_dtype, or K is no multiple of group_size.
+
+    Source: SmoothQuant (arXiv 2211.10438), equation 1; ZeroQuant (arXiv 2206.01861), section 4.1, for groups.
+    """
+    weight = weight.float()
+    scale = weight_scale(weight, strategy, scale_dtype, group_size, clip)
+    codes = (weight / per_element(scale, weight.shape[1])).round_().clamp_(-CODE_MAX, CODE_MAX).to(torch.int8)
+    return codes, scale
+
+
+def weight_scale(
+    weight: Tensor, strategy: Strategy, scale_dtype: torch.dtype, group_size: int | None, clip: float = 1.0
+) -> Tensor:
+    """The scale that `quantize_weight` rounds a weight with; raises as it does."""
+    if strategy == "tensor":
+        return static_scale(clip * weight.abs().amax().reshape(1), scale_dtype)
+    num_rows, width = weight.shape
+    size = group_size if strategy == "group" and group_size is not None else width
+    if width % size:
+        raise ValueError(f"groups of {size} inputs do not divide its width {width}; see Scheme.fitted")
+    return static_scale(clip * weight.abs().view(num_rows, width // size, size).amax(2), scale_dtype)
+
+
+def per_element(scale: Tensor, width: int) -> Tensor:
+    """A weight's scale in float32, so shaped that it multiplies codes [N, width]: [1], [N, 1] or [N, width]."""
+    if scale.ndim == 1 or scale.shape[1] == 1:
+        return scale.float()
+    return scale.float().repeat_interleave(width // scale.shape[1], dim=1)
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """What codes [N, K] with a scale of `quantize_weight` stand for, float32."""
+    return codes.float() * per_element(scale, codes.shape[1])
+
+
+def static_scale(absmax: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """The scale absmax / 127 in scale_dtype, such that absmax is at most half a code beyond 127.
+
+    Where absmax is 0 the scale is 1. Where rounding down loses more than that (float16's subnormals), the next value
+    up is taken.
+
+    Raises:
+        ValueError: absmax is NaN or infinite, or absmax / 127 overflows scale_dtype.
+    """
+    scale = (absmax.float() / CODE_MAX).to(scale_dtype)
+    if not bool(scale.isfinite().all()):
+        raise ValueError(f"its largest magnitude is {absmax.max().item():g}: no finite scale in {scale_dtype}")
+    saturates = absmax.float() > (CODE_MAX + 0.5) * scale.float()
+    # Positive floats are ordered as their bits are, so one more is the next value up, in any float type.
+    bits = scale.view(torch.int16 if scale.element_size() == 2 else torch.int32)
+    scale = torch.where(saturates, (bits + 1).view(scale_dtype), scale)
+    return torch.where(absmax == 0, torch.ones_like(scale), scale)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, OPTConfig, Qwen3MoeConfig
+
+from quant.inputs import tapped
+from quant.layers import LayerStream
+
+CPU = torch.device("cpu")
+SMALL = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+FAMILIES = {
+    # Two kinds of layers, each with its own mask and angles, and embeddings that are scaled.
+    "gemma3": Gemma3TextConfig(
+        **SMALL, intermediate_size=48, num_key_value_heads=1, head_dim=16, sliding_window=8, sliding_window_pattern=2
+    ),
+    "opt": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
+    "gpt2": GPT2Config(vocab_size=90, n_embd=32, n_layer=3, n_head=2, n_positions=64),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SMALL, moe_intermediate_size=16, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_is_the_whole_model(family, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).float().eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    windows = torch.randint(90, (2, 20), generator=torch.Generator().manual_seed(1))
+    wanted = []
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    layers[-1].register_forward_hook(lambda _m, _args, out: wanted.append(out[0] if isinstance(out, tuple) else out))
+    stream = LayerStream(tmp_path, torch.float32, CPU)
+    with torch.no_grad():
+        for window in windows:
+            model(window[None], use_cache=False)
+        hidden = stream.embed(windows)
+        for index in range(3):
+            layer = stream.load(index)
+            hidden = [stream.run(index, layer, window) for window in hidden]
+            stream.drop(index)
+    for got, expected in zip(hidden, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_outside_a_stream_keep_their_values(tmp_path):
+    """The hook that drops values is gone when the skeleton is built."""
+    AutoModelForCausalLM.from_config(FAMILIES["gpt2"]).save_pretrained(tmp_path)
+    LayerStream(tmp_path, torch.float32, CPU)
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
+def test_taps_see_what_linears_read():
+    linear = torch.nn.Linear(6, 2)
+    x = torch.randn(2, 10, 6, generator=torch.Generator().manual_seed(0))
+    with tapped({"a": linear, "never": torch.nn.Linear(6, 2)}, share=0.5, has_gram=True, seed=0) as taps:
+        linear(x[:1])
+        linear(x[1:])
+    linear(x * 9)  # no longer tapped
+    inputs, rows = taps["a"].inputs(), x.flatten(0, 1)
+    assert torch.equal(inputs.absmax, rows.abs().amax(0))
+    torch.testing.assert_close(inputs.gram, rows.T @ rows)
+    assert inputs.rows.shape == (10, 6)
+    assert all((rows == row).all(1).any() for row in inputs.rows)
+    assert taps["never"].inputs() is None

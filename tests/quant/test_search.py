@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quant.gptq import round_gptq
+from quant.inputs import Inputs
+from quant.linear import Int8Linear
+from quant.rounding import dequantize, quantize_weight, static_scale
+from quant.scheme import PRESETS, Scheme
+from quant.search import ALPHAS, RANGES, best_ranges, smooth_layer
+from quant.smooth import SmoothGroup, divide, group_migration
+from quant.zeroquant import Student, distill
+
+GROUP = SmoothGroup("norm", ("a", "b"))
+
+
+def noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs_of(rows: torch.Tensor) -> Inputs:
+    return Inputs(rows.abs().amax(0), rows, rows.T @ rows)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-static", "smoothquant-o1", "smoothquant-o2", "smoothquant-o3"])
+def test_the_search_finds_what_trying_every_alpha_on_the_served_linear_finds(name):
+    scheme = PRESETS[name]
+    rows = noise(64, 32, seed=0)
+    rows[:, 5] *= 40
+    state = {"norm.weight": torch.ones(32), "a.weight": noise(16, 32, seed=1), "b.weight": noise(8, 32, seed=2)}
+    errors = {}
+    for alpha in (None, *ALPHAS):
+        trial, s = dict(state), torch.ones(32)
+        if alpha is not None:
+            absmax = {sink: rows.abs().amax(0) for sink in GROUP.sinks}
+            s = divide(trial, GROUP, group_migration(trial, GROUP, absmax, alpha))
+        errors[alpha] = sum(
+            (served(trial[f"{sink}.weight"], rows / s, scheme) - rows @ state[f"{sink}.weight"].T).square().sum().item()
+            for sink in GROUP.sinks
+        )
+    best = min(errors, key=errors.__getitem__)
+    inputs = {sink: inputs_of(rows) for sink in GROUP.sinks}
+    choice = smooth_layer(state, [GROUP], inputs, scheme, torch.float32)["norm"]
+    assert choice.alpha == best
+    assert choice.alpha is not None
+    torch.testing.assert_close(inputs["a"].rows * state["norm.weight"].reciprocal(), rows, rtol=1e-5, atol=1e-6)
+
+
+def served(weight: torch.Tensor, rows: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    codes, scale = quantize_weight(weight, scheme.weight, torch.float32)
+    input_scale = static_scale(rows.abs().amax().reshape(1), torch.float32) if scheme.activation == "static" else None
+    linear = Int8Linear(codes, scale.reshape(-1), None, scheme.activation, input_scale, torch.float32)
+    return linear(rows)
+
+
+def test_a_fixed_alpha_is_taken_as_given():
+    rows = noise(64, 32, seed=0)
+    state = {"norm.weight": torch.ones(32), "a.weight": noise(16, 32, seed=1), "b.weight": noise(8, 32, seed=2)}
+    inputs = {sink: inputs_of(rows) for sink in GROUP.sinks}
+    choices = smooth_layer(state, [GROUP], inputs, PRESETS["w8a8"].with_alpha(0.3), torch.float32)
+    assert choices["norm"].alpha == 0.3
+
+
+def test_ranges_are_clipped_where_it_helps_and_nowhere_else():
+    rows = noise(512, 64, seed=0)
+    rows[0, 0] = 60.0  # one rare value that costs all others their precision
+    weight = noise(16, 64, seed=1)
+    inputs = inputs_of(rows)
+    assert best_ranges(weight, inputs, PRESETS["w8a8"], torch.float32) == (1.0, 1.0)
+    weight_range, input_range = best_ranges(weight, inputs, PRESETS["w8a8-static"], torch.float32)
+    assert weight_range == 1.0
+    assert input_range in RANGES
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor", "group"])
+@pytest.mark.parametrize("seed", range(5))
+def test_gptq_is_never_worse_than_nearest_by_its_own_measure(strategy, seed):
+    rows = noise(256, 64, seed=seed) @ noise(64, 64, seed=seed + 100)
+    weight = noise(24, 64, seed=seed + 200)
+    size = 32 if strategy == "group" else None
+
+    def error(codes: torch.Tensor, scale: torch.Tensor) -> float:
+        return (rows @ (dequantize(codes, scale) - weight).T).square().sum().item()
+
+    codes, scale = round_gptq(weight, rows.T @ rows, strategy, torch.float32, size)
+    nearest = quantize_weight(weight, strategy, torch.float32, size)
+    assert error(codes, scale) < error(*nearest)
+    assert torch.equal(scale, nearest[1])
+    assert codes.abs().max() <= 127
+
+
+def test_gptq_refuses_a_gram_matrix_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"gram \[3, 3\] must be finite and \[4, 4\]"):
+        round_gptq(torch.ones(2, 4), torch.ones(3, 3), "channel", torch.float32)
+
+
+def test_distillation_lowers_the_layer_s_error_the_same_way_twice():
+    """A layer of one Linear whose input has two channels that weights can take over from one another."""
+    scheme = replace(PRESETS["zeroquant-lkd"], group_size=32)
+    rows = noise(1, 64, 8, seed=0) @ noise(8, 64, seed=1)
+    weight = noise(16, 64, seed=2)
+    targets = [rows @ weight.T]
+    students = [Student(weight, None, scheme, torch.float32) for _ in range(2)]
+    losses = [distill([student], student, [rows], targets) for student in students]
+    assert losses[0] == losses[1]
+    assert losses[0][1] < losses[0][0]
+    assert torch.equal(students[0].weight, students[1].weight)
+    assert not torch.equal(students[0].weight, weight)
