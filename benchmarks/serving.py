@@ -15,7 +15,6 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,14 @@ from benchmarks.shapes import SHAPES
 from quant.scheme import PRESETS
 from service.engine.request import Request, SamplingParams
 from service.engine.runner import Runner
-from service.engine.scheduler import Scheduler, Step
+from service.engine.scheduler import Scheduler
 from service.hosting import cache_budget
 from service.models.decoder import Decoder
 from service.models.families import ModelConfig
 from service.models.loader import load_decoder, pick_device, pick_dtype, random_decoder
 from service.models.prepare import Calibration, quantized_folder, resolve_model
 from service.settings import Settings
+from service.speed import drive
 
 
 def main() -> None:
@@ -114,13 +114,17 @@ class Bench:
     def decode_times(self, batch: int, prompt_len: int, steps: int) -> list[float]:
         """Seconds of each full decode step, the first few left out."""
         self._add(batch, prompt_len, steps + 8)
-        return [step_s for step, step_s in self._drive() if step.is_decode and len(step.chunks) == batch][4:]
+        return [
+            step_s
+            for step, step_s in drive(self.scheduler, self.runner)
+            if step.is_decode and len(step.chunks) == batch
+        ][4:]
 
     def total_s(self, count: int, prompt_len: int, max_tokens: int) -> float:
         """Seconds until the last of count requests is done."""
         self._add(count, prompt_len, max_tokens)
         started = time.perf_counter()
-        for _ in self._drive():
+        for _ in drive(self.scheduler, self.runner):
             pass
         return time.perf_counter() - started
 
@@ -129,22 +133,6 @@ class Bench:
         for i in range(count):
             prompt = [rng.randrange(self.vocab_size) for _ in range(prompt_len)]
             self.scheduler.add(Request(str(i), prompt, SamplingParams(max_tokens, ignore_eos=True), 0.0, i))
-
-    def _drive(self) -> Iterator[tuple[Step, float]]:
-        """Turn steps as the engine does until all is done: each step with the time since the one before it."""
-        in_flight = None
-        last = time.perf_counter()
-        while not self.scheduler.is_idle or in_flight:
-            step = self.scheduler.schedule(last)
-            launched = None if step is None else (step, self.runner.execute(step))
-            settled = in_flight if self.runner.is_async else launched
-            in_flight = launched if self.runner.is_async else None
-            if settled is not None:
-                self.scheduler.commit(settled[0], settled[1].read())
-                now = time.perf_counter()
-                yield settled[0], now - last
-                last = now
-        self.scheduler.check_integrity()
 
 
 def _decoder(variant: str, args: argparse.Namespace) -> Decoder:

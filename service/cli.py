@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -19,24 +17,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from kernels import __version__
 from kernels.tune import tune as measure_tiles
 from quant.checkpoint import CheckpointError
-from quant.evaluate import Quality
 from quant.gpus import GPUS
 from quant.practical import explain, parse_scheme
 from quant.roofline import SHAPES
-from quant.scheme import PRESETS, Scheme
+from quant.scheme import PRESETS, Rounding, Scheme
 from service.app import create_app
 from service.errors import InvalidSettings, StartupError
+from service.evaluating import Evaluation, in_storages, show
 from service.hosting import Host, open_host
 from service.models.families import ModelConfig
 from service.models.loader import pick_device
-from service.models.prepare import Calibration, quantize_model, resolve_model, text_windows
-from service.quality import measure_quality
+from service.models.prepare import Calibration, quantize_model, resolve_model
 from service.roofline import Report, find_gpu, find_shape, read_measured, read_steps, summary, tables
 from service.settings import Settings, load_settings
 
@@ -58,9 +54,15 @@ Model = Annotated[
     str | None,
     typer.Argument(help="Model folder or Hugging Face id; left out: the demo model (SmolLM2-135M-Instruct)."),
 ]
-Alpha = Annotated[float | None, typer.Option(help="SmoothQuant's migration strength, 0 to 1; default: the scheme's.")]
+Alpha = Annotated[
+    float | None, typer.Option(help="SmoothQuant's migration strength, 0 to 1; default: searched for each group.")
+]
 CalibrationText = Annotated[
-    Path | None, typer.Option("--calibration", help="UTF-8 text for the activation ranges; default: self-written.")
+    Path | None,
+    typer.Option("--calibration", help="UTF-8 text to calibrate on; default: self-written, for large models Python's."),
+]
+RoundingOfWeights = Annotated[
+    str | None, typer.Option("--rounding", help="Of weights: nearest or gptq; default: the scheme's.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of self-written calibration text and of random weights.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where prepared models are kept.")]
@@ -134,6 +136,7 @@ def quantize(
         "w8a8"
     ),
     alpha: Alpha = None,
+    rounding: RoundingOfWeights = None,
     kv_cache: KVCache = None,
     calibration: CalibrationText = None,
     seed: Seed = None,
@@ -145,7 +148,7 @@ def quantize(
         settings = load_settings(
             kv_cache=kv_cache, calibration=calibration, seed=seed, cache_dir=cache_dir, device=device
         )
-        recipe = _scheme(scheme, alpha).with_kv(settings.kv)
+        recipe = _scheme(scheme, alpha, rounding).with_kv(settings.kv)
         if not recipe.is_int8:
             raise InvalidSettings(f"scheme {scheme!r} is float: there is nothing to quantize")
         with _progress_bars() as on_progress:
@@ -161,8 +164,19 @@ def evaluate(
     model: Model = None,
     schemes: Annotated[str, typer.Option(help="Presets, separated by commas.")] = ",".join(PRESETS),
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; default: Python's help topics.")] = None,
+    choices: Annotated[
+        Path | None,
+        typer.Option(help='Multiple choice: JSON lines {"question": text, "choices": [text, ...], "answer": index}.'),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="List the error of every Linear and layer.")] = False,
     alpha: Alpha = None,
-    kv_cache: KVCache = None,
+    rounding: RoundingOfWeights = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Keys and values of int8 schemes: auto (what the scheme says), float, int8, or both in turn."
+        ),
+    ] = None,
     calibration: CalibrationText = None,
     calibration_windows: Annotated[int, typer.Option(min=1, help="Windows read to calibrate.")] = 8,
     windows: Annotated[int, typer.Option(min=1, help="Windows measured.")] = 20,
@@ -171,29 +185,29 @@ def evaluate(
     device: Device = None,
     seed: Seed = None,
     cache_dir: CacheDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of rows.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write run and rows to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to draw; needs matplotlib.")] = None,
 ) -> None:
-    """Measure perplexity, KL divergence and top-1 agreement of schemes against the float model, on the int8 path."""
+    """Measure what schemes cost in quality against the float model, and what they bring, on the int8 path."""
     with _told_in_one_line():
         settings = load_settings(
             model=model,
-            kv_cache=kv_cache,
+            kv_cache=None if kv_cache == "both" else kv_cache,
             calibration=calibration,
             seed=seed,
             cache_dir=cache_dir,
             dtype=dtype,
             device=device,
         )
-        chosen = [_scheme(name, alpha).with_kv(settings.kv) for name in dict.fromkeys(schemes.split(","))]
+        chosen = [_scheme(name, alpha, rounding) for name in schemes.split(",")]
+        compared = in_storages(chosen, ("float", "int8") if kv_cache == "both" else (settings.kv,))
+        evaluation = Evaluation(
+            compared, text, choices, windows, window_len, calibration_windows, layers, json_file, plot
+        )
         with _progress_bars() as on_progress:
-            folder = resolve_model(model, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
-            ModelConfig.load(folder, window_len)
-            measured = text_windows(folder, text, windows, window_len)
-            # From one file, calibration reads on where the measured windows end.
-            offset = windows if text is not None and settings.calibration == text else 0
-            ranges_from = Calibration(settings.calibration, settings.seed, calibration_windows, window_len, offset)
-            rows = measure_quality(folder, chosen, measured, ranges_from, settings, on_progress)
-    typer.echo(json.dumps([asdict(row) for row in rows], indent=2)) if as_json else Console().print(_table(rows))
+            run, rows = evaluation.run(model, settings, on_progress, ["ottava", *sys.argv[1:]])
+    # A pipe has no width; a scheme's name and eight columns take up to 120.
+    show(run, rows, Console() if sys.stdout.isatty() else Console(width=120))
 
 
 @app.command()
@@ -257,10 +271,10 @@ def main() -> None:
     app(prog_name="ottava")
 
 
-def _scheme(name: str, alpha: float | None) -> Scheme:
-    """A preset; alpha replaces the presets' own where they smooth."""
+def _scheme(name: str, alpha: float | None, rounding: str | None) -> Scheme:
+    """A preset; alpha replaces the presets' own where they smooth, rounding where they are int8."""
     try:
-        return Scheme.preset(name.strip()).with_alpha(alpha)
+        return Scheme.preset(name.strip()).with_alpha(alpha).with_rounding(cast("Rounding | None", rounding))
     except ValueError as error:
         raise InvalidSettings(str(error)) from error
 
@@ -268,9 +282,10 @@ def _scheme(name: str, alpha: float | None) -> Scheme:
 def _linear_shapes(folder: Path) -> list[tuple[int, int]]:
     """(N, K) of the Linears of a model as the decoder fuses them."""
     config = ModelConfig.load(folder)
-    hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_size
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * size
-    return [(qkv, hidden), (hidden, config.num_heads * size), (2 * inner, hidden), (hidden, inner)]
+    hidden, size = config.hidden_size, config.head_size
+    inner = config.intermediate_size if config.experts is None else config.experts.intermediate_size
+    qkv, up = (config.num_heads + 2 * config.num_kv_heads) * size, (1 + config.layout.is_gated) * inner
+    return [(qkv, hidden), (hidden, config.num_heads * size), (up, hidden), (hidden, inner)]
 
 
 def _refuse_impractical(scheme: str | None) -> None:
@@ -302,16 +317,23 @@ def _told_in_one_line() -> Iterator[None]:
 @contextmanager
 def _progress_bars() -> Iterator[Any]:
     """A bar per stage on stderr; stages without a length pulse."""
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
     with Progress(*columns, console=err, disable=not sys.stderr.isatty()) as progress:
         tasks: dict[str, Any] = {}
 
-        def on_progress(stage: str, done: int, total: int) -> None:
+        def on_progress(stage: str, done: int, total: int, detail: str = "", /) -> None:
             if stage not in tasks:
                 for task in tasks.values():
                     progress.update(task, total=1, completed=1)
-                tasks[stage] = progress.add_task(stage, total=total or None)
-            progress.update(tasks[stage], completed=done)
+                tasks[stage] = progress.add_task(stage, total=total or None, detail="")
+            counted = f"{done} of {total}, {detail}" if detail else ""
+            progress.update(tasks[stage], completed=done, detail=counted)
 
         yield on_progress
         for task in progress.tasks:
@@ -329,14 +351,3 @@ def _panel(hosted: Host, settings: Settings) -> Panel:
     url = f"http://{settings.host}:{settings.port}"
     lines += ["", f"device    {info['device']}", f"endpoints {url}/generate  /metrics  /health  /ready  /info  /docs"]
     return Panel("\n".join(lines), title=f"ottava {__version__}", title_align="left")
-
-
-def _table(rows: list[Quality]) -> Table:
-    table = Table(title=f"quality over {rows[0].num_tokens} tokens")
-    table.add_column("scheme")
-    for heading in ("perplexity", "vs. baseline", "KL (nats)", "top-1 agreement"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        ratio = row.perplexity / rows[0].perplexity
-        table.add_row(row.scheme, f"{row.perplexity:.2f}", f"{ratio:.4f}", f"{row.kl:.4f}", f"{row.top1_agreement:.1%}")
-    return table

@@ -2,21 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from quant.evaluate import Quality, evaluate
+from quant.checkpoint import Checkpoint
+from quant.choices import Continuation, Question, compare, encode, picks, read_questions
+from quant.evaluate import LogitsOf, Quality, evaluate
+from quant.layer_errors import LinearError, linear_errors
 from quant.scheme import Scheme
-from service.errors import UnsupportedModel
-from service.models.decoder import Decoder, score
-from service.models.families import ModelConfig
+from service.errors import InvalidSettings, UnsupportedModel
+from service.models.attention import KVCache, Rows
+from service.models.decoder import Decoder, Layer, score
+from service.models.families import ModelConfig, linear_names, smooth_groups
 from service.models.loader import load_decoder, pick_device, pick_dtype
-from service.models.prepare import Calibration, Progress, is_quantized, measure_ranges, quantize_model, silent
+from service.models.prepare import Calibration, Progress, calibration_windows, is_quantized, quantize_model, silent
 from service.settings import Settings
+from service.speed import decode_tokens_per_s
+
+LAYER_WINDOWS = 4
+"""Windows over which Linears and layers are compared: their errors differ little from window to window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one scheme costs and brings.
+
+    perplexity, kl, top1_agreement, num_tokens: see `Quality`.   perplexity_ratio: over the float model's.
+    weight_bytes: of Linears, embeddings and head.   kv_bytes_per_token: of all layers' keys and values on this device.
+    tokens_per_s: see `service.speed.SPEED_OF`.
+    choice_accuracy, choice_agreement: see `ChoiceQuality`; None without questions, of which there are num_questions.
+    linear_errors: of each Linear, the largest first.   hidden_errors: ||h - h_float|| / ||h_float|| of the hidden
+    states after each layer. Both empty where they were not asked for, and of the baseline.
+    """
+
+    scheme: str
+    perplexity: float
+    perplexity_ratio: float
+    kl: float
+    top1_agreement: float
+    num_tokens: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    tokens_per_s: float
+    choice_accuracy: float | None = None
+    choice_agreement: float | None = None
+    num_questions: int = 0
+    linear_errors: tuple[LinearError, ...] = ()
+    hidden_errors: tuple[float, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as an object of JSON, without what was not asked for."""
+        return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
+
+
+def load_questions(path: Path) -> list[Question]:
+    """See `read_questions`.
+
+    Raises:
+        InvalidSettings: the file cannot be read or a line is malformed.
+    """
+    try:
+        return read_questions(path)
+    except ValueError as error:
+        raise InvalidSettings(str(error)) from error
 
 
 def measure_quality(
@@ -26,46 +82,207 @@ def measure_quality(
     calibration: Calibration,
     settings: Settings,
     on_progress: Progress = silent,
-) -> list[Quality]:
-    """One row a scheme, the float baseline first.
+    questions: Sequence[Question] = (),
+    has_layers: bool = False,
+) -> Iterator[Row]:
+    """A row for the float baseline, then one for each int8 scheme, in the order given.
+
+    The baseline and one int8 model are in memory at a time; schemes that follow each other and differ in their keys and
+    values alone share one.
 
     Args:
         folder: a float model.
         schemes: what to compare; the baseline is measured whether it is among them or not.
         windows: [n, L] int64 token ids to measure on.
-        calibration: where activation ranges come from; measured once for all schemes.
+        calibration: the tokens that schemes are fitted to; the same for all.
+        questions: of multiple choice.
+        has_layers: find the error of every Linear and layer too, on the first LAYER_WINDOWS windows.
 
     Raises:
         UnsupportedModel: the model is quantized already, not of a served family, shorter of context than a window, or
             its logits are not finite.
+        InvalidSettings: a question is longer than the context.
     """
     if is_quantized(folder):
         raise UnsupportedModel(f"{folder} is quantized already; evaluate the float model and name schemes")
+    # As much context as the model has, at most what is served of it: questions may be longer than windows.
+    config = ModelConfig.load(folder, max(windows.shape[1], ModelConfig.load(folder).max_model_len))
     device = pick_device(settings.device)
-    length = windows.shape[1]
-    dtype = pick_dtype(settings.dtype, ModelConfig.load(folder, length), device)
+    dtype = pick_dtype(settings.dtype, config, device)
+    asked = _encoded(folder, questions, config.max_model_len)
     quantized = [scheme for scheme in schemes if scheme.is_int8]
-    ranges: dict[str, Tensor] = {}
+    read: Tensor | None = None
     if any(scheme.needs_calibration for scheme in quantized):
-        ranges = measure_ranges(folder, calibration, device, on_progress)
-    candidates: dict[str, Callable[[Tensor], Tensor]] = {}
-    with TemporaryDirectory(prefix="ottava-evaluate-") as scratch:
-        for scheme in quantized:
-            out = Path(scratch) / scheme.name
-            quantize_model(folder, out, scheme, calibration, device, on_progress, ranges)
-            candidates[scheme.label] = _scorer(load_decoder(out, dtype, device, length))
-        baseline = _scorer(load_decoder(folder, dtype, device, length))
-        try:
-            return evaluate(
-                ("fp16", baseline), candidates, windows, lambda done, total: on_progress("measuring", done, total)
-            )
-        except ValueError as error:
-            raise UnsupportedModel(f"{folder} cannot be measured: {error}") from error
+        read = calibration_windows(folder, calibration, device, on_progress)
+
+    def load(path: Path) -> Decoder:
+        return load_decoder(path, dtype, device, config.max_model_len)
+
+    bench = _Bench(load(folder), windows, asked, [question.answer for question in questions], on_progress)
+    try:
+        yield bench.baseline_row()
+        for group in _sharing_weights(quantized):
+            with TemporaryDirectory(prefix="ottava-evaluate-") as scratch:
+                out = Path(scratch) / "model"
+                quantize_model(folder, out, group[0], calibration, device, on_progress, read)
+                weights = load(out)
+                candidates = {scheme.label: _with_kv(weights, scheme) for scheme in group}
+                rows = bench.rows(candidates)
+                if has_layers:
+                    stored = Checkpoint.open(out, torch.float32, device)
+                    errors = _linear_errors(folder, stored, config, group[0], windows, on_progress)
+                    rows = [replace(row, linear_errors=errors) for row in bench.with_hidden_errors(rows, candidates)]
+            yield from rows
+            # Two int8 models would be in memory while the next is loaded.
+            del weights, candidates
+    except ValueError as error:
+        raise UnsupportedModel(f"{folder} cannot be measured: {error}") from error
 
 
-def _scorer(decoder: Decoder) -> Callable[[Tensor], Tensor]:
+class _Bench:
+    """The float model, and all that every scheme is measured on."""
+
+    def __init__(
+        self,
+        baseline: Decoder,
+        windows: Tensor,
+        questions: Sequence[Sequence[Continuation]],
+        answers: Sequence[int],
+        on_progress: Progress,
+    ) -> None:
+        self.baseline = baseline
+        self.windows = windows
+        self.questions = questions
+        self.answers = answers
+        self.on_progress = on_progress
+        self._picked: list[int] = []
+
+    def baseline_row(self) -> Row:
+        (quality,) = self._evaluate({})
+        self._picked = self._picks(self.baseline)
+        return self._row(quality, 1.0, self.baseline, self._picked)
+
+    def rows(self, candidates: Mapping[str, Decoder]) -> list[Row]:
+        """One a candidate. The baseline's logits are computed anew: kept, they would take more than a small model."""
+        first, *others = self._evaluate(candidates)
+        return [
+            self._row(quality, quality.perplexity / first.perplexity, decoder, self._picks(decoder))
+            for quality, decoder in zip(others, candidates.values(), strict=True)
+        ]
+
+    def with_hidden_errors(self, rows: Sequence[Row], candidates: Mapping[str, Decoder]) -> list[Row]:
+        return [
+            replace(row, hidden_errors=_hidden_errors(self.baseline, candidates[row.scheme], self.windows))
+            for row in rows
+        ]
+
+    def _evaluate(self, candidates: Mapping[str, Decoder]) -> list[Quality]:
+        scorers = {name: _scorer(decoder) for name, decoder in candidates.items()}
+        return evaluate(("fp16", _scorer(self.baseline)), scorers, self.windows, self._progress("measuring"))
+
+    def _picks(self, decoder: Decoder) -> list[int]:
+        return picks(_scorer(decoder), self.questions, self._progress("answering"))
+
+    def _row(self, quality: Quality, ratio: float, decoder: Decoder, picked: list[int]) -> Row:
+        choices = compare(picked, self.answers, self._picked) if picked else None
+        return Row(
+            scheme=quality.scheme,
+            perplexity=quality.perplexity,
+            perplexity_ratio=ratio,
+            kl=quality.kl,
+            top1_agreement=quality.top1_agreement,
+            num_tokens=quality.num_tokens,
+            weight_bytes=decoder.weight_bytes,
+            kv_bytes_per_token=decoder.kv_bytes_per_token,
+            tokens_per_s=decode_tokens_per_s(decoder),
+            choice_accuracy=choices.accuracy if choices else None,
+            choice_agreement=choices.agreement if choices else None,
+            num_questions=len(picked),
+        )
+
+    def _progress(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.on_progress(stage, done, total)
+
+
+def _encoded(folder: Path, questions: Sequence[Question], context: int) -> list[list[Continuation]]:
+    if not questions:
+        return []
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return [encode(tokenizer, question, context) for question in questions]
+    except ValueError as error:
+        raise InvalidSettings(str(error)) from error
+
+
+def _sharing_weights(schemes: Sequence[Scheme]) -> list[list[Scheme]]:
+    """Schemes in their order, those together that follow each other and store the same weights."""
+    groups: list[list[Scheme]] = []
+    for scheme in schemes:
+        if groups and groups[-1][0].with_kv("float") == scheme.with_kv("float"):
+            groups[-1].append(scheme)
+        else:
+            groups.append([scheme])
+    return groups
+
+
+def _with_kv(decoder: Decoder, scheme: Scheme) -> Decoder:
+    """The same weights with caches as the scheme has them."""
+    twin = copy(decoder)
+    twin.kv = scheme.kv
+    return twin
+
+
+def _scorer(decoder: Decoder) -> LogitsOf:
     def logits_of(token_ids: Tensor) -> Tensor:
         with torch.inference_mode():
             return score(decoder, token_ids)
 
     return logits_of
+
+
+def _linear_errors(
+    folder: Path, stored: Checkpoint, config: ModelConfig, scheme: Scheme, windows: Tensor, on_progress: Progress
+) -> tuple[LinearError, ...]:
+    groups = smooth_groups(config) if scheme.smoothing is not None else []
+    found = linear_errors(
+        folder,
+        stored,
+        groups,
+        linear_names(config),
+        windows[:LAYER_WINDOWS],
+        lambda done, total: on_progress("comparing layers", done, total),
+    )
+    return tuple(found)
+
+
+@torch.inference_mode()
+def _hidden_errors(baseline: Decoder, candidate: Decoder, windows: Tensor) -> tuple[float, ...]:
+    """||h - h_float|| / ||h_float|| after each layer, per token, the mean over tokens."""
+    found = []
+    for window in windows[:LAYER_WINDOWS]:
+        pairs = zip(_hidden_states(baseline, window), _hidden_states(candidate, window), strict=True)
+        found.append(torch.stack([((h - ref).norm(dim=-1) / ref.norm(dim=-1)).mean() for ref, h in pairs]))
+    return tuple(torch.stack(found).mean(0).tolist())
+
+
+def _hidden_states(decoder: Decoder, window: Tensor) -> list[Tensor]:
+    """The residual stream after each layer, [L, hidden_size] float32."""
+    twin, states = copy(decoder), list[Tensor]()
+    twin.layers = [_Recorded(layer, states) for layer in decoder.layers]
+    score(twin, window)
+    return states
+
+
+class _Recorded(Layer):
+    """A layer that notes what the stream is after it."""
+
+    def __init__(self, layer: Layer, states: list[Tensor]) -> None:
+        self.layer = layer
+        self.states = states
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, rows: Rows, cos_sin: Tensor, cache: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.layer(x, residual, rows, cos_sin, cache)
+        self.states.append(x.float() + residual.float())
+        return x, residual

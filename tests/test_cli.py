@@ -18,6 +18,7 @@ from kernels import __version__
 from quant.checkpoint import Checkpoint
 from quant.scheme import PRESETS
 from service import cli
+from service.models.families import FAMILIES
 from tests.test_prepare import change_tensors, save_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +121,7 @@ def test_help_works_and_names_every_option(ottava, command):
             "--kv-cache ",
         ],
         "quantize": ["--scheme", "--alpha", "--kv-cache", "--calibration", "model", "out"],
-        "evaluate": ["--schemes", "--text", "--json", "--windows", "--kv-cache"],
+        "evaluate": ["--schemes", "--text", "--choices", "--layers", "--json", "--plot", "--windows", "--kv-cache"],
     }["".join(command)]
     assert [word for word in wanted if word not in out.lower()] == []
 
@@ -186,7 +187,8 @@ def test_a_config_that_is_no_json_object(refused_model, copy_of_tiny, content):
 
 def test_a_family_that_is_not_served(refused_model, copy_of_tiny):
     (copy_of_tiny / "config.json").write_text('{"model_type": "bert", "vocab_size": 340}')
-    assert refused_model(copy_of_tiny) == ("model family 'bert' is not served; the families are llama, mistral, qwen2")
+    families = ", ".join(FAMILIES)
+    assert refused_model(copy_of_tiny) == f"model family 'bert' is not served; the families are {families}"
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "no-such-family"}', '{"hidden_size": 5}'])
@@ -365,44 +367,161 @@ def test_a_quantized_model_is_neither_quantized_nor_evaluated_again(ottava, refu
 SMALL = ("--windows", 3, "--window-len", 64, "--calibration-windows", 2, "--dtype", "float32")
 
 
-def test_evaluate_prints_rows_for_every_preset(ottava, tiny_folder, text):
-    code, out, err = ottava("evaluate", tiny_folder, "--json", "--text", text, *SMALL)
-    assert (code, err) == (0, "")
-    rows = json.loads(out)
+@pytest.fixture
+def evaluated(ottava, tiny_folder, text, tmp_path):
+    """What `ottava evaluate` writes and prints: the run, the rows, and stdout."""
+
+    def run(*arguments: object) -> tuple[dict, list[dict], str]:
+        out = tmp_path / "result.json"
+        code, said, err = ottava("evaluate", tiny_folder, "--text", text, *SMALL, "--json", out, *arguments)
+        assert (code, err) == (0, "")
+        result = json.loads(out.read_text())
+        return result["run"], result["rows"], said
+
+    return run
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    asked = [
+        {"question": "the quick brown", "choices": ["fox", "hello world", "naïve"], "answer": i % 3} for i in range(3)
+    ]
+    path.write_text("\n".join(json.dumps(question) for question in asked))
+    return path
+
+
+MEASURED = {
+    *("scheme", "perplexity", "perplexity_ratio", "kl", "top1_agreement", "num_tokens"),
+    *("weight_bytes", "kv_bytes_per_token", "tokens_per_s", "num_questions"),
+}
+
+
+def test_evaluate_writes_rows_for_every_preset(evaluated):
+    run, rows, said = evaluated()
     assert [row["scheme"] for row in rows] == list(PRESETS)
-    assert {tuple(row) for row in rows} == {("scheme", "perplexity", "kl", "top1_agreement", "num_tokens")}
+    assert {frozenset(row) for row in rows} == {frozenset(MEASURED)}
     assert {row["num_tokens"] for row in rows} == {3 * 63}
-    assert (rows[0]["kl"], rows[0]["top1_agreement"]) == (0, 1)
+    assert (rows[0]["kl"], rows[0]["top1_agreement"], rows[0]["perplexity_ratio"]) == (0, 1, 1)
     assert all(row["perplexity"] > 1 and 0 <= row["kl"] < 1 and 0 < row["top1_agreement"] <= 1 for row in rows)
+    for row in rows:
+        assert row["perplexity_ratio"] == row["perplexity"] / rows[0]["perplexity"]
+        assert row["tokens_per_s"] > 0
+        assert (row["weight_bytes"] < 0.7 * rows[0]["weight_bytes"]) == (row["scheme"] != "fp16")
     kl = {row["scheme"]: row["kl"] for row in rows}
     assert 0 < kl["w8a8"] < kl["rtn"]
+    assert all(name in said for name in PRESETS)
+    assert run["command"].startswith("ottava evaluate ")
+    assert {"date", "device", "ottava", "torch", "triton", "transformers", "python", "threads"} < set(run)
+    assert (run["dtype"], run["windows"], Path(run["text"]).name) == ("float32", [3, 64], "text.txt")
 
 
-def test_evaluate_is_repeatable_and_takes_a_list(ottava, tiny_folder, text):
-    arguments = ("evaluate", tiny_folder, "--json", "--schemes", "w8a8, rtn,w8a8", "--text", text, *SMALL)
-    first, second = ottava(*arguments), ottava(*arguments)
-    assert first == second
-    assert [row["scheme"] for row in json.loads(first[1])] == ["fp16", "w8a8", "rtn"]
+def test_evaluate_is_repeatable_and_takes_a_list(evaluated):
+    arguments = ("--schemes", "w8a8, rtn,w8a8")
+    first, second = (evaluated(*arguments)[1] for _ in range(2))
+    assert [row["scheme"] for row in first] == ["fp16", "w8a8", "rtn"]
+    assert [row | {"tokens_per_s": 0} for row in first] == [row | {"tokens_per_s": 0} for row in second]
 
 
-def test_evaluate_measures_an_int8_cache_and_names_it(ottava, tiny_folder, text):
-    arguments = ("evaluate", tiny_folder, "--json", "--schemes", "fp16,w8a8", "--text", text, *SMALL)
-    rows = {kv: json.loads(ottava(*arguments, "--kv-cache", kv)[1]) for kv in ("float", "int8")}
+def test_evaluate_measures_an_int8_cache_and_names_it(evaluated):
+    rows = {kv: evaluated("--schemes", "fp16,w8a8", "--kv-cache", kv)[1] for kv in ("float", "int8", "both")}
     assert [row["scheme"] for row in rows["int8"]] == ["fp16", "w8a8, int8 KV"]
-    assert rows["int8"][0] == rows["float"][0]
+    assert rows["int8"][0]["perplexity"] == rows["float"][0]["perplexity"]
     assert rows["int8"][1]["perplexity"] != rows["float"][1]["perplexity"]
     assert 0 < rows["int8"][1]["kl"] < 2 * rows["float"][1]["kl"]
+    assert rows["int8"][1]["kv_bytes_per_token"] < 0.5 * rows["float"][1]["kv_bytes_per_token"]
+    # Both in turn are what each is alone.
+    apart = [rows["float"][0], rows["float"][1], rows["int8"][1]]
+    assert [row["kl"] for row in rows["both"]] == [row["kl"] for row in apart]
+    assert [row["scheme"] for row in rows["both"]] == ["fp16", "w8a8", "w8a8, int8 KV"]
 
 
-def test_evaluate_prints_a_table(ottava, tiny_folder, text):
-    code, out, err = ottava("evaluate", tiny_folder, "--schemes", "w8a8", "--text", text, *SMALL)
-    assert (code, err) == (0, "")
-    assert all(word in out for word in ("fp16", "w8a8", "perplexity", "KL (nats)", "top-1 agreement", "189 tokens"))
+def test_evaluate_prints_a_table(evaluated, questions):
+    said = evaluated("--schemes", "w8a8")[2]
+    headings = (
+        "fp16",
+        "w8a8",
+        "perplexity",
+        "vs. float",
+        "KL (nats)",
+        "tokens/s",
+        "189 tokens",
+        "decode of one request",
+    )
+    assert [word for word in headings if word not in said] == []
+    assert "choices" not in said
+    assert "choices" in evaluated("--schemes", "fp16", "--choices", questions)[2]
+
+
+def test_evaluate_asks_questions(evaluated, questions):
+    baseline, w8a8 = evaluated("--schemes", "w8a8", "--choices", questions)[1]
+    # The same question three times, each time with another answer: one of them is right.
+    assert baseline["choice_accuracy"] == w8a8["choice_accuracy"] == 1 / 3
+    assert baseline["choice_agreement"] == 1
+    assert w8a8["choice_agreement"] in (0, 1)
+    assert baseline["num_questions"] == w8a8["num_questions"] == 3
+
+
+def test_evaluate_refuses_questions_that_cannot_be_asked(refusal, tiny_folder, text, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    arguments = ("evaluate", tiny_folder, "--text", text, *SMALL, "--choices", path)
+    assert f"{path} cannot be read" in refusal(*arguments)
+    path.write_text('{"question": "a", "choices": ["b", "c"], "answer": 2}')
+    assert refusal(*arguments) == f"{path}, line 1: answer = 2 must be the index of a choice, 0 to 1"
+    path.write_text(json.dumps({"question": "quick " * 400, "choices": ["b", "c"], "answer": 1}))
+    assert "more than 256; shorten it" in refusal(*arguments)
+
+
+def test_evaluate_lists_layers(evaluated):
+    baseline, rtn, with_kv = evaluated("--schemes", "rtn", "--layers", "--kv-cache", "both")[1]
+    assert set(baseline) == MEASURED
+    assert len(rtn["linear_errors"]) == 2 * 7
+    errors = [linear["error"] for linear in rtn["linear_errors"]]
+    assert errors == sorted(errors, reverse=True)
+    assert 0 < errors[-1] < errors[0] < 1
+    assert with_kv["linear_errors"] == rtn["linear_errors"]
+    assert len(rtn["hidden_errors"]) == 2
+    assert all(0 < error < 1 for error in rtn["hidden_errors"])
+    assert with_kv["hidden_errors"] != rtn["hidden_errors"]
+    said = " ".join(evaluated("--schemes", "rtn", "--layers")[2].split())
+    assert f"rtn: {rtn['linear_errors'][0]['name']} hurts most: its int8 output is {errors[0]:.2%} off" in said
+    assert "The hidden states' error grows most in layer" in said
+
+
+def test_evaluate_draws_a_plot(evaluated, tmp_path):
+    plot = tmp_path / "plot.png"
+    evaluated("--schemes", "rtn,w8a8", "--plot", plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert plot.stat().st_size > 10_000
+
+
+def test_evaluate_refuses_files_that_it_could_not_write(refusal, monkeypatch, tiny_folder, tmp_path):
+    """Before anything is measured."""
+    monkeypatch.setattr("service.evaluating.measure_quality", None)
+    evaluate = ("evaluate", tiny_folder, *SMALL)
+    for option in ("--json", "--plot"):
+        for path in (tmp_path, tmp_path / "none" / "out.png"):
+            assert refusal(*evaluate, option, path) == (
+                f"{option} {path} cannot be written: name a file in a folder that exists"
+            )
+    assert refusal(*evaluate, "--plot", tmp_path / "plot.pdf").endswith(
+        "plot.pdf must end in .png: a PNG is what is drawn"
+    )
+    monkeypatch.setattr("service.evaluating.find_spec", lambda name: None)
+    assert refusal(*evaluate, "--plot", tmp_path / "plot.png") == (
+        "--plot needs matplotlib, which is not installed: pip install 'ottava[dev]', or leave --plot out"
+    )
+
+
+def test_the_service_imports_no_matplotlib():
+    code = "import sys, service.cli; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 def test_evaluate_calibrates_on_what_it_does_not_measure(ottava, refusal, tiny_folder, text):
     """From one file both parts must fit: 3 windows measured and 2 read on behind them."""
-    arguments = ("evaluate", tiny_folder, "--json", "--schemes", "w8a8", "--text", text, "--calibration", text)
+    arguments = ("evaluate", tiny_folder, "--schemes", "w8a8", "--text", text, "--calibration", text)
     assert ottava(*arguments, *SMALL)[0] == 0
     num_tokens = int(re.search(r"it has (\d+)", refusal(*arguments, *SMALL, "--windows", 999))[1])
     said = refusal(*arguments, *SMALL, "--windows", num_tokens // 64)

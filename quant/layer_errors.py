@@ -1,0 +1,180 @@
+"""Which Linear a scheme hurts most: each one's int8 product beside the float product of the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quant.checkpoint import Checkpoint
+from quant.layers import LayerStream
+from quant.linear import FloatLinear, Int8Linear
+from quant.rounding import dequantize
+from quant.smooth import SmoothGroup, copied
+from quant.tensors import TensorFiles
+
+
+@dataclass(frozen=True, slots=True)
+class LinearError:
+    """||y_int8 - y_float|| / ||y_float|| of one Linear, the mean over the tokens that reached it."""
+
+    name: str
+    error: float
+
+
+@dataclass(slots=True)
+class _Smoothing:
+    """What the columns of Linears were multiplied by, [K], and their rows divided by, [N]; by Linear name."""
+
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Running float64 sum over tokens."""
+
+    error: float = 0.0
+    num_tokens: int = 0
+
+
+@torch.no_grad()
+def linear_errors(
+    source: Path,
+    quantized: Checkpoint,
+    groups: Sequence[SmoothGroup],
+    linear_names: Sequence[str],
+    windows: Tensor,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[LinearError]:
+    """The error of each Linear, the largest first.
+
+    error = mean_t ||s_out * int8(x_t / s_in) - (W x_t + b)|| / ||W x_t + b||
+
+    Token by token, since a few tokens (the first of a text) have activations a thousand times as large as the others'.
+    x is what the Linear reads in the float model, so no error is another Linear's; int8 is the product that is served,
+    weights, scales and rounding of the input as the checkpoint has them. Smoothing is undone around it: s_in and s_out
+    are 1 where the scheme does not smooth. A norm's s is exact. A Linear source's is the ratio of its rows before and
+    after, which the rounding of its weights leaves exact to about 0.5 % / sqrt(K).
+
+    One float layer is in memory at a time, and the hidden states of all windows.
+
+    Args:
+        source: folder of the float model.
+        quantized: the int8 checkpoint made of it, opened in float32 on the device to compute on.
+        groups: what the scheme smooths; empty where it does not.
+        linear_names: the Linears that are int8.
+        windows: [n, L] int64 token ids.
+        on_progress: called after each layer with (done, total).
+
+    Raises:
+        CheckpointError: a tensor is missing from either folder or has another shape.
+    """
+    stream = LayerStream(source, torch.float32, quantized.device)
+    hidden = stream.embed(windows)
+    sums: dict[str, _Sums] = {}
+    for index, prefix in enumerate(stream.prefixes):
+        layer = stream.load(index)
+        modules = {f"{prefix}.{name}": module for name, module in layer.named_modules()}
+        linears = {name: modules[name] for name in linear_names if name in modules}
+        int8 = {name: _load(quantized, name, module) for name, module in linears.items()}
+        inside = [group for group in groups if group.source.startswith(f"{prefix}.")]
+        smoothing = _smoothing(inside, TensorFiles(source), quantized, linears, int8)
+        sums |= {name: _Sums() for name in linears}
+        with _watched(linears, int8, smoothing, sums):
+            hidden = [stream.run(index, layer, window) for window in hidden]
+        stream.drop(index)
+        if on_progress is not None:
+            on_progress(index + 1, len(stream.prefixes))
+    # A Linear that no token reached (an expert) has no error to speak of.
+    seen = [LinearError(name, s.error / s.num_tokens) for name, s in sums.items() if s.num_tokens]
+    return sorted(seen, key=lambda row: -row.error)
+
+
+def _load(quantized: Checkpoint, name: str, module: nn.Module) -> FloatLinear | Int8Linear:
+    out_features, in_features = _weight(module).shape
+    is_transposed = isinstance(module, Conv1D)
+    return quantized.linear(name, out_features, in_features, module.bias is not None, is_transposed)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """[N, K], whichever way round the module has it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _smoothing(
+    groups: Sequence[SmoothGroup],
+    floats: TensorFiles,
+    quantized: Checkpoint,
+    linears: Mapping[str, nn.Module],
+    int8: Mapping[str, FloatLinear | Int8Linear],
+) -> _Smoothing:
+    """What the groups of one layer did, in the order in which they were folded."""
+    found = _Smoothing()
+    for group in groups:
+        if group.source in linears:
+            before = _weight(linears[group.source]) * found.columns.get(group.source, 1.0)
+            s = _ratio(before, _stored_weight(int8[group.source]))
+            found.rows[group.source] = s
+        else:
+            name = f"{group.source}.weight"
+            before, after = (files.get(name).float() + group.offset for files in (floats, quantized.files))
+            s = _ratio(before[:, None], after[:, None]).to(quantized.device)
+        for sink in group.sinks:
+            found.columns[sink] = copied(s, group)
+    return found
+
+
+def _ratio(before: Tensor, after: Tensor) -> Tensor:
+    """s [N] with before_n ~ s_n after_n, row by row; 1 where a row is gone.
+
+    By projection, in which rounding errors cancel, and by length where the rows hardly resemble each other: what is
+    wrong with them then shows in their own output, not in what reads it.
+    """
+    common, lengths = (before * after).sum(1).abs(), before.norm(dim=1)
+    is_alike = common > 0.5 * lengths * after.norm(dim=1)
+    s = torch.where(is_alike, lengths.square() / common, lengths / after.norm(dim=1))
+    return torch.where(s.isfinite() & (s > 0), s, 1.0)
+
+
+def _stored_weight(linear: FloatLinear | Int8Linear) -> Tensor:
+    """What the codes stand for, [N, K]."""
+    if isinstance(linear, FloatLinear):
+        return linear.weight
+    scale = linear.weight_scale if linear.weight_scale.numel() == 1 else linear.weight_scale.view(linear.shape[0], -1)
+    return dequantize(linear.weight_q, scale)
+
+
+@contextmanager
+def _watched(
+    linears: Mapping[str, nn.Module],
+    int8: Mapping[str, FloatLinear | Int8Linear],
+    smoothing: _Smoothing,
+    sums: Mapping[str, _Sums],
+) -> Iterator[None]:
+    """Every call of a Linear adds to its sums, for as long as the context lasts."""
+
+    def watch(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x, y = args[0].flatten(0, -2), output.flatten(0, -2)
+        found = int8[name](x / smoothing.columns.get(name, 1.0)) * smoothing.rows.get(name, 1.0)
+        norms = y.double().norm(dim=1)
+        # An output of zeros has no relative error.
+        ratios = ((found - y).double().norm(dim=1) / norms)[norms > 0]
+        sums[name].error += ratios.sum().item()
+        sums[name].num_tokens += len(ratios)
+
+    handles = [module.register_forward_hook(partial(watch, name)) for name, module in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,48 @@
+"""What a result must carry to be repeated: the machine, the versions, the command and the date."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+
+from kernels import __version__
+
+
+def versions() -> dict[str, str]:
+    """Of ottava and of what it computes with."""
+    return {
+        "ottava": __version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor as the kernel names it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def birth_certificate(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+    """Date, device, versions, threads and command of a run."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        **versions(),
+        "threads": torch.get_num_threads(),
+        "command": shlex.join(command),
+    }

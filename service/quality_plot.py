@@ -1,0 +1,54 @@
+"""The plot of `ottava evaluate`: what each scheme costs in quality, and what it brings. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from service.quality import Row
+from service.speed import SPEED_OF
+
+FLOAT_COLOUR, INT8_COLOUR = "tab:grey", "tab:blue"
+ROW_INCHES = 0.28
+
+
+def draw(rows: Sequence[Row], out: Path, title: str) -> None:
+    """Bars of perplexity, KL divergence, agreement and speed, one a scheme, into a PNG file."""
+    figure = Figure(figsize=(14, 1.8 + ROW_INCHES * len(rows)), layout="constrained")
+    cost, kl, agreement, speed = figure.subplots(1, 4, sharey=True)
+    # One collapsed scheme would leave the others without length: beyond these the axes are logarithmic.
+    _bars(cost, rows, lambda row: 100 * (row.perplexity_ratio - 1), "{:+.1f}", "perplexity over float's, %", 1.0)
+    _bars(kl, rows, lambda row: row.kl, "{:.4f}", "KL divergence, nats", 0.1)
+    _bars(agreement, rows, lambda row: 100 * row.top1_agreement, "{:.1f}", "same likeliest token, %")
+    _bars(speed, rows, lambda row: row.tokens_per_s, "{:.1f}", "tokens/s")
+    cost.set_yticks(range(len(rows)), [row.scheme for row in rows], fontsize=8)
+    cost.invert_yaxis()
+    figure.suptitle(f"{title}\ntokens/s: {SPEED_OF}", fontsize=9)
+    figure.savefig(out, format="png", dpi=110)
+
+
+def _bars(
+    axes: Axes,
+    rows: Sequence[Row],
+    value: Callable[[Row], float],
+    form: str,
+    title: str,
+    linear_up_to: float | None = None,
+) -> None:
+    values = [value(row) for row in rows]
+    # An infinite perplexity has no bar, but its label says it.
+    widths = [found if math.isfinite(found) else 0.0 for found in values]
+    colours = [FLOAT_COLOUR, *[INT8_COLOUR] * (len(rows) - 1)]
+    bars = axes.barh(range(len(rows)), widths, color=colours)
+    axes.bar_label(bars, [form.format(found) for found in values], fontsize=7, padding=2)
+    if linear_up_to is not None:
+        axes.set_xscale("symlog", linthresh=linear_up_to)
+        axes.xaxis.set_major_formatter("{x:g}")
+    longest = max(*widths, linear_up_to or 0.0)
+    axes.set_xlim(right=longest * (1.25 if linear_up_to is None else 8.0))
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3, axis="x")

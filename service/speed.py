@@ -1,0 +1,53 @@
+"""How fast a decoder speaks: one request through scheduler and runner, as the engine turns its steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from statistics import median
+
+import torch
+
+from service.engine.request import Request, SamplingParams
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduler, Step
+from service.models.decoder import Decoder
+
+PROMPT_LEN, NUM_STEPS = 64, 32
+"""Of the measurement, where the context holds that many tokens; else a half of it for each."""
+
+SPEED_OF = f"decode of one request behind a prompt of {PROMPT_LEN} tokens, median of {NUM_STEPS} steps"
+BLOCK_SIZE = 64
+
+
+def decode_tokens_per_s(decoder: Decoder) -> float:
+    """Tokens per second of one greedy request, from the median of its steps; random ids, the same each time."""
+    context = decoder.config.max_model_len
+    prompt_len = min(PROMPT_LEN, context // 2)
+    num_steps = min(NUM_STEPS, context - prompt_len)
+    num_blocks = -(-(prompt_len + num_steps) // BLOCK_SIZE) + 1
+    limits = num_blocks, BLOCK_SIZE, 1, prompt_len
+    runner, scheduler = Runner(decoder, *limits), Scheduler(*limits)
+    runner.warm_up()
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(decoder.config.vocab_size, (prompt_len,), generator=generator).tolist()
+    scheduler.add(Request("speed", prompt, SamplingParams(num_steps, ignore_eos=True), 0.0, 0))
+    times = [step_s for step, step_s in drive(scheduler, runner) if step.is_decode]
+    return 1.0 / median(times)
+
+
+def drive(scheduler: Scheduler, runner: Runner) -> Iterator[tuple[Step, float]]:
+    """Turn steps as the engine does until nothing is left: each step with the seconds since the one before it."""
+    in_flight = None
+    last = time.perf_counter()
+    while not scheduler.is_idle or in_flight:
+        step = scheduler.schedule(last)
+        launched = None if step is None else (step, runner.execute(step))
+        settled = in_flight if runner.is_async else launched
+        in_flight = launched if runner.is_async else None
+        if settled is not None:
+            scheduler.commit(settled[0], settled[1].read())
+            now = time.perf_counter()
+            yield settled[0], now - last
+            last = now
+    scheduler.check_integrity()
