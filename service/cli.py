@@ -166,7 +166,7 @@ def evaluate(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; default: Python's help topics.")] = None,
     choices: Annotated[
         Path | None,
-        typer.Option(help='Multiple choice: JSON lines {"question": text, "choices": [text, ...], "answer": index}.'),
+        typer.Option(help='Multiple choice: JSON lines {"question": text, "choices": \\[text, ...], "answer": index}.'),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="List the error of every Linear and layer.")] = False,
     alpha: Alpha = None,
