@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import triton
 import triton.language as tl
@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.dependent import await_inputs, launch_dependents, launch_early
 from kernels.quantize import (
     MAX_BUSY_ROW,
+    MAX_ROW,
     empty_output,
     is_dynamic,
     is_static,
@@ -38,14 +39,7 @@ def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quanti
 
     Source: GLU variants (arXiv 2002.05202), SwiGLU.
     """
-    gate_up = with_unit_stride(gate_up)
-    T, K = gate_up.shape[0], gate_up.shape[1] // 2
-    y, scale = empty_output(gate_up, K, quantize)
-    grid, options = row_launch(T, K, one_program=is_dynamic(quantize))
-    _silu_mul_kernel[grid](
-        gate_up, y, scale, K, gate_up.stride(0), STATIC=is_static(quantize), **options, **launch_early(y.device, T)
-    )
-    return y if scale is None else Quantized(y, scale)
+    return _launch(_silu_mul_kernel, gate_up, gate_up.shape[1] // 2, quantize)
 
 
 def gelu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
@@ -57,14 +51,7 @@ def gelu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quanti
 
     Source: GLU variants (arXiv 2002.05202), GEGLU.
     """
-    gate_up = with_unit_stride(gate_up)
-    T, K = gate_up.shape[0], gate_up.shape[1] // 2
-    y, scale = empty_output(gate_up, K, quantize)
-    grid, options = row_launch(T, K, one_program=is_dynamic(quantize))
-    _gelu_mul_kernel[grid](
-        gate_up, y, scale, K, gate_up.stride(0), STATIC=is_static(quantize), **options, **launch_early(y.device, T)
-    )
-    return y if scale is None else Quantized(y, scale)
+    return _launch(_gelu_mul_kernel, gate_up, gate_up.shape[1] // 2, quantize)
 
 
 def gelu(
@@ -77,22 +64,7 @@ def gelu(
 
     Source: GELU (arXiv 1606.08415), section 2.
     """
-    x = with_unit_stride(x)
-    T, K = x.shape
-    y, scale = empty_output(x, K, quantize)
-    grid, options = row_launch(T, K, MAX_BUSY_ROW, one_program=is_dynamic(quantize))
-    _gelu_kernel[grid](
-        x,
-        y,
-        scale,
-        K,
-        x.stride(0),
-        TANH=approximate == "tanh",
-        STATIC=is_static(quantize),
-        **options,
-        **launch_early(y.device, T),
-    )
-    return y if scale is None else Quantized(y, scale)
+    return _launch(_gelu_kernel, x, x.shape[1], quantize, MAX_BUSY_ROW, TANH=approximate == "tanh")
 
 
 def relu(x: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
@@ -101,11 +73,18 @@ def relu(x: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
     Raises:
         ValueError: K is above `MAX_ROW` and each row's scale is to be found.
     """
+    return _launch(_relu_kernel, x, x.shape[1], quantize)
+
+
+def _launch(
+    kernel: Any, x: Tensor, num_columns: int, quantize: ToInt8 | None, max_row: int = MAX_ROW, **constants: bool
+) -> Tensor | Quantized:
+    """Run a kernel of one program a row, or several where nothing sums along it, that writes [T, num_columns]."""
     x = with_unit_stride(x)
-    T, K = x.shape
-    y, scale = empty_output(x, K, quantize)
-    grid, options = row_launch(T, K, one_program=is_dynamic(quantize))
-    _relu_kernel[grid](x, y, scale, K, x.stride(0), STATIC=is_static(quantize), **options, **launch_early(y.device, T))
+    y, scale = empty_output(x, num_columns, quantize)
+    grid, options = row_launch(len(x), num_columns, max_row, one_program=is_dynamic(quantize))
+    options |= constants | launch_early(y.device, len(x))
+    kernel[grid](x, y, scale, num_columns, x.stride(0), STATIC=is_static(quantize), **options)
     return y if scale is None else Quantized(y, scale)
 
 

@@ -204,9 +204,8 @@ def test_two_runs_give_the_same_bytes(tiny, tmp_path, scheme):
     assert files_of(one) == files_of(other)
 
 
-@pytest.mark.parametrize("name", ["w8a8", "rtn-token", "zeroquant-lkd"])
-def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tiny, tmp_path, monkeypatch, name):
-    whole = tiny.quantize(tmp_path / "whole", PRESETS[name])
+def interrupt_layer_1(monkeypatch):
+    """Interrupt the first try at layer 1; the layers that are begun, in order, as they come."""
     real, begun = block.Block.quantize, []
 
     def interrupted(self, windows):
@@ -216,6 +215,13 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tiny, tmp_path, mon
         return real(self, windows)
 
     monkeypatch.setattr(block.Block, "quantize", interrupted)
+    return begun
+
+
+@pytest.mark.parametrize("name", ["w8a8", "rtn-token", "zeroquant-lkd"])
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tiny, tmp_path, monkeypatch, name):
+    whole = tiny.quantize(tmp_path / "whole", PRESETS[name])
+    begun = interrupt_layer_1(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tiny.quantize(tmp_path / "out", PRESETS[name])
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.part", "whole"]
@@ -226,15 +232,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tiny, tmp_path, mon
 
 
 def test_layers_of_another_scheme_are_not_taken_over(tiny, tmp_path, monkeypatch):
-    real, begun = block.Block.quantize, []
-
-    def interrupted(self, windows):
-        begun.append(self.index)
-        if begun == [0, 1]:
-            raise KeyboardInterrupt
-        return real(self, windows)
-
-    monkeypatch.setattr(block.Block, "quantize", interrupted)
+    begun = interrupt_layer_1(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
     tiny.quantize(tmp_path / "out", PRESETS["rtn-token"])
