@@ -200,6 +200,11 @@ def test_no_rows(place: Place) -> None:
     case = operands(place, 3, 40, 64, 32)
     none = case | {"x": Quantized(*(part[:0] for part in case["x"])), "residual": None}
     assert groups.int8_group_linear(**none).shape == (0, 40)
+
+
+def test_reference_of_no_rows() -> None:
+    case = operands(Place("cpu", torch.float32), 3, 40, 64, 32)
+    none = case | {"x": Quantized(*(part[:0] for part in case["x"])), "residual": None}
     assert reference.int8_group_linear(**none).shape == (0, 40)
 
 
