@@ -4,13 +4,22 @@ OttavaError
  + RequestError               the client can mend it
  |  + InvalidRequest     400   a value out of its range
  |  + PromptTooLong      400   more tokens than the context holds
+ |  + Unauthorized       401   no API key, or one that is not known
  |  + UnknownVariant     404   no such variant here
+ |  + UnknownModel       404   no such model here
+ |  + TooLarge           413   a body above the limit
  |  + Malformed          422   the body has another shape
+ |  + DeadlineExceeded   504   not done within the request's time
+ |  + ReloadFailed       409   the new checkpoint is not served; the old one still is
  + CapacityError              the client can try again
+ |  + RateLimited        429   too many requests of one API key
  |  + QueueFull          503   too many requests waiting
- |  + NotReady           503   starting, stopping, or refused by the self-check
+ |  + QueueTimeout       503   waited too long for the first step
+ |  + NotReady           503   starting, or refused by the self-check
+ |  + Draining           503   the server is stopping
  + EngineError                ours
  |  + EngineFailed       500   a step raised; the request is lost
+ + ChatError                  `ottava chat`: no server answers, or it refused; one line, exit code 1
  + StartupError               told in one line at start, exit code 1
     + ModelNotFound            neither a folder nor a model that can be fetched
     + UnsupportedModel         a family or a feature of it that is not served
@@ -24,9 +33,11 @@ knows no service; the command line shows it as a start-up error.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class OttavaError(Exception):
-    """Root of the tree. `param` names the field at fault, where there is one."""
+    """Root of the tree. `param` names the field at fault, where there is one; `headers` go out with the answer."""
 
     status = 500
     type = "server_error"
@@ -36,6 +47,10 @@ class OttavaError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {}
 
 
 class RequestError(OttavaError):
@@ -57,11 +72,45 @@ class PromptTooLong(RequestError):
     code = "context_length_exceeded"
 
 
+class Unauthorized(RequestError):
+    """The request brings no API key, or none that is known here."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"www-authenticate": 'Bearer realm="ottava"'}
+
+
 class UnknownVariant(RequestError):
     """The variant asked for is not served here."""
 
     status = 404
     code = "variant_not_found"
+
+
+class UnknownModel(RequestError):
+    """The model asked for is not served here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class TooLarge(RequestError):
+    """The body is longer than the server takes."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class DeadlineExceeded(RequestError):
+    """The request was not done within its time; what it held is freed."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class Malformed(RequestError):
@@ -71,12 +120,34 @@ class Malformed(RequestError):
     code = "malformed"
 
 
+class ReloadFailed(RequestError):
+    """A reload that changed nothing: what was served before still is."""
+
+    status = 409
+    code = "reload_failed"
+
+
 class CapacityError(OttavaError):
-    """The same request can succeed later. `retry_after_s` goes out as Retry-After."""
+    """The same request can succeed later. `retry_after_s`, whole seconds, goes out as Retry-After."""
 
     status = 503
     type = "overloaded_error"
-    retry_after_s = 1
+
+    def __init__(self, message: str, param: str | None = None, retry_after_s: int = 1) -> None:
+        super().__init__(message, param)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"retry-after": str(self.retry_after_s)}
+
+
+class RateLimited(CapacityError):
+    """One API key sends more requests than it may."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limited"
 
 
 class QueueFull(CapacityError):
@@ -85,10 +156,22 @@ class QueueFull(CapacityError):
     code = "queue_full"
 
 
+class QueueTimeout(CapacityError):
+    """The request waited in the queue for longer than a request may."""
+
+    code = "queue_timeout"
+
+
 class NotReady(CapacityError):
-    """The service is starting, stopping, or was refused by its self-check."""
+    """The service is starting, or was refused by its self-check."""
 
     code = "not_ready"
+
+
+class Draining(CapacityError):
+    """The server is stopping and takes no new requests; another one, or the next, will."""
+
+    code = "draining"
 
 
 class EngineError(OttavaError):
@@ -99,6 +182,12 @@ class EngineFailed(EngineError):
     """A step of the engine raised; its running requests are lost."""
 
     code = "engine_failed"
+
+
+class ChatError(OttavaError):
+    """A running server could not be reached, refused a request, or broke off its answer."""
+
+    code = "chat"
 
 
 class StartupError(OttavaError):

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quant.checkpoint import Checkpoint
 from quant.scheme import PRESETS, Scheme
 from service.certificate import device_name, versions
+from service.engine.faults import FaultLimits
 from service.engine.loop import EngineLoop
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.engine.turnstile import Turnstile
 from service.errors import InvalidSettings, SelfCheckFailed
-from service.models.decoder import Decoder, score
+from service.models.decoder import Decoder
 from service.models.families import ModelConfig
 from service.models.loader import decoder_of, pick_device, pick_dtype, random_decoder, refuse_unsafe
 from service.models.prepare import Calibration, Progress, is_quantized, quantized_folder, resolve_model, silent
+from service.one_token import describe_one_token
+from service.self_check import check, check_prompts
 from service.settings import Settings
 from service.tokenizer import Tokenizer
 
@@ -34,26 +36,31 @@ CPU_CACHE_BYTES = 2**30
 GPU_MEMORY_SHARE = 0.9
 """Share of the free GPU memory, after the weights, that the KV caches take; the rest is for activations."""
 
-MAX_KL = 2.0
-"""Mean KL divergence from the baseline, in nats, above which a variant is refused. Schemes worth serving stay below
-0.1 and per-tensor rounding of a 135M model at about 1; a model that lost its outliers is above 5."""
 
-CHECK_PROMPTS = (
-    "The capital of France is Paris, and the capital of Italy is Rome. The capital of Spain is",
-    "Water boils at one hundred degrees Celsius and freezes at zero. Ice is lighter than water, so it floats.",
-    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))  # prints 5\n",
-    "Once upon a time there was a small village by the sea, where everybody knew everybody else's name.",
-)
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A decoder, what is known of how it was quantized, and the folder it is from; None for random weights."""
+
+    decoder: Decoder
+    notes: Mapping[str, Any]
+    folder: Path | None
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One precision of the model, loaded and running."""
+    """One precision of the model, loaded and running.
+
+    cache_budget_bytes: what its KV cache may take.   generation: how many weights it has had.
+    """
 
     engine: EngineLoop
     decoder: Decoder
     runner: Runner
-    notes: dict[str, Any]
+    notes: Mapping[str, Any]
+    folder: Path | None
+    cache_budget_bytes: int
+    generation: int = 1
+    loaded_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 class Host:
@@ -63,7 +70,7 @@ class Host:
         self.name = name
         self.variants = variants
         self.tokenizer = tokenizer
-        self._turnstile = turnstile
+        self.turnstile = turnstile
 
     @property
     def engines(self) -> dict[str, EngineLoop]:
@@ -77,11 +84,13 @@ class Host:
         """What /info answers."""
         first = next(iter(self.variants.values()))
         device = first.runner.device
+        decoders = {name: variant.decoder for name, variant in self.variants.items()}
         return {
             "model": self.name,
             "family": first.decoder.config.family,
             "max_model_len": first.decoder.config.max_model_len,
             "variants": {name: _describe(variant) for name, variant in self.variants.items()},
+            "one_token": describe_one_token(decoders, BASELINE, device_name(device)),
             "device": device_name(device),
             "gpu_memory_bytes": _gpu_memory_bytes(device),
             "versions": versions(),
@@ -89,21 +98,19 @@ class Host:
 
     def self_check(self) -> dict[str, str]:
         """Run a few fixed prompts through every variant: {variant: reason} of those that must not serve."""
-        return self._turnstile.run(self._check_all)
-
-    def _check_all(self) -> dict[str, str]:
         refused: dict[str, str] = {}
-        max_len = next(iter(self.variants.values())).decoder.config.max_model_len
-        prompts = [torch.tensor(self.tokenizer.encode(text)[:max_len]) for text in CHECK_PROMPTS]
-        baseline = self.variants.get(BASELINE)
-        with torch.inference_mode():
-            expected = [score(baseline.decoder, ids) for ids in prompts] if baseline else None
-            for name, variant in self.variants.items():
-                try:
-                    _check(variant.decoder, prompts, expected)
-                except SelfCheckFailed as error:
-                    refused[name] = error.message
+        for name, variant in self.variants.items():
+            try:
+                self.check(name, variant.decoder)
+            except SelfCheckFailed as error:
+                refused[name] = error.message
         return refused
+
+    def check(self, name: str, decoder: Decoder) -> None:
+        """Raise SelfCheckFailed unless a decoder may serve as this variant."""
+        baseline = self.variants.get(BASELINE) if name != BASELINE else None
+        prompts = check_prompts(self.tokenizer, decoder.config.max_model_len)
+        check(decoder, baseline.decoder if baseline else None, prompts, self.turnstile)
 
 
 def open_host(settings: Settings, on_progress: Progress = silent) -> Host:
@@ -128,12 +135,14 @@ def _open(settings: Settings, turnstile: Turnstile, on_progress: Progress) -> Ho
     ModelConfig.load(folder, settings.max_model_len)
     tokenizer = Tokenizer.from_folder(folder)
     loaded = {name: _load_variant(name, folder, settings, device, on_progress) for name in settings.variants}
+    reloadable = [variant.decoder.weight_bytes for name, variant in loaded.items() if name != BASELINE]
+    room = max(reloadable, default=0) if settings.reload_room else 0
     host = Host(settings.model or folder.name, {}, tokenizer, turnstile)
     try:
-        for name, (decoder, notes) in loaded.items():
-            budget = settings.kv_cache_bytes or cache_budget(device, len(loaded) - len(host.variants))
+        for name, variant in loaded.items():
+            budget = settings.kv_cache_bytes or cache_budget(device, len(loaded) - len(host.variants), room)
             host.variants[name] = start_variant(
-                name, decoder, settings, budget, turnstile, tokenizer.eos_ids, notes, on_progress
+                name, variant, settings, budget, turnstile, tokenizer.eos_ids, on_progress
             )
     except BaseException:
         host.stop()
@@ -143,12 +152,11 @@ def _open(settings: Settings, turnstile: Turnstile, on_progress: Progress) -> Ho
 
 def start_variant(
     name: str,
-    decoder: Decoder,
+    loaded: Loaded,
     settings: Settings,
     kv_cache_bytes: int,
     turnstile: Turnstile,
-    eos_ids: frozenset[int] = frozenset(),
-    notes: Mapping[str, Any] = MappingProxyType({}),
+    eos_ids: frozenset[int],
     on_progress: Progress = silent,
 ) -> Variant:
     """Give a decoder its KV cache, warm it up, and start its engine.
@@ -156,15 +164,8 @@ def start_variant(
     Raises:
         InvalidSettings: the cache would not hold one request of max_model_len tokens.
     """
-    config, block_size = decoder.config, settings.block_size
-    block_bytes = block_size * decoder.kv_bytes_per_token
-    num_needed = -(-config.max_model_len // block_size)
-    num_blocks = min(kv_cache_bytes // block_bytes, num_needed * settings.max_num_requests)
-    if num_blocks < num_needed:
-        raise InvalidSettings(
-            f"the KV cache of {name} has {kv_cache_bytes / 2**20:.3g} MiB; one request of {config.max_model_len} "
-            f"tokens takes {num_needed * block_bytes / 2**20:.3g} MiB: lower max_model_len or raise kv_cache_bytes"
-        )
+    decoder, block_size = loaded.decoder, settings.block_size
+    num_blocks = cache_blocks(name, decoder, settings, kv_cache_bytes)
     limits = settings.max_num_requests, settings.max_batched_tokens
     runner = Runner(decoder, num_blocks, block_size, *limits, use_graphs=settings.cuda_graphs)
     runner.warm_up(lambda done, total: on_progress(f"capturing {name}", done, total))
@@ -173,32 +174,49 @@ def start_variant(
         Scheduler(num_blocks, block_size, *limits, eos_ids),
         runner,
         turnstile,
-        config.max_model_len,
+        decoder.config.max_model_len,
         settings.max_waiting,
         str(decoder.dtype).removeprefix("torch."),
         decoder.weight_bytes,
+        FaultLimits(settings.engine_restarts, settings.engine_restart_window_s, settings.step_timeout_s),
     )
-    return Variant(engine.start(), decoder, runner, dict(notes))
+    return Variant(engine.start(), decoder, runner, loaded.notes, loaded.folder, kv_cache_bytes)
 
 
-def cache_budget(device: torch.device, num_variants: int) -> int:
-    """Bytes for the next KV cache, where num_variants still have to get theirs."""
+def cache_blocks(name: str, decoder: Decoder, settings: Settings, kv_cache_bytes: int) -> int:
+    """Blocks of a KV cache of so many bytes: at most what max_num_requests can fill.
+
+    Raises:
+        InvalidSettings: it would not hold one request of max_model_len tokens.
+    """
+    max_model_len = decoder.config.max_model_len
+    block_bytes = settings.block_size * decoder.kv_bytes_per_token
+    num_needed = -(-max_model_len // settings.block_size)
+    num_blocks = min(kv_cache_bytes // block_bytes, num_needed * settings.max_num_requests)
+    if num_blocks < num_needed:
+        raise InvalidSettings(
+            f"the KV cache of {name} has {kv_cache_bytes / 2**20:.3g} MiB; one request of {max_model_len} "
+            f"tokens takes {num_needed * block_bytes / 2**20:.3g} MiB: lower max_model_len or raise kv_cache_bytes"
+        )
+    return num_blocks
+
+
+def cache_budget(device: torch.device, num_variants: int, room: int = 0) -> int:
+    """Bytes for the next KV cache, where num_variants still have to get theirs and room bytes stay free."""
     if device.type == "cpu":
         return CPU_CACHE_BYTES
-    return int(torch.cuda.mem_get_info(device)[0] * GPU_MEMORY_SHARE) // num_variants
+    num_free = torch.cuda.mem_get_info(device)[0] - room
+    return max(0, int(num_free * GPU_MEMORY_SHARE)) // num_variants
 
 
-def _load_variant(
-    name: str, folder: Path, settings: Settings, device: torch.device, on_progress: Progress
-) -> tuple[Decoder, dict[str, Any]]:
-    """A variant's decoder, and what is known of how it was quantized."""
+def _load_variant(name: str, folder: Path, settings: Settings, device: torch.device, on_progress: Progress) -> Loaded:
     scheme = Scheme.preset(BASELINE if name == BASELINE else settings.scheme).with_alpha(settings.alpha)
     scheme = scheme.with_kv(settings.kv)
     if settings.random_weights:
         config = ModelConfig.load(folder, settings.max_model_len)
         dtype = pick_dtype(settings.dtype, config, device)
         notes = {"scheme": scheme.name, "description": scheme.describe(), "calibration": "random weights"}
-        return random_decoder(config, scheme, dtype, device, settings.seed), notes
+        return Loaded(random_decoder(config, scheme, dtype, device, settings.seed), notes, None)
     # A folder that is quantized already says for itself what the settings leave open.
     kv = settings.kv if name != BASELINE and is_quantized(folder) else scheme.kv
     if name == BASELINE:
@@ -211,10 +229,14 @@ def _load_variant(
     refuse_unsafe(folder)
     checkpoint = Checkpoint.open(folder, pick_dtype(settings.dtype, config, device), device)
     decoder = decoder_of(config, checkpoint, kv)
-    # What the folder says of itself: the settings' scheme is another where it was quantized elsewhere.
+    return Loaded(decoder, variant_notes(checkpoint, decoder, scheme), folder)
+
+
+def variant_notes(checkpoint: Checkpoint, decoder: Decoder, scheme: Scheme) -> dict[str, Any]:
+    """What a checkpoint says of itself: the settings' scheme is another where it was quantized elsewhere."""
     schemes = [stored.with_kv(decoder.kv) for stored in checkpoint.schemes] or [scheme]
     names = {"scheme": checkpoint.scheme_name or scheme.name, "description": " ".join(s.describe() for s in schemes)}
-    return decoder, {**checkpoint.notes, **names}
+    return {**checkpoint.notes, **names}
 
 
 def _baseline_folder(folder: Path, settings: Settings, on_progress: Progress) -> Path:
@@ -228,25 +250,6 @@ def _baseline_folder(folder: Path, settings: Settings, on_progress: Progress) ->
     return folder
 
 
-def _check(decoder: Decoder, prompts: list[Tensor], expected: list[Tensor] | None) -> None:
-    """Raise SelfCheckFailed unless the decoder's logits are finite and near the baseline's."""
-    divergence, num_positions = 0.0, 0
-    for index, ids in enumerate(prompts):
-        logits = score(decoder, ids)
-        if not bool(logits.isfinite().all()):
-            raise SelfCheckFailed(f"its logits for check prompt {index} are not finite")
-        if expected is not None:
-            p, q = expected[index].log_softmax(-1), logits.log_softmax(-1)
-            divergence += float((p.exp() * (p - q)).sum())
-            num_positions += len(ids)
-    if num_positions and not divergence / num_positions <= MAX_KL:
-        raise SelfCheckFailed(
-            f"its output disagrees wildly with the {BASELINE} baseline: mean KL divergence "
-            f"{divergence / num_positions:.2f} nats on the check prompts, limit {MAX_KL}; quantize with another scheme "
-            "or calibration text"
-        )
-
-
 def _describe(variant: Variant) -> dict[str, object]:
     return {
         "scheme": variant.notes.get("scheme"),
@@ -258,6 +261,9 @@ def _describe(variant: Variant) -> dict[str, object]:
         "weight_bytes": variant.decoder.weight_bytes,
         "kv_cache_bytes": variant.runner.kv_cache_bytes,
         "max_num_requests": variant.runner.max_requests,
+        "checkpoint": None if variant.folder is None else variant.folder.name,
+        "generation": variant.generation,
+        "loaded_at": variant.loaded_at.isoformat(timespec="seconds"),
     }
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
@@ -26,8 +27,14 @@ SPEEDUP_BUCKETS = (.25, .5, .75, .9, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8
 AGREEMENT_BUCKETS = (0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .99, 1)
 # fmt: on
 
-ERROR, REJECTED = "error", "rejected"
-OUTCOMES = (*FinishReason, ERROR, REJECTED)
+How = Literal["compare", "shadow"]
+"""Where a comparison comes from: a request that asked for it, or shadow mode."""
+
+ERROR, REJECTED, TIMEOUT = "error", "rejected", "timeout"
+OUTCOMES = (*FinishReason, ERROR, REJECTED, TIMEOUT)
+HOWS: tuple[How, ...] = ("compare", "shadow")
+REPLAYED, DROPPED, ABANDONED = "replayed", "dropped", "abandoned"
+RELOADED, FAILED = "reloaded", "failed"
 NO_VARIANT = "none"
 """Label of a request whose body could not be read, or which asked for a variant that is not served."""
 
@@ -50,18 +57,26 @@ class ServiceMetrics:
         self._prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens per request", LENGTH_BUCKETS)
         self._length = self._histogram("request_generation_tokens", "Generated tokens per request", LENGTH_BUCKETS)
         self._speedup = self._histogram(
-            "speedup_ratio", "Baseline time / this variant's time, same request", SPEEDUP_BUCKETS, "measure"
+            "speedup_ratio", "Baseline time / this variant's time, same request", SPEEDUP_BUCKETS, "measure", "how"
         )
-        self._agreement = self._histogram("agreement_ratio", "Tokens equal to the baseline's", AGREEMENT_BUCKETS)
+        self._agreement = self._histogram("agreement_ratio", "Tokens equal to the baseline's", AGREEMENT_BUCKETS, "how")
+        self._shadow = self._counter("shadow", "Requests drawn for shadow mode by what became of them", "outcome")
         self._requests = self._counter("requests", "Runs by how they ended", "outcome")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of runs that got a first token")
         self._tokens = self._counter("generation_tokens", "Tokens sent")
         self._cached = self._counter("prefix_cache_hit_tokens", "Prompt tokens found in the cache")
+        self._reloads = Counter(
+            "reloads", "Reloads of the int8 checkpoint", ("outcome",), namespace="ottava", registry=self._registry
+        )
+        for outcome in (RELOADED, FAILED):
+            self._reloads.labels(outcome)
         for variant in engines:
             for counter in (self._prompt_tokens, self._tokens, self._cached):
                 counter.labels(variant)
             for outcome in OUTCOMES:
                 self._requests.labels(variant, outcome)
+            for outcome in (REPLAYED, DROPPED, ABANDONED):
+                self._shadow.labels(variant, outcome)
 
     def exposition(self) -> bytes:
         """All series in Prometheus' text format."""
@@ -109,12 +124,21 @@ class ServiceMetrics:
         if tokens:
             self._decode.labels(variant).observe(tokens[-1].time_s - tokens[0].time_s)
 
-    def compared(self, variant: str, speedup: Speedup, agreement: Agreement) -> None:
-        """Observe one comparison with the baseline."""
-        for measure, ratio in (("ttft", speedup.ttft), ("tpot", speedup.tpot), ("e2e", speedup.e2e)):
+    def compared(self, how: How, variant: str, speedup: Speedup | None, agreement: Agreement) -> None:
+        """Observe one comparison with the baseline; speedup is None where the times are not clean."""
+        for measure in ("ttft", "tpot", "e2e"):
+            ratio = getattr(speedup, measure, None)
             if ratio is not None:
-                self._speedup.labels(variant, measure).observe(ratio)
-        self._agreement.labels(variant).observe(agreement.match_ratio)
+                self._speedup.labels(variant, measure, how).observe(ratio)
+        self._agreement.labels(variant, how).observe(agreement.match_ratio)
+
+    def shadowed(self, variant: str, outcome: str) -> None:
+        """Count what became of a request that shadow mode drew: replayed, dropped or abandoned."""
+        self._shadow.labels(variant, outcome).inc()
+
+    def reloaded(self, outcome: str) -> None:
+        """Count a reload that ended: reloaded, or failed with the old weights still serving."""
+        self._reloads.labels(outcome).inc()
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         names = ("variant", *labels)
@@ -144,11 +168,14 @@ class _EngineCollector(Collector):
                 gauge.add_metric([variant], read(reading))
             yield gauge
         preemptions = CounterMetricFamily("ottava_preemptions", "Requests put back to recompute", labels=["variant"])
+        restarts = CounterMetricFamily("ottava_engine_restarts", "Restarts after a step raised", labels=["variant"])
         batches = HistogramMetricFamily("ottava_step_batch_size", "Requests per step", labels=["variant"])
         for variant, reading in stats.items():
             preemptions.add_metric([variant], reading.num_preemptions)
+            restarts.add_metric([variant], reading.num_restarts)
             batches.add_metric([variant], *_batch_histogram(reading.step_batch_sizes))
         yield preemptions
+        yield restarts
         yield batches
         yield self._info_family()
 

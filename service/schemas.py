@@ -2,81 +2,15 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from service.bodies import Body, Sampling, Text
 from service.engine.request import FinishReason
 
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
-MIN_TEMPERATURE = 0.001
-MAX_NAME_CHARS = 80
 PROMPT_FIELDS = ("prompt", "messages", "prompt_ids")
-
-
-def _stop_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _usable_temperature(value: float) -> float:
-    if 0.0 < value < MIN_TEMPERATURE:
-        raise PydanticCustomError(
-            "temperature_too_small",
-            "the smallest temperature above 0 is {limit}, where logits still fit in float32; send 0 for greedy",
-            {"limit": MIN_TEMPERATURE},
-        )
-    return value
-
-
-def _whole_unicode(value: str) -> str:
-    # JSON can spell half a surrogate pair, which no tokenizer can encode.
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise PydanticCustomError("string_unicode", "half a surrogate pair") from error
-    return value
-
-
-Text = Annotated[str, AfterValidator(_whole_unicode)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), AfterValidator(_whole_unicode)]
-_STOP_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
-        {
-            "type": "array",
-            "maxItems": MAX_STOPS,
-            "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
-        },
-    ]
-}
-
-
-class Body(BaseModel):
-    """What a client sends: no unknown field, no conversion between types, no NaN or infinity."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_first_unknown(cls, values: Any) -> Any:
-        """One error for the first unknown field: pydantic's own check makes one for each, 8 us apiece."""
-        for name in values if isinstance(values, dict) else ():
-            if name not in cls.model_fields:
-                shown = name[:MAX_NAME_CHARS].encode(errors="backslashreplace").decode()
-                nearest = get_close_matches(shown, cls.model_fields, n=1)
-                raise PydanticCustomError("unknown_field", "{name}", {"name": shown, "nearest": nearest})
-        return values
 
 
 class Message(Body):
@@ -86,7 +20,7 @@ class Message(Body):
     content: Text = Field(description="What is said.")
 
 
-class GenerateRequest(Body):
+class GenerateRequest(Sampling):
     """Body of POST /generate: exactly one of `prompt`, `messages` and `prompt_ids`, and how to go on from it."""
 
     prompt: Text | None = Field(None, description="Text to continue.")
@@ -97,26 +31,9 @@ class GenerateRequest(Body):
     max_tokens: int = Field(
         128, ge=1, description="Most tokens to generate. If left out, 128 or as many as the context leaves."
     )
-    temperature: Annotated[float, AfterValidator(_usable_temperature)] = Field(
-        0.0, ge=0, le=2, description="0: always the likeliest token; above: logits are divided by it."
-    )
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the fewest tokens of at least this probability.")
-    top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0: from all.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens less likely than this share of the likeliest.")
-    repetition_penalty: float = Field(
-        1.0, ge=0.1, le=10, description="Above 1 makes tokens of prompt and answer less likely; 1: off."
-    )
-    stop: Annotated[list[StopString], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] = Field(
-        [], max_length=MAX_STOPS, description="A string or a list of strings that end the answer; left out of it."
-    )
-    seed: int | None = Field(
-        None, ge=0, lt=1 << 63, description="Same seed, same request, same answer; none: a fresh one."
-    )
-    ignore_eos: bool = Field(False, description="Go on to max_tokens whatever the model says.")
     logprobs: int | None = Field(
         None, ge=0, le=20, description="Return log-probabilities of each token and of this many likeliest."
     )
-    stream: bool = Field(False, description="Answer as server-sent events, one per step.")
     variant: str | None = Field(None, description="`w8a8` or `fp16`; none: the first that this server serves.")
     compare: bool = Field(False, description="Run the same request on the fp16 baseline afterwards, and compare.")
 
@@ -130,6 +47,17 @@ class GenerateRequest(Body):
                 {"given": " and ".join(given) or "none"},
             )
         return self
+
+    @property
+    def opens_a_turn(self) -> bool:
+        """The answer is a message of its own, not the rest of a text or of the assistant's last message."""
+        messages = self.messages or []
+        return bool(messages) and messages[-1].role != "assistant"
+
+    @property
+    def prompt_field(self) -> str:
+        """The field that the prompt came in."""
+        return next(name for name in PROMPT_FIELDS if getattr(self, name) is not None)
 
 
 class TopLogprob(BaseModel):
@@ -216,6 +144,52 @@ class GenerateResponse(Answer):
     speedup: Speedup | None = None
     agreement: Agreement | None = None
     contended: bool | None = Field(None, description="Other requests ran meanwhile: the times are not clean.")
+
+
+class RecentRequest(BaseModel):
+    """One of the last runs that finished; what it said is not kept."""
+
+    id: str
+    variant: str
+    route: str
+    finish_reason: FinishReason
+    ttft_ms: float | None = Field(description="First token sent minus request received.")
+    tpot_ms: float | None = Field(description="(e2e - ttft) / (generated - 1).")
+    e2e_ms: float | None = Field(description="Last token sent minus request received.")
+    prompt_tokens: int
+    generated_tokens: int
+    age_s: float = Field(description="Seconds since it finished.")
+
+
+class RecentResponse(BaseModel):
+    """Answer of GET /requests/recent."""
+
+    requests: list[RecentRequest] = Field(description="At most a hundred, oldest first.")
+
+
+class ComparisonSummary(BaseModel):
+    """The latest comparisons of one origin with the baseline, a thousand at most."""
+
+    count: int = Field(description="Comparisons since the start.")
+    contended: int = Field(description="Of these, how many had company: their times are left out of the speed-up.")
+    speedup_median: Speedup = Field(description="Of the clean ones; above 1 is better; null where there is none.")
+    agreement_mean: float | None = Field(description="Mean share of places with the baseline's token; null: none yet.")
+    identical_ratio: float | None = Field(description="Share of answers that equal the baseline's token by token.")
+
+
+class ShadowState(BaseModel):
+    """How far shadow mode has come."""
+
+    rate: float = Field(description="Share of live requests that is drawn.")
+    waiting: int = Field(description="Requests that wait for an idle moment, the one that is replayed included.")
+
+
+class CompareResponse(BaseModel):
+    """Answer of GET /compare."""
+
+    compare: ComparisonSummary = Field(description="Requests sent with `compare`.")
+    shadow: ComparisonSummary = Field(description="Live requests replayed in shadow mode.")
+    shadow_state: ShadowState
 
 
 class Delta(BaseModel):

@@ -1,20 +1,26 @@
-"""How the service is set up: one class, one environment variable per field, an unknown name is an error."""
+"""How the service is set up: one class whose fields are flags, variables and keys of a TOML file alike.
+
+A flag beats a variable, a variable the file, the file a default; an unknown name is an error wherever it stands.
+"""
 
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from quant.scheme import KVStorage
+from quant.scheme import PRESETS, KVStorage
 from service.errors import InvalidSettings
+from service.settings_fields import Choices, Panel, is_list
+from service.settings_file import ENV_PREFIX, SettingsFile, complaint, unknown_variable
 
-ENV_PREFIX = "OTTAVA_"
+INT8_SCHEMES = tuple(name for name, scheme in PRESETS.items() if scheme.is_int8)
 Variant = Literal["w8a8", "fp16"]
+PublicRoute = Literal["page", "docs", "info", "metrics"]
 
 
 def _default_cache_dir() -> Path:
@@ -22,44 +28,31 @@ def _default_cache_dir() -> Path:
 
 
 class Settings(BaseSettings):
-    """Every setting of `ottava serve`; the environment variable of `field` is OTTAVA_FIELD."""
+    """Every setting of `ottava serve`: flag --some-field, variable OTTAVA_SOME_FIELD, key some_field.
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=True)
+    A new field stands beside its kin, in whose panel of the help it then appears; lists are split at commas.
+    """
 
-    model: str | None = Field(None, description="Folder or Hugging Face id of the model; none: the demo model.")
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=True, enable_decoding=False
+    )
+
+    config: Annotated[Path | None, Panel("Settings file")] = Field(
+        None, description="TOML file with a key per setting, named as here with _ for -; no file is read unless named."
+    )
+
+    model: Annotated[str | None, Panel("Model")] = Field(
+        None, description="Folder or Hugging Face id of the model; none: the demo model."
+    )
     baseline: str | None = Field(
         None, description="Folder or id of the float weights, where `model` is a quantized checkpoint."
     )
-    variants: Annotated[tuple[Variant, ...], NoDecode] = Field(
+    variants: tuple[Variant, ...] = Field(
         ("w8a8", "fp16"), min_length=1, description="Variants to serve, separated by commas; the first is the default."
     )
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; this machine alone unless changed.")
-    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 lets the system choose.")
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
-        "auto", description="Float type of activations and of the baseline; auto: the fastest here that is accurate."
+    scheme: Annotated[str, Choices(INT8_SCHEMES)] = Field(
+        "w8a8", min_length=1, description="Quantization preset of the w8a8 variant."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto: a GPU if present.")
-    max_model_len: int | None = Field(
-        None, ge=1, description="Tokens of prompt and answer together; none: what the model was trained for."
-    )
-    max_num_requests: int = Field(64, ge=1, le=4096, description="Requests that share a step (rows of the batch).")
-    max_batched_tokens: int = Field(
-        512, ge=1, le=1 << 17, description="Tokens computed per step: long prompts are cut into chunks of this."
-    )
-    block_size: int = Field(64, ge=1, le=256, description="Tokens per block of the KV cache; a power of two.")
-    kv_cache_bytes: int | None = Field(
-        None, ge=1, description="Memory of one variant's KV cache; none: from the memory that is free."
-    )
-    kv_cache: Literal["auto", "float", "int8"] = Field(
-        "auto",
-        description="What the w8a8 variant stores keys and values in, the baseline always float; "
-        "auto: what the quantized model says, else the scheme.",
-    )
-    max_waiting: int = Field(1024, ge=1, description="Requests that may wait per variant; the next gets 503.")
-    max_body_bytes: int = Field(
-        4 << 20, ge=1024, description="Largest request body; a longer one gets 413 before it is read."
-    )
-    scheme: str = Field("w8a8", min_length=1, description="Quantization preset of the w8a8 variant.")
     alpha: float | None = Field(
         None,
         ge=0,
@@ -73,30 +66,178 @@ class Settings(BaseSettings):
     seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of calibration text and random weights.")
     random_weights: bool = Field(False, description="Random weights of the model's shapes, for speed tests only.")
     cache_dir: Path = Field(default_factory=_default_cache_dir, description="Downloaded and converted models.")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="Float type of activations and of the baseline; auto: the fastest here that is accurate."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto: a GPU if present.")
+
+    max_model_len: Annotated[int | None, Panel("Memory and steps")] = Field(
+        None, ge=1, description="Tokens of prompt and answer together; none: what the model was trained for."
+    )
+    max_num_requests: int = Field(64, ge=1, le=4096, description="Requests that share a step (rows of the batch).")
+    max_batched_tokens: int = Field(
+        512, ge=1, le=1 << 17, description="Tokens computed per step: long prompts are cut into chunks of this."
+    )
+    kv_cache: Literal["auto", "float", "int8"] = Field(
+        "auto",
+        description="What the w8a8 variant stores keys and values in, the baseline always float; "
+        "auto: what the quantized model says, else the scheme.",
+    )
+    kv_cache_bytes: int | None = Field(
+        None, ge=1, description="Memory of one variant's KV cache; none: from the memory that is free."
+    )
+    block_size: int = Field(64, ge=1, le=256, description="Tokens per block of the KV cache; a power of two.")
     cuda_graphs: bool = Field(True, description="Replay decode steps as CUDA graphs; off eases debugging.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
+    reload_room: bool = Field(
+        True,
+        description="Keep GPU memory free for a second copy of the w8a8 weights, which a reload needs; "
+        "off: a larger KV cache, and a reload fails where memory is short.",
+    )
+
+    max_prompt_tokens: Annotated[int | None, Panel("Limits of a request")] = Field(
+        None, ge=1, description="Longest prompt in tokens; none: whatever the context holds."
+    )
+    max_tokens_limit: int | None = Field(
+        None, ge=1, description="Most tokens a request may ask for; none: whatever the context leaves."
+    )
+    max_waiting: int = Field(1024, ge=1, description="Requests that may wait per variant; the next gets 503.")
+    queue_timeout_s: float = Field(
+        300.0, gt=0, allow_inf_nan=False, description="Seconds a request may wait for its first step; then it gets 503."
+    )
+    request_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds a request may take, and the most `timeout_s` may ask for.",
+    )
+
+    host: Annotated[str, Panel("HTTP")] = Field(
+        "127.0.0.1", min_length=1, description="Address to listen on; this machine alone unless changed."
+    )
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 lets the system choose.")
+    max_body_bytes: int = Field(
+        4 << 20, ge=1024, description="Largest request body; a longer one gets 413 before it is read."
+    )
+    max_header_bytes: int = Field(
+        16 << 10, ge=1024, le=1 << 20, description="Largest request line and headers together; longer ones get 431."
+    )
+    max_connections: int = Field(
+        4096, ge=1, description="Connections held at once; the next gets 503 and is closed. Each is an open file."
+    )
+    receive_timeout_s: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="Seconds a client has to send its request; then it is cut off."
+    )
+    send_timeout_s: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="Seconds a client may leave sent bytes unread; then it is cut off."
+    )
+    keep_alive_s: int = Field(30, ge=1, description="Seconds a connection may stay open between two requests.")
+    cors_origins: tuple[str, ...] = Field(
+        (), description="Origins whose pages may call, as https://example.org, separated by commas; * for all."
+    )
+
+    api_keys: Annotated[SecretStr | None, Panel("API keys")] = Field(
+        None, description="API keys that clients send as Bearer token, `key` or `name:key`, separated by commas."
+    )
+    api_keys_file: Path | None = Field(
+        None,
+        description="File of API keys, one `key` or `name:key` per line, # before a comment; read again on reload.",
+    )
+    allow_anonymous: bool = Field(
+        False, description="Listen beyond this machine although no API key is set: everybody who gets there is served."
+    )
+    public_routes: tuple[PublicRoute, ...] = Field(
+        ("page", "docs"),
+        description="What needs no API key, of page, docs, info and metrics; /health and /ready never need one.",
+    )
+    max_concurrent_per_key: int | None = Field(
+        None, ge=1, description="Requests of one API key at a time, the next gets 429; clients without a key share one."
+    )
+    max_requests_per_minute: int | None = Field(
+        None, ge=1, description="Requests per minute of one API key, a minute's worth of them at once; more get 429."
+    )
+
+    shadow_rate: Annotated[float, Panel("Comparison")] = Field(
+        0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of live requests that the idle baseline runs again, after their answer, for the metrics.",
+    )
+    shadow_queue: int = Field(
+        64, ge=1, le=1 << 16, description="Answered requests that may wait for their replay; the next is dropped."
+    )
+
+    drain_timeout_s: Annotated[float, Panel("Life and faults")] = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that running requests may still take after SIGTERM; then they are ended with 503. "
+        "Below the supervisor's own patience.",
+    )
+    engine_restarts: int = Field(
+        3, ge=0, description="Times an engine starts again after a step raised, within engine_restart_window_s."
+    )
+    engine_restart_window_s: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="Seconds after which a restart of an engine counts no more."
+    )
+    exit_on_failure: bool = Field(
+        True, description="Exit with an error once an engine has failed for good, for the supervisor; off: answer 500."
+    )
+    step_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after which a step that has not ended is stuck and its engine failed. Far above the "
+        "longest step: a large model on a CPU takes tens of seconds for max_batched_tokens.",
+    )
+
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Panel("Logs")] = Field(
+        "info", description="Least severe level logged."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or one JSON object each.")
+    log_prompts: bool = Field(False, description="Put the text of prompts and answers into the access log.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Highest first."""
+        return init_settings, env_settings, SettingsFile(settings_cls)
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_variables(cls, values: Any) -> Any:
         """pydantic-settings reads only the variables it knows: a misspelt one would be silently without effect."""
-        known = [f"{ENV_PREFIX}{name}".upper() for name in cls.model_fields]
-        for name in os.environ:
-            if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
-                nearest = get_close_matches(name.upper(), known, n=1, cutoff=0.0)
-                raise ValueError(f"unknown environment variable {name}; the nearest known one is {nearest[0]}")
+        said = unknown_variable(cls.model_fields)
+        if said is not None:
+            raise ValueError(said)
         return values
 
-    @field_validator("variants", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _split_variants(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    def _split_commas(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str) or not is_list(cls.model_fields[str(info.field_name)]):
+            return value
+        return tuple(part.strip() for part in value.split(",") if part.strip())
 
     @field_validator("variants")
     @classmethod
     def _refuse_repeated_variants(cls, value: tuple[Variant, ...]) -> tuple[Variant, ...]:
         if len(set(value)) != len(value):
             raise ValueError(f"a variant is named twice in {','.join(value)}; name each once")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _refuse_what_is_no_origin(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin; write scheme and host as https://example.org, or *")
         return value
 
     @field_validator("block_size")
@@ -124,6 +265,15 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _refuse_a_shadow_without_baseline(self) -> Self:
+        if self.shadow_rate and "fp16" not in self.variants:
+            raise ValueError(
+                f"shadow_rate is {self.shadow_rate} and variants is {','.join(self.variants)}: replays run on the "
+                "baseline; add fp16 to variants, or leave shadow_rate 0"
+            )
+        return self
+
     @property
     def kv(self) -> KVStorage | None:
         """`kv_cache` where it decides; None leaves it to the checkpoint or the scheme."""
@@ -131,23 +281,19 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: object) -> Settings:
-    """Settings from the environment and from the overrides that are not None, which win.
+    """Settings from the overrides that are not None, then the environment, then the file that `config` names.
 
     Raises:
         InvalidSettings: an unknown name or an impossible value; the message is one line with name, value and limit.
     """
+    given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        return Settings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+        return Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
-        raise InvalidSettings("; ".join(_complaint(e["loc"], e["input"], e["msg"]) for e in error.errors())) from error
+        said = [_told(e["loc"], e["input"], e["msg"], given) for e in error.errors()]
+        raise InvalidSettings("; ".join(said)) from error
 
 
-def _complaint(loc: tuple[int | str, ...], value: object, message: str) -> str:
+def _told(loc: tuple[int | str, ...], value: object, message: str, given: dict[str, object]) -> str:
     message = message.removeprefix("Value error, ")
-    if not loc:
-        return message
-    name = str(loc[0])
-    if name not in Settings.model_fields:
-        nearest = get_close_matches(name, Settings.model_fields, n=1, cutoff=0.0)[0]
-        return f"unknown setting {name!r}; the nearest known one is {nearest!r}"
-    return f"{name} = {value!r}: {message} ({Settings.model_fields[name].description})"
+    return complaint(str(loc[0]), value, message, Settings.model_fields, given) if loc else message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class DecoderLike(Protocol):
@@ -18,6 +18,26 @@ class DecoderLike(Protocol):
         ...
 
 
+class Matcher(Protocol):
+    """How far one answer has come in its grammar."""
+
+    def allowed(self) -> bytes:
+        """A bit for each token id, the lowest of a byte first: whether the token may come next; ids beyond may not."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Move on by a token that may come."""
+        ...
+
+
+class Grammar(Protocol):
+    """What an answer must match, compiled for a vocabulary; shared by the requests that ask for it."""
+
+    def matcher(self) -> Matcher:
+        """A matcher at the start of an answer."""
+        ...
+
+
 class TokenizerLike(Protocol):
     """`service.tokenizer.Tokenizer` in production, something smaller in tests."""
 
@@ -26,11 +46,58 @@ class TokenizerLike(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def apply_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Raises InvalidRequest where the model has no chat template or the template refuses the messages."""
+    def apply_chat(self, messages: Sequence[dict[str, str]], is_open: bool = True) -> list[int]:
+        """Token ids of a conversation; is_open: up to where the assistant goes on, with a new message or its last one.
+
+        Raises InvalidRequest where the model has no chat template or the template refuses the messages.
+        """
         ...
 
-    def decoder(self) -> DecoderLike: ...
+    def token_text(self, token_id: int) -> str:
+        """A token by name: its text, or where that is part of a character `bytes:` and the bytes in hexadecimal."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the UTF-8 of a text; of a special token, its name."""
+        ...
+
+    def decoder(self, context: Sequence[int] = ()) -> DecoderLike:
+        """For one request; context: the tokens that its text continues."""
+        ...
+
+    def grammar(self, schema: dict[str, Any] | None) -> Grammar:
+        """What an answer in JSON must match: a JSON schema, or None for any object. Not on the event loop: it may
+        take a second.
+
+        Raises InvalidRequest where the schema or this vocabulary cannot be served, QueueFull where too many compile.
+        """
+        ...
+
+
+class Output:
+    """The text of one answer as its tokens come, cut at the first stop string."""
+
+    def __init__(self, decoder: DecoderLike, stops: Sequence[str]) -> None:
+        self._decoder = decoder
+        self._stops = StopStrings(stops)
+
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string is complete."""
+        return self._stops.found is not None
+
+    def take(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """The text that can go out now, and how many of the tokens were taken: those up to a stop string's last."""
+        text = ""
+        for place, token_id in enumerate(token_ids):
+            text += self._stops.push(self._decoder.push(token_id))
+            if self.is_stopped:
+                return text, place + 1
+        return text, len(token_ids)
+
+    def flush(self) -> str:
+        """What is left after the last token."""
+        return self._stops.push(self._decoder.flush()) + self._stops.flush()
 
 
 class StopStrings:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from service.errors import InvalidRequest, UnsupportedModel
+from service.grammar import JsonCompiler, JsonGrammar
+from service.json_keywords import PARAM
+from service.token_names import TokenNames
 
 REPLACEMENT = "\ufffd"
 # A character has at most 4 bytes; more tokens without a whole one are not valid text, and are let go as they are so
 # that a step's cost stays bounded.
 MAX_PENDING = 64
+# Tokens of the prompt that a continuation is read behind: enough to hold one with a text.
+NUM_CONTEXT = 8
+# Of a character in UTF-8.
+MAX_BYTES = 4
 
 
 class Decoder:
@@ -26,11 +35,11 @@ class Decoder:
     but raises where a byte-fallback tokenizer takes back text it has given, as it does after invalid UTF-8.)
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, context: Sequence[int] = ()) -> None:
         self._backend = backend
-        self._window: list[int] = []
-        self._num_sent = 0
-        self._prefix = ""
+        self._window = self._end_of(context)
+        self._num_sent = len(self._window)
+        self._prefix = self._decode(self._window)
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is still in parts."""
@@ -55,6 +64,12 @@ class Decoder:
         self._prefix = self._decode(self._window)
         return text
 
+    def _end_of(self, context: Sequence[int]) -> list[int]:
+        """The last tokens of the context, from where a character begins: a decoder may reject all bytes of a run
+        that begins inside one."""
+        ends = [list(context[-num:]) for num in range(NUM_CONTEXT, NUM_CONTEXT + MAX_BYTES)]
+        return next((end for end in ends if not self._decode(end).startswith(REPLACEMENT)), ends[0])
+
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
 
@@ -68,6 +83,7 @@ class Tokenizer:
         # A tokenizer.json may carry its training set-up: a prompt must be neither cut nor padded in silence.
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._names = TokenNames(self._backend)
         self.eos_ids = eos_ids
         """Tokens that end an answer."""
 
@@ -97,23 +113,70 @@ class Tokenizer:
         """Token ids of a text, with the special tokens that the model expects around a prompt."""
         return self._encode(text, add_special_tokens=True)
 
-    def apply_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins.
+    def apply_chat(self, messages: Sequence[dict[str, str]], is_open: bool = True) -> list[int]:
+        """Token ids of a conversation by the model's own chat template.
+
+        A developer's message is shown as the system's to a template that does not know developers.
+
+        Args:
+            messages: at least one `role` and `content`.
+            is_open: go on as the assistant: with a new message, or if the last one is the assistant's, with that one.
 
         Raises:
             InvalidRequest: the model has no chat template, or its template refuses these messages.
         """
-        if not self._tokenizer.chat_template:
+        template = self._tokenizer.get_chat_template() if self._tokenizer.chat_template else ""
+        if not template:
             raise InvalidRequest("this model has no chat template: send `prompt` instead of `messages`", "messages")
+        if "developer" not in template:
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        continues = is_open and messages[-1]["role"] == "assistant"
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
+            text = self._tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=is_open and not continues,
+                continue_final_message=continues,
+                tokenize=False,
+            )
+        except (jinja2.TemplateError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InvalidRequest(f"the model's chat template refuses these messages: {reason}", "messages") from error
         return self._encode(str(text), add_special_tokens=False)
 
-    def decoder(self) -> Decoder:
-        """A decoder for one request."""
-        return Decoder(self._backend)
+    def decoder(self, context: Sequence[int] = ()) -> Decoder:
+        """A decoder for one request; context: the tokens that its text continues, where a leading space counts."""
+        return Decoder(self._backend, context)
+
+    def grammar(self, schema: dict[str, Any] | None) -> JsonGrammar:
+        """What an answer in JSON must match: a JSON schema, or None for any object. Not on the event loop: it may take
+        seconds.
+
+        Raises:
+            InvalidRequest: the schema is not served, or the model has no end token.
+            QueueFull: too many schemas are being compiled.
+        """
+        if not self.eos_ids:
+            raise InvalidRequest(
+                "this model names no end token, so an answer in JSON could not end: leave `response_format` out, or "
+                "put eos_token_id into the model's generation_config.json",
+                PARAM,
+            )
+        return self._compiler.compile(schema)
+
+    @cached_property
+    def _compiler(self) -> JsonCompiler:
+        """Made when it is first needed: reading a vocabulary of 256,000 tokens takes seconds."""
+        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        tokens = [b"" if i in special else self.token_bytes(i) for i in range(self.vocab_size)]
+        return JsonCompiler(tokens, self.eos_ids)
+
+    def token_text(self, token_id: int) -> str:
+        """A token by name, see `TokenNames.text`."""
+        return self._names.text(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the UTF-8 of a text, see `TokenNames.bytes`."""
+        return self._names.bytes(token_id)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # Only the batch call lets other threads run meanwhile: a prompt of 1 MB takes 0.4 s.

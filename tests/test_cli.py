@@ -23,6 +23,8 @@ from tests.test_prepare import change_tensors, save_tiny_model
 
 ROOT = Path(__file__).parents[1]
 INT8 = [name for name, scheme in PRESETS.items() if scheme.is_int8]
+PROGRESS = re.compile(r"(ottava: |\S+ \S+ INFO service\.cli\.serve: ).*\n")
+"""How far a command is, where stderr is no terminal."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +54,7 @@ def _own_process_state(monkeypatch, tmp_path):
 
 @pytest.fixture
 def ottava(monkeypatch, capfd):
-    """Run a command: exit code, stdout, stderr."""
+    """Run a command: exit code, stdout, stderr without the lines of progress."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["ottava", *map(str, arguments)])
@@ -61,7 +63,7 @@ def ottava(monkeypatch, capfd):
             cli.main()
         out, err = capfd.readouterr()
         code = exit_info.value.code
-        return (code if isinstance(code, int) else int(code is not None)), out, err
+        return (code if isinstance(code, int) else int(code is not None)), out, PROGRESS.sub("", err)
 
     return run
 
@@ -300,7 +302,9 @@ def test_cuda_where_there_is_none(refusal, monkeypatch, tiny_folder, tmp_path, c
 
 
 def test_alpha_outside_its_range(refusal, tiny_folder, tmp_path):
-    assert "alpha as a number from 0 to 1" in refusal("quantize", tiny_folder, tmp_path / "out", "--alpha", 2)
+    assert "alpha = 2.0: Input should be less than or equal to 1" in refusal(
+        "quantize", tiny_folder, tmp_path / "out", "--alpha", 2
+    )
 
 
 @pytest.mark.parametrize("scheme", INT8)
@@ -542,24 +546,45 @@ def test_a_text_that_is_too_short_or_unreadable(refusal, tiny_folder, tmp_path):
     assert "too short" in refusal("quantize", tiny_folder, tmp_path / "o", "--calibration", tmp_path / "short.txt")
 
 
-def test_serve_shows_what_it_serves_and_stops_its_engines(monkeypatch, capfd, tiny_folder):
+def test_serve_shows_what_it_serves_and_stops_its_engines(ottava, monkeypatch, tiny_folder):
     served = {}
 
-    def run(application, **options):
-        served.update(options, engines=application.state.serving.engines)
-        assert all(engine._thread.is_alive() for engine in served["engines"].values())
+    def run(application, settings, engines):
+        served.update(application=application, settings=settings, engines=engines)
+        assert all(engine.is_alive for engine in engines.values())
+        return 7
 
-    monkeypatch.setattr(cli.uvicorn, "run", run)
-    monkeypatch.setattr(sys, "argv", ["ottava", "serve", str(tiny_folder), "--port", "8123", "--max-model-len", "64"])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    out, err = capfd.readouterr()
-    assert (exit_info.value.code, out) == (0, "")
-    assert (served["host"], served["port"]) == ("127.0.0.1", 8123)
+    monkeypatch.setattr("service.server.run", run)
+    code, out, err = ottava("serve", tiny_folder, "--port", 8123, "--max-model-len", 64)
+    assert (code, out) == (7, "")
+    assert (served["settings"].host, served["settings"].port) == ("127.0.0.1", 8123)
     assert list(served["engines"]) == ["w8a8", "fp16"]
-    assert not any(engine._thread.is_alive() for engine in served["engines"].values())
+    assert not any(engine.is_alive for engine in served["engines"].values())
+    said = re.sub(r"[\s│]+", " ", err)
     for words in (str(tiny_folder), "up to 64 tokens", "w8a8", "fp16", "http://127.0.0.1:8123/generate"):
-        assert words in err
+        assert words in said
+    paths = list(served["application"].openapi()["paths"])
+    assert [path for path in paths if path not in said] == []
+
+
+def test_serve_among_json_lines_is_a_json_line(ottava, monkeypatch, tiny_folder):
+    monkeypatch.setattr("service.server.run", lambda *_: 0)
+    code, _, err = ottava("serve", tiny_folder, "--log-format", "json", "--variants", "fp16")
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert code == 0
+    assert "loading fp16" in [line["message"] for line in lines]
+    assert lines[-1]["message"] == f"serving {tiny_folder} at http://127.0.0.1:8000"
+    assert list(lines[-1]["info"]["variants"]) == ["fp16"]
+    assert lines[-1]["needs_key"] is False
+
+
+def test_serve_refuses_keys_before_it_loads(refusal, monkeypatch, tiny_folder):
+    monkeypatch.setattr("service.hosting.open_host", None)
+    assert "there are no API keys" in refusal("serve", tiny_folder, "--host", "0.0.0.0")
+    monkeypatch.setenv("OTTAVA_API_KEYS", "sh0rt")
+    said = refusal("serve", tiny_folder)
+    assert "8 to 512" in said
+    assert "sh0rt" not in said
 
 
 @pytest.mark.parametrize("damage", ["none", "tensor"])
@@ -575,4 +600,4 @@ def test_a_process_says_one_line(copy_of_tiny, tmp_path, damage):
         timeout=300,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
+    assert re.fullmatch(r"error: [^\n]+\n", PROGRESS.sub("", done.stderr))

@@ -26,6 +26,7 @@ print(*model(torch.arange(8)[None]).logits.argmax(-1)[0].tolist())
 IMPORT_EVERYTHING = """
 import importlib, pkgutil, socket
 import accelerate, compressed_tensors, fastapi, huggingface_hub, tokenizers, torch, transformers, triton, uvicorn
+import xgrammar
 
 def refuse(name):
     def refused(*args, **kwargs):

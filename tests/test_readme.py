@@ -23,8 +23,8 @@ def test_every_curl_body_is_a_valid_request():
 
 def test_every_ottava_command_and_option_exists():
     commands = typer.main.get_command(app).commands
-    lines = re.findall(r"ottava (serve|quantize|evaluate|tune|roofline)\b([^`\n]*)", README)
-    assert {name for name, _ in lines} == {"serve", "quantize", "evaluate", "tune", "roofline"}
+    lines = re.findall(rf"ottava ({'|'.join(commands)})\b([^`\n]*)", README)
+    assert {name for name, _ in lines} >= {"serve", "quantize", "evaluate", "tune", "roofline"}
     for name, rest in lines:
         known = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= known | {"--help"}, (name, rest)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from service.engine.constraint import Constraint
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step
 from service.models.attention import Rows
@@ -177,6 +178,7 @@ class SamplingBatch:
     uniform: in [0, 1), drawn from the request's seed and the index of the token, so that a request's randomness does
         not depend on its neighbours, on chunking or on preemption.
     top_k: int64 [S], 0 for off.   num_top_logprobs: None where no row wants log-probabilities.
+    constraint: None where no row has a grammar.
     """
 
     temperature: Tensor
@@ -189,6 +191,7 @@ class SamplingBatch:
     is_filtered: bool
     is_penalized: bool
     num_top_logprobs: int | None
+    constraint: Constraint | None
 
     @classmethod
     def build(cls, chunks: Sequence[Chunk], device: torch.device) -> SamplingBatch:
@@ -218,6 +221,7 @@ class SamplingBatch:
             is_filtered=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params if p.temperature > 0),
             is_penalized=any(p.repetition_penalty != 1 for p in params),
             num_top_logprobs=max(wanted) if wanted else None,
+            constraint=Constraint.build(chunks, device),
         )
 
 

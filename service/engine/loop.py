@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import random
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
-from service.engine.request import EngineStats, FinishReason, Request, SamplingParams, Token
-from service.engine.scheduler import Scheduler, Step
+from service.engine.clients import Clients
+from service.engine.faults import FaultLimits, InHand, Restarts, StepStuck, Watchdog, stacks
+from service.engine.request import EngineStats, Request, SamplingParams
+from service.engine.scheduler import Result, Scheduler, Step
+from service.engine.stream import RequestStream
 from service.engine.turnstile import Turnstile
-from service.errors import EngineFailed, QueueFull
+from service.errors import EngineFailed, OttavaError, ReloadFailed
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
 
 class Handle(Protocol):
-    """A launched step: `read` waits for its tokens, one per chunk that samples."""
+    """A launched step: `read` waits for its tokens, one per chunk that samples, or what that request fails of."""
 
-    def read(self) -> list[Token]: ...
+    def read(self) -> Sequence[Result]: ...
 
 
 class StepRunner(Protocol):
@@ -40,42 +45,21 @@ class StepRunner(Protocol):
     def kv_cache_bytes(self) -> int: ...
 
 
-@dataclass(slots=True, eq=False)
-class RequestStream:
-    """A submitted request as its client's coroutine sees it; see `service.engine.request.Stream`."""
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A runner that is to take the place of the present one. done: once it has, or why it will not."""
 
-    request: Request
-    engine: EngineLoop
-    event_loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[list[Token] | BaseException | None] = field(default_factory=asyncio.Queue)
-    is_closed: bool = False
-
-    def __aiter__(self) -> AsyncIterator[list[Token]]:
-        return self._tokens()
-
-    async def _tokens(self) -> AsyncIterator[list[Token]]:
-        while not self.is_closed:
-            item = await self.queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                return
-            yield item
-
-    def finish(self, reason: FinishReason) -> None:
-        """End the request early; a second call, or one after its last token, changes nothing."""
-        if not self.is_closed:
-            self.is_closed = True
-            self.engine.finish(self, reason)
-
-    def deliver(self, items: list[list[Token] | BaseException | None]) -> None:
-        """Hand over what a step brought; runs on the event loop's thread."""
-        for item in items:
-            self.queue.put_nowait(item)
+    runner: StepRunner
+    num_blocks: int
+    weight_bytes: int
+    done: Future[None] = field(default_factory=Future)
 
 
 class EngineLoop:
     """Runs one variant's requests on a thread of its own.
+
+    A step that raises fails the requests that run; those that wait stay, and the engine goes on as often as its limits
+    say. One fault too many, or a step that does not end, fails everyone and the engine for good: see `failed`.
 
     Args:
         variant: its name.
@@ -85,6 +69,7 @@ class EngineLoop:
         max_waiting: requests that may queue.
         dtype: name of the activations' float type.
         weight_bytes: of the model, for the metrics.
+        limits: what it bears before it stays failed.
     """
 
     def __init__(
@@ -97,38 +82,50 @@ class EngineLoop:
         max_waiting: int = 1024,
         dtype: str = "float32",
         weight_bytes: int = 0,
+        limits: FaultLimits = FaultLimits(),  # noqa: B008 (it is frozen)
     ) -> None:
         self.variant = variant
         self.max_model_len = max_model_len
         self.dtype = dtype
+        self.failed: Future[Exception] = Future()
+        """What stopped the engine for good, once it has."""
         self._scheduler = scheduler
         self._runner = runner
         self._turnstile = turnstile
-        self._max_waiting = max_waiting
         self._weight_bytes = weight_bytes
         self._step_batch_sizes = [0] * (scheduler.max_num_requests + 1)
-        self._inbox: deque[tuple[RequestStream, FinishReason | None]] = deque()
-        self._num_unseen = 0
-        self._streams: dict[Request, RequestStream] = {}
-        self._wake = threading.Condition()
+        self._clients = Clients(variant, scheduler, max_waiting)
+        self._wake = self._clients.wake
+        self._unread: deque[tuple[Step, Handle]] = deque()
+        self._lost: set[Request] = set()
+        self._exchange: Exchange | None = None
+        self._restarts = Restarts(limits)
+        self._in_hand: InHand | None = None
         self._is_stopping = False
-        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"engine-{variant}", daemon=True)
+        self._watchdog = Watchdog(variant, limits.step_timeout_s, lambda: self._in_hand, self._give_up)
 
     def start(self) -> EngineLoop:
         self._thread.start()
+        self._watchdog.start()
         return self
 
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread after the step in flight; requests that still run are aborted."""
+    def stop(self, timeout_s: float = 10.0, error: OttavaError | None = None) -> None:
+        """End the thread after the step in flight; requests that are still here get the error. Again: no effect."""
         with self._wake:
-            self._is_stopping = True
+            self._is_stopping = self._clients.is_closed = True
             self._wake.notify()
         self._thread.join(timeout_s)
+        self._end(error or EngineFailed(f"the engine of variant {self.variant!r} is stopping"))
 
     @property
-    def failure(self) -> BaseException | None:
-        return self._failure
+    def failure(self) -> Exception | None:
+        return self.failed.result() if self.failed.done() else None
+
+    @property
+    def is_alive(self) -> bool:
+        """Its thread runs; after `stop`, because a step does not end."""
+        return self._thread.is_alive()
 
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, request_id: str, arrival_s: float | None = None
@@ -139,33 +136,26 @@ class EngineLoop:
             QueueFull: max_waiting requests wait already.
             EngineFailed: the engine's thread has ended.
         """
-        seed = params.seed if params.seed is not None else random.getrandbits(63)
-        arrival_s = time.perf_counter() if arrival_s is None else arrival_s
-        request = Request(request_id, prompt_ids, params, arrival_s, seed)
-        stream = RequestStream(request, self, asyncio.get_running_loop())
-        with self._wake:
-            if self._failure is not None or self._is_stopping:
-                raise EngineFailed(f"the engine of variant {self.variant!r} has stopped")
-            if len(self._scheduler.waiting) + self._num_unseen >= self._max_waiting:
-                raise QueueFull(
-                    f"{self._max_waiting} requests are waiting for variant {self.variant!r}; try again later"
-                )
-            self._inbox.append((stream, None))
-            self._num_unseen += 1
-            self._wake.notify()
-        return stream
+        return self._clients.submit(prompt_ids, params, request_id, arrival_s)
 
-    def finish(self, stream: RequestStream, reason: FinishReason) -> None:
-        """End a request early; see `RequestStream.finish`."""
+    def exchange(self, runner: StepRunner, num_blocks: int, weight_bytes: int) -> Future[None]:
+        """Go on with another runner once the requests that run now have finished; those that wait, wait for it.
+
+        Raises:
+            EngineFailed: the engine's thread has ended.
+        """
         with self._wake:
-            self._inbox.append((stream, reason))
+            self._clients.refuse_if_closed()
+            assert self._exchange is None, "one exchange at a time"
+            self._exchange = exchange = Exchange(runner, num_blocks, weight_bytes)
             self._wake.notify()
+        return exchange.done
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + self._num_unseen,
+            num_waiting=self._clients.num_waiting,
             num_blocks=scheduler.pool.num_blocks,
             num_free_blocks=scheduler.pool.num_free,
             num_preemptions=scheduler.num_preemptions,
@@ -173,90 +163,134 @@ class EngineLoop:
             step_batch_sizes=tuple(self._step_batch_sizes),
             weight_bytes=self._weight_bytes,
             kv_cache_bytes=self._runner.kv_cache_bytes,
+            num_restarts=self._restarts.total,
         )
 
     def _run(self) -> None:
         try:
-            self._turn_steps()
-            self._end_all(EngineFailed(f"the engine of variant {self.variant!r} is stopping"))
+            while (fault := self._turn_steps()) is not None and not self.failed.done():
+                logger.error("a step of engine %s raised", self.variant, exc_info=fault)
+                if self._restarts.allows(fault, time.perf_counter()):
+                    self._fail_running(fault)
+                else:
+                    self._fail(fault)
         except Exception as error:
-            logger.exception("engine %s failed", self.variant)
-            self._failure = error
-            self._end_all(EngineFailed(f"the engine of variant {self.variant!r} failed: {type(error).__name__}"))
+            logger.exception("engine %s cannot go on after a fault", self.variant)
+            self._fail(error)
+        finally:
+            self._watchdog.stop()
 
-    def _turn_steps(self) -> None:
-        in_flight: tuple[Step, Handle] | None = None
-        while self._wait_for_work(has_step=in_flight is not None):
-            step = self._scheduler.schedule(time.perf_counter())
-            launched = None
-            if step is not None:
-                launched = step, self._turnstile.run(self._runner.execute, step)
-                self._step_batch_sizes[len(step.chunks)] += 1
-            # On an asynchronous device the step before is read while this one runs.
-            if in_flight is not None:
-                self._settle(*in_flight)
-            in_flight = launched
-            if in_flight is not None and not self._runner.is_async:
-                self._settle(*in_flight)
-                in_flight = None
+    def _turn_steps(self) -> Exception | None:
+        """Turn steps until the engine is to stop, or one raises: what it raised."""
+        try:
+            while self._wait_for_work():
+                self._turn()
+        except Exception as error:  # noqa: BLE001 (whatever a step raises is a fault, told by `_run`)
+            return error
+        return None
 
-    def _wait_for_work(self, has_step: bool) -> bool:
+    def _wait_for_work(self) -> bool:
         """Take in what arrived; sleep while there is nothing to do. False when the engine is to stop."""
         with self._wake:
-            while not (self._inbox or self._is_stopping or has_step or not self._scheduler.is_idle):
+            while not (self._clients.has_word or self._is_stopping or self._exchange or self._has_work):
                 self._scheduler.check_integrity()
                 self._wake.wait()
-            arrived, self._inbox = self._inbox, deque()
-            self._num_unseen = 0
-            for stream, reason in arrived:
-                if reason is None:
-                    self._streams[stream.request] = stream
-                    self._scheduler.add(stream.request)
-                elif self._streams.pop(stream.request, None) is not None:
-                    self._scheduler.finish(stream.request, reason, time.perf_counter())
+            if not self._is_stopping:
+                self._clients.take_in()
+                self._exchange_if_drained()
             return not self._is_stopping
 
-    def _settle(self, step: Step, handle: Handle) -> None:
-        """Read a step's tokens, commit them, and publish them to their clients."""
-        tokens = handle.read()
-        by_request = {
-            chunk.request: token for chunk, token in zip((c for c in step.chunks if c.samples), tokens, strict=True)
-        }
-        news: list[tuple[RequestStream, list[list[Token] | BaseException | None]]] = []
-        for request in self._scheduler.commit(step, tokens):
-            items: list[list[Token] | BaseException | None] = [[by_request[request]]]
-            if request.is_finished:
-                items.append(None)
-            stream = self._streams.pop(request) if request.is_finished else self._streams[request]
-            news.append((stream, items))
-        _publish(news)
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._unread) or not self._scheduler.is_idle
 
-    def _end_all(self, error: BaseException) -> None:
+    def _exchange_if_drained(self) -> None:
+        self._scheduler.admits_new = self._exchange is None
+        if self._exchange is None or self._unread or not self._scheduler.is_drained:
+            return
+        exchange, self._exchange = self._exchange, None
+        self._runner, self._weight_bytes = exchange.runner, exchange.weight_bytes
+        self._scheduler.replace_pool(exchange.num_blocks)
+        self._scheduler.admits_new = True
+        exchange.done.set_result(None)
+
+    def _turn(self) -> None:
+        """Launch a step. On an asynchronous device the step before is read while this one runs."""
+        num_before = len(self._unread)
+        with self._wake:
+            step = self._scheduler.schedule(time.perf_counter())
+        if step is not None:
+            handle = self._watched("launching", step, self._turnstile.run, self._runner.execute, step)
+            self._unread.append((step, handle))
+            self._step_batch_sizes[len(step.chunks)] += 1
+        for _ in range(num_before if self._runner.is_async else len(self._unread)):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Read the oldest step's results and publish them. Once some are lost, those after them have no place."""
+        step, handle = self._unread.popleft()
+        is_placed = False
+        try:
+            results = self._watched("reading", step, handle.read)
+            is_placed = not self._lost
+        finally:
+            if not is_placed:
+                self._lost.update(chunk.request for chunk in step.chunks)
+        if is_placed:
+            self._clients.commit(step, results)
+
+    def _watched(self, doing: str, step: Step, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call under the eye of the watchdog. Raises StepStuck where it has given the step up meanwhile."""
+        self._in_hand = InHand(doing, step, time.perf_counter())
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            with self._wake:
+                self._in_hand = None
+        if self.failed.done():
+            raise StepStuck("the step ended after it had been given up")
+        return result
+
+    def _fail_running(self, fault: Exception) -> None:
+        """Tell the requests that run, one of which may be the cause, and free what they held."""
+        self._clients.fail_running(
+            self._salvage(),
+            EngineFailed(
+                f"a step of the engine of variant {self.variant!r} raised {type(fault).__name__}: the requests in it "
+                "are lost and the engine goes on; send the request again"
+            ),
+        )
+
+    def _salvage(self) -> set[Request]:
+        """Publish what the steps before the fault brought, and wait for those after it: whose results are lost."""
+        while self._unread:
+            try:
+                self._settle()
+            except Exception:
+                logger.exception("engine %s: a step in flight is lost with the one that raised", self.variant)
+        lost, self._lost = self._lost, set()
+        return lost
+
+    def _give_up(self, in_hand: InHand) -> bool:
+        """Called by the watchdog: the step will not end, so nobody may go on waiting for it."""
+        with self._wake:
+            if self._in_hand is not in_hand:
+                return False
+            stuck = StepStuck(f"stuck while {in_hand}")
+            logger.critical("engine %s is %s\n%s", self.variant, stuck, stacks(self._thread.name))
+            self._fail(stuck)
+        return True
+
+    def _fail(self, fault: Exception) -> None:
+        """Stay failed, unless it is failed already."""
+        if not self.failed.done():
+            self.failed.set_result(fault)
+            self._end(EngineFailed(f"the engine of variant {self.variant!r} failed: {type(fault).__name__}"))
+
+    def _end(self, error: OttavaError) -> None:
         with self._wake:
             self._is_stopping = True
-            for stream, reason in self._inbox:
-                if reason is None:
-                    self._streams[stream.request] = stream
-                    self._scheduler.add(stream.request)
-            self._inbox.clear()
-            self._num_unseen = 0
-        now_s = time.perf_counter()
-        for request in list(self._streams):
-            self._scheduler.finish(request, FinishReason.ABORT, now_s)
-        _publish([(stream, [error]) for stream in self._streams.values()])
-        self._streams.clear()
-
-
-def _publish(news: list[tuple[RequestStream, list[list[Token] | BaseException | None]]]) -> None:
-    """One wake-up per event loop and step, however many requests it serves."""
-    by_loop = defaultdict(list)
-    for stream, items in news:
-        by_loop[stream.event_loop].append((stream, items))
-    for event_loop, deliveries in by_loop.items():
-        if not event_loop.is_closed():
-            event_loop.call_soon_threadsafe(_deliver, deliveries)
-
-
-def _deliver(deliveries: list[tuple[RequestStream, list[list[Token] | BaseException | None]]]) -> None:
-    for stream, items in deliveries:
-        stream.deliver(items)
+            self._clients.close(error)
+            exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.done.set_exception(ReloadFailed(f"the engine ended before the exchange: {error.message}"))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from service.text import Grammar, Matcher
+
 
 class FinishReason(StrEnum):
     STOP = "stop"
@@ -21,6 +23,8 @@ class SamplingParams:
     temperature 0 is greedy: the other filters then change nothing but the repetition penalty.
     top_k 0 and min_p 0 and top_p 1 switch their filter off. seed None draws a fresh one.
     logprobs: None for none, n for the chosen token's log-probability and the n likeliest (0..20).
+    prompt_logprobs: the same of every prompt token but the first.
+    grammar: what the answer must match; None for any text. Its end token ends the answer even under ignore_eos.
     """
 
     max_tokens: int = 128
@@ -32,11 +36,13 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token as the engine publishes it. time_s is on the monotonic clock of `time.perf_counter`."""
+    """One token as the engine publishes it. time_s is on the monotonic clock of `time.perf_counter`."""
 
     id: int
     time_s: float
@@ -72,6 +78,15 @@ class Request:
     num_batch_rows: int = 0
     num_cached: int = 0
     """Prompt tokens whose keys and values were already in the cache on arrival."""
+    prompt_logprobs: list[Token] = field(default_factory=list)
+    """Where asked for: entry i belongs to prompt token i + 1; complete when the first output token is published."""
+    num_scored: int = 0
+    """Entries of prompt_logprobs, those included that steps in flight will bring."""
+    matcher: Matcher | None = field(init=False)
+    """How far the output has come in its grammar; None where it has none."""
+
+    def __post_init__(self) -> None:
+        self.matcher = None if self.params.grammar is None else self.params.grammar.matcher()
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +99,11 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def is_behind(self) -> bool:
+        """Its grammar cannot say what may come next before the host has read the last token."""
+        return self.matcher is not None and self.num_pending > 0
 
     @property
     def batch_size_mean(self) -> float:
@@ -110,6 +130,8 @@ class EngineStats:
     kv_cache_bytes: int
     step_batch_sizes: tuple[int, ...] = ()
     """Entry n counts the steps that n requests took part in."""
+    num_restarts: int = 0
+    """Times the engine went on after a step had raised."""
 
     @property
     def kv_cache_usage_ratio(self) -> float:
@@ -119,10 +141,10 @@ class EngineStats:
 class Stream(Protocol):
     """A submitted request seen from the event loop.
 
-    Iterating yields the new tokens of each step and ends when the request has finished; if the engine fails, it
-    raises `EngineFailed`. `finish` ends the request early (idempotent, from the event loop's thread) and frees what
-    it held: with STOP when the caller saw a stop string, with ABORT when the client is gone. Tokens that arrive
-    after it are dropped.
+    Iterating yields the new tokens of each step and ends when the request has finished; if the engine fails, or this
+    request alone, it raises `EngineFailed`. `finish` ends the request early (idempotent, from the event loop's thread)
+    and frees what it held: with STOP when the caller saw a stop string, with ABORT when the client is gone. Tokens that
+    arrive after it are dropped.
     """
 
     request: Request

@@ -5,8 +5,9 @@ Nothing in here waits for the device but `Sampled.read`, and a decoder with expe
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,38 +16,41 @@ from torch import Tensor
 from kernels.tiles import BUCKETS
 from service.engine.batch import Batch, BatchBuilder, SamplingBatch
 from service.engine.request import Request, Token
-from service.engine.sampler import Choice, sample
-from service.engine.scheduler import Chunk, Step
+from service.engine.sampler import Choice, Fault, sample
+from service.engine.scheduler import Chunk, Result, Step
+from service.engine.scoring import Scores, score_prompts
+from service.errors import EngineFailed
+from service.models.attention import KVCache
 from service.models.decoder import Decoder
 
 GRAPH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Batch sizes of captured decode steps; a batch runs in the smallest that holds it."""
 
 
-class NonFiniteLogits(RuntimeError):
-    """The model's output holds NaN or infinity."""
-
-
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The tokens of a step, on their way to the host."""
+    """The tokens of a step, on their way to the host, and what it says of its prompts' own."""
 
     choice: Choice
-    is_finite: Tensor
+    scores: Scores | None
     chunks: list[Chunk]
     ready: torch.cuda.Event | None
 
-    def read(self) -> list[Token]:
-        """Wait for the step and return one token per sampling chunk.
+    def read(self) -> list[Result]:
+        """Wait for the step and return one result per sampling chunk: its token, or EngineFailed for it alone.
 
-        Raises:
-            NonFiniteLogits: the step's logits held NaN or infinity.
+        The log-probabilities of prompts are handed to their requests.
         """
         if self.ready is not None:
             self.ready.synchronize()
-        if not bool(self.is_finite):
-            raise NonFiniteLogits("the model's logits are not finite")
         now_s = time.perf_counter()
+        if self.scores is not None:
+            self.scores.hand_out(now_s)
+        rows = zip(self.chunks, self.choice.faults.tolist(), self._tokens(now_s), strict=True)
+        # A first token is looked at more closely: with it the prompt's log-probabilities are complete.
+        return [_judged(chunk, fault, token) if fault or not chunk.index else token for chunk, fault, token in rows]
+
+    def _tokens(self, now_s: float) -> list[Token]:
         ids = self.choice.ids.tolist()
         if self.choice.logprobs is None:
             return [Token(token_id, now_s) for token_id in ids]
@@ -70,6 +74,23 @@ def _token(chunk: Chunk, now_s: float, token_id: int, logprob: float, top_ids: l
     return Token(token_id, now_s, logprob, tuple(zip(top_ids[:wanted], top[:wanted], strict=True)))
 
 
+def _judged(chunk: Chunk, fault: int, token: Token) -> Result:
+    """The token, or why its request is lost."""
+    if fault == Fault.NONE_ALLOWED:
+        return EngineFailed(
+            f"the answer cannot go on after {chunk.index} tokens: the grammar allows no token that the model holds for "
+            "possible; loosen the schema, or use a model with a larger vocabulary"
+        )
+    is_unscored = chunk.index == 0 and any(math.isnan(t.logprob or 0.0) for t in chunk.request.prompt_logprobs)
+    if fault == Fault.NOT_FINITE or is_unscored:
+        where = "for a token of the prompt" if is_unscored else f"for token {chunk.index} of the answer"
+        return EngineFailed(
+            f"the model's logits {where} are NaN or infinite: this request is lost, others go on; send it to another "
+            "variant, or serve weights of another scheme or dtype if it happens again"
+        )
+    return token
+
+
 class Runner:
     """Holds a variant's decoder, its KV cache, and what its requests left on the device.
 
@@ -78,6 +99,7 @@ class Runner:
         num_blocks, block_size: of the KV cache.
         max_requests, max_tokens: the largest batch a step may bring.
         use_graphs: capture decode steps in CUDA graphs (`warm_up` does it).
+        caches: those of the runner that this one is to replace, where they fit; None for new ones.
     """
 
     def __init__(
@@ -88,6 +110,7 @@ class Runner:
         max_requests: int,
         max_tokens: int,
         use_graphs: bool = True,
+        caches: list[KVCache] | None = None,
     ) -> None:
         self.decoder = decoder
         self.device = decoder.embedding.device
@@ -98,7 +121,7 @@ class Runner:
         self.max_tokens = max_tokens
         max_blocks = -(-decoder.config.max_model_len // block_size)
         self.builder = BatchBuilder(max_tokens, max_requests, max_blocks, block_size, self.device)
-        self.caches = decoder.new_caches(num_blocks, block_size)
+        self.caches = decoder.new_caches(num_blocks, block_size) if caches is None else caches
         self._last_ids = torch.zeros(max_requests, dtype=torch.int64, device=self.device)
         self._seen: Tensor | None = None
         self._seen_owner: list[tuple[Request | None, int]] = [(None, 0)] * max_requests
@@ -115,38 +138,47 @@ class Runner:
         batch = self.builder.build(step, bucket)
         chunks = [chunk for chunk in step.chunks if chunk.samples]
         if bucket:
+            # A decode step scores no prompt: the last token of one is never scored.
             graph, logits = self._graphs[bucket]
             graph.replay()
-            logits = logits[: len(chunks)]
-        else:
-            logits = self._forward(batch)
-        return self._sample(logits, batch, chunks)
+            return self._send(self._sample(logits[: len(chunks)], batch, chunks), None, chunks)
+        hidden = self._hidden(batch)
+        choice = self._sample(self._logits(hidden, batch), batch, chunks)
+        return self._send(choice, score_prompts(self.decoder, hidden, step.chunks), chunks)
 
-    @torch.inference_mode()
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every kernel that a request can need, and capture the decode steps."""
+        for done, total in self.warming():
+            if on_progress:
+                on_progress(done, total)
+
+    @torch.inference_mode()
+    def warming(self) -> Iterator[tuple[int, int]]:
+        """`warm_up` in pieces, so that another runner's steps can come between: each yields (done, total)."""
         if not self.is_async:
             return
         buckets = [bucket for bucket in GRAPH_BUCKETS if bucket <= self.max_requests]
-        for bucket in buckets:
-            self._forward(self.builder.blank(bucket), is_decode=True)
         longest = min(self.max_tokens, self.decoder.config.max_model_len)
-        for query_len in sorted({min(length, longest) for length in (2, 4, 8, *BUCKETS)}):
-            self._forward(self.builder.blank(1, query_len))
-        torch.cuda.synchronize()
-        if not self.use_graphs:
-            return
+        shapes = [(bucket, 1) for bucket in buckets]
+        shapes += [(1, length) for length in sorted({min(length, longest) for length in (2, 4, 8, *BUCKETS)})]
+        captured = buckets if self.use_graphs else []
+        total = len(shapes) + len(captured)
+        for done, (num_requests, query_len) in enumerate(shapes):
+            self._forward(self.builder.blank(num_requests, query_len), is_decode=query_len == 1)
+            torch.cuda.synchronize()
+            yield done + 1, total
         pool = torch.cuda.graph_pool_handle()
+        graphs = {}
         # Largest first, so that the smaller graphs reuse its memory.
-        for done, bucket in enumerate(reversed(buckets)):
+        for done, bucket in enumerate(reversed(captured)):
             batch = self.builder.blank(bucket)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Other engines' threads wait for events of theirs meanwhile, which the default mode forbids.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits = self._forward(batch, is_decode=True)
-            self._graphs[bucket] = graph, logits
-            if on_progress:
-                on_progress(done + 1, len(buckets))
-        self._graphs = dict(sorted(self._graphs.items()))
+            graphs[bucket] = graph, logits
+            yield len(shapes) + done + 1, total
+        self._graphs = dict(sorted(graphs.items()))
         torch.cuda.synchronize()
 
     def _bucket(self, step: Step) -> int | None:
@@ -156,14 +188,20 @@ class Runner:
 
     def _forward(self, batch: Batch, is_decode: bool = False) -> Tensor:
         """Logits of the rows that sample; in a decode step those are all rows, in order."""
+        hidden = self._hidden(batch)
+        return self.decoder.logits(hidden) if is_decode else self._logits(hidden, batch)
+
+    def _hidden(self, batch: Batch) -> Tensor:
         last = self._last_ids[batch.from_row.clamp(min=0)]
         token_ids = torch.where(batch.from_row >= 0, last, batch.token_ids)
-        hidden = self.decoder(token_ids, batch.rows, self.caches)
-        if not is_decode and len(batch.sample_index) < len(hidden):
+        return self.decoder(token_ids, batch.rows, self.caches)
+
+    def _logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        if len(batch.sample_index) < len(hidden):
             hidden = hidden.index_select(0, batch.sample_index)
         return self.decoder.logits(hidden)
 
-    def _sample(self, logits: Tensor, batch: Batch, chunks: list[Chunk]) -> Sampled:
+    def _sample(self, logits: Tensor, batch: Batch, chunks: list[Chunk]) -> Choice:
         sampling = SamplingBatch.build(chunks, self.device)
         rows = batch.sample_rows.long()
         seen = self._seen_rows(chunks, rows) if sampling.is_penalized else None
@@ -171,16 +209,17 @@ class Runner:
         self._last_ids[rows] = choice.ids
         if self._seen is not None:
             self._seen[rows, choice.ids] = True
-        # The largest logit of a row is NaN or infinite if any is NaN or plus infinity: a tenth of looking at each.
-        is_finite = logits.amax(-1).isfinite().all()
+        return choice
+
+    def _send(self, choice: Choice, scores: Scores | None, chunks: list[Chunk]) -> Sampled:
+        """Let the results follow the step to the host."""
         if not self.is_async:
-            return Sampled(choice, is_finite, chunks, None)
-        tensors = (choice.ids, choice.logprobs, choice.top_ids, choice.top_logprobs)
-        on_host = Choice(*(None if t is None else t.to("cpu", non_blocking=True) for t in tensors))  # type: ignore[arg-type]
-        is_finite = is_finite.to("cpu", non_blocking=True)
+            return Sampled(choice, scores, chunks, None)
+        on_host = None if scores is None else scores.to_host()
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        sampled = Sampled(choice.to_host(), on_host, chunks, ready)
         ready.record()
-        return Sampled(on_host, is_finite, chunks, ready)
+        return sampled
 
     def _seen_rows(self, chunks: list[Chunk], rows: Tensor) -> Tensor:
         """Which tokens each sampling row has seen, [S, V] bool; a request new in its row is entered from the host."""

@@ -1,8 +1,9 @@
-"""Logits in, token ids out: repetition penalty, temperature, top-k, top-p, min-p, and one uniform number per row."""
+"""Logits in, token ids out: penalty, grammar, temperature, top-k, top-p, min-p, one uniform number per row."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -10,20 +11,39 @@ from torch import Tensor
 from service.engine.batch import SamplingBatch
 
 
+class Fault(IntEnum):
+    """Why the id of a row means nothing."""
+
+    NONE = 0
+    NOT_FINITE = 1
+    """The model's logits hold NaN or plus infinity, or nothing but minus infinity."""
+    NONE_ALLOWED = 2
+    """Every token that the grammar allows has probability 0, or it allows none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The sampled ids [S] int64 and, where asked for, their log-probabilities [S] and the likeliest n of each row."""
+    """The sampled ids [S] int64 and, where asked for, their log-probabilities [S] and the likeliest n of each row.
+
+    faults: [S] int64, a `Fault` each.
+    """
 
     ids: Tensor
+    faults: Tensor
     logprobs: Tensor | None = None
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
+
+    def to_host(self) -> Choice:
+        """The same on its way to the host."""
+        tensors = (self.ids, self.faults, self.logprobs, self.top_ids, self.top_logprobs)
+        return Choice(*(None if t is None else t.to("cpu", non_blocking=True) for t in tensors))  # type: ignore[arg-type]
 
 
 def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None) -> Choice:
     """Choose one token per row.
 
-    Log-probabilities are those of the model itself: before penalty, temperature and filters.
+    Log-probabilities are those of the model itself: before penalty, grammar, temperature and filters.
 
     Args:
         logits: [S, V] float32.
@@ -31,15 +51,21 @@ def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None) -> Choice:
         seen: [S, V] bool, the tokens of each row's prompt and output; needed where a row is penalized.
     """
     chosen = logits if not batch.is_penalized else penalize(logits, seen, batch.repetition_penalty)
+    # The largest logit of a row is NaN or infinite if any is NaN or plus infinity: a tenth of looking at each.
+    faults = torch.where(logits.amax(-1).isfinite(), Fault.NONE, Fault.NOT_FINITE)
+    if batch.constraint is not None:
+        chosen = batch.constraint.apply(chosen)
+        is_stuck = (faults == Fault.NONE) & (chosen.amax(-1) == float("-inf"))
+        faults = torch.where(is_stuck, Fault.NONE_ALLOWED, faults)
     ids = chosen.argmax(-1)
     if batch.is_random:
         drawn = _draw(chosen, batch)
         ids = torch.where(batch.temperature > 0, drawn, ids)
     if batch.num_top_logprobs is None:
-        return Choice(ids)
+        return Choice(ids, faults)
     logprobs = logits.log_softmax(-1)
     top = logprobs.topk(batch.num_top_logprobs, dim=-1)
-    return Choice(ids, logprobs.gather(-1, ids[:, None])[:, 0], top.indices, top.values)
+    return Choice(ids, faults, logprobs.gather(-1, ids[:, None])[:, 0], top.indices, top.values)
 
 
 def penalize(logits: Tensor, seen: Tensor | None, penalty: Tensor) -> Tensor:

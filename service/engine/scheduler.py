@@ -7,11 +7,16 @@ lengths, never values: it can plan the step after the one in flight before that 
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.engine.blocks import BlockPool
 from service.engine.request import FinishReason, Request, Token
+
+Result = Token | Exception
+"""What a chunk that samples yields: a token, or why its request is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +25,7 @@ class Chunk:
 
     samples: the chunk reaches the request's last token, so its last row yields the next one.
     index: which generated token that is, counted from 0.
+    scored: positions of it whose next token, one of the prompt, gets its log-probability; empty unless asked for.
     """
 
     request: Request
@@ -27,6 +33,7 @@ class Chunk:
     length: int
     samples: bool
     index: int
+    scored: range = range(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +71,23 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.admits_new = True
+        """False lets nobody start who has not run yet, until `is_drained`."""
         self._free_rows = list(range(max_num_requests - 1, -1, -1))
 
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
+
+    @property
+    def is_drained(self) -> bool:
+        """Nobody runs, nor waits to go on."""
+        return not self.running and not (self.waiting and self.waiting[0].first_scheduled_s is not None)
+
+    def replace_pool(self, num_blocks: int) -> None:
+        """Go on with a KV cache of so many blocks, all free; nobody may run."""
+        assert not self.running
+        self.pool = BlockPool(num_blocks)
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -80,8 +99,8 @@ class Scheduler:
         is_starved = False
         num_preemptions = self.num_preemptions
         for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed > 1):
-            if request.row < 0 or request.num_generated >= request.params.max_tokens:
-                continue  # preempted a moment ago, or only waiting for its last token to be read
+            if request.row < 0 or request.is_behind or request.num_generated >= request.params.max_tokens:
+                continue  # preempted a moment ago, or waiting for its last token to be read
             length = min(request.num_tokens - request.num_computed, budget)
             if length == 0:
                 break
@@ -102,23 +121,22 @@ class Scheduler:
             chunk.request.num_batch_rows += len(chunks)
         return Step(chunks) if chunks else None
 
-    def commit(self, step: Step, tokens: list[Token]) -> list[Request]:
-        """Hand out the tokens of a finished step; returns the requests that took one.
+    def commit(self, step: Step, results: Sequence[Result]) -> list[Request]:
+        """Hand out the results of a finished step; returns the requests that took one.
 
-        Tokens of requests that ended meanwhile are dropped.
+        An error ends its request and no other. Results of requests that ended meanwhile are dropped.
         """
         took: list[Request] = []
         sampled = (chunk.request for chunk in step.chunks if chunk.samples)
-        for request, token in zip(sampled, tokens, strict=True):
+        for request, result in zip(sampled, results, strict=True):
             if request.is_finished:
                 continue
             request.num_pending -= 1
-            request.output.append(token)
             took.append(request)
-            if token.id in self.eos_ids and not request.params.ignore_eos:
-                self.finish(request, FinishReason.STOP, token.time_s)
-            elif len(request.output) >= request.params.max_tokens:
-                self.finish(request, FinishReason.LENGTH, token.time_s)
+            if isinstance(result, Token):
+                self._append(request, result)
+            else:
+                self.finish(request, FinishReason.ABORT, time.perf_counter())
         return took
 
     def finish(self, request: Request, reason: FinishReason, now_s: float) -> None:
@@ -140,13 +158,24 @@ class Scheduler:
             self._free_rows
         )
 
+    def _append(self, request: Request, token: Token) -> None:
+        request.output.append(token)
+        if request.matcher is not None:
+            request.matcher.accept(token.id)
+        ends = request.matcher is not None or not request.params.ignore_eos
+        if token.id in self.eos_ids and ends:
+            self.finish(request, FinishReason.STOP, token.time_s)
+        elif len(request.output) >= request.params.max_tokens:
+            self.finish(request, FinishReason.LENGTH, token.time_s)
+
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def _advance(self, request: Request, length: int) -> Chunk:
         start = request.num_computed
         samples = start + length == request.num_tokens
-        chunk = Chunk(request, start, length, samples, request.num_generated)
+        chunk = Chunk(request, start, length, samples, request.num_generated, _scored(request, start + length))
+        request.num_scored += len(chunk.scored)
         request.num_computed += length
         request.num_pending += samples
         return chunk
@@ -174,7 +203,8 @@ class Scheduler:
     def _can_admit(self, request: Request) -> bool:
         """A row is free, the host knows all its tokens, and its whole prompt fits now."""
         fits = self._num_blocks(request.num_tokens + 1) <= self.pool.num_free or not self.running
-        return bool(self._free_rows) and request.num_pending == 0 and fits
+        may_start = self.admits_new or request.first_scheduled_s is not None
+        return bool(self._free_rows) and request.num_pending == 0 and fits and may_start
 
     def _admit(self, now_s: float) -> Request:
         request = self.waiting.popleft()
@@ -188,3 +218,10 @@ class Scheduler:
         self.pool.release(request.blocks)
         self._free_rows.append(request.row)
         request.row = -1
+
+
+def _scored(request: Request, stop: int) -> range:
+    """Positions below stop that have yet to be scored: a prompt computed again was scored the first time."""
+    if request.params.prompt_logprobs is None:
+        return range(0)
+    return range(request.num_scored, max(request.num_scored, min(stop, len(request.prompt_ids) - 1)))

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+DEVICE_THREAD = "device"
 
 
 class Turnstile:
@@ -23,7 +24,7 @@ class Turnstile:
 
     def __init__(self) -> None:
         self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        threading.Thread(target=_turn, args=(self._work,), name="device", daemon=True).start()
+        threading.Thread(target=_turn, args=(self._work,), name=DEVICE_THREAD, daemon=True).start()
         # The thread holds the queue, not this object: it ends with its last user.
         weakref.finalize(self, self._work.put, None)
 

@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from service.errors import CapacityError, InvalidRequest, Malformed, OttavaError, RequestError
+from service.errors import InvalidRequest, Malformed, OttavaError, RequestError
 from service.metrics import NO_VARIANT, REJECTED
 from service.routes.serving import serving_of
 from service.schemas import ErrorDetail, ErrorResponse
@@ -27,11 +27,14 @@ DOCUMENTED_ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in {
         400: "A value outside its range: the message names field, value, limit and remedy.",
-        404: "A variant that is not served here.",
+        401: "No API key, or one that is not known; only where keys are set.",
+        404: "A model or variant that is not served here.",
         413: "A body above the limit.",
         422: "A body of another shape: unknown field, wrong type, missing field, not JSON.",
+        429: "Too many requests of this API key; see Retry-After.",
         500: "The engine failed.",
-        503: "Not ready or too many requests waiting; see Retry-After.",
+        503: "Not ready, too many requests waiting, or waited too long; see Retry-After.",
+        504: "Not done within the request's time.",
     }.items()
 }
 
@@ -49,6 +52,8 @@ _VALUE_ERRORS = {
     "literal_error": "which is not one of {expected}; send one of these",
     "string_unicode": "which holds half a surrogate pair; send valid Unicode",
     "temperature_too_small": "but {message}",
+    "not_honoured": "which this server does not honour; {message}",
+    "not_text": "which is not text; {message}",
 }
 _MAX_SHOWN = 80
 _SHORT = reprlib.Repr()
@@ -96,6 +101,11 @@ def answer(status: int, body: ErrorResponse, headers: Mapping[str, str] | None =
     return Response(json.dumps(body.model_dump()), status, headers, "application/json")
 
 
+def refusal(error: OttavaError) -> Response:
+    """The response for one of our own errors."""
+    return answer(error.status, error_body(error), error.headers)
+
+
 def describe(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     """One error for all that pydantic found: the first wrong shape, or else the first wrong value."""
     first = next((error for error in errors if error["type"] not in _VALUE_ERRORS), errors[0])
@@ -106,7 +116,9 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     if kind in _VALUE_ERRORS:
         reason = _VALUE_ERRORS[kind].format(**first.get("ctx", {}), message=first["msg"])
         return InvalidRequest(f"`{_dotted(path) or 'body'}` is {_shown(first['input'])}, {reason}", param)
-    return Malformed(_shape_message(kind, path, first), param)
+    # OpenAI answers 400 to a parameter that it does not know.
+    refusal = InvalidRequest if kind == "unknown_parameter" else Malformed
+    return refusal(_shape_message(kind, path, first), param)
 
 
 def _shape_message(kind: str, path: list[Any], error: Mapping[str, Any]) -> str:
@@ -114,7 +126,7 @@ def _shape_message(kind: str, path: list[Any], error: Mapping[str, Any]) -> str:
         return f"the body is not valid JSON, at character {path[0]}: {error['ctx']['error']}"
     if kind == "prompt_source":
         return f"{error['msg']}; send one of them"
-    if kind == "unknown_field":
+    if kind in ("unknown_field", "unknown_parameter"):
         name, nearest = error["ctx"]["name"], error["ctx"]["nearest"]
         hint = f"did you mean `{nearest[0]}`?" if nearest else "leave it out"
         return f"`{_dotted([*path, name])}` is not a field of this request; {hint}"
@@ -138,8 +150,7 @@ async def _on_ottava_error(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, OttavaError)
     if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("request %s failed: %s", request.state.request_id, error.message, exc_info=error)
-    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, CapacityError) else None
-    return answer(error.status, error_body(error), headers)
+    return refusal(error)
 
 
 async def _on_invalid_body(_: HTTPRequest, error: Exception) -> Response:
@@ -150,6 +161,8 @@ async def _on_invalid_body(_: HTTPRequest, error: Exception) -> Response:
 
 async def _on_http_error(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, OttavaError):
+        return refusal(error.__cause__)
     status = HTTPStatus(error.status_code)
     message = str(error.detail)
     if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import JSONResponse, Response
 
-from service.routes.serving import Serving, serving_of
+from service.routes.serving import STOPPING, Serving, serving_of
 
 router = APIRouter(tags=["operation"])
 Shared = Annotated[Serving, Depends(serving_of)]
@@ -25,11 +25,15 @@ async def health(serving: Shared) -> Response:
 
 @router.get("/ready", summary="Ready?", responses={503: {"description": "A variant is not ready, and why."}})
 async def ready(serving: Shared) -> Response:
-    """200 once every variant is loaded, self-checked and running; else 503 with the reason for each that is not."""
+    """200 while every variant is loaded, self-checked and running; else 503 with the reason for each that is not."""
     reasons = {variant: reason for variant in serving.engines if (reason := serving.why_unready(variant))}
     reasons.update(serving.failures())
+    if serving.is_draining:
+        reasons = dict.fromkeys(serving.engines, STOPPING) | reasons
     if reasons:
-        return JSONResponse({"ready": False, "variants": reasons}, 503, {"retry-after": "1"})
+        return JSONResponse(
+            {"ready": False, "variants": reasons}, 503, {"retry-after": str(serving.lifecycle.retry_after_s)}
+        )
     return JSONResponse({"ready": True, "variants": dict.fromkeys(serving.engines, "ready")})
 
 

@@ -9,13 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.compare import measure
-from service.engine.request import FinishReason, SamplingParams, Token
-from service.metrics import ERROR
-from service.routes.serving import Serving
-from service.schemas import Answer, Delta, TokenLogprob, TopLogprob, Usage
-from service.text import StopStrings
+from service.engine.request import FinishReason, Request, SamplingParams, Token
+from service.errors import DeadlineExceeded, OttavaError, QueueFull, QueueTimeout
+from service.metrics import ERROR, REJECTED, TIMEOUT
+from service.record import RunRecord, current
+from service.routes.deadlines import Deadlines
+from service.routes.serving import BASELINE, Serving
+from service.schemas import Answer, Delta, RunMetrics, TokenLogprob, TopLogprob, Usage
+from service.shadow import Sample
+from service.text import Output
+from service.traffic import Visit
 
 RELEASE_POLL_S = 0.001
+_OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,10 @@ class Plan:
     """A request that has been checked: what to run, with which ids and parameters.
 
     shows_logprobs: whether the client asked for what params.logprobs may ask for us.
+    continues: the answer goes on inside the prompt's text, where a leading space counts.
+    route: where it came in.
+    timeout_s: seconds from received_s to the last token; none: as many as the settings allow.
+    is_compared: part of a comparison, so not drawn for shadow mode.
     """
 
     id: str
@@ -31,17 +41,21 @@ class Plan:
     params: SamplingParams
     stop: tuple[str, ...] = ()
     shows_logprobs: bool = False
+    continues: bool = False
     received_s: float = field(default_factory=time.perf_counter)
+    route: str = "/generate"
+    is_compared: bool = False
+    timeout_s: float | None = None
 
 
 class Run:
     """A plan in an engine. Iterate `deltas`, then read `answer`; `close` in any case, which frees what it held.
 
-    Its outcome is counted exactly once: stop, length, abort, error, or rejected at submission.
+    Its outcome is counted exactly once: stop, length, abort, timeout, error, or rejected at submission or in the queue.
     """
 
-    def __init__(self, plan: Plan, serving: Serving) -> None:
-        """Submit the plan.
+    def __init__(self, plan: Plan, serving: Serving, visit: Visit | None = None) -> None:
+        """Submit the plan, as a part of the visit or as one of its own.
 
         Raises:
             QueueFull, EngineFailed: by the engine; counted.
@@ -51,33 +65,54 @@ class Run:
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self._sent_s: list[float] = []
+        self._serving = serving
         self._metrics = serving.metrics
         self._is_counted = False
         self._engine = serving.engines[plan.variant]
-        self._decoder = serving.tokenizer.decoder()
-        self._stops = StopStrings(plan.stop)
-        with self._metrics.counting_refusals(plan.variant):
-            self._stream = self._engine.submit(plan.prompt_ids, plan.params, plan.id, plan.received_s)
+        self._output = Output(serving.tokenizer.decoder(plan.prompt_ids if plan.continues else ()), plan.stop)
+        self._visit = serving.visit() if visit is None else visit
+        self._has_own_visit = visit is None
+        self._submitted_s = time.perf_counter()
+        self._late: OttavaError | None = None
+        self._timeout_s = serving.settings.request_timeout_s if plan.timeout_s is None else plan.timeout_s
+        try:
+            with self._metrics.counting_refusals(plan.variant):
+                self._stream = self._engine.submit(plan.prompt_ids, plan.params, plan.id, plan.received_s)
+        except Exception as error:
+            self._leave()
+            if isinstance(error, QueueFull):
+                error.retry_after_s = self._retry_after_s()
+            raise
+        self._deadlines = Deadlines(
+            self._stream.request,
+            self._timeout_s,
+            serving.settings.queue_timeout_s,
+            self._retry_after_s,
+            self._expire,
+        )
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """What each step added; the last one may bring text without tokens.
+        """What each step added. With the last one `finish_reason` is set and `answer` can be read.
 
         Raises:
             EngineFailed: a step raised; what was sent before stands.
+            DeadlineExceeded, QueueTimeout: it took or waited too long; likewise.
         """
         try:
             async for tokens in self._stream:
                 delta = self._delta(tokens)
-                if self._stops.found is not None:
+                if self._output.is_stopped:
                     self._stream.finish(FinishReason.STOP)
+                if self._output.is_stopped or self._is_complete():
+                    self._flush(delta)
+                    self._end()
                 yield delta
-            rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
-            if rest:
-                self.text += rest
-                yield Delta(id=self.plan.id, variant=self.plan.variant, text=rest, token_ids=[])
-            self._end()
-        except Exception:
-            self._count(ERROR)
+            if self._late is not None:
+                raise self._late
+            if self.finish_reason is None:
+                self._end()
+        except Exception as error:
+            self._count(_outcome(error))
             raise
 
     def answer(self) -> Answer:
@@ -95,9 +130,23 @@ class Run:
                 completion_tokens=num_tokens,
                 total_tokens=len(request.prompt_ids) + num_tokens,
             ),
-            metrics=measure(request, self.tokens, self.plan.received_s, self._sent_s),
+            metrics=self.times(),
             **self._logprobs(self.tokens),
         )
+
+    @property
+    def request(self) -> Request:
+        """The engine's side of the run."""
+        return self._stream.request
+
+    def prompt_logprobs(self) -> list[TokenLogprob]:
+        """Of every prompt token but the first; complete with the first delta of a plan that asks for them."""
+        return [_logprob(token) for token in self.request.prompt_logprobs]
+
+    @property
+    def time_left_s(self) -> float:
+        """Seconds until the plan's time is over."""
+        return self.plan.received_s + self._timeout_s - time.perf_counter()
 
     @property
     def is_released(self) -> bool:
@@ -111,6 +160,7 @@ class Run:
 
     def close(self) -> None:
         """End the run if it is still going. A second call changes nothing."""
+        self._leave()
         if self.finish_reason is None:
             self.finish_reason = FinishReason.ABORT
             self._stream.finish(FinishReason.ABORT)
@@ -118,12 +168,7 @@ class Run:
 
     def _delta(self, tokens: Sequence[Token]) -> Delta:
         """Take the tokens of a step, up to the one that completes a stop string."""
-        text, taken = "", 0
-        for token in tokens:
-            text += self._stops.push(self._decoder.push(token.id))
-            taken += 1
-            if self._stops.found is not None:
-                break
+        text, taken = self._output.take([token.id for token in tokens])
         new = tokens[:taken]
         self.text += text
         self.tokens.extend(new)
@@ -135,21 +180,98 @@ class Run:
         ids = [token.id for token in new]
         return Delta(id=self.plan.id, variant=self.plan.variant, text=text, token_ids=ids, **self._logprobs(new))
 
+    def _is_complete(self) -> bool:
+        """Every token of a request that came to its own end has been taken."""
+        request = self._stream.request
+        return request.finish_reason in _OWN_ENDS and len(self.tokens) >= len(request.output)
+
+    def _flush(self, delta: Delta) -> None:
+        """Give the last delta the text that was held back."""
+        rest = self._output.flush()
+        self.text += rest
+        delta.text += rest
+
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """The field `logprobs`, set only where the client asked for it."""
         return {"logprobs": [_logprob(token) for token in tokens]} if self.plan.shows_logprobs else {}
 
     def _end(self) -> None:
-        stopped = self._stops.found is not None
+        stopped = self._output.is_stopped
         self.finish_reason = FinishReason.STOP if stopped else self._stream.request.finish_reason or FinishReason.ABORT
+        self._visit.note(num_own=0 if self.is_released else 1)
         self._count(self.finish_reason)
         if self.finish_reason != FinishReason.ABORT:
-            self._metrics.finished(self.plan.variant, self.answer().metrics, self.tokens)
+            self._tell(self.finish_reason)
+
+    def _tell(self, reason: FinishReason) -> None:
+        """Report the finished run to all who keep a record."""
+        plan, serving, metrics = self.plan, self._serving, self.answer().metrics
+        serving.metrics.finished(plan.variant, metrics, self.tokens)
+        serving.recent.add(plan.id, plan.variant, plan.route, reason, metrics)
+        has_baseline = serving.why_unready(BASELINE) is None
+        if has_baseline and not plan.is_compared and serving.shadow.wants(plan.variant):
+            serving.shadow.offer(self._sample())
+
+    def _sample(self) -> Sample:
+        """What shadow mode needs for a replay."""
+        plan = self.plan
+        return Sample(
+            self._stream.request,
+            plan.variant,
+            plan.stop,
+            plan.prompt_ids if plan.continues else (),
+            self.tokens,
+            self._submitted_s,
+            self._visit.is_contended,
+        )
+
+    def _expire(self, error: OttavaError) -> None:
+        """End the run where its time is over; `deltas` raises the error."""
+        if self.finish_reason is None and not self._output.is_stopped:
+            self._late = error
+            self._stream.finish(FinishReason.ABORT)
+
+    def _retry_after_s(self) -> int:
+        return self._serving.pace.retry_after_s(self.plan.variant, self._engine.stats())
+
+    def times(self) -> RunMetrics:
+        """The metrics of what has been sent so far."""
+        return measure(self._stream.request, self.tokens, self.plan.received_s, self._sent_s)
+
+    def _leave(self) -> None:
+        if self._has_own_visit:
+            self._visit.leave()
 
     def _count(self, outcome: str) -> None:
         if not self._is_counted:
             self._is_counted = True
             self._metrics.count(self.plan.variant, outcome)
+            self._deadlines.cancel()
+            self._note(outcome)
+
+    def _note(self, outcome: str) -> None:
+        """Note the end for whoever comes after, and in the record of the HTTP request that this run is part of."""
+        ended_s, first_scheduled_s = time.perf_counter(), self._stream.request.first_scheduled_s
+        if first_scheduled_s is not None:
+            self._serving.pace.add(self.plan.variant, ended_s - first_scheduled_s)
+        record = current.get()
+        if record is not None:
+            texts = (self._prompt_text(), self.text) if self._serving.settings.log_prompts else (None, None)
+            plan = self.plan
+            record.runs.append(
+                RunRecord(plan.id, plan.variant, outcome, plan.params, plan.received_s, ended_s, self.times(), *texts)
+            )
+
+    def _prompt_text(self) -> str:
+        decoder = self._serving.tokenizer.decoder()
+        return "".join(decoder.push(token_id) for token_id in self.plan.prompt_ids) + decoder.flush()
+
+
+def _outcome(error: Exception) -> str:
+    """How `requests_total` counts a run that raised."""
+    if isinstance(error, QueueTimeout):
+        return REJECTED
+    return TIMEOUT if isinstance(error, DeadlineExceeded) else ERROR
 
 
 def _logprob(token: Token) -> TokenLogprob:

@@ -7,29 +7,24 @@ from dataclasses import dataclass, field
 
 from fastapi import Request as HTTPRequest
 
+from service.comparisons import Comparisons
 from service.engine.request import Engine
-from service.errors import EngineFailed, NotReady, UnknownVariant
+from service.errors import EngineFailed, InvalidSettings, NotReady, ReloadFailed, UnknownVariant
+from service.keys import Keyring
+from service.lifecycle import Lifecycle
+from service.limits import KeyLimits, Pace
 from service.metrics import ServiceMetrics
+from service.model_names import ModelNames
+from service.recent import Recent
+from service.reloads import Reload, Reloaded, Reloads
 from service.settings import Settings
+from service.shadow import Shadow
 from service.text import TokenizerLike
+from service.traffic import Traffic, Visit
 
 BASELINE = "fp16"
 STARTING = "the start-up self-check is still running"
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Requests that this process is running: how many now, how many ever."""
-
-    num_active: int = 0
-    num_entered: int = 0
-
-    def enter(self) -> None:
-        self.num_active += 1
-        self.num_entered += 1
-
-    def leave(self) -> None:
-        self.num_active -= 1
+STOPPING = "the server is stopping"
 
 
 @dataclass(slots=True)
@@ -41,8 +36,53 @@ class Serving:
     tokenizer: TokenizerLike
     info: Callable[[], dict[str, object]]
     metrics: ServiceMetrics
+    traffic: Traffic
+    recent: Recent
+    comparisons: Comparisons
+    shadow: Shadow
+    keys: Keyring
+    limits: KeyLimits
+    pace: Pace
+    reloads: Reloads
+    models: ModelNames
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
     refused: Mapping[str, str] | None = None
-    traffic: Traffic = field(default_factory=Traffic)
+
+    @classmethod
+    def over(
+        cls,
+        engines: Mapping[str, Engine],
+        settings: Settings,
+        tokenizer: TokenizerLike,
+        info: Callable[[], dict[str, object]],
+        reload: Reload,
+    ) -> Serving:
+        """The state of a fresh app."""
+        metrics, traffic = ServiceMetrics(engines, info), Traffic()
+        comparisons = Comparisons(metrics)
+        rate, max_waiting = settings.shadow_rate, settings.shadow_queue
+        shadow = Shadow(engines, BASELINE, tokenizer, traffic, comparisons, metrics, rate, max_waiting)
+        limits = KeyLimits(settings.max_concurrent_per_key, settings.max_requests_per_minute)
+        return cls(
+            engines,
+            settings,
+            tokenizer,
+            info,
+            metrics,
+            traffic,
+            Recent(),
+            comparisons,
+            shadow,
+            Keyring(settings),
+            limits,
+            Pace(),
+            Reloads(reload, metrics),
+            ModelNames(engines, info),
+        )
+
+    def visit(self) -> Visit:
+        """A client's request comes in; it must `leave`."""
+        return Visit(self.traffic, self.engines.values())
 
     @property
     def default_variant(self) -> str:
@@ -68,6 +108,29 @@ class Serving:
         if engine.failure is not None:
             raise EngineFailed(f"the {variant} engine has stopped after a failure; the server must be restarted")
         return engine
+
+    async def reload(self, model: str | None) -> Reloaded:
+        """Read the API keys again, then serve a checkpoint: see `Reloads.run`.
+
+        Raises:
+            ReloadFailed: with the reason; also while the server starts or stops. What was served before still is.
+        """
+        if self.is_draining or self.refused is None:
+            raise ReloadFailed(STOPPING if self.is_draining else STARTING)
+        try:
+            self.keys.reload()
+        except InvalidSettings as error:
+            raise ReloadFailed(f"the API keys cannot be read again: {error.message}") from error
+        reloaded = await self.reloads.run(model)
+        self.models.refresh()
+        # It has passed the check that the one before may have failed.
+        self.refused = {variant: why for variant, why in self.refused.items() if variant != reloaded.variant}
+        return reloaded
+
+    @property
+    def is_draining(self) -> bool:
+        """The server is stopping: it takes no new generations."""
+        return self.lifecycle.is_draining
 
     def why_unready(self, variant: str) -> str | None:
         """What keeps a served variant from being ready, its engine's health aside."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
+import jsonschema
 import pytest
 import torch
 
 from benchmarks.chain import Moved
 from quant.scheme import PRESETS
 from service.engine.loop import EngineLoop
-from service.engine.request import SamplingParams
+from service.engine.request import FinishReason, SamplingParams
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.engine.turnstile import Turnstile
 from service.models.decoder import Decoder, score
 from service.models.families import ModelConfig, linear_names
 from service.models.loader import RandomWeights, load_decoder, random_decoder
+from tests.engine.test_constraint import EOS, JSON, SCHEMA, finished, text_of
 from tests.engine.test_loop import PROMPTS, collect_all
 from tests.models.conftest import TINY, make_model, tiny  # noqa: F401 (a fixture)
 
@@ -92,6 +95,56 @@ def test_steps_of_a_family(name):
 def test_int8_tokens_do_not_depend_on_the_batch(scheme):
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float32, CUDA)
     assert generate(decoder, use_graphs=True) == generate(decoder, use_graphs=True, one_by_one=True)
+
+
+@pytest.mark.parametrize("use_graphs", [True, False])
+def test_answers_held_to_a_grammar(use_graphs):
+    """Beside captured steps that know of no grammar; the neighbours' tokens stay as they are."""
+    decoder = random_decoder(ModelConfig.of(make_model("qwen2").config), PRESETS["w8a8"], torch.float16, CUDA)
+    runner = Runner(decoder, 200, 16, 16, 64, use_graphs)
+    runner.warm_up()
+    engine = EngineLoop("w8a8", Scheduler(200, 16, 16, 64, frozenset({EOS})), runner, Turnstile(), 256).start()
+    held = SamplingParams(140, temperature=1.0, seed=1, grammar=JSON.compile(SCHEMA))
+
+    async def run():
+        alone = await collect_all(engine, PROMPTS[:6], PARAMS)
+        free = asyncio.ensure_future(collect_all(engine, PROMPTS[:6], PARAMS))
+        answers = await asyncio.gather(*(finished(engine, prompt, held) for prompt in PROMPTS[6:]))
+        return alone, await free, answers
+
+    try:
+        alone, beside, answers = asyncio.run(run())
+    finally:
+        engine.stop()
+    assert beside == alone
+    for request, tokens in answers:
+        if request.finish_reason == FinishReason.STOP:
+            jsonschema.validate(json.loads(text_of(tokens)), SCHEMA)
+    assert sum(request.finish_reason == FinishReason.STOP for request, _ in answers) >= 4
+
+
+def test_log_probabilities_of_prompts():
+    """Against those of the whole prompt in one chunk; rows that a step shares round as the tiles of its size do."""
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CUDA)
+    runner = Runner(decoder, 200, 16, 16, 64)
+    runner.warm_up()
+    engine = EngineLoop("w8a8", Scheduler(200, 16, 16, 64), runner, Turnstile(), 256).start()
+    params = SamplingParams(8, ignore_eos=True, prompt_logprobs=3)
+
+    async def run():
+        return await asyncio.gather(*(finished(engine, prompt, params) for prompt in PROMPTS))
+
+    try:
+        requests = [request for request, _ in asyncio.run(run())]
+    finally:
+        engine.stop()
+    for request in requests:
+        ids = torch.tensor(request.prompt_ids)
+        with torch.inference_mode():
+            expected = score(decoder, ids).log_softmax(-1)[:-1].gather(-1, ids[1:, None].cuda())[:, 0]
+        found = torch.tensor([token.logprob for token in request.prompt_logprobs])
+        assert (found - expected.cpu()).abs().max() < 1e-2
+        assert all(len(token.top_logprobs) == 3 for token in request.prompt_logprobs)
 
 
 def test_preemption_with_a_step_in_flight_loses_nothing():

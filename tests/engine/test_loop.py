@@ -17,9 +17,10 @@ from service.engine.request import FinishReason, SamplingParams, Token
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.engine.turnstile import Turnstile
-from service.errors import EngineFailed, QueueFull
+from service.errors import QueueFull
 from service.models.families import ModelConfig
 from service.models.loader import load_decoder, random_decoder
+from tests.engine.fakes import ScriptedRunner
 from tests.models.conftest import make_model, tiny  # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")
@@ -180,32 +181,8 @@ def test_two_hundred_requests_a_third_of_them_cut_off(engine_of):
     assert engine.stats().num_preemptions > 0
 
 
-class SlowRunner:
-    """One made-up token per step and request, asynchronous as a GPU is; can be told to break."""
-
-    is_async = True
-    kv_cache_bytes = 0
-
-    def __init__(self) -> None:
-        self.breaks = False
-
-    def execute(self, step):
-        time.sleep(0.002)
-        return _Ready(self, [Token(len(c.request.output), time.perf_counter()) for c in step.chunks if c.samples])
-
-
-class _Ready:
-    def __init__(self, runner: SlowRunner, tokens: list[Token]) -> None:
-        self.runner, self.tokens = runner, tokens
-
-    def read(self):
-        if self.runner.breaks:
-            raise RuntimeError("the device is gone")
-        return self.tokens
-
-
 def test_a_full_queue_refuses_and_loses_nothing():
-    runner = SlowRunner()
+    runner = ScriptedRunner(step_s=0.002)
     engine = EngineLoop("w8a8", Scheduler(64, 16, 2, 64), runner, Turnstile(), 256, max_waiting=3).start()
 
     async def run():
@@ -222,26 +199,6 @@ def test_a_full_queue_refuses_and_loses_nothing():
     assert all("3 requests are waiting" in message for message in refused)
     assert lengths == [5] * (30 - len(refused))
     engine.stop()
-
-
-def test_a_failing_step_is_told_to_every_request_and_to_those_that_come_later():
-    runner = SlowRunner()
-    engine = EngineLoop("w8a8", Scheduler(64, 16, 4, 64), runner, Turnstile(), 256).start()
-
-    async def run():
-        streams = [engine.submit([1, 2], SamplingParams(max_tokens=1000), str(i)) for i in range(6)]
-        await asyncio.sleep(0.05)
-        runner.breaks = True
-        for stream in streams:
-            with pytest.raises(EngineFailed):
-                async for _ in stream:
-                    pass
-        with pytest.raises(EngineFailed):
-            engine.submit([1], SamplingParams(), "late")
-
-    asyncio.run(run())
-    assert isinstance(engine.failure, RuntimeError)
-    assert engine.stats().kv_cache_usage_ratio == 0
 
 
 def test_a_turnstile_lets_one_in_at_a_time_in_order_and_on_one_thread():

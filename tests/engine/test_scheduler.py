@@ -7,8 +7,22 @@ from hypothesis import strategies as st
 
 from service.engine.request import FinishReason, Request, SamplingParams, Token
 from service.engine.scheduler import Scheduler
+from service.errors import EngineFailed
 
 EOS = 7
+
+
+class Anything:
+    """A grammar of every text."""
+
+    def matcher(self):
+        return self
+
+    def allowed(self) -> bytes:
+        return b"\xff"
+
+    def accept(self, token_id: int) -> None:
+        pass
 
 
 def new_request(name: str, prompt_len: int, max_tokens: int = 4, **params) -> Request:
@@ -94,24 +108,64 @@ def test_the_youngest_is_preempted_and_computed_again():
     assert plan.num_preemptions == 1
 
 
+def test_a_request_with_a_grammar_waits_for_its_last_token_and_nobody_else_does():
+    plan = scheduler()
+    held, free = new_request("held", 3, grammar=Anything()), new_request("free", 3)
+    plan.add(held)
+    plan.add(free)
+    first, second = plan.schedule(0.0), plan.schedule(0.0)
+    assert [[c.request for c in step.chunks] for step in (first, second)] == [[held, free], [free]]
+    plan.commit(first, tokens_of(first))
+    third = plan.schedule(0.0)
+    assert [(c.request, c.start) for c in third.chunks] == [(held, 3), (free, 4)]
+
+
+def test_the_end_token_of_a_grammar_ends_even_under_ignore_eos():
+    plan = scheduler()
+    request = new_request("a", 3, max_tokens=9, ignore_eos=True, grammar=Anything())
+    plan.add(request)
+    plan.commit(plan.schedule(0.0), [Token(EOS, 0.0)])
+    assert request.finish_reason == FinishReason.STOP
+
+
+def test_an_error_ends_its_request_alone():
+    plan = scheduler()
+    lost, kept = new_request("lost", 3), new_request("kept", 3)
+    plan.add(lost)
+    plan.add(kept)
+    first, second = plan.schedule(0.0), plan.schedule(0.0)
+    assert plan.commit(first, [EngineFailed("why"), Token(50, 0.0)]) == [lost, kept]
+    assert lost.finish_reason == FinishReason.ABORT
+    assert (lost.output, lost.blocks, lost.row) == ([], [], -1)
+    assert plan.commit(second, [Token(51, 0.0), Token(52, 0.0)]) == [kept]
+    assert [token.id for token in kept.output] == [50, 52]
+    plan.check_integrity()
+
+
 REQUEST = st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(0, 30), st.none() | st.integers(0, 30))
+WANTS = st.fixed_dictionaries(
+    {"prompt_logprobs": st.sampled_from([None, 0, 3]), "grammar": st.sampled_from([None, Anything()])}
+)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    plans=st.lists(REQUEST, min_size=1, max_size=12),
+    plans=st.lists(st.tuples(REQUEST, WANTS), min_size=1, max_size=12),
     num_blocks=st.integers(11, 24),
     budget=st.integers(8, 40),
     is_async=st.booleans(),
 )
 def test_every_request_ends_and_nothing_leaks(plans, num_blocks, budget, is_async):
     """Few blocks, arrivals and aborts at any step, with and without a step in flight: each request gets exactly its
-    tokens, no step touches a slot its request does not own, and all blocks and rows come back."""
+    tokens, no step touches a slot its request does not own, all blocks and rows come back, a prompt is scored once
+    however often it is computed, and a grammar has read every token before the next is planned."""
     plan = scheduler(num_blocks=num_blocks, block_size=4, rows=5, budget=budget)
-    requests = [new_request(str(i), length, max_tokens) for i, (length, max_tokens, _, _) in enumerate(plans)]
-    aborted, in_flight = set(), None
-    for turn in range(1000):
-        for request, (_, _, arrival, delay) in zip(requests, plans, strict=True):
+    requests = [
+        new_request(str(i), length, max_tokens, **wants) for i, ((length, max_tokens, _, _), wants) in enumerate(plans)
+    ]
+    aborted, in_flight, scored = set(), None, {request: [] for request in requests}
+    for turn in range(1500):
+        for request, ((_, _, arrival, delay), _) in zip(requests, plans, strict=True):
             if arrival == turn:
                 plan.add(request)
             if delay is not None and arrival + delay == turn and not request.is_finished:
@@ -124,7 +178,11 @@ def test_every_request_ends_and_nothing_leaks(plans, num_blocks, budget, is_asyn
             rows = [chunk.request.row for chunk in step.chunks]
             assert len(set(rows)) == len(rows)
             assert min(rows) >= 0
-            assert all(len(c.request.blocks) * 4 >= c.start + c.length for c in step.chunks)
+            for chunk in step.chunks:
+                assert len(chunk.request.blocks) * 4 >= chunk.start + chunk.length
+                assert chunk.request.matcher is None or chunk.request.num_pending == chunk.samples
+                assert set(chunk.scored) <= set(range(chunk.start, chunk.start + chunk.length))
+                scored[chunk.request] += chunk.scored
         done, in_flight = (in_flight, step) if is_async else (step, None)
         if done is not None:
             plan.commit(done, tokens_of(done))
@@ -135,3 +193,5 @@ def test_every_request_ends_and_nothing_leaks(plans, num_blocks, budget, is_asyn
     for request in requests:
         assert request.finish_reason == (FinishReason.ABORT if request in aborted else FinishReason.LENGTH)
         assert request in aborted or len(request.output) == request.params.max_tokens
+        wanted = list(range(len(request.prompt_ids) - 1)) if request.params.prompt_logprobs is not None else []
+        assert scored[request] == (wanted[: len(scored[request])] if request in aborted else wanted)

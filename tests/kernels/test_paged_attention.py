@@ -275,6 +275,22 @@ def test_reference_window_and_soft_cap(place: Place) -> None:
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("int8", ["", "kv"])
+def test_reference_multiplies_no_slot_of_others(place: Place, int8: str) -> None:
+    """NaN that a lost request left in a block, or in the rest of one, reaches nobody through the oracle either."""
+    if place.device != "cpu":
+        return
+    for requests in (MIXED, DECODES):
+        case = Case(place, requests, 64, 6, 2, int8=int8)
+        case.tables.clamp_(max=case.tables[case.tables < 2**30].max().item())
+        case.check(
+            reference.paged_attention(
+                case.q, case.k, case.v, case.tables, case.query_starts, case.context_lens, case.max_query_len,
+                case.scale,
+            )
+        )  # fmt: skip
+
+
 def test_window_and_soft_cap_twins_fail(place: Place) -> None:
     for name, wrong in (("window", 17), ("window", 19), ("window", None), ("soft_cap", 2.1), ("soft_cap", None)):
         case = Case(place, MIXED, 64, 6, 2, window=18, soft_cap=2.0)

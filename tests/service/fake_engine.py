@@ -23,10 +23,17 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def apply_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        return self.encode("".join(f"{m['role']}:{m['content']}\n" for m in messages))
+    def apply_chat(self, messages: Sequence[dict[str, str]], is_open: bool = True) -> list[int]:
+        text = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
+        return self.encode(text[:-1] if is_open and messages[-1]["role"] == "assistant" else text)
 
-    def decoder(self) -> ByteDecoder:
+    def token_text(self, token_id: int) -> str:
+        return "<eos>" if token_id == EOS else chr(token_id) if token_id < 128 else f"bytes:\\x{token_id:02x}"
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"<eos>" if token_id == EOS else bytes([token_id])
+
+    def decoder(self, context: Sequence[int] = ()) -> ByteDecoder:
         return ByteDecoder()
 
 
@@ -61,6 +68,7 @@ class FakeStream:
     def finish(self, reason: FinishReason) -> None:
         if not (self.is_closed or self.request.is_finished):
             self.is_closed = True
+            self.queue.put_nowait(None)
             if self.task is not None:
                 self.task.cancel()
             delay_s = self.engine.release_delay_s
@@ -166,6 +174,7 @@ class FakeEngine:
         request = stream.request
         ids, reason = self._ids(request)
         request.first_scheduled_s = time.perf_counter()
+        request.prompt_logprobs = self._scores(request)
         for start in range(0, len(ids), self.tokens_per_step):
             await asyncio.sleep(self.delay_s)
             if self.fail_at is not None and start >= self.fail_at:
@@ -181,6 +190,16 @@ class FakeEngine:
             stream.queue.put_nowait(tokens)
         self.release(stream, reason)
         stream.queue.put_nowait(None)
+
+    def _scores(self, request: Request) -> list[Token]:
+        """Of prompt token n: -n / 4, and as likeliest the bytes before it in the alphabet, each a little likelier."""
+        num_top, now_s = request.params.prompt_logprobs, time.perf_counter()
+        if num_top is None:
+            return []
+        return [
+            Token(id_, now_s, -place / 4, tuple((id_ - n, -place / 4 + n / 100) for n in range(num_top, 0, -1)))
+            for place, id_ in enumerate(request.prompt_ids[1:], 1)
+        ]
 
     def _token(self, token_id: int, params: SamplingParams) -> Token:
         top = () if params.logprobs is None else tuple((token_id + n, -0.5 - n) for n in range(params.logprobs))

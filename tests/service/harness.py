@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
+from service.server_options import server_config
 from service.settings import Settings
 from tests.service.fake_engine import ByteTokenizer, FakeEngine
 
@@ -50,10 +51,10 @@ async def client_of(app: FastAPI, wait_s: float = DEADLINE_S) -> AsyncIterator[h
 
 
 @asynccontextmanager
-async def server_of(app: FastAPI) -> AsyncIterator[int]:
+async def server_of(app: FastAPI, log_level: str = "error") -> AsyncIterator[int]:
     """A real server on a loopback port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", http="h11"))
+    server = uvicorn.Server(server_config(app, app.state.serving.settings, log_level=log_level))
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
         await until(lambda: server.started and app.state.serving.refused is not None)

@@ -331,7 +331,7 @@ def test_a_fault_in_decoding_frees_the_request():
         def encode(self, text):
             return [1]
 
-        def decoder(self):
+        def decoder(self, context=()):
             return Faulty()
 
     for stream in (False, True):

@@ -108,6 +108,33 @@ def test_200_requests_a_third_of_them_cut_off(engines):
     assert total(samples, "ottava_num_requests_running") == 0
 
 
+def test_requests_that_run_or_wait_too_long_are_freed(engines):
+    """16 rows, 40 requests: some start and are too late, the others are too late before they start."""
+
+    async def go():
+        app = app_of(engines, queue_timeout_s=0.1, request_timeout_s=0.25)
+        async with server_of(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            body = {"prompt": "x", "max_tokens": 250}
+            answers = await asyncio.gather(
+                *(client.post("/generate", json={**body, "stream": n % 2 == 0}) for n in range(40))
+            )
+            await until(lambda: _in_engines(engines) == 0)
+            after = await client.post("/generate", json={"prompt": "x", "max_tokens": 20})
+            return answers, after.json()["text"], await metrics_of(client)
+
+    answers, after, samples = asyncio.run(go())
+    codes = [
+        (events_of(answer)[-1] if answer.text.startswith("data") else answer.json())["error"]["code"]
+        for answer in answers
+    ]
+    assert codes.count("deadline_exceeded") == 16
+    assert codes.count("queue_timeout") == 24
+    assert after == expected(20)
+    assert total(samples, "ottava_kv_cache_usage_ratio") == 0
+    assert samples["ottava_requests_total", "outcome=timeout", "variant=w8a8"] == 16
+    assert samples["ottava_requests_total", "outcome=rejected", "variant=w8a8"] == 24
+
+
 @pytest.mark.parametrize("stop", [None, "cd"])
 def test_compare_alone_is_clean_and_agrees(engines, stop):
     async def go():

@@ -1,0 +1,97 @@
+"""What every request body shares: strictness, text that a tokenizer can encode, and how tokens are chosen."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, LiteralString
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MIN_TEMPERATURE = 0.001
+MAX_NAME_CHARS = 80
+
+
+def _stop_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _usable_temperature(value: float) -> float:
+    if 0.0 < value < MIN_TEMPERATURE:
+        raise PydanticCustomError(
+            "temperature_too_small",
+            "the smallest temperature above 0 is {limit}, where logits still fit in float32; send 0 for greedy",
+            {"limit": MIN_TEMPERATURE},
+        )
+    return value
+
+
+def whole_unicode(value: str) -> str:
+    """The text as it is. Raises the pydantic error `string_unicode` where it cannot be encoded."""
+    # JSON can spell half a surrogate pair, which no tokenizer can encode.
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("string_unicode", "half a surrogate pair") from error
+    return value
+
+
+Text = Annotated[str, AfterValidator(whole_unicode)]
+Temperature = Annotated[float, AfterValidator(_usable_temperature)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), AfterValidator(whole_unicode)]
+_STOP_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
+        {
+            "type": "array",
+            "maxItems": MAX_STOPS,
+            "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
+        },
+    ]
+}
+
+
+class Body(BaseModel):
+    """What a client sends: no unknown field, no conversion between types, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    unknown: ClassVar[LiteralString] = "unknown_field"
+    """The pydantic error of an unknown field, which decides the status of the answer."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_first_unknown(cls, values: Any) -> Any:
+        """One error for the first unknown field: pydantic's own check makes one for each, 8 us apiece."""
+        for name in values if isinstance(values, dict) else ():
+            if name not in cls.model_fields:
+                shown = name[:MAX_NAME_CHARS].encode(errors="backslashreplace").decode()
+                nearest = get_close_matches(shown, cls.model_fields, n=1)
+                raise PydanticCustomError(cls.unknown, "{name}", {"name": shown, "nearest": nearest})
+        return values
+
+
+class Sampling(Body):
+    """How the next token is chosen, where the answer ends, and whether it comes as a stream."""
+
+    temperature: Temperature = Field(
+        0.0, ge=0, le=2, description="0: always the likeliest token; above: logits are divided by it."
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the fewest tokens of at least this probability.")
+    top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0: from all.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens less likely than this share of the likeliest.")
+    repetition_penalty: float = Field(
+        1.0, ge=0.1, le=10, description="Above 1 makes tokens of prompt and answer less likely; 1: off."
+    )
+    stop: Annotated[list[StopString], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] = Field(
+        [], max_length=MAX_STOPS, description="A string or a list of strings that end the answer; left out of it."
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=1 << 63, description="Same seed, same request, same answer; none: a fresh one."
+    )
+    ignore_eos: bool = Field(False, description="Go on to max_tokens whatever the model says.")
+    stream: bool = Field(False, description="Answer as server-sent events, one per step.")
+    timeout_s: float | None = Field(
+        None, gt=0, description="Seconds until the answer must be complete, else 504; none: the server's limit."
+    )

@@ -1,0 +1,61 @@
+"""The command line: `ottava serve`, `chat`, `quantize`, `evaluate`, `tune`, `roofline`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from service.cli import chat, evaluate, quantize, roofline, serve, tune
+from service.cli.later import Later
+
+EXAMPLES = """
+Start here: two terminals, no GPU and no model needed.
+  $ ottava serve              # the demo model; page: http://127.0.0.1:8000/
+  $ ottava chat --compare     # INT8 and FP16 answer in turn
+
+Then your own model:
+  $ ottava evaluate FOLDER --schemes w8a8,rtn     # what each scheme costs
+  $ ottava quantize FOLDER OUT --scheme w8a8      # a checkpoint to keep
+  $ ottava serve OUT --baseline FOLDER
+  $ ottava roofline llama-3.1-8b --gpu h100       # what a GPU could gain
+
+`ottava COMMAND --help` shows a command's options with examples;
+`ottava --install-completion` lets the shell complete them.
+"""
+
+kernels = Later("kernels")
+
+app = typer.Typer(
+    name="ottava",
+    help="Serve language models in INT8 W8A8, measured live against their FP16 baseline.",
+    epilog=EXAMPLES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for module, command in (
+    (serve, serve.serve),
+    (chat, chat.chat),
+    (quantize, quantize.quantize),
+    (evaluate, evaluate.evaluate),
+    (tune, tune.tune),
+    (roofline, roofline.roofline),
+):
+    app.command(epilog=module.EXAMPLES)(command)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show:
+        typer.echo(f"ottava {kernels.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `ottava` command."""
+    # No fork may deadlock tokenizers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app(prog_name="ottava")

@@ -1,0 +1,82 @@
+"""`ottava evaluate`: what schemes cost in quality, and what they bring."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from quant.scheme import PRESETS
+from service.cli.later import Later
+from service.cli.options import Model, RoundingOfWeights, complete, complete_list, scheme_of, takes_settings
+from service.cli.terminal import progress, told_in_one_line
+from service.settings import load_settings
+
+EXAMPLES = """
+Examples:
+  $ ottava evaluate --schemes w8a8,rtn --windows 4
+  $ ottava evaluate FOLDER --schemes w8a8 --kv-cache both --layers
+  $ ottava evaluate FOLDER --text text.txt --json out.json --plot out.png
+"""
+
+evaluating = Later("service.evaluating")
+
+
+@takes_settings("alpha", "calibration", "dtype", "device", "seed", "cache_dir", "config")
+def evaluate(
+    model: Model = None,
+    schemes: Annotated[
+        str,
+        typer.Option(
+            help=f"Presets, separated by commas, of {', '.join(PRESETS)}.",
+            show_default="all",
+            autocompletion=complete_list(PRESETS),
+        ),
+    ] = ",".join(PRESETS),
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to measure on.", show_default="Python's help topics")
+    ] = None,
+    choices: Annotated[
+        Path | None,
+        typer.Option(help='Multiple choice: JSON lines {"question": text, "choices": \\[text, ...], "answer": index}.'),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="List the error of every Linear and layer.")] = False,
+    rounding: RoundingOfWeights = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Keys and values of int8 schemes: auto (what the scheme says), float, int8, or both in turn.",
+            show_default="auto",
+            autocompletion=complete(["auto", "float", "int8", "both"]),
+        ),
+    ] = None,
+    calibration_windows: Annotated[int, typer.Option(min=1, help="Windows read to calibrate.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="Windows measured.")] = 20,
+    window_len: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write run and rows to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to draw; needs matplotlib.")] = None,
+    **settings: Any,
+) -> None:
+    """Measure what schemes cost in quality against the float model, and what they bring, on the int8 path."""
+    with told_in_one_line():
+        chosen = load_settings(model=model, kv_cache=None if kv_cache == "both" else kv_cache, **settings)
+        recipes = [scheme_of(name, chosen.alpha, rounding) for name in schemes.split(",")]
+        storages = ("float", "int8") if kv_cache == "both" else (chosen.kv,)
+        evaluation = evaluating.Evaluation(
+            evaluating.in_storages(recipes, storages),
+            text,
+            choices,
+            windows,
+            window_len,
+            calibration_windows,
+            layers,
+            json_file,
+            plot,
+        )
+        with progress() as on_progress:
+            run, rows = evaluation.run(chosen.model, chosen, on_progress, ["ottava", *sys.argv[1:]])
+    # A pipe has no width; a scheme's name and eight columns take up to 120.
+    evaluating.show(run, rows, Console() if sys.stdout.isatty() else Console(width=120))

@@ -1,0 +1,49 @@
+"""`ottava quantize`: a float model in, an int8 checkpoint out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from service.cli.later import Later
+from service.cli.options import RoundingOfWeights, complete, scheme_of, takes_settings
+from service.cli.terminal import progress, told_in_one_line
+from service.errors import InvalidSettings
+from service.settings import INT8_SCHEMES, load_settings
+
+EXAMPLES = """
+Examples:
+  $ ottava quantize demo /tmp/demo-w8a8
+  $ ottava quantize meta-llama/Llama-3.1-8B-Instruct OUT --scheme zeroquant
+  $ ottava quantize FOLDER OUT --calibration text.txt --alpha 0.5
+  $ ottava serve OUT --baseline FOLDER        # then
+"""
+
+loader, prepare = Later("service.models.loader"), Later("service.models.prepare")
+
+
+@takes_settings("alpha", "kv_cache", "calibration", "seed", "cache_dir", "device", "config")
+def quantize(
+    model: Annotated[str, typer.Argument(help="Model folder or Hugging Face id; `demo` for the demo model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    scheme: Annotated[
+        str, typer.Option(help="One of: " + ", ".join(INT8_SCHEMES), autocompletion=complete(INT8_SCHEMES))
+    ] = "w8a8",
+    rounding: RoundingOfWeights = None,
+    **settings: Any,
+) -> None:
+    """Write MODEL as a W8A8 checkpoint (compressed-tensors) that ottava, transformers and vLLM load."""
+    with told_in_one_line():
+        chosen = load_settings(**settings)
+        recipe = scheme_of(scheme, chosen.alpha, rounding).with_kv(chosen.kv)
+        if not recipe.is_int8:
+            raise InvalidSettings(f"scheme {scheme!r} is float: there is nothing to quantize")
+        with progress() as on_progress:
+            name = None if model == "demo" else model
+            source = prepare.resolve_model(name, chosen.cache_dir, lambda stage: on_progress(stage, 0, 0))
+            ranges_from = prepare.Calibration(chosen.calibration, chosen.seed)
+            device = loader.pick_device(chosen.device)
+            prepare.quantize_model(source, out, recipe, ranges_from, device, on_progress)
+    typer.echo(f"{out}: {recipe.name}, {recipe.describe()}")

@@ -1,0 +1,81 @@
+"""`ottava roofline`: what a GPU could do at best."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from quant.gpus import GPUS
+from quant.practical import explain, parse_scheme
+from quant.roofline import SHAPES
+from service.cli.later import Later
+from service.cli.options import complete
+from service.cli.terminal import err, told_in_one_line
+from service.errors import InvalidSettings
+
+EXAMPLES = """
+Examples:
+  $ ottava roofline llama-3.1-8b --gpu h100 --tokens 1,16,256
+  $ ottava roofline FOLDER --gpu l4 --json roofline.json
+  $ ottava roofline llama-3.1-8b --scheme weight=channel,activation=token
+"""
+
+reports = Later("service.roofline")
+
+
+def roofline(
+    model: Annotated[
+        str,
+        typer.Argument(help=f"Model folder, Hugging Face id, or {', '.join(SHAPES)}.", autocompletion=complete(SHAPES)),
+    ],
+    gpu: Annotated[str, typer.Option(help="One of: " + ", ".join(GPUS), autocompletion=complete(GPUS))] = "h100",
+    tokens: Annotated[str, typer.Option(help="Tokens of a step, separated by commas.")] = "1,16,256,4096",
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache of each request, or of a prompt.")] = 512,
+    decodes: Annotated[int, typer.Option(min=0, help="Steps up to this size decode; larger ones read prompts.")] = 256,
+    bandwidth: Annotated[
+        str,
+        typer.Option(
+            help="data-sheet, measured (a copy; h100 alone), or TB/s.",
+            autocompletion=complete(["data-sheet", "measured"]),
+        ),
+    ] = "data-sheet",
+    scheme: Annotated[
+        str | None, typer.Option(help="Say whether a scheme is practical, such as weight=channel,activation=token.")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Result of benchmarks.kernels or benchmarks.serving to set beside.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the rows to.")] = None,
+) -> None:
+    """Predict the time of MODEL's Linears and steps in FP16 and INT8 from operations and bytes alone."""
+    with told_in_one_line():
+        _refuse_impractical(scheme)
+        shape, roofs = reports.find_shape(model), reports.find_gpu(gpu, bandwidth)
+        steps = reports.read_steps(tokens, context, decodes)
+        report = reports.Report(shape, roofs, steps, reports.read_measured(measured or [], shape, roofs, steps))
+        if json_file is not None:
+            json_file.write_text(report.as_json(), encoding="utf-8")
+    # A pipe has no width; with measured times beside the predicted ones a line takes 94 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    for table in reports.tables(report):
+        console.print(table)
+    console.print(reports.summary(report), highlight=False)
+
+
+def _refuse_impractical(scheme: str | None) -> None:
+    """Say why a scheme written by hand is practical, or why not and exit with 2."""
+    if scheme is None:
+        return
+    try:
+        verdict = explain(**parse_scheme(scheme))
+    except ValueError as error:
+        raise InvalidSettings(str(error)) from error
+    if not verdict.is_practical:
+        err.print(escape(verdict.reason), highlight=False, soft_wrap=True)
+        raise typer.Exit(2)
+    Console().print(escape(verdict.reason), highlight=False, soft_wrap=True)

@@ -1,0 +1,61 @@
+"""`ottava tune`: the GEMM tiles of this GPU, chosen by measurement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from service.cli.later import Later
+from service.cli.options import takes_settings
+from service.cli.terminal import progress, told_in_one_line
+from service.errors import InvalidSettings
+from service.settings import load_settings
+
+COMMON_SHAPES = [
+    *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),  # Llama-3.1-8B
+    *((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),  # Qwen2.5-7B
+    *((15360, 5120), (5120, 5120), (27648, 5120), (5120, 13824)),  # Llama-2-13B
+]
+EXAMPLES = """
+Examples:
+  $ ottava tune                                # once on a GPU without a table
+  $ ottava tune FOLDER --table my-gpu.json     # for one model's shapes
+"""
+
+families, prepare = Later("service.models.families"), Later("service.models.prepare")
+torch, tuning = Later("torch"), Later("kernels.tune")
+
+
+@takes_settings("cache_dir", "config")
+def tune(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Model whose Linears are measured; left out: shapes of 7B to 13B models.", metavar="MODEL"),
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Table to write.", show_default="this GPU's, in the package")
+    ] = None,
+    **settings: Any,
+) -> None:
+    """Choose the GEMM tiles of this GPU by measurement; what its table holds already is kept."""
+    with told_in_one_line():
+        chosen = load_settings(**settings)
+        if not torch.cuda.is_available():
+            raise InvalidSettings("tuning measures a CUDA GPU, and none is visible here; run it where one is")
+        shapes = COMMON_SHAPES if model is None else _linear_shapes(prepare.resolve_model(model, chosen.cache_dir))
+        with progress() as on_progress:
+            choices = tuning.tune(shapes, path=table, on_progress=lambda d, n: on_progress("measuring tiles", d, n))
+    for choice in choices:
+        gain = choice.default_us / choice.time_us
+        typer.echo(f"{choice.n}x{choice.k} T<={choice.bucket}: {choice.time_us:.1f} us, {gain:.2f}x of the default")
+
+
+def _linear_shapes(folder: Path) -> list[tuple[int, int]]:
+    """(N, K) of the Linears of a model as the decoder fuses them."""
+    config = families.ModelConfig.load(folder)
+    hidden, size = config.hidden_size, config.head_size
+    inner = config.intermediate_size if config.experts is None else config.experts.intermediate_size
+    qkv, up = (config.num_heads + 2 * config.num_kv_heads) * size, (1 + config.layout.is_gated) * inner
+    return [(qkv, hidden), (hidden, config.num_heads * size), (up, hidden), (hidden, inner)]

@@ -1,0 +1,70 @@
+"""What all comparisons with the baseline come to: fed to the metrics one by one, summed up over the latest."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import fmean, median
+
+from service.metrics import HOWS, How, ServiceMetrics
+from service.schemas import Agreement, ComparisonSummary, Speedup
+
+WINDOW = 1000
+"""Comparisons that a summary covers: enough for a median, recent enough to show a change of load or checkpoint."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Comparisons of one origin."""
+
+    count: int = 0
+    num_contended: int = 0
+    agreements: deque[Agreement] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    speedups: deque[Speedup] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def add(self, speedup: Speedup, agreement: Agreement, is_contended: bool) -> None:
+        self.count += 1
+        self.agreements.append(agreement)
+        if is_contended:
+            self.num_contended += 1
+        else:
+            self.speedups.append(speedup)
+
+    def summary(self) -> ComparisonSummary:
+        ratios = [agreement.match_ratio for agreement in self.agreements]
+        return ComparisonSummary(
+            count=self.count,
+            contended=self.num_contended,
+            speedup_median=Speedup(
+                **{name: _median(getattr(speedup, name) for speedup in self.speedups) for name in Speedup.model_fields}
+            ),
+            agreement_mean=fmean(ratios) if ratios else None,
+            identical_ratio=fmean(ratio == 1 for ratio in ratios) if ratios else None,
+        )
+
+
+class Comparisons:
+    """Every comparison of this process, by origin: asked for with `compare`, or replayed in shadow mode.
+
+    Agreement counts always: the clock has no part in it. Speed-up counts where both runs had the device to themselves:
+    the baseline runs alone, so a run that shared its steps would be blamed for its company.
+    """
+
+    def __init__(self, metrics: ServiceMetrics) -> None:
+        self._metrics = metrics
+        self._tallies = {how: _Tally() for how in HOWS}
+
+    def add(self, how: How, variant: str, speedup: Speedup, agreement: Agreement, is_contended: bool) -> None:
+        """Take in one comparison of a variant with the baseline."""
+        self._metrics.compared(how, variant, None if is_contended else speedup, agreement)
+        self._tallies[how].add(speedup, agreement, is_contended)
+
+    def summary(self) -> dict[How, ComparisonSummary]:
+        """Medians and means over the last WINDOW of each origin."""
+        return {how: tally.summary() for how, tally in self._tallies.items()}
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None

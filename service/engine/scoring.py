@@ -1,0 +1,90 @@
+"""The log-probabilities of a prompt's own tokens, beside the steps that compute it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from service.engine.request import Token
+from service.engine.scheduler import Chunk
+from service.models.decoder import Decoder
+
+SLICE_LOGITS = 2**23
+"""Logits computed at once: 32 MiB of float32, however many rows a step scores and however large the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities of R prompt tokens in the order of the chunks that score them.
+
+    logprobs: [R] float32, NaN where the model's logits are not finite.
+    top_ids, top_logprobs: [R, n], the likeliest at each place.
+    """
+
+    chunks: Sequence[Chunk]
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+    def to_host(self) -> Scores:
+        """The same on its way to the host."""
+        logprobs, ids, top = (t.to("cpu", non_blocking=True) for t in (self.logprobs, self.top_ids, self.top_logprobs))
+        return replace(self, logprobs=logprobs, top_ids=ids, top_logprobs=top)
+
+    def hand_out(self, now_s: float) -> None:
+        """Append each to its request's `prompt_logprobs`, once it is on the host."""
+        rows = zip(self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
+        for chunk in self.chunks:
+            request = chunk.request
+            scored = islice(rows, len(chunk.scored))
+            for position, (logprob, ids, top) in zip(chunk.scored, scored, strict=True):
+                wanted = request.params.prompt_logprobs
+                likeliest = tuple(zip(ids[:wanted], top[:wanted], strict=True))
+                token = Token(request.prompt_ids[position + 1], now_s, logprob, likeliest)
+                request.prompt_logprobs.append(token)
+
+
+def score_prompts(decoder: Decoder, hidden: Tensor, chunks: Sequence[Chunk]) -> Scores | None:
+    """What the chunks of a step say of their prompts, from its hidden states [T, hidden_size]; None if nobody asked."""
+    scoring = [chunk for chunk in chunks if chunk.scored]
+    if not scoring:
+        return None
+    num_top = max(chunk.request.params.prompt_logprobs or 0 for chunk in scoring)
+    rows, targets = (_on_device(values, hidden.device) for values in (_rows(chunks), _targets(scoring)))
+    size = max(1, SLICE_LOGITS // decoder.config.vocab_size)
+    parts = (slice(start, start + size) for start in range(0, len(rows), size))
+    slices = [_score(decoder.logits(hidden.index_select(0, rows[part])), targets[part], num_top) for part in parts]
+    logprobs, top_ids, top_logprobs = (torch.cat(column) for column in zip(*slices, strict=True))
+    return Scores(scoring, logprobs, top_ids, top_logprobs)
+
+
+def _score(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits [R, V]: log softmax at targets [R], and the likeliest num_top."""
+    total = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, targets[:, None])[:, 0] - total
+    top = logits.topk(num_top, dim=-1)
+    # A total that is infinite would make every finite logit -inf, a number that can be right.
+    return logprobs.masked_fill(~total.isfinite(), math.nan), top.indices, top.values - total[:, None]
+
+
+def _rows(chunks: Sequence[Chunk]) -> list[int]:
+    """The rows of the step that are scored."""
+    rows, start = [], 0
+    for chunk in chunks:
+        rows.extend([start + position - chunk.start for position in chunk.scored])
+        start += chunk.length
+    return rows
+
+
+def _targets(scoring: Sequence[Chunk]) -> list[int]:
+    return [chunk.request.prompt_ids[position + 1] for chunk in scoring for position in chunk.scored]
+
+
+def _on_device(values: list[int], device: torch.device) -> Tensor:
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

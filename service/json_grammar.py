@@ -1,0 +1,280 @@
+"""A JSON schema as the rules of a grammar, whose every text is JSON that the schema accepts.
+
+What a keyword means is either in the rules or the schema is refused: nothing is accepted and ignored. The rules may
+allow less than the schema does where the rest is of no use to a model: properties come in the schema's order and no
+others beside them; between values stands nothing, a space, or one line break with its indentation; numbers have at most
+18 digits; and a string with a length holds no escapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from service.json_keywords import (
+    ANNOTATIONS,
+    BOUNDS,
+    KEYWORDS,
+    Place,
+    is_of,
+    json_text,
+    range_of,
+    refuse,
+    resolve,
+    shown,
+    types_of,
+)
+from service.json_numbers import integer_rule, number_rule
+from service.json_texts import CHAR, COMMON, FORMATS, literal, map_of
+
+MAX_SCHEMA_BYTES = 1 << 16
+MAX_DEPTH = 48
+"""Schemas in each other, references followed."""
+MAX_ITEMS = 1000
+MAX_OPTIONAL = 128
+"""Optional properties in the whole schema: where 100 can come next, finding the allowed tokens takes 2 ms, and of 1000
+100 ms, for which every request in the step waits."""
+MAX_LENGTHS = 8
+MAX_LENGTH_SUM = 256
+"""Different lengths of strings, and their sum: a place in such a string takes the compiler 7 ms with 49,152 tokens, and
+where strings of 22 lengths are possible, finding the allowed tokens takes 28 ms."""
+FREE_DEPTH = 12
+"""Arrays and objects in each other where the schema leaves a value open."""
+
+ALONE = ("$ref", "anyOf", "allOf", "const", "enum")
+REMEDIES = {
+    "oneOf": "use `anyOf`",
+    "pattern": "use `enum`, `format` or a length",
+    "patternProperties": "name the properties, or give `additionalProperties` alone",
+    "prefixItems": "use an object with a property for each place",
+}
+Needs = Sequence[set[str]]
+"""For each way to write a rule, the rules that it cannot do without."""
+
+
+def json_grammar(schema: dict[str, Any] | None) -> str:
+    """The rules, in xgrammar's notation, for texts that the schema accepts; None: any object.
+
+    Raises:
+        InvalidRequest: a keyword, or a combination of them, that is not served; a value that the keyword cannot have;
+            more than the limits allow; or a schema that no finite text fulfils.
+    """
+    schema = {"type": "object"} if schema is None else schema
+    size = len(json_text(schema, ()).encode())
+    if size > MAX_SCHEMA_BYTES:
+        refuse((), f"has {size} bytes; at most {MAX_SCHEMA_BYTES} are served: split it, or leave descriptions out")
+    return _Rules(schema).text()
+
+
+class _Rules:
+    """The rules of one schema, as its parts are met; `at` is a part's place."""
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self._schema = schema
+        self._bodies: dict[str, str] = {name: COMMON[name] for name in ("space", "string")}
+        self._needs: dict[str, Needs] = {}
+        self._references: dict[Place, str] = {}
+        # References since the last property or item: one that comes back to itself would never say anything.
+        self._chain: tuple[Place, ...] = ()
+        self._lengths: set[tuple[int, int | None]] = set()
+        self._num_optional = 0
+        self._depth = 0
+
+    def text(self) -> str:
+        """All rules, `root` last."""
+        root = self._reference("#", ())
+        if not self._can_end(root):
+            refuse((), "is fulfilled by no finite text: let what refers to itself be optional, or give it an end")
+        return "\n".join(f"{name} ::= {body}" for name, body in {**self._bodies, "root": root}.items()) + "\n"
+
+    def _can_end(self, root: str) -> bool:
+        """Whether a finite text fulfils a rule: grow the set of those for which one does, until it stays."""
+        ends: set[str] = set()
+        left = dict(self._needs)
+        while new := {name for name, ways in left.items() if any(way <= ends for way in ways)}:
+            ends |= new
+            left = {name: ways for name, ways in left.items() if name not in new}
+        return root in ends
+
+    def _add(self, body: str, needs: Needs = (set(),), name: str | None = None) -> str:
+        name = name or f"r{len(self._bodies)}"
+        self._bodies[name], self._needs[name] = body, needs
+        return name
+
+    def _either(self, rules: list[str]) -> str:
+        return rules[0] if len(rules) == 1 else self._add(" | ".join(rules), [{rule} for rule in rules])
+
+    def _inside(self, schema: Any, at: Place) -> str:
+        """The rule of a property or an item."""
+        outside, self._chain = self._chain, ()
+        rule = self._rule(schema, at)
+        self._chain = outside
+        return rule
+
+    def _rule(self, schema: Any, at: Place) -> str:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            refuse(at, f"lies more than {MAX_DEPTH} schemas deep, references followed: make it flatter")
+        if schema is True or (isinstance(schema, dict) and schema.keys() <= ANNOTATIONS):
+            rule = self._free("value")
+        elif not isinstance(schema, dict):
+            refuse(at, f"is {shown(schema)}: a schema is an object, or true")
+        else:
+            alone = next((word for word in ALONE if word in schema), None)
+            rule = self._typed(schema, at) if alone is None else self._lone(alone, schema, at)
+        self._depth -= 1
+        return rule
+
+    def _lone(self, word: str, schema: dict[str, Any], at: Place) -> str:
+        """The rule of a keyword that says all there is to say."""
+        beside = schema.keys() - ANNOTATIONS - {word} - ({"type"} if word in {"const", "enum"} else set())
+        if beside:
+            refuse(at, f"has `{min(beside)}` beside `{word}`: write both into one schema")
+        value, place = schema[word], (*at, word)
+        if word == "$ref":
+            return self._reference(value, place)
+        if word == "const":
+            return self._values([value], schema, at)
+        if not isinstance(value, list) or not value:
+            refuse(place, f"is {shown(value)}: list at least one")
+        if word == "enum":
+            return self._values(value, schema, at)
+        if word == "allOf" and len(value) > 1:
+            refuse(place, f"has {len(value)} schemas; one is served: write them out as one")
+        return self._either([self._rule(part, (*place, str(i))) for i, part in enumerate(value)])
+
+    def _reference(self, pointer: object, at: Place) -> str:
+        place, part = resolve(self._schema, pointer, at)
+        if place in self._chain:
+            refuse(at, f"is {shown(pointer)}, which leads back here: put a property or an item in between")
+        if place not in self._references:
+            name = self._references[place] = f"ref{len(self._references)}"
+            self._chain = (*self._chain, place)
+            rule = self._rule(part, place)
+            self._chain = self._chain[:-1]
+            self._add(rule, [{rule}], name)
+        return self._references[place]
+
+    def _values(self, values: list[Any], schema: dict[str, Any], at: Place) -> str:
+        types = types_of(schema, at) if "type" in schema else list(KEYWORDS)
+        fitting = [value for value in values if is_of(value, types)]
+        if not fitting:
+            refuse(at, f"has no value of type {' or '.join(types)}: list one, or leave `type` out")
+        return self._add(" | ".join(literal(json_text(value, at)) for value in fitting))
+
+    def _typed(self, schema: dict[str, Any], at: Place) -> str:
+        self._require_served(schema, list(KEYWORDS), at)
+        types = types_of(schema, at)
+        self._require_served(schema, types, at)
+        return self._either([self._of_type(name, schema, at) for name in types])
+
+    def _require_served(self, schema: dict[str, Any], types: list[str], at: Place) -> None:
+        served = ANNOTATIONS.union({"type"}, *(KEYWORDS[name] for name in types))
+        for word in sorted(schema.keys() - served):
+            remedy = REMEDIES.get(word, "leave it out")
+            refuse(at, f"has `{word}`, which is not served for {' or '.join(types)}: {remedy}")
+
+    def _of_type(self, name: str, schema: dict[str, Any], at: Place) -> str:
+        match name:
+            case "object":
+                return self._object(schema, at)
+            case "array":
+                return self._array(schema, at)
+            case "string":
+                return self._string(schema, at)
+            case "integer" | "number" if BOUNDS & schema.keys():
+                return self._number(name, {word: schema[word] for word in BOUNDS & schema.keys()}, at)
+            case _:
+                return self._common(name)
+
+    def _common(self, name: str) -> str:
+        return self._add(COMMON[name], name=name)
+
+    def _number(self, name: str, bounds: dict[str, Any], at: Place) -> str:
+        try:
+            return self._add(integer_rule(bounds) if name == "integer" else number_rule(bounds))
+        except ValueError as error:
+            refuse(at, str(error))
+
+    def _string(self, schema: dict[str, Any], at: Place) -> str:
+        least, most = range_of(schema, "Length", at)
+        if "format" in schema:
+            if schema["format"] not in FORMATS or least or most is not None:
+                refuse(at, f"has format {shown(schema['format'])}: served, without a length, are {', '.join(FORMATS)}")
+            return self._add(rf'"\"" {FORMATS[schema["format"]]} "\""')
+        if not least and most is None:
+            return self._common("string")
+        self._lengths.add((least, most))
+        count, total = len(self._lengths), sum(longest or shortest for shortest, longest in self._lengths)
+        if count > MAX_LENGTHS or total > MAX_LENGTH_SUM:
+            refuse(
+                at,
+                f"brings the different lengths of strings to {count}, together {total}; at most {MAX_LENGTHS} of "
+                f"together {MAX_LENGTH_SUM} are served: leave `maxLength` out and bound the answer by max_tokens",
+            )
+        rest = f"{CHAR}*" if most is None else ""
+        return self._add(rf'"\"" {CHAR}{{{least},{least if most is None else most}}} {rest} "\""')
+
+    def _array(self, schema: dict[str, Any], at: Place) -> str:
+        least, most = range_of(schema, "Items", at)
+        if max(least, most or 0) > MAX_ITEMS:
+            refuse(at, f"asks for {max(least, most or 0)} items; at most {MAX_ITEMS} are served: lower it")
+        if most == 0:
+            return self._add('"[]"')
+        item = self._inside(schema.get("items", True), (*at, "items"))
+        last = "" if most is None else most - 1
+        items = f'{item} ("," space {item}){{{max(least - 1, 0)},{last}}}'
+        body = f'"[" space {items} space "]"' + ("" if least else ' | "[]"')
+        return self._add(body, [{item}] if least else [set()])
+
+    def _object(self, schema: dict[str, Any], at: Place) -> str:
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        extra = schema.get("additionalProperties", True)
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            refuse(at, "has `properties` that are no object, or `required` that is no list: mend it")
+        missing = next((name for name in required if not isinstance(name, str) or name not in properties), None)
+        if missing is not None:
+            refuse(at, f"requires {shown(missing)}, which `properties` lacks: describe it there")
+        if not properties:
+            return self._map(extra, at)
+        if not isinstance(extra, bool):
+            refuse(at, "has a schema in `additionalProperties` beside `properties`: set it to false")
+        self._num_optional += len(properties.keys() - set(required))
+        if self._num_optional > MAX_OPTIONAL:
+            refuse(
+                at, f"brings the optional properties to {self._num_optional}; {MAX_OPTIONAL} are served: require some"
+            )
+        rules = {name: self._inside(part, (*at, "properties", name)) for name, part in properties.items()}
+        members = self._members(rules, set(required))
+        return self._add(f'"{{" space {members} space "}}"', [{rules[name] for name in required}])
+
+    def _members(self, rules: dict[str, str], required: set[str]) -> str:
+        """The rule of members in their order, a comma before each but the first that is there."""
+        first = following = self._add('""')
+        for name, rule in reversed(rules.items()):
+            member = self._add(f'{literal(json_text(name, ()))} ":" space {rule}')
+            if name in required:
+                first, following = f"{member} {following}", f'"," space {member} {following}'
+            else:
+                first, following = f"{member} {following} | {first}", f'("," space {member})? {following}'
+            first, following = self._add(first), self._add(following)
+        return first
+
+    def _map(self, extra: Any, at: Place) -> str:
+        """The rule of an object with any names."""
+        if extra is False:
+            return self._add('"{}"')
+        if extra is True:
+            return self._free("object")
+        return self._add(map_of(self._inside(extra, (*at, "additionalProperties"))))
+
+    def _free(self, kind: str) -> str:
+        """The rule of any value, or any object."""
+        if f"value{FREE_DEPTH}" not in self._bodies:
+            self._add(" | ".join(self._common(name) for name in ("string", "number", "boolean", "null")), name="value0")
+            for level in range(1, FREE_DEPTH + 1):
+                inner = f"value{level - 1}"
+                self._add(map_of(inner), name=f"object{level}")
+                self._add(f'"[" space {inner} ("," space {inner})* space "]" | "[]"', name=f"array{level}")
+                self._add(f"value0 | object{level} | array{level}", name=f"value{level}")
+        return f"{kind}{FREE_DEPTH}"

@@ -1,0 +1,130 @@
+"""API keys: where they come from, and whose a request is. Only their hashes are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from service.errors import InvalidSettings, Unauthorized
+from service.settings import Settings
+
+ANONYMOUS = "anonymous"
+"""Name of every client where no keys are set, or where a route needs none."""
+
+MIN_KEY_CHARS = 8
+"""At ten thousand guesses a second, eight random letters and digits last for seven hundred years."""
+
+# A # within a key is part of it.
+_COMMENT = re.compile(r"(^|\s)#.*")
+_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_KEY = re.compile(rf"[!-~]{{{MIN_KEY_CHARS},512}}")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key as it is kept: its name for logs and limits, and its SHA-256. Two keys may share a name, and its limits."""
+
+    name: str
+    digest: bytes = field(repr=False)
+
+
+class Keyring:
+    """The keys that open this server.
+
+    Raises:
+        InvalidSettings: the file cannot be read or holds no key; a key is too short, holds a space, is there twice, or
+            has a malformed name; or there is no key at all, the server listens beyond this machine, and
+            allow_anonymous is not set. No message shows a key.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._keys = _read(settings)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nobody needs a key."""
+        return not self._keys
+
+    def reload(self) -> None:
+        """Read the keys again. Raises InvalidSettings as above, and then the old ones stay."""
+        self._keys = _read(self._settings)
+
+    def name_of(self, authorization: str | None) -> str:
+        """The name of the key that an Authorization header brings; ANONYMOUS where none is needed.
+
+        Raises:
+            Unauthorized: there is no such header, it is not `Bearer KEY`, or the key is not known.
+        """
+        if self.is_empty:
+            return ANONYMOUS
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise Unauthorized("this server needs an API key; send the header `Authorization: Bearer KEY`")
+        digest, found = _digest(key.strip()), None
+        # Every key is compared, and hashes of one length: the time says nothing of how near a guess came.
+        for known in self._keys:
+            if hmac.compare_digest(known.digest, digest):
+                found = known.name
+        if found is None:
+            raise Unauthorized("the API key is not known here; check it, or ask for one where this server is run")
+        return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _read(settings: Settings) -> tuple[ApiKey, ...]:
+    keys = tuple(_keys(settings))
+    if len({key.digest for key in keys}) != len(keys):
+        raise InvalidSettings("an API key is there twice; write each once")
+    if not keys and not is_loopback(settings.host) and not settings.allow_anonymous:
+        raise InvalidSettings(
+            f"host is {settings.host}, which others can reach, and there are no API keys: set OTTAVA_API_KEYS or "
+            "api_keys_file, or allow_anonymous to serve everybody who gets there, or listen on 127.0.0.1"
+        )
+    return keys
+
+
+def _keys(settings: Settings) -> Iterator[ApiKey]:
+    if settings.api_keys is not None:
+        entries = [entry for part in settings.api_keys.get_secret_value().split(",") if (entry := part.strip())]
+        for place, entry in enumerate(entries, 1):
+            yield _parse(entry, f"key{place}", f"key {place} of api_keys")
+    if settings.api_keys_file is None:
+        return
+    try:
+        lines = settings.api_keys_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise InvalidSettings(f"api_keys_file cannot be read: {error}") from error
+    used = {place: entry for place, line in enumerate(lines, 1) if (entry := _COMMENT.sub("", line).strip())}
+    if not used:
+        raise InvalidSettings(f"api_keys_file {settings.api_keys_file} holds no key; write one per line")
+    for place, entry in used.items():
+        yield _parse(entry, f"line{place}", f"line {place} of {settings.api_keys_file}")
+
+
+def _parse(entry: str, default_name: str, where: str) -> ApiKey:
+    name, colon, key = entry.partition(":")
+    if not colon:
+        name, key = default_name, entry
+    if not _NAME.fullmatch(name):
+        raise InvalidSettings(f"{where}: what stands before the colon is no name; use letters, digits, `_`, `.`, `-`")
+    if not _KEY.fullmatch(key):
+        raise InvalidSettings(
+            f"{where}: the key must have {MIN_KEY_CHARS} to 512 printable ASCII characters and no space"
+        )
+    return ApiKey(name, _digest(key))
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

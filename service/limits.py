@@ -1,0 +1,116 @@
+"""How much one API key may ask for, and how long whoever is refused should wait."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from service.engine.request import EngineStats
+from service.errors import RateLimited
+
+MAX_RETRY_AFTER_S = 600
+PACE_WEIGHT = 0.1
+
+
+class TokenBucket:
+    """At most `capacity` tokens, of which `rate_per_s` come back every second, on a monotonic clock."""
+
+    def __init__(self, capacity: float, rate_per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._capacity = capacity
+        self._rate_per_s = rate_per_s
+        self._clock = clock
+        self._tokens = capacity
+        self._filled_s = clock()
+
+    def take(self) -> float:
+        """Take one token and return 0; or take none and return the seconds until there is one."""
+        now_s = self._clock()
+        self._tokens = min(self._capacity, self._tokens + (now_s - self._filled_s) * self._rate_per_s)
+        self._filled_s = now_s
+        if self._tokens < 1:
+            return (1 - self._tokens) / self._rate_per_s
+        self._tokens -= 1
+        return 0.0
+
+
+class Pace:
+    """How long requests of each variant have run of late, an exponentially weighted mean from first step to end."""
+
+    def __init__(self) -> None:
+        self._run_s: dict[str, float] = {}
+
+    def add(self, variant: str, run_s: float) -> None:
+        """Note that a request ended run_s after its first step."""
+        self._run_s[variant] = _moved(self._run_s.get(variant, run_s), run_s)
+
+    def retry_after_s(self, variant: str, stats: EngineStats) -> int:
+        """Whole seconds until a request that came now would start.
+
+        Of r running requests that take run_s each, one ends every run_s / r seconds. So the last of w waiting ones,
+        and then the next, start after
+
+            (w + 1) * run_s / max(r, 1)        rounded up, from 1 to MAX_RETRY_AFTER_S.
+        """
+        wait_s = (stats.num_waiting + 1) * self._run_s.get(variant, 0.0) / max(stats.num_running, 1)
+        return whole_seconds(wait_s)
+
+
+class KeyLimits:
+    """Requests of each API key: how many at a time, and how many a minute. None: no limit.
+
+    A minute's worth may come at once; then one is free every 60 / per_minute seconds.
+    """
+
+    def __init__(
+        self, max_concurrent: int | None, per_minute: int | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._max_concurrent = max_concurrent
+        self._per_minute = per_minute
+        self._clock = clock
+        self._num_active: Counter[str] = Counter()
+        self._mean_s = 0.0
+        self._buckets: dict[str, TokenBucket] = {}
+
+    def enter(self, name: str) -> None:
+        """Count a request of the key as running until `leave`.
+
+        Raises:
+            RateLimited: as many run already as may, or there were too many within the minute. Nothing is counted.
+        """
+        if self._max_concurrent is not None and self._num_active[name] >= self._max_concurrent:
+            raise RateLimited(
+                f"{self._num_active[name]} requests of this API key are running; the limit is "
+                f"{self._max_concurrent} at a time; wait for one to end",
+                # Of n that last mean_s each, one ends every mean_s / n.
+                retry_after_s=whole_seconds(self._mean_s / self._num_active[name]),
+            )
+        if self._per_minute is not None:
+            bucket = self._buckets.get(name)
+            if bucket is None:
+                bucket = self._buckets[name] = TokenBucket(self._per_minute, self._per_minute / 60, self._clock)
+            wait_s = bucket.take()
+            if wait_s > 0:
+                raise RateLimited(
+                    f"this API key has sent more than its {self._per_minute} requests per minute; "
+                    f"the next is free in {wait_s:.1f} s",
+                    retry_after_s=whole_seconds(wait_s),
+                )
+        self._num_active[name] += 1
+
+    def leave(self, name: str, took_s: float) -> None:
+        """A request that entered has ended, took_s after it came."""
+        self._mean_s = _moved(self._mean_s or took_s, took_s)
+        self._num_active[name] -= 1
+        if not self._num_active[name]:
+            del self._num_active[name]
+
+
+def _moved(mean: float, value: float) -> float:
+    return mean + PACE_WEIGHT * (value - mean)
+
+
+def whole_seconds(seconds: float) -> int:
+    """Rounded up, from 1 to MAX_RETRY_AFTER_S: what Retry-After can say."""
+    return min(max(math.ceil(seconds), 1), MAX_RETRY_AFTER_S)

@@ -1,0 +1,58 @@
+"""The last requests that finished: when, how fast and how long, and nothing of what they said."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from service.engine.request import FinishReason
+from service.schemas import RecentRequest, RunMetrics
+
+MAX_RECENT = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One run that came to its own end. finished_s: on the clock of `time.perf_counter`."""
+
+    id: str
+    variant: str
+    route: str
+    finish_reason: FinishReason
+    metrics: RunMetrics
+    finished_s: float
+
+
+class Recent:
+    """The last hundred runs that finished; those cut off or failed are not among them."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._finished: deque[Finished] = deque(maxlen=MAX_RECENT)
+
+    def add(self, run_id: str, variant: str, route: str, reason: FinishReason, metrics: RunMetrics) -> None:
+        """Note a run as finished now."""
+        self._finished.append(Finished(run_id, variant, route, reason, metrics, self._clock()))
+
+    def rows(self) -> list[RecentRequest]:
+        """Oldest first."""
+        now_s = self._clock()
+        return [_row(finished, now_s) for finished in self._finished]
+
+
+def _row(finished: Finished, now_s: float) -> RecentRequest:
+    metrics = finished.metrics
+    return RecentRequest(
+        id=finished.id,
+        variant=finished.variant,
+        route=finished.route,
+        finish_reason=finished.finish_reason,
+        ttft_ms=metrics.ttft_ms,
+        tpot_ms=metrics.tpot_ms,
+        e2e_ms=metrics.e2e_ms,
+        prompt_tokens=metrics.prompt_tokens,
+        generated_tokens=metrics.generated_tokens,
+        age_s=now_s - finished.finished_s,
+    )

@@ -1,0 +1,188 @@
+"""Exchanges the int8 checkpoint of a host for a newly quantized one, while requests run: `Reloader`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from quant.checkpoint import Checkpoint, CheckpointError
+from quant.scheme import Scheme
+from service.engine.runner import Runner
+from service.engine.turnstile import Turnstile
+from service.errors import EngineFailed, ReloadFailed, StartupError
+from service.hosting import BASELINE, Host, Variant, cache_blocks, variant_notes
+from service.models.decoder import Decoder
+from service.models.families import ModelConfig, first_line
+from service.models.loader import refuse_unsafe
+from service.models.prepare import is_quantized
+from service.models.weights import Linear, Weights
+from service.reloads import Reloaded
+from service.self_check import CHECK_PROMPTS
+from service.settings import Settings
+from service.tokenizer import Tokenizer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+REFUSALS = (StartupError, CheckpointError, EngineFailed, OSError, torch.OutOfMemoryError)
+
+log = logging.getLogger(__name__)
+
+
+class InTurns:
+    """Weights that are read and moved tensor by tensor on the thread that computes, so that steps come between."""
+
+    def __init__(self, weights: Weights, turnstile: Turnstile) -> None:
+        self._weights = weights
+        self._turnstile = turnstile
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See `Weights`."""
+        return self._turnstile.run(torch.inference_mode()(self._weights.tensor), name, shape)
+
+    def linear(
+        self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
+    ) -> Linear:
+        """See `Weights`."""
+        read = torch.inference_mode()(self._weights.linear)
+        return self._turnstile.run(read, name, out_features, in_features, has_bias, is_transposed)
+
+
+class Reloader:
+    """A `service.reloads.Reload`; one call at a time, on a thread of its own.
+
+    The new weights are read beside the old ones, checked against the baseline, and warmed up on the KV cache that is in
+    use, all between the steps of the engines. Only then does the engine stop to start requests, lets those that run
+    finish, and goes on with the new weights. Whatever fails before has changed nothing.
+    """
+
+    def __init__(self, host: Host, settings: Settings) -> None:
+        self._host = host
+        self._settings = settings
+
+    def __call__(self, model: str | None) -> Reloaded:
+        """Serve the checkpoint of a folder, None for the one that is served, read again.
+
+        Raises:
+            ReloadFailed: no int8 variant is served or its engine has failed; the folder is missing, corrupt, not
+                quantized, or of another architecture or tokenizer; memory is short; or the self-check refuses it.
+        """
+        name = next((name for name in self._host.variants if name != BASELINE), None)
+        if name is None:
+            raise ReloadFailed(f"only {BASELINE} is served here, so there is no int8 checkpoint to reload")
+        folder = _folder(self._host.variants[name], model)
+        try:
+            return self._serve(name, folder)
+        # The frames of a traceback hold the new weights: whoever kept the error would keep their memory.
+        except ReloadFailed as error:
+            raise error.with_traceback(None) from None
+        except REFUSALS as error:
+            why = f"{folder} is not served, the old weights are: {first_line(error)}"
+            raise ReloadFailed(why, "model") from error.with_traceback(None)
+        except Exception as error:
+            log.exception("reload of %s", folder)
+            raise error.with_traceback(None) from None
+
+    def _serve(self, name: str, folder: Path) -> Reloaded:
+        start_s, old = time.perf_counter(), self._host.variants[name]
+        checkpoint, decoder = self._load(old, folder)
+        self._host.check(name, decoder)
+        num_blocks, runner = self._warm(name, old, decoder)
+        pause_s = time.perf_counter()
+        log.info("%s: %s is loaded and checked; it takes over when the running requests have finished", name, folder)
+        old.engine.exchange(runner, num_blocks, decoder.weight_bytes).result()
+        end_s = time.perf_counter()
+        new = replace(
+            old,
+            decoder=decoder,
+            runner=runner,
+            notes=variant_notes(checkpoint, decoder, Scheme.preset(self._settings.scheme)),
+            folder=folder,
+            generation=old.generation + 1,
+            loaded_at=datetime.now(UTC),
+        )
+        self._host.variants[name] = new
+        return Reloaded(name, folder.name, new.generation, new.loaded_at, pause_s - start_s, end_s - pause_s)
+
+    def _load(self, old: Variant, folder: Path) -> tuple[Checkpoint, Decoder]:
+        """The decoder of a folder, which can take the place of the old one."""
+        refuse_unsafe(folder)
+        if not is_quantized(folder):
+            raise ReloadFailed(
+                f"{folder} is not quantized, so it cannot replace an int8 variant: run `ottava quantize {folder} OUT` "
+                "and name OUT",
+                "model",
+            )
+        served = old.decoder
+        config = ModelConfig.load(folder, served.config.max_model_len)
+        _refuse_other_architecture(folder, config, served.config)
+        self._refuse_other_tokenizer(folder)
+        checkpoint = Checkpoint.open(folder, served.dtype, old.runner.device)
+        try:
+            with torch.inference_mode():
+                weights = InTurns(checkpoint, self._host.turnstile)
+                return checkpoint, Decoder(config, weights, self._settings.kv or checkpoint.kv)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+
+    def _warm(self, name: str, old: Variant, decoder: Decoder) -> tuple[int, Runner]:
+        """A runner of the decoder on the old one's KV cache, or on one of the same budget where that does not fit."""
+        settings, turnstile = self._settings, self._host.turnstile
+        fits = (decoder.kv, decoder.kv_dtype) == (old.decoder.kv, old.decoder.kv_dtype)
+        num_blocks = old.engine.stats().num_blocks
+        if not fits:
+            num_blocks = cache_blocks(name, decoder, settings, old.cache_budget_bytes)
+        runner = turnstile.run(
+            Runner,
+            decoder,
+            num_blocks,
+            settings.block_size,
+            settings.max_num_requests,
+            settings.max_batched_tokens,
+            settings.cuda_graphs,
+            old.runner.caches if fits else None,
+        )
+        pieces = runner.warming()
+        while turnstile.run(next, pieces, None) is not None:
+            pass
+        return num_blocks, runner
+
+    def _refuse_other_tokenizer(self, folder: Path) -> None:
+        served, other = self._host.tokenizer, Tokenizer.from_folder(folder)
+        agree = all(served.encode(text) == other.encode(text) for text in CHECK_PROMPTS)
+        if not agree or served.eos_ids != other.eos_ids:
+            raise ReloadFailed(
+                f"{folder} has another tokenizer or other end tokens than the model that is served; start a server "
+                "for it",
+                "model",
+            )
+
+
+def _folder(old: Variant, model: str | None) -> Path:
+    if model is None:
+        if old.folder is None:
+            raise ReloadFailed("random weights are served, so there is no folder to read again; name one as `model`")
+        return old.folder
+    folder = Path(model)
+    if not folder.is_dir():
+        raise ReloadFailed(f"`model` is {model[:80]!r}, which is no folder on the server; name one", "model")
+    return folder
+
+
+def _refuse_other_architecture(folder: Path, config: ModelConfig, served: ModelConfig) -> None:
+    """The dtype that a model was saved in is no part of its architecture."""
+    for field in fields(ModelConfig):
+        new, old = getattr(config, field.name), getattr(served, field.name)
+        if field.compare and field.name != "dtype" and new != old:
+            raise ReloadFailed(
+                f"{folder} is of another architecture: its {field.name} is {new}, that of the served model {old}; "
+                "start a server for it",
+                "model",
+            )

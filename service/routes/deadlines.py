@@ -1,0 +1,67 @@
+"""The two clocks of a run: how long it may wait for its first step, and how long it may take."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from service.engine.request import Request
+from service.errors import DeadlineExceeded, OttavaError, QueueTimeout
+
+
+class Deadlines:
+    """Calls `expire` once with the error, if the request is too late; from the event loop that made this.
+
+    A timer, and not a limit around whoever awaits the tokens: a client that does not read must not keep its request
+    running.
+
+    Args:
+        request: in an engine.
+        timeout_s: from arrival to the last token.
+        queue_timeout_s: from arrival to the first step.
+        retry_after_s: what a request is told that waited too long.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        timeout_s: float,
+        queue_timeout_s: float,
+        retry_after_s: Callable[[], int],
+        expire: Callable[[OttavaError], None],
+    ) -> None:
+        self._request = request
+        self._timeout_s = timeout_s
+        self._queue_timeout_s = queue_timeout_s
+        self._retry_after_s = retry_after_s
+        self._expire = expire
+        passed_s = time.perf_counter() - request.arrival_s
+        call_later = asyncio.get_running_loop().call_later
+        self._timers = (
+            call_later(timeout_s - passed_s, self._end_late),
+            call_later(queue_timeout_s - passed_s, self._end_waiting),
+        )
+
+    def cancel(self) -> None:
+        """The run has ended otherwise."""
+        for timer in self._timers:
+            timer.cancel()
+
+    def _end_late(self) -> None:
+        self._expire(
+            DeadlineExceeded(
+                f"the request was not done within {self._timeout_s:g} s; ask for fewer tokens or, up to the server's "
+                "limit, a longer `timeout_s`",
+                "timeout_s",
+            )
+        )
+
+    def _end_waiting(self) -> None:
+        if self._request.first_scheduled_s is None:
+            self._expire(
+                QueueTimeout(
+                    f"the request waited for {self._queue_timeout_s:g} s, which is the limit; try again later",
+                    retry_after_s=self._retry_after_s(),
+                )
+            )

@@ -1,0 +1,107 @@
+"""POST /v1/chat/completions: conversations answered, in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter
+from fastapi import Request as HTTPRequest
+from starlette.responses import Response
+
+from service.engine.request import FinishReason
+from service.metrics import NO_VARIANT
+from service.openai_answers import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprobs,
+    OpenAIUsage,
+)
+from service.openai_schemas import ChatRequest
+from service.routes.failures import DOCUMENTED_ERRORS, CountedRoute
+from service.routes.openai_choices import Choices, New, Reply, head_of
+from service.routes.openai_logprobs import chat_logprobs
+from service.routes.openai_plans import chat_plans
+from service.routes.reply import answered, streamed
+from service.routes.run import Run
+from service.routes.serving import serving_of
+from service.schemas import Delta, TokenLogprob
+from service.text import TokenizerLike
+
+router = APIRouter(route_class=CountedRoute, tags=["openai"])
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    summary="Answer a conversation",
+    responses={
+        200: {
+            "description": "The answers; with `stream` one event per step and answer, then `[DONE]`. An event is a "
+            "`chat.completion.chunk`: it has `delta` for `message`, and `finish_reason` and `metrics` with the last.",
+            "content": {"text/event-stream": {}},
+        },
+        **DOCUMENTED_ERRORS,
+    },
+)
+async def chat(body: ChatRequest, http: HTTPRequest) -> Response:
+    """Answer a conversation `n` times."""
+    serving = serving_of(http)
+    with serving.metrics.counting_refusals(NO_VARIANT):
+        variant = serving.models.variant_of(body.model)
+    id_ = f"chatcmpl-{uuid4().hex}"
+    with serving.metrics.counting_refusals(variant):
+        plans = await chat_plans(id_, body, variant, serving, http.state.received_s)
+    head = head_of(id_, "chat.completion.chunk" if body.stream else "chat.completion", variant, serving.models)
+    choices = Choices(plans, serving)
+    reply = Reply(choices, _Dialect(head, choices.runs, body.logprobs, serving.tokenizer), body)
+    if body.stream:
+        return streamed(reply.events, http, choices.close)
+    return await answered(reply.answer, http, choices.close)
+
+
+class _Dialect:
+    def __init__(
+        self, head: dict[str, Any], runs: Sequence[Run], shows_logprobs: bool, tokenizer: TokenizerLike
+    ) -> None:
+        self._head = head
+        self._runs = runs
+        self._shows_logprobs = shows_logprobs
+        self._tokenizer = tokenizer
+        self._begun: set[int] = set()
+
+    def event(self, news: Sequence[New], **usage: Any) -> ChatCompletionChunk:
+        return ChatCompletionChunk(**self._head, choices=[self._piece(*new) for new in news], **usage)
+
+    def answer(self, usage: OpenAIUsage) -> ChatCompletion:
+        choices = [self._whole(index, run) for index, run in enumerate(self._runs)]
+        return ChatCompletion(**self._head, choices=choices, usage=usage)
+
+    def _piece(self, index: int, delta: Delta, end: FinishReason | None) -> ChatChunkChoice:
+        """What a step added. The role comes with the first text, so that no event is sent before there is a token."""
+        said = (
+            ChatDelta(content=delta.text) if index in self._begun else ChatDelta(role="assistant", content=delta.text)
+        )
+        self._begun.add(index)
+        choice = ChatChunkChoice(index=index, delta=said, logprobs=self._logprobs(delta.logprobs), finish_reason=None)
+        if end is not None:
+            choice.finish_reason, choice.metrics = end, self._runs[index].times()
+        return choice
+
+    def _whole(self, index: int, run: Run) -> ChatChoice:
+        answer = run.answer()
+        return ChatChoice(
+            index=index,
+            message=AssistantMessage(role="assistant", content=answer.text, refusal=None),
+            logprobs=self._logprobs(answer.logprobs),
+            finish_reason=answer.finish_reason,
+            metrics=answer.metrics,
+        )
+
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+        return chat_logprobs(entries, self._tokenizer) if self._shows_logprobs else None

@@ -1,0 +1,69 @@
+"""What a field of the settings says of itself: its panel in help, its words, its types, whether it is a secret."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+
+HIDDEN = "(hidden)"
+Fields = Mapping[str, FieldInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Heads a group of fields in help: the one that it annotates and those after it, up to the next heading."""
+
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """Words that help lists and a shell completes for a field that is no Literal."""
+
+    words: tuple[str, ...]
+
+
+def panels(fields: Fields) -> dict[str, str]:
+    """The panel of every field: its own heading, or that of the field before it."""
+    title, found = "", {}
+    for name, field in fields.items():
+        title = next((mark.title for mark in field.metadata if isinstance(mark, Panel)), title)
+        found[name] = title
+    return found
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The words that a field, or an entry of its list, can be; empty where it is free."""
+    literals = [
+        str(word) for leaf in leaves(field.annotation) if get_origin(leaf) is Literal for word in get_args(leaf)
+    ]
+    marked = [word for mark in field.metadata if isinstance(mark, Choices) for word in mark.words]
+    return (*literals, *marked)
+
+
+def leaves(annotation: Any) -> list[Any]:
+    """The types that an annotation is made of, lists and unions opened; a Literal is a leaf, None is left out."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return leaves(get_args(annotation)[0])
+    if origin in (Union, UnionType, tuple, list):
+        return [leaf for part in get_args(annotation) for leaf in leaves(part)]
+    return [] if annotation in (NoneType, Ellipsis) else [annotation]
+
+
+def is_list(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) in (tuple, list)
+
+
+def is_secret(field: FieldInfo) -> bool:
+    return SecretStr in leaves(field.annotation)
+
+
+def shown(value: object, field: FieldInfo) -> str:
+    """A value as messages show it; a secret stays out of them, whatever is wrong with it."""
+    return HIDDEN if is_secret(field) else repr(value)

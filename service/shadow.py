@@ -1,0 +1,174 @@
+"""Shadow mode: a share of live requests run again on the idle baseline, after their answer, for the metrics alone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from service.compare import agreement, measure, speedup
+from service.comparisons import Comparisons
+from service.engine.request import Engine, FinishReason, Request, Stream, Token
+from service.metrics import ABANDONED, DROPPED, REPLAYED, ServiceMetrics
+from service.schemas import RunMetrics
+from service.text import Output, TokenizerLike
+from service.traffic import Traffic, num_in
+
+IDLE_POLL_S = 0.01
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A live request that has been answered.
+
+    stop: its stop strings. context: tokens that its text continues. tokens: what it was sent. submitted_s: when the
+    engine got it. is_contended: it had company.
+    """
+
+    request: Request
+    variant: str
+    stop: tuple[str, ...]
+    context: Sequence[int]
+    tokens: list[Token]
+    submitted_s: float
+    is_contended: bool
+
+
+def engine_times(request: Request, tokens: Sequence[Token], submitted_s: float) -> RunMetrics:
+    """A run's metrics from submission to when the engine read each token: no network, no reader, no tokenizer in it."""
+    return measure(request, tokens, submitted_s, [token.time_s for token in tokens])
+
+
+class Shadow:
+    """Replays samples one by one while nothing else runs.
+
+    A live request has precedence: the replay that it meets is abandoned at once and not tried again. So long answers
+    are abandoned more often than short ones, and a server that is never idle replays nothing.
+
+    Args:
+        engines: variant -> engine.
+        baseline: the variant that replays.
+        rate: share of the requests offered that is taken, 0 to 1.
+        max_waiting: samples that may wait; the next is dropped.
+        draw: uniform in [0, 1).
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        baseline: str,
+        tokenizer: TokenizerLike,
+        traffic: Traffic,
+        comparisons: Comparisons,
+        metrics: ServiceMetrics,
+        rate: float,
+        max_waiting: int,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._engines = engines
+        self._baseline = baseline
+        self._tokenizer = tokenizer
+        self._traffic = traffic
+        self._comparisons = comparisons
+        self._metrics = metrics
+        self._rate = rate
+        self._max_waiting = max_waiting
+        self._draw = draw
+        self._samples: deque[Sample] = deque()
+        self._has_samples = asyncio.Event()
+        self._stream: Stream | None = None
+        self._replaying: asyncio.Task[None] | None = None
+        if self.is_on:
+            traffic.on_enter = self.yield_device
+
+    @property
+    def is_on(self) -> bool:
+        return self._rate > 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._samples)
+
+    def wants(self, variant: str) -> bool:
+        """Draw whether a finished request of this variant is to be offered."""
+        return self.is_on and variant != self._baseline and self._draw() < self._rate
+
+    def offer(self, sample: Sample) -> None:
+        """Queue a sample, or drop it where the queue is full."""
+        if len(self._samples) >= self._max_waiting:
+            self._metrics.shadowed(sample.variant, DROPPED)
+            return
+        self._samples.append(sample)
+        self._has_samples.set()
+
+    def yield_device(self) -> None:
+        """Abandon the replay in progress, before the step after the one that runs."""
+        if self._replaying is not None:
+            if self._stream is not None:
+                self._stream.finish(FinishReason.ABORT)
+            self._replaying.cancel()
+
+    async def run(self) -> None:
+        """Replay until cancelled; then what waits and what runs is abandoned, so a shutdown waits for no replay."""
+        try:
+            while True:
+                await self._until_idle()
+                sample = self._samples[0]
+                self._replaying = asyncio.create_task(self._replay(sample))
+                await asyncio.wait({self._replaying})
+                self._settle(sample, self._replaying)
+                self._replaying = None
+                self._samples.popleft()
+        finally:
+            self.yield_device()
+            for sample in self._samples:
+                self._metrics.shadowed(sample.variant, ABANDONED)
+            self._samples.clear()
+
+    async def _until_idle(self) -> None:
+        """Return with a sample waiting, no client's request here and nothing in the engines."""
+        while True:
+            if not self._samples:
+                self._has_samples.clear()
+                await self._has_samples.wait()
+            elif self._traffic.num_active or num_in(self._engines.values()):
+                await asyncio.sleep(IDLE_POLL_S)
+            else:
+                return
+
+    async def _replay(self, sample: Sample) -> None:
+        live = sample.request
+        # With the seed that it drew, a sampled answer can agree too.
+        params = replace(live.params, seed=live.seed)
+        submitted_s = time.perf_counter()
+        stream = self._engines[self._baseline].submit(live.prompt_ids, params, f"{live.id}-shadow", submitted_s)
+        self._stream = stream
+        output = Output(self._tokenizer.decoder(sample.context), sample.stop)
+        tokens: list[Token] = []
+        try:
+            async for step in stream:
+                _, num_taken = output.take([token.id for token in step])
+                tokens.extend(step[:num_taken])
+                if output.is_stopped:
+                    stream.finish(FinishReason.STOP)
+        finally:
+            self._stream = None
+            stream.finish(FinishReason.ABORT)
+        times = engine_times(live, sample.tokens, sample.submitted_s)
+        faster = speedup(times, engine_times(stream.request, tokens, submitted_s))
+        alike = agreement(sample.tokens, tokens)
+        self._comparisons.add("shadow", sample.variant, faster, alike, sample.is_contended)
+
+    def _settle(self, sample: Sample, replay: asyncio.Task[None]) -> None:
+        error = None if replay.cancelled() else replay.exception()
+        if error is not None:
+            # A fault of the baseline must not end shadow mode, nor a request: nobody waits for this answer.
+            log.error("the replay of %s failed: %s", sample.request.id, error, exc_info=error)
+        is_done = not replay.cancelled() and error is None
+        self._metrics.shadowed(sample.variant, REPLAYED if is_done else ABANDONED)

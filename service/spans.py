@@ -1,0 +1,129 @@
+"""Spans of a served request: one for HTTP, and inside it one for each generation, by OpenTelemetry's conventions.
+
+A span is made when its request is over, from the times in the record, so that tracing takes nothing from the request.
+
+Source: OpenTelemetry semantic conventions, HTTP server spans and GenAI inference spans.
+"""
+
+from __future__ import annotations
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+from kernels import __version__
+from service.engine.request import FinishReason
+from service.record import RequestRecord, RunRecord
+
+PROVIDER = "ottava"
+
+
+class SpanTracer:
+    """Makes the spans of requests of one model and hands them to a processor."""
+
+    def __init__(self, model: str, processor: SpanProcessor) -> None:
+        # Resource.create reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, which win.
+        resource = Resource({SERVICE_NAME: PROVIDER, "service.version": __version__}).merge(Resource.create())
+        self._model = model
+        self._provider = TracerProvider(resource=resource)
+        self._provider.add_span_processor(processor)
+        self._tracer = self._provider.get_tracer(PROVIDER, __version__)
+        self._propagator = TraceContextTextMapPropagator()
+
+    def trace(self, record: RequestRecord) -> None:
+        """Make the spans of a request that is over, as part of the caller's trace where it sent `traceparent`."""
+        span = self._tracer.start_span(
+            f"{record.method} {record.route}",
+            context=self._propagator.extract(record.trace),
+            kind=SpanKind.SERVER,
+            attributes=_http_attributes(record),
+            start_time=record.epoch_ns,
+        )
+        if record.status is None or record.status >= 500:
+            span.set_status(StatusCode.ERROR)
+        inside, operation = set_span_in_context(span), _operation(record)
+        for run in record.runs:
+            child = self._tracer.start_span(
+                f"{operation} {self._model}",
+                context=inside,
+                kind=SpanKind.INTERNAL,
+                attributes=self._run_attributes(run, operation),
+                start_time=_epoch_ns(record, run.started_s),
+            )
+            if run.outcome not in tuple(FinishReason):
+                child.set_status(StatusCode.ERROR)
+            child.end(_epoch_ns(record, run.ended_s))
+        span.end(_epoch_ns(record, record.ended_s))
+
+    def close(self) -> None:
+        """Send what is still queued, and stop."""
+        self._provider.shutdown()
+
+    def _run_attributes(self, run: RunRecord, operation: str) -> dict[str, AttributeValue]:
+        params, metrics = run.params, run.metrics
+        attributes: dict[str, AttributeValue] = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": PROVIDER,
+            "gen_ai.request.model": self._model,
+            "gen_ai.request.max_tokens": params.max_tokens,
+            "gen_ai.request.temperature": params.temperature,
+            "gen_ai.request.top_p": params.top_p,
+            "gen_ai.request.top_k": float(params.top_k),
+            "gen_ai.response.id": run.id,
+            "gen_ai.response.model": self._model,
+            "gen_ai.usage.input_tokens": metrics.prompt_tokens,
+            "gen_ai.usage.output_tokens": metrics.generated_tokens,
+            "gen_ai.usage.cache_read.input_tokens": metrics.cached_tokens,
+            "ottava.variant": run.variant,
+            "ottava.batch_size_mean": metrics.batch_size_mean,
+        }
+        if params.seed is not None:
+            attributes["gen_ai.request.seed"] = params.seed
+        if run.outcome in tuple(FinishReason):
+            attributes["gen_ai.response.finish_reasons"] = [run.outcome]
+        else:
+            attributes["error.type"] = run.outcome
+        if metrics.ttft_ms is not None:
+            attributes["gen_ai.response.time_to_first_chunk"] = metrics.ttft_ms / 1e3
+        if metrics.queue_ms is not None:
+            attributes["ottava.queue_time_s"] = metrics.queue_ms / 1e3
+        return attributes
+
+
+def exporting_tracer(model: str) -> SpanTracer:
+    """A tracer that sends batches over OTLP, as the OTEL_EXPORTER_OTLP_* variables say."""
+    return SpanTracer(model, BatchSpanProcessor(OTLPSpanExporter()))
+
+
+def _http_attributes(record: RequestRecord) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {
+        "http.request.method": record.method,
+        "http.route": record.route,
+        "url.path": record.path,
+        "url.scheme": record.scheme,
+        "server.address": record.server[0],
+        "ottava.request_id": record.id,
+        "ottava.key": record.key,
+    }
+    if record.server[1] is not None:
+        attributes["server.port"] = record.server[1]
+    if record.status is not None:
+        attributes["http.response.status_code"] = record.status
+        if record.status >= 500:
+            attributes["error.type"] = str(record.status)
+    else:
+        attributes["error.type"] = "client_gone"
+    return attributes
+
+
+def _operation(record: RequestRecord) -> str:
+    return "chat" if record.route.endswith("/chat/completions") else "text_completion"
+
+
+def _epoch_ns(record: RequestRecord, time_s: float) -> int:
+    """A time of the monotonic clock as nanoseconds since 1970."""
+    return record.epoch_ns + round((time_s - record.received_s) * 1e9)

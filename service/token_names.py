@@ -1,0 +1,74 @@
+"""What single tokens are called: their bytes and a readable text, for the log-probabilities of an answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+
+
+class TokenNames:
+    """The bytes and the text of each token of one tokenizer.
+
+    Three kinds of vocabulary: byte-level (each character of a token stands for a byte), byte-fallback (a token such as
+    <0x0A> stands for a byte), and plain text. What an added token, special or not, adds to a text is its name.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        kinds = set(_kinds(json.loads(backend.decoder.__getstate__()))) if backend.decoder is not None else set()
+        self._backend = backend
+        self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
+        self._is_byte_level = "ByteLevel" in kinds
+        self._has_byte_tokens = "ByteFallback" in kinds
+        # A token's space may depend on standing in the middle of a text, so it is read behind another one.
+        self._before: list[int] = list(backend.encode("a", add_special_tokens=False).ids)
+
+    def text(self, token_id: int) -> str:
+        """The token's text; `bytes:` and hexadecimal where it is part of a character; the id where it is unknown."""
+        given = self.bytes(token_id)
+        if not given and self._backend.id_to_token(token_id) is None:
+            return f"token_id:{token_id}"
+        try:
+            return given.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in given)
+
+    def bytes(self, token_id: int) -> bytes:
+        """What the token adds to the UTF-8 of a text; empty for an id that the vocabulary does not hold."""
+        added, token = self._added.get(token_id), self._backend.id_to_token(token_id)
+        if added is not None or token is None:
+            return (added or "").encode()
+        if self._is_byte_level and _BYTES.keys() >= set(token):
+            return bytes(_BYTES[char] for char in token)
+        byte = BYTE_TOKEN.fullmatch(token) if self._has_byte_tokens else None
+        return bytes([int(byte[1], 16)]) if byte else self._read(token_id).encode()
+
+    def _read(self, token_id: int) -> str:
+        before = self._backend.decode(self._before)
+        return self._backend.decode([*self._before, token_id]).removeprefix(before)
+
+
+def _kinds(decoder: Any) -> Iterator[str]:
+    """The types of a decoder and of what it is made of."""
+    if isinstance(decoder, dict):
+        yield decoder["type"]
+        for part in decoder.get("decoders", ()):
+            yield from _kinds(part)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE's characters: printable bytes stand for themselves, the others follow from U+0100 on.
+
+    Source: GPT-2's byte-level vocabulary.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()

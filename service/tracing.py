@@ -1,0 +1,54 @@
+"""OpenTelemetry traces, where the standard variables name an endpoint; otherwise nothing of it is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Protocol
+
+from service.errors import InvalidSettings
+from service.record import RequestRecord
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+SPOKEN = "http/protobuf"
+
+
+class Tracer(Protocol):
+    """What makes spans of requests that are over; `service.spans.SpanTracer`."""
+
+    def trace(self, record: RequestRecord) -> None: ...
+
+    def close(self) -> None:
+        """Send what is still queued, and stop."""
+        ...
+
+
+def is_traced(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment asks for traces."""
+    is_off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    return not is_off and any(environment.get(name) for name in ENDPOINTS)
+
+
+def open_tracer(model: str, environment: Mapping[str, str] = os.environ) -> Tracer | None:
+    """A tracer that exports to the endpoint of the environment, or None where it names none.
+
+    Raises:
+        InvalidSettings: the environment asks for traces, and the extra `otel` is not installed or the protocol is not
+            http/protobuf.
+    """
+    if not is_traced(environment):
+        return None
+    for name in PROTOCOLS:
+        if environment.get(name, SPOKEN) != SPOKEN:
+            raise InvalidSettings(f"{name} is {environment[name]!r}; traces are sent as {SPOKEN} alone: unset it")
+    try:
+        spans = import_module("service.spans")
+    except ModuleNotFoundError as error:
+        raise InvalidSettings(
+            f"traces are asked for by {' or '.join(ENDPOINTS)}, but {error.name} is not installed: "
+            "pip install 'ottava[otel]', or unset the variable"
+        ) from error
+    tracer: Tracer = spans.exporting_tracer(model)
+    return tracer

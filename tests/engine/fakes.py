@@ -1,0 +1,68 @@
+"""A runner that computes nothing: it can break, hang, and say which request is to fail alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from service.engine.request import Token
+from service.engine.scheduler import Step
+
+
+class ScriptedRunner:
+    """The n-th token of every request is n + offset.
+
+    on_execute, on_read: called with the number of the step, from 0; what they raise, the step raises.
+    spoil: the result of a chunk instead of a token, or None.
+    """
+
+    kv_cache_bytes = 0
+
+    def __init__(self, is_async: bool = True, offset: int = 0, step_s: float = 0.0) -> None:
+        self.is_async = is_async
+        self.offset = offset
+        self.step_s = step_s
+        self.num_steps = 0
+        self.on_execute: Callable[[int], None] = lambda _: None
+        self.on_read: Callable[[int], None] = lambda _: None
+        self.spoil: Callable[[object], Exception | None] = lambda _: None
+
+    def execute(self, step: Step) -> ScriptedHandle:
+        number, self.num_steps = self.num_steps, self.num_steps + 1
+        time.sleep(self.step_s)
+        self.on_execute(number)
+        return ScriptedHandle(self, number, [chunk for chunk in step.chunks if chunk.samples])
+
+
+class ScriptedHandle:
+    def __init__(self, runner: ScriptedRunner, number: int, chunks: list) -> None:
+        self.runner, self.number, self.chunks = runner, number, chunks
+
+    def read(self) -> list:
+        self.runner.on_read(self.number)
+        now_s = time.perf_counter()
+        offset = self.runner.offset
+        return [self.runner.spoil(chunk) or Token(chunk.index + offset, now_s) for chunk in self.chunks]
+
+
+class Hang:
+    """Blocks whoever calls it from a step on, until released."""
+
+    def __init__(self, from_step: int) -> None:
+        self.from_step = from_step
+        self.release = threading.Event()
+
+    def __call__(self, number: int) -> None:
+        if number >= self.from_step:
+            self.release.wait(30)
+
+
+def raising(error: Exception, *steps: int) -> Callable[[int], None]:
+    """Raise at these steps."""
+
+    def check(number: int) -> None:
+        if number in steps:
+            raise error
+
+    return check

@@ -1,0 +1,26 @@
+"""A runner on the CPU whose steps are read one step late, as a GPU's are."""
+
+from __future__ import annotations
+
+from service.engine.loop import EngineLoop
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduler
+from service.engine.turnstile import Turnstile
+from service.models.decoder import Decoder
+
+
+class LateRunner:
+    is_async = True
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.kv_cache_bytes = runner.kv_cache_bytes
+
+    def execute(self, step):
+        return self.runner.execute(step)
+
+
+def start_late(decoder: Decoder, num_blocks=200, block_size=16, rows=16, budget=64, eos_ids=()) -> EngineLoop:
+    runner = LateRunner(Runner(decoder, num_blocks, block_size, rows, budget))
+    plan = Scheduler(num_blocks, block_size, rows, budget, frozenset(eos_ids))
+    return EngineLoop("w8a8", plan, runner, Turnstile(), decoder.config.max_model_len).start()

@@ -1,0 +1,76 @@
+"""An exchange of weights on a GPU: graphs are captured on the cache in use, between the steps of two busy engines."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+import torch
+
+from quant.scheme import PRESETS
+from service.engine.loop import EngineLoop
+from service.engine.request import SamplingParams
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduler
+from service.engine.turnstile import Turnstile
+from service.models.families import ModelConfig
+from service.models.loader import random_decoder
+from tests.engine.test_loop import PROMPTS, collect_all
+from tests.models.conftest import make_model
+
+pytestmark = pytest.mark.gpu
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
+
+
+def warm(runner: Runner, turnstile: Turnstile) -> Runner:
+    pieces = runner.warming()
+    while turnstile.run(next, pieces, None) is not None:
+        pass
+    return runner
+
+
+def start(name: str, runner: Runner, turnstile: Turnstile) -> EngineLoop:
+    return EngineLoop(name, Scheduler(200, 16, 16, 64), runner, turnstile, 256).start()
+
+
+def test_weights_are_exchanged_between_the_steps_of_two_engines():
+    config, cuda, turnstile = ModelConfig.of(make_model("llama").config), torch.device("cuda"), Turnstile()
+    old, new = (random_decoder(config, PRESETS["w8a8"], torch.float16, cuda, seed) for seed in (1, 2))
+    baseline = random_decoder(config, PRESETS["fp16"], torch.float16, cuda, 3)
+    runner = warm(Runner(old, 200, 16, 16, 64), turnstile)
+    engine = start("w8a8", runner, turnstile)
+    other = start("fp16", warm(Runner(baseline, 200, 16, 16, 64), turnstile), turnstile)
+    fresh = start("fresh", warm(Runner(new, 200, 16, 16, 64), turnstile), turnstile)
+
+    async def go():
+        before = await collect_all(engine, PROMPTS, PARAMS)
+        expected = await collect_all(fresh, PROMPTS, PARAMS)
+        is_over, answers = threading.Event(), []
+
+        async def load(target: EngineLoop, kept: list) -> None:
+            while not is_over.is_set():
+                kept += await collect_all(target, PROMPTS[:6], PARAMS)
+
+        busy = [asyncio.ensure_future(load(engine, answers)), asyncio.ensure_future(load(other, []))]
+        replacement = await asyncio.to_thread(
+            lambda: warm(Runner(new, 200, 16, 16, 64, caches=runner.caches), turnstile)
+        )
+        num_before = len(answers)
+        await asyncio.wrap_future(engine.exchange(replacement, 200, new.weight_bytes))
+        after = await collect_all(engine, PROMPTS, PARAMS)
+        is_over.set()
+        await asyncio.gather(*busy)
+        return before, expected, after, answers, num_before
+
+    try:
+        before, expected, after, answers, num_before = asyncio.run(go())
+    finally:
+        for each in (engine, other, fresh):
+            each.stop()
+    assert before != expected == after
+    assert num_before >= 6, "nothing ran while the graphs were captured"
+    for place, tokens in enumerate(answers):
+        assert tokens in (before[place % 6], expected[place % 6])
+    assert all(each.failure is None and each.stats().num_restarts == 0 for each in (engine, other, fresh))
+    assert all(each.stats().kv_cache_usage_ratio == 0 for each in (engine, other, fresh))

@@ -1,0 +1,141 @@
+"""The start-up panel, bars and lines."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from service.cli import terminal
+from service.cli.panel import startup_panel
+from service.cli.terminal import Bars, Lines, progress
+from service.settings import Settings
+
+PATHS = {"/generate": ["post"], "/v1/completions": ["post"], "/health": ["get"], "/ready": ["get"]}
+INFO = {
+    "model": "[bold]/models/tiny",
+    "family": "llama",
+    "max_model_len": 2048,
+    "device": "NVIDIA H100 80GB HBM3",
+    "versions": {"ottava": "1.2.3"},
+    "one_token": {"text": "A step reads 8 GB instead of 16: at best 1.83 times as fast."},
+    "variants": {
+        "w8a8": {
+            "scheme": "smoothquant-o3",
+            "description": "int8 weights.",
+            "dtype": "float16",
+            "kv_cache_dtype": "int8",
+            "weight_bytes": 8_000_000_000,
+            "kv_cache_bytes": 2_000_000,
+        },
+        "fp16": {
+            "scheme": "fp16",
+            "description": None,
+            "dtype": "float16",
+            "kv_cache_dtype": "float16",
+            "weight_bytes": 16_000_000_000,
+            "kv_cache_bytes": 4_000_000,
+        },
+    },
+}
+
+
+def shown(width: int = 120, has_keys: bool = False, **settings: object) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(startup_panel(INFO, PATHS, Settings(**settings), has_keys))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_panel_says_what_is_served_and_where(width):
+    text = shown(width)
+    assert {len(line) for line in text.splitlines()} == {width}
+    said = " ".join(text.replace("│", " ").split())
+    for words in (
+        "ottava 1.2.3",
+        "[bold]/models/tiny (llama), up to 2048 tokens",
+        "default; float16, 8,000 MB weights, 2 MB int8 KV cache; smoothquant-o3, int8 weights.",
+        "float16, 16,000 MB weights, 4 MB float16 KV cache; float weights and activations",
+        "at best 1.83 times as fast",
+        "page http://127.0.0.1:8000/",
+        "docs http://127.0.0.1:8000/docs",
+        "POST http://127.0.0.1:8000/generate /v1/completions",
+        "GET /health /ready",
+        "chat ottava chat",
+        "keys off",
+    ):
+        assert words in said
+    assert "--url" not in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "url"),
+    [
+        ({"port": 9000}, "http://127.0.0.1:9000"),
+        ({"host": "0.0.0.0"}, "http://127.0.0.1:8000"),
+        ({"host": "::"}, "http://[::1]:8000"),
+        ({"host": "::1", "port": 81}, "http://[::1]:81"),
+        ({"port": 0}, "http://127.0.0.1:PORT"),
+    ],
+)
+def test_urls_can_be_called(settings, url):
+    text = shown(**settings)
+    assert f"{url}/generate" in text
+    assert ("chosen by the system" in text) == (settings.get("port") == 0)
+    assert (f"ottava chat --url {url}" in text) == (not url.endswith(":8000"))
+
+
+def test_listening_beyond_this_machine_is_warned_of():
+    assert "other machines may reach" not in shown(has_keys=True)
+    assert "everybody who gets there is served" in shown(host="0.0.0.0", allow_anonymous=True)
+    keyed = " ".join(shown(host="10.0.0.5", has_keys=True).replace("│", " ").split())
+    assert "keys on; listening on 10.0.0.5" in keyed
+    assert "in the clear unless a proxy adds TLS" in keyed
+
+
+def test_the_settings_file_is_named(tmp_path):
+    path = tmp_path / "o.toml"
+    path.write_text("port = 5\n")
+    text = shown(config=path)
+    assert "o.toml" in text
+    assert ":5/generate" in text
+
+
+def test_lines_say_a_stage_once_and_then_now_and_again():
+    said, now_s = [], 0.0
+    lines = Lines(said.append, lambda: now_s)
+    for done in range(31):
+        lines("quantizing", done, 30, "error 1%")
+        now_s += 1.0
+    lines("loading", 0, 0)
+    lines("loading", 0, 0)
+    assert said == [
+        "quantizing, error 1%",
+        "quantizing: 10 of 30, error 1%",
+        "quantizing: 20 of 30, error 1%",
+        "quantizing: 30 of 30, error 1%",
+        "loading",
+    ]
+
+
+def test_no_terminal_gets_lines(capsys):
+    with progress() as on_progress:
+        on_progress("loading [w8a8]", 0, 0)
+    assert capsys.readouterr().err == "ottava: loading [w8a8]\n"
+
+
+def test_a_terminal_gets_a_bar_for_each_stage(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(terminal, "err", console)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress() as on_progress:
+        assert isinstance(on_progress, Bars)
+        on_progress("loading w8a8", 0, 0)
+        on_progress("capturing w8a8", 1, 4, "half")
+        on_progress("capturing w8a8", 4, 4)
+    drawn = console.file.getvalue()
+    assert "loading w8a8" in drawn
+    assert "capturing w8a8" in drawn
+    assert "100%" in drawn
