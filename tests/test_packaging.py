@@ -89,7 +89,10 @@ def test_the_watch_on_imports_would_notice():
             python(f"{IMPORT_EVERYTHING.partition('names = []')[0]}\n{culprit}")
 
 
-@pytest.mark.parametrize("module", ["service.app", "service.engine.loop", "service.settings", "service.errors"])
+@pytest.mark.parametrize(
+    "module",
+    ["service.app", "service.engine.loop", "service.settings", "service.errors", "service.cli", "service.chat"],
+)
 def test_the_http_side_imports_no_torch(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'triton', 'transformers'}} & set(sys.modules)))"
     assert python(code) == ""
