@@ -53,23 +53,25 @@ def test_weights_are_exchanged_between_the_steps_of_two_engines():
                 kept += await collect_all(target, PROMPTS[:6], PARAMS)
 
         busy = [asyncio.ensure_future(load(engine, answers)), asyncio.ensure_future(load(other, []))]
+        await asyncio.sleep(0)  # both have submitted
+        num_steps = engine.stats().num_steps
         replacement = await asyncio.to_thread(
             lambda: warm(Runner(new, 200, 16, 16, 64, caches=runner.caches), turnstile)
         )
-        num_before = len(answers)
+        num_meanwhile = engine.stats().num_steps - num_steps
         await asyncio.wrap_future(engine.exchange(replacement, 200, new.weight_bytes))
         after = await collect_all(engine, PROMPTS, PARAMS)
         is_over.set()
         await asyncio.gather(*busy)
-        return before, expected, after, answers, num_before
+        return before, expected, after, answers, num_meanwhile
 
     try:
-        before, expected, after, answers, num_before = asyncio.run(go())
+        before, expected, after, answers, num_meanwhile = asyncio.run(go())
     finally:
         for each in (engine, other, fresh):
             each.stop()
     assert before != expected == after
-    assert num_before >= 6, "nothing ran while the graphs were captured"
+    assert num_meanwhile >= 3, "nothing ran while the graphs were captured"
     for place, tokens in enumerate(answers):
         assert tokens in (before[place % 6], expected[place % 6])
     assert all(each.failure is None and each.stats().num_restarts == 0 for each in (engine, other, fresh))
