@@ -12,10 +12,13 @@ from fastapi import FastAPI
 from service.engine.request import Engine
 from service.logs import log_request
 from service.middleware import surround
+from service.openai_answers import ChatCompletionChunk
 from service.reloads import Reload, nothing_to_reload
 from service.routes import admin, generate, health, openai_chat, openai_completions, openai_models, page, records
 from service.routes.failures import add_handlers
+from service.routes.openapi import document_events
 from service.routes.serving import Serving
+from service.schemas import Delta
 from service.settings import Settings
 from service.text import TokenizerLike
 from service.threads import start_thread
@@ -73,6 +76,7 @@ def create_app(
     app.include_router(admin.router)
     app.include_router(records.router)
     app.include_router(page.router)
+    document_events(app, Delta, ChatCompletionChunk)
     surround(app, serving, [log_request] if tracer is None else [log_request, tracer.trace])
     return app
 

@@ -12,6 +12,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MIN_TEMPERATURE = 0.001
 MAX_NAME_CHARS = 80
+MAX_DEPTH = 2
+"""Numbers lie in a body, in a list of its, and in the lists of that list; no deeper."""
 
 
 def _stop_list(value: Any) -> Any:
@@ -28,6 +30,15 @@ def _usable_temperature(value: float) -> float:
     return value
 
 
+def _whole(value: Any, depth: int = MAX_DEPTH) -> Any:
+    """3 for 3.0, also in lists; everything else as it is."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if depth and isinstance(value, list) and not {float, list}.isdisjoint(map(type, value)):
+        return [_whole(item, depth - 1) for item in value]
+    return value
+
+
 def whole_unicode(value: str) -> str:
     """The text as it is. Raises the pydantic error `string_unicode` where it cannot be encoded."""
     # JSON can spell half a surrogate pair, which no tokenizer can encode.
@@ -39,7 +50,8 @@ def whole_unicode(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(whole_unicode)]
-Temperature = Annotated[float, AfterValidator(_usable_temperature)]
+_TEMPERATURE_SCHEMA = {"type": "number", "maximum": 2, "anyOf": [{"const": 0}, {"minimum": MIN_TEMPERATURE}]}
+Temperature = Annotated[float, AfterValidator(_usable_temperature), WithJsonSchema(_TEMPERATURE_SCHEMA)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), AfterValidator(whole_unicode)]
 _STOP_SCHEMA = {
     "anyOf": [
@@ -59,15 +71,28 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
     unknown: ClassVar[LiteralString] = "unknown_field"
     """The pydantic error of an unknown field, which decides the status of the answer."""
+    names: ClassVar[frozenset[str]] = frozenset()
+    """Its fields, as clients write them."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.names = frozenset(field.alias or name for name, field in cls.model_fields.items())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_whole_numbers(cls, values: Any) -> Any:
+        """JSON has one kind of number: 3.0 is the integer 3, and a float field takes integers as well."""
+        return {name: _whole(value) for name, value in values.items()} if isinstance(values, dict) else values
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_first_unknown(cls, values: Any) -> Any:
         """One error for the first unknown field: pydantic's own check makes one for each, 8 us apiece."""
         for name in values if isinstance(values, dict) else ():
-            if name not in cls.model_fields:
+            if name not in cls.names:
                 shown = name[:MAX_NAME_CHARS].encode(errors="backslashreplace").decode()
-                nearest = get_close_matches(shown, cls.model_fields, n=1)
+                nearest = get_close_matches(shown, sorted(cls.names), n=1)
                 raise PydanticCustomError(cls.unknown, "{name}", {"name": shown, "nearest": nearest})
         return values
 

@@ -8,6 +8,7 @@ OttavaError
  |  + UnknownVariant     404   no such variant here
  |  + UnknownModel       404   no such model here
  |  + TooLarge           413   a body above the limit
+ |  + UnknownHost        421   a Host header with another name than this server's
  |  + Malformed          422   the body has another shape
  |  + DeadlineExceeded   504   not done within the request's time
  |  + ReloadFailed       409   the new checkpoint is not served; the old one still is
@@ -103,6 +104,13 @@ class TooLarge(RequestError):
 
     status = 413
     code = "body_too_large"
+
+
+class UnknownHost(RequestError):
+    """The request was sent to a name that is not this server's."""
+
+    status = 421
+    code = "unknown_host"
 
 
 class DeadlineExceeded(RequestError):

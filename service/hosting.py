@@ -25,10 +25,8 @@ from service.models.loader import decoder_of, pick_device, pick_dtype, random_de
 from service.models.prepare import Calibration, Progress, is_quantized, quantized_folder, resolve_model, silent
 from service.one_token import describe_one_token
 from service.self_check import check, check_prompts
-from service.settings import Settings
+from service.settings import BASELINE, Settings
 from service.tokenizer import Tokenizer
-
-BASELINE = "fp16"
 
 CPU_CACHE_BYTES = 2**30
 """KV cache of one variant on a CPU unless set."""

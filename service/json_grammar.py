@@ -199,9 +199,10 @@ class _Rules:
     def _string(self, schema: dict[str, Any], at: Place) -> str:
         least, most = range_of(schema, "Length", at)
         if "format" in schema:
-            if schema["format"] not in FORMATS or least or most is not None:
-                refuse(at, f"has format {shown(schema['format'])}: served, without a length, are {', '.join(FORMATS)}")
-            return self._add(rf'"\"" {FORMATS[schema["format"]]} "\""')
+            wanted = schema["format"]
+            if not isinstance(wanted, str) or wanted not in FORMATS or least or most is not None:
+                refuse(at, f"has format {shown(wanted)}: served, without a length, are {', '.join(FORMATS)}")
+            return self._add(rf'"\"" {FORMATS[wanted]} "\""')
         if not least and most is None:
             return self._common("string")
         self._lengths.add((least, most))

@@ -10,6 +10,8 @@ from service.errors import InvalidRequest
 
 PARAM = "response_format"
 MAX_SHOWN = 60
+MAX_DIGITS = 9
+"""Of a place in a list: one with more is beyond every list that fits in a schema, and Python may refuse to read it."""
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 KEYWORDS: dict[str, set[str]] = {
     "object": {"properties", "required", "additionalProperties"},
@@ -60,13 +62,17 @@ def resolve(root: dict[str, Any], pointer: object, at: Place) -> tuple[Place, An
     part: Any = root
     place = tuple(unquote(key).replace("~1", "/").replace("~0", "~") for key in pointer.split("/")[1:])
     for key in place:
-        if isinstance(part, list) and key.isascii() and key.isdigit() and int(key) < len(part):
+        if isinstance(part, list) and _is_place(key) and int(key) < len(part):
             part = part[int(key)]
         elif isinstance(part, dict) and key in part:
             part = part[key]
         else:
             refuse(at, f"is {shown(pointer)}, which is not there: add it")
     return place, part
+
+
+def _is_place(key: str) -> bool:
+    return key.isascii() and key.isdigit() and len(key) <= MAX_DIGITS
 
 
 def types_of(schema: dict[str, Any], at: Place) -> list[str]:
@@ -86,7 +92,7 @@ def is_of(value: object, types: list[str]) -> bool:
     if isinstance(value, bool):
         return "boolean" in types
     if isinstance(value, int | float):
-        return "number" in types or ("integer" in types and float(value).is_integer())
+        return "number" in types or ("integer" in types and (isinstance(value, int) or value.is_integer()))
     kinds: dict[type, str] = {str: "string", list: "array", dict: "object"}
     return kinds.get(type(value), "null") in types
 

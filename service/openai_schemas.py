@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.bodies import Body, Sampling, Temperature, Text, whole_unicode
@@ -161,10 +161,8 @@ class ChatMessage(NullIsAbsent):
     annotations: EmptyList = Field([], description="Accepted: [].")
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(NullIsAbsent):
     """A schema that the answer must follow."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: str = Field(min_length=1, description="Yours; it changes no answer.")
     description: str | None = Field(None, description="Yours; it changes no answer.")

@@ -17,7 +17,7 @@ from quant.scheme import Scheme
 from service.engine.runner import Runner
 from service.engine.turnstile import Turnstile
 from service.errors import EngineFailed, ReloadFailed, StartupError
-from service.hosting import BASELINE, Host, Variant, cache_blocks, variant_notes
+from service.hosting import Host, Variant, cache_blocks, variant_notes
 from service.models.decoder import Decoder
 from service.models.families import ModelConfig, first_line
 from service.models.loader import refuse_unsafe
@@ -25,7 +25,7 @@ from service.models.prepare import is_quantized
 from service.models.weights import Linear, Weights
 from service.reloads import Reloaded
 from service.self_check import CHECK_PROMPTS
-from service.settings import Settings
+from service.settings import BASELINE, Settings
 from service.tokenizer import Tokenizer
 
 P = ParamSpec("P")

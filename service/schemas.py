@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.bodies import Body, Sampling, Text
@@ -20,14 +20,29 @@ class Message(Body):
     content: Text = Field(description="What is said.")
 
 
+def _exactly_one_prompt(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema that one of the prompt's fields is there and not null."""
+    schema["oneOf"] = [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in PROMPT_FIELDS]
+
+
 class GenerateRequest(Sampling):
     """Body of POST /generate: exactly one of `prompt`, `messages` and `prompt_ids`, and how to go on from it."""
 
-    prompt: Text | None = Field(None, description="Text to continue.")
+    model_config = ConfigDict(json_schema_extra=_exactly_one_prompt)
+
+    prompt: Text | None = Field(None, description="Text to continue.", json_schema_extra={"minLength": 1})
     messages: list[Message] | None = Field(
-        None, fail_fast=True, description="Conversation to answer, by the model's chat template."
+        None,
+        fail_fast=True,
+        description="Conversation to answer, by the model's chat template.",
+        json_schema_extra={"minItems": 1},
     )
-    prompt_ids: list[int] | None = Field(None, fail_fast=True, description="Token ids to continue.")
+    prompt_ids: list[int] | None = Field(
+        None,
+        fail_fast=True,
+        description="Token ids to continue.",
+        json_schema_extra={"minItems": 1, "items": {"minimum": 0}},
+    )
     max_tokens: int = Field(
         128, ge=1, description="Most tokens to generate. If left out, 128 or as many as the context leaves."
     )
@@ -200,6 +215,20 @@ class Delta(BaseModel):
     text: str = Field(description="May be empty: a character or a possible stop string is not yet complete.")
     token_ids: list[int]
     logprobs: list[TokenLogprob] = []
+
+
+class Health(BaseModel):
+    """Answer of GET /health."""
+
+    status: Literal["ok", "failed"]
+    variants: dict[str, str] = Field({}, description="Those whose engine has stopped, and why.")
+
+
+class Readiness(BaseModel):
+    """Answer of GET /ready."""
+
+    ready: bool
+    variants: dict[str, str] = Field(description="`ready` for each, or while one is not, why for each that is not.")
 
 
 class ErrorDetail(BaseModel):

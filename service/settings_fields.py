@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import SecretStr
+from pydantic import AfterValidator, SecretStr
 from pydantic.fields import FieldInfo
 
 HIDDEN = "(hidden)"
+ANY = "*"
 Fields = Mapping[str, FieldInfo]
+
+
+def _origin(value: str) -> str:
+    if value != ANY and not re.fullmatch(r"https?://[^/\s]+", value):
+        raise ValueError(f"{value!r} is no origin; write scheme and host as https://example.org, or *")
+    return value
+
+
+def _host_name(value: str) -> str:
+    if value != ANY and not re.fullmatch(r"[^\s/:\[\]*]+|\[[0-9A-Fa-f:.]+\]", value):
+        raise ValueError(f"{value!r} is no host name; write it without scheme and port as example.org or [::1], or *")
+    return value.lower()
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
+"""Scheme and host of a page, or * for all."""
+HostName = Annotated[str, AfterValidator(_host_name)]
+"""What a Host header names, in small letters and without a port, or * for any."""
 
 
 @dataclass(frozen=True, slots=True)

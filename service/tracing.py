@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib import import_module
+from types import ModuleType
 from typing import Protocol
 
 from service.errors import InvalidSettings
@@ -35,6 +36,19 @@ def open_tracer(model: str, environment: Mapping[str, str] = os.environ) -> Trac
     """A tracer that exports to the endpoint of the environment, or None where it names none.
 
     Raises:
+        InvalidSettings: as `check_tracing`.
+    """
+    spans = check_tracing(environment)
+    if spans is None:
+        return None
+    tracer: Tracer = spans.exporting_tracer(model)
+    return tracer
+
+
+def check_tracing(environment: Mapping[str, str] = os.environ) -> ModuleType | None:
+    """`service.spans` where the environment asks for traces, else None; sends nothing.
+
+    Raises:
         InvalidSettings: the environment asks for traces, and the extra `otel` is not installed or the protocol is not
             http/protobuf.
     """
@@ -44,11 +58,9 @@ def open_tracer(model: str, environment: Mapping[str, str] = os.environ) -> Trac
         if environment.get(name, SPOKEN) != SPOKEN:
             raise InvalidSettings(f"{name} is {environment[name]!r}; traces are sent as {SPOKEN} alone: unset it")
     try:
-        spans = import_module("service.spans")
+        return import_module("service.spans")
     except ModuleNotFoundError as error:
         raise InvalidSettings(
             f"traces are asked for by {' or '.join(ENDPOINTS)}, but {error.name} is not installed: "
             "pip install 'ottava[otel]', or unset the variable"
         ) from error
-    tracer: Tracer = spans.exporting_tracer(model)
-    return tracer

@@ -587,6 +587,16 @@ def test_serve_refuses_keys_before_it_loads(refusal, monkeypatch, tiny_folder):
     assert "sh0rt" not in said
 
 
+def test_serve_misses_what_traces_need_before_it_loads(refusal, monkeypatch, tiny_folder):
+    monkeypatch.setattr("service.hosting.open_host", None)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    monkeypatch.delitem(sys.modules, "service.spans", raising=False)
+    assert "pip install 'ottava[otel]'" in refusal("serve", tiny_folder)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    assert "http/protobuf" in refusal("serve", tiny_folder)
+
+
 @pytest.mark.parametrize("damage", ["none", "tensor"])
 def test_a_process_says_one_line(copy_of_tiny, tmp_path, damage):
     """Nothing that a library prints or warns about at import or while loading comes between."""

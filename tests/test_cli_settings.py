@@ -77,6 +77,7 @@ def values_of(name: str, field: FieldInfo) -> object:
         "alpha": 0.25,
         "variants": ("w8a8",),
         "public_routes": ("info",),
+        "allowed_hosts": ("llm.example", "[::2]"),
         "cors_origins": ("https://a.example",),
         "block_size": 32,
         "shadow_rate": 0.5,

@@ -32,6 +32,7 @@ Examples:
 log = logging.getLogger(__name__)
 app, hosting, keys = Later("service.app"), Later("service.hosting"), Later("service.keys")
 logs, reloading, server = Later("service.logs"), Later("service.reloading"), Later("service.server")
+tracing = Later("service.tracing")
 
 
 @takes_settings(*FLAGS)
@@ -41,6 +42,7 @@ def serve(model: Model = None, **flags: Any) -> None:
         settings = load_settings(model=model, **flags)
         # Known before minutes of loading, not after them.
         has_keys = not keys.Keyring(settings).is_empty
+        tracing.check_tracing()
         logs.configure_logging(settings, sys.stderr)
         with progress(log.info) as on_progress:
             hosted = hosting.open_host(settings, on_progress)

@@ -1,4 +1,4 @@
-"""What stands around the routes, from the outside in: envelope, CORS, faults, gate."""
+"""What stands around the routes, from the outside in: envelope, names, CORS, faults, gate."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from service.middleware.envelope import REQUEST_ID, Envelope
 from service.middleware.faults import Faults
 from service.middleware.gate import Gate, document_key
+from service.middleware.names import KnownNames, names_of
 from service.record import RequestRecord
 from service.routes.serving import Serving
 
@@ -18,7 +19,7 @@ def surround(app: FastAPI, serving: Serving, on_end: Sequence[Callable[[RequestR
     """Put the middleware around an app. on_end: what is told of each request when its answer has gone out."""
     settings = serving.settings
     if not serving.keys.is_empty:
-        document_key(app)
+        document_key(app, settings)
     app.add_middleware(Gate, serving=serving)
     app.add_middleware(Faults)
     if settings.cors_origins:
@@ -30,4 +31,7 @@ def surround(app: FastAPI, serving: Serving, on_end: Sequence[Callable[[RequestR
             allow_headers=("authorization", "content-type", REQUEST_ID),
             expose_headers=(REQUEST_ID, "retry-after"),
         )
+    names = names_of(settings, has_keys=not serving.keys.is_empty)
+    if names is not None:
+        app.add_middleware(KnownNames, names=names)
     app.add_middleware(Envelope, on_end=on_end)

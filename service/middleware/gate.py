@@ -15,7 +15,7 @@ from service.metrics import NO_VARIANT, REJECTED
 from service.record import RequestRecord
 from service.routes.failures import refusal
 from service.routes.serving import Serving
-from service.settings import PublicRoute
+from service.settings import PublicRoute, Settings
 
 ALWAYS_PUBLIC = frozenset({"/health", "/ready"})
 """An orchestrator asks these of its own, and they tell nothing."""
@@ -40,9 +40,8 @@ class Gate:
         self._app = app
         self._serving = serving
         self._max_body_bytes = serving.settings.max_body_bytes
-        opened = serving.settings.public_routes
-        self._public = ALWAYS_PUBLIC.union(*(PUBLIC_PATHS[route] for route in opened))
-        self._has_public_page = "page" in opened
+        self._public = public_paths(serving.settings)
+        self._has_public_page = "page" in serving.settings.public_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -85,11 +84,19 @@ class Gate:
         return path in self._public or (self._has_public_page and path.startswith(PAGE_FILES))
 
 
-def document_key(app: FastAPI) -> None:
-    """Say in the app's OpenAPI that requests need a key, so that /docs asks for one and clients know."""
+def public_paths(settings: Settings) -> frozenset[str]:
+    """The paths that need no key under these settings, the page's files aside."""
+    return ALWAYS_PUBLIC.union(*(PUBLIC_PATHS[route] for route in settings.public_routes))
+
+
+def document_key(app: FastAPI, settings: Settings) -> None:
+    """Say in the app's OpenAPI which requests need a key, so that /docs asks for one and clients know."""
     schema = app.openapi()
     schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     schema["security"] = [{"key": []}]
+    for path in public_paths(settings) & schema["paths"].keys():
+        for operation in schema["paths"][path].values():
+            operation["security"] = []
 
 
 def _is_generation(scope: Scope) -> bool:

@@ -11,9 +11,8 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from service.bodies import Body, Text
-from service.routes.failures import DOCUMENTED_ERRORS
+from service.routes.openapi import failures
 from service.routes.serving import serving_of
-from service.schemas import ErrorResponse
 
 router = APIRouter(tags=["operation"])
 
@@ -41,10 +40,7 @@ class ReloadResponse(BaseModel):
     "/admin/reload",
     response_model=ReloadResponse,
     summary="Serve another checkpoint",
-    responses={
-        409: {"model": ErrorResponse, "description": "Nothing has changed, and why; or a reload is running."},
-        **{status: DOCUMENTED_ERRORS[status] for status in (401, 413, 422)},
-    },
+    responses=failures(400, 401, 409, 422),
 )
 async def reload(body: ReloadRequest, http: HTTPRequest) -> Response:
     """Load an int8 checkpoint beside the one that is served, check it against the baseline, and exchange them.

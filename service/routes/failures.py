@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import reprlib
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -22,21 +24,6 @@ from service.routes.serving import serving_of
 from service.schemas import ErrorDetail, ErrorResponse
 
 log = logging.getLogger(__name__)
-
-DOCUMENTED_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse, "description": text}
-    for status, text in {
-        400: "A value outside its range: the message names field, value, limit and remedy.",
-        401: "No API key, or one that is not known; only where keys are set.",
-        404: "A model or variant that is not served here.",
-        413: "A body above the limit.",
-        422: "A body of another shape: unknown field, wrong type, missing field, not JSON.",
-        429: "Too many requests of this API key; see Retry-After.",
-        500: "The engine failed.",
-        503: "Not ready, too many requests waiting, or waited too long; see Retry-After.",
-        504: "Not done within the request's time.",
-    }.items()
-}
 
 # pydantic's names of errors in a value; every other one is an error in the shape.
 _VALUE_ERRORS = {
@@ -59,6 +46,7 @@ _MAX_SHOWN = 80
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _MAX_SHOWN
 _SHORT.maxlevel = 2
+_LONG_NUMBER = re.compile(rf"\d{{{_MAX_SHOWN + 1},}}")
 
 
 class CountedRoute(APIRoute):
@@ -85,8 +73,9 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def error_body(error: OttavaError) -> ErrorResponse:
-    """The body for one of our own errors."""
-    return ErrorResponse(error=ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code))
+    """The body for one of our own errors. Of a number with more digits than anybody reads it shows a few."""
+    message = _LONG_NUMBER.sub(_cut_digits, error.message)
+    return ErrorResponse(error=ErrorDetail(message=message, type=error.type, param=error.param, code=error.code))
 
 
 def internal_error() -> ErrorResponse:
@@ -111,7 +100,8 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     first = next((error for error in errors if error["type"] not in _VALUE_ERRORS), errors[0])
     kind = first["type"]
     path = [part for part in first["loc"] if part != "body"]
-    name = path[0] if path else first.get("ctx", {}).get("name")
+    # Of a body that is no JSON, the path is a place in it.
+    name = path[0] if path and kind != "json_invalid" else first.get("ctx", {}).get("name")
     param = None if name is None else str(name)
     if kind in _VALUE_ERRORS:
         reason = _VALUE_ERRORS[kind].format(**first.get("ctx", {}), message=first["msg"])
@@ -138,6 +128,27 @@ def _shape_message(kind: str, path: list[Any], error: Mapping[str, Any]) -> str:
     return f"`{_dotted(path)}` is {_shown(given)} of type {type(given).__name__}: {error['msg'].lower()}; see /docs"
 
 
+def _unreadable(cause: BaseException | None) -> BaseException | None:
+    """The cause, or what it says of the body where Python's JSON reader gave up on it."""
+    if isinstance(cause, RecursionError):
+        return InvalidRequest(
+            "the lists and objects of the body lie too deep inside each other to be read; send fewer levels"
+        )
+    if isinstance(cause, UnicodeDecodeError):
+        return InvalidRequest(f"the body is not valid {cause.encoding}, at byte {cause.start}; send JSON in UTF-8")
+    if isinstance(cause, ValueError):
+        limit = sys.get_int_max_str_digits()
+        return InvalidRequest(
+            f"the body holds a number of more than {limit} digits, which is the limit; send a smaller one"
+        )
+    return cause
+
+
+def _cut_digits(number: re.Match[str]) -> str:
+    half = _MAX_SHOWN // 2
+    return f"{number[0][:half]}...{number[0][-half:]}"
+
+
 def _dotted(path: Sequence[Any]) -> str:
     return ".".join(str(part) for part in path)
 
@@ -161,8 +172,9 @@ async def _on_invalid_body(_: HTTPRequest, error: Exception) -> Response:
 
 async def _on_http_error(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if isinstance(error.__cause__, OttavaError):
-        return refusal(error.__cause__)
+    cause = _unreadable(error.__cause__)
+    if isinstance(cause, OttavaError):
+        return refusal(cause)
     status = HTTPStatus(error.status_code)
     message = str(error.detail)
     if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):

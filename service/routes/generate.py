@@ -17,12 +17,14 @@ from starlette.responses import Response
 from service.compare import agreement, speedup
 from service.errors import InvalidRequest
 from service.metrics import NO_VARIANT
-from service.routes.failures import DOCUMENTED_ERRORS, CountedRoute
+from service.routes.failures import CountedRoute
+from service.routes.openapi import generation
 from service.routes.planning import Room, allowed_timeout, chat_ids, fitting, known_ids, sampling_params, text_ids
 from service.routes.reply import answered, streamed
 from service.routes.run import Plan, Run
-from service.routes.serving import BASELINE, Serving, serving_of
+from service.routes.serving import Serving, serving_of
 from service.schemas import Answer, Delta, GenerateRequest, GenerateResponse
+from service.settings import BASELINE
 from service.text import TokenizerLike
 
 router = APIRouter(route_class=CountedRoute, tags=["generation"])
@@ -32,13 +34,9 @@ router = APIRouter(route_class=CountedRoute, tags=["generation"])
     "/generate",
     response_model=GenerateResponse,
     summary="Generate text",
-    responses={
-        200: {
-            "description": "The answer; with `stream` one `Delta` per step, then the whole answer, then `[DONE]`.",
-            "content": {"text/event-stream": {}},
-        },
-        **DOCUMENTED_ERRORS,
-    },
+    responses=generation(
+        "The answer; with `stream` one `Delta` per step, then the whole answer, then `[DONE]`.", Delta, GenerateResponse
+    ),
 )
 async def generate(body: GenerateRequest, http: HTTPRequest) -> Response:
     """Continue a prompt with one variant. `compare` runs it on the fp16 baseline afterwards, never beside it."""

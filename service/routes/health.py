@@ -8,13 +8,20 @@ from fastapi import APIRouter, Depends
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import JSONResponse, Response
 
+from service.routes.openapi import failures
 from service.routes.serving import STOPPING, Serving, serving_of
+from service.schemas import Health, Readiness
 
-router = APIRouter(tags=["operation"])
+router = APIRouter(tags=["operation"], responses=failures())
 Shared = Annotated[Serving, Depends(serving_of)]
 
 
-@router.get("/health", summary="Alive?", responses={503: {"description": "An engine has stopped after a failure."}})
+@router.get(
+    "/health",
+    summary="Alive?",
+    response_model=Health,
+    responses={503: {"model": Health, "description": "An engine has stopped after a failure."}},
+)
 async def health(serving: Shared) -> Response:
     """200 while every engine runs; 503 with the reason once one has stopped. Not ready is still alive."""
     failures = serving.failures()
@@ -23,7 +30,12 @@ async def health(serving: Shared) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready", summary="Ready?", responses={503: {"description": "A variant is not ready, and why."}})
+@router.get(
+    "/ready",
+    summary="Ready?",
+    response_model=Readiness,
+    responses={503: {"model": Readiness, "description": "A variant is not ready, and why."}},
+)
 async def ready(serving: Shared) -> Response:
     """200 while every variant is loaded, self-checked and running; else 503 with the reason for each that is not."""
     reasons = {variant: reason for variant in serving.engines if (reason := serving.why_unready(variant))}
@@ -37,13 +49,21 @@ async def ready(serving: Shared) -> Response:
     return JSONResponse({"ready": True, "variants": dict.fromkeys(serving.engines, "ready")})
 
 
-@router.get("/info", summary="What is served")
+@router.get("/info", summary="What is served", responses=failures(401))
 async def info(serving: Shared) -> dict[str, object]:
     """Model, variants, scheme, calibration, memory, device and versions."""
     return serving.info()
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={
+        200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **failures(401),
+    },
+)
 async def metrics(serving: Shared) -> Response:
     """Every series in Prometheus' text format."""
     return Response(serving.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

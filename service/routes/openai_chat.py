@@ -23,10 +23,11 @@ from service.openai_answers import (
     OpenAIUsage,
 )
 from service.openai_schemas import ChatRequest
-from service.routes.failures import DOCUMENTED_ERRORS, CountedRoute
+from service.routes.failures import CountedRoute
 from service.routes.openai_choices import Choices, New, Reply, head_of
 from service.routes.openai_logprobs import chat_logprobs
 from service.routes.openai_plans import chat_plans
+from service.routes.openapi import generation
 from service.routes.reply import answered, streamed
 from service.routes.run import Run
 from service.routes.serving import serving_of
@@ -40,14 +41,11 @@ router = APIRouter(route_class=CountedRoute, tags=["openai"])
     "/v1/chat/completions",
     response_model=ChatCompletion,
     summary="Answer a conversation",
-    responses={
-        200: {
-            "description": "The answers; with `stream` one event per step and answer, then `[DONE]`. An event is a "
-            "`chat.completion.chunk`: it has `delta` for `message`, and `finish_reason` and `metrics` with the last.",
-            "content": {"text/event-stream": {}},
-        },
-        **DOCUMENTED_ERRORS,
-    },
+    responses=generation(
+        "The answers; with `stream` one event per step and answer, then `[DONE]`. An event is a "
+        "`chat.completion.chunk`: it has `delta` for `message`, and `finish_reason` and `metrics` with the last.",
+        ChatCompletionChunk,
+    ),
 )
 async def chat(body: ChatRequest, http: HTTPRequest) -> Response:
     """Answer a conversation `n` times."""

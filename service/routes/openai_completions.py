@@ -14,10 +14,11 @@ from service.engine.request import FinishReason
 from service.metrics import NO_VARIANT
 from service.openai_answers import Completion, CompletionChoice, CompletionLogprobs, OpenAIUsage
 from service.openai_schemas import CompletionRequest
-from service.routes.failures import DOCUMENTED_ERRORS, CountedRoute
+from service.routes.failures import CountedRoute
 from service.routes.openai_choices import Choices, New, Reply, head_of
 from service.routes.openai_logprobs import TextLogprobs, joined
 from service.routes.openai_plans import Prompt, completion_plans
+from service.routes.openapi import generation
 from service.routes.reply import answered, streamed
 from service.routes.run import Run
 from service.routes.serving import serving_of
@@ -31,13 +32,7 @@ router = APIRouter(route_class=CountedRoute, tags=["openai"])
     "/v1/completions",
     response_model=Completion,
     summary="Continue texts",
-    responses={
-        200: {
-            "description": "The answers; with `stream` one such event per step and answer, then `[DONE]`.",
-            "content": {"text/event-stream": {}},
-        },
-        **DOCUMENTED_ERRORS,
-    },
+    responses=generation("The answers; with `stream` one such event per step and answer, then `[DONE]`.", Completion),
 )
 async def complete(body: CompletionRequest, http: HTTPRequest) -> Response:
     """Continue each prompt `n` times."""

@@ -7,10 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from service.openai_answers import ModelList, ServedModel
-from service.routes.failures import DOCUMENTED_ERRORS
+from service.routes.openapi import failures
 from service.routes.serving import Serving, serving_of
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], responses=failures(401))
 Shared = Annotated[Serving, Depends(serving_of)]
 
 
@@ -22,7 +22,7 @@ async def models(serving: Shared) -> ModelList:
 
 
 # A name may be a path or hold the slash of a hub's id.
-@router.get("/v1/models/{model:path}", summary="One of them", responses={404: DOCUMENTED_ERRORS[404]})
+@router.get("/v1/models/{model:path}", summary="One of them", responses=failures(404, 422))
 async def model(model: str, serving: Shared) -> ServedModel:
     """What a name stands for."""
     return _served(model, serving.models.variant_of(model), serving)

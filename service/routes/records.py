@@ -6,10 +6,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
+from service.routes.openapi import failures
 from service.routes.serving import Serving, serving_of
 from service.schemas import CompareResponse, RecentResponse, ShadowState
 
-router = APIRouter(tags=["operation"])
+router = APIRouter(tags=["operation"], responses=failures(401))
 Shared = Annotated[Serving, Depends(serving_of)]
 
 

@@ -14,8 +14,9 @@ from service.errors import DeadlineExceeded, OttavaError, QueueFull, QueueTimeou
 from service.metrics import ERROR, REJECTED, TIMEOUT
 from service.record import RunRecord, current
 from service.routes.deadlines import Deadlines
-from service.routes.serving import BASELINE, Serving
+from service.routes.serving import Serving
 from service.schemas import Answer, Delta, RunMetrics, TokenLogprob, TopLogprob, Usage
+from service.settings import BASELINE
 from service.shadow import Sample
 from service.text import Output
 from service.traffic import Visit

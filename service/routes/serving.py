@@ -17,12 +17,11 @@ from service.metrics import ServiceMetrics
 from service.model_names import ModelNames
 from service.recent import Recent
 from service.reloads import Reload, Reloaded, Reloads
-from service.settings import Settings
+from service.settings import BASELINE, Settings
 from service.shadow import Shadow
 from service.text import TokenizerLike
 from service.traffic import Traffic, Visit
 
-BASELINE = "fp16"
 STARTING = "the start-up self-check is still running"
 STOPPING = "the server is stopping"
 

@@ -45,7 +45,7 @@ async def client_of(app: FastAPI, wait_s: float = DEADLINE_S) -> AsyncIterator[h
     """A client in process, once the self-check is done (or wait_s have passed)."""
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             await until(lambda: app.state.serving.refused is not None, wait_s, must=wait_s == DEADLINE_S)
             yield client
 

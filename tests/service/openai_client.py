@@ -18,7 +18,7 @@ async def openai_of(app):
         transport = httpx2.ASGITransport(app)
         async with httpx2.AsyncClient(transport=transport) as http:
             await until(lambda: app.state.serving.refused is not None)
-            yield openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=http, max_retries=0)
+            yield openai.AsyncOpenAI(api_key="none", base_url="http://localhost/v1", http_client=http, max_retries=0)
 
 
 def ask(work, **engine_options):

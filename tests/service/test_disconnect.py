@@ -13,7 +13,9 @@ from tests.service.harness import app_of, metrics_of, server_of, total, two_engi
 async def _open(port: int, body: dict) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     content = json.dumps(body).encode()
-    head = f"POST /generate HTTP/1.1\nHost: x\nContent-Type: application/json\nContent-Length: {len(content)}\n\n"
+    head = (
+        f"POST /generate HTTP/1.1\nHost: localhost\nContent-Type: application/json\nContent-Length: {len(content)}\n\n"
+    )
     writer.write(head.replace("\n", "\r\n").encode() + content)
     await writer.drain()
     return reader, writer

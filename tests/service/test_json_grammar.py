@@ -197,10 +197,13 @@ def test_formats(name, parse):
         ({"type": "string", "minLength": True}, "#/minLength is true"),
         ({"type": "string", "minLength": 5, "maxLength": 2}, "minLength 5 above maxLength 2"),
         ({"type": "string", "format": "email"}, "format \"email\": served, without a length, are date"),
+        ({"type": "string", "format": ["date"]}, r"format .*date.*: served, without a length"),
         ({"type": "string", "format": "date", "maxLength": 9}, "without a length"),
         ({"type": "string", "maxLength": 257}, "to 1, together 257; at most 8 of together 256"),
         (all_of(**{f"p{i}": {"type": "string", "maxLength": i} for i in range(9)}), "to 9, together 36"),
         ({"type": "array", "maxItems": 1001}, "asks for 1001 items; at most 1000"),
+        ({"type": "string", "const": 10**400}, "no value of type string"),
+        ({"$ref": "#/$defs/a/" + "9" * 5000, "$defs": {"a": [INT]}}, "which is not there"),
         ({"type": "array", "uniqueItems": True}, "`uniqueItems`"),
         ({"type": "array", "prefixItems": [INT]}, "use an object with a property for each place"),
         ({"type": "object", "required": ["a"]}, "requires \"a\", which `properties` lacks"),
@@ -242,6 +245,10 @@ def test_depth_is_limited_before_python_is_at_its_end(nested):
         schema = nested(schema)
     with pytest.raises(InvalidRequest, match="no JSON that can be served"):
         json_grammar(schema)
+
+
+def test_an_integer_beyond_every_float_is_an_integer():
+    assert str(10**400) in json_grammar({"type": "integer", "const": 10**400})
 
 
 def test_a_long_chain_of_references_is_refused():

@@ -103,6 +103,18 @@ ONLY_CHAT = [
         ["'text'", "leave it out"],
     ),
     ({"response_format": {"type": "xml"}}, 400, "response_format", ["xml"]),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schem": {}}}},
+        400,
+        "response_format",
+        ["`response_format.json_schema.schem` is not a field", "did you mean `schema`"],
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema_": {}}}},
+        400,
+        "response_format",
+        ["`response_format.json_schema.schema_` is not a field"],
+    ),
 ]
 CASES = [(path, *case) for path in (TEXT, CHAT) for case in BOTH]
 CASES += [(TEXT, *case) for case in ONLY_TEXT] + [(CHAT, *case) for case in ONLY_CHAT]

@@ -177,7 +177,7 @@ def test_a_queue_that_fills_up_half_way_holds_nothing():
             with pytest.raises(openai.InternalServerError, match="waiting"):
                 await client.completions.create(model="fake", prompt="a", n=3)
             await until(lambda: not engines["w8a8"].active)
-            http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test")
+            http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost")
             async with http:
                 return await metrics_of(http), app.state.serving.traffic.num_active
 

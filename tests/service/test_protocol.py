@@ -13,7 +13,7 @@ import pytest
 from service.server_options import allow_open_files
 from tests.service.harness import app_of, metrics_of, server_of, two_engines, until
 
-GENERATE = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+GENERATE = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_a_deadline_frees_the_engine_even_where_the_client_does_not_read(connect
     [
         b"",
         b"GET /hea",
-        b"GET /health HTTP/1.1\r\nHost: x\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n",
         f"{GENERATE}Content-Length: 100\r\n\r\n".encode(),
         f"{GENERATE}Content-Length: 100\r\n\r\n{{".encode(),
         f"{GENERATE}Transfer-Encoding: chunked\r\n\r\n5\r\n12".encode(),
@@ -236,7 +236,7 @@ def test_an_idle_connection_lives_as_long_as_keep_alive_says():
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             times = []
             for _ in range(2):
-                writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert b"200 OK" in await reader.readuntil(b"}")
                 await asyncio.sleep(0.5)
             start_s = time.perf_counter()
@@ -278,7 +278,7 @@ def refused(connect, data: bytes, **settings) -> tuple[int, dict]:
     "headers", [b"a:\r\n" * 5000, b"x-long: " + b"y" * 20_000 + b"\r\n", b"x-" + b"n" * 20_000 + b": y\r\n"]
 )
 def test_a_flood_of_headers_is_refused(connect, headers):
-    status, error = refused(connect, b"GET /health HTTP/1.1\r\nHost: x\r\n" + headers)
+    status, error = refused(connect, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + headers)
     assert status == 431
     assert "16384 bytes" in error["message"]
 
@@ -288,7 +288,7 @@ def test_a_long_path_is_refused(connect):
 
 
 def test_the_size_of_a_head_is_a_setting(connect):
-    head = b"GET /info HTTP/1.1\r\nHost: x\r\nConnection: close\r\nx-long: " + b"y" * 3000 + b"\r\n\r\n"
+    head = b"GET /info HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx-long: " + b"y" * 3000 + b"\r\n\r\n"
 
     async def status(max_header_bytes: int) -> int:
         async with server_of(app_of(two_engines(), max_header_bytes=max_header_bytes)) as port:
@@ -327,12 +327,12 @@ def test_ten_connections_that_flood_at_once_hurt_nobody(connect):
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"hello\r\n\r\n",
-        b"GET / HTTP/one\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/one\r\nHost: localhost\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
-        b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
     ],
 )
 def test_what_is_no_http_is_refused_in_the_one_shape(connect, data):
@@ -382,7 +382,7 @@ def test_one_connection_too_many_is_told(connect):
         async with server_of(app_of(two_engines(), max_connections=3)) as port:
             held = [connect(port) for _ in range(3)]
             for client in held:
-                await send(client, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                await send(client, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert b"200 OK" in await _some(client)
             extra = connect(port)
             received = await read_all(extra)

@@ -1,12 +1,15 @@
 """Settings: sources, bounds, and names that do not exist."""
 
 import os
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+import service
 from service.errors import InvalidSettings
-from service.settings import Settings, load_settings
+from service.settings import BASELINE, Settings, Variant, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +85,9 @@ def test_every_field_has_a_reason_and_cannot_change():
     assert all(field.description for field in Settings.model_fields.values())
     with pytest.raises(ValueError, match="frozen"):
         load_settings().port = 1
+
+
+def test_the_baseline_has_one_name():
+    sources = {path: path.read_text() for path in Path(service.__file__).parent.rglob("*.py")}
+    assert [path.name for path, text in sources.items() if re.search(r"^BASELINE\b.*=", text, re.M)] == ["settings.py"]
+    assert BASELINE in get_args(Variant)

@@ -8,9 +8,8 @@ from service.comparisons import WINDOW, Comparisons
 from service.engine.request import SamplingParams
 from service.errors import InvalidSettings
 from service.metrics import ServiceMetrics
-from service.routes.serving import BASELINE
 from service.schemas import Agreement, Speedup
-from service.settings import load_settings
+from service.settings import BASELINE, load_settings
 from service.shadow import Shadow
 from tests.service.harness import app_of, client_of, metrics_of, total, two_engines, until
 

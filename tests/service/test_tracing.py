@@ -69,7 +69,7 @@ def test_a_generation_makes_two_spans(monkeypatch):
     assert 0 < run.attributes["gen_ai.response.time_to_first_chunk"] < 5
     assert (http.name, http.kind, http.parent) == ("POST /generate", SpanKind.SERVER, None)
     expected = {"http.request.method": "POST", "http.route": "/generate", "http.response.status_code": 200}
-    expected |= {"server.address": "test", "url.scheme": "http", "ottava.request_id": "abc"}
+    expected |= {"server.address": "localhost", "url.scheme": "http", "ottava.request_id": "abc"}
     assert {name: http.attributes[name] for name in expected} == expected
     assert run.parent.span_id == http.context.span_id
     assert http.start_time <= run.start_time < run.end_time <= http.end_time
