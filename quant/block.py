@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quant.gptq import round_gptq
-from quant.inputs import Inputs, tapped
+from quant.inputs import Inputs, gather
 from quant.int8 import Int8Module, Int8Tensors
 from quant.layers import LayerStream
 from quant.rounding import dequantize
@@ -19,9 +19,6 @@ from quant.scheme import Scheme
 from quant.search import best_ranges, round_nearest, smooth_layer
 from quant.smooth import SmoothGroup
 from quant.zeroquant import Student, distill
-
-SAMPLED_ROWS = 1024
-"""Tokens by which alphas and ranges are judged: of one layer's inputs that many are kept in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +28,7 @@ class Recipe:
     linear_names: the Linears to quantize, all layers'.
     groups: what to smooth, all layers'.
     dtype: of norms, biases and stored scales.
-    seed: of the choice of tokens that alphas and ranges are judged by.
+    seed: of the choice of tokens that smoothing and ranges are judged by.
     """
 
     scheme: Scheme
@@ -96,20 +93,17 @@ class Block:
 
     def _measure(self, windows: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Inputs]]:
         """The float layer's outputs, and what its Linears read."""
-        num_tokens = sum(window.shape[1] for window in windows)
-        share, has_gram = min(1.0, SAMPLED_ROWS / num_tokens), self.recipe.scheme.rounding == "gptq"
-        with tapped(self.linears, share, has_gram, self.recipe.seed) as taps:
-            hidden = [self.stream.run(self.index, self.layer, window) for window in windows]
-        inputs = {name: read for name, tap in taps.items() if (read := tap.inputs()) is not None}
+        has_gram = self.recipe.scheme.rounding == "gptq"
+        hidden, inputs = gather(self.linears, self._run, windows, has_gram, self.recipe.seed)
         for name, read in inputs.items():
-            if not bool(read.absmax.isfinite().all()):
+            if not bool(read.channels.absmax.isfinite().all()):
                 raise ValueError(f"the input of {name} is NaN or infinite over the calibration windows")
         return hidden, inputs
 
     def _smooth(self, inputs: dict[str, Inputs]) -> None:
         groups = [group for group in self.recipe.groups if self._is_within(group.source)]
         choices = smooth_layer(self.state, groups, inputs, self.recipe.scheme, self.recipe.dtype)
-        self.notes["alphas"] = {source: choice.alpha for source, choice in choices.items()}
+        self.notes["alphas"] = {source: choice.note for source, choice in choices.items()}
         self._put_back()
 
     def _put_back(self) -> None:
@@ -141,7 +135,7 @@ class Block:
             ranges = best_ranges(weight, inputs, scheme, dtype)
             if ranges != (1.0, 1.0):
                 self.notes.setdefault("ranges", {})[name] = ranges
-            nearest = round_nearest(weight, inputs, scheme, dtype, *ranges)
+            nearest = round_nearest(weight, inputs.channels.absmax, scheme, dtype, *ranges)
         except ValueError as error:
             raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
         if inputs.gram is None or scheme.weight == "float":

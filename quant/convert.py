@@ -59,7 +59,7 @@ def quantize_checkpoint(
         notes: added to ottava.json beside the scheme and what was chosen for each layer.
         windows: [n, L] int64 token ids to calibrate on, if the scheme needs calibration.
         device: where layers are computed.
-        seed: of the choice of tokens that alphas and ranges are judged by.
+        seed: of the choice of tokens that smoothing and ranges are judged by.
 
     Raises:
         CheckpointError: source is not a float checkpoint, or lacks one of the Linears.

@@ -1,77 +1,146 @@
-"""What the Linears of one layer read over the calibration windows: ranges, a sample of rows, and second moments."""
+"""What the Linears of one layer read over the calibration windows: ranges, a sample of rows, and second moments.
+
+A range does not hold on tokens that it was not taken from, and a choice judged by the tokens that it was fitted to
+looks better than it is. So every fourth window is held out: ranges are fitted to the others, and judged by it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quant.smooth import Channels
 
-@dataclass(slots=True)
+SAMPLED_ROWS = 1024
+"""Tokens by which choices are judged: of one layer's inputs that many are kept in float32."""
+
+HELD_OUT_EVERY = 4
+
+
+@dataclass(frozen=True, slots=True)
 class Inputs:
     """The input X [T, K] of one Linear, T counted over all windows.
 
-    absmax: float32 [K], max_t |x_tk|.
-    rows: float32 [R, K], rows of X drawn at random.
+    channels: over all tokens.
+    fitted: over those of the windows that no row is from; over all where there is but one window.
+    rows: float32 [R, K], rows of X drawn at random from the windows held out.
     gram: float32 [K, K], X^T X; None where it is not needed.
     """
 
-    absmax: Tensor
+    channels: Channels
+    fitted: Channels
     rows: Tensor
     gram: Tensor | None
 
     def divided(self, s: Tensor) -> Inputs:
         """The input X / s of a smoothed Linear, s [K]."""
         gram = None if self.gram is None else self.gram / s / s[:, None]
-        return Inputs(self.absmax / s, self.rows / s, gram)
+        return Inputs(self.channels.over(s), self.fitted.over(s), self.rows / s, gram)
 
 
-class InputTap:
+def gather(
+    linears: Mapping[str, nn.Module],
+    run: Callable[[Tensor], Tensor],
+    windows: Sequence[Tensor],
+    has_gram: bool,
+    seed: int,
+) -> tuple[list[Tensor], dict[str, Inputs]]:
+    """Run a layer on all windows and gather what its Linears read.
+
+    Args:
+        linears: of the layer, by name.
+        run: the layer.
+        windows: hidden states [1, L, hidden] that enter it, one or more.
+        has_gram: whether X^T X is summed.
+        seed: of the choice of rows: the same for each Linear, so that readers of one activation keep the same rows.
+
+    Returns:
+        The layer's outputs, and the inputs of each Linear that ran (an expert that no token chose did not).
+    """
+    is_held_out = [_is_held_out(index, len(windows)) for index in range(len(windows))]
+    num_tokens = [0, 0]
+    for window, held in zip(windows, is_held_out, strict=True):
+        num_tokens[held] += window.shape[1]
+    taps = {name: _Tap(num_tokens, has_gram, seed) for name in linears}
+    outputs = []
+    with _hooked(linears, taps):
+        for window, held in zip(windows, is_held_out, strict=True):
+            for tap in taps.values():
+                tap.is_held_out = held
+            outputs.append(run(window))
+    gathered = {name: tap.inputs() for name, tap in taps.items()}
+    return outputs, {name: inputs for name, inputs in gathered.items() if inputs is not None}
+
+
+def _is_held_out(index: int, num_windows: int) -> bool:
+    return num_windows > 1 and index % HELD_OUT_EVERY == min(HELD_OUT_EVERY, num_windows) - 1
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """From the windows of one kind; share: of the rows that are kept, 0..1."""
+
+    share: float
+    absmax: list[Tensor] = field(default_factory=list)
+    energy: list[Tensor] = field(default_factory=list)
+    num_tokens: int = 0
+    rows: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: Tensor, chosen: Tensor) -> None:
+        self.absmax.append(x.abs().amax(0))
+        self.energy.append(x.square().sum(0))
+        self.num_tokens += len(x)
+        self.rows.append(x[chosen])
+
+
+def _channels(kinds: Sequence[_Gathered]) -> Channels:
+    absmax = torch.stack([absmax for kind in kinds for absmax in kind.absmax]).amax(0)
+    energy = torch.stack([energy for kind in kinds for energy in kind.energy]).sum(0)
+    return Channels(absmax, (energy / max(1, sum(kind.num_tokens for kind in kinds))).sqrt())
+
+
+class _Tap:
     """A hook that gathers the input of one Linear, call by call.
 
     Args:
-        share: of the rows that are kept, 0..1.
-        has_gram: whether X^T X is summed.
-        seed: of the choice of rows: the same for each Linear, so that readers of one activation keep the same rows.
+        num_tokens: that will come from the windows that are fitted to and from those held out.
     """
 
-    def __init__(self, share: float, has_gram: bool, seed: int) -> None:
-        self.share = share
-        self.has_gram = has_gram
-        self._generator = torch.Generator().manual_seed(seed)
-        self._absmax: Tensor | None = None
-        self._rows: list[Tensor] = []
+    def __init__(self, num_tokens: Sequence[int], has_gram: bool, seed: int) -> None:
+        self.is_held_out = False
+        self._kinds = [_Gathered(min(1.0, SAMPLED_ROWS / max(1, number))) for number in num_tokens]
+        self._has_gram = has_gram
         self._gram: Tensor | None = None
+        self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach().flatten(0, -2).float()
-        absmax = x.abs().amax(0)
-        self._absmax = absmax if self._absmax is None else torch.maximum(self._absmax, absmax)
-        num_rows = max(1, round(self.share * len(x)))
+        kind = self._kinds[self.is_held_out]
+        num_rows = max(1, round(kind.share * len(x)))
         chosen = torch.randperm(len(x), generator=self._generator)[:num_rows].sort().values
-        self._rows.append(x[chosen.to(x.device)])
-        if self.has_gram:
+        kind.add(x, chosen.to(x.device))
+        if self._has_gram:
             gram = x.T @ x
             self._gram = gram if self._gram is None else self._gram.add_(gram)
 
     def inputs(self) -> Inputs | None:
-        """What was gathered; None where the Linear never ran (an expert that no token chose)."""
-        if self._absmax is None:
+        """What was gathered; None where the Linear never ran. Where one kind of window is all it saw, it is both."""
+        seen = [kind for kind in self._kinds if kind.rows]
+        if not seen:
             return None
-        return Inputs(self._absmax, torch.cat(self._rows), self._gram)
+        return Inputs(_channels(seen), _channels(seen[:1]), torch.cat(seen[-1].rows), self._gram)
 
 
 @contextmanager
-def tapped(linears: Mapping[str, nn.Module], share: float, has_gram: bool, seed: int) -> Iterator[dict[str, InputTap]]:
-    """Taps on Linears by name, for as long as the context lasts."""
-    taps = {name: InputTap(share, has_gram, seed) for name in linears}
+def _hooked(linears: Mapping[str, nn.Module], taps: Mapping[str, _Tap]) -> Iterator[None]:
     handles = [linear.register_forward_pre_hook(taps[name]) for name, linear in linears.items()]
     try:
-        yield taps
+        yield
     finally:
         for handle in handles:
             handle.remove()

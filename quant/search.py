@@ -14,25 +14,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import CODE_MAX
 from quant.inputs import Inputs
 from quant.int8 import Int8Tensors
 from quant.rounding import quantize_weight, static_scale
 from quant.scheme import Scheme
-from quant.smooth import SmoothGroup, copied, divide, group_migration
+from quant.smooth import TINY, Balance, Channels, SmoothGroup, Strength, Threshold, copied, divide, group_migration
 
 ALPHAS = tuple(step / 10 for step in range(11))
+THRESHOLDS = tuple(Threshold(2.0**-octave) for octave in range(1, 11))
+BALANCES = tuple(Balance(2.0 ** (-half_octave / 2)) for half_octave in range(16))
 """What "search" tries, beside no smoothing at all."""
 
-RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-"""Shares of the largest magnitude at which a scale that many values share is tried: few clip, the rest rounds finer."""
+RANGES = (2.0, 1.5, 1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+"""Shares of the largest magnitude at which a scale that many values share is tried.
+
+Below 1 a few clip and the rest rounds finer; above 1 is room for tokens that reach further than those fitted to.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen for a group: alpha (None: not smoothed), and its error as a share of the product's energy."""
+    """What was chosen for a group: strength (None: not smoothed), and its error as a share of the product's energy."""
 
-    alpha: float | None
+    strength: Strength | None
     error: float
+
+    @property
+    def note(self) -> float | str | None:
+        """The strength as JSON holds it."""
+        return str(self.strength) if isinstance(self.strength, Threshold | Balance) else self.strength
 
 
 def smooth_layer(
@@ -42,7 +53,7 @@ def smooth_layer(
     scheme: Scheme,
     dtype: torch.dtype,
 ) -> dict[str, Choice]:
-    """Smooth the groups of one layer in place, each with the scheme's alpha or with that of the least error.
+    """Smooth the groups of one layer in place, each with the scheme's alpha or with the strength of the least error.
 
     Groups are taken in the order given; a Linear that is the sink of one and the source of another (up_proj) counts in
     the later one as the earlier one left it.
@@ -60,20 +71,21 @@ def smooth_layer(
     Raises:
         ValueError: a tensor of a group is missing, no sink of it was run, or widths do not agree.
     """
-    alphas = (None, *ALPHAS) if scheme.smoothing == "search" else (scheme.smoothing,)
+    strengths = (None, *ALPHAS, *THRESHOLDS, *BALANCES) if scheme.smoothing == "search" else (scheme.smoothing,)
     choices = {}
     for group in groups:
         trial = _Trial(state, group, inputs, scheme, dtype)
-        error, alpha, changed, s = min((trial.run(alpha) for alpha in alphas), key=lambda result: result[0])
+        error, strength = min(((trial.error(strength), strength) for strength in strengths), key=lambda pair: pair[0])
+        changed, s = trial.smoothed(strength, {sink: inputs[sink].channels for sink in trial.sinks})
         state.update(changed)
         for sink in trial.sinks:
             inputs[sink] = inputs[sink].divided(s)
-        choices[group.source] = Choice(alpha, error)
+        choices[group.source] = Choice(strength, error)
     return choices
 
 
 class _Trial:
-    """One group, smoothed with one alpha after the other; nothing is changed."""
+    """One group, smoothed with one strength after the other; nothing is changed."""
 
     def __init__(
         self,
@@ -94,25 +106,30 @@ class _Trial:
         self.products = {name: self.inputs[name].rows @ self.tensors[f"{name}.weight"].T for name in self.inputs}
         self.energy = sum(_energy(self.products[sink]) for sink in self.sinks)
 
-    def run(self, alpha: float | None) -> tuple[float, float | None, dict[str, Tensor], Tensor]:
-        """(error, alpha, the group's tensors smoothed, s of the sinks' columns)."""
-        absmax = {sink: self.inputs[sink].absmax for sink in self.sinks}
+    def smoothed(self, strength: Strength | None, read: Mapping[str, Channels]) -> tuple[dict[str, Tensor], Tensor]:
+        """The group's tensors smoothed for these ranges of its sinks' input, and s of their columns [K]."""
         changed = dict(self.tensors)
-        if alpha is None:
-            s = torch.ones_like(absmax[self.sinks[0]])
-        else:
-            s = divide(changed, self.group, group_migration(changed, self.group, absmax, alpha), self.dtype)
-        error = sum(_energy(self._deviation(sink, changed, s)) for sink in self.sinks)
+        if strength is None:
+            return changed, torch.ones_like(read[self.sinks[0]].absmax)
+        return changed, divide(changed, self.group, group_migration(changed, self.group, read, strength), self.dtype)
+
+    def error(self, strength: Strength | None) -> float:
+        """On the rows held out, fitted to the others."""
+        changed, s = self.smoothed(strength, {sink: self.inputs[sink].fitted for sink in self.sinks})
+        error = sum(self._error(sink, changed[f"{sink}.weight"], self.inputs[sink].divided(s)) for sink in self.sinks)
         # Dividing rows leaves scales per row or group as good as they were; a scale for all rows it does not.
         if self.scheme.weight == "tensor" and self.group.source in self.inputs:
             error += self._carried_error(changed)
-        return error / max(self.energy, 1e-30), alpha, changed, s
+        return error / max(self.energy, TINY)
 
-    def _deviation(self, name: str, tensors: Mapping[str, Tensor], s: Tensor) -> Tensor:
-        """Of a Linear's int8 product from its float one, its input divided by s."""
-        inputs = self.inputs[name].divided(s)
-        int8 = round_nearest(tensors[f"{name}.weight"], inputs, self.scheme, self.dtype)
-        return product(int8, inputs.rows, self.scheme) - self.products[name]
+    def _error(self, name: str, weight: Tensor, inputs: Inputs) -> float:
+        return _energy(self._product(weight, inputs) - self.products[name])
+
+    def _product(self, weight: Tensor, inputs: Inputs) -> Tensor:
+        """The int8 one of a Linear, ranges fitted to what its rows are not from."""
+        input_range = likely_range(weight, inputs, self.dtype) if self.scheme.activation == "static" else 1.0
+        int8 = round_nearest(weight, inputs.fitted.absmax, self.scheme, self.dtype, 1.0, input_range)
+        return product(int8, inputs.rows, self.scheme)
 
     def _carried_error(self, changed: Mapping[str, Tensor]) -> float:
         """What the source Linear's own rounding adds to the sinks' outputs.
@@ -122,11 +139,10 @@ class _Trial:
         """
         name = self.group.source
         before, after = self.tensors[f"{name}.weight"], changed[f"{name}.weight"]
-        inputs = self.inputs[name]
-        s = before.abs().sum(1) / after.abs().sum(1).clamp_min(1e-30)
-        got = product(round_nearest(after, inputs, self.scheme, self.dtype), inputs.rows, self.scheme) * s
-        energy = self.products[name].square().sum(0).clamp_min(1e-30)
-        share = copied((got - self.products[name]).square().sum(0) / energy, self.group)
+        s = before.abs().sum(1) / after.abs().sum(1).clamp_min(TINY)
+        off = self._product(after, self.inputs[name]) * s - self.products[name]
+        energy = self.products[name].square().sum(0).clamp_min(TINY)
+        share = copied(off.square().sum(0) / energy, self.group)
         return sum(float(self._channel_energies(sink) @ share) for sink in self.sinks)
 
     def _channel_energies(self, sink: str) -> Tensor:
@@ -136,7 +152,7 @@ class _Trial:
 
 def round_nearest(
     weight: Tensor,
-    inputs: Inputs | None,
+    absmax: Tensor | None,
     scheme: Scheme,
     dtype: torch.dtype,
     weight_range: float = 1.0,
@@ -144,12 +160,13 @@ def round_nearest(
 ) -> Int8Tensors:
     """A Linear in int8, with these shares of the largest magnitudes as its ranges; scales stored in dtype.
 
-    inputs: what it reads; None where no scale of it is stored.
+    absmax: [K] of what it reads; None where no scale of it is stored.
     """
     assert scheme.weight != "float"
     codes, scale = quantize_weight(weight, scheme.weight, dtype, scheme.group_size, weight_range)
-    absmax = None if inputs is None or scheme.activation != "static" else inputs.absmax.amax().reshape(1)
-    return Int8Tensors(codes, scale, None if absmax is None else static_scale(absmax * input_range, dtype))
+    if absmax is None or scheme.activation != "static":
+        return Int8Tensors(codes, scale, None)
+    return Int8Tensors(codes, scale, static_scale(absmax.amax().reshape(1) * input_range, dtype))
 
 
 def product(int8: Int8Tensors, rows: Tensor, scheme: Scheme) -> Tensor:
@@ -158,7 +175,7 @@ def product(int8: Int8Tensors, rows: Tensor, scheme: Scheme) -> Tensor:
 
 
 def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dtype) -> tuple[float, float]:
-    """Shares of the weight's and the input's largest magnitude with the least error of the product.
+    """Shares of the weight's and the input's largest magnitude with the least error of the product on rows held out.
 
     Only a scale that a whole matrix or a whole calibration shares is worth clipping for; others stay at 1.
     """
@@ -167,15 +184,32 @@ def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dty
     wanted = inputs.rows @ weight.T
 
     def error(weight_range: float, input_range: float) -> float:
-        int8 = round_nearest(weight, inputs, scheme, dtype, weight_range, input_range)
+        int8 = round_nearest(weight, inputs.fitted.absmax, scheme, dtype, weight_range, input_range)
         return _energy(product(int8, inputs.rows, scheme) - wanted)
 
     weight_range = input_range = 1.0
+    if scheme.activation == "static":
+        input_range = likely_range(weight, inputs, dtype)
     if scheme.weight == "tensor":
-        weight_range = min(RANGES, key=lambda share: error(share, 1.0))
+        weight_range = min((share for share in RANGES if share <= 1), key=lambda share: error(share, input_range))
     if scheme.activation == "static":
         input_range = min(RANGES, key=lambda share: error(weight_range, share))
     return weight_range, input_range
+
+
+def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype) -> float:
+    """The share of the input's largest magnitude with the least error of the product, were its columns orthogonal.
+
+    sum_tk (int8(x_tk) - x_tk)^2 ||w_k||^2: no product is computed.
+    """
+    energies = weight.square().sum(0)
+
+    def error(share: float) -> float:
+        scale = static_scale(inputs.fitted.absmax.amax().reshape(1) * share, dtype).float()
+        off = (inputs.rows / scale).round_().clamp_(-CODE_MAX, CODE_MAX).mul_(scale).sub_(inputs.rows)
+        return float(off.square_().sum(0) @ energies)
+
+    return min(RANGES, key=error)
 
 
 def _energy(y: Tensor) -> float:

@@ -16,6 +16,9 @@ from torch import Tensor
 MIN_S, MAX_S = 1e-5, 1e5
 """Bounds of one channel's migration. Beyond them a folded norm weight leaves what float16 holds well."""
 
+TINY = 1e-30
+"""Divided by in place of 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class SmoothGroup:
@@ -38,91 +41,137 @@ class SmoothGroup:
     offset: float = 0.0
 
 
-def migration(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """share: of an activation's largest magnitude, in (0, 1]; channels that reach beyond it are divided down to it."""
+
+    share: float
+
+    def __str__(self) -> str:
+        return f"threshold {self.share:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """share: of the largest product of a channel's two ranges, in (0, 1], that the scales span; see `balance`."""
+
+    share: float
+
+    def __str__(self) -> str:
+        return f"balance {self.share:g}"
+
+
+Strength = float | Threshold | Balance
+"""How strongly to smooth: SmoothQuant's alpha, a threshold, or a balance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """The K channels of one side of a product over its rows: the largest magnitudes and the root mean squares.
+
+    absmax, rms: float32 [K].
+    """
+
+    absmax: Tensor
+    rms: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Channels:
+        return cls(rows.abs().amax(0), rows.square().mean(0).sqrt())
+
+    def over(self, s: Tensor) -> Channels:
+        """Of the same rows divided by s [K]."""
+        return Channels(self.absmax / s, self.rms / s)
+
+
+def migration(x: Channels, w: Channels, strength: Strength) -> Tensor:
     """How far to divide each channel of an activation.
 
-    s_k = x_absmax_k^alpha / w_absmax_k^(1 - alpha)
+    s_k = max|x_k|^alpha / max|w_k|^(1 - alpha)            with an alpha
+    s_k = max(1, max|x_k| / (share max_j max|x_j|))        with a threshold
+    `balance`                                              with a balance
 
     Args:
-        x_absmax: [K] float, largest magnitude of the activation's channel k over the calibration tokens.
-        w_absmax: [K] float, largest magnitude of column k over all weights that read it.
-        alpha: 0 (all difficulty stays with the activation) to 1 (all goes to the weights).
+        x: of the activation over the calibration tokens.
+        w: of the columns of all weights that read it.
+        strength: alpha, 0 (all difficulty stays with the activation) to 1 (all goes to the weights), a threshold, or a
+            balance.
 
     Returns:
         s [K] float32 in MIN_S..MAX_S. A channel that is dead on either side (absmax 0) has nothing to balance: s = 1.
 
     Raises:
-        ValueError: alpha is outside 0..1, the shapes differ, or an absmax is negative or not finite.
+        ValueError: alpha is outside 0..1 or a share outside (0, 1], the shapes differ, or an absmax is negative or
+            not finite.
 
-    Source: SmoothQuant (arXiv 2211.10438), equation 4.
+    Source: SmoothQuant (arXiv 2211.10438), equation 4; Outlier Suppression+ (arXiv 2304.09145), section 4.2, for the
+    threshold.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha = {alpha} is outside 0..1")
-    if x_absmax.ndim != 1 or x_absmax.shape != w_absmax.shape:
-        raise ValueError(f"x_absmax {list(x_absmax.shape)} and w_absmax {list(w_absmax.shape)} must both be [K]")
-    x, w = x_absmax.float(), w_absmax.float()
-    for name, values in (("x_absmax", x), ("w_absmax", w)):
+    if isinstance(strength, float | int):
+        if not 0.0 <= strength <= 1.0:
+            raise ValueError(f"alpha = {strength} is outside 0..1")
+    elif not 0.0 < strength.share <= 1.0:
+        raise ValueError(f"{strength}: the share is outside 0..1")
+    if x.absmax.ndim != 1 or x.absmax.shape != w.absmax.shape:
+        raise ValueError(f"x absmax {list(x.absmax.shape)} and w absmax {list(w.absmax.shape)} must both be [K]")
+    for name, values in (("x", x.absmax), ("w", w.absmax)):
         if not bool(((values >= 0) & values.isfinite()).all()):
-            raise ValueError(f"{name} holds a value that is negative or not finite")
+            raise ValueError(f"the absmax of {name} holds a value that is negative or not finite")
+    is_dead = (x.absmax == 0) | (w.absmax == 0)
     # Float64: 0.5 powers of tiny columns would otherwise lose digits to float32's subnormals.
-    s = x.double().pow(alpha) / w.double().pow(1.0 - alpha)
-    s = s.clamp(MIN_S, MAX_S).float()
-    return torch.where((x == 0) | (w == 0), 1.0, s)
+    x, w = (Channels(side.absmax.double(), side.rms.double()) for side in (x, w))
+    if isinstance(strength, Balance):
+        s = balance(x, w, strength.share)
+    elif isinstance(strength, Threshold):
+        s = (x.absmax / (strength.share * x.absmax.amax())).clamp_min(1.0)
+    else:
+        s = x.absmax.pow(strength) / w.absmax.pow(1.0 - strength)
+    return torch.where(is_dead, 1.0, s.clamp(MIN_S, MAX_S)).float()
 
 
-def fold(
-    state: dict[str, Tensor],
-    groups: Sequence[SmoothGroup],
-    absmax: Mapping[str, Tensor],
-    alpha: float,
-    norm_dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    """Smooth every group in place: source / s, sinks * s, s by `migration`. The float function stays the same.
+def balance(x: Channels, w: Channels, share: float = 1.0) -> Tensor:
+    """The division with the least rounding error where one scale spans all of X / s and one all of W s.
 
-    Groups are folded in the order given; a Linear that is the sink of one and the source of another (up_proj) counts
-    in the later one as the earlier one left it.
+    With ranges A = max_k max|x_k| / s_k and B = max_k max|w_k| s_k, the steps are A / 127 and B / 127, and the energy
+    of the error is in proportion to
+
+        A^2 sum_k ||w_k||^2 s_k^2 + B^2 sum_k ||x_k||^2 / s_k^2
+
+    Only the product A B counts, since s may be multiplied by any number. Held fixed, channel k adds least at
+    s_k^2 = (B / A) ||x_k|| / ||w_k||, and stays within both ranges in max|x_k| / A .. B / max|w_k|. Every channel does
+    where A B is at least P = max_k max|x_k| max|w_k|: the least product, and the finest steps, without clipping.
 
     Args:
-        state: tensors by checkpoint name (`X.weight`, `X.bias`). Those of a group are replaced by float32 ones.
-        groups: what to smooth.
-        absmax: float32 [K] by Linear name, as `calibrate` gives it.
-        alpha: strength, 0..1.
-        norm_dtype: see `divide`.
+        x, w: float64.
+        share: A B = share P. Below 1 the few channels above it reach beyond the activation's range.
 
     Returns:
-        absmax after smoothing: x / s for the sinks, the others as they were.
-
-    Raises:
-        ValueError: a tensor or an absmax of a group is missing, or widths do not agree.
+        s [K] float64, its geometric mean over living channels 1.
     """
-    smoothed = dict(absmax)
-    for group in groups:
-        s = divide(state, group, group_migration(state, group, smoothed, alpha), norm_dtype)
-        for sink in group.sinks:
-            if sink in smoothed:
-                smoothed[sink] = smoothed[sink].float() / s
-    return smoothed
+    product = float((x.absmax * w.absmax).amax()) * share
+    s = (product * x.rms / w.rms.clamp_min(TINY)).sqrt()
+    s = torch.minimum(torch.maximum(s, x.absmax), product / w.absmax.clamp_min(TINY))
+    is_alive = (x.absmax > 0) & (w.absmax > 0)
+    return s / s[is_alive].log().mean().exp() if bool(is_alive.any()) else torch.ones_like(s)
 
 
 def group_migration(
-    state: Mapping[str, Tensor], group: SmoothGroup, absmax: Mapping[str, Tensor], alpha: float
+    state: Mapping[str, Tensor], group: SmoothGroup, read: Mapping[str, Channels], strength: Strength
 ) -> Tensor:
     """How far a group's channels are divided: `migration` over all its sinks, and over all copies of a channel.
 
     Args:
         state: tensors by checkpoint name.
-        absmax: float32 [K] by sink name; a sink without one (a float router) reads what the others read.
+        read: what each sink reads, by name; a sink without one (a float router) reads what the others read.
 
     Returns:
         s [N] float32, N the source's channels.
 
     Raises:
-        ValueError: a tensor of a sink is missing, no sink has an absmax, or widths do not agree.
+        ValueError: a tensor of a sink is missing, no sink has an activation, or widths do not agree.
     """
-    weights = [_float_weight(state, sink, group) for sink in group.sinks]
-    x_absmax = _shared_absmax(absmax, group)
-    w_absmax = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
-    return migration(_joined(x_absmax, group), _joined(w_absmax, group), alpha)
+    weights = [Channels.of(_float_weight(state, sink, group)) for sink in group.sinks]
+    return migration(_joined(_read(read, group), group), _joined(_widest(weights), group), strength)
 
 
 def divide(state: dict[str, Tensor], group: SmoothGroup, s: Tensor, norm_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -148,11 +197,12 @@ def divide(state: dict[str, Tensor], group: SmoothGroup, s: Tensor, norm_dtype: 
     return read
 
 
-def _joined(channels: Tensor, group: SmoothGroup) -> Tensor:
+def _joined(channels: Channels, group: SmoothGroup) -> Channels:
     """The largest of the copies of each source channel: [K] -> [N]."""
     if group.num_copies == 1:
         return channels
-    return channels.view(-1, group.num_copies, group.head_size).amax(1).flatten()
+    shape = (-1, group.num_copies, group.head_size)
+    return Channels(channels.absmax.view(shape).amax(1).flatten(), channels.rms.view(shape).amax(1).flatten())
 
 
 def copied(channels: Tensor, group: SmoothGroup) -> Tensor:
@@ -190,15 +240,22 @@ def _float_weight(state: Mapping[str, Tensor], module: str, group: SmoothGroup) 
     return weight.float()
 
 
-def _shared_absmax(absmax: Mapping[str, Tensor], group: SmoothGroup) -> Tensor:
-    known = [absmax[sink].float() for sink in group.sinks if sink in absmax]
+def _read(read: Mapping[str, Channels], group: SmoothGroup) -> Channels:
+    """What the sinks of a group read."""
+    known = [read[sink] for sink in group.sinks if sink in read]
     if not known:
         missing = ", ".join(group.sinks) or "any sink"
         raise ValueError(f"cannot smooth {group.source}: no activation range for {missing}")
-    shapes = sorted({tuple(values.shape) for values in known})
+    shapes = sorted({tuple(channels.absmax.shape) for channels in known})
     if len(shapes) > 1:
         raise ValueError(f"cannot smooth {group.source}: its sinks read different widths {shapes}")
-    return torch.stack(known).amax(0)
+    return _widest(known)
+
+
+def _widest(channels: Sequence[Channels]) -> Channels:
+    """The largest of each channel."""
+    absmax = torch.stack([side.absmax.float() for side in channels]).amax(0)
+    return Channels(absmax, torch.stack([side.rms.float() for side in channels]).amax(0))
 
 
 def _uneven(group: SmoothGroup, num_written: int, num_read: int) -> ValueError:

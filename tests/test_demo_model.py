@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import pydoc_data.topics
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant.checkpoint import Checkpoint
-from quant.inputs import tapped
+from quant.inputs import gather
 from quant.layers import LayerStream
 from quant.scheme import PRESETS
 from service.engine.request import SamplingParams
@@ -172,9 +173,10 @@ def test_outlier_channels_are_there(folder, texts):
     hidden, ratios = stream.embed(texts[0][:1])[0], []
     for index in range(len(stream.prefixes)):
         layer = stream.load(index)
-        with tapped({"down": layer.mlp.down_proj}, share=1.0, has_gram=False, seed=0) as taps:
-            hidden = stream.run(index, layer, hidden)
-        absmax = taps["down"].inputs().absmax
+        outputs, inputs = gather(
+            {"down": layer.mlp.down_proj}, partial(stream.run, index, layer), [hidden], has_gram=False, seed=0
+        )
+        hidden, absmax = outputs[0], inputs["down"].channels.absmax
         ratios.append((absmax.max() / absmax.median()).item())
         stream.drop(index)
     assert max(ratios) > 100

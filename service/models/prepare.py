@@ -53,7 +53,7 @@ class Calibration:
 
     text: a UTF-8 file; None lets a model of up to SELF_WRITTEN_MAX_BYTES write its own text (seed), and gives a larger
         one the standard library's help topics.
-    seed: of self-written text, and of the choice of tokens that alphas and ranges are judged by.
+    seed: of self-written text, and of the choice of tokens that smoothing and ranges are judged by.
     num_windows, window_len: how much of it is read, in windows of so many tokens.
     offset: windows skipped at the start of a text, where another use reads those.
     """

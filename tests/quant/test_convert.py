@@ -16,7 +16,7 @@ from quant.checkpoint import NOTES_NAME, Checkpoint, CheckpointError
 from quant.convert import quantize_checkpoint
 from quant.rounding import dequantize, quantize_weight, static_scale
 from quant.scheme import PRESETS, Scheme
-from quant.smooth import SmoothGroup, divide, group_migration
+from quant.smooth import Channels, SmoothGroup, divide, group_migration
 from tests.quant.conftest import tiny_llama
 
 INT8 = [scheme for scheme in PRESETS.values() if scheme.is_int8]
@@ -95,7 +95,7 @@ def test_the_folded_weights_are_the_smoothed_ones(tiny, tmp_path):
     state = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
     absmax = largest_inputs(tiny.model, tiny.windows)
     for group in tiny.groups[:4]:
-        seen = {sink: absmax[sink] for sink in group.sinks}
+        seen = {sink: Channels(absmax[sink], absmax[sink]) for sink in group.sinks}
         divide(state, group, group_migration(state, group, seen, 0.5), torch.bfloat16)
         norm = f"{group.source}.weight"
         if state[norm].ndim == 1:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, OPTConfig, Qwen3MoeConfig
 
-from quant.inputs import tapped
+from quant.inputs import HELD_OUT_EVERY, gather
 from quant.layers import LayerStream
 
 CPU = torch.device("cpu")
@@ -51,16 +51,26 @@ def test_parameters_outside_a_stream_keep_their_values(tmp_path):
     assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
-def test_taps_see_what_linears_read():
+def test_what_linears_read_is_gathered_and_a_quarter_of_it_held_out():
     linear = torch.nn.Linear(6, 2)
-    x = torch.randn(2, 10, 6, generator=torch.Generator().manual_seed(0))
-    with tapped({"a": linear, "never": torch.nn.Linear(6, 2)}, share=0.5, has_gram=True, seed=0) as taps:
-        linear(x[:1])
-        linear(x[1:])
-    linear(x * 9)  # no longer tapped
-    inputs, rows = taps["a"].inputs(), x.flatten(0, 1)
-    assert torch.equal(inputs.absmax, rows.abs().amax(0))
+    x = torch.randn(2 * HELD_OUT_EVERY, 1, 10, 6, generator=torch.Generator().manual_seed(0))
+    linears = {"a": linear, "never": torch.nn.Linear(6, 2)}
+    outputs, gathered = gather(linears, linear, list(x), has_gram=True, seed=0)
+    linear(x[0] * 9)  # no longer watched
+    inputs, rows = gathered["a"], x.flatten(0, 2)
+    held_out = x[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY].flatten(0, 2)
+    fitted = torch.cat([window for i, window in enumerate(x) if (i + 1) % HELD_OUT_EVERY]).flatten(0, 1)
+    assert torch.equal(outputs[1], linear(x[1]))
+    assert torch.equal(inputs.channels.absmax, rows.abs().amax(0))
+    torch.testing.assert_close(inputs.channels.rms, rows.square().mean(0).sqrt())
+    assert torch.equal(inputs.fitted.absmax, fitted.abs().amax(0))
     torch.testing.assert_close(inputs.gram, rows.T @ rows)
-    assert inputs.rows.shape == (10, 6)
-    assert all((rows == row).all(1).any() for row in inputs.rows)
-    assert taps["never"].inputs() is None
+    assert torch.equal(inputs.rows, held_out)
+    assert "never" not in gathered
+
+
+def test_one_window_is_fitted_to_and_judged_by():
+    linear, x = torch.nn.Linear(6, 2), torch.randn(1, 10, 6, generator=torch.Generator().manual_seed(0))
+    inputs = gather({"a": linear}, linear, [x], has_gram=False, seed=0)[1]["a"]
+    assert torch.equal(inputs.rows, x[0])
+    assert torch.equal(inputs.fitted.absmax, inputs.channels.absmax)

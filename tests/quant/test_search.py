@@ -10,8 +10,8 @@ from quant.inputs import Inputs
 from quant.linear import Int8Linear
 from quant.rounding import dequantize, quantize_weight, static_scale
 from quant.scheme import PRESETS, Scheme
-from quant.search import ALPHAS, RANGES, best_ranges, smooth_layer
-from quant.smooth import SmoothGroup, divide, group_migration
+from quant.search import ALPHAS, BALANCES, RANGES, THRESHOLDS, best_ranges, smooth_layer
+from quant.smooth import Channels, SmoothGroup, divide, group_migration
 from quant.zeroquant import Student, distill
 
 GROUP = SmoothGroup("norm", ("a", "b"))
@@ -22,30 +22,31 @@ def noise(*shape: int, seed: int) -> torch.Tensor:
 
 
 def inputs_of(rows: torch.Tensor) -> Inputs:
-    return Inputs(rows.abs().amax(0), rows, rows.T @ rows)
+    channels = Channels.of(rows)
+    return Inputs(channels, channels, rows, rows.T @ rows)
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-static", "smoothquant-o1", "smoothquant-o2", "smoothquant-o3"])
-def test_the_search_finds_what_trying_every_alpha_on_the_served_linear_finds(name):
+def test_the_search_finds_what_trying_every_strength_on_the_served_linear_finds(name):
     scheme = PRESETS[name]
     rows = noise(64, 32, seed=0)
     rows[:, 5] *= 40
     state = {"norm.weight": torch.ones(32), "a.weight": noise(16, 32, seed=1), "b.weight": noise(8, 32, seed=2)}
     errors = {}
-    for alpha in (None, *ALPHAS):
+    for strength in (None, *ALPHAS, *THRESHOLDS, *BALANCES):
         trial, s = dict(state), torch.ones(32)
-        if alpha is not None:
-            absmax = {sink: rows.abs().amax(0) for sink in GROUP.sinks}
-            s = divide(trial, GROUP, group_migration(trial, GROUP, absmax, alpha))
-        errors[alpha] = sum(
+        if strength is not None:
+            read = {sink: Channels.of(rows) for sink in GROUP.sinks}
+            s = divide(trial, GROUP, group_migration(trial, GROUP, read, strength))
+        errors[strength] = sum(
             (served(trial[f"{sink}.weight"], rows / s, scheme) - rows @ state[f"{sink}.weight"].T).square().sum().item()
             for sink in GROUP.sinks
         )
     best = min(errors, key=errors.__getitem__)
     inputs = {sink: inputs_of(rows) for sink in GROUP.sinks}
     choice = smooth_layer(state, [GROUP], inputs, scheme, torch.float32)["norm"]
-    assert choice.alpha == best
-    assert choice.alpha is not None
+    assert choice.strength == best
+    assert choice.strength is not None
     torch.testing.assert_close(inputs["a"].rows * state["norm.weight"].reciprocal(), rows, rtol=1e-5, atol=1e-6)
 
 
@@ -61,7 +62,7 @@ def test_a_fixed_alpha_is_taken_as_given():
     state = {"norm.weight": torch.ones(32), "a.weight": noise(16, 32, seed=1), "b.weight": noise(8, 32, seed=2)}
     inputs = {sink: inputs_of(rows) for sink in GROUP.sinks}
     choices = smooth_layer(state, [GROUP], inputs, PRESETS["w8a8"].with_alpha(0.3), torch.float32)
-    assert choices["norm"].alpha == 0.3
+    assert choices["norm"].strength == 0.3
 
 
 def test_ranges_are_clipped_where_it_helps_and_nowhere_else():

@@ -1,21 +1,58 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from quant.smooth import MAX_S, MIN_S, SmoothGroup, fold, migration
+from quant.smooth import (
+    MAX_S,
+    MIN_S,
+    Balance,
+    Channels,
+    SmoothGroup,
+    Strength,
+    Threshold,
+    balance,
+    divide,
+    group_migration,
+    migration,
+)
 
 magnitudes = st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=8)
 alphas = st.floats(0, 1)
+shares = st.floats(2**-10, 1)
+strengths = st.one_of(alphas, st.builds(Threshold, shares), st.builds(Balance, shares))
 
 
-@given(x=magnitudes, alpha=alphas, data=st.data())
-def test_migration_is_finite_positive_and_leaves_dead_channels(x, alpha, data):
+def even(absmax: Sequence[float] | Tensor) -> Channels:
+    """Channels whose every value is as large as the largest."""
+    values = torch.as_tensor(absmax, dtype=torch.float32)
+    return Channels(values, values)
+
+
+def fold(
+    state: dict[str, Tensor],
+    groups: Sequence[SmoothGroup],
+    absmax: Mapping[str, Tensor],
+    strength: Strength,
+    norm_dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Smooth every group in place; what the sinks read then."""
+    read = {sink: even(values) for sink, values in absmax.items()}
+    for group in groups:
+        s = divide(state, group, group_migration(state, group, read, strength), norm_dtype)
+        read |= {sink: read[sink].over(s) for sink in group.sinks}
+    return {sink: channels.absmax for sink, channels in read.items()}
+
+
+@given(x=magnitudes, strength=strengths, data=st.data())
+def test_migration_is_finite_positive_and_leaves_dead_channels(x, strength, data):
     w = data.draw(st.lists(st.floats(0, 1e4, width=32), min_size=len(x), max_size=len(x)))
-    s = migration(torch.tensor(x), torch.tensor(w), alpha)
+    s = migration(even(x), even(w), strength)
     assert s.dtype == torch.float32
     assert bool(((s >= MIN_S * 0.999) & (s <= MAX_S * 1.001)).all())
     for k in range(len(x)):
@@ -25,22 +62,49 @@ def test_migration_is_finite_positive_and_leaves_dead_channels(x, alpha, data):
 
 @given(x=st.floats(1e-2, 1e3), w=st.floats(1e-2, 1e3), alpha=alphas)
 def test_migration_is_the_equation(x, w, alpha):
-    s = migration(torch.tensor([x]), torch.tensor([w]), alpha).item()
+    s = migration(even([x]), even([w]), alpha).item()
     assert s == pytest.approx(x**alpha / w ** (1 - alpha), rel=1e-5)
 
 
 @given(x=st.floats(1e-2, 1e3), w=st.floats(1e-2, 1e3))
 def test_half_way_both_sides_are_equally_hard(x, w):
-    s = migration(torch.tensor([x]), torch.tensor([w]), 0.5).item()
+    s = migration(even([x]), even([w]), 0.5).item()
     assert x / s == pytest.approx(w * s, rel=1e-4)
 
 
 @given(x=st.floats(1e-2, 1e3), w=st.floats(1e-2, 1e3), low=alphas, high=alphas)
 def test_more_alpha_never_leaves_more_in_the_activation(x, w, low, high):
     low, high = sorted((low, high))
-    s_low, s_high = (migration(torch.tensor([x]), torch.tensor([w]), alpha).item() for alpha in (low, high))
+    s_low, s_high = (migration(even([x]), even([w]), alpha).item() for alpha in (low, high))
     # d log s / d alpha = log x + log w
     assert (s_high >= s_low * 0.9999) if x * w >= 1 else (s_high <= s_low * 1.0001)
+
+
+def test_a_threshold_divides_what_is_above_it_and_nothing_else():
+    s = migration(even([100.0, 10.0, 1.0]), even([1.0, 1.0, 1.0]), Threshold(0.05))
+    assert s.tolist() == pytest.approx([20.0, 2.0, 1.0])
+
+
+@given(seed=st.integers(0, 1000), share=shares)
+def test_a_balance_is_the_minimum_that_it_says_it_is(seed, share):
+    """No s within the two ranges has a smaller error; only channels above the share reach beyond the activation's."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, weight = (torch.randn(9, 6, generator=generator).double().pow(3) for _ in range(2))
+    x, w = Channels.of(rows), Channels.of(weight)
+    product = (x.absmax * w.absmax).amax() * share
+    s = balance(x, w, share)
+    assert s.log().mean().item() == pytest.approx(0, abs=1e-9)
+    fits = x.absmax * w.absmax <= product
+    ours = s * (product / (w.absmax * s).amax())  # the activation's range at 1
+    assert bool((x.absmax / ours <= 1 + 1e-9)[fits].all())
+    low, high = x.absmax, product / w.absmax
+
+    def error(trial):
+        return w.rms.square() * trial.square() + (product / trial).square() * x.rms.square()
+
+    for point in torch.linspace(0, 1, 33, dtype=torch.float64):
+        other = low * (high / low).pow(point)
+        assert bool((error(ours) <= error(other) * (1 + 1e-6))[fits].all())
 
 
 @pytest.mark.parametrize(
@@ -48,14 +112,16 @@ def test_more_alpha_never_leaves_more_in_the_activation(x, w, low, high):
     [
         ([1.0], [1.0], 1.1, "alpha = 1.1"),
         ([1.0], [1.0, 2.0], 0.5, r"must both be \[K\]"),
-        ([float("nan")], [1.0], 0.5, "x_absmax holds"),
-        ([1.0], [float("inf")], 0.5, "w_absmax holds"),
-        ([-1.0], [1.0], 0.5, "x_absmax holds"),
+        ([float("nan")], [1.0], 0.5, "absmax of x holds"),
+        ([1.0], [float("inf")], 0.5, "absmax of w holds"),
+        ([-1.0], [1.0], 0.5, "absmax of x holds"),
+        ([1.0], [1.0], Threshold(0.0), "threshold 0: the share is outside"),
+        ([1.0], [1.0], Balance(1.5), "balance 1.5: the share is outside"),
     ],
 )
 def test_migration_refuses(x, w, alpha, message):
     with pytest.raises(ValueError, match=message):
-        migration(torch.tensor(x), torch.tensor(w), alpha)
+        migration(even(x), even(w), alpha)
 
 
 def _rand(*shape, seed):
@@ -67,8 +133,8 @@ def _norm_block(x, state):
     return torch.cat([y @ state["a.weight"].T, y @ state["b.weight"].T], dim=-1)
 
 
-@given(alpha=alphas, seed=st.integers(0, 1000))
-def test_norm_to_linears_keeps_the_function(alpha, seed):
+@given(strength=strengths, seed=st.integers(0, 1000))
+def test_norm_to_linears_keeps_the_function(strength, seed):
     state = {
         "norm.weight": _rand(8, seed=seed) * 10,
         "norm.bias": _rand(8, seed=seed + 1),
@@ -82,7 +148,7 @@ def test_norm_to_linears_keeps_the_function(alpha, seed):
     absmax = dict.fromkeys(
         ("a", "b"), nn.functional.layer_norm(x, (8,), state["norm.weight"], state["norm.bias"]).abs().amax(0)
     )
-    smoothed = fold(state, [SmoothGroup("norm", ("a", "b"))], absmax, alpha)
+    smoothed = fold(state, [SmoothGroup("norm", ("a", "b"))], absmax, strength)
     torch.testing.assert_close(_norm_block(x, state), before, rtol=1e-4, atol=1e-4)
     after = nn.functional.layer_norm(x, (8,), state["norm.weight"], state["norm.bias"]).abs().amax(0)
     torch.testing.assert_close(smoothed["a"], after, rtol=1e-4, atol=1e-5)
@@ -96,8 +162,8 @@ def _gated(x, state):
     ].T
 
 
-@given(alpha=alphas, seed=st.integers(0, 1000))
-def test_up_to_down_keeps_the_function(alpha, seed):
+@given(strength=strengths, seed=st.integers(0, 1000))
+def test_up_to_down_keeps_the_function(strength, seed):
     state = {
         "gate.weight": _rand(12, 8, seed=seed),
         "up.weight": _rand(12, 8, seed=seed + 1),
@@ -107,7 +173,7 @@ def test_up_to_down_keeps_the_function(alpha, seed):
     x = _rand(16, 8, seed=seed + 4)
     before = _gated(x, state)
     hidden = nn.functional.silu(x @ state["gate.weight"].T) * (x @ state["up.weight"].T + state["up.bias"])
-    fold(state, [SmoothGroup("up", ("down",))], {"down": hidden.abs().amax(0)}, alpha)
+    fold(state, [SmoothGroup("up", ("down",))], {"down": hidden.abs().amax(0)}, strength)
     torch.testing.assert_close(_gated(x, state), before, rtol=1e-4, atol=1e-4)
 
 
