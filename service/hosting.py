@@ -220,7 +220,7 @@ def _load_variant(name: str, folder: Path, settings: Settings, device: torch.dev
     if name == BASELINE:
         folder = _baseline_folder(folder, settings, on_progress)
     elif not is_quantized(folder):
-        calibration = Calibration(settings.calibration, settings.seed)
+        calibration = Calibration(settings.calibration, settings.seed, settings.calibration_windows)
         folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress)
     on_progress(f"loading {name}", 0, 0)
     config = ModelConfig.load(folder, settings.max_model_len)

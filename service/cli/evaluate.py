@@ -25,7 +25,7 @@ Examples:
 evaluating = Later("service.evaluating")
 
 
-@takes_settings("alpha", "calibration", "dtype", "device", "seed", "cache_dir", "config")
+@takes_settings("alpha", "calibration", "calibration_windows", "dtype", "device", "seed", "cache_dir", "config")
 def evaluate(
     model: Model = None,
     schemes: Annotated[
@@ -53,7 +53,6 @@ def evaluate(
             autocompletion=complete(["auto", "float", "int8", "both"]),
         ),
     ] = None,
-    calibration_windows: Annotated[int, typer.Option(min=1, help="Windows read to calibrate.")] = 8,
     windows: Annotated[int, typer.Option(min=1, help="Windows measured.")] = 20,
     window_len: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write run and rows to.")] = None,
@@ -71,7 +70,7 @@ def evaluate(
             choices,
             windows,
             window_len,
-            calibration_windows,
+            chosen.calibration_windows,
             layers,
             json_file,
             plot,

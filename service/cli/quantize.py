@@ -24,7 +24,7 @@ Examples:
 loader, prepare = Later("service.models.loader"), Later("service.models.prepare")
 
 
-@takes_settings("alpha", "kv_cache", "calibration", "seed", "cache_dir", "device", "config")
+@takes_settings("alpha", "kv_cache", "calibration", "calibration_windows", "seed", "cache_dir", "device", "config")
 def quantize(
     model: Annotated[str, typer.Argument(help="Model folder or Hugging Face id; `demo` for the demo model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
@@ -43,7 +43,7 @@ def quantize(
         with progress() as on_progress:
             name = None if model == "demo" else model
             source = prepare.resolve_model(name, chosen.cache_dir, lambda stage: on_progress(stage, 0, 0))
-            ranges_from = prepare.Calibration(chosen.calibration, chosen.seed)
+            ranges_from = prepare.Calibration(chosen.calibration, chosen.seed, chosen.calibration_windows)
             device = loader.pick_device(chosen.device)
             prepare.quantize_model(source, out, recipe, ranges_from, device, on_progress)
     typer.echo(f"{out}: {recipe.name}, {recipe.describe()}")
