@@ -1,0 +1,467 @@
+"""What HTTP costs beside the engine alone: tokens per second of many streams, and time to the first token of one.
+
+    python -m benchmarks.overhead                                    an engine that takes a set time per step, or
+    python -m benchmarks.overhead --engine real                      the demo model on this machine, or
+    python -m benchmarks.overhead --engine real --shape llama-3.1-8b --requests 200
+
+This process serves as `ottava serve` does: its app, its uvicorn options, its event loop. Its clients are a process of
+their own (`benchmarks.overhead_client`), which shares this machine's cores. The engine alone is the same engine, asked
+through `EngineLoop.submit` and read by tasks of the same event loop, while the server waits. The ways take turns.
+
+- Streams: --streams requests at once. Tokens per second from the first request's start to the last token, and while
+  all of them stream: from the last one's first token to the first one's last. The ratio is that of each round.
+- First token: requests one after the other, the same ones each way, over a connection that stays open: from the request
+  sent to its first event received, less, for the same request, from submission to the first token in the task that
+  reads it. Encoding the prompt is in the former alone. `GET /health` shows what client, loopback and server take at
+  least.
+
+CPU times are those of this process by its own clock, over the tokens of all rounds. The last line printed is JSON; the
+exit code is 1 where a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.paced import made_tokenizer, paced_engine
+from benchmarks.report import RESULTS, birth_certificate, quantiles, write
+from benchmarks.shapes import SHAPES
+from quant.scheme import PRESETS
+from service.app import create_app
+from service.compare import percentile
+from service.engine.loop import EngineLoop
+from service.engine.request import SamplingParams
+from service.engine.turnstile import Turnstile
+from service.hosting import Host, Loaded, cache_budget, start_variant
+from service.logs import configure_logging
+from service.models.families import ModelConfig
+from service.models.loader import load_decoder, pick_device, pick_dtype, random_decoder
+from service.models.prepare import Calibration, calibration_text, quantized_folder, resolve_model
+from service.server import STOP_S, Server
+from service.server_options import allow_open_files
+from service.settings import Settings
+from service.tokenizer import Tokenizer
+
+VARIANT = "w8a8"
+ALONE, GENERATE, COMPLETIONS, HEALTH = "engine alone", "/generate", "/v1/completions", "/health"
+RATIO_GOAL, ADDED_MS_GOAL = 0.95, 2.0
+FIRST_TOKENS = 4
+"""Tokens of a request whose first one is timed."""
+
+TURN = 25
+"""Such requests that one way sends before the next way's turn."""
+
+VERSIONS = ("fastapi", "starlette", "uvicorn", "h11", "pydantic", "tokenizers")
+
+
+def main() -> int:
+    args = arguments()
+    torch.manual_seed(0)
+    certificate = birth_certificate(args.commit)
+    certificate |= {name: version(name) for name in VERSIONS}
+    certificate |= {"engine": args.engine, "cores": os.cpu_count(), "load before": os.getloadavg()}
+    settings = Settings(
+        port=0,
+        variants=(VARIANT,),
+        max_num_requests=args.streams,
+        max_batched_tokens=max(512, args.streams),
+        kv_cache="float",
+    )
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        # As a server of users does: a line of log for each request, and what it costs.
+        configure_logging(settings, nowhere)
+        rig = rig_of(args, settings)
+        try:
+            allow_open_files(settings.max_connections)
+            with asyncio.Runner(loop_factory=rig.server.config.get_loop_factory()) as runner:
+                rows = runner.run(measured(rig, args))
+        finally:
+            rig.engine.stop(STOP_S)
+    certificate |= {"load after": os.getloadavg(), "event loop": rig.loop_name}
+    name = args.out or RESULTS / f"overhead-{args.shape or 'demo'}-{device_word()}.json"
+    if args.engine == "paced":
+        name = args.out or RESULTS / f"overhead-paced-{device_word()}.json"
+    write(Path(name), certificate, rows)
+    print(table(certificate, rows))
+    print(json.dumps(rows))
+    return 0 if all(row.get("holds", True) for row in rows) else 1
+
+
+@dataclass(slots=True)
+class Rig:
+    """An engine behind its server, and the prompts that all ways send."""
+
+    engine: EngineLoop
+    server: Server
+    texts: list[str]
+    prompts: list[list[int]]
+    loop_name: str = ""
+
+
+def rig_of(args: argparse.Namespace, settings: Settings) -> Rig:
+    if args.engine == "paced":
+        return paced_rig(args, settings)
+    turnstile = Turnstile()
+    host = turnstile.run(real_host, args, settings, turnstile)
+    app = create_app(host.engines, settings, host.tokenizer, host.info, host.self_check)
+    engine = host.engines[VARIANT]
+    return Rig(engine, Server(app, settings, host.engines), *prompts_of(host.tokenizer, args))
+
+
+def paced_rig(args: argparse.Namespace, settings: Settings) -> Rig:
+    if args.shape:
+        tokenizer = made_tokenizer(SHAPES[args.shape].vocab_size)
+    else:
+        tokenizer = Tokenizer.from_folder(resolve_model(args.model, settings.cache_dir))
+    said = tokenizer.encode(calibration_text(None)[:20_000])
+    engine = paced_engine(VARIANT, said, args.step_ms / 1e3, args.prompt + args.tokens + 16, settings)
+    engines = {VARIANT: engine}
+    app = create_app(engines, settings, tokenizer, lambda: {"model": "paced"}, dict)
+    return Rig(engine, Server(app, settings, engines), *prompts_of(tokenizer, args))
+
+
+def real_host(args: argparse.Namespace, settings: Settings, turnstile: Turnstile) -> Host:
+    """The model behind its engine; called on the thread that computes."""
+    device, scheme = pick_device("auto"), PRESETS[VARIANT]
+    max_model_len = args.prompt + args.tokens + 16
+    if args.shape:
+        config = ModelConfig.of(SHAPES[args.shape], max_model_len)
+        decoder = random_decoder(config, scheme, pick_dtype("auto", config, device), device)
+        tokenizer, folder = made_tokenizer(config.vocab_size), None
+    else:
+        folder = resolve_model(args.model, settings.cache_dir)
+        tokenizer = Tokenizer.from_folder(folder)
+        dtype = pick_dtype("auto", ModelConfig.load(folder), device)
+        folder = quantized_folder(folder, scheme, Calibration(), settings.cache_dir, device)
+        decoder = load_decoder(folder, dtype, device, max_model_len, scheme.kv)
+    loaded = Loaded(decoder, {"scheme": scheme.name}, folder)
+    budget = cache_budget(device, 1)
+    variant = start_variant(VARIANT, loaded, settings, budget, turnstile, tokenizer.eos_ids)
+    return Host(args.shape or "demo", {VARIANT: variant}, tokenizer, turnstile)
+
+
+def prompts_of(tokenizer: Tokenizer, args: argparse.Namespace) -> tuple[list[str], list[list[int]]]:
+    """Texts of about --prompt tokens, each another part of a long text, and their ids."""
+    ids = tokenizer.encode(calibration_text(None)[: 100 * args.prompt])
+    texts = []
+    for number in range(args.streams):
+        start = number * (len(ids) - args.prompt) // args.streams
+        decoder = tokenizer.decoder()
+        # A few tokens less than the context was made for: encoded again they may come to a few more.
+        texts.append("".join(map(decoder.push, ids[start : start + args.prompt - 8])) + decoder.flush())
+    return texts, [tokenizer.encode(text) for text in texts]
+
+
+async def measured(rig: Rig, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every row of the result."""
+    rig.loop_name = type(asyncio.get_running_loop()).__module__.partition(".")[0]
+    async with served(rig.server) as port, clients() as ask:
+        bench = Bench(rig, args, port, ask)
+        await bench.streams(ALONE, args.tokens)
+        for path in (GENERATE, COMPLETIONS):
+            await bench.streams(path, args.tokens)
+        bench.forget()
+        for number in range(args.rounds):
+            for way in (ALONE, GENERATE, COMPLETIONS):
+                await bench.streams(way, args.tokens)
+            print(f"round {number + 1} of {args.rounds} is done", file=sys.stderr, flush=True)
+        rows = bench.stream_rows()
+        if args.requests:
+            rows += await bench.first_tokens(args.requests)
+        return rows
+
+
+@asynccontextmanager
+async def served(server: Server) -> AsyncIterator[int]:
+    """The server's port, once it is ready."""
+    serving = asyncio.create_task(server.serve())
+    while not server.started or server.config.app.state.serving.refused is None:
+        if serving.done():
+            await serving
+            raise RuntimeError("the server ended before it was ready")
+        await asyncio.sleep(0.01)
+    refused = server.config.app.state.serving.refused
+    if refused:
+        raise RuntimeError(f"the self-check refused: {refused}")
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving
+
+
+Ask = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+@asynccontextmanager
+async def clients() -> AsyncIterator[Ask]:
+    """What sends a job to the process of the clients and returns its answer."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "benchmarks.overhead_client"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=1 << 28,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    async def ask(job: dict[str, Any]) -> dict[str, Any]:
+        process.stdin.write(json.dumps(job).encode() + b"\n")
+        line = await process.stdout.readline()
+        if not line:
+            raise RuntimeError("the clients' process has ended; its error is above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    try:
+        yield ask
+    finally:
+        process.stdin.close()
+        await process.wait()
+
+
+@dataclass(slots=True)
+class Cost:
+    """CPU seconds of this process, of the thread of its event loop, and of the clients; cores that others used."""
+
+    tokens: int = 0
+    process_s: float = 0.0
+    loop_s: float = 0.0
+    client_s: float = 0.0
+    others: list[float] = field(default_factory=list)
+
+
+class Bench:
+    """Turns of the ways over one server."""
+
+    def __init__(self, rig: Rig, args: argparse.Namespace, port: int, ask: Ask) -> None:
+        self._rig = rig
+        self._port = port
+        self._ask = ask
+        self._streams = args.streams
+        self._rates: dict[str, list[float]] = {}
+        self._full: dict[str, list[float]] = {}
+        self._costs: dict[str, Cost] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was measured so far."""
+        self._rates, self._full, self._costs = defaultdict(list), defaultdict(list), defaultdict(Cost)
+
+    async def streams(self, way: str, num_tokens: int) -> None:
+        """One round of all streams at once."""
+        clock = Clock()
+        if way == ALONE:
+            started_s, times = await self._streams_alone(num_tokens)
+            client_s = 0.0
+        else:
+            bodies = [self._body(way, number, num_tokens, True) for number in range(self._streams)]
+            got = await self._ask({"kind": "streams", "port": self._port, "path": way, "bodies": bodies})
+            started_s, times, client_s = got["answer"]["started_s"], got["answer"]["tokens_s"], got["cpu_s"]
+        clock.add_to(self._costs[way], sum(map(len, times)), client_s)
+        if any(len(one) != num_tokens for one in times):
+            raise RuntimeError(f"{way}: {num_tokens} tokens were asked for, {[len(one) for one in times]} came")
+        self._rates[way].append(rate(started_s, times))
+        self._full[way].append(full_rate(times))
+
+    async def first_tokens(self, count: int) -> list[dict[str, Any]]:
+        """Rows of the time to the first token, by turns of every way."""
+        took: dict[str, list[float]] = defaultdict(list)
+        for start in range(0, count, TURN):
+            numbers = range(start, min(start + TURN, count))
+            took[ALONE] += [await self._first_alone(number) for number in numbers]
+            for path in (GENERATE, COMPLETIONS):
+                bodies = [self._body(path, number, FIRST_TOKENS, True) for number in numbers]
+                job = {"kind": "first", "port": self._port, "path": path, "bodies": bodies}
+                took[path] += (await self._ask(job))["answer"]
+            job = {"kind": "floor", "port": self._port, "path": HEALTH, "count": len(numbers)}
+            took[HEALTH] += (await self._ask(job))["answer"]
+        return [first_row(way, took[way], took[ALONE]) for way in (ALONE, GENERATE, COMPLETIONS, HEALTH)]
+
+    def stream_rows(self) -> list[dict[str, Any]]:
+        return [
+            stream_row(way, self._rates, self._full, self._costs[way], self._streams)
+            for way in (ALONE, GENERATE, COMPLETIONS)
+        ]
+
+    async def _streams_alone(self, num_tokens: int) -> tuple[float, list[list[float]]]:
+        params = SamplingParams(num_tokens, ignore_eos=True)
+
+        async def read(number: int) -> list[float]:
+            stream = self._rig.engine.submit(self._rig.prompts[number], params, f"alone-{number}")
+            return [time.perf_counter() async for tokens in stream for _ in tokens]
+
+        started_s = time.perf_counter()
+        return started_s, await asyncio.gather(*map(read, range(self._streams)))
+
+    async def _first_alone(self, number: int) -> float:
+        params = SamplingParams(FIRST_TOKENS, ignore_eos=True)
+        ids = self._rig.prompts[number % self._streams]
+        started_s = time.perf_counter()
+        stream = self._rig.engine.submit(ids, params, f"first-{number}")
+        return [time.perf_counter() - started_s async for _ in stream][0]
+
+    def _body(self, path: str, number: int, num_tokens: int, is_stream: bool) -> dict[str, Any]:
+        body = {"max_tokens": num_tokens, "ignore_eos": True, "stream": is_stream}
+        name = {"model": VARIANT} if path == COMPLETIONS else {}
+        return {"prompt": self._rig.texts[number % self._streams], **body, **name}
+
+
+class Clock:
+    """The CPU clocks of one round, from now on; to be read on the thread of the event loop."""
+
+    def __init__(self) -> None:
+        self._wall_s, self._process_s, self._loop_s = time.perf_counter(), time.process_time(), time.thread_time()
+        self._busy_s = machine_busy_s()
+
+    def add_to(self, cost: Cost, tokens: int, client_s: float) -> None:
+        process_s = time.process_time() - self._process_s
+        cost.tokens += tokens
+        cost.process_s += process_s
+        cost.loop_s += time.thread_time() - self._loop_s
+        cost.client_s += client_s
+        others_s = machine_busy_s() - self._busy_s - process_s - client_s
+        cost.others.append(others_s / (time.perf_counter() - self._wall_s))
+
+
+def machine_busy_s() -> float:
+    """CPU seconds that all processes of this machine have used since it started."""
+    fields = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0].split()[1:]
+    idle_and_waiting = {3, 4}
+    ticks = sum(int(value) for place, value in enumerate(fields[:8]) if place not in idle_and_waiting)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def rate(started_s: float, times: Sequence[Sequence[float]]) -> float:
+    """Tokens per second from the start to the last token."""
+    return sum(map(len, times)) / (max(one[-1] for one in times) - started_s)
+
+
+def full_rate(times: Sequence[Sequence[float]]) -> float:
+    """Tokens per second while all requests stream: after the last one's first token, up to the first one's last."""
+    start, end = max(one[0] for one in times), min(one[-1] for one in times)
+    if start >= end:
+        raise ValueError("no moment at which all requests stream: ask for more tokens")
+    return sum(start < time_s <= end for one in times for time_s in one) / (end - start)
+
+
+def stream_row(
+    way: str, rates: dict[str, list[float]], full: dict[str, list[float]], cost: Cost, streams: int
+) -> dict[str, Any]:
+    """Rates of one way, its ratios to the engine alone round by round, and what they cost."""
+    row: dict[str, Any] = {"what": "streams", "way": way, "streams": streams, "rounds": len(rates[way])}
+    for name, values in (("tokens_per_s", rates), ("full_tokens_per_s", full)):
+        row |= {f"{name}_{q}": value for q, value in quantiles(values[way]).items()}
+        if way != ALONE:
+            ratios = [mine / alone for mine, alone in zip(values[way], values[ALONE], strict=True)]
+            row |= {f"{name}_ratio_{q}": value for q, value in quantiles(ratios).items()}
+    row |= {
+        "process_us_per_token": 1e6 * cost.process_s / cost.tokens,
+        "event_loop_us_per_token": 1e6 * cost.loop_s / cost.tokens,
+        "client_us_per_token": 1e6 * cost.client_s / cost.tokens,
+        "others_cores_mean": sum(cost.others) / len(cost.others),
+    }
+    if way != ALONE:
+        row |= {"goal": RATIO_GOAL}
+        row["holds"] = min(row["tokens_per_s_ratio_p50"], row["full_tokens_per_s_ratio_p50"]) >= RATIO_GOAL
+    return row
+
+
+def first_row(way: str, took: Sequence[float], alone: Sequence[float]) -> dict[str, Any]:
+    """Times to the first token of one way, or of the floor, and how much of it the engine alone does not take."""
+    row: dict[str, Any] = {"what": "floor" if way == HEALTH else "first token", "way": way, "requests": len(took)}
+    row |= {f"ms_p{q}": 1e3 * percentile(took, q) for q in (50, 99)}
+    if way in (GENERATE, COMPLETIONS):
+        added = [mine - without for mine, without in zip(took, alone, strict=True)]
+        row |= {f"added_ms_p{q}": 1e3 * percentile(added, q) for q in (50, 99)}
+        row["added_ms_of_p99s"] = row["ms_p99"] - 1e3 * percentile(alone, 99)
+        row |= {"goal": ADDED_MS_GOAL, "holds": max(row["added_ms_p99"], row["added_ms_of_p99s"]) < ADDED_MS_GOAL}
+    return row
+
+
+def table(certificate: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """The result in Markdown."""
+    streams = [row for row in rows if row["what"] == "streams"]
+    firsts = [row for row in rows if row["what"] != "streams"]
+    load = "{:.1f} before, {:.1f} after".format(certificate["load before"][0], certificate["load after"][0])
+    lines = [
+        f"{certificate['device']}, {certificate['cores']} cores, engine {certificate['engine']}, event loop "
+        f"{certificate['event loop']}, commit {certificate['commit']}; load average {load}; others used "
+        f"{max(row['others_cores_mean'] for row in streams):.2f} cores",
+        "",
+        f"| {streams[0]['streams']} streams, tokens/s | p20 | p50 | p80 | of the engine alone, p20 | p50 | p80 "
+        "| while all stream, p50 | of it | goal | CPU us per token | of that event loop | client |",
+        "|---|" + "---|" * 12,
+    ]
+    for row in streams:
+        ratios = [f"{row[f'tokens_per_s_ratio_{q}']:.3f}" if "goal" in row else "" for q in ("p20", "p50", "p80")]
+        cells = [f"{row[f'tokens_per_s_{q}']:.0f}" for q in ("p20", "p50", "p80")] + ratios
+        cells += [f"{row['full_tokens_per_s_p50']:.0f}"]
+        cells += [f"{row['full_tokens_per_s_ratio_p50']:.3f}" if "goal" in row else "", verdict(row, ">= ")]
+        cells += [f"{row[f'{name}_us_per_token']:.1f}" for name in ("process", "event_loop", "client")]
+        lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
+    if firsts:
+        lines += [
+            "",
+            f"| first token of {firsts[0]['requests']} requests, ms | p50 | p99 | added, p50 | p99 | between the p99s "
+            "| goal |",
+            "|---|" + "---|" * 6,
+        ]
+    for row in firsts:
+        added = [f"{row[name]:.2f}" if name in row else "" for name in ("added_ms_p50", "added_ms_p99")]
+        added += [f"{row['added_ms_of_p99s']:.2f}" if "goal" in row else "", verdict(row, "< ")]
+        cells = [f"{row['ms_p50']:.2f}", f"{row['ms_p99']:.2f}", *added]
+        lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(row: dict[str, Any], sign: str) -> str:
+    return f"{sign}{row['goal']:g} {'holds' if row['holds'] else 'missed'}" if "goal" in row else ""
+
+
+def device_word() -> str:
+    """As the names of result files have it."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name().lower()
+    return next((word for word in ("h100", "h200") if word in name), "gpu")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "real" if torch.cuda.is_available() else "paced"
+    parser.add_argument("--engine", choices=["paced", "real"], default=default)
+    parser.add_argument("--model", help="model folder or id; default: the demo model")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights and a made vocabulary of these shapes instead")
+    parser.add_argument("--step-ms", type=float, default=5.9, help="of the paced engine; an H100 at 64 requests: 5.9")
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=512, help="prompt tokens, about")
+    parser.add_argument("--tokens", type=int, default=256, help="output tokens of a stream")
+    parser.add_argument("--rounds", type=int, default=7, help="turns that each way takes")
+    parser.add_argument("--requests", type=int, default=1000, help="single requests, whose first token is timed")
+    parser.add_argument("--commit", help="for a tree without git history")
+    parser.add_argument("--out", help="JSON file; default: benchmarks/results/")
+    args = parser.parse_args()
+    if args.model == "demo":
+        args.model = None
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""An engine that computes nothing and takes a set time per step, and a vocabulary where no model is at hand."""
+
+from __future__ import annotations
+
+import itertools
+import string
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from service.engine.loop import EngineLoop
+from service.engine.request import Token
+from service.engine.scheduler import Scheduler, Step
+from service.engine.turnstile import Turnstile
+from service.settings import Settings
+from service.tokenizer import Tokenizer
+
+LETTERS = string.ascii_lowercase
+APART = 97
+"""Places between the answers of two rows: no two streams say the same at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PacedStep:
+    """A launched step: its tokens, and when it is done."""
+
+    ids: list[int]
+    done_s: float
+
+    def read(self) -> list[Token]:
+        """Sleep until the step is done. Sleeping lets other threads run, as waiting for a GPU does."""
+        left_s = self.done_s - time.perf_counter()
+        if left_s > 0:
+            time.sleep(left_s)
+        now_s = time.perf_counter()
+        return [Token(token_id, now_s) for token_id in self.ids]
+
+
+class PacedRunner:
+    """Answers with a text token by token, and is as far as its clock says: a device that computes, but for the result.
+
+    A step begins when it is launched or the one before it is done, whichever is later, and takes step_s. So a sleep
+    that is too long, or a host that is late by less than a step, delays nothing after it; a host that is later does.
+
+    Args:
+        ids: of the text.
+        step_s: seconds of a step, whatever is in it.
+    """
+
+    is_async = True
+    kv_cache_bytes = 0
+
+    def __init__(self, ids: Sequence[int], step_s: float) -> None:
+        self._ids = ids
+        self._step_s = step_s
+        self._free_s = 0.0
+
+    def execute(self, step: Step) -> PacedStep:
+        self._free_s = max(self._free_s, time.perf_counter()) + self._step_s
+        ids = self._ids
+        return PacedStep(
+            [ids[(chunk.request.row * APART + chunk.index) % len(ids)] for chunk in step.chunks if chunk.samples],
+            self._free_s,
+        )
+
+
+def paced_engine(variant: str, ids: Sequence[int], step_s: float, max_model_len: int, settings: Settings) -> EngineLoop:
+    """A started engine over a `PacedRunner`, with room for every request it may run."""
+    rows, block_size = settings.max_num_requests, settings.block_size
+    num_blocks = rows * -(-max_model_len // block_size)
+    scheduler = Scheduler(num_blocks, block_size, rows, settings.max_batched_tokens)
+    runner = PacedRunner(ids, step_s)
+    return EngineLoop(variant, scheduler, runner, Turnstile(), max_model_len, settings.max_waiting).start()
+
+
+def made_tokenizer(vocab_size: int) -> Tokenizer:
+    """A byte-level tokenizer of so many tokens: the 256 bytes, then words of letters behind a space, not merged to.
+
+    Decoding it costs what decoding a trained one of that size does; encoding gives a token for each byte.
+
+    Raises:
+        ValueError: it would not hold every byte.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet):
+        raise ValueError(f"vocab_size is {vocab_size}; a byte-level vocabulary has at least {len(alphabet)} tokens")
+    letters = itertools.chain.from_iterable(itertools.product(LETTERS, repeat=n) for n in itertools.count(2))
+    words = ("\u0120" + "".join(word) for word in letters)
+    tokens = [*alphabet, *itertools.islice(words, vocab_size - len(alphabet))]
+    backend = Backend(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
