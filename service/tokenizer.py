@@ -179,8 +179,9 @@ class Tokenizer:
         return self._names.bytes(token_id)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # Only the batch call lets other threads run meanwhile: a prompt of 1 MB takes 0.4 s.
-        return list(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+        # Only the batch calls let other threads run meanwhile: a prompt of 1 MB takes 0.4 s. The fast one leaves out
+        # where in the text each token is, which nobody reads: 0.42 instead of 0.53 ms for 512 tokens.
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
 
 def _eos_ids(folder: Path, tokenizer_eos_id: int | None) -> frozenset[int]:

@@ -248,6 +248,8 @@ class Run:
             self._is_counted = True
             self._metrics.count(self.plan.variant, outcome)
             self._deadlines.cancel()
+            # They know of this run: kept, the two would wait for the garbage collector with all their tokens.
+            del self._deadlines
             self._note(outcome)
 
     def _note(self, outcome: str) -> None:
