@@ -12,10 +12,11 @@ through `EngineLoop.submit` and read by tasks of the same event loop, while the 
   all of them stream: from the last one's first token to the first one's last. The ratio is that of each round.
 - First token: requests one after the other, the same ones each way, over a connection that stays open: from the request
   sent to its first event received, less, for the same request, from submission to the first token in the task that
-  reads it. Encoding the prompt is in the former alone. `GET /health` shows what client, loopback and server take at
-  least.
+  reads it. The prompt goes as token ids, as the engine gets it, and as text, which the server encodes: what that takes
+  is timed before each submission. `GET /health` shows what client, loopback and server take at least.
 
-CPU times are those of this process by its own clock, over the tokens of all rounds. The last line printed is JSON; the
+CPU times are those of this process by its own clock, over the tokens of all rounds. Other work on the machine delays
+both processes; `chrt -f 5` before the command puts them in front of it. The last line printed is JSON; the
 exit code is 1 where a goal is missed.
 """
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import sys
@@ -58,6 +60,8 @@ from service.tokenizer import Tokenizer
 
 VARIANT = "w8a8"
 ALONE, GENERATE, COMPLETIONS, HEALTH = "engine alone", "/generate", "/v1/completions", "/health"
+ENCODING = "encoding the text"
+FORMS = ("token ids", "text")
 RATIO_GOAL, ADDED_MS_GOAL = 0.95, 2.0
 FIRST_TOKENS = 4
 """Tokens of a request whose first one is timed."""
@@ -74,6 +78,7 @@ def main() -> int:
     certificate = birth_certificate(args.commit)
     certificate |= {name: version(name) for name in VERSIONS}
     certificate |= {"engine": args.engine, "cores": os.cpu_count(), "load before": os.getloadavg()}
+    certificate["is real-time"] = os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
     settings = Settings(
         port=0,
         variants=(VARIANT,),
@@ -92,9 +97,8 @@ def main() -> int:
         finally:
             rig.engine.stop(STOP_S)
     certificate |= {"load after": os.getloadavg(), "event loop": rig.loop_name}
-    name = args.out or RESULTS / f"overhead-{args.shape or 'demo'}-{device_word()}.json"
-    if args.engine == "paced":
-        name = args.out or RESULTS / f"overhead-paced-{device_word()}.json"
+    what = "paced" if args.engine == "paced" else args.shape or "demo"
+    name = args.out or RESULTS / f"overhead-{what}-{device_word()}.json"
     write(Path(name), certificate, rows)
     print(table(certificate, rows))
     print(json.dumps(rows))
@@ -107,6 +111,7 @@ class Rig:
 
     engine: EngineLoop
     server: Server
+    tokenizer: Tokenizer
     texts: list[str]
     prompts: list[list[int]]
     loop_name: str = ""
@@ -119,7 +124,7 @@ def rig_of(args: argparse.Namespace, settings: Settings) -> Rig:
     host = turnstile.run(real_host, args, settings, turnstile)
     app = create_app(host.engines, settings, host.tokenizer, host.info, host.self_check)
     engine = host.engines[VARIANT]
-    return Rig(engine, Server(app, settings, host.engines), *prompts_of(host.tokenizer, args))
+    return Rig(engine, Server(app, settings, host.engines), host.tokenizer, *prompts_of(host.tokenizer, args))
 
 
 def paced_rig(args: argparse.Namespace, settings: Settings) -> Rig:
@@ -131,7 +136,7 @@ def paced_rig(args: argparse.Namespace, settings: Settings) -> Rig:
     engine = paced_engine(VARIANT, said, args.step_ms / 1e3, args.prompt + args.tokens + 16, settings)
     engines = {VARIANT: engine}
     app = create_app(engines, settings, tokenizer, lambda: {"model": "paced"}, dict)
-    return Rig(engine, Server(app, settings, engines), *prompts_of(tokenizer, args))
+    return Rig(engine, Server(app, settings, engines), tokenizer, *prompts_of(tokenizer, args))
 
 
 def real_host(args: argparse.Namespace, settings: Settings, turnstile: Turnstile) -> Host:
@@ -271,7 +276,7 @@ class Bench:
             started_s, times = await self._streams_alone(num_tokens)
             client_s = 0.0
         else:
-            bodies = [self._body(way, number, num_tokens, True) for number in range(self._streams)]
+            bodies = [self._body(way, number, num_tokens) for number in range(self._streams)]
             got = await self._ask({"kind": "streams", "port": self._port, "path": way, "bodies": bodies})
             started_s, times, client_s = got["answer"]["started_s"], got["answer"]["tokens_s"], got["cpu_s"]
         clock.add_to(self._costs[way], sum(map(len, times)), client_s)
@@ -285,14 +290,17 @@ class Bench:
         took: dict[str, list[float]] = defaultdict(list)
         for start in range(0, count, TURN):
             numbers = range(start, min(start + TURN, count))
-            took[ALONE] += [await self._first_alone(number) for number in numbers]
-            for path in (GENERATE, COMPLETIONS):
-                bodies = [self._body(path, number, FIRST_TOKENS, True) for number in numbers]
+            for number in numbers:
+                encoding_s, first_s = await self._first_alone(number)
+                took[ENCODING].append(encoding_s)
+                took[ALONE].append(first_s)
+            for path, form in itertools.product((GENERATE, COMPLETIONS), FORMS):
+                bodies = [self._body(path, number, FIRST_TOKENS, form) for number in numbers]
                 job = {"kind": "first", "port": self._port, "path": path, "bodies": bodies}
-                took[path] += (await self._ask(job))["answer"]
+                took[f"{path}, {form}"] += (await self._ask(job))["answer"]
             job = {"kind": "floor", "port": self._port, "path": HEALTH, "count": len(numbers)}
             took[HEALTH] += (await self._ask(job))["answer"]
-        return [first_row(way, took[way], took[ALONE]) for way in (ALONE, GENERATE, COMPLETIONS, HEALTH)]
+        return [first_row(way, times, took[ALONE]) for way, times in took.items()]
 
     def stream_rows(self) -> list[dict[str, Any]]:
         return [
@@ -310,17 +318,24 @@ class Bench:
         started_s = time.perf_counter()
         return started_s, await asyncio.gather(*map(read, range(self._streams)))
 
-    async def _first_alone(self, number: int) -> float:
+    async def _first_alone(self, number: int) -> tuple[float, float]:
+        """Seconds that encoding the prompt took, and then from submission to the first token."""
         params = SamplingParams(FIRST_TOKENS, ignore_eos=True)
-        ids = self._rig.prompts[number % self._streams]
+        began_s = time.perf_counter()
+        ids = self._rig.tokenizer.encode(self._rig.texts[number % self._streams])
         started_s = time.perf_counter()
         stream = self._rig.engine.submit(ids, params, f"first-{number}")
-        return [time.perf_counter() - started_s async for _ in stream][0]
+        arrived_s = [time.perf_counter() async for _ in stream]
+        return started_s - began_s, arrived_s[0] - started_s
 
-    def _body(self, path: str, number: int, num_tokens: int, is_stream: bool) -> dict[str, Any]:
-        body = {"max_tokens": num_tokens, "ignore_eos": True, "stream": is_stream}
-        name = {"model": VARIANT} if path == COMPLETIONS else {}
-        return {"prompt": self._rig.texts[number % self._streams], **body, **name}
+    def _body(self, path: str, number: int, num_tokens: int, form: str = "text") -> dict[str, Any]:
+        number %= self._streams
+        body: dict[str, Any] = {"max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+        if path == COMPLETIONS:
+            body["model"] = VARIANT
+        if form == "text":
+            return body | {"prompt": self._rig.texts[number]}
+        return body | {"prompt" if path == COMPLETIONS else "prompt_ids": self._rig.prompts[number]}
 
 
 class Clock:
@@ -385,9 +400,9 @@ def stream_row(
 
 def first_row(way: str, took: Sequence[float], alone: Sequence[float]) -> dict[str, Any]:
     """Times to the first token of one way, or of the floor, and how much of it the engine alone does not take."""
-    row: dict[str, Any] = {"what": "floor" if way == HEALTH else "first token", "way": way, "requests": len(took)}
+    row: dict[str, Any] = {"what": "first token", "way": way, "requests": len(took)}
     row |= {f"ms_p{q}": 1e3 * percentile(took, q) for q in (50, 99)}
-    if way in (GENERATE, COMPLETIONS):
+    if way not in (ALONE, ENCODING, HEALTH):
         added = [mine - without for mine, without in zip(took, alone, strict=True)]
         row |= {f"added_ms_p{q}": 1e3 * percentile(added, q) for q in (50, 99)}
         row["added_ms_of_p99s"] = row["ms_p99"] - 1e3 * percentile(alone, 99)
@@ -402,7 +417,8 @@ def table(certificate: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     load = "{:.1f} before, {:.1f} after".format(certificate["load before"][0], certificate["load after"][0])
     lines = [
         f"{certificate['device']}, {certificate['cores']} cores, engine {certificate['engine']}, event loop "
-        f"{certificate['event loop']}, commit {certificate['commit']}; load average {load}; others used "
+        f"{certificate['event loop']}, commit {certificate['commit']}; load average {load}; "
+        f"{'real-time priority; ' if certificate['is real-time'] else ''}others used "
         f"{max(row['others_cores_mean'] for row in streams):.2f} cores",
         "",
         f"| {streams[0]['streams']} streams, tokens/s | p20 | p50 | p80 | of the engine alone, p20 | p50 | p80 "
