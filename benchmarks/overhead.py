@@ -33,13 +33,13 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.paced import made_tokenizer, paced_engine
+from benchmarks.paced import PacedRunner, made_tokenizer, paced_engine
 from benchmarks.report import RESULTS, birth_certificate, quantiles, write
 from benchmarks.shapes import SHAPES
 from quant.scheme import PRESETS
@@ -76,16 +76,10 @@ def main() -> int:
     args = arguments()
     torch.manual_seed(0)
     certificate = birth_certificate(args.commit)
-    certificate |= {name: version(name) for name in VERSIONS}
+    certificate |= {name: import_module(name).__version__ for name in VERSIONS}
     certificate |= {"engine": args.engine, "cores": os.cpu_count(), "load before": os.getloadavg()}
     certificate["is real-time"] = os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
-    settings = Settings(
-        port=0,
-        variants=(VARIANT,),
-        max_num_requests=args.streams,
-        max_batched_tokens=max(512, args.streams),
-        kv_cache="float",
-    )
+    settings = settings_of(args)
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         # As a server of users does: a line of log for each request, and what it costs.
         configure_logging(settings, nowhere)
@@ -117,6 +111,16 @@ class Rig:
     loop_name: str = ""
 
 
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(
+        port=0,
+        variants=(VARIANT,),
+        max_num_requests=args.streams,
+        max_batched_tokens=max(512, args.streams),
+        kv_cache="float",
+    )
+
+
 def rig_of(args: argparse.Namespace, settings: Settings) -> Rig:
     if args.engine == "paced":
         return paced_rig(args, settings)
@@ -133,7 +137,8 @@ def paced_rig(args: argparse.Namespace, settings: Settings) -> Rig:
     else:
         tokenizer = Tokenizer.from_folder(resolve_model(args.model, settings.cache_dir))
     said = tokenizer.encode(calibration_text(None)[:20_000])
-    engine = paced_engine(VARIANT, said, args.step_ms / 1e3, args.prompt + args.tokens + 16, settings)
+    runner = PacedRunner(said, args.step_ms / 1e3, args.launch_ms / 1e3)
+    engine = paced_engine(VARIANT, runner, args.prompt + args.tokens + 16, settings)
     engines = {VARIANT: engine}
     app = create_app(engines, settings, tokenizer, lambda: {"model": "paced"}, dict)
     return Rig(engine, Server(app, settings, engines), tokenizer, *prompts_of(tokenizer, args))
@@ -459,13 +464,14 @@ def device_word() -> str:
     return next((word for word in ("h100", "h200") if word in name), "gpu")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "real" if torch.cuda.is_available() else "paced"
     parser.add_argument("--engine", choices=["paced", "real"], default=default)
     parser.add_argument("--model", help="model folder or id; default: the demo model")
     parser.add_argument("--shape", choices=SHAPES, help="random weights and a made vocabulary of these shapes instead")
     parser.add_argument("--step-ms", type=float, default=5.9, help="of the paced engine; an H100 at 64 requests: 5.9")
+    parser.add_argument("--launch-ms", type=float, default=0.0, help="CPU time for which a launch holds Python's lock")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=512, help="prompt tokens, about")
     parser.add_argument("--tokens", type=int, default=256, help="output tokens of a stream")
@@ -473,7 +479,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=1000, help="single requests, whose first token is timed")
     parser.add_argument("--commit", help="for a tree without git history")
     parser.add_argument("--out", help="JSON file; default: benchmarks/results/")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.model == "demo":
         args.model = None
     return args

@@ -49,17 +49,23 @@ class PacedRunner:
     Args:
         ids: of the text.
         step_s: seconds of a step, whatever is in it.
+        launch_s: CPU seconds for which launching a step keeps every other thread from running Python.
     """
 
     is_async = True
     kv_cache_bytes = 0
 
-    def __init__(self, ids: Sequence[int], step_s: float) -> None:
+    def __init__(self, ids: Sequence[int], step_s: float, launch_s: float = 0.0) -> None:
         self._ids = ids
         self._step_s = step_s
+        self._launch_s = launch_s
         self._free_s = 0.0
 
     def execute(self, step: Step) -> PacedStep:
+        if self._launch_s:
+            launched_s = time.thread_time() + self._launch_s
+            while time.thread_time() < launched_s:
+                pass
         self._free_s = max(self._free_s, time.perf_counter()) + self._step_s
         ids = self._ids
         return PacedStep(
@@ -68,12 +74,11 @@ class PacedRunner:
         )
 
 
-def paced_engine(variant: str, ids: Sequence[int], step_s: float, max_model_len: int, settings: Settings) -> EngineLoop:
-    """A started engine over a `PacedRunner`, with room for every request it may run."""
+def paced_engine(variant: str, runner: PacedRunner, max_model_len: int, settings: Settings) -> EngineLoop:
+    """A started engine, with room for every request it may run."""
     rows, block_size = settings.max_num_requests, settings.block_size
     num_blocks = rows * -(-max_model_len // block_size)
     scheduler = Scheduler(num_blocks, block_size, rows, settings.max_batched_tokens)
-    runner = PacedRunner(ids, step_s)
     return EngineLoop(variant, scheduler, runner, Turnstile(), max_model_len, settings.max_waiting).start()
 
 
