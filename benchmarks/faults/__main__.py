@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import signal
 import sys
 import tempfile
@@ -62,8 +61,6 @@ def main() -> None:
     torch.set_num_threads(1)
     certificate = birth_certificate(args.commit) | {"model": args.model}
     with tempfile.TemporaryDirectory(prefix="ottava-faults-") as scratch:
-        # The caches of libraries, too, are to be this run's own.
-        os.environ["HF_HUB_OFFLINE"] = "1"
         bench = Bench.make(Path(scratch), args.model)
         cases = asyncio.run(_run(bench, {name: CASES[name] for name in args.cases}))
     write(Path(args.out or RESULTS / "faults-cpu.json"), certificate, [case.row() for case in cases])

@@ -37,7 +37,7 @@ async def terminated(bench: Bench, case: Case) -> None:
         case.rss_mb = before, after
         code = await server.ended(30.0)
         case.expect_equal(code, 0, "exit code")
-        case.told.append(f"exit code {code}; it checks that no block is left")
+        case.told.append(f"exit code {code}")
 
 
 async def killed(bench: Bench, case: Case) -> None:
