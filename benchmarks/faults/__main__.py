@@ -82,6 +82,8 @@ async def run_case(title: str, run: Run, bench: Bench) -> Case:
     except Exception as error:  # noqa: BLE001 (told in the table and on stderr; the cases after it still run)
         traceback.print_exc()
         case.expect(False, f"{type(error).__name__}: {error}")
+    # Where the scratch folder lay tells nobody anything.
+    case.told = [text.replace(f"{bench.folder}/", "") for text in case.told]
     print(f"{title}: {case.verdict}", file=sys.stderr, flush=True)
     for fault in case.faults:
         print(f"  {fault}", file=sys.stderr, flush=True)

@@ -111,16 +111,14 @@ class Case:
 
     @property
     def verdict(self) -> str:
-        if self.skipped:
-            return f"skipped: {self.skipped}"
         if not self.faults:
-            return "ok"
+            return f"skipped: {self.skipped}" if self.skipped else "ok"
         more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
         return f"FAILED: {self.faults[0]}{more}"
 
     @property
     def has_failed(self) -> bool:
-        return bool(self.faults) and not self.skipped
+        return bool(self.faults)
 
     def row(self) -> dict[str, Any]:
         """The case as a row of the result."""

@@ -147,4 +147,5 @@ def _expect_one_line(case: Case, code: int, stderr: str, word: str) -> None:
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     case.expect(code == 1 and len(errors) == 1 and word in errors[0], f"exit code {code}: {stderr[-300:]}")
     case.expect("Traceback" not in stderr, f"a traceback: {stderr[-300:]}")
-    case.told.append(errors[0] if errors else stderr[-300:])
+    # Without the file's path.
+    case.told += [error.removeprefix("error: ").partition(": ")[2] for error in errors]
