@@ -47,7 +47,9 @@ def write(path: Path, certificate: dict[str, Any], rows: list[dict[str, Any]]) -
 def _as_module(argv: list[str]) -> list[str]:
     """The command as a reader would repeat it: without where the result went and which commit it was told."""
     kept = [word for before, word in zip(["", *argv], argv, strict=False) if {before, word}.isdisjoint(LEFT_OUT)]
-    return ["-m", f"benchmarks.{Path(argv[0]).stem}", *kept[1:]]
+    path = Path(argv[0])
+    name = path.parent.name if path.stem == "__main__" else path.stem
+    return ["-m", f"benchmarks.{name}", *kept[1:]]
 
 
 def _commit() -> str:

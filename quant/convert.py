@@ -21,6 +21,7 @@ from quant.layers import LayerStream
 from quant.part import PartFolder
 from quant.scheme import Scheme
 from quant.smooth import SmoothGroup
+from quant.sums import write_sums
 from quant.tensors import CheckpointError, ShardWriter, TensorFiles, cast, read_json
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -66,6 +67,7 @@ def quantize_checkpoint(
         FileExistsError: out is there and not empty.
         ValueError: the scheme is float, smooths without groups, or is calibrated without windows; or an activation or
             a scale is not finite.
+        OSError: a file cannot be read or written, as on a full disk; the layers that are done are kept.
     """
     if not scheme.is_int8:
         raise ValueError(f"scheme {scheme.name!r} is float: there is nothing to quantize; serve the source itself")
@@ -94,8 +96,14 @@ def quantize_checkpoint(
             _write_json(folder / "config.json", _int8_config(config, scheme, ignored, dtype))
             _write_json(folder / NOTES_NAME, {**_scheme_notes(scheme), **_layer_notes(part.notes), **notes})
             _copy_companions(source, folder)
+            write_sums(folder)
+    except OSError as error:
+        raise OSError(
+            f"{out} is not written: {error}; {part.num_done} of {len(stream.prefixes)} layers are kept in "
+            f"{part.folder.name} beside it: make room, or mend what it says, and start again"
+        ) from error
     except (ValueError, CheckpointError):
-        # It would fail again; what an interruption or a full disk leaves is kept.
+        # It would fail again.
         part.remove()
         raise
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from quant.tensors import read_json
+from quant.tensors import CheckpointError, read_json, save_tensors
 
 STATE_NAME = "state.json"
 
@@ -53,21 +54,21 @@ class PartFolder:
         return len(self.notes)
 
     def carried(self) -> dict[str, Tensor]:
-        """What the last finished layer handed on."""
-        return load_file(self._carried_path(self.num_done))
+        """What the last finished layer handed on. Raises CheckpointError where its file is damaged."""
+        return _load(self._carried_path(self.num_done))
 
     def add(self, tensors: Mapping[str, Tensor], note: dict[str, Any], carried: dict[str, Tensor]) -> None:
         """Keep a finished layer: its tensors, a note of it, and what the next layer starts from."""
-        _save(tensors, self._layer_path(self.num_done))
-        _save(carried, self._carried_path(self.num_done + 1))
+        save_tensors(tensors, self._layer_path(self.num_done))
+        save_tensors(carried, self._carried_path(self.num_done + 1))
         self.notes.append(note)
         self._save_state()
         self._carried_path(self.num_done - 1).unlink(missing_ok=True)
 
     def layers(self) -> Iterator[dict[str, Tensor]]:
-        """The tensors of each finished layer, one layer at a time."""
+        """The tensors of each finished layer, one layer at a time. Raises CheckpointError where a file is damaged."""
         for index in range(self.num_done):
-            yield load_file(self._layer_path(index))
+            yield _load(self._layer_path(index))
 
     @contextmanager
     def whole(self) -> Iterator[Path]:
@@ -96,6 +97,10 @@ class PartFolder:
         return self.folder / f"carried-{num_done:05d}.safetensors"
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # Transposed and shared views have no place in a file.
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not what was written ({error}); what was done is thrown away: quantize again"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,19 @@ class TensorFiles:
         return tensor
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file. Transposed and shared views are written out.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    try:
+        # transformers refuses files whose metadata lacks the format.
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
 class ShardWriter:
     """Writes tensors into numbered safetensors files of bounded size, and the index that joins them."""
 
@@ -114,7 +128,7 @@ class ShardWriter:
         num_bytes = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + num_bytes > self.max_bytes:
             self._flush()
-        self._pending[name] = tensor.contiguous()
+        self._pending[name] = tensor
         self._pending_bytes += num_bytes
         self._total_bytes += num_bytes
 
@@ -134,8 +148,7 @@ class ShardWriter:
         (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _flush(self) -> None:
-        # transformers refuses files whose metadata lacks the format.
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        save_tensors(self._pending, self._part(len(self._shards)))
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -19,7 +20,7 @@ from service.schemas import ErrorDetail, ErrorResponse
 class ConnectionLimits:
     """How long and how many.
 
-    receive_timeout_s: from a request's first byte, or from connecting, to the last byte of its body.
+    receive_timeout_s: from a request's first byte, or from connecting, to the last byte of its body, answered or not.
     send_timeout_s: for which bytes that were sent may stay unread.
     max_connections: that one server holds.
     """
@@ -27,6 +28,32 @@ class ConnectionLimits:
     receive_timeout_s: float
     send_timeout_s: float
     max_connections: int
+
+
+class GentleTransport:
+    """A transport whose `close` is carried out by its owner, and which counts as closing from then on.
+
+    Args:
+        inner: the transport itself, which does everything else.
+        hang_up: what `close` does.
+    """
+
+    def __init__(self, inner: asyncio.Transport, hang_up: Callable[[], None]) -> None:
+        self._inner = inner
+        self._hang_up = hang_up
+        self._is_hung_up = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def close(self) -> None:
+        """Hang up. A second call changes nothing."""
+        if not self.is_closing():
+            self._is_hung_up = True
+            self._hang_up()
+
+    def is_closing(self) -> bool:
+        return self._is_hung_up or self._inner.is_closing()
 
 
 class BoundedProtocol(H11Protocol):
@@ -37,6 +64,10 @@ class BoundedProtocol(H11Protocol):
     the application waits from then on, and no more than one event is held in memory; and whoever does not catch up
     within send_timeout_s is cut off. Then the application's `receive` says http.disconnect, which frees the request.
     `close` would not do: it waits for the client to read.
+
+    Nor would it do for whoever is answered before the request is here to its end: a socket that is closed while bytes
+    wait in it resets the connection, and a client that is still sending finds that in place of its answer. So our side
+    alone ends, and what still comes is dropped until the client closes too, or receive_timeout_s is over.
     """
 
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
@@ -48,6 +79,8 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)
+        self._socket = transport
+        self.transport = cast(asyncio.Transport, GentleTransport(transport, self._hang_up))
         if len(self.connections) > self._limits.max_connections:
             self._refuse(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -64,11 +97,15 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
         super().data_received(data)
         self._watch_receiving()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.transport.is_closing():
+            return
         # Between two requests uvicorn's own clock runs, unless the next one has begun or this one goes on.
         if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
             self._watch_receiving()
@@ -84,6 +121,13 @@ class BoundedProtocol(H11Protocol):
         super().resume_writing()
         self._stop_sending()
 
+    def shutdown(self) -> None:
+        """The server ends: it does not wait for clients that go on sending after their answer."""
+        if self.transport.is_closing():
+            self._socket.close()
+        else:
+            super().shutdown()
+
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, or has too long a head, in the one shape of errors."""
         error = sys.exception()
@@ -97,9 +141,15 @@ class BoundedProtocol(H11Protocol):
     def _watch_receiving(self) -> None:
         """Let the clock run until the request is here to its last byte."""
         is_on_its_way = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-        if not is_on_its_way or self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if is_on_its_way:
+            self._start_receiving()
+        else:
             self._stop_receiving()
-        elif self._receiving is None:
+
+    def _start_receiving(self) -> None:
+        if self._receiving is None:
             self._receiving = self.loop.call_later(
                 self._limits.receive_timeout_s, self._cut_off, "does not send its request"
             )
@@ -113,6 +163,16 @@ class BoundedProtocol(H11Protocol):
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
+
+    def _hang_up(self) -> None:
+        """Close; where the client is still sending, our side alone."""
+        if self.conn.their_state in (h11.SEND_BODY, h11.ERROR) and self._socket.can_write_eof():
+            self._socket.write_eof()
+            self._socket.resume_reading()
+            # The clock of the request goes on: whoever never stops sending is cut off by it.
+            self._start_receiving()
+        else:
+            self._socket.close()
 
     def _cut_off(self, fault: str) -> None:
         self.logger.info("connection of %s cut off: the client %s", self.client, fault)

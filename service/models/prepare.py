@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import pydoc_data.topics
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from kernels import __version__
 from quant.calibrate import self_written, windows_from_text
 from quant.convert import quantize_checkpoint, refuse_occupied
 from quant.scheme import Scheme
+from quant.sums import first_damaged
 from quant.tensors import read_json
 from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel
 from service.models.demo import prepare_demo_model
@@ -34,6 +37,9 @@ SELF_WRITTEN_TOKENS = 128
 
 SELF_WRITTEN_MAX_BYTES = 2 * 2**30
 """Largest float weights of a model that writes its own calibration text: to write, it must be in memory as a whole."""
+
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -232,13 +238,17 @@ def quantized_folder(
 ) -> Path:
     """The int8 checkpoint of a float model in the cache, made on the first call for these weights and settings.
 
-    What keys and values are stored in changes none of its tensors: one folder serves both, and says "float".
+    What keys and values are stored in changes none of its tensors: one folder serves both, and says "float". A folder
+    with a file that is not what was written is made anew: a flipped bit of a weight shows nowhere else.
     """
     scheme = scheme.with_kv("float")
     key = _fingerprint(source, scheme, calibration)
     out = cache / "quantized" / f"{source.resolve().name}-{scheme.name}-{key}"
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):
+        if out.is_dir() and (name := first_damaged(out)) is not None:
+            logger.warning("%s is not what was written; %s is quantized anew", out / name, source)
+            shutil.rmtree(out)
         if not out.is_dir():
             quantize_model(source, out, scheme, calibration, device, on_progress)
     return out

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from quant import block, tensors
@@ -17,6 +19,7 @@ from quant.convert import quantize_checkpoint
 from quant.rounding import dequantize, quantize_weight, static_scale
 from quant.scheme import PRESETS, Scheme
 from quant.smooth import Channels, SmoothGroup, divide, group_migration
+from quant.sums import SUMS_NAME, first_damaged
 from tests.quant.conftest import tiny_llama
 
 INT8 = [scheme for scheme in PRESETS.values() if scheme.is_int8]
@@ -159,7 +162,14 @@ def test_the_folder_is_complete_and_nothing_else_is_left(tiny, tmp_path):
     out = tiny.quantize(tmp_path / "out", PRESETS["w8a8"], torch.bfloat16, on_progress=lambda *told: seen.append(told))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     names = {path.name for path in out.iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "ottava.json", "tokenizer.json"}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "ottava.json",
+        "tokenizer.json",
+        SUMS_NAME,
+    }
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["ignore"] == ["lm_head"]
     assert config["dtype"] == "bfloat16"
@@ -269,17 +279,39 @@ def test_what_would_fail_again_leaves_nothing(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
 
 
-def test_a_full_disk_keeps_what_is_done(tiny, tmp_path, monkeypatch):
-    def full(*_args, **_kwargs):
-        raise OSError("No space left on device")
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+@pytest.mark.parametrize("num_written", [0, 3])
+def test_a_full_disk_keeps_what_is_done(tiny, tmp_path, monkeypatch, kind, num_written):
+    """safetensors has an exception of its own for it."""
+    whole = tiny.quantize(tmp_path / "whole", PRESETS["w8a8"])
+    written = []
+
+    def filling(*args, **kwargs):
+        if len(written) == num_written:
+            raise kind("No space left on device")
+        written.append(args[1].name)
+        save_file(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(tensors, "save_file", full)
-        with pytest.raises(OSError, match="No space left"):
+        patched.setattr(tensors, "save_file", filling)
+        with pytest.raises(OSError, match=rf"out is not written: .*No space left.*; {num_written // 2} of 2 layers"):
             tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
-    assert [path.name for path in tmp_path.iterdir()] == [".out.part"]
-    tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.part", "whole"]
+    out = tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert files_of(out) == files_of(whole)
+
+
+@pytest.mark.parametrize("name", ["layer-00000.safetensors", "carried-00001.safetensors"])
+def test_a_kept_layer_that_is_damaged_is_thrown_away_by_name(tiny, tmp_path, monkeypatch, name):
+    interrupt_layer_1(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
+    os.truncate(tmp_path / ".out.part" / name, 100)
+    with pytest.raises(CheckpointError, match=rf"{name} is not what was written .*: quantize again"):
+        tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
+    assert list(tmp_path.iterdir()) == []
+    assert first_damaged(tiny.quantize(tmp_path / "out", PRESETS["w8a8"])) is None
 
 
 def test_an_output_that_exists_is_not_overwritten(tiny, tmp_path):

@@ -369,6 +369,49 @@ def test_a_body_above_the_limit_is_answered_over_a_socket():
     assert again.status_code == 200
 
 
+LAST = "Connection: close\r\n"
+TOO_LARGE = {
+    "told": f"{GENERATE}{LAST}Content-Length: {8 << 20}\r\n\r\n".encode() + b" " * (8 << 20),
+    "in one chunk": f"{GENERATE}{LAST}Transfer-Encoding: chunked\r\n\r\n800000\r\n".encode() + b" " * (8 << 20),
+    "a head": GENERATE.encode() + b"a: b\r\n" * (1 << 20),
+}
+
+
+@pytest.mark.parametrize("what", TOO_LARGE)
+def test_whoever_sends_too_much_to_the_end_before_it_reads_is_told_why(connect, what):
+    """Closing the socket instead would reset the connection: the client finds that, and no answer."""
+
+    async def go():
+        async with server_of(app_of(two_engines(), max_body_bytes=4096)) as port:
+            client = connect(port, receive_buffer=4096)
+            await send(client, TOO_LARGE[what])
+            received = await read_all(client)
+            # The client holds its side open: the server is not to wait for it when it ends.
+            return received, await is_alive(port)
+
+    received, alive = asyncio.run(go())
+    assert parsed(received)[0] == (431 if what == "a head" else 413)
+    assert alive
+
+
+def test_whoever_never_stops_sending_is_cut_off_although_it_was_answered(connect):
+    async def go():
+        app = app_of(two_engines(), max_body_bytes=4096, receive_timeout_s=0.3)
+        async with server_of(app) as port:
+            client = connect(port)
+            await send(client, f"{GENERATE}{LAST}Content-Length: {1 << 40}\r\n\r\n")
+            start_s = time.perf_counter()
+            with suppress(ConnectionError):
+                while time.perf_counter() < start_s + 10:
+                    await send(client, b" " * (1 << 16))
+                    await asyncio.sleep(0.01)
+            return time.perf_counter() - start_s, await is_alive(port)
+
+    took_s, alive = asyncio.run(go())
+    assert 0.2 < took_s < 5
+    assert alive
+
+
 def test_open_files_are_raised_as_far_as_needed_and_allowed(monkeypatch):
     limits, asked = (1024, 5000), []
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
