@@ -104,6 +104,9 @@ class Block:
         groups = [group for group in self.recipe.groups if self._is_within(group.source)]
         choices = smooth_layer(self.state, groups, inputs, self.recipe.scheme, self.recipe.dtype)
         self.notes["alphas"] = {source: choice.note for source, choice in choices.items()}
+        splits = {source: choice.split.moved for source, choice in choices.items() if choice.split is not None}
+        if splits:
+            self.notes["splits"] = splits
         self._put_back()
 
     def _put_back(self) -> None:

@@ -184,10 +184,10 @@ def _scheme_notes(scheme: Scheme) -> dict[str, Any]:
 
 def _layer_notes(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What was chosen by group, by Linear and by layer, for the whole model."""
-    joined: dict[str, Any] = {"alphas": {}, "ranges": {}, "errors": [note["error"] for note in notes]}
+    joined: dict[str, Any] = {"alphas": {}, "ranges": {}, "splits": {}, "errors": [note["error"] for note in notes]}
     for note in notes:
-        joined["alphas"] |= note.get("alphas", {})
-        joined["ranges"] |= note.get("ranges", {})
+        for kind in ("alphas", "ranges", "splits"):
+            joined[kind] |= note.get(kind, {})
     distillation = [note["distillation"] for note in notes if "distillation" in note]
     return {**joined, **({"distillation": distillation} if distillation else {})}
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.smooth import Channels
+from quant.split import Split
 
 SAMPLED_ROWS = 1024
 """Tokens by which choices are judged: of one layer's inputs that many are kept in float32."""
@@ -41,6 +42,12 @@ class Inputs:
         """The input X / s of a smoothed Linear, s [K]."""
         gram = None if self.gram is None else self.gram / s / s[:, None]
         return Inputs(self.channels.over(s), self.fitted.over(s), self.rows / s, gram)
+
+    def split(self, split: Split) -> Inputs:
+        """The input of a Linear whose columns are split."""
+        origins, copies = split.origins, split.copies
+        gram = None if self.gram is None else self.gram[origins][:, origins] / copies / copies[:, None]
+        return Inputs(split.shared(self.channels), split.shared(self.fitted), self.rows[:, origins] / copies, gram)
 
 
 def gather(

@@ -18,6 +18,7 @@ from quant.layers import LayerStream
 from quant.linear import FloatLinear, Int8Linear
 from quant.rounding import dequantize
 from quant.smooth import SmoothGroup, copied
+from quant.split import Split
 from quant.tensors import TensorFiles
 
 
@@ -31,10 +32,17 @@ class LinearError:
 
 @dataclass(slots=True)
 class _Smoothing:
-    """What the columns of Linears were multiplied by, [K], and their rows divided by, [N]; by Linear name."""
+    """What was done to Linears, by name.
+
+    columns: what they were multiplied by, [K].   rows: what they were divided by, [N].
+    read, written: which channel of the float model each column reads and each row writes, [K] and [N], where channels
+    were split.
+    """
 
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
+    read: dict[str, Tensor] = field(default_factory=dict)
+    written: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -123,6 +131,12 @@ def _smoothing(
     for group in groups:
         if group.source in linears:
             before = _weight(linears[group.source]) * found.columns.get(group.source, 1.0)
+            moved = quantized.notes.get("splits", {}).get(group.source)
+            if moved is not None and group.gate is not None:
+                origins = Split.read(moved, len(before)).origins.to(before.device)
+                before = before[origins]
+                found.written |= {group.source: origins, group.gate: origins}
+                found.read |= dict.fromkeys(group.sinks, origins)
             s = _ratio(before, _stored_weight(int8[group.source]))
             found.rows[group.source] = s
         else:
@@ -165,6 +179,10 @@ def _watched(
 
     def watch(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         x, y = args[0].flatten(0, -2), output.flatten(0, -2)
+        if name in smoothing.read:
+            x = x[:, smoothing.read[name]]
+        if name in smoothing.written:
+            y = y[:, smoothing.written[name]]
         found = int8[name](x / smoothing.columns.get(name, 1.0)) * smoothing.rows.get(name, 1.0)
         norms = y.double().norm(dim=1)
         # An output of zeros has no relative error.

@@ -1,14 +1,15 @@
 """The best smoothing of each group and the best ranges of each Linear, by the error of the int8 product itself.
 
-    error = ||X W^T - int8(X / s) int8(W s)^T||^2
+    error = sum_t w_t ||x_t W^T - int8(x_t / s) int8(W s)^T||^2
 
 over a sample of the calibration tokens, with weights rounded as they will be stored and the product computed by the
-`Int8Linear` that will be served.
+`Int8Linear` that will be served. w_t is `token_weights`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,25 @@ from quant.int8 import Int8Tensors
 from quant.rounding import quantize_weight, static_scale
 from quant.scheme import Scheme
 from quant.smooth import TINY, Balance, Channels, SmoothGroup, Strength, Threshold, copied, divide, group_migration
+from quant.split import SHARES, Split
 
 ALPHAS = tuple(step / 10 for step in range(11))
 THRESHOLDS = tuple(Threshold(2.0**-octave) for octave in range(1, 11))
 BALANCES = tuple(Balance(2.0 ** (-half_octave / 2)) for half_octave in range(16))
 """What "search" tries, beside no smoothing at all."""
+
+SPLIT_STRENGTHS: tuple[Strength, ...] = (0.5, 0.7, 0.9, Threshold(2.0**-4), Balance(1.0), Balance(0.5))
+"""What it tries with split channels, beside what was best without: splitting takes away what the others are for."""
+
+WORTH_SPLITTING = 0.9
+"""Share of the error before that has to be left for another share of channels to be split."""
+
+LOUDNESS = 1 / 3
+"""The power of a token's output energy that its error is divided by, where tokens share a scale.
+
+With 0 the one token of a text whose outputs are a thousand times the others' decides alone; with 1 it counts like any
+other, though all that come after attend to it. See benchmarks/NOTES.md for what both cost.
+"""
 
 RANGES = (2.0, 1.5, 1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 """Shares of the largest magnitude at which a scale that many values share is tried.
@@ -35,10 +50,16 @@ Below 1 a few clip and the rest rounds finer; above 1 is room for tokens that re
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen for a group: strength (None: not smoothed), and its error as a share of the product's energy."""
+    """What was chosen for a group.
+
+    strength: None: not smoothed.
+    error: as a share of the product's energy.
+    split: None: no channel has copies.
+    """
 
     strength: Strength | None
     error: float
+    split: Split | None = None
 
     @property
     def note(self) -> float | str | None:
@@ -71,17 +92,32 @@ def smooth_layer(
     Raises:
         ValueError: a tensor of a group is missing, no sink of it was run, or widths do not agree.
     """
-    strengths = (None, *ALPHAS, *THRESHOLDS, *BALANCES) if scheme.smoothing == "search" else (scheme.smoothing,)
+    strengths: tuple[Strength | None, ...] = (None, *ALPHAS, *THRESHOLDS, *BALANCES)
+    if scheme.smoothing != "search":
+        strengths = (scheme.smoothing,)
     choices = {}
     for group in groups:
         trial = _Trial(state, group, inputs, scheme, dtype)
-        error, strength = min(((trial.error(strength), strength) for strength in strengths), key=lambda pair: pair[0])
-        changed, s = trial.smoothed(strength, {sink: inputs[sink].channels for sink in trial.sinks})
+        choice = trial.best(strengths)
+        if scheme.smoothing == "search" and group.gate is not None:
+            trial, choice = _split(trial, choice)
+        changed, s = trial.smoothed(choice.strength, {sink: trial.inputs[sink].channels for sink in trial.sinks})
         state.update(changed)
         for sink in trial.sinks:
-            inputs[sink] = inputs[sink].divided(s)
-        choices[group.source] = Choice(strength, error)
+            inputs[sink] = trial.inputs[sink].divided(s)
+        choices[group.source] = choice
     return choices
+
+
+def _split(whole: _Trial, choice: Choice) -> tuple[_Trial, Choice]:
+    """The group with as many channels split as is worth it, and the choice for it."""
+    trial, strengths = whole, tuple(dict.fromkeys((choice.strength, *SPLIT_STRENGTHS)))
+    for share in SHARES:
+        narrower = whole.split(round(share * whole.width))
+        found = narrower.best(strengths)
+        if found.error <= WORTH_SPLITTING * choice.error:
+            trial, choice = narrower, found
+    return trial, choice
 
 
 class _Trial:
@@ -95,7 +131,8 @@ class _Trial:
         scheme: Scheme,
         dtype: torch.dtype,
     ) -> None:
-        names = [f"{module}.{kind}" for module in (group.source, *group.sinks) for kind in ("weight", "bias")]
+        modules = (group.source, *group.sinks, *([group.gate] if group.gate is not None else []))
+        names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
         self.tensors = {name: state[name] for name in names if name in state}
         self.group = group
         # Others read the activation too, a router for one, and stay float: they have no error.
@@ -104,7 +141,35 @@ class _Trial:
         self.scheme = scheme
         self.dtype = dtype
         self.products = {name: self.inputs[name].rows @ self.tensors[f"{name}.weight"].T for name in self.inputs}
-        self.energy = sum(_energy(self.products[sink]) for sink in self.sinks)
+        self.weights = {name: token_weights(y, scheme) for name, y in self.products.items()}
+        self.energy = sum(_energy(self.products[sink], self.weights[sink]) for sink in self.sinks)
+        self.channels_split: Split | None = None
+
+    @property
+    def width(self) -> int:
+        """Number of channels that the sinks read."""
+        return self.inputs[self.sinks[0]].rows.shape[1]
+
+    def split(self, num_places: int) -> _Trial:
+        """The same group with so many places given to copies, judged by the products of the whole one."""
+        sink = self.sinks[0]
+        narrower = copy(self)
+        narrower.tensors = dict(self.tensors)
+        narrower.channels_split = Split.of(
+            self.inputs[sink].fitted, Channels.of(self.tensors[f"{sink}.weight"].float()), num_places
+        )
+        narrower.channels_split.apply(narrower.tensors, self.group)
+        narrower.inputs = self.inputs | {name: self.inputs[name].split(narrower.channels_split) for name in self.sinks}
+        source = self.group.source
+        if source in self.inputs:
+            product = self.inputs[source].rows @ narrower.tensors[f"{source}.weight"].T
+            narrower.products = self.products | {source: product}
+        return narrower
+
+    def best(self, strengths: Sequence[Strength | None]) -> Choice:
+        """The strength with the least error."""
+        choices = [Choice(strength, self.error(strength), self.channels_split) for strength in strengths]
+        return min(choices, key=lambda choice: choice.error)
 
     def smoothed(self, strength: Strength | None, read: Mapping[str, Channels]) -> tuple[dict[str, Tensor], Tensor]:
         """The group's tensors smoothed for these ranges of its sinks' input, and s of their columns [K]."""
@@ -123,11 +188,12 @@ class _Trial:
         return error / max(self.energy, TINY)
 
     def _error(self, name: str, weight: Tensor, inputs: Inputs) -> float:
-        return _energy(self._product(weight, inputs) - self.products[name])
+        weights = self.weights[name]
+        return _energy(self._product(weight, inputs, weights) - self.products[name], weights)
 
-    def _product(self, weight: Tensor, inputs: Inputs) -> Tensor:
+    def _product(self, weight: Tensor, inputs: Inputs, weights: Tensor) -> Tensor:
         """The int8 one of a Linear, ranges fitted to what its rows are not from."""
-        input_range = likely_range(weight, inputs, self.dtype) if self.scheme.activation == "static" else 1.0
+        input_range = likely_range(weight, inputs, self.dtype, weights) if self.scheme.activation == "static" else 1.0
         int8 = round_nearest(weight, inputs.fitted.absmax, self.scheme, self.dtype, 1.0, input_range)
         return product(int8, inputs.rows, self.scheme)
 
@@ -140,14 +206,16 @@ class _Trial:
         name = self.group.source
         before, after = self.tensors[f"{name}.weight"], changed[f"{name}.weight"]
         s = before.abs().sum(1) / after.abs().sum(1).clamp_min(TINY)
-        off = self._product(after, self.inputs[name]) * s - self.products[name]
-        energy = self.products[name].square().sum(0).clamp_min(TINY)
-        share = copied(off.square().sum(0) / energy, self.group)
+        weights = self.weights[name]
+        off = self._product(after, self.inputs[name], weights) * s - self.products[name]
+        energy = (weights * self.products[name].square()).sum(0).clamp_min(TINY)
+        share = copied((weights * off.square()).sum(0) / energy, self.group)
         return sum(float(self._channel_energies(sink) @ share) for sink in self.sinks)
 
     def _channel_energies(self, sink: str) -> Tensor:
         """What each input channel of a sink contributes to its output, as if the others were 0: [K]."""
-        return self.inputs[sink].rows.square().sum(0) * self.tensors[f"{sink}.weight"].square().sum(0)
+        weight, rows = self.tensors[f"{sink}.weight"], self.inputs[sink].rows
+        return (self.weights[sink] * rows.square()).sum(0) * weight.square().sum(0)
 
 
 def round_nearest(
@@ -182,14 +250,15 @@ def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dty
     if scheme.weight != "tensor" and scheme.activation != "static":
         return 1.0, 1.0
     wanted = inputs.rows @ weight.T
+    weights = token_weights(wanted, scheme)
 
     def error(weight_range: float, input_range: float) -> float:
         int8 = round_nearest(weight, inputs.fitted.absmax, scheme, dtype, weight_range, input_range)
-        return _energy(product(int8, inputs.rows, scheme) - wanted)
+        return _energy(product(int8, inputs.rows, scheme) - wanted, weights)
 
     weight_range = input_range = 1.0
     if scheme.activation == "static":
-        input_range = likely_range(weight, inputs, dtype)
+        input_range = likely_range(weight, inputs, dtype, weights)
     if scheme.weight == "tensor":
         weight_range = min((share for share in RANGES if share <= 1), key=lambda share: error(share, input_range))
     if scheme.activation == "static":
@@ -197,20 +266,32 @@ def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dty
     return weight_range, input_range
 
 
-def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype) -> float:
+def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype, weights: Tensor) -> float:
     """The share of the input's largest magnitude with the least error of the product, were its columns orthogonal.
 
-    sum_tk (int8(x_tk) - x_tk)^2 ||w_k||^2: no product is computed.
+    sum_tk w_t (int8(x_tk) - x_tk)^2 ||w_k||^2: no product is computed. weights: w [R, 1].
     """
     energies = weight.square().sum(0)
 
     def error(share: float) -> float:
         scale = static_scale(inputs.fitted.absmax.amax().reshape(1) * share, dtype).float()
         off = (inputs.rows / scale).round_().clamp_(-CODE_MAX, CODE_MAX).mul_(scale).sub_(inputs.rows)
-        return float(off.square_().sum(0) @ energies)
+        return float((weights * off.square_()).sum(0) @ energies)
 
     return min(RANGES, key=error)
 
 
-def _energy(y: Tensor) -> float:
-    return float(y.square().sum())
+def token_weights(y: Tensor, scheme: Scheme) -> Tensor:
+    """How much the error of each row of a product y [R, N] counts, [R, 1]; the same for all where no scale is shared.
+
+    w_t = ||y_t||^(-2 LOUDNESS)
+    """
+    energies = y.square().sum(1, keepdim=True)
+    if scheme.weight != "tensor" and scheme.activation == "token":
+        return torch.ones_like(energies)
+    # A token of all but no output would count for all the others.
+    return energies.clamp_min(TINY + 1e-6 * float(energies.mean())).pow(-LOUDNESS)
+
+
+def _energy(y: Tensor, weights: Tensor) -> float:
+    return float((weights * y.square()).sum())

@@ -32,6 +32,8 @@ class SmoothGroup:
     num_copies, head_size: of v -> o, where each source head of head_size channels is read num_copies times side by
         side (grouped queries); the copies then share their s. head_size matters only where num_copies is above 1.
     offset: a norm multiplies by weight + offset, as Gemma's does with 1.
+    gate: module whose output, behind an activation, multiplies the source's channel by channel, as gate_proj's does
+        up_proj's; None where none does. Such channels can be split (`quant.split`).
     """
 
     source: str
@@ -39,6 +41,7 @@ class SmoothGroup:
     num_copies: int = 1
     head_size: int = 0
     offset: float = 0.0
+    gate: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,9 @@ def layer_groups(
     v_to_o = SmoothGroup(qkv[-1], (f"{layer}.{names.o}",))
     if num_copies > 1:
         v_to_o = replace(v_to_o, num_copies=num_copies, head_size=head_size)
-    up_to_down = [SmoothGroup(f"{mlp}{names.up[-1]}", (f"{mlp}{names.down}",)) for mlp in mlps]
+    gate = names.up[0] if family.is_gated else None
+    up_to_down = [
+        SmoothGroup(f"{mlp}{names.up[-1]}", (f"{mlp}{names.down}",), gate=gate and f"{mlp}{gate}") for mlp in mlps
+    ]
     is_up_apart = is_up_linear and len(names.up) == 1 + family.is_gated
     return [norms[0], *([v_to_o] if len(qkv) > 1 else []), norms[1], *(up_to_down if is_up_apart else [])]

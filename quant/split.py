@@ -1,0 +1,101 @@
+"""Outlier channels of a gated activation in several copies, each with its share, in the places of channels that matter
+least.
+
+    y = sum_k x_k w_k        x_j = silu(gate_j) up_j:        x_j w_j = sum of c times (x_j / c) w_j
+
+A migration s moves a channel's range from the activation to the weight, and where one scale spans all of a matrix both
+sides pay for it. A copy has less of it on either. It costs nothing at run time and changes no shape: the copies take
+the places of channels of the least energy, whose loss is part of the error that a split is judged by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+
+import torch
+from torch import Tensor
+
+from quant.smooth import Channels, SmoothGroup
+
+SHARES = (1 / 96, 1 / 48, 1 / 24, 1 / 12)
+"""Of the K channels, how many may give their place to copies; each is tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Which channel each place holds.
+
+    origins: int64 [K]; origins[k] = k where a channel stayed or was split, another number where k holds a copy.
+    """
+
+    origins: Tensor
+
+    @classmethod
+    def of(cls, x: Channels, w: Channels, num_places: int) -> Split:
+        """Give num_places places to copies of the channels whose two ranges have the largest product.
+
+        The places are those of the channels with the least energy, rms(x_k) rms(w_k). One after the other goes to the
+        channel with the largest max|x_k| max|w_k| / copies, until they are given away.
+
+        Args:
+            x: of the activation over the calibration tokens.
+            w: of the columns of the weight that reads it.
+            num_places: 0 to K - 1.
+
+        Source: outlier channel splitting (arXiv 1901.09504), which widens the layer instead.
+        """
+        energies = x.rms.double() * w.rms.double()
+        places = energies.argsort(stable=True)[:num_places].tolist()
+        given = set(places)
+        products = (x.absmax.double() * w.absmax.double()).tolist()
+        heap = [(-product, 1, k) for k, product in enumerate(products) if k not in given]
+        heapify(heap)
+        origins = torch.arange(len(products))
+        for place in places:
+            largest, copies, k = heap[0]
+            heapreplace(heap, (largest * copies / (copies + 1), copies + 1, k))
+            origins[place] = k
+        return cls(origins.to(x.absmax.device))
+
+    @property
+    def copies(self) -> Tensor:
+        """How many places hold what this place holds: float32 [K]."""
+        return torch.bincount(self.origins, minlength=len(self.origins))[self.origins].float()
+
+    @property
+    def moved(self) -> dict[str, int]:
+        """The places that hold another channel, as JSON holds them."""
+        origins = self.origins.tolist()
+        return {str(place): origin for place, origin in enumerate(origins) if place != origin}
+
+    @classmethod
+    def read(cls, moved: dict[str, int], width: int) -> Split:
+        """What `moved` tells, of K = width channels."""
+        origins = torch.arange(width)
+        for place, origin in moved.items():
+            origins[int(place)] = origin
+        return cls(origins)
+
+    def shared(self, channels: Channels) -> Channels:
+        """Of the activation with every copy holding its share."""
+        copies = self.copies
+        return Channels(channels.absmax[self.origins] / copies, channels.rms[self.origins] / copies)
+
+    def apply(self, state: dict[str, Tensor], group: SmoothGroup) -> None:
+        """Move the rows of a group's source and gate and the columns of its sinks, in place.
+
+        Args:
+            state: tensors by checkpoint name, weights [N, K]; those of the group are replaced by float32 ones.
+            group: one with a gate.
+        """
+        assert group.gate is not None
+        copies = self.copies
+        for module, divisor in ((group.source, copies), (group.gate, torch.ones_like(copies))):
+            for kind in ("weight", "bias"):
+                if (tensor := state.get(f"{module}.{kind}")) is not None:
+                    state[f"{module}.{kind}"] = tensor.float()[self.origins] / divisor.view(
+                        -1, *[1] * (tensor.ndim - 1)
+                    )
+        for sink in group.sinks:
+            state[f"{sink}.weight"] = state[f"{sink}.weight"].float()[:, self.origins]
