@@ -1,9 +1,10 @@
 """The peak memory of quantizing a 7B-shaped model, beside the floats of its largest layer.
 
-    python -m benchmarks.memory [--layers 32] [--scheme w8a8] [--folder FOLDER]
+    python -m benchmarks.memory [--layers 32] [--scheme w8a8] [--alpha 0.5] [--folder FOLDER]
 
 The model is random (a Llama of hidden size 4096 and 32,000 tokens in bfloat16, sharded by layer): memory depends on
-shapes alone. 32 layers take 13 GB of disk; fewer layers show the same peak, since layers come and go one at a time.
+shapes alone. 32 layers take 20 GB of disk with what is made of them. The peak after every layer is part of the result,
+so that growth from layer to layer shows. A search takes hours on a CPU; with --alpha there is none.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from benchmarks.report import RESULTS, birth_certificate, write
 from quant.convert import quantize_checkpoint
 from quant.layers import skeleton
-from quant.scheme import PRESETS
+from quant.scheme import PRESETS, Scheme
 from service.models.families import ModelConfig, linear_names, smooth_groups
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
@@ -32,25 +34,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--scheme", default="w8a8")
+    parser.add_argument("--alpha", type=float, help="by hand, instead of the search")
     parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens, in windows of 512")
     parser.add_argument("--folder", type=Path, default=None, help="where the model is made; default: a temporary one")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file; default: benchmarks/results/")
     args = parser.parse_args()
+    scheme = PRESETS[args.scheme].with_alpha(args.alpha)
+    peaks: list[float] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         source = Path(scratch) / "float"
         write_model(source, args.layers)
         before = peak_bytes()
         began = time.monotonic()
-        layer_bytes = quantize(source, Path(scratch) / "int8", args)
+        layer_bytes = quantize(source, Path(scratch) / "int8", scheme, args.tokens, peaks)
         peak = peak_bytes()
     row = {
-        "scheme": args.scheme,
+        "scheme": scheme.label,
         "num_layers": args.layers,
+        "calibration_tokens": args.tokens,
         "seconds": round(time.monotonic() - began),
         "layer_float32_bytes": layer_bytes,
         "before_bytes": before,
         "peak_bytes": peak,
         "peak_above_layer_gib": round((peak - layer_bytes) / 2**30, 2),
+        "peak_gib_after_layer": peaks,
     }
+    write(args.out or RESULTS / f"memory-7b-{args.layers}-layers.json", birth_certificate(), [row])
     print(json.dumps(row))
 
 
@@ -72,12 +81,17 @@ def write_model(folder: Path, num_layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def quantize(source: Path, out: Path, args: argparse.Namespace) -> int:
-    """Run the scheme; bytes of one layer's floats in float32."""
+def quantize(source: Path, out: Path, scheme: Scheme, num_tokens: int, peaks: list[float]) -> int:
+    """Run the scheme and note the peak, GiB, after each layer; bytes of one layer's floats in float32."""
     config = ModelConfig.load(source)
     names = linear_names(config)
-    tokens = torch.randint(SHAPE["vocab_size"], (args.tokens // 512, 512), generator=torch.Generator().manual_seed(0))
-    scheme = PRESETS[args.scheme]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(SHAPE["vocab_size"], (max(1, num_tokens // 512), 512), generator=generator)
+
+    def note(done: int, total: int, detail: str) -> None:
+        peaks.append(round(peak_bytes() / 2**30, 2))
+        print(f"{done} of {total}, {detail}, peak {peaks[-1]} GiB", file=sys.stderr, flush=True)
+
     quantize_checkpoint(
         source,
         out,
@@ -87,7 +101,7 @@ def quantize(source: Path, out: Path, args: argparse.Namespace) -> int:
         config.dtype,
         {},
         tokens if scheme.needs_calibration else None,
-        on_progress=lambda done, total, detail: print(f"{done} of {total}, {detail}", file=sys.stderr),
+        on_progress=note,
     )
     hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
     return 4 * (4 * hidden * hidden + 3 * hidden * inner)
