@@ -31,23 +31,26 @@ class Inputs:
     fitted: over those of the windows that no row is from; over all where there is but one window.
     rows: float32 [R, K], rows of X drawn at random from the windows held out.
     gram: float32 [K, K], X^T X; None where it is not needed.
+    weights: float32 [R, 1], how much the error of each row's product counts; None where all count alike.
     """
 
     channels: Channels
     fitted: Channels
     rows: Tensor
     gram: Tensor | None
+    weights: Tensor | None = None
 
     def divided(self, s: Tensor) -> Inputs:
         """The input X / s of a smoothed Linear, s [K]."""
         gram = None if self.gram is None else self.gram / s / s[:, None]
-        return Inputs(self.channels.over(s), self.fitted.over(s), self.rows / s, gram)
+        return Inputs(self.channels.over(s), self.fitted.over(s), self.rows / s, gram, self.weights)
 
     def split(self, split: Split) -> Inputs:
         """The input of a Linear whose columns are split."""
         origins, copies = split.origins, split.copies
         gram = None if self.gram is None else self.gram[origins][:, origins] / copies / copies[:, None]
-        return Inputs(split.shared(self.channels), split.shared(self.fitted), self.rows[:, origins] / copies, gram)
+        rows = self.rows[:, origins] / copies
+        return Inputs(split.shared(self.channels), split.shared(self.fitted), rows, gram, self.weights)
 
 
 def gather(

@@ -3,14 +3,14 @@
     error = sum_t w_t ||x_t W^T - int8(x_t / s) int8(W s)^T||^2
 
 over a sample of the calibration tokens, with weights rounded as they will be stored and the product computed by the
-`Int8Linear` that will be served. w_t is `token_weights`.
+`Int8Linear` that will be served. w_t is 1, or less for a token of much output; see LOUDNESS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,14 +28,18 @@ THRESHOLDS = tuple(Threshold(2.0**-octave) for octave in range(1, 11))
 BALANCES = tuple(Balance(2.0 ** (-half_octave / 2)) for half_octave in range(16))
 """What "search" tries, beside no smoothing at all."""
 
-SPLIT_STRENGTHS: tuple[Strength, ...] = (0.5, 0.7, 0.9, Threshold(2.0**-4), Balance(1.0), Balance(0.5))
+LIKELY_ROWS = 256
+"""Rows of a sample that a range is first guessed by, for every strength that is tried."""
+
+SPLIT_STRENGTHS: tuple[Strength, ...] = (0.7, Threshold(2.0**-4), Balance(1.0), Balance(0.5))
 """What it tries with split channels, beside what was best without: splitting takes away what the others are for."""
 
 WORTH_SPLITTING = 0.9
 """Share of the error before that has to be left for another share of channels to be split."""
 
 LOUDNESS = 1 / 3
-"""The power of a token's output energy that its error is divided by, where tokens share a scale.
+"""The power of a token's output energy that its error is divided by, where tokens share a scale and a Linear's input is
+not normed: in the inputs of o and down, tokens differ by a factor of a thousand.
 
 With 0 the one token of a text whose outputs are a thousand times the others' decides alone; with 1 it counts like any
 other, though all that come after attend to it. See benchmarks/NOTES.md for what both cost.
@@ -99,7 +103,7 @@ def smooth_layer(
     for group in groups:
         trial = _Trial(state, group, inputs, scheme, dtype)
         choice = trial.best(strengths)
-        if scheme.smoothing == "search" and group.gate is not None:
+        if scheme.smoothing == "search" and group.gate is not None and _shares_scales(scheme):
             trial, choice = _split(trial, choice)
         changed, s = trial.smoothed(choice.strength, {sink: trial.inputs[sink].channels for sink in trial.sinks})
         state.update(changed)
@@ -141,8 +145,9 @@ class _Trial:
         self.scheme = scheme
         self.dtype = dtype
         self.products = {name: self.inputs[name].rows @ self.tensors[f"{name}.weight"].T for name in self.inputs}
-        self.weights = {name: token_weights(y, scheme) for name, y in self.products.items()}
+        self.weights = {sink: self._token_weights(self.products[sink]) for sink in self.sinks}
         self.energy = sum(_energy(self.products[sink], self.weights[sink]) for sink in self.sinks)
+        self.inputs |= {sink: replace(self.inputs[sink], weights=self.weights[sink]) for sink in self.sinks}
         self.channels_split: Split | None = None
 
     @property
@@ -166,6 +171,15 @@ class _Trial:
             narrower.products = self.products | {source: product}
         return narrower
 
+    def _token_weights(self, y: Tensor) -> Tensor | None:
+        """How much the error of each row of a sink's product y [R, N] counts, [R, 1]: ||y_t||^(-2 LOUDNESS)."""
+        source = self.tensors.get(f"{self.group.source}.weight")
+        if source is None or source.ndim == 1 or not _shares_scales(self.scheme):
+            return None
+        energies = y.square().sum(1, keepdim=True)
+        # A token of all but no output would count for all the others.
+        return energies.clamp_min(TINY + 1e-6 * float(energies.mean())).pow(-LOUDNESS)
+
     def best(self, strengths: Sequence[Strength | None]) -> Choice:
         """The strength with the least error."""
         choices = [Choice(strength, self.error(strength), self.channels_split) for strength in strengths]
@@ -188,12 +202,11 @@ class _Trial:
         return error / max(self.energy, TINY)
 
     def _error(self, name: str, weight: Tensor, inputs: Inputs) -> float:
-        weights = self.weights[name]
-        return _energy(self._product(weight, inputs, weights) - self.products[name], weights)
+        return _energy(self._product(weight, inputs) - self.products[name], self.weights[name])
 
-    def _product(self, weight: Tensor, inputs: Inputs, weights: Tensor) -> Tensor:
+    def _product(self, weight: Tensor, inputs: Inputs) -> Tensor:
         """The int8 one of a Linear, ranges fitted to what its rows are not from."""
-        input_range = likely_range(weight, inputs, self.dtype, weights) if self.scheme.activation == "static" else 1.0
+        input_range = likely_range(weight, inputs, self.dtype) if self.scheme.activation == "static" else 1.0
         int8 = round_nearest(weight, inputs.fitted.absmax, self.scheme, self.dtype, 1.0, input_range)
         return product(int8, inputs.rows, self.scheme)
 
@@ -201,21 +214,22 @@ class _Trial:
         """What the source Linear's own rounding adds to the sinks' outputs.
 
         A channel of its output that is off by a share r of its energy leaves the sink's input, which is linear in it,
-        off by that share too: sum_k r_k ||x_k||^2 ||w_k||^2.
+        off by that share too: sum_k r_k ||x_k||^2 ||w_k||^2. Copies of a channel are off alike, and c of them by c^2.
         """
         name = self.group.source
         before, after = self.tensors[f"{name}.weight"], changed[f"{name}.weight"]
         s = before.abs().sum(1) / after.abs().sum(1).clamp_min(TINY)
-        weights = self.weights[name]
-        off = self._product(after, self.inputs[name], weights) * s - self.products[name]
-        energy = (weights * self.products[name].square()).sum(0).clamp_min(TINY)
-        share = copied((weights * off.square()).sum(0) / energy, self.group)
+        off = self._product(after, self.inputs[name]) * s - self.products[name]
+        energy = self.products[name].square().sum(0).clamp_min(TINY)
+        share = copied(off.square().sum(0) / energy, self.group)
+        if self.channels_split is not None:
+            share *= self.channels_split.copies
         return sum(float(self._channel_energies(sink) @ share) for sink in self.sinks)
 
     def _channel_energies(self, sink: str) -> Tensor:
         """What each input channel of a sink contributes to its output, as if the others were 0: [K]."""
         weight, rows = self.tensors[f"{sink}.weight"], self.inputs[sink].rows
-        return (self.weights[sink] * rows.square()).sum(0) * weight.square().sum(0)
+        return _weighed(rows.square(), self.weights[sink]).sum(0) * weight.square().sum(0)
 
 
 def round_nearest(
@@ -250,15 +264,14 @@ def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dty
     if scheme.weight != "tensor" and scheme.activation != "static":
         return 1.0, 1.0
     wanted = inputs.rows @ weight.T
-    weights = token_weights(wanted, scheme)
 
     def error(weight_range: float, input_range: float) -> float:
         int8 = round_nearest(weight, inputs.fitted.absmax, scheme, dtype, weight_range, input_range)
-        return _energy(product(int8, inputs.rows, scheme) - wanted, weights)
+        return _energy(product(int8, inputs.rows, scheme) - wanted, inputs.weights)
 
     weight_range = input_range = 1.0
     if scheme.activation == "static":
-        input_range = likely_range(weight, inputs, dtype, weights)
+        input_range = likely_range(weight, inputs, dtype)
     if scheme.weight == "tensor":
         weight_range = min((share for share in RANGES if share <= 1), key=lambda share: error(share, input_range))
     if scheme.activation == "static":
@@ -266,32 +279,31 @@ def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dty
     return weight_range, input_range
 
 
-def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype, weights: Tensor) -> float:
+def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype) -> float:
     """The share of the input's largest magnitude with the least error of the product, were its columns orthogonal.
 
-    sum_tk w_t (int8(x_tk) - x_tk)^2 ||w_k||^2: no product is computed. weights: w [R, 1].
+    sum_tk w_t (int8(x_tk) - x_tk)^2 ||w_k||^2 over some of the rows: no product is computed.
     """
     energies = weight.square().sum(0)
+    step = max(1, len(inputs.rows) // LIKELY_ROWS)
+    rows, weights = inputs.rows[::step], None if inputs.weights is None else inputs.weights[::step]
 
     def error(share: float) -> float:
         scale = static_scale(inputs.fitted.absmax.amax().reshape(1) * share, dtype).float()
-        off = (inputs.rows / scale).round_().clamp_(-CODE_MAX, CODE_MAX).mul_(scale).sub_(inputs.rows)
-        return float((weights * off.square_()).sum(0) @ energies)
+        off = (rows / scale).round_().clamp_(-CODE_MAX, CODE_MAX).mul_(scale).sub_(rows)
+        return float(_weighed(off.square_(), weights).sum(0) @ energies)
 
     return min(RANGES, key=error)
 
 
-def token_weights(y: Tensor, scheme: Scheme) -> Tensor:
-    """How much the error of each row of a product y [R, N] counts, [R, 1]; the same for all where no scale is shared.
-
-    w_t = ||y_t||^(-2 LOUDNESS)
-    """
-    energies = y.square().sum(1, keepdim=True)
-    if scheme.weight != "tensor" and scheme.activation == "token":
-        return torch.ones_like(energies)
-    # A token of all but no output would count for all the others.
-    return energies.clamp_min(TINY + 1e-6 * float(energies.mean())).pow(-LOUDNESS)
+def _shares_scales(scheme: Scheme) -> bool:
+    """Whether all rows of a weight, or all tokens, have one scale."""
+    return scheme.weight == "tensor" or scheme.activation != "token"
 
 
-def _energy(y: Tensor, weights: Tensor) -> float:
-    return float((weights * y.square()).sum())
+def _energy(y: Tensor, weights: Tensor | None) -> float:
+    return float(_weighed(y.square(), weights).sum())
+
+
+def _weighed(x: Tensor, weights: Tensor | None) -> Tensor:
+    return x if weights is None else weights * x

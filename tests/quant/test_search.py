@@ -38,12 +38,10 @@ def test_the_search_finds_what_trying_every_strength_on_the_served_linear_finds(
         if strength is not None:
             read = {sink: Channels.of(rows) for sink in GROUP.sinks}
             s = divide(trial, GROUP, group_migration(trial, GROUP, read, strength))
-        errors[strength] = 0.0
-        for sink in GROUP.sinks:
-            wanted = rows @ state[f"{sink}.weight"].T
-            off = (served(trial[f"{sink}.weight"], rows / s, scheme) - wanted).square().sum(1)
-            # Where tokens share a scale, the energy of what they give counts with the power 2/3.
-            errors[strength] += float((off if name == "w8a8" else off / wanted.norm(dim=1) ** (2 / 3)).sum())
+        errors[strength] = sum(
+            (served(trial[f"{sink}.weight"], rows / s, scheme) - rows @ state[f"{sink}.weight"].T).square().sum().item()
+            for sink in GROUP.sinks
+        )
     best = min(errors, key=errors.__getitem__)
     inputs = {sink: inputs_of(rows) for sink in GROUP.sinks}
     choice = smooth_layer(state, [GROUP], inputs, scheme, torch.float32)["norm"]
