@@ -37,8 +37,8 @@ FAREWELL_S = 5.0
 """For the clients to read what their requests ended with."""
 
 SWITCH_INTERVAL_S = 1e-4
-"""After which whoever runs Python must let another thread have it. An engine asks for it several times in a step of some
-6 ms, and of an event loop that writes the tokens of a whole step at one go it would wait 5 ms each time by default."""
+"""After which whoever runs Python must let another thread have it. An engine asks for it several times in a step of
+about 6 ms, and of an event loop that is busy with the tokens of a step would get it after 5 ms each time by default."""
 
 log = logging.getLogger(__name__)
 
