@@ -254,11 +254,11 @@ class Cost:
     """
 
     tokens: int = 0
-    events: int = 0
     process_s: float = 0.0
     loop_s: float = 0.0
     client_s: float = 0.0
     others: list[float] = field(default_factory=list)
+    events: int = 0
 
 
 class Bench:

@@ -42,8 +42,8 @@ class RequestStream:
         raise self._end
 
     def put(self, item: Item) -> None:
-        """Take in what the engine tells; what comes after `finish` is dropped."""
-        if self.is_closed:
+        """Take in what the engine tells; what comes behind the end, or after `finish`, is dropped."""
+        if self._end is not None:
             return
         if isinstance(item, list):
             self._tokens += item

@@ -49,7 +49,8 @@ def test_an_error_comes_behind_the_tokens_before_it():
     async def go():
         stream, _ = stream_of()
         stream.put(tokens_of(1))
-        stream.put(ValueError("a step"))
+        for item in (ValueError("a step"), None):
+            stream.put(item)
         assert await anext(stream) == tokens_of(1)
         with pytest.raises(ValueError, match="a step"):
             await anext(stream)
