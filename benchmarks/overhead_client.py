@@ -58,7 +58,12 @@ def at_once(port: int, path: str, bodies: list[dict[str, Any]]) -> dict[str, Any
                     num_left -= 1
     for one in sockets:
         one.close()
-    return {"started_s": started_s, "tokens_s": [token_times(came, path) for came in arrivals]}
+    num_events = sum(b"".join(data for _, data in came).count(b"data: {") for came in arrivals)
+    return {
+        "started_s": started_s,
+        "tokens_s": [token_times(came, path) for came in arrivals],
+        "num_events": num_events,
+    }
 
 
 def first_event_s(port: int, path: str, bodies: list[dict[str, Any]]) -> list[float]:
@@ -96,8 +101,12 @@ def floor_s(port: int, path: str, count: int) -> list[float]:
 def token_times(arrivals: Arrivals, path: str) -> list[float]:
     """When each token of a stream came, by the arrival of its event's end.
 
+    OpenAI's events do not say how many tokens they bring. Where there are fewer events than tokens, an event has the
+    share of the tokens that it has of the text.
+
     Raises:
-        ValueError: the stream is not 200, does not end with [DONE], or tells another number of tokens than it brought.
+        ValueError: the stream is not 200, does not end with [DONE], or brought another number of tokens than it tells;
+            of OpenAI's, more events than tokens.
     """
     body = b"".join(data for _, data in arrivals)
     head, _, chunked = body.partition(b"\r\n\r\n")
@@ -109,6 +118,7 @@ def token_times(arrivals: Arrivals, path: str) -> list[float]:
         num_bytes += len(data)
         ends.append((num_bytes, time_s))
     times: list[float] = []
+    lengths: list[int] = []
     told = place = 0
     at = len(head) + 4
     last = b""
@@ -118,26 +128,38 @@ def token_times(arrivals: Arrivals, path: str) -> list[float]:
         at += size + 2
         while ends[place][0] < at:
             place += 1
-        count, metrics = _read(last)
+        count, length, metrics = _read(last)
         times += [ends[place][1]] * count
+        lengths += [length] * count
         told = told or metrics
+    if "/v1/" in path and len(times) < told:
+        times = _spread(times, lengths, told)
     if last != b"data: [DONE]\n\n" or told != len(times):
         raise ValueError(f"{path}: {told} tokens told, {len(times)} came, and last {last[:400]!r}")
     return times
 
 
-def _read(event: bytes) -> tuple[int, int]:
-    """How many tokens an event brought, and how many its metrics tell of, which come at the end."""
+def _spread(times: list[float], lengths: list[int], num_tokens: int) -> list[float]:
+    """The events' times, each as often as its length of all lengths makes of so many tokens."""
+    total, so_far, spread = sum(lengths), 0, []
+    for time_s, length in zip(times, lengths, strict=True):
+        so_far += length
+        spread += [time_s] * (round(num_tokens * so_far / total) - len(spread))
+    return spread
+
+
+def _read(event: bytes) -> tuple[int, int, int]:
+    """How many tokens an event brought, the length of its text, and how many tokens its metrics tell of at the end."""
     if event == b"data: [DONE]\n\n":
-        return 0, 0
+        return 0, 0, 0
     body = json.loads(event.removeprefix(b"data: "))
     if "choices" in body:
-        # One event for each step: none of these streams has a stop string.
+        # One token at least: none of these streams has a stop string.
         (choice,) = body["choices"]
-        return 1, choice.get("metrics", {}).get("generated_tokens", 0)
+        return 1, len(choice["text"]), choice.get("metrics", {}).get("generated_tokens", 0)
     if "metrics" in body:
-        return 0, body["metrics"]["generated_tokens"]
-    return len(body["token_ids"]), 0
+        return 0, 0, body["metrics"]["generated_tokens"]
+    return len(body["token_ids"]), 0, 0
 
 
 def connection(port: int) -> socket.socket:

@@ -50,22 +50,27 @@ class PacedRunner:
         ids: of the text.
         step_s: seconds of a step, whatever is in it.
         launch_s: CPU seconds for which launching a step keeps every other thread from running Python.
+        acquires: parts of the launch. Before each it lets the lock go, as torch does in calls of its own, and has to
+            get it back from whoever took it meanwhile.
     """
 
     is_async = True
     kv_cache_bytes = 0
 
-    def __init__(self, ids: Sequence[int], step_s: float, launch_s: float = 0.0) -> None:
+    def __init__(self, ids: Sequence[int], step_s: float, launch_s: float = 0.0, acquires: int = 1) -> None:
         self._ids = ids
         self._step_s = step_s
-        self._launch_s = launch_s
+        self._part_s = launch_s / acquires
+        self._acquires = acquires
         self._free_s = 0.0
 
     def execute(self, step: Step) -> PacedStep:
-        if self._launch_s:
-            launched_s = time.thread_time() + self._launch_s
-            while time.thread_time() < launched_s:
-                pass
+        if self._part_s:
+            for _ in range(self._acquires):
+                time.sleep(0)
+                done_s = time.thread_time() + self._part_s
+                while time.thread_time() < done_s:
+                    pass
         self._free_s = max(self._free_s, time.perf_counter()) + self._step_s
         ids = self._ids
         return PacedStep(

@@ -35,7 +35,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One answer, or in a stream what one step added to it."""
+    """One answer, or in a stream what a step or a few added to it."""
 
     index: int = Field(description="Number of the prompt times `n`, plus number of the answer.")
     text: str
@@ -112,7 +112,7 @@ class ChatCompletion(OpenAIAnswer):
 
 
 class ChatDelta(BaseModel):
-    """What one step added to a message."""
+    """What a step or a few added to a message."""
 
     role: Literal["assistant"] | None = Field(default=None, description="With the first step of each answer.")
     content: str

@@ -42,6 +42,8 @@ class GentleTransport:
         self._inner = inner
         self._hang_up = hang_up
         self._is_hung_up = False
+        # Called for every event; found as an attribute of its own, it is not looked for first.
+        self.write = inner.write
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -54,6 +56,21 @@ class GentleTransport:
 
     def is_closing(self) -> bool:
         return self._is_hung_up or self._inner.is_closing()
+
+
+class QuickConnection(h11.Connection):
+    """h11's, but for the chunks of a body: there nothing is left to decide, and they are framed at once."""
+
+    _is_chunked = False
+
+    def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
+        """What `send` calls."""
+        if type(event) is h11.Data and event.data and self._is_chunked and self.our_state is h11.SEND_BODY:
+            return [b"%x\r\n" % len(event.data), event.data, b"\r\n"]
+        parts = super().send_with_data_passthrough(event)
+        if type(event) is h11.Response:
+            self._is_chunked = b"\r\ntransfer-encoding: chunked\r\n" in b"".join(parts or ()).lower()
+        return parts
 
 
 class BoundedProtocol(H11Protocol):
@@ -73,6 +90,8 @@ class BoundedProtocol(H11Protocol):
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
+        assert self.config.h11_max_incomplete_event_size is not None, "set by server_config"
+        self.conn = QuickConnection(h11.SERVER, self.config.h11_max_incomplete_event_size)
         self._receiving: asyncio.TimerHandle | None = None
         self._sending: asyncio.TimerHandle | None = None
 

@@ -208,7 +208,7 @@ class CompareResponse(BaseModel):
 
 
 class Delta(BaseModel):
-    """One event of a stream: what one step added."""
+    """One event of a stream: what a step added, or several whose tokens go out together."""
 
     id: str
     variant: str

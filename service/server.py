@@ -36,6 +36,10 @@ STOP_S = 2.0
 FAREWELL_S = 5.0
 """For the clients to read what their requests ended with."""
 
+SWITCH_INTERVAL_S = 1e-4
+"""After which whoever runs Python must let another thread have it. An engine asks for it several times in a step of
+about 6 ms, and of an event loop that is busy with the tokens of a step would get it after 5 ms each time by default."""
+
 log = logging.getLogger(__name__)
 
 
@@ -69,6 +73,7 @@ class Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Everything is loaded by now; see uvicorn's."""
         settle()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         await super().serve(sockets)
 
     @contextmanager

@@ -141,10 +141,10 @@ class EngineStats:
 class Stream(Protocol):
     """A submitted request seen from the event loop.
 
-    Iterating yields the new tokens of each step and ends when the request has finished; if the engine fails, or this
-    request alone, it raises `EngineFailed`. `finish` ends the request early (idempotent, from the event loop's thread)
-    and frees what it held: with STOP when the caller saw a stop string, with ABORT when the client is gone. Tokens that
-    arrive after it are dropped.
+    Iterating yields the new tokens, of a step or of as many as have passed meanwhile, and ends when the request has
+    finished; if the engine fails, or this request alone, it raises `EngineFailed`. `finish` ends the request early
+    (idempotent, from the event loop's thread) and frees what it held: with STOP when the caller saw a stop string, with
+    ABORT when the client is gone. Tokens that have not been read by then are dropped.
     """
 
     request: Request

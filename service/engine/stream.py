@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from service.engine.request import FinishReason, Request, Token
+
+MAX_TOGETHER = 32
+"""Tokens; what a slow client has let pile up goes out in parts, and none of them keeps the event loop for long."""
 
 Item = list[Token] | Exception | None
 """The tokens of a step, what ended the request instead, or None after its last token."""
@@ -20,28 +23,46 @@ class RequestStream:
     request: Request
     on_finish: Callable[[RequestStream, FinishReason], None]
     event_loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
     is_closed: bool = False
+    _tokens: list[Token] = field(default_factory=list)
+    _end: Exception | None = None
+    _waiter: asyncio.Future[None] | None = None
 
-    def __aiter__(self) -> AsyncIterator[list[Token]]:
-        return self._tokens()
+    def __aiter__(self) -> RequestStream:
+        return self
 
-    async def _tokens(self) -> AsyncIterator[list[Token]]:
-        while not self.is_closed:
-            item = await self.queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                return
-            yield item
+    async def __anext__(self) -> list[Token]:
+        if not self._tokens and self._end is None:
+            self._waiter = self.event_loop.create_future()
+            await self._waiter
+        if self._tokens:
+            tokens, self._tokens = self._tokens[:MAX_TOGETHER], self._tokens[MAX_TOGETHER:]
+            return tokens
+        assert self._end is not None
+        raise self._end
+
+    def put(self, item: Item) -> None:
+        """Take in what the engine tells; what comes behind the end, or after `finish`, is dropped."""
+        if self._end is not None:
+            return
+        if isinstance(item, list):
+            self._tokens += item
+        else:
+            self._end = StopAsyncIteration() if item is None else item
+        self._wake()
 
     def finish(self, reason: FinishReason) -> None:
         """End the request early; a second call, or one after its last token, changes nothing."""
         if not self.is_closed:
             self.is_closed = True
+            self._tokens, self._end = [], StopAsyncIteration()
             # Whoever waits for the next step would wait for ever: none comes any more.
-            self.queue.put_nowait(None)
+            self._wake()
             self.on_finish(self, reason)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 News = Sequence[tuple[RequestStream, list[Item]]]
@@ -60,4 +81,4 @@ def publish(news: News) -> None:
 def _deliver(news: News) -> None:
     for stream, items in news:
         for item in items:
-            stream.queue.put_nowait(item)
+            stream.put(item)

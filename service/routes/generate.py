@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -21,11 +21,15 @@ from service.routes.failures import CountedRoute
 from service.routes.openapi import generation
 from service.routes.planning import Room, allowed_timeout, chat_ids, fitting, known_ids, sampling_params, text_ids
 from service.routes.reply import answered, streamed
-from service.routes.run import Plan, Run
+from service.routes.run import Piece, Plan, Run
 from service.routes.serving import Serving, serving_of
+from service.routes.sse import MARK, Form
 from service.schemas import Answer, Delta, GenerateRequest, GenerateResponse
 from service.settings import BASELINE
 from service.text import TokenizerLike
+
+NO_IDS = [-1]
+"""For the ids that change, see `Form`."""
 
 router = APIRouter(route_class=CountedRoute, tags=["generation"])
 
@@ -35,7 +39,9 @@ router = APIRouter(route_class=CountedRoute, tags=["generation"])
     response_model=GenerateResponse,
     summary="Generate text",
     responses=generation(
-        "The answer; with `stream` one `Delta` per step, then the whole answer, then `[DONE]`.", Delta, GenerateResponse
+        "The answer; with `stream` a `Delta` for each step or a few, then the whole answer, then `[DONE]`.",
+        Delta,
+        GenerateResponse,
     ),
 )
 async def generate(body: GenerateRequest, http: HTTPRequest) -> Response:
@@ -96,11 +102,11 @@ class Job:
             self.close()
             raise
 
-    async def events(self) -> AsyncGenerator[Delta | GenerateResponse, None]:
+    async def events(self) -> AsyncGenerator[Delta | bytes | GenerateResponse, None]:
         """What each step of each run added, and last the whole answer. Raises EngineFailed or QueueFull."""
         first = self._runs[0]
-        async for delta in first.deltas():
-            yield delta
+        async for event in _deltas(first):
+            yield event
         answer = GenerateResponse(**_fields(first.answer()))
         if self._compare:
             await first.released()
@@ -113,8 +119,8 @@ class Job:
                     timeout_s=first.time_left_s,
                 )
             )
-            async for delta in second.deltas():
-                yield delta
+            async for event in _deltas(second):
+                yield event
             answer = self._compared(first, second)
         yield answer
 
@@ -145,6 +151,18 @@ class Job:
         return GenerateResponse(
             **_fields(answer), baseline=baseline, speedup=faster, agreement=alike, contended=contended
         )
+
+
+async def _deltas(run: Run) -> AsyncIterator[Delta | bytes]:
+    """An event for each piece of a run. Raises as `Run.pieces` does."""
+    form = Form(_delta(run, Piece(MARK, NO_IDS)), MARK, NO_IDS)
+    async for piece in run.pieces():
+        yield form.event(piece.text, piece.token_ids) if piece.logprobs is None else _delta(run, piece)
+
+
+def _delta(run: Run, piece: Piece) -> Delta:
+    shown = {} if piece.logprobs is None else {"logprobs": piece.logprobs}
+    return Delta(id=run.plan.id, variant=run.plan.variant, text=piece.text, token_ids=piece.token_ids, **shown)
 
 
 def _fields(answer: Answer) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from service.routes.openai_logprobs import chat_logprobs
 from service.routes.openai_plans import chat_plans
 from service.routes.openapi import generation
 from service.routes.reply import answered, streamed
-from service.routes.run import Run
+from service.routes.run import Piece, Run
 from service.routes.serving import serving_of
-from service.schemas import Delta, TokenLogprob
+from service.schemas import TokenLogprob
 from service.text import TokenizerLike
 
 router = APIRouter(route_class=CountedRoute, tags=["openai"])
@@ -42,8 +42,8 @@ router = APIRouter(route_class=CountedRoute, tags=["openai"])
     response_model=ChatCompletion,
     summary="Answer a conversation",
     responses=generation(
-        "The answers; with `stream` one event per step and answer, then `[DONE]`. An event is a "
-        "`chat.completion.chunk`: it has `delta` for `message`, and `finish_reason` and `metrics` with the last.",
+        "The answers; with `stream` events, each with what a step or a few added to an answer, then `[DONE]`. An event "
+        "is a `chat.completion.chunk`: it has `delta` for `message`, and `finish_reason` and `metrics` with the last.",
         ChatCompletionChunk,
     ),
 )
@@ -80,13 +80,14 @@ class _Dialect:
         choices = [self._whole(index, run) for index, run in enumerate(self._runs)]
         return ChatCompletion(**self._head, choices=choices, usage=usage)
 
-    def _piece(self, index: int, delta: Delta, end: FinishReason | None) -> ChatChunkChoice:
-        """What a step added. The role comes with the first text, so that no event is sent before there is a token."""
+    def _piece(self, index: int, piece: Piece, end: FinishReason | None) -> ChatChunkChoice:
+        """What is new. The role comes with the first text, so that no event is sent before there is a token."""
         said = (
-            ChatDelta(content=delta.text) if index in self._begun else ChatDelta(role="assistant", content=delta.text)
+            ChatDelta(content=piece.text) if index in self._begun else ChatDelta(role="assistant", content=piece.text)
         )
         self._begun.add(index)
-        choice = ChatChunkChoice(index=index, delta=said, logprobs=self._logprobs(delta.logprobs), finish_reason=None)
+        logprobs = self._logprobs(piece.logprobs or ())
+        choice = ChatChunkChoice(index=index, delta=said, logprobs=logprobs, finish_reason=None)
         if end is not None:
             choice.finish_reason, choice.metrics = end, self._runs[index].times()
         return choice

@@ -12,21 +12,21 @@ from service.engine.request import FinishReason
 from service.model_names import ModelNames
 from service.openai_answers import OpenAIAnswer, OpenAIUsage, PromptTokensDetails
 from service.openai_schemas import OpenAIRequest, StreamOptions
-from service.routes.run import Plan, Run
+from service.routes.run import Piece, Plan, Run
 from service.routes.serving import Serving
-from service.schemas import Delta
+from service.routes.sse import MARK, Form
 
 
 class New(NamedTuple):
-    """What a step added to a choice; finish_reason only where that was its last."""
+    """What a choice grew by; finish_reason only where that was its last."""
 
     choice: int
-    delta: Delta
+    piece: Piece
     finish_reason: FinishReason | None
 
 
 class Choices:
-    """A run for each plan. Iterate `deltas`; `close` in any case, which frees what they hold."""
+    """A run for each plan. Iterate `news`; `close` in any case, which frees what they hold."""
 
     def __init__(self, plans: Sequence[Plan], serving: Serving) -> None:
         """Submit all plans, or none. Raises QueueFull or EngineFailed, by the engine."""
@@ -39,12 +39,12 @@ class Choices:
             self.close()
             raise
 
-    async def deltas(self) -> AsyncGenerator[New, None]:
-        """What each step added to each choice. Raises what a run raises first."""
+    async def news(self) -> AsyncGenerator[New, None]:
+        """What each choice grew by. Raises what a run raises first."""
         if len(self.runs) == 1:
             run = self.runs[0]
-            async for delta in run.deltas():
-                yield New(0, delta, run.finish_reason)
+            async for piece in run.pieces():
+                yield New(0, piece, run.finish_reason)
             return
         news: asyncio.Queue[New | int] = asyncio.Queue()
         pumps = [asyncio.create_task(_pump(index, run, news)) for index, run in enumerate(self.runs)]
@@ -72,8 +72,8 @@ class Choices:
 async def _pump(index: int, run: Run, news: asyncio.Queue[New | int]) -> None:
     """Hand over what the run adds, and its number alone at its end, whichever that is."""
     try:
-        async for delta in run.deltas():
-            news.put_nowait(New(index, delta, run.finish_reason))
+        async for piece in run.pieces():
+            news.put_nowait(New(index, piece, run.finish_reason))
     finally:
         news.put_nowait(index)
 
@@ -111,25 +111,39 @@ class Reply:
         self._n = body.n
         self._counts_answers = body.max_tokens != 0
         self._num_told = 0
+        self._forms: dict[int, Form | None] = {}
 
-    async def events(self) -> AsyncGenerator[OpenAIAnswer, None]:
-        """One event for what each step added to each choice and, where asked for, one with the usage."""
+    async def events(self) -> AsyncGenerator[OpenAIAnswer | bytes, None]:
+        """One event for each piece of each choice and, where asked for, one with the usage."""
         usage: dict[str, OpenAIUsage | None] = {"usage": None} if self._options.include_usage else {}
-        async with aclosing(self._choices.deltas()) as deltas:
-            async for new in deltas:
-                self._num_told += len(new.delta.token_ids)
+        async with aclosing(self._choices.news()) as news:
+            async for new in news:
+                self._num_told += len(new.piece.token_ids)
                 if usage and self._options.continuous_usage_stats:
                     usage = {"usage": self._usage()}
-                yield self._dialect.event([new], **usage)
+                form = self._form_of(new, usage)
+                yield self._dialect.event([new], **usage) if form is None else form.event(new.piece.text)
         if usage:
             yield self._dialect.event([], usage=self._usage())
 
     async def answer(self) -> OpenAIAnswer:
         """The whole answer."""
-        async with aclosing(self._choices.deltas()) as deltas:
-            async for new in deltas:
-                self._num_told += len(new.delta.token_ids)
+        async with aclosing(self._choices.news()) as news:
+            async for new in news:
+                self._num_told += len(new.piece.token_ids)
         return self._dialect.answer(self._usage())
+
+    def _form_of(self, new: New, usage: dict[str, OpenAIUsage | None]) -> Form | None:
+        """For an event that tells no more than a text, as all do but a choice's first and last; None for others."""
+        is_first = new.choice not in self._forms
+        form = self._forms.setdefault(new.choice, None)
+        has_more = new.finish_reason is not None or new.piece.logprobs is not None or usage.get("usage") is not None
+        if is_first or has_more or not self._counts_answers:
+            return None
+        if form is None:
+            like = New(new.choice, Piece(MARK, []), None)
+            form = self._forms[new.choice] = Form(self._dialect.event([like], **usage), MARK)
+        return form
 
     def _usage(self) -> OpenAIUsage:
         prompts = [run.request for run in self._choices.runs[:: self._n]]

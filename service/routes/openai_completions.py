@@ -32,7 +32,10 @@ router = APIRouter(route_class=CountedRoute, tags=["openai"])
     "/v1/completions",
     response_model=Completion,
     summary="Continue texts",
-    responses=generation("The answers; with `stream` one such event per step and answer, then `[DONE]`.", Completion),
+    responses=generation(
+        "The answers; with `stream` such events, each with what a step or a few added to an answer, then `[DONE]`.",
+        Completion,
+    ),
 )
 async def complete(body: CompletionRequest, http: HTTPRequest) -> Response:
     """Continue each prompt `n` times."""
@@ -59,7 +62,7 @@ class _Dialect:
         self._texts = texts
 
     def event(self, news: Sequence[New], **usage: Any) -> Completion:
-        choices = [self._texts[new.choice].grown(new.delta.text, new.delta.logprobs, new.finish_reason) for new in news]
+        choices = [self._texts[new.choice].grown(new.piece.text, new.piece.logprobs, new.finish_reason) for new in news]
         return Completion(**self._head, choices=choices, **usage)
 
     def answer(self, usage: OpenAIUsage) -> Completion:
@@ -82,11 +85,11 @@ class _Text:
         answer = self._run.answer()
         return self.grown(answer.text, answer.logprobs, answer.finish_reason)
 
-    def grown(self, text: str, entries: Sequence[TokenLogprob], end: FinishReason | None) -> CompletionChoice:
-        """What is new: the prompt at first, then what a step added; the end comes with the last."""
+    def grown(self, text: str, entries: Sequence[TokenLogprob] | None, end: FinishReason | None) -> CompletionChoice:
+        """What is new: the prompt at first, then what came after it; the end comes with the last."""
         if self._is_silent:
             text, entries = "", ()
-        logprobs = None if self._logprobs is None else self._shaped(self._logprobs, entries)
+        logprobs = None if self._logprobs is None else self._shaped(self._logprobs, entries or ())
         text = text if self._has_begun or self._echo is None else self._echo + text
         self._has_begun = True
         choice = CompletionChoice(index=self._index, text=text, logprobs=logprobs, finish_reason=None)

@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def streamed(
-    events: Callable[[], AsyncGenerator[BaseModel, None]], http: HTTPRequest, close: Callable[[], None]
+    events: Callable[[], AsyncGenerator[BaseModel | bytes, None]], http: HTTPRequest, close: Callable[[], None]
 ) -> Response:
-    """The events as they come, then [DONE]. `close` runs at the end, and where the client leaves."""
+    """The events as they come, encoded or not, then [DONE]. `close` runs at the end, and where the client leaves."""
     return EventStream(_guarded(events, http.state.request_id), close)
 
 
@@ -39,12 +39,14 @@ async def answered(
     return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
-async def _guarded(events: Callable[[], AsyncGenerator[BaseModel, None]], request_id: str) -> AsyncIterator[bytes]:
+async def _guarded(
+    events: Callable[[], AsyncGenerator[BaseModel | bytes, None]], request_id: str
+) -> AsyncIterator[bytes]:
     """Server-sent events. An error ends them without [DONE], so a cut-off answer shows as such."""
     try:
         async with aclosing(events()) as items:
             async for item in items:
-                yield event(item)
+                yield item if isinstance(item, bytes) else event(item)
         yield DONE
     except OttavaError as error:
         log.exception("request %s: stream ended early", request_id)

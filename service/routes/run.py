@@ -15,7 +15,7 @@ from service.metrics import ERROR, REJECTED, TIMEOUT
 from service.record import RunRecord, current
 from service.routes.deadlines import Deadlines
 from service.routes.serving import Serving
-from service.schemas import Answer, Delta, RunMetrics, TokenLogprob, TopLogprob, Usage
+from service.schemas import Answer, RunMetrics, TokenLogprob, TopLogprob, Usage
 from service.settings import BASELINE
 from service.shadow import Sample
 from service.text import Output
@@ -49,8 +49,17 @@ class Plan:
     timeout_s: float | None = None
 
 
+@dataclass(slots=True)
+class Piece:
+    """What an answer grew by: the text may lag behind the tokens. logprobs: none where the client did not ask."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+
+
 class Run:
-    """A plan in an engine. Iterate `deltas`, then read `answer`; `close` in any case, which frees what it held.
+    """A plan in an engine. Iterate `pieces`, then read `answer`; `close` in any case, which frees what it held.
 
     Its outcome is counted exactly once: stop, length, abort, timeout, error, or rejected at submission or in the queue.
     """
@@ -92,8 +101,10 @@ class Run:
             self._expire,
         )
 
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """What each step added. With the last one `finish_reason` is set and `answer` can be read.
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """What each step added, or several, where their tokens came before they could be taken.
+
+        With the last one `finish_reason` is set and `answer` can be read.
 
         Raises:
             EngineFailed: a step raised; what was sent before stands.
@@ -101,13 +112,13 @@ class Run:
         """
         try:
             async for tokens in self._stream:
-                delta = self._delta(tokens)
+                piece = self._piece(tokens)
                 if self._output.is_stopped:
                     self._stream.finish(FinishReason.STOP)
                 if self._output.is_stopped or self._is_complete():
-                    self._flush(delta)
+                    self._flush(piece)
                     self._end()
-                yield delta
+                yield piece
             if self._late is not None:
                 raise self._late
             if self.finish_reason is None:
@@ -117,7 +128,7 @@ class Run:
             raise
 
     def answer(self) -> Answer:
-        """What came out, once `deltas` has ended."""
+        """What came out, once `pieces` has ended."""
         assert self.finish_reason is not None
         request, num_tokens = self._stream.request, len(self.tokens)
         return Answer(
@@ -132,7 +143,7 @@ class Run:
                 total_tokens=len(request.prompt_ids) + num_tokens,
             ),
             metrics=self.times(),
-            **self._logprobs(self.tokens),
+            **self._shown_logprobs(),
         )
 
     @property
@@ -141,7 +152,7 @@ class Run:
         return self._stream.request
 
     def prompt_logprobs(self) -> list[TokenLogprob]:
-        """Of every prompt token but the first; complete with the first delta of a plan that asks for them."""
+        """Of every prompt token but the first; complete with the first piece of a plan that asks for them."""
         return [_logprob(token) for token in self.request.prompt_logprobs]
 
     @property
@@ -167,10 +178,11 @@ class Run:
             self._stream.finish(FinishReason.ABORT)
             self._count(FinishReason.ABORT)
 
-    def _delta(self, tokens: Sequence[Token]) -> Delta:
-        """Take the tokens of a step, up to the one that completes a stop string."""
-        text, taken = self._output.take([token.id for token in tokens])
-        new = tokens[:taken]
+    def _piece(self, tokens: Sequence[Token]) -> Piece:
+        """Take the tokens that came, up to the one that completes a stop string."""
+        ids = [token.id for token in tokens]
+        text, taken = self._output.take(ids)
+        new = tokens if taken == len(tokens) else tokens[:taken]
         self.text += text
         self.tokens.extend(new)
         self._sent_s.extend([time.perf_counter()] * taken)
@@ -178,23 +190,25 @@ class Run:
             self._metrics.tokens_sent(
                 self.plan.variant, self._stream.request, self.plan.received_s, self._sent_s, taken
             )
-        ids = [token.id for token in new]
-        return Delta(id=self.plan.id, variant=self.plan.variant, text=text, token_ids=ids, **self._logprobs(new))
+        return Piece(text, ids if new is tokens else ids[:taken], self._logprobs(new))
 
     def _is_complete(self) -> bool:
         """Every token of a request that came to its own end has been taken."""
         request = self._stream.request
         return request.finish_reason in _OWN_ENDS and len(self.tokens) >= len(request.output)
 
-    def _flush(self, delta: Delta) -> None:
-        """Give the last delta the text that was held back."""
+    def _flush(self, piece: Piece) -> None:
+        """Give the last piece the text that was held back."""
         rest = self._output.flush()
         self.text += rest
-        delta.text += rest
+        piece.text += rest
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[Token]) -> list[TokenLogprob] | None:
+        return [_logprob(token) for token in tokens] if self.plan.shows_logprobs else None
+
+    def _shown_logprobs(self) -> dict[str, Any]:
         """The field `logprobs`, set only where the client asked for it."""
-        return {"logprobs": [_logprob(token) for token in tokens]} if self.plan.shows_logprobs else {}
+        return {"logprobs": self._logprobs(self.tokens)} if self.plan.shows_logprobs else {}
 
     def _end(self) -> None:
         stopped = self._output.is_stopped
@@ -227,7 +241,7 @@ class Run:
         )
 
     def _expire(self, error: OttavaError) -> None:
-        """End the run where its time is over; `deltas` raises the error."""
+        """End the run where its time is over; `pieces` raises the error."""
         if self.finish_reason is None and not self._output.is_stopped:
             self._late = error
             self._stream.finish(FinishReason.ABORT)

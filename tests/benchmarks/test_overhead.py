@@ -73,8 +73,16 @@ def test_tokens_are_timed_by_the_arrival_of_their_events_end():
     last = chunk("[DONE]") + b"0\r\n\r\n"
     arrivals = [(1.0, HEAD + events[0] + events[1][:9]), (2.0, events[1][9:]), (3.0, events[2] + last)]
     assert token_times(arrivals, "/generate") == [1.0, 2.0, 2.0]
-    choices = [chunk('{"choices": [{}]}'), chunk('{"choices": [{"metrics": {"generated_tokens": 2}}]}')]
-    assert token_times([(1.0, HEAD + choices[0]), (2.0, choices[1] + last)], "/v1/completions") == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("told", "times"), [(2, [1.0, 2.0]), (4, [1.0, 2.0, 2.0, 2.0])])
+def test_tokens_of_an_event_that_does_not_count_them_are_its_share_of_the_text(told, times):
+    choices = [
+        chunk('{"choices": [{"text": " a"}]}'),
+        chunk(f'{{"choices": [{{"text": " b c d", "metrics": {{"generated_tokens": {told}}}}}]}}'),
+    ]
+    last = chunk("[DONE]") + b"0\r\n\r\n"
+    assert token_times([(1.0, HEAD + choices[0]), (2.0, choices[1] + last)], "/v1/completions") == times
 
 
 @pytest.mark.parametrize(
