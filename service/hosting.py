@@ -164,7 +164,7 @@ def start_variant(
     """
     decoder, block_size = loaded.decoder, settings.block_size
     num_blocks = cache_blocks(name, decoder, settings, kv_cache_bytes)
-    limits = settings.max_num_requests, settings.max_batched_tokens
+    limits = settings.max_num_requests, settings.step_tokens(decoder.embedding.device.type)
     runner = Runner(decoder, num_blocks, block_size, *limits, use_graphs=settings.cuda_graphs)
     runner.warm_up(lambda done, total: on_progress(f"capturing {name}", done, total))
     engine = EngineLoop(

@@ -149,7 +149,7 @@ class Reloader:
             num_blocks,
             settings.block_size,
             settings.max_num_requests,
-            settings.max_batched_tokens,
+            settings.step_tokens(decoder.embedding.device.type),
             settings.cuda_graphs,
             old.runner.caches if fits else None,
         )

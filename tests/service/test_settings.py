@@ -69,7 +69,7 @@ def test_an_unknown_name_names_the_nearest():
         ({"alpha": 1.5}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),
         ({"dtype": "int8"}, "dtype.*float16"),
-        ({"max_num_requests": 600}, "max_batched_tokens is 512, below max_num_requests 600"),
+        ({"max_num_requests": 600, "max_batched_tokens": 512}, "max_batched_tokens is 512, below max_num_requests 600"),
         ({"kv_cache_bytes": 0}, "kv_cache_bytes"),
         ({"kv_cache": "int4"}, "kv_cache = 'int4'.*'auto', 'float' or 'int8'"),
         ({"kv_cache": "int8", "variants": "fp16"}, "kv_cache is 'int8' and variants is fp16.*add w8a8 to variants"),
@@ -91,3 +91,9 @@ def test_the_baseline_has_one_name():
     sources = {path: path.read_text() for path in Path(service.__file__).parent.rglob("*.py")}
     assert [path.name for path, text in sources.items() if re.search(r"^BASELINE\b.*=", text, re.M)] == ["settings.py"]
     assert BASELINE in get_args(Variant)
+
+
+def test_steps_are_larger_on_a_gpu_unless_told_otherwise():
+    assert Settings().step_tokens("cuda") > Settings().step_tokens("cpu") >= Settings().max_num_requests
+    assert Settings(max_num_requests=4096).step_tokens("cpu") == 4096
+    assert Settings(max_batched_tokens=300).step_tokens("cuda") == 300
