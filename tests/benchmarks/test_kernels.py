@@ -159,7 +159,8 @@ def test_one_wrong_element_is_found(row: int, column: int) -> None:
     y = kernels.int8_linear(x_q, weight_q, scale)
     assert isinstance(y, torch.Tensor)
     check_product(y, x_q, weight_q, scale)
-    for wrong in (y[row, column] * 1.01 + 0.01, torch.nan):
+    # Upwards by more than 1 %: y * 1.01 + 0.01 would be y itself at -1.
+    for wrong in (y[row, column] + 0.01 * y[row, column].abs() + 0.01, torch.nan):
         spoiled = y.clone()
         spoiled[row, column] = wrong
         with pytest.raises(WrongResult, match=f"1 elements, first row {row}, column {column}"):
