@@ -9,6 +9,7 @@ from kernels import Quantized
 from quant.checkpoint import NOTES_NAME, Checkpoint
 from quant.linear import Int8Linear
 from quant.scheme import Scheme
+from tests.quant.conftest import VOCAB
 from tests.quant.oracle import limit_codes_to_127, load
 
 FORMS = [
@@ -77,10 +78,16 @@ def range_of_127(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scheme", FORMS, ids=lambda scheme: scheme.name)
 def test_the_whole_model_is_the_oracle_s_where_ranges_agree(tiny, tmp_path, scheme, dtype, range_of_127):
-    ours, theirs, _ = logits_of_both(tiny, tiny.quantize(tmp_path / "out", scheme, dtype))
-    # A code on a tie may fall either way after a float sum in another order; nothing else differs.
-    assert (ours - theirs).norm() / theirs.norm() < 5e-3
-    assert (ours.argmax(-1) == theirs.argmax(-1)).all()
+    folder = tiny.quantize(tmp_path / "out", scheme, dtype)
+    apart = []
+    for seed in range(5):
+        text = torch.randint(VOCAB, (1, 32), generator=torch.Generator().manual_seed(seed))
+        ours, theirs, _ = logits_of_both(tiny, folder, text)
+        apart.append(float((ours - theirs).norm() / theirs.norm()))
+    # A code on a tie may fall either way after a float sum in another order, and the codes behind it with it; nothing
+    # else differs, so that most texts meet none.
+    assert sorted(apart)[2] < 1e-5, apart
+    assert max(apart) < 0.05, apart
 
 
 @pytest.mark.parametrize("scheme", FORMS, ids=lambda scheme: scheme.name)
@@ -101,9 +108,9 @@ def test_outlier_columns_are_ours_alone(tiny, tmp_path, range_of_127):
     assert (mixed - exact).norm() < (plain - exact).norm()
 
 
-def logits_of_both(tiny, folder):
+def logits_of_both(tiny, folder, ids=None):
     checkpoint = Checkpoint.open(folder, torch.float32, "cpu")
-    ids = torch.arange(32)[None]
+    ids = torch.arange(32)[None] if ids is None else ids
     model = load(folder)
     with torch.inference_mode():
         exact = tiny.model(ids).logits[0]
