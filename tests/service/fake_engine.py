@@ -197,7 +197,7 @@ class FakeEngine:
         if num_top is None:
             return []
         return [
-            Token(id_, now_s, -place / 4, tuple((id_ - n, -place / 4 + n / 100) for n in range(num_top, 0, -1)))
+            Token(id_, now_s, -place / 4, tuple((abs(id_ - n), -place / 4 + n / 100) for n in range(num_top, 0, -1)))
             for place, id_ in enumerate(request.prompt_ids[1:], 1)
         ]
 
