@@ -47,10 +47,10 @@ class Inputs:
 
     def split(self, split: Split) -> Inputs:
         """The input of a Linear whose columns are split."""
-        origins, copies = split.origins, split.copies
-        gram = None if self.gram is None else self.gram[origins][:, origins] / copies / copies[:, None]
-        rows = self.rows[:, origins] / copies
-        return Inputs(split.shared(self.channels), split.shared(self.fitted), rows, gram, self.weights)
+        origins = split.origins
+        gram = None if self.gram is None else self.gram[origins][:, origins]
+        channels, fitted = self.channels.at(origins), self.fitted.at(origins)
+        return Inputs(channels, fitted, self.rows[:, origins], gram, self.weights).divided(split.copies)
 
 
 def gather(

@@ -82,6 +82,10 @@ class Channels:
     def of(cls, rows: Tensor) -> Channels:
         return cls(rows.abs().amax(0), rows.square().mean(0).sqrt())
 
+    def at(self, places: Tensor) -> Channels:
+        """Of the rows' columns at these places, int64, which may be repeated."""
+        return Channels(self.absmax[places], self.rms[places])
+
     def over(self, s: Tensor) -> Channels:
         """Of the same rows divided by s [K]."""
         return Channels(self.absmax / s, self.rms / s)
@@ -192,7 +196,7 @@ def divide(state: dict[str, Tensor], group: SmoothGroup, s: Tensor, norm_dtype: 
         ValueError: a tensor is missing, or source and sinks do not have as many channels as s.
     """
     weights = [_float_weight(state, sink, group) for sink in group.sinks]
-    read = copied(_divide_source(state, group, s, norm_dtype), group)
+    read = copied(divide_source(state, group, s, norm_dtype), group)
     for sink, weight in zip(group.sinks, weights, strict=True):
         if weight.shape[1] != read.shape[0]:
             raise _uneven(group, s.shape[0], weight.shape[1])
@@ -215,8 +219,8 @@ def copied(channels: Tensor, group: SmoothGroup) -> Tensor:
     return channels.view(-1, 1, group.head_size).expand(-1, group.num_copies, -1).flatten()
 
 
-def _divide_source(state: dict[str, Tensor], group: SmoothGroup, s: Tensor, norm_dtype: torch.dtype) -> Tensor:
-    """Divide the source's weight and bias; the s that was truly applied, after a norm's rounding."""
+def divide_source(state: dict[str, Tensor], group: SmoothGroup, s: Tensor, norm_dtype: torch.dtype) -> Tensor:
+    """Divide the source's weight and bias by s [N], in place; the s that was truly applied, after a norm's rounding."""
     weight = _float_weight(state, group.source, group)
     if weight.shape[0] != s.shape[0]:
         raise _uneven(group, weight.shape[0], s.shape[0])

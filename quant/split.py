@@ -16,7 +16,7 @@ from heapq import heapify, heapreplace
 import torch
 from torch import Tensor
 
-from quant.smooth import Channels, SmoothGroup
+from quant.smooth import Channels, SmoothGroup, divide_source
 
 SHARES = (1 / 96, 1 / 48, 1 / 24, 1 / 12)
 """Of the K channels, how many may give their place to copies; each is tried."""
@@ -77,11 +77,6 @@ class Split:
             origins[int(place)] = origin
         return cls(origins)
 
-    def shared(self, channels: Channels) -> Channels:
-        """Of the activation with every copy holding its share."""
-        copies = self.copies
-        return Channels(channels.absmax[self.origins] / copies, channels.rms[self.origins] / copies)
-
     def apply(self, state: dict[str, Tensor], group: SmoothGroup) -> None:
         """Move the rows of a group's source and gate and the columns of its sinks, in place.
 
@@ -90,12 +85,9 @@ class Split:
             group: one with a gate.
         """
         assert group.gate is not None
-        copies = self.copies
-        for module, divisor in ((group.source, copies), (group.gate, torch.ones_like(copies))):
-            for kind in ("weight", "bias"):
-                if (tensor := state.get(f"{module}.{kind}")) is not None:
-                    state[f"{module}.{kind}"] = tensor.float()[self.origins] / divisor.view(
-                        -1, *[1] * (tensor.ndim - 1)
-                    )
+        for name in (f"{module}.{kind}" for module in (group.source, group.gate) for kind in ("weight", "bias")):
+            if name in state:
+                state[name] = state[name].float()[self.origins]
+        divide_source(state, group, self.copies, torch.float32)
         for sink in group.sinks:
             state[f"{sink}.weight"] = state[f"{sink}.weight"].float()[:, self.origins]

@@ -59,7 +59,9 @@ def test_places_of_the_quietest_go_to_the_loudest():
     # 4, 5 and 0 matter least; 100, 50 and 40 are the largest when each of them is given away.
     assert split.origins.tolist() == [6, 1, 2, 3, 1, 1, 6]
     assert split.copies.tolist() == [2, 3, 1, 1, 3, 3, 2]
-    assert split.shared(x).absmax.tolist() == pytest.approx([20, 100 / 3, 2, 3, 100 / 3, 100 / 3, 20])
+    assert x.at(split.origins).over(split.copies).absmax.tolist() == pytest.approx(
+        [20, 100 / 3, 2, 3, 100 / 3, 100 / 3, 20]
+    )
 
 
 def test_what_is_noted_tells_all_of_it():
