@@ -22,7 +22,7 @@ from service.cli import options
 from service.cli.options import takes_settings
 from service.errors import InvalidSettings
 from service.settings import INT8_SCHEMES, Settings, load_settings
-from service.settings_fields import Panel, choices_of, is_secret, leaves, panels
+from service.settings.fields import Panel, choices_of, is_secret, leaves, panels
 
 ROOT = Path(__file__).parents[1]
 FIELDS = Settings.model_fields

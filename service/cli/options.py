@@ -16,7 +16,7 @@ from rich.markup import escape
 from quant.scheme import Rounding, Scheme
 from service.errors import InvalidSettings
 from service.settings import Settings
-from service.settings_fields import choices_of, is_list, is_secret, leaves, panels
+from service.settings.fields import choices_of, is_list, is_secret, leaves, panels
 
 FIELDS = Settings.model_fields
 FLAGS = tuple(name for name, field in FIELDS.items() if not is_secret(field))

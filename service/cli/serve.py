@@ -13,7 +13,7 @@ from service.cli.options import FLAGS, SECRETS, Model, takes_settings
 from service.cli.panel import startup_panel, url_of
 from service.cli.terminal import err, progress, told_in_one_line
 from service.settings import Settings, load_settings
-from service.settings_file import variable_of
+from service.settings.file import variable_of
 
 EXAMPLES = f"""
 Every flag is also a variable, and a key of the file that --config names:

@@ -11,7 +11,7 @@ from service.errors import UnknownHost
 from service.keys import is_loopback
 from service.routes.failures import refusal
 from service.settings import Settings
-from service.settings_fields import ANY
+from service.settings.fields import ANY
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MAX_SHOWN = 80

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import PydanticBaseSettingsSource
 
 from service.errors import InvalidSettings
-from service.settings_fields import Fields, is_list, leaves, shown
+from service.settings.fields import Fields, is_list, leaves, shown
 
 ENV_PREFIX = "OTTAVA_"
 CHAT_VARIABLES = ("OTTAVA_URL", "OTTAVA_API_KEY")

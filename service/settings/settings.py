@@ -14,8 +14,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from quant.scheme import PRESETS, KVStorage
 from service.errors import InvalidSettings
-from service.settings_fields import Choices, HostName, Origin, Panel, is_list
-from service.settings_file import ENV_PREFIX, SettingsFile, complaint, unknown_variable
+from service.settings.fields import Choices, HostName, Origin, Panel, is_list
+from service.settings.file import ENV_PREFIX, SettingsFile, complaint, unknown_variable
 
 INT8_SCHEMES = tuple(name for name, scheme in PRESETS.items() if scheme.is_int8)
 Variant = Literal["w8a8", "fp16"]
