@@ -13,6 +13,7 @@ from service.engine.request import Engine
 from service.logs import log_request
 from service.middleware import surround
 from service.openai_answers import ChatCompletionChunk
+from service.process import start_thread
 from service.reloads import Reload, nothing_to_reload
 from service.routes import admin, generate, health, openai_chat, openai_completions, openai_models, page, records
 from service.routes.failures import add_handlers
@@ -21,7 +22,6 @@ from service.routes.serving import Serving
 from service.schemas import Delta
 from service.settings import Settings
 from service.text import TokenizerLike
-from service.threads import start_thread
 from service.tracing import open_tracer
 
 DESCRIPTION = "INT8 W8A8 language-model server, measured live against its FP16 baseline."

@@ -17,13 +17,13 @@ from quant.scheme import Scheme
 from service.engine.runner import Runner
 from service.engine.turnstile import Turnstile
 from service.errors import EngineFailed, ReloadFailed, StartupError
-from service.garbage import settle
 from service.hosting import Host, Variant, cache_blocks, variant_notes
 from service.models.decoder import Decoder
 from service.models.families import ModelConfig, first_line
 from service.models.loader import refuse_unsafe
 from service.models.prepare import is_quantized
 from service.models.weights import Linear, Weights
+from service.process import settle
 from service.reloads import Reloaded
 from service.self_check import CHECK_PROMPTS
 from service.settings import BASELINE, Settings

@@ -11,7 +11,7 @@ from datetime import datetime
 
 from service.errors import OttavaError, ReloadFailed
 from service.metrics import FAILED, RELOADED, ServiceMetrics
-from service.threads import start_thread
+from service.process import start_thread
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,7 +18,7 @@ from fastapi import FastAPI
 from service.engine.faults import StepStuck
 from service.engine.loop import EngineLoop
 from service.errors import Draining, OttavaError
-from service.garbage import settle
+from service.process import end_process, settle
 from service.routes.serving import Serving
 from service.server_options import allow_open_files, server_config
 from service.settings import Settings
@@ -154,11 +153,3 @@ class Server(uvicorn.Server):
                 await lifecycle.emptied(FAREWELL_S)
         finally:
             self.should_exit = True
-
-
-def end_process(code: int) -> NoReturn:
-    """Exit at once with what was logged written, whatever other threads are at."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

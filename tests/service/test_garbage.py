@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from service.garbage import settle
+from service.process import settle
 from service.routes import generate
 from service.routes.run import Run
 from tests.service.harness import app_of, post, two_engines
