@@ -45,9 +45,9 @@ from benchmarks.shapes import SHAPES
 from quant.scheme import PRESETS
 from service.app import create_app
 from service.compare import percentile
+from service.engine.api import SamplingParams
+from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
-from service.engine.request import SamplingParams
-from service.engine.turnstile import Turnstile
 from service.hosting import Host, Loaded, cache_budget, start_variant
 from service.logs import configure_logging
 from service.models.families import ModelConfig
@@ -124,8 +124,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def rig_of(args: argparse.Namespace, settings: Settings) -> Rig:
     if args.engine == "paced":
         return paced_rig(args, settings)
-    turnstile = Turnstile()
-    host = turnstile.run(real_host, args, settings, turnstile)
+    device_thread = DeviceThread()
+    host = device_thread.run(real_host, args, settings, device_thread)
     app = create_app(host.engines, settings, host.tokenizer, host.info, host.self_check)
     engine = host.engines[VARIANT]
     return Rig(engine, Server(app, settings, host.engines), host.tokenizer, *prompts_of(host.tokenizer, args))
@@ -144,7 +144,7 @@ def paced_rig(args: argparse.Namespace, settings: Settings) -> Rig:
     return Rig(engine, Server(app, settings, engines), tokenizer, *prompts_of(tokenizer, args))
 
 
-def real_host(args: argparse.Namespace, settings: Settings, turnstile: Turnstile) -> Host:
+def real_host(args: argparse.Namespace, settings: Settings, device_thread: DeviceThread) -> Host:
     """The model behind its engine; called on the thread that computes."""
     device, scheme = pick_device("auto"), PRESETS[VARIANT]
     max_model_len = args.prompt + args.tokens + 16
@@ -160,8 +160,8 @@ def real_host(args: argparse.Namespace, settings: Settings, turnstile: Turnstile
         decoder = load_decoder(folder, dtype, device, max_model_len, scheme.kv)
     loaded = Loaded(decoder, {"scheme": scheme.name}, folder)
     budget = cache_budget(device, 1)
-    variant = start_variant(VARIANT, loaded, settings, budget, turnstile, tokenizer.eos_ids)
-    return Host(args.shape or "demo", {VARIANT: variant}, tokenizer, turnstile)
+    variant = start_variant(VARIANT, loaded, settings, budget, device_thread, tokenizer.eos_ids)
+    return Host(args.shape or "demo", {VARIANT: variant}, tokenizer, device_thread)
 
 
 def prompts_of(tokenizer: Tokenizer, args: argparse.Namespace) -> tuple[list[str], list[list[int]]]:

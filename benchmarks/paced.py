@@ -12,10 +12,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from service.engine.api import Token
+from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
-from service.engine.request import Token
 from service.engine.scheduler import Scheduler, Step
-from service.engine.turnstile import Turnstile
 from service.settings import Settings
 from service.tokenizer import Tokenizer
 
@@ -84,7 +84,7 @@ def paced_engine(variant: str, runner: PacedRunner, max_model_len: int, settings
     rows, block_size = settings.max_num_requests, settings.block_size
     num_blocks = rows * -(-max_model_len // block_size)
     scheduler = Scheduler(num_blocks, block_size, rows, settings.step_tokens("cpu"))
-    return EngineLoop(variant, scheduler, runner, Turnstile(), max_model_len, settings.max_waiting).start()
+    return EngineLoop(variant, scheduler, runner, DeviceThread(), max_model_len, settings.max_waiting).start()
 
 
 def made_tokenizer(vocab_size: int) -> Tokenizer:

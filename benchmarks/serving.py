@@ -23,7 +23,8 @@ import torch
 from benchmarks.report import RESULTS, birth_certificate, quantiles, write
 from benchmarks.shapes import SHAPES
 from quant.scheme import PRESETS
-from service.engine.request import Request, SamplingParams
+from service.engine.api import SamplingParams
+from service.engine.request import Request
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.hosting import cache_budget

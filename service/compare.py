@@ -7,7 +7,8 @@ from itertools import pairwise
 from math import floor
 from statistics import fmean
 
-from service.engine.request import Request, Token
+from service.engine.api import Token
+from service.engine.request import Request
 from service.schemas import Agreement, RunMetrics, Speedup, Spread
 
 

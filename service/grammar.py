@@ -21,7 +21,7 @@ CACHE_BYTES = 256 << 20
 
 
 class JsonMatcher:
-    """How far one answer has come in its grammar; see `service.text.Matcher`."""
+    """How far one answer has come in its grammar; see `service.engine.grammar.Matcher`."""
 
     def __init__(self, grammar: CompiledGrammar, num_tokens: int) -> None:
         self._matcher = GrammarMatcher(grammar)
@@ -45,7 +45,7 @@ class JsonMatcher:
 
 
 class JsonGrammar:
-    """A compiled schema; see `service.text.Grammar`."""
+    """A compiled schema; see `service.engine.grammar.Grammar`."""
 
     def __init__(self, grammar: CompiledGrammar, num_tokens: int) -> None:
         self._grammar = grammar

@@ -13,11 +13,11 @@ import torch
 from quant.checkpoint import Checkpoint
 from quant.scheme import PRESETS, Scheme
 from service.certificate import device_name, versions
-from service.engine.faults import FaultLimits
+from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from service.engine.turnstile import Turnstile
+from service.engine.supervision import FaultLimits
 from service.errors import InvalidSettings, SelfCheckFailed
 from service.models.decoder import Decoder
 from service.models.families import ModelConfig
@@ -64,11 +64,13 @@ class Variant:
 class Host:
     """Every variant of one model. Their engines are started; `stop` ends them."""
 
-    def __init__(self, name: str, variants: dict[str, Variant], tokenizer: Tokenizer, turnstile: Turnstile) -> None:
+    def __init__(
+        self, name: str, variants: dict[str, Variant], tokenizer: Tokenizer, device_thread: DeviceThread
+    ) -> None:
         self.name = name
         self.variants = variants
         self.tokenizer = tokenizer
-        self.turnstile = turnstile
+        self.device_thread = device_thread
 
     @property
     def engines(self) -> dict[str, EngineLoop]:
@@ -108,7 +110,7 @@ class Host:
         """Raise SelfCheckFailed unless a decoder may serve as this variant."""
         baseline = self.variants.get(BASELINE) if name != BASELINE else None
         prompts = check_prompts(self.tokenizer, decoder.config.max_model_len)
-        check(decoder, baseline.decoder if baseline else None, prompts, self.turnstile)
+        check(decoder, baseline.decoder if baseline else None, prompts, self.device_thread)
 
 
 def open_host(settings: Settings, on_progress: Progress = silent) -> Host:
@@ -118,11 +120,11 @@ def open_host(settings: Settings, on_progress: Progress = silent) -> Host:
         StartupError: any leaf of it, with a message that says what to change.
         CheckpointError: the weights are corrupt or quantized in a way that is not served.
     """
-    turnstile = Turnstile()
-    return turnstile.run(_open, settings, turnstile, on_progress)
+    device_thread = DeviceThread()
+    return device_thread.run(_open, settings, device_thread, on_progress)
 
 
-def _open(settings: Settings, turnstile: Turnstile, on_progress: Progress) -> Host:
+def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress) -> Host:
     """`open_host` on the thread that computes."""
     device = pick_device(settings.device)
     if settings.scheme not in PRESETS or not PRESETS[settings.scheme].is_int8:
@@ -135,12 +137,12 @@ def _open(settings: Settings, turnstile: Turnstile, on_progress: Progress) -> Ho
     loaded = {name: _load_variant(name, folder, settings, device, on_progress) for name in settings.variants}
     reloadable = [variant.decoder.weight_bytes for name, variant in loaded.items() if name != BASELINE]
     room = max(reloadable, default=0) if settings.reload_room else 0
-    host = Host(settings.model or folder.name, {}, tokenizer, turnstile)
+    host = Host(settings.model or folder.name, {}, tokenizer, device_thread)
     try:
         for name, variant in loaded.items():
             budget = settings.kv_cache_bytes or cache_budget(device, len(loaded) - len(host.variants), room)
             host.variants[name] = start_variant(
-                name, variant, settings, budget, turnstile, tokenizer.eos_ids, on_progress
+                name, variant, settings, budget, device_thread, tokenizer.eos_ids, on_progress
             )
     except BaseException:
         host.stop()
@@ -153,7 +155,7 @@ def start_variant(
     loaded: Loaded,
     settings: Settings,
     kv_cache_bytes: int,
-    turnstile: Turnstile,
+    device_thread: DeviceThread,
     eos_ids: frozenset[int],
     on_progress: Progress = silent,
 ) -> Variant:
@@ -171,7 +173,7 @@ def start_variant(
         name,
         Scheduler(num_blocks, block_size, *limits, eos_ids),
         runner,
-        turnstile,
+        device_thread,
         decoder.config.max_model_len,
         settings.max_waiting,
         str(decoder.dtype).removeprefix("torch."),

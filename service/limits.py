@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from service.engine.request import EngineStats
+from service.engine.api import EngineStats
 from service.errors import RateLimited
 
 MAX_RETRY_AFTER_S = 600

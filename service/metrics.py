@@ -13,7 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from service.engine.request import Engine, EngineStats, FinishReason, Request, Token
+from service.engine.api import EngineStats, FinishReason, Token
+from service.engine.request import Engine, Request
 from service.errors import CapacityError, RequestError
 from service.schemas import Agreement, RunMetrics, Speedup
 

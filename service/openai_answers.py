@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from service.engine.request import FinishReason
+from service.engine.api import FinishReason
 from service.schemas import RunMetrics, Usage
 
 UNLIKELY = -9999.0

@@ -18,7 +18,7 @@ R = TypeVar("R")
 def start_thread(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
     """What the function returns or raises, once it has.
 
-    Unlike an executor's, the thread ends with its work: no pool of OpenMP threads stays behind, see `Turnstile`.
+    Unlike an executor's, the thread ends with its work: no pool of OpenMP threads stays behind, see `DeviceThread`.
     """
     done: Future[R] = Future()
     # From here on it cannot be cancelled: whoever waits for it may leave, the work goes on.

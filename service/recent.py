@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from service.engine.request import FinishReason
+from service.engine.api import FinishReason
 from service.schemas import RecentRequest, RunMetrics
 
 MAX_RECENT = 100

@@ -6,7 +6,7 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from service.engine.request import SamplingParams
+from service.engine.api import SamplingParams
 from service.keys import ANONYMOUS
 from service.schemas import RunMetrics
 

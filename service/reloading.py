@@ -14,8 +14,8 @@ from torch import Tensor
 
 from quant.checkpoint import Checkpoint, CheckpointError
 from quant.scheme import Scheme
+from service.engine.device_thread import DeviceThread
 from service.engine.runner import Runner
-from service.engine.turnstile import Turnstile
 from service.errors import EngineFailed, ReloadFailed, StartupError
 from service.hosting import Host, Variant, cache_blocks, variant_notes
 from service.models.decoder import Decoder
@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 class InTurns:
     """Weights that are read and moved tensor by tensor on the thread that computes, so that steps come between."""
 
-    def __init__(self, weights: Weights, turnstile: Turnstile) -> None:
+    def __init__(self, weights: Weights, device_thread: DeviceThread) -> None:
         self._weights = weights
-        self._turnstile = turnstile
+        self._turnstile = device_thread
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """See `Weights`."""
@@ -131,19 +131,19 @@ class Reloader:
         checkpoint = Checkpoint.open(folder, served.dtype, old.runner.device)
         try:
             with torch.inference_mode():
-                weights = InTurns(checkpoint, self._host.turnstile)
+                weights = InTurns(checkpoint, self._host.device_thread)
                 return checkpoint, Decoder(config, weights, self._settings.kv or checkpoint.kv)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
     def _warm(self, name: str, old: Variant, decoder: Decoder) -> tuple[int, Runner]:
         """A runner of the decoder on the old one's KV cache, or on one of the same budget where that does not fit."""
-        settings, turnstile = self._settings, self._host.turnstile
+        settings, device_thread = self._settings, self._host.device_thread
         fits = (decoder.kv, decoder.kv_dtype) == (old.decoder.kv, old.decoder.kv_dtype)
         num_blocks = old.engine.stats().num_blocks
         if not fits:
             num_blocks = cache_blocks(name, decoder, settings, old.cache_budget_bytes)
-        runner = turnstile.run(
+        runner = device_thread.run(
             Runner,
             decoder,
             num_blocks,
@@ -154,7 +154,7 @@ class Reloader:
             old.runner.caches if fits else None,
         )
         pieces = runner.warming()
-        while turnstile.run(next, pieces, None) is not None:
+        while device_thread.run(next, pieces, None) is not None:
             pass
         return num_blocks, runner
 

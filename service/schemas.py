@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.bodies import Body, Sampling, Text
-from service.engine.request import FinishReason
+from service.engine.api import FinishReason
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_ids")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from service.engine.turnstile import Turnstile
+from service.engine.device_thread import DeviceThread
 from service.errors import SelfCheckFailed
 from service.models.decoder import Decoder, score
 from service.text import TokenizerLike
@@ -29,7 +29,7 @@ def check_prompts(tokenizer: TokenizerLike, max_len: int) -> list[Tensor]:
     return [torch.tensor(tokenizer.encode(text)[:max_len]) for text in CHECK_PROMPTS]
 
 
-def check(decoder: Decoder, baseline: Decoder | None, prompts: Sequence[Tensor], turnstile: Turnstile) -> None:
+def check(decoder: Decoder, baseline: Decoder | None, prompts: Sequence[Tensor], device_thread: DeviceThread) -> None:
     """Run the prompts through a decoder and the baseline, one prompt a turn, so that steps can come between.
 
     Args:
@@ -39,7 +39,7 @@ def check(decoder: Decoder, baseline: Decoder | None, prompts: Sequence[Tensor],
         SelfCheckFailed: logits are not finite, or KL(baseline, decoder) is above MAX_KL in the mean of all positions.
     """
     total = sum(
-        turnstile.run(_divergence, decoder, baseline, place, token_ids) for place, token_ids in enumerate(prompts)
+        device_thread.run(_divergence, decoder, baseline, place, token_ids) for place, token_ids in enumerate(prompts)
     )
     mean = total / sum(len(token_ids) for token_ids in prompts)
     if not mean <= MAX_KL:

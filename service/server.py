@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from service.engine.faults import StepStuck
 from service.engine.loop import EngineLoop
+from service.engine.supervision import StepStuck
 from service.errors import Draining, OttavaError
 from service.process import end_process, settle
 from service.routes.serving import Serving

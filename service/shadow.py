@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from service.compare import agreement, measure, speedup
 from service.comparisons import Comparisons
-from service.engine.request import Engine, FinishReason, Request, Stream, Token
+from service.engine.api import FinishReason, Token
+from service.engine.request import Engine, Request, Stream
 from service.metrics import ABANDONED, DROPPED, REPLAYED, ServiceMetrics
 from service.schemas import RunMetrics
 from service.text import Output, TokenizerLike

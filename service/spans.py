@@ -16,7 +16,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from kernels import __version__
-from service.engine.request import FinishReason
+from service.engine.api import FinishReason
 from service.record import RequestRecord, RunRecord
 
 PROVIDER = "ottava"

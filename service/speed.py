@@ -8,7 +8,8 @@ from statistics import median
 
 import torch
 
-from service.engine.request import Request, SamplingParams
+from service.engine.api import SamplingParams
+from service.engine.request import Request
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler, Step
 from service.models.decoder import Decoder

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from service.engine.grammar import Grammar
+
 
 class DecoderLike(Protocol):
     """The text of one request's tokens, as they come."""
@@ -15,26 +17,6 @@ class DecoderLike(Protocol):
 
     def flush(self) -> str:
         """What is left at the end: a character that stayed incomplete comes as U+FFFD."""
-        ...
-
-
-class Matcher(Protocol):
-    """How far one answer has come in its grammar."""
-
-    def allowed(self) -> bytes:
-        """A bit for each token id, the lowest of a byte first: whether the token may come next; ids beyond may not."""
-        ...
-
-    def accept(self, token_id: int) -> None:
-        """Move on by a token that may come."""
-        ...
-
-
-class Grammar(Protocol):
-    """What an answer must match, compiled for a vocabulary; shared by the requests that ask for it."""
-
-    def matcher(self) -> Matcher:
-        """A matcher at the start of an answer."""
         ...
 
 

@@ -16,7 +16,7 @@ from quant.checkpoint import Checkpoint
 from quant.inputs import gather
 from quant.layers import LayerStream
 from quant.scheme import PRESETS
-from service.engine.request import SamplingParams
+from service.engine.api import SamplingParams
 from service.models.decoder import score
 from service.models.demo import prepare_demo_model
 from service.models.families import ModelConfig, linear_names

@@ -11,12 +11,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import ParamSpec, Protocol, TypeVar
 
-from service.engine.clients import Clients
-from service.engine.faults import FaultLimits, InHand, Restarts, StepStuck, Watchdog, stacks
-from service.engine.request import EngineStats, Request, SamplingParams
+from service.engine.api import EngineStats, SamplingParams
+from service.engine.device_thread import DeviceThread
+from service.engine.inbox import Clients
+from service.engine.request import Request
 from service.engine.scheduler import Result, Scheduler, Step
 from service.engine.stream import RequestStream
-from service.engine.turnstile import Turnstile
+from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, Watchdog, stacks
 from service.errors import EngineFailed, OttavaError, ReloadFailed
 
 P = ParamSpec("P")
@@ -64,7 +65,7 @@ class EngineLoop:
     Args:
         variant: its name.
         scheduler, runner: the plan and the device.
-        turnstile: shared by the engines of one device, so that one step runs at a time.
+        device_thread: shared by the engines of one device, so that one step runs at a time.
         max_model_len: tokens a request may hold.
         max_waiting: requests that may queue.
         dtype: name of the activations' float type.
@@ -77,7 +78,7 @@ class EngineLoop:
         variant: str,
         scheduler: Scheduler,
         runner: StepRunner,
-        turnstile: Turnstile,
+        device_thread: DeviceThread,
         max_model_len: int,
         max_waiting: int = 1024,
         dtype: str = "float32",
@@ -91,7 +92,7 @@ class EngineLoop:
         """What stopped the engine for good, once it has."""
         self._scheduler = scheduler
         self._runner = runner
-        self._turnstile = turnstile
+        self._turnstile = device_thread
         self._weight_bytes = weight_bytes
         self._step_batch_sizes = [0] * (scheduler.max_num_requests + 1)
         self._clients = Clients(variant, scheduler, max_waiting)

@@ -4,50 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Protocol
 
-from service.text import Grammar, Matcher
-
-
-class FinishReason(StrEnum):
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the next token is chosen. The service validates the ranges; the engine trusts them.
-
-    temperature 0 is greedy: the other filters then change nothing but the repetition penalty.
-    top_k 0 and min_p 0 and top_p 1 switch their filter off. seed None draws a fresh one.
-    logprobs: None for none, n for the chosen token's log-probability and the n likeliest (0..20).
-    prompt_logprobs: the same of every prompt token but the first.
-    grammar: what the answer must match; None for any text. Its end token ends the answer even under ignore_eos.
-    """
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    grammar: Grammar | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token as the engine publishes it. time_s is on the monotonic clock of `time.perf_counter`."""
-
-    id: int
-    time_s: float
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+from service.engine.api import EngineStats, FinishReason, SamplingParams, Token
+from service.engine.grammar import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -114,28 +74,6 @@ class Request:
         """The token at a position the host knows."""
         num_prompt = len(self.prompt_ids)
         return self.prompt_ids[index] if index < num_prompt else self.output[index - num_prompt].id
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """One reading of an engine for /metrics and /info. Counters only rise."""
-
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_free_blocks: int
-    num_preemptions: int
-    num_steps: int
-    weight_bytes: int
-    kv_cache_bytes: int
-    step_batch_sizes: tuple[int, ...] = ()
-    """Entry n counts the steps that n requests took part in."""
-    num_restarts: int = 0
-    """Times the engine went on after a step had raised."""
-
-    @property
-    def kv_cache_usage_ratio(self) -> float:
-        return 1.0 - self.num_free_blocks / self.num_blocks if self.num_blocks else 0.0
 
 
 class Stream(Protocol):

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from kernels.tiles import BUCKETS
-from service.engine.batch import Batch, BatchBuilder, SamplingBatch
-from service.engine.request import Request, Token
+from service.engine.api import Token
+from service.engine.batch import Batch, BatchBuilder
+from service.engine.prompt_logprobs import Scores, score_prompts
+from service.engine.request import Request
 from service.engine.sampler import Choice, Fault, sample
+from service.engine.sampling import SamplingBatch
 from service.engine.scheduler import Chunk, Result, Step
-from service.engine.scoring import Scores, score_prompts
 from service.errors import EngineFailed
 from service.models.attention import KVCache
 from service.models.decoder import Decoder

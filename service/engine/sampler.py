@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from service.engine.batch import SamplingBatch
+from service.engine.sampling import SamplingBatch
 
 
 class Fault(IntEnum):

@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from service.engine.api import FinishReason, Token
 from service.engine.blocks import BlockPool
-from service.engine.request import FinishReason, Request, Token
+from service.engine.request import Request
 
 Result = Token | Exception
 """What a chunk that samples yields: a token, or why its request is lost."""

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from service.engine.request import FinishReason, Request, Token
+from service.engine.api import FinishReason, Token
+from service.engine.request import Request
 
 MAX_TOGETHER = 32
 """Tokens; what a slow client has let pile up goes out in parts, and none of them keeps the event loop for long."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple, Protocol
 
-from service.engine.request import FinishReason
+from service.engine.api import FinishReason
 from service.model_names import ModelNames
 from service.openai_answers import OpenAIAnswer, OpenAIUsage, PromptTokensDetails
 from service.openai_schemas import OpenAIRequest, StreamOptions

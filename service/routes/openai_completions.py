@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from starlette.responses import Response
 
-from service.engine.request import FinishReason
+from service.engine.api import FinishReason
 from service.metrics import NO_VARIANT
 from service.openai_answers import Completion, CompletionChoice, CompletionLogprobs, OpenAIUsage
 from service.openai_schemas import CompletionRequest

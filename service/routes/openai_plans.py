@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from service.engine.request import SamplingParams
+from service.engine.api import SamplingParams
+from service.engine.grammar import Grammar
 from service.errors import InvalidRequest
 from service.openai_schemas import MAX_CHOICES, ChatRequest, CompletionRequest, OpenAIRequest, ResponseFormat
 from service.routes.planning import Room, allowed_timeout, chat_ids, fitting, known_ids, sampling_params, text_ids
 from service.routes.run import Plan
 from service.routes.serving import Serving
-from service.text import Grammar, TokenizerLike
+from service.text import TokenizerLike
 
 NUM_SEEDS = 1 << 63
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from service.bodies import Sampling
-from service.engine.request import SamplingParams
+from service.engine.api import SamplingParams
 from service.errors import InvalidRequest, PromptTooLong
 from service.settings import Settings
 from service.text import TokenizerLike

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.compare import measure
-from service.engine.request import FinishReason, Request, SamplingParams, Token
+from service.engine.api import FinishReason, SamplingParams, Token
+from service.engine.request import Request
 from service.errors import DeadlineExceeded, OttavaError, QueueFull, QueueTimeout
 from service.metrics import ERROR, REJECTED, TIMEOUT
 from service.record import RunRecord, current

@@ -24,7 +24,8 @@ from benchmarks.overhead import (
 )
 from benchmarks.overhead_client import token_times
 from benchmarks.paced import PacedRunner, made_tokenizer
-from service.engine.request import Request, SamplingParams
+from service.engine.api import SamplingParams
+from service.engine.request import Request
 from service.engine.scheduler import Scheduler
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"

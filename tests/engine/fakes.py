@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from service.engine.request import Token
+from service.engine.api import Token
 from service.engine.scheduler import Step
 
 

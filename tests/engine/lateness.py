@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from service.engine.turnstile import Turnstile
 from service.models.decoder import Decoder
 
 
@@ -23,4 +23,4 @@ class LateRunner:
 def start_late(decoder: Decoder, num_blocks=200, block_size=16, rows=16, budget=64, eos_ids=()) -> EngineLoop:
     runner = LateRunner(Runner(decoder, num_blocks, block_size, rows, budget))
     plan = Scheduler(num_blocks, block_size, rows, budget, frozenset(eos_ids))
-    return EngineLoop("w8a8", plan, runner, Turnstile(), decoder.config.max_model_len).start()
+    return EngineLoop("w8a8", plan, runner, DeviceThread(), decoder.config.max_model_len).start()

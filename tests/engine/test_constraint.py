@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from quant.scheme import PRESETS
-from service.engine.batch import SamplingBatch
-from service.engine.constraint import Constraint
-from service.engine.request import FinishReason, Request, SamplingParams
+from service.engine.api import FinishReason, SamplingParams
+from service.engine.request import Request
 from service.engine.sampler import Fault, sample
+from service.engine.sampling import SamplingBatch
 from service.engine.scheduler import Chunk
+from service.engine.token_mask import TokenMask
 from service.errors import EngineFailed
 from service.grammar import JsonCompiler
 from service.models.families import ModelConfig
@@ -104,7 +105,7 @@ def test_rows_without_a_grammar_keep_their_bits():
         Chunk(Request(str(i), [1], SamplingParams(grammar=Only({9}) if i in {1, 4} else None), 0.0, 0), 0, 1, True, 0)
         for i in range(5)
     ]
-    constraint = Constraint.build(chunks, CPU)
+    constraint = TokenMask.build(chunks, CPU)
     assert constraint is not None
     masked = constraint.apply(logits)
     for row in (0, 2, 3):
@@ -112,12 +113,12 @@ def test_rows_without_a_grammar_keep_their_bits():
     for row in (1, 4):
         assert masked[row].isfinite().nonzero().flatten().tolist() == [9]
         assert masked[row, 9] == logits[row, 9]
-    assert Constraint.build(chunks[2:4], CPU) is None
+    assert TokenMask.build(chunks[2:4], CPU) is None
 
 
 def test_tokens_beyond_the_bits_are_not_allowed():
     chunk = Chunk(Request("a", [1], SamplingParams(grammar=Only(set(range(320)))), 0.0, 0), 0, 1, True, 0)
-    constraint = Constraint.build([chunk], CPU)
+    constraint = TokenMask.build([chunk], CPU)
     assert constraint is not None
     masked = constraint.apply(torch.zeros(1, 330))
     assert masked[0, :320].eq(0).all()

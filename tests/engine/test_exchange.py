@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from service.engine.request import SamplingParams
+from service.engine.api import SamplingParams
 from service.errors import EngineFailed
 from tests.engine.fakes import ScriptedRunner, raising
 from tests.engine.test_faults import BOTH, FAULT, assert_empty, engine_of, outcome, run_all  # noqa: F401 (a fixture)

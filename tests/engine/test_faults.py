@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from service.engine.clients import Clients
-from service.engine.faults import FaultLimits, InHand, Restarts, StepStuck, is_poison
+from service.engine.api import SamplingParams
+from service.engine.device_thread import DeviceThread
+from service.engine.inbox import Clients
 from service.engine.loop import EngineLoop
-from service.engine.request import SamplingParams
 from service.engine.scheduler import Scheduler, Step
-from service.engine.turnstile import Turnstile
+from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, is_poison
 from service.errors import Draining, EngineFailed
 from tests.engine.fakes import Hang, ScriptedRunner, raising
 
@@ -26,9 +26,9 @@ EITHER = pytest.mark.parametrize("where", ["on_execute", "on_read"])
 def engine_of():
     engines = []
 
-    def start(runner, rows=4, num_blocks=64, block_size=4, turnstile=None, **limits):
+    def start(runner, rows=4, num_blocks=64, block_size=4, device_thread=None, **limits):
         plan = Scheduler(num_blocks, block_size, rows, 64)
-        made = EngineLoop("w8a8", plan, runner, turnstile or Turnstile(), 256, limits=FaultLimits(**limits))
+        made = EngineLoop("w8a8", plan, runner, device_thread or DeviceThread(), 256, limits=FaultLimits(**limits))
         engines.append(made.start())
         return made
 
@@ -232,11 +232,11 @@ def test_a_stuck_step_fails_everyone_at_once(engine_of, is_async, where, caplog)
 
 def test_a_step_that_waits_behind_a_stuck_one_fails_too(engine_of, caplog):
     """Two engines of one device: the clients of the second would hang as long as the first."""
-    turnstile, hang = Turnstile(), Hang(from_step=0)
+    device_thread, hang = DeviceThread(), Hang(from_step=0)
     stuck, other = ScriptedRunner(), ScriptedRunner()
     stuck.on_execute = hang
-    first = engine_of(stuck, turnstile=turnstile, step_timeout_s=0.2)
-    second = engine_of(other, turnstile=turnstile, step_timeout_s=0.2)
+    first = engine_of(stuck, device_thread=device_thread, step_timeout_s=0.2)
+    second = engine_of(other, device_thread=device_thread, step_timeout_s=0.2)
 
     async def go():
         streams = [engine.submit([1], SamplingParams(max_tokens=3), "r") for engine in (first, second)]

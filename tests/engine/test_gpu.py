@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.chain import Moved
 from quant.scheme import PRESETS
+from service.engine.api import FinishReason, SamplingParams
+from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
-from service.engine.request import FinishReason, SamplingParams
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from service.engine.turnstile import Turnstile
 from service.models.decoder import Decoder, score
 from service.models.families import ModelConfig, linear_names
 from service.models.loader import RandomWeights, load_decoder, random_decoder
@@ -31,7 +31,7 @@ PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
 def generate(decoder: Decoder, use_graphs: bool, num_blocks: int = 200, one_by_one: bool = False) -> list[list[int]]:
     runner = Runner(decoder, num_blocks, 16, 16, 64, use_graphs)
     runner.warm_up()
-    engine = EngineLoop("w8a8", Scheduler(num_blocks, 16, 16, 64), runner, Turnstile(), 256).start()
+    engine = EngineLoop("w8a8", Scheduler(num_blocks, 16, 16, 64), runner, DeviceThread(), 256).start()
 
     async def run():
         if one_by_one:
@@ -103,7 +103,7 @@ def test_answers_held_to_a_grammar(use_graphs):
     decoder = random_decoder(ModelConfig.of(make_model("qwen2").config), PRESETS["w8a8"], torch.float16, CUDA)
     runner = Runner(decoder, 200, 16, 16, 64, use_graphs)
     runner.warm_up()
-    engine = EngineLoop("w8a8", Scheduler(200, 16, 16, 64, frozenset({EOS})), runner, Turnstile(), 256).start()
+    engine = EngineLoop("w8a8", Scheduler(200, 16, 16, 64, frozenset({EOS})), runner, DeviceThread(), 256).start()
     held = SamplingParams(140, temperature=1.0, seed=1, grammar=JSON.compile(SCHEMA))
 
     async def run():
@@ -128,7 +128,7 @@ def test_log_probabilities_of_prompts():
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CUDA)
     runner = Runner(decoder, 200, 16, 16, 64)
     runner.warm_up()
-    engine = EngineLoop("w8a8", Scheduler(200, 16, 16, 64), runner, Turnstile(), 256).start()
+    engine = EngineLoop("w8a8", Scheduler(200, 16, 16, 64), runner, DeviceThread(), 256).start()
     params = SamplingParams(8, ignore_eos=True, prompt_logprobs=3)
 
     async def run():

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from quant.scheme import PRESETS
+from service.engine.api import SamplingParams
+from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
-from service.engine.request import SamplingParams
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from service.engine.turnstile import Turnstile
 from service.models.families import ModelConfig
 from service.models.loader import random_decoder
 from tests.engine.test_loop import PROMPTS, collect_all
@@ -23,25 +23,25 @@ pytestmark = pytest.mark.gpu
 PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
 
 
-def warm(runner: Runner, turnstile: Turnstile) -> Runner:
+def warm(runner: Runner, device_thread: DeviceThread) -> Runner:
     pieces = runner.warming()
-    while turnstile.run(next, pieces, None) is not None:
+    while device_thread.run(next, pieces, None) is not None:
         pass
     return runner
 
 
-def start(name: str, runner: Runner, turnstile: Turnstile) -> EngineLoop:
-    return EngineLoop(name, Scheduler(200, 16, 16, 64), runner, turnstile, 256).start()
+def start(name: str, runner: Runner, device_thread: DeviceThread) -> EngineLoop:
+    return EngineLoop(name, Scheduler(200, 16, 16, 64), runner, device_thread, 256).start()
 
 
 def test_weights_are_exchanged_between_the_steps_of_two_engines():
-    config, cuda, turnstile = ModelConfig.of(make_model("llama").config), torch.device("cuda"), Turnstile()
+    config, cuda, device_thread = ModelConfig.of(make_model("llama").config), torch.device("cuda"), DeviceThread()
     old, new = (random_decoder(config, PRESETS["w8a8"], torch.float16, cuda, seed) for seed in (1, 2))
     baseline = random_decoder(config, PRESETS["fp16"], torch.float16, cuda, 3)
-    runner = warm(Runner(old, 200, 16, 16, 64), turnstile)
-    engine = start("w8a8", runner, turnstile)
-    other = start("fp16", warm(Runner(baseline, 200, 16, 16, 64), turnstile), turnstile)
-    fresh = start("fresh", warm(Runner(new, 200, 16, 16, 64), turnstile), turnstile)
+    runner = warm(Runner(old, 200, 16, 16, 64), device_thread)
+    engine = start("w8a8", runner, device_thread)
+    other = start("fp16", warm(Runner(baseline, 200, 16, 16, 64), device_thread), device_thread)
+    fresh = start("fresh", warm(Runner(new, 200, 16, 16, 64), device_thread), device_thread)
 
     async def go():
         before = await collect_all(engine, PROMPTS, PARAMS)
@@ -56,7 +56,7 @@ def test_weights_are_exchanged_between_the_steps_of_two_engines():
         await asyncio.sleep(0)  # both have submitted
         num_steps = engine.stats().num_steps
         replacement = await asyncio.to_thread(
-            lambda: warm(Runner(new, 200, 16, 16, 64, caches=runner.caches), turnstile)
+            lambda: warm(Runner(new, 200, 16, 16, 64, caches=runner.caches), device_thread)
         )
         num_meanwhile = engine.stats().num_steps - num_steps
         await asyncio.wrap_future(engine.exchange(replacement, 200, new.weight_bytes))

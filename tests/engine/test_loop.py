@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from quant.scheme import PRESETS
+from service.engine.api import FinishReason, SamplingParams, Token
+from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
-from service.engine.request import FinishReason, SamplingParams, Token
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from service.engine.turnstile import Turnstile
 from service.errors import QueueFull
 from service.models.families import ModelConfig
 from service.models.loader import load_decoder, random_decoder
@@ -30,7 +30,7 @@ PROMPTS = [[(7 * i * j + 3 * j + i) % 250 + 3 for j in range(2 + 5 * i)] for i i
 def make_engine(decoder, num_blocks=200, block_size=16, rows=16, budget=64, **kwargs) -> EngineLoop:
     runner = Runner(decoder, num_blocks, block_size, rows, budget)
     plan = Scheduler(num_blocks, block_size, rows, budget, frozenset(kwargs.pop("eos_ids", ())))
-    return EngineLoop("w8a8", plan, runner, Turnstile(), decoder.config.max_model_len, **kwargs).start()
+    return EngineLoop("w8a8", plan, runner, DeviceThread(), decoder.config.max_model_len, **kwargs).start()
 
 
 async def collect(engine: EngineLoop, prompt: list[int], params: SamplingParams, name: str = "r") -> list[Token]:
@@ -183,7 +183,7 @@ def test_two_hundred_requests_a_third_of_them_cut_off(engine_of):
 
 def test_a_full_queue_refuses_and_loses_nothing():
     runner = ScriptedRunner(step_s=0.002)
-    engine = EngineLoop("w8a8", Scheduler(64, 16, 2, 64), runner, Turnstile(), 256, max_waiting=3).start()
+    engine = EngineLoop("w8a8", Scheduler(64, 16, 2, 64), runner, DeviceThread(), 256, max_waiting=3).start()
 
     async def run():
         streams, refused = [], []
@@ -202,7 +202,7 @@ def test_a_full_queue_refuses_and_loses_nothing():
 
 
 def test_a_turnstile_lets_one_in_at_a_time_in_order_and_on_one_thread():
-    turnstile, inside, order, threads = Turnstile(), [], [], set()
+    device_thread, inside, order, threads = DeviceThread(), [], [], set()
 
     def work(i: int) -> int:
         inside.append(i)
@@ -215,7 +215,7 @@ def test_a_turnstile_lets_one_in_at_a_time_in_order_and_on_one_thread():
 
     def enter(i: int) -> int:
         time.sleep(0.02 * i)
-        return turnstile.run(work, i)
+        return device_thread.run(work, i)
 
     with ThreadPoolExecutor(5) as pool:
         assert list(pool.map(enter, range(5))) == [0, 10, 20, 30, 40]
@@ -224,15 +224,15 @@ def test_a_turnstile_lets_one_in_at_a_time_in_order_and_on_one_thread():
 
 
 def test_a_turnstile_hands_back_what_the_work_raises():
-    turnstile = Turnstile()
+    device_thread = DeviceThread()
     with pytest.raises(ZeroDivisionError):
-        turnstile.run(divmod, 1, 0)
-    assert turnstile.run(divmod, 7, 2) == (3, 1)
+        device_thread.run(divmod, 1, 0)
+    assert device_thread.run(divmod, 7, 2) == (3, 1)
 
 
 def test_a_turnstile_ends_with_its_last_user():
-    turnstile = Turnstile()
-    thread = turnstile.run(threading.current_thread)
-    del turnstile
+    device_thread = DeviceThread()
+    thread = device_thread.run(threading.current_thread)
+    del device_thread
     thread.join(5)
     assert not thread.is_alive()

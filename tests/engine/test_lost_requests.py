@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quant.scheme import PRESETS
-from service.engine.request import FinishReason, SamplingParams
+from service.engine.api import FinishReason, SamplingParams
 from service.errors import EngineFailed
 from service.models.families import ModelConfig
 from service.models.loader import random_decoder

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from quant.scheme import PRESETS
-from service.engine import scoring
-from service.engine.request import FinishReason, SamplingParams
+from service.engine import prompt_logprobs
+from service.engine.api import FinishReason, SamplingParams
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.models.families import ModelConfig
@@ -77,7 +77,7 @@ def test_few_rows_at_a_time_give_the_same(tiny, monkeypatch):  # noqa: F811
     """And the head is never given more of them than a slice holds."""
     model, folder = tiny("llama")
     decoder = load_decoder(folder, torch.float32, CPU)
-    monkeypatch.setattr(scoring, "SLICE_LOGITS", 3 * decoder.config.vocab_size + 1)
+    monkeypatch.setattr(prompt_logprobs, "SLICE_LOGITS", 3 * decoder.config.vocab_size + 1)
     sizes, head = [], decoder.head
     decoder.head = lambda hidden: sizes.append(len(hidden)) or head(hidden)
     requests = [request for request, _ in run(make_engine(decoder, rows=3))]
@@ -116,7 +116,7 @@ def test_neighbours_are_not_touched():
 def test_a_place_that_is_not_finite_is_nan_and_no_other():
     logits = torch.randn(4, 9)
     logits[1, 3], logits[2, 3] = math.nan, math.inf
-    logprobs, _, _ = scoring._score(logits, torch.tensor([0, 0, 0, 0]), 2)
+    logprobs, _, _ = prompt_logprobs._score(logits, torch.tensor([0, 0, 0, 0]), 2)
     assert logprobs.isnan().tolist() == [False, True, True, False]
     # Two ways to the same sum of nine terms: a few roundings of a number below 8.
     assert (logprobs - logits.log_softmax(-1)[:, 0])[::3].abs().max() < 8 * 2.0**-22

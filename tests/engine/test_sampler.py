@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from service.engine.batch import SamplingBatch, uniform
-from service.engine.request import Request, SamplingParams
+from service.engine.api import SamplingParams
+from service.engine.request import Request
 from service.engine.sampler import sample
+from service.engine.sampling import SamplingBatch, uniform
 from service.engine.scheduler import Chunk
 
 CPU = torch.device("cpu")

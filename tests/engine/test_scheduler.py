@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.request import FinishReason, Request, SamplingParams, Token
+from service.engine.api import FinishReason, SamplingParams, Token
+from service.engine.request import Request
 from service.engine.scheduler import Scheduler
 from service.errors import EngineFailed
 

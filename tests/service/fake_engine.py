@@ -8,7 +8,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from service.engine.request import EngineStats, FinishReason, Request, SamplingParams, Token
+from service.engine.api import EngineStats, FinishReason, SamplingParams, Token
+from service.engine.request import Request
 from service.errors import EngineFailed, QueueFull
 
 EOS = 0

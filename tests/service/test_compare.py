@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.compare import agreement, measure, percentile, speedup
-from service.engine.request import Request, SamplingParams, Token
+from service.engine.api import SamplingParams, Token
+from service.engine.request import Request
 from service.schemas import RunMetrics
 from tests.service.fake_engine import FakeEngine
 from tests.service.harness import app_of, client_of, engines_of, events_of, metrics_of, post, total, two_engines, until

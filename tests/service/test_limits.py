@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.request import EngineStats
+from service.engine.api import EngineStats
 from service.errors import RateLimited
 from service.limits import MAX_RETRY_AFTER_S, KeyLimits, Pace, TokenBucket, whole_seconds
 from tests.service.fake_engine import FakeEngine

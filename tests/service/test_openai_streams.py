@@ -6,7 +6,7 @@ import httpx2
 import openai
 import pytest
 
-from service.engine.request import FinishReason
+from service.engine.api import FinishReason
 from tests.service.fake_engine import FakeEngine
 from tests.service.harness import app_of, engines_of, metrics_of, server_of, two_engines, until
 from tests.service.openai_client import TEXT, USER, ask, complete, openai_of, stream

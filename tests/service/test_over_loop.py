@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
+from service.engine.api import Token
+from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
-from service.engine.request import Token
 from service.engine.scheduler import Scheduler
-from service.engine.turnstile import Turnstile
 from tests.service.harness import app_of, events_of, metrics_of, server_of, total, until
 from tests.service.test_disconnect import _leave, _open
 
@@ -48,10 +48,10 @@ def expected(num_tokens: int, stop: str | None = None) -> str:
 
 @pytest.fixture(params=[True, False], ids=["async", "sync"])
 def engines(request):
-    turnstile = Turnstile()
+    device_thread = DeviceThread()
     engines = {
         variant: EngineLoop(
-            variant, Scheduler(60, 16, 16, 64, frozenset({0})), AlphabetRunner(request.param), turnstile, 256
+            variant, Scheduler(60, 16, 16, 64, frozenset({0})), AlphabetRunner(request.param), device_thread, 256
         )
         for variant in ("w8a8", "fp16")
     }

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from service.engine.request import FinishReason
+from service.engine.api import FinishReason
 from service.recent import MAX_RECENT, Recent
 from tests.service.harness import app_of, client_of, two_engines
 from tests.service.test_compare import metrics_with

@@ -15,10 +15,10 @@ import httpx
 import pytest
 
 from service.app import create_app
-from service.engine.faults import FaultLimits
+from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
-from service.engine.turnstile import Turnstile
+from service.engine.supervision import FaultLimits
 from service.reloads import Reload, nothing_to_reload
 from service.server import FAILED, Server
 from service.settings import Settings
@@ -36,9 +36,9 @@ class Life:
         self.settings = Settings(**{"engine_restarts": 0, **settings})
         limits = FaultLimits(self.settings.engine_restarts, step_timeout_s=self.settings.step_timeout_s)
         self.runners = {name: ScriptedRunner(offset=65, step_s=step_s) for name in ("w8a8", "fp16")}
-        turnstile = Turnstile()
+        device_thread = DeviceThread()
         self.engines = {
-            name: EngineLoop(name, Scheduler(200, 4, 8, 64), runner, turnstile, 1024, limits=limits).start()
+            name: EngineLoop(name, Scheduler(200, 4, 8, 64), runner, device_thread, 1024, limits=limits).start()
             for name, runner in self.runners.items()
         }
         self.app = create_app(self.engines, self.settings, ByteTokenizer(), dict, dict, reload)

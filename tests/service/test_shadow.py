@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from service.comparisons import WINDOW, Comparisons
-from service.engine.request import SamplingParams
+from service.engine.api import SamplingParams
 from service.errors import InvalidSettings
 from service.metrics import ServiceMetrics
 from service.schemas import Agreement, Speedup

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.request import FinishReason, Request, SamplingParams, Token
+from service.engine.api import FinishReason, SamplingParams, Token
+from service.engine.request import Request
 from service.engine.stream import MAX_TOGETHER, RequestStream
 from service.openai_answers import ChatChunkChoice, ChatCompletionChunk, ChatDelta, Completion, CompletionChoice
 from service.protocol import QuickConnection

@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from service.engine.request import Token
+from service.engine.api import Token
 from service.engine.scheduler import Chunk
 from service.models.decoder import Decoder
 

@@ -14,7 +14,7 @@ R = TypeVar("R")
 DEVICE_THREAD = "device"
 
 
-class Turnstile:
+class DeviceThread:
     """Runs one piece of work at a time, in the order of arrival, on a thread of its own.
 
     One engine's step has the device to itself. And it is always the same thread that computes: OpenMP keeps a pool of

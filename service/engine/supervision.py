@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from service.engine.device_thread import DEVICE_THREAD
 from service.engine.scheduler import Step
-from service.engine.turnstile import DEVICE_THREAD
 
 POISON = ("CUDA error", "Triton Error [CUDA]")
 """In the message of an error after which no call of the process reaches the GPU any more."""

@@ -9,7 +9,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from service.engine.request import FinishReason, Request, SamplingParams, Token
+from service.engine.api import FinishReason, SamplingParams, Token
+from service.engine.request import Request
 from service.engine.scheduler import Result, Scheduler, Step
 from service.engine.stream import Item, News, RequestStream, publish
 from service.errors import EngineFailed, OttavaError, QueueFull

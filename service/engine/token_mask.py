@@ -12,7 +12,7 @@ from service.engine.scheduler import Chunk
 
 
 @dataclass(frozen=True, slots=True)
-class Constraint:
+class TokenMask:
     """The tokens that C of S sampling rows may yield.
 
     rows: [C] int64.   bits: [C, W] uint8, bit i % 8 of byte i // 8 for token i; tokens beyond are not allowed.
@@ -22,7 +22,7 @@ class Constraint:
     bits: Tensor
 
     @classmethod
-    def build(cls, chunks: Sequence[Chunk], device: torch.device) -> Constraint | None:
+    def build(cls, chunks: Sequence[Chunk], device: torch.device) -> TokenMask | None:
         """Ask the grammars of the chunks that sample; None where none has one."""
         matchers = [(row, c.request.matcher) for row, c in enumerate(chunks) if c.request.matcher is not None]
         if not matchers:

@@ -1,0 +1,25 @@
+"""What constrains an answer to a grammar: protocols that `service.text.json` implements."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Matcher(Protocol):
+    """How far one answer has come in its grammar."""
+
+    def allowed(self) -> bytes:
+        """A bit for each token id, the lowest of a byte first: whether the token may come next; ids beyond may not."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Move on by a token that may come."""
+        ...
+
+
+class Grammar(Protocol):
+    """What an answer must match, compiled for a vocabulary; shared by the requests that ask for it."""
+
+    def matcher(self) -> Matcher:
+        """A matcher at the start of an answer."""
+        ...
