@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 from benchmarks.timing import Call, Roofs, Work, add_ratios, expect, measure, num_copies, result_row
 from kernels import Quantized, quantize_rows
-from service.models.families import ModelConfig
+from service.models.config import ModelConfig
 
 BLOCK_SIZE = 64
 CHECKED_QUERIES = 8

@@ -15,9 +15,9 @@ from benchmarks.timing import Call, Roofs, Work, add_ratios, expect, measure, re
 from kernels import Quantized
 from quant.scheme import PRESETS
 from service.models.attention import KVCache, Rows
+from service.models.config import ModelConfig, linear_names
 from service.models.decoder import Layer
-from service.models.families import ModelConfig, linear_names
-from service.models.loader import RandomWeights
+from service.models.random_weights import RandomWeights
 from service.models.weights import Linear, Weights
 
 INT8_KV = "w8a8 int8 kv"

@@ -34,8 +34,8 @@ from benchmarks.report import RESULTS, birth_certificate, device_name, write
 from benchmarks.shapes import SHAPES, linear_sizes
 from benchmarks.tables import table
 from benchmarks.timing import Roofs, measure_roofs
-from service.models.families import ModelConfig
-from service.models.loader import pick_device
+from service.models.config import ModelConfig
+from service.models.devices import pick_device
 
 MODELS = ("llama-3.1-8b", "qwen2.5-7b", "llama-2-13b", "opt-6.7b")
 OURS = ("w8a8", "fp16 kv")

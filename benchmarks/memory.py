@@ -25,7 +25,7 @@ from benchmarks.report import RESULTS, birth_certificate, write
 from quant.convert import quantize_checkpoint
 from quant.layers import skeleton
 from quant.scheme import PRESETS, Scheme
-from service.models.families import ModelConfig, linear_names, smooth_groups
+from service.models.config import ModelConfig, linear_names, smooth_groups
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 

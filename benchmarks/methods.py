@@ -26,7 +26,7 @@ from benchmarks.shapes import SHAPES, linear_sizes
 from benchmarks.timing import Call, Roofs, Work, add_ratios, expect, measure, measure_roofs, num_copies, result_row
 from kernels import CODE_MAX, quantize_rows, reference
 from quant.linear import Int8Linear
-from service.models.loader import pick_device
+from service.models.devices import pick_device
 
 METHODS = ("fp16", "w8a8", "zeroquant", "llm-int8")
 GROUP_SIZE, THRESHOLD = 128, 6.0

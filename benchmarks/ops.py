@@ -13,7 +13,7 @@ from torch import Tensor
 import kernels
 from benchmarks.timing import Call, Roofs, Work, add_ratios, expect, measure, num_copies, result_row
 from kernels import CODE_MAX, Quantized, ToInt8, reference
-from service.models.families import ModelConfig
+from service.models.config import ModelConfig
 
 BLOCK_SIZE = 64
 CHECKED_ROWS = 5

@@ -50,9 +50,11 @@ from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.hosting import Host, Loaded, cache_budget, start_variant
 from service.logs import configure_logging
-from service.models.families import ModelConfig
-from service.models.loader import load_decoder, pick_device, pick_dtype, random_decoder
+from service.models.config import ModelConfig
+from service.models.devices import pick_device, pick_dtype
+from service.models.loader import load_decoder
 from service.models.prepare import Calibration, calibration_text, quantized_folder, resolve_model
+from service.models.random_weights import random_decoder
 from service.server import STOP_S, Server
 from service.server_options import allow_open_files
 from service.settings import Settings

@@ -35,8 +35,8 @@ from quant.calibrate import windows_from_text
 from quant.choices import Question
 from quant.scheme import PRESETS, Scheme
 from service.evaluating import in_storages
-from service.models.families import ModelConfig, smooth_groups
-from service.models.loader import pick_device, pick_dtype
+from service.models.config import ModelConfig, smooth_groups
+from service.models.devices import pick_device, pick_dtype
 from service.models.prepare import Calibration, resolve_model
 from service.quality import Row, measure_quality
 from service.quality_plot import draw

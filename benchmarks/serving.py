@@ -28,10 +28,12 @@ from service.engine.request import Request
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.hosting import cache_budget
+from service.models.config import ModelConfig
 from service.models.decoder import Decoder
-from service.models.families import ModelConfig
-from service.models.loader import load_decoder, pick_device, pick_dtype, random_decoder
+from service.models.devices import pick_device, pick_dtype
+from service.models.loader import load_decoder
 from service.models.prepare import Calibration, quantized_folder, resolve_model
+from service.models.random_weights import random_decoder
 from service.settings import Settings
 from service.speed import drive
 

@@ -222,3 +222,8 @@ class InvalidSettings(StartupError):
 
 class SelfCheckFailed(StartupError):
     """A variant's output is not finite or disagrees wildly with the baseline's."""
+
+
+def first_line(error: BaseException) -> str:
+    """An exception told in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

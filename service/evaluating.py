@@ -14,8 +14,8 @@ from rich.console import Console
 from quant.scheme import KVStorage, Scheme
 from service.certificate import birth_certificate
 from service.errors import InvalidSettings
-from service.models.families import ModelConfig
-from service.models.loader import pick_device, pick_dtype
+from service.models.config import ModelConfig
+from service.models.devices import pick_device, pick_dtype
 from service.models.prepare import Calibration, Progress, resolve_model, text_windows
 from service.quality import Row, load_questions, measure_quality
 from service.quality_report import as_json, layer_tables, layer_verdict, quality_table

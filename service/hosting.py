@@ -19,10 +19,12 @@ from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
 from service.errors import InvalidSettings, SelfCheckFailed
+from service.models.config import ModelConfig
 from service.models.decoder import Decoder
-from service.models.families import ModelConfig
-from service.models.loader import decoder_of, pick_device, pick_dtype, random_decoder, refuse_unsafe
+from service.models.devices import pick_device, pick_dtype
+from service.models.loader import decoder_of, refuse_unsafe
 from service.models.prepare import Calibration, Progress, is_quantized, quantized_folder, resolve_model, silent
+from service.models.random_weights import random_decoder
 from service.one_token import describe_one_token
 from service.self_check import check, check_prompts
 from service.settings import BASELINE, Settings

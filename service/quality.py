@@ -20,9 +20,10 @@ from quant.layer_errors import LinearError, linear_errors
 from quant.scheme import Scheme
 from service.errors import InvalidSettings, UnsupportedModel
 from service.models.attention import KVCache, Rows
+from service.models.config import ModelConfig, linear_names, smooth_groups
 from service.models.decoder import Decoder, Layer, score
-from service.models.families import ModelConfig, linear_names, smooth_groups
-from service.models.loader import load_decoder, pick_device, pick_dtype
+from service.models.devices import pick_device, pick_dtype
+from service.models.loader import load_decoder
 from service.models.prepare import Calibration, Progress, calibration_windows, is_quantized, quantize_model, silent
 from service.settings import Settings
 from service.speed import decode_tokens_per_s

@@ -16,10 +16,10 @@ from quant.checkpoint import Checkpoint, CheckpointError
 from quant.scheme import Scheme
 from service.engine.device_thread import DeviceThread
 from service.engine.runner import Runner
-from service.errors import EngineFailed, ReloadFailed, StartupError
+from service.errors import EngineFailed, ReloadFailed, StartupError, first_line
 from service.hosting import Host, Variant, cache_blocks, variant_notes
+from service.models.config import ModelConfig
 from service.models.decoder import Decoder
-from service.models.families import ModelConfig, first_line
 from service.models.loader import refuse_unsafe
 from service.models.prepare import is_quantized
 from service.models.weights import Linear, Weights

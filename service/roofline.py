@@ -15,8 +15,8 @@ from rich.table import Table
 
 from quant.gpus import GPUS, Gpu
 from quant.roofline import FLOWS, SHAPES, Flow, ModelShape, Prediction, Step, crossover_tokens, predict
-from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel
-from service.models.families import ModelConfig, first_line
+from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel, first_line
+from service.models.config import ModelConfig
 
 MEASURED_AS: dict[str, Flow] = {"fp16": "fp16", "torchao": "int8", "w8a8": "dataflow"}
 """Which dataflow a variant of a benchmark runs: torchao's time of a Linear includes the quantization of its input."""

@@ -17,9 +17,9 @@ from quant.inputs import gather
 from quant.layers import LayerStream
 from quant.scheme import PRESETS
 from service.engine.api import SamplingParams
+from service.models.config import ModelConfig, linear_names
 from service.models.decoder import score
 from service.models.demo import prepare_demo_model
-from service.models.families import ModelConfig, linear_names
 from service.models.loader import load_decoder
 from service.models.prepare import Calibration, quantize_model, text_windows
 from service.quality import measure_quality

@@ -17,7 +17,7 @@ from quant.checkpoint import Checkpoint, CheckpointError
 from quant.scheme import PRESETS, Scheme
 from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint, UnsupportedModel
 from service.models import demo, prepare
-from service.models.loader import pick_device
+from service.models.devices import pick_device
 from service.models.prepare import (
     Calibration,
     calibration_text,

@@ -10,7 +10,7 @@ from torch import Tensor
 import kernels
 from kernels import Quantized
 from quant.fused import fuse, take_rows
-from service.models.families import ModelConfig
+from service.models.config import ModelConfig
 from service.models.weights import Linear, Weights, norm_weight
 
 

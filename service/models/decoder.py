@@ -10,7 +10,7 @@ from kernels import Quantized
 from quant.linear import FloatLinear
 from quant.scheme import KVStorage
 from service.models.attention import Attention, KVCache, Rows
-from service.models.families import ModelConfig
+from service.models.config import ModelConfig
 from service.models.mlp import Experts, load_mlp
 from service.models.weights import Linear, Norm, Weights
 

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-import torch
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from quant.smooth import SmoothGroup
-from service.errors import UnsupportedModel
 from service.models.family import ExpertShape, Family, Names
-from service.models.positions import max_positions, refuse_rope, rope_parameters, rope_tables
 from service.models.refusals import (
-    Activation,
-    activation_of,
     gemma3_unserved,
     gpt2_unserved,
     opt_unserved,
-    refuse_head_size,
-    windows_of,
 )
-from service.models.smoothing import layer_groups, layer_linears
 
 GEMMA_NAMES = Names(
     post_attention_norm="post_attention_layernorm",
@@ -143,153 +131,3 @@ FAMILIES = {
         is_parallel=lambda c: c.use_parallel_residual,
     ),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """What the decoder needs to know of a model.
-
-    scale: multiplies q k^T.   soft_cap, logit_cap: bounds of the scores and of the logits, or None.
-    windows: of each layer the keys that a token sees, or None for all.
-    experts: None where no layer has any.
-    num_positions: that the model was made for.
-    rope: [max_model_len, R] float32, cosines then sines by position, R 0 where positions are learned.
-    local_rope: the same for layers with a window where these turn otherwise, else None.
-    """
-
-    family: str
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    vocab_size: int
-    norm_eps: float
-    activation: Activation
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    is_parallel: bool
-    is_tied: bool
-    scale: float
-    soft_cap: float | None
-    logit_cap: float | None
-    windows: tuple[int | None, ...]
-    experts: ExpertShape | None
-    num_positions: int
-    max_model_len: int
-    dtype: torch.dtype
-    rope: Tensor = field(repr=False, compare=False)
-    local_rope: Tensor | None = field(repr=False, compare=False)
-
-    @classmethod
-    def load(cls, folder: Path, max_model_len: int | None = None) -> ModelConfig:
-        """Read config.json of a model folder.
-
-        Args:
-            folder: holds config.json.
-            max_model_len: positions to serve; None for as many as the model was made for, at most 8192.
-
-        Raises:
-            UnsupportedModel: no config.json, a family outside the table, or a feature of it that is not served.
-        """
-        if not (folder / "config.json").is_file():
-            raise UnsupportedModel(f"{folder} is not a model folder: it has no config.json")
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, KeyError, OSError) as error:
-            raise UnsupportedModel(f"{folder}/config.json cannot be read: {first_line(error)}") from error
-        return cls.of(config, max_model_len)
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, max_model_len: int | None = None) -> ModelConfig:
-        """Map a Hugging Face configuration; raises UnsupportedModel as `load` does."""
-        family = FAMILIES.get(config.model_type)
-        if family is None:
-            raise UnsupportedModel(
-                f"model family {config.model_type!r} is not served; the families are {', '.join(FAMILIES)}"
-            )
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        refuse_head_size(head_size)
-        for parameters in rope_parameters(config).values():
-            refuse_rope(parameters, family.has_partial_rope, head_size)
-        reason = family.unserved(config)
-        if reason is not None:
-            raise UnsupportedModel(reason)
-        length = _served_len(config, max_model_len)
-        rope, local_rope = rope_tables(config, head_size, length)
-        return cls(
-            family=config.model_type,
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=_first(config, "ffn_dim", "n_inner", "intermediate_size") or 4 * config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=_first(config, "num_key_value_heads", "num_attention_heads"),
-            head_size=head_size,
-            vocab_size=config.vocab_size,
-            norm_eps=_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") or 1e-5,
-            activation=activation_of(config, family.is_gated),
-            qkv_bias=family.qkv_bias(config),
-            o_bias=family.o_bias(config),
-            mlp_bias=family.mlp_bias(config),
-            is_parallel=family.is_parallel(config),
-            is_tied=config.tie_word_embeddings,
-            scale=(_first(config, "query_pre_attn_scalar") or head_size) ** -0.5,
-            soft_cap=_first(config, "attn_logit_softcapping"),
-            logit_cap=_first(config, "final_logit_softcapping"),
-            windows=windows_of(config) if family.has_window else (None,) * config.num_hidden_layers,
-            experts=family.experts(config),
-            num_positions=config.max_position_embeddings,
-            max_model_len=length,
-            dtype=config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16,
-            rope=rope,
-            local_rope=local_rope,
-        )
-
-    @property
-    def layout(self) -> Family:
-        """Its family's row."""
-        return FAMILIES[self.family]
-
-    @property
-    def cache_elements_per_token(self) -> int:
-        """Key and value elements that one token adds, over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_size
-
-    def num_experts(self, index: int) -> int:
-        """Of a layer; 0 where it has one MLP for all tokens."""
-        return self.experts.count if self.experts is not None and index in self.experts.layers else 0
-
-
-def linear_names(config: ModelConfig) -> list[str]:
-    """The Linears that a scheme quantizes: all but the head and routers."""
-    layers = range(config.num_layers)
-    return [name for i in layers for name in layer_linears(config.layout, i, config.num_experts(i))]
-
-
-def smooth_groups(config: ModelConfig) -> list[SmoothGroup]:
-    """Where a migration can be folded without a trace; see `layer_groups`."""
-    is_up_linear = config.layout.is_gated or config.activation == "relu"
-    heads = config.num_heads // config.num_kv_heads, config.head_size
-    layers = range(config.num_layers)
-    return [
-        group for i in layers for group in layer_groups(config.layout, i, config.num_experts(i), is_up_linear, *heads)
-    ]
-
-
-def first_line(error: BaseException) -> str:
-    """An exception told in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _served_len(config: PreTrainedConfig, max_model_len: int | None) -> int:
-    limit = max_positions(config)
-    if max_model_len is not None and max_model_len > limit:
-        raise UnsupportedModel(f"max_model_len {max_model_len} exceeds the {limit} positions this model was made for")
-    return max_model_len or min(limit, 8192)
-
-
-def _first(config: PreTrainedConfig, *keys: str) -> Any:
-    """The first of these that the configuration sets."""
-    return next((value for key in keys if (value := getattr(config, key, None)) is not None), None)

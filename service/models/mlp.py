@@ -10,7 +10,7 @@ from torch import Tensor
 import kernels
 from kernels import Quantized, ToInt8
 from quant.fused import GatedLinear, take_rows
-from service.models.families import ModelConfig
+from service.models.config import ModelConfig
 from service.models.weights import Linear, Weights
 
 Product = Callable[[Tensor, ToInt8 | None], Tensor | Quantized]

@@ -24,10 +24,11 @@ from quant.convert import quantize_checkpoint, refuse_occupied
 from quant.scheme import Scheme
 from quant.sums import first_damaged
 from quant.tensors import read_json
-from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel
+from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel, first_line
+from service.models.config import ModelConfig, linear_names, smooth_groups
 from service.models.demo import prepare_demo_model
-from service.models.families import ModelConfig, first_line, linear_names, smooth_groups
-from service.models.loader import load_decoder, pick_dtype, refuse_unsafe
+from service.models.devices import pick_dtype
+from service.models.loader import load_decoder, refuse_unsafe
 
 FETCHED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 """What is downloaded of a model: never pickled weights, never code."""

@@ -9,7 +9,7 @@ from torch import Tensor
 import kernels
 from kernels import Quantized, ToInt8
 from quant.linear import FloatLinear, Int8Linear
-from service.models.families import ModelConfig
+from service.models.config import ModelConfig
 
 Linear = FloatLinear | Int8Linear
 

@@ -22,7 +22,7 @@ from benchmarks.shapes import SHAPES, linear_sizes
 from benchmarks.tables import table
 from benchmarks.timing import Absent, Call, Roofs, Unsupported, Work, WrongResult, measure, result_row, take_turns
 from kernels import Quantized
-from service.models.families import ModelConfig
+from service.models.config import ModelConfig
 
 H100 = "NVIDIA H100 80GB HBM3"
 ROOFS = Roofs(copy_gb_per_s=3000.0, int8_tops=1979.0)

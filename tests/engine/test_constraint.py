@@ -19,8 +19,8 @@ from service.engine.scheduler import Chunk
 from service.engine.token_mask import TokenMask
 from service.errors import EngineFailed
 from service.grammar import JsonCompiler
-from service.models.families import ModelConfig
-from service.models.loader import random_decoder
+from service.models.config import ModelConfig
+from service.models.random_weights import random_decoder
 from tests.engine.lateness import start_late
 from tests.engine.test_loop import CPU, PROMPTS, make_engine
 from tests.models.conftest import make_model

@@ -16,9 +16,10 @@ from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
+from service.models.config import ModelConfig, linear_names
 from service.models.decoder import Decoder, score
-from service.models.families import ModelConfig, linear_names
-from service.models.loader import RandomWeights, load_decoder, random_decoder
+from service.models.loader import load_decoder
+from service.models.random_weights import RandomWeights, random_decoder
 from tests.engine.test_constraint import EOS, JSON, SCHEMA, finished, text_of
 from tests.engine.test_loop import PROMPTS, collect_all
 from tests.models.conftest import TINY, make_model, tiny  # noqa: F401 (a fixture)

@@ -14,8 +14,8 @@ from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from service.models.families import ModelConfig
-from service.models.loader import random_decoder
+from service.models.config import ModelConfig
+from service.models.random_weights import random_decoder
 from tests.engine.test_loop import PROMPTS, collect_all
 from tests.models.conftest import make_model
 

@@ -18,8 +18,9 @@ from service.engine.loop import EngineLoop
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.errors import QueueFull
-from service.models.families import ModelConfig
-from service.models.loader import load_decoder, random_decoder
+from service.models.config import ModelConfig
+from service.models.loader import load_decoder
+from service.models.random_weights import random_decoder
 from tests.engine.fakes import ScriptedRunner
 from tests.models.conftest import make_model, tiny  # noqa: F401 (a fixture)
 

@@ -11,8 +11,8 @@ import torch
 from quant.scheme import PRESETS
 from service.engine.api import FinishReason, SamplingParams
 from service.errors import EngineFailed
-from service.models.families import ModelConfig
-from service.models.loader import random_decoder
+from service.models.config import ModelConfig
+from service.models.random_weights import random_decoder
 from tests.engine.lateness import start_late
 from tests.engine.test_constraint import Only, finished
 from tests.engine.test_loop import CPU, PROMPTS, make_engine

@@ -13,8 +13,9 @@ from service.engine import prompt_logprobs
 from service.engine.api import FinishReason, SamplingParams
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from service.models.families import ModelConfig
-from service.models.loader import load_decoder, random_decoder
+from service.models.config import ModelConfig
+from service.models.loader import load_decoder
+from service.models.random_weights import random_decoder
 from service.speed import drive
 from tests.engine.lateness import start_late
 from tests.engine.test_loop import CPU, PROMPTS, make_engine

@@ -13,9 +13,10 @@ from kernels import Quantized
 from quant.linear import Int8Linear
 from quant.scheme import PRESETS, Scheme
 from service.errors import UnsupportedModel
+from service.models.config import ModelConfig, linear_names
 from service.models.decoder import Decoder, score
-from service.models.families import ModelConfig, linear_names
-from service.models.loader import RandomWeights, load_decoder, random_decoder
+from service.models.loader import load_decoder
+from service.models.random_weights import RandomWeights, random_decoder
 from tests.models.conftest import SHAPE, in_chunks
 
 CPU = torch.device("cpu")

@@ -15,10 +15,12 @@ from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import PRESETS
 from quant.smooth import SmoothGroup, divide
 from service.errors import UnsupportedModel
+from service.models.config import ModelConfig, linear_names, smooth_groups
 from service.models.decoder import Decoder, score
-from service.models.families import FAMILIES, ModelConfig, linear_names, smooth_groups
-from service.models.loader import load_decoder, random_decoder
+from service.models.families import FAMILIES
+from service.models.loader import load_decoder
 from service.models.mlp import Experts
+from service.models.random_weights import random_decoder
 from service.models.weights import Linear
 from tests.models.conftest import HALF_ROPE, SHAPE, TINY, in_chunks, make_config, make_model
 

@@ -8,9 +8,9 @@ from transformers import LlamaConfig
 
 from quant.linear import Int8Linear
 from quant.scheme import PRESETS
+from service.models.config import ModelConfig
 from service.models.decoder import score
-from service.models.families import ModelConfig
-from service.models.loader import random_decoder
+from service.models.random_weights import random_decoder
 
 CONFIG = LlamaConfig(
     vocab_size=64,

@@ -5,8 +5,8 @@ import torch
 
 from quant.gpus import GPUS
 from quant.scheme import PRESETS
-from service.models.families import ModelConfig
-from service.models.loader import random_decoder
+from service.models.config import ModelConfig
+from service.models.random_weights import random_decoder
 from service.one_token import BOARDS, describe_one_token, step_work
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 192, 160, 340, 2

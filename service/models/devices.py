@@ -1,0 +1,33 @@
+"""Where a model runs, and in which float type."""
+
+from __future__ import annotations
+
+import torch
+
+from service.errors import InvalidSettings
+from service.models.config import ModelConfig
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to serve on: "auto" is CUDA where there is one.
+
+    Raises:
+        InvalidSettings: CUDA is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidSettings("device = 'cuda': no CUDA GPU is visible here; use device auto or cpu")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The float type to serve in.
+
+    "auto": the model's own on a GPU; on a CPU bfloat16 where it has bf16 instructions, else float32.
+    """
+    if name != "auto":
+        return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if device.type == "cuda":
+        return config.dtype
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32

@@ -1,0 +1,73 @@
+"""Weights of a model's shapes without its values, for tests of speed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import CODE_MAX
+from quant.linear import FloatLinear, Int8Linear
+from quant.scheme import Scheme
+from service.models.config import ModelConfig, linear_names
+from service.models.decoder import Decoder
+
+
+class RandomWeights:
+    """Weights of a model's shapes without its values: speed does not depend on them as long as they are random.
+
+    Args:
+        scheme: which Linears are int8, and how.
+        int8_names: the Linears a scheme quantizes.
+        dtype: of everything float.
+        seed: of the numbers.
+    """
+
+    def __init__(
+        self, scheme: Scheme, int8_names: list[str], dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> None:
+        self.scheme = scheme
+        self.dtype = dtype
+        self.device = device
+        self._int8_names = frozenset(int8_names if scheme.is_int8 else ())
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A norm's weight, the only one of one dimension, about 1; anything else about 0, spread 1 / sqrt(columns)."""
+        noise = torch.randn(shape, dtype=self.dtype, device=self.device, generator=self._generator)
+        return 1 + 0.1 * noise if name.endswith(".weight") and len(shape) == 1 else noise.mul_(shape[-1] ** -0.5)
+
+    def linear(
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        has_bias: bool,
+        is_transposed: bool = False,  # noqa: ARG002 (random numbers are stored in no order)
+    ) -> FloatLinear | Int8Linear:
+        bias = self.tensor(name + ".bias", (out_features,)) if has_bias else None
+        activation = self.scheme.activation
+        if name not in self._int8_names or activation == "float":
+            return FloatLinear(self.tensor(name + ".weight", (out_features, in_features)), bias)
+        codes = torch.randint(
+            -CODE_MAX, CODE_MAX + 1, (out_features, in_features), device=self.device, generator=self._generator
+        )
+        # Uniform codes have the standard deviation 127 / sqrt(3): this scale gives real weights 1 / sqrt(K) of it.
+        spread = 3**0.5 / CODE_MAX * in_features**-0.5
+        scale = torch.full(self._scale_shape(out_features, in_features), spread, device=self.device)
+        input_scale = torch.full((1,), 4.0 / CODE_MAX, device=self.device) if activation == "static" else None
+        outliers = self.scheme.outliers
+        return Int8Linear(codes.to(torch.int8), scale, bias, activation, input_scale, self.dtype, outliers=outliers)
+
+    def _scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        group_size = self.scheme.fitted([in_features]).group_size
+        if group_size is not None:
+            return out_features, in_features // group_size
+        return (1,) if self.scheme.weight == "tensor" else (out_features,)
+
+
+def random_decoder(
+    config: ModelConfig, scheme: Scheme, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Decoder:
+    """A decoder of a model's shapes with random weights."""
+    with torch.inference_mode():
+        return Decoder(config, RandomWeights(scheme, linear_names(config), dtype, device, seed), scheme.kv)
