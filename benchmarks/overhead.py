@@ -53,11 +53,13 @@ from service.logs import configure_logging
 from service.models.config import ModelConfig
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
-from service.models.prepare import Calibration, calibration_text, quantized_folder, resolve_model
 from service.models.random_weights import random_decoder
 from service.server import STOP_S, Server
 from service.server_options import allow_open_files
 from service.settings import Settings
+from service.store.calibration import Calibration, calibration_text
+from service.store.quantized import quantized_folder
+from service.store.resolve import resolve_model
 from service.tokenizer import Tokenizer
 
 VARIANT = "w8a8"

@@ -37,11 +37,12 @@ from quant.scheme import PRESETS, Scheme
 from service.evaluating import in_storages
 from service.models.config import ModelConfig, smooth_groups
 from service.models.devices import pick_device, pick_dtype
-from service.models.prepare import Calibration, resolve_model
 from service.quality import Row, measure_quality
 from service.quality_plot import draw
 from service.settings import Settings, load_settings
 from service.speed import SPEED_OF
+from service.store.calibration import Calibration
+from service.store.resolve import resolve_model
 
 TEXT_WHEEL = "exllamav2==0.3.2"
 TEXT_MEMBER = "exllamav2/conversion/standard_cal_data/wiki.utf8"

@@ -32,10 +32,12 @@ from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
-from service.models.prepare import Calibration, quantized_folder, resolve_model
 from service.models.random_weights import random_decoder
 from service.settings import Settings
 from service.speed import drive
+from service.store.calibration import Calibration
+from service.store.quantized import quantized_folder
+from service.store.resolve import resolve_model
 
 
 def main() -> None:

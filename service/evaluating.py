@@ -16,10 +16,12 @@ from service.certificate import birth_certificate
 from service.errors import InvalidSettings
 from service.models.config import ModelConfig
 from service.models.devices import pick_device, pick_dtype
-from service.models.prepare import Calibration, Progress, resolve_model, text_windows
 from service.quality import Row, load_questions, measure_quality
 from service.quality_report import as_json, layer_tables, layer_verdict, quality_table
 from service.settings import Settings
+from service.store.calibration import Calibration, text_windows
+from service.store.progress import Progress
+from service.store.resolve import resolve_model
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,14 @@ from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import decoder_of, refuse_unsafe
-from service.models.prepare import Calibration, Progress, is_quantized, quantized_folder, resolve_model, silent
 from service.models.random_weights import random_decoder
 from service.one_token import describe_one_token
 from service.self_check import check, check_prompts
 from service.settings import BASELINE, Settings
+from service.store.calibration import Calibration
+from service.store.progress import Progress, silent
+from service.store.quantized import quantized_folder
+from service.store.resolve import is_quantized, resolve_model
 from service.tokenizer import Tokenizer
 
 CPU_CACHE_BYTES = 2**30

@@ -24,9 +24,12 @@ from service.models.config import ModelConfig, linear_names, smooth_groups
 from service.models.decoder import Decoder, Layer, score
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
-from service.models.prepare import Calibration, Progress, calibration_windows, is_quantized, quantize_model, silent
 from service.settings import Settings
 from service.speed import decode_tokens_per_s
+from service.store.calibration import Calibration, calibration_windows
+from service.store.progress import Progress, silent
+from service.store.quantized import quantize_model
+from service.store.resolve import is_quantized
 
 LAYER_WINDOWS = 4
 """Windows over which Linears and layers are compared: their errors differ little from window to window."""

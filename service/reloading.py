@@ -21,12 +21,12 @@ from service.hosting import Host, Variant, cache_blocks, variant_notes
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.loader import refuse_unsafe
-from service.models.prepare import is_quantized
 from service.models.weights import Linear, Weights
 from service.process import settle
 from service.reloads import Reloaded
 from service.self_check import CHECK_PROMPTS
 from service.settings import BASELINE, Settings
+from service.store.resolve import is_quantized
 from service.tokenizer import Tokenizer
 
 P = ParamSpec("P")

@@ -19,11 +19,12 @@ from quant.scheme import PRESETS
 from service.engine.api import SamplingParams
 from service.models.config import ModelConfig, linear_names
 from service.models.decoder import score
-from service.models.demo import prepare_demo_model
 from service.models.loader import load_decoder
-from service.models.prepare import Calibration, quantize_model, text_windows
 from service.quality import measure_quality
 from service.settings import Settings
+from service.store.calibration import Calibration, text_windows
+from service.store.demo import prepare_demo_model
+from service.store.quantized import quantize_model
 from service.tokenizer import Tokenizer
 from tests.engine.test_loop import collect_all, make_engine
 

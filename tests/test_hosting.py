@@ -19,9 +19,10 @@ from quant.scheme import PRESETS, Scheme
 from service.app import create_app
 from service.errors import InvalidSettings, StartupError, UnsupportedModel
 from service.hosting import Host, open_host
-from service.models.prepare import Calibration, quantize_model, quantized_folder
 from service.self_check import MAX_KL
 from service.settings import Settings
+from service.store.calibration import Calibration
+from service.store.quantized import quantize_model, quantized_folder
 from tests.service.harness import client_of
 from tests.test_prepare import change_tensors, save_tiny_model
 

@@ -16,17 +16,11 @@ from safetensors.torch import load_file, save_file
 from quant.checkpoint import Checkpoint, CheckpointError
 from quant.scheme import PRESETS, Scheme
 from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint, UnsupportedModel
-from service.models import demo, prepare
 from service.models.devices import pick_device
-from service.models.prepare import (
-    Calibration,
-    calibration_text,
-    calibration_windows,
-    is_quantized,
-    quantize_model,
-    quantized_folder,
-    resolve_model,
-)
+from service.store import demo, quantized
+from service.store.calibration import Calibration, calibration_text, calibration_windows
+from service.store.quantized import quantize_model, quantized_folder
+from service.store.resolve import is_quantized, resolve_model
 from tests.models.conftest import make_model
 from tests.service.test_tokenizer import byte_level_backend, save
 
@@ -129,7 +123,7 @@ def test_only_data_is_fetched(tmp_path, monkeypatch):
         asked[name] = options
         return str(tmp_path)
 
-    monkeypatch.setattr(prepare, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(quantized, "snapshot_download", snapshot_download)
     assert resolve_model("owner/model", tmp_path) == tmp_path
     patterns = asked["owner/model"]["allow_patterns"]
     assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py", ".pkl", "*")) for pattern in patterns)
@@ -220,9 +214,9 @@ def test_a_model_too_large_to_be_loaded_whole_reads_pythons_help_topics(tiny_fol
     def loaded(*_args, **_kwargs):
         raise AssertionError("the whole model was loaded")
 
-    monkeypatch.setattr(prepare, "SELF_WRITTEN_MAX_BYTES", 1000)
-    monkeypatch.setattr(prepare.AutoModelForCausalLM, "from_pretrained", loaded)
-    expected = prepare.text_windows(tiny_folder, None, 2, 32)
+    monkeypatch.setattr(quantized, "SELF_WRITTEN_MAX_BYTES", 1000)
+    monkeypatch.setattr(quantized.AutoModelForCausalLM, "from_pretrained", loaded)
+    expected = quantized.text_windows(tiny_folder, None, 2, 32)
     assert torch.equal(calibration_windows(tiny_folder, SHORT, CPU), expected)
     assert SHORT.describe(tiny_folder) == "64 tokens of Python's help topics"
 
@@ -264,7 +258,7 @@ def test_quantizing_refuses_before_it_calibrates(tiny_folder, int8_folder, tmp_p
     def calibrated(*_args, **_kwargs):
         raise AssertionError("calibrated first")
 
-    monkeypatch.setattr(prepare, "calibration_windows", calibrated)
+    monkeypatch.setattr(quantized, "calibration_windows", calibrated)
     (tmp_path / "precious.txt").write_text("")
     with pytest.raises(FileExistsError, match="exists and is not empty; remove it or name another folder"):
         quantize_model(tiny_folder, tmp_path, W8A8, SHORT, CPU)

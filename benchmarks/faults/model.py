@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quant.scheme import PRESETS
-from service.models.demo import prepare_demo_model
-from service.models.prepare import Calibration, quantize_model
 from service.settings import Settings
+from service.store.calibration import Calibration
+from service.store.demo import prepare_demo_model
+from service.store.quantized import quantize_model
 
 WEIGHTS = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"

@@ -21,7 +21,8 @@ Examples:
   $ ottava serve OUT --baseline FOLDER        # then
 """
 
-loader, prepare = Later("service.models.loader"), Later("service.models.prepare")
+calibrations, devices = Later("service.store.calibration"), Later("service.models.devices")
+resolve, quantized = Later("service.store.resolve"), Later("service.store.quantized")
 
 
 @takes_settings("alpha", "kv_cache", "calibration", "calibration_windows", "seed", "cache_dir", "device", "config")
@@ -42,8 +43,8 @@ def quantize(
             raise InvalidSettings(f"scheme {scheme!r} is float: there is nothing to quantize")
         with progress() as on_progress:
             name = None if model == "demo" else model
-            source = prepare.resolve_model(name, chosen.cache_dir, lambda stage: on_progress(stage, 0, 0))
-            ranges_from = prepare.Calibration(chosen.calibration, chosen.seed, chosen.calibration_windows)
-            device = loader.pick_device(chosen.device)
-            prepare.quantize_model(source, out, recipe, ranges_from, device, on_progress)
+            source = resolve.resolve_model(name, chosen.cache_dir, lambda stage: on_progress(stage, 0, 0))
+            ranges_from = calibrations.Calibration(chosen.calibration, chosen.seed, chosen.calibration_windows)
+            device = devices.pick_device(chosen.device)
+            quantized.quantize_model(source, out, recipe, ranges_from, device, on_progress)
     typer.echo(f"{out}: {recipe.name}, {recipe.describe()}")

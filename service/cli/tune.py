@@ -24,7 +24,7 @@ Examples:
   $ ottava tune FOLDER --table my-gpu.json     # for one model's shapes
 """
 
-families, prepare = Later("service.models.families"), Later("service.models.prepare")
+configs, resolve = Later("service.models.config"), Later("service.store.resolve")
 torch, tuning = Later("torch"), Later("kernels.tune")
 
 
@@ -44,7 +44,7 @@ def tune(
         chosen = load_settings(**settings)
         if not torch.cuda.is_available():
             raise InvalidSettings("tuning measures a CUDA GPU, and none is visible here; run it where one is")
-        shapes = COMMON_SHAPES if model is None else _linear_shapes(prepare.resolve_model(model, chosen.cache_dir))
+        shapes = COMMON_SHAPES if model is None else _linear_shapes(resolve.resolve_model(model, chosen.cache_dir))
         with progress() as on_progress:
             choices = tuning.tune(shapes, path=table, on_progress=lambda d, n: on_progress("measuring tiles", d, n))
     for choice in choices:
@@ -54,7 +54,7 @@ def tune(
 
 def _linear_shapes(folder: Path) -> list[tuple[int, int]]:
     """(N, K) of the Linears of a model as the decoder fuses them."""
-    config = families.ModelConfig.load(folder)
+    config = configs.ModelConfig.load(folder)
     hidden, size = config.hidden_size, config.head_size
     inner = config.intermediate_size if config.experts is None else config.experts.intermediate_size
     qkv, up = (config.num_heads + 2 * config.num_kv_heads) * size, (1 + config.layout.is_gated) * inner

@@ -9,7 +9,8 @@ from quant.checkpoint import Checkpoint, CheckpointError
 from quant.layer_errors import linear_errors
 from quant.scheme import PRESETS, Scheme
 from service.models.config import ModelConfig, linear_names, smooth_groups
-from service.models.prepare import Calibration, quantize_model
+from service.store.calibration import Calibration
+from service.store.quantized import quantize_model
 from tests.test_prepare import change_tensors, save_tiny_model
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from quant.scheme import PRESETS, Scheme
 from quant.search import ALPHAS, BALANCES, THRESHOLDS, smooth_layer
 from quant.smooth import Channels, SmoothGroup
 from quant.split import Split
-from service.models.prepare import quantize_model
+from service.store.quantized import quantize_model
 from tests.quant.test_layer_errors import CPU, SHORT, errors
 from tests.test_prepare import change_tensors, save_tiny_model
 

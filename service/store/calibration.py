@@ -1,0 +1,119 @@
+"""The tokens that a scheme is fitted to, and that quality is measured on."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quant.calibrate import self_written, windows_from_text
+from service.errors import InvalidSettings, UnsupportedModel, first_line
+from service.models.config import ModelConfig
+from service.models.devices import pick_dtype
+from service.models.loader import load_decoder
+from service.store.progress import Progress, silent
+
+SELF_WRITTEN_TOKENS = 128
+"""Longest window that the model writes itself: many short ones differ more, and are written in fewer steps."""
+
+
+SELF_WRITTEN_MAX_BYTES = 2 * 2**30
+"""Largest float weights of a model that writes its own calibration text: to write, it must be in memory as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The tokens that a scheme is fitted to.
+
+    text: a UTF-8 file; None lets a model of up to SELF_WRITTEN_MAX_BYTES write its own text (seed), and gives a larger
+        one the standard library's help topics.
+    seed: of self-written text, and of the choice of tokens that smoothing and ranges are judged by.
+    num_windows, window_len: how much of it is read, in windows of so many tokens.
+    offset: windows skipped at the start of a text, where another use reads those.
+    """
+
+    text: Path | None = None
+    seed: int = 0
+    num_windows: int = 8
+    window_len: int = 512
+    offset: int = 0
+
+    def is_self_written(self, folder: Path) -> bool:
+        """Whether the model of a folder writes the text itself."""
+        num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return self.text is None and num_bytes <= SELF_WRITTEN_MAX_BYTES
+
+    def describe(self, folder: Path) -> str:
+        """What a model of that folder is calibrated on, in words."""
+        source = "Python's help topics" if self.text is None else self.text.name
+        if self.is_self_written(folder):
+            source = f"text that the model wrote itself, seed {self.seed}"
+        return f"{self.num_windows * self.window_len} tokens of {source}"
+
+
+def calibration_text(path: Path | None) -> str:
+    """A UTF-8 text file, or the standard library's help topics (0.47 MB of English) where none is named.
+
+    Raises:
+        InvalidSettings: the file cannot be read.
+    """
+    if path is None:
+        return "\n\n".join(pydoc_data.topics.topics.values())
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettings(f"the text {path} cannot be read: {first_line(error)}") from error
+
+
+def text_windows(folder: Path, path: Path | None, num_windows: int, window_len: int, offset: int = 0) -> Tensor:
+    """Windows of a text (see `calibration_text`) by a model's tokenizer, [num_windows, window_len] int64.
+
+    Raises:
+        InvalidSettings: the text cannot be read or is too short.
+        UnsupportedModel: the folder has no usable tokenizer.
+    """
+    text = calibration_text(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
+    try:
+        return windows_from_text(tokenizer, text, num_windows, window_len, offset)
+    except ValueError as error:
+        raise InvalidSettings(f"text {path or 'of the standard library'}: {error}") from error
+
+
+def calibration_windows(
+    folder: Path, calibration: Calibration, device: torch.device, on_progress: Progress = silent
+) -> Tensor:
+    """The tokens that a model is calibrated on, [n, L] int64.
+
+    Raises:
+        InvalidSettings: the calibration text cannot be read or is too short.
+        CheckpointError: a tensor is missing, corrupt or of another shape.
+        UnsupportedModel: the model cannot write, as its logits are not finite.
+    """
+    config = ModelConfig.load(folder)
+    # transformers gives a missing tensor random values, so names and shapes are checked before it is asked.
+    load_decoder(folder, None, torch.device("meta"))
+    if not calibration.is_self_written(folder):
+        window_len = min(calibration.window_len, config.max_model_len)
+        return text_windows(folder, calibration.text, calibration.num_windows, window_len, calibration.offset)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=pick_dtype("auto", config, device), device_map=str(device), trust_remote_code=False
+    )
+    window_len = min(calibration.window_len, SELF_WRITTEN_TOKENS, config.max_model_len)
+    try:
+        return self_written(
+            model,
+            calibration.num_windows * calibration.window_len // window_len,
+            window_len,
+            calibration.seed,
+            lambda done, total: on_progress("writing calibration text", done, total),
+        )
+    except ValueError as error:
+        raise UnsupportedModel(f"{folder} cannot be calibrated: {error}") from error

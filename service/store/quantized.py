@@ -1,0 +1,105 @@
+"""The int8 checkpoint of a float model: quantized once, kept in the cache, checked at each start."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from kernels import __version__
+from quant.convert import quantize_checkpoint, refuse_occupied
+from quant.scheme import Scheme
+from quant.sums import first_damaged
+from service.errors import UnsupportedModel
+from service.models.config import ModelConfig, linear_names, smooth_groups
+from service.store.calibration import Calibration, calibration_windows
+from service.store.progress import Progress, silent
+from service.store.resolve import is_quantized
+
+logger = logging.getLogger(__name__)
+
+
+def quantize_model(
+    source: Path,
+    out: Path,
+    scheme: Scheme,
+    calibration: Calibration,
+    device: torch.device,
+    on_progress: Progress = silent,
+    windows: Tensor | None = None,
+) -> None:
+    """Write the int8 checkpoint of a float model folder. Interrupted and called again, it goes on where it stopped.
+
+    Args:
+        windows: what `calibration_windows` gave, where it is known already.
+
+    Raises:
+        UnsupportedModel: the source is quantized already, not of a served family, or holds values that are not finite.
+        FileExistsError: out exists and is not empty.
+    """
+    # Known before minutes of calibration, not after them.
+    refuse_occupied(out)
+    if is_quantized(source):
+        raise UnsupportedModel(f"{source} is quantized already; start from the float model")
+    config = ModelConfig.load(source)
+    if windows is None and scheme.needs_calibration:
+        windows = calibration_windows(source, calibration, device, on_progress)
+    try:
+        quantize_checkpoint(
+            source,
+            out,
+            scheme,
+            smooth_groups(config),
+            linear_names(config),
+            config.dtype,
+            {"calibration": calibration.describe(source) if scheme.needs_calibration else None},
+            windows,
+            device,
+            calibration.seed,
+            lambda done, total, detail: on_progress("quantizing layers", done, total, detail),
+        )
+    except ValueError as error:
+        raise UnsupportedModel(f"{source} cannot be quantized: {error}") from error
+
+
+def quantized_folder(
+    source: Path,
+    scheme: Scheme,
+    calibration: Calibration,
+    cache: Path,
+    device: torch.device,
+    on_progress: Progress = silent,
+) -> Path:
+    """The int8 checkpoint of a float model in the cache, made on the first call for these weights and settings.
+
+    What keys and values are stored in changes none of its tensors: one folder serves both, and says "float". A folder
+    with a file that is not what was written is made anew: a flipped bit of a weight shows nowhere else.
+    """
+    scheme = scheme.with_kv("float")
+    key = _fingerprint(source, scheme, calibration)
+    out = cache / "quantized" / f"{source.resolve().name}-{scheme.name}-{key}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):
+        if out.is_dir() and (name := first_damaged(out)) is not None:
+            logger.warning("%s is not what was written; %s is quantized anew", out / name, source)
+            shutil.rmtree(out)
+        if not out.is_dir():
+            quantize_model(source, out, scheme, calibration, device, on_progress)
+    return out
+
+
+def _fingerprint(source: Path, scheme: Scheme, calibration: Calibration) -> str:
+    """Changes with the weights' files, the scheme, the calibration and the version that quantized."""
+    digest = hashlib.sha256(repr((__version__, scheme, calibration)).encode())
+    if calibration.text is not None and calibration.text.is_file():
+        digest.update(calibration.text.read_bytes())
+    for path in sorted(source.resolve().glob("*")):
+        if path.suffix in (".safetensors", ".json"):
+            status = path.stat()
+            digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()[:12]
