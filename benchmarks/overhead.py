@@ -60,7 +60,7 @@ from service.settings import Settings
 from service.store.calibration import Calibration, calibration_text
 from service.store.quantized import quantized_folder
 from service.store.resolve import resolve_model
-from service.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 
 VARIANT = "w8a8"
 ALONE, GENERATE, COMPLETIONS, HEALTH = "engine alone", "/generate", "/v1/completions", "/health"

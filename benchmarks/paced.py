@@ -17,7 +17,7 @@ from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler, Step
 from service.settings import Settings
-from service.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 
 LETTERS = string.ascii_lowercase
 APART = 97

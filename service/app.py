@@ -21,7 +21,7 @@ from service.routes.openapi import document_events
 from service.routes.serving import Serving
 from service.schemas import Delta
 from service.settings import Settings
-from service.text import TokenizerLike
+from service.text.protocols import TokenizerLike
 from service.tracing import open_tracer
 
 DESCRIPTION = "INT8 W8A8 language-model server, measured live against its FP16 baseline."

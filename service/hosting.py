@@ -31,7 +31,7 @@ from service.store.calibration import Calibration
 from service.store.progress import Progress, silent
 from service.store.quantized import quantized_folder
 from service.store.resolve import is_quantized, resolve_model
-from service.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 
 CPU_CACHE_BYTES = 2**30
 """KV cache of one variant on a CPU unless set."""

@@ -27,7 +27,7 @@ from service.reloads import Reloaded
 from service.self_check import CHECK_PROMPTS
 from service.settings import BASELINE, Settings
 from service.store.resolve import is_quantized
-from service.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 
 P = ParamSpec("P")
 R = TypeVar("R")

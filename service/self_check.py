@@ -10,7 +10,7 @@ from torch import Tensor
 from service.engine.device_thread import DeviceThread
 from service.errors import SelfCheckFailed
 from service.models.decoder import Decoder, score
-from service.text import TokenizerLike
+from service.text.protocols import TokenizerLike
 
 MAX_KL = 2.0
 """Mean KL divergence from the baseline, in nats, above which a variant is refused. Schemes worth serving stay below

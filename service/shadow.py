@@ -16,7 +16,8 @@ from service.engine.api import FinishReason, Token
 from service.engine.request import Engine, Request, Stream
 from service.metrics import ABANDONED, DROPPED, REPLAYED, ServiceMetrics
 from service.schemas import RunMetrics
-from service.text import Output, TokenizerLike
+from service.text.protocols import TokenizerLike
+from service.text.stops import Output
 from service.traffic import Traffic, num_in
 
 IDLE_POLL_S = 0.01

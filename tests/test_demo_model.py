@@ -25,7 +25,7 @@ from service.settings import Settings
 from service.store.calibration import Calibration, text_windows
 from service.store.demo import prepare_demo_model
 from service.store.quantized import quantize_model
-from service.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 from tests.engine.test_loop import collect_all, make_engine
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from quant.checkpoint import Checkpoint, CheckpointError
 from quant.scheme import PRESETS, Scheme
 from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint, UnsupportedModel
 from service.models.devices import pick_device
-from service.store import demo, quantized
+from service.store import calibration, demo, quantized, resolve
 from service.store.calibration import Calibration, calibration_text, calibration_windows
 from service.store.quantized import quantize_model, quantized_folder
 from service.store.resolve import is_quantized, resolve_model
@@ -123,7 +123,7 @@ def test_only_data_is_fetched(tmp_path, monkeypatch):
         asked[name] = options
         return str(tmp_path)
 
-    monkeypatch.setattr(quantized, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(resolve, "snapshot_download", snapshot_download)
     assert resolve_model("owner/model", tmp_path) == tmp_path
     patterns = asked["owner/model"]["allow_patterns"]
     assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py", ".pkl", "*")) for pattern in patterns)
@@ -214,8 +214,8 @@ def test_a_model_too_large_to_be_loaded_whole_reads_pythons_help_topics(tiny_fol
     def loaded(*_args, **_kwargs):
         raise AssertionError("the whole model was loaded")
 
-    monkeypatch.setattr(quantized, "SELF_WRITTEN_MAX_BYTES", 1000)
-    monkeypatch.setattr(quantized.AutoModelForCausalLM, "from_pretrained", loaded)
+    monkeypatch.setattr(calibration, "SELF_WRITTEN_MAX_BYTES", 1000)
+    monkeypatch.setattr(calibration.AutoModelForCausalLM, "from_pretrained", loaded)
     expected = quantized.text_windows(tiny_folder, None, 2, 32)
     assert torch.equal(calibration_windows(tiny_folder, SHORT, CPU), expected)
     assert SHORT.describe(tiny_folder) == "64 tokens of Python's help topics"

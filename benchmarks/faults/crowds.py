@@ -11,7 +11,7 @@ from benchmarks.faults.bench import LONG_TOKENS, Bench, ask_all, questions
 from benchmarks.faults.case import Case, is_right
 from benchmarks.faults.clients import Kind, Question, Seen, ask
 from benchmarks.faults.server import Server
-from service.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 
 NUM_CLIENTS = 1000
 NUM_REQUESTS = 10_000

@@ -1,4 +1,4 @@
-"""What constrains an answer to a grammar: protocols that `service.text.json` implements."""
+"""What constrains an answer to a grammar: protocols that `service.text.protocols.json` implements."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from service.routes.serving import Serving, serving_of
 from service.routes.sse import MARK, Form
 from service.schemas import Answer, Delta, GenerateRequest, GenerateResponse
 from service.settings import BASELINE
-from service.text import TokenizerLike
+from service.text.protocols import TokenizerLike
 
 NO_IDS = [-1]
 """For the ids that change, see `Form`."""

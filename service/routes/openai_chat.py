@@ -32,7 +32,7 @@ from service.routes.reply import answered, streamed
 from service.routes.run import Piece, Run
 from service.routes.serving import serving_of
 from service.schemas import TokenLogprob
-from service.text import TokenizerLike
+from service.text.protocols import TokenizerLike
 
 router = APIRouter(route_class=CountedRoute, tags=["openai"])
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from service.openai_answers import UNLIKELY, ChatLogprob, ChatLogprobs, ChatTopLogprob, CompletionLogprobs
 from service.routes.openai_plans import Prompt
 from service.schemas import TokenLogprob, TopLogprob
-from service.text import TokenizerLike
+from service.text.protocols import TokenizerLike
 
 
 class TextLogprobs:

@@ -14,7 +14,7 @@ from service.openai_schemas import MAX_CHOICES, ChatRequest, CompletionRequest, 
 from service.routes.planning import Room, allowed_timeout, chat_ids, fitting, known_ids, sampling_params, text_ids
 from service.routes.run import Plan
 from service.routes.serving import Serving
-from service.text import TokenizerLike
+from service.text.protocols import TokenizerLike
 
 NUM_SEEDS = 1 << 63
 

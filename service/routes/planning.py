@@ -10,7 +10,7 @@ from service.bodies import Sampling
 from service.engine.api import SamplingParams
 from service.errors import InvalidRequest, PromptTooLong
 from service.settings import Settings
-from service.text import TokenizerLike
+from service.text.protocols import TokenizerLike
 
 THREAD_CHARS = 4096
 """Encoding a shorter text takes less time than the way to another thread and back."""

@@ -19,7 +19,7 @@ from service.routes.serving import Serving
 from service.schemas import Answer, RunMetrics, TokenLogprob, TopLogprob, Usage
 from service.settings import BASELINE
 from service.shadow import Sample
-from service.text import Output
+from service.text.stops import Output
 from service.traffic import Visit
 
 RELEASE_POLL_S = 0.001

@@ -19,7 +19,7 @@ from service.recent import Recent
 from service.reloads import Reload, Reloaded, Reloads
 from service.settings import BASELINE, Settings
 from service.shadow import Shadow
-from service.text import TokenizerLike
+from service.text.protocols import TokenizerLike
 from service.traffic import Traffic, Visit
 
 STARTING = "the start-up self-check is still running"

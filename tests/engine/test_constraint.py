@@ -18,9 +18,9 @@ from service.engine.sampling import SamplingBatch
 from service.engine.scheduler import Chunk
 from service.engine.token_mask import TokenMask
 from service.errors import EngineFailed
-from service.grammar import JsonCompiler
 from service.models.config import ModelConfig
 from service.models.random_weights import random_decoder
+from service.text.json.compiler import JsonCompiler
 from tests.engine.lateness import start_late
 from tests.engine.test_loop import CPU, PROMPTS, make_engine
 from tests.models.conftest import make_model

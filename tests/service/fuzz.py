@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, settings
 from jsonschema import Draft202012Validator
 from transformers import PreTrainedTokenizerFast
 
-from service.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 from tests.service.harness import app_of, two_engines
 from tests.service.test_tokenizer import TEMPLATE, byte_level_backend
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from service.settings import Settings
-from service.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 from tests.service.test_tokenizer import byte_fallback_backend, byte_level_backend
 
 DEMO = "SmolLM2-135M-Instruct"

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from service.errors import InvalidRequest, QueueFull
-from service.grammar import MAX_COMPILING, JsonCompiler, JsonMatcher
-from service.json_grammar import json_grammar
-from service.json_numbers import integer_rule, number_rule
-from service.tokenizer import Tokenizer
+from service.text.json.compiler import MAX_COMPILING, JsonCompiler, JsonMatcher
+from service.text.json.numbers import integer_rule, number_rule
+from service.text.json.schema import json_grammar
+from service.text.tokenizer import Tokenizer
 from tests.service.test_tokenizer import byte_fallback_backend, byte_level_backend
 
 EOS = 0

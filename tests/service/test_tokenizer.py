@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from service.errors import InvalidRequest, UnsupportedModel
-from service.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"

@@ -9,69 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from service.errors import InvalidRequest, UnsupportedModel
-from service.grammar import JsonCompiler, JsonGrammar
-from service.json_keywords import PARAM
-from service.token_names import TokenNames
-
-REPLACEMENT = "\ufffd"
-# A character has at most 4 bytes; more tokens without a whole one are not valid text, and are let go as they are so
-# that a step's cost stays bounded.
-MAX_PENDING = 64
-# Tokens of the prompt that a continuation is read behind: enough to hold one with a text.
-NUM_CONTEXT = 8
-# Of a character in UTF-8.
-MAX_BYTES = 4
-
-
-class Decoder:
-    """Turns one request's tokens into text that never ends inside a character. Special tokens give no text.
-
-    A window of the last tokens is decoded again with each new one, since the text of a token depends on the ones before
-    it: _prefix is the text of the part that went out, the rest is pending. (`tokenizers`' DecodeStream does the same,
-    but raises where a byte-fallback tokenizer takes back text it has given, as it does after invalid UTF-8.)
-    """
-
-    def __init__(self, backend: Backend, context: Sequence[int] = ()) -> None:
-        self._backend = backend
-        self._window = self._end_of(context)
-        self._num_sent = len(self._window)
-        self._prefix = self._decode(self._window)
-
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is still in parts."""
-        self._window.append(token_id)
-        text = self._pending_text()
-        is_partial = not text or text.endswith(REPLACEMENT)
-        return "" if is_partial and len(self._window) - self._num_sent < MAX_PENDING else self._sent(text)
-
-    def flush(self) -> str:
-        """What is left at the end: a character that stayed incomplete comes as U+FFFD."""
-        return self._sent(self._pending_text())
-
-    def _pending_text(self) -> str:
-        text = self._decode(self._window)
-        if text.startswith(self._prefix):
-            return text[len(self._prefix) :]
-        return self._decode(self._window[self._num_sent :])
-
-    def _sent(self, text: str) -> str:
-        self._window = self._window[self._num_sent :]
-        self._num_sent = len(self._window)
-        self._prefix = self._decode(self._window)
-        return text
-
-    def _end_of(self, context: Sequence[int]) -> list[int]:
-        """The last tokens of the context, from where a character begins: a decoder may reject all bytes of a run
-        that begins inside one."""
-        ends = [list(context[-num:]) for num in range(NUM_CONTEXT, NUM_CONTEXT + MAX_BYTES)]
-        return next((end for end in ends if not self._decode(end).startswith(REPLACEMENT)), ends[0])
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
+from service.text.detokenizer import Detokenizer
+from service.text.json.compiler import JsonCompiler, JsonGrammar
+from service.text.json.keywords import PARAM
+from service.text.token_bytes import TokenBytes
 
 
 class Tokenizer:
@@ -83,7 +27,7 @@ class Tokenizer:
         # A tokenizer.json may carry its training set-up: a prompt must be neither cut nor padded in silence.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._names = TokenNames(self._backend)
+        self._names = TokenBytes(self._backend)
         self.eos_ids = eos_ids
         """Tokens that end an answer."""
 
@@ -143,9 +87,9 @@ class Tokenizer:
             raise InvalidRequest(f"the model's chat template refuses these messages: {reason}", "messages") from error
         return self._encode(str(text), add_special_tokens=False)
 
-    def decoder(self, context: Sequence[int] = ()) -> Decoder:
+    def decoder(self, context: Sequence[int] = ()) -> Detokenizer:
         """A decoder for one request; context: the tokens that its text continues, where a leading space counts."""
-        return Decoder(self._backend, context)
+        return Detokenizer(self._backend, context)
 
     def grammar(self, schema: dict[str, Any] | None) -> JsonGrammar:
         """What an answer in JSON must match: a JSON schema, or None for any object. Not on the event loop: it may take
@@ -171,11 +115,11 @@ class Tokenizer:
         return JsonCompiler(tokens, self.eos_ids)
 
     def token_text(self, token_id: int) -> str:
-        """A token by name, see `TokenNames.text`."""
+        """A token by name, see `TokenBytes.text`."""
         return self._names.text(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the UTF-8 of a text, see `TokenNames.bytes`."""
+        """What a token adds to the UTF-8 of a text, see `TokenBytes.bytes`."""
         return self._names.bytes(token_id)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:

@@ -10,8 +10,8 @@ import numpy as np
 from xgrammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, TokenizerInfo, VocabType
 
 from service.errors import InvalidRequest, QueueFull
-from service.json_grammar import json_grammar
-from service.json_keywords import PARAM
+from service.text.json.keywords import PARAM
+from service.text.json.schema import json_grammar
 
 MAX_COMPILING = 4
 """Schemas that may be compiled or wait for it at once: fewer than the threads that other requests need as well."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.json_numbers import integer_rule
+from service.text.json.numbers import integer_rule
 
 # As ranges, of which the compiler makes whole UTF-8 characters alone.
 CHAR = r"[\u0020-\u0021\u0023-\u005b\u005d-\ud7ff\ue000-\U0010ffff]"

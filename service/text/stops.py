@@ -1,65 +1,16 @@
-"""What the HTTP side needs of a tokenizer, and stop strings: text only, no tokenizer library."""
+"""The text of one answer as its tokens come, cut at the first stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
 
-from service.engine.grammar import Grammar
-
-
-class DecoderLike(Protocol):
-    """The text of one request's tokens, as they come."""
-
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is still in parts."""
-        ...
-
-    def flush(self) -> str:
-        """What is left at the end: a character that stayed incomplete comes as U+FFFD."""
-        ...
-
-
-class TokenizerLike(Protocol):
-    """`service.tokenizer.Tokenizer` in production, something smaller in tests."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def apply_chat(self, messages: Sequence[dict[str, str]], is_open: bool = True) -> list[int]:
-        """Token ids of a conversation; is_open: up to where the assistant goes on, with a new message or its last one.
-
-        Raises InvalidRequest where the model has no chat template or the template refuses the messages.
-        """
-        ...
-
-    def token_text(self, token_id: int) -> str:
-        """A token by name: its text, or where that is part of a character `bytes:` and the bytes in hexadecimal."""
-        ...
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the UTF-8 of a text; of a special token, its name."""
-        ...
-
-    def decoder(self, context: Sequence[int] = ()) -> DecoderLike:
-        """For one request; context: the tokens that its text continues."""
-        ...
-
-    def grammar(self, schema: dict[str, Any] | None) -> Grammar:
-        """What an answer in JSON must match: a JSON schema, or None for any object. Not on the event loop: it may
-        take a second.
-
-        Raises InvalidRequest where the schema or this vocabulary cannot be served, QueueFull where too many compile.
-        """
-        ...
+from service.text.protocols import DetokenizerLike
 
 
 class Output:
     """The text of one answer as its tokens come, cut at the first stop string."""
 
-    def __init__(self, decoder: DecoderLike, stops: Sequence[str]) -> None:
+    def __init__(self, decoder: DetokenizerLike, stops: Sequence[str]) -> None:
         self._decoder = decoder
         self._stops = StopStrings(stops)
 

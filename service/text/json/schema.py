@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from service.json_keywords import (
+from service.text.json.keywords import (
     ANNOTATIONS,
     BOUNDS,
     KEYWORDS,
@@ -24,8 +24,8 @@ from service.json_keywords import (
     shown,
     types_of,
 )
-from service.json_numbers import integer_rule, number_rule
-from service.json_texts import CHAR, COMMON, FORMATS, literal, map_of
+from service.text.json.numbers import integer_rule, number_rule
+from service.text.json.terminals import CHAR, COMMON, FORMATS, literal, map_of
 
 MAX_SCHEMA_BYTES = 1 << 16
 MAX_DEPTH = 48

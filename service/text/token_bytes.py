@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
-class TokenNames:
+class TokenBytes:
     """The bytes and the text of each token of one tokenizer.
 
     Three kinds of vocabulary: byte-level (each character of a token stands for a byte), byte-fallback (a token such as
