@@ -44,12 +44,11 @@ from benchmarks.report import RESULTS, birth_certificate, quantiles, write
 from benchmarks.shapes import SHAPES
 from quant.scheme import PRESETS
 from service.app import create_app
-from service.compare import percentile
 from service.engine.api import SamplingParams
 from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.hosting import Host, Loaded, cache_budget, start_variant
-from service.logs import configure_logging
+from service.measures import percentile
 from service.models.config import ModelConfig
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
@@ -60,6 +59,7 @@ from service.settings import Settings
 from service.store.calibration import Calibration, calibration_text
 from service.store.quantized import quantized_folder
 from service.store.resolve import resolve_model
+from service.telemetry.logs import configure_logging
 from service.text.tokenizer import Tokenizer
 
 VARIANT = "w8a8"

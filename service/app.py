@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from service.engine.request import Engine
-from service.logs import log_request
 from service.middleware import surround
 from service.openai_answers import ChatCompletionChunk
 from service.process import start_thread
@@ -21,8 +20,9 @@ from service.routes.openapi import document_events
 from service.routes.serving import Serving
 from service.schemas import Delta
 from service.settings import Settings
+from service.telemetry.logs import log_request
+from service.telemetry.tracing import open_tracer
 from service.text.protocols import TokenizerLike
-from service.tracing import open_tracer
 
 DESCRIPTION = "INT8 W8A8 language-model server, measured live against its FP16 baseline."
 

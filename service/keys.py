@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 
 from service.errors import InvalidSettings, Unauthorized
 from service.settings import Settings
-
-ANONYMOUS = "anonymous"
-"""Name of every client where no keys are set, or where a route needs none."""
+from service.telemetry.record import ANONYMOUS
 
 MIN_KEY_CHARS = 8
 """At ten thousand guesses a second, eight random letters and digits last for seven hundred years."""

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from service.engine.api import FinishReason
-from service.schemas import RunMetrics, Usage
+from service.measures import RunMetrics
+from service.schemas import Usage
 
 UNLIKELY = -9999.0
 """OpenAI's log-probability of a token whose probability is 0 in float32; JSON has no infinity."""

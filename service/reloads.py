@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from service.errors import OttavaError, ReloadFailed
-from service.metrics import FAILED, RELOADED, ServiceMetrics
 from service.process import start_thread
+from service.telemetry.metrics import FAILED, RELOADED, ServiceMetrics
 
 log = logging.getLogger(__name__)
 

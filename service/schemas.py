@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.bodies import Body, Sampling, Text
+from service.comparison.tally import ComparisonSummary
 from service.engine.api import FinishReason
+from service.measures import Agreement, RunMetrics, Speedup
+from service.telemetry.recent import RecentRequest
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_ids")
 
@@ -96,30 +99,6 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class Spread(BaseModel):
-    """Mean and percentiles (linear between ranks)."""
-
-    mean: float
-    p50: float
-    p99: float
-
-
-class RunMetrics(BaseModel):
-    """Times of one run on a monotonic clock; null where there is nothing to measure."""
-
-    queue_ms: float | None = Field(description="From the request's arrival to its first step.")
-    prefill_ms: float | None = Field(description="From its first step to its first token.")
-    ttft_ms: float | None = Field(description="First token sent minus request received.")
-    itl_ms: Spread | None = Field(description="Between successive tokens sent.")
-    tpot_ms: float | None = Field(description="(e2e - ttft) / (generated - 1).")
-    e2e_ms: float | None = Field(description="Last token sent minus request received.")
-    prompt_tokens: int
-    generated_tokens: int
-    cached_tokens: int = Field(description="Prompt tokens found in the cache.")
-    tokens_per_s: float | None = Field(description="generated / e2e.")
-    batch_size_mean: float = Field(description="Mean number of requests in the steps of this one.")
-
-
 class Answer(BaseModel):
     """What one variant answered."""
 
@@ -133,25 +112,6 @@ class Answer(BaseModel):
     metrics: RunMetrics
 
 
-class Speedup(BaseModel):
-    """How many times better this variant did than the baseline; above 1 is better in every field."""
-
-    ttft: float | None
-    tpot: float | None
-    e2e: float | None
-    tokens_per_s: float | None
-
-
-class Agreement(BaseModel):
-    """How alike the two answers are."""
-
-    common_prefix_tokens: int = Field(description="Tokens before the first difference.")
-    match_ratio: float = Field(description="Places with the same token / tokens of the longer answer.")
-    logprob_delta_mean: float | None = Field(
-        description="Mean over the common prefix of |log-probability here - on the baseline|; null without a prefix."
-    )
-
-
 class GenerateResponse(Answer):
     """Answer of POST /generate, and the last event of its stream. The last four fields come with `compare`."""
 
@@ -161,35 +121,10 @@ class GenerateResponse(Answer):
     contended: bool | None = Field(None, description="Other requests ran meanwhile: the times are not clean.")
 
 
-class RecentRequest(BaseModel):
-    """One of the last runs that finished; what it said is not kept."""
-
-    id: str
-    variant: str
-    route: str
-    finish_reason: FinishReason
-    ttft_ms: float | None = Field(description="First token sent minus request received.")
-    tpot_ms: float | None = Field(description="(e2e - ttft) / (generated - 1).")
-    e2e_ms: float | None = Field(description="Last token sent minus request received.")
-    prompt_tokens: int
-    generated_tokens: int
-    age_s: float = Field(description="Seconds since it finished.")
-
-
 class RecentResponse(BaseModel):
     """Answer of GET /requests/recent."""
 
     requests: list[RecentRequest] = Field(description="At most a hundred, oldest first.")
-
-
-class ComparisonSummary(BaseModel):
-    """The latest comparisons of one origin with the baseline, a thousand at most."""
-
-    count: int = Field(description="Comparisons since the start.")
-    contended: int = Field(description="Of these, how many had company: their times are left out of the speed-up.")
-    speedup_median: Speedup = Field(description="Of the clean ones; above 1 is better; null where there is none.")
-    agreement_mean: float | None = Field(description="Mean share of places with the baseline's token; null: none yet.")
-    identical_ratio: float | None = Field(description="Share of answers that equal the baseline's token by token.")
 
 
 class ShadowState(BaseModel):

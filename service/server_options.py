@@ -20,7 +20,7 @@ def server_config(app: ASGIApp, settings: Settings, **others: Any) -> uvicorn.Co
     """uvicorn's options for an app under these settings; `others` go to uvicorn as they are and win.
 
     h11 reads the requests, since only its reader has a limit for the size of a head. Log lines go where
-    `service.logs.configure_logging` sends them; the access line is our own.
+    `service.telemetry.logs.configure_logging` sends them; the access line is our own.
     """
     limits = ConnectionLimits(settings.receive_timeout_s, settings.send_timeout_s, settings.max_connections)
     options: dict[str, Any] = {

@@ -591,7 +591,7 @@ def test_serve_misses_what_traces_need_before_it_loads(refusal, monkeypatch, tin
     monkeypatch.setattr("service.hosting.open_host", None)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    monkeypatch.delitem(sys.modules, "service.spans", raising=False)
+    monkeypatch.delitem(sys.modules, "service.telemetry.spans", raising=False)
     assert "pip install 'ottava[otel]'" in refusal("serve", tiny_folder)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     assert "http/protobuf" in refusal("serve", tiny_folder)

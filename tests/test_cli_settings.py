@@ -58,7 +58,7 @@ def served(monkeypatch):
         raise InvalidSettings("enough")
 
     monkeypatch.setattr("service.hosting.open_host", stop)
-    monkeypatch.setattr("service.logs.configure_logging", lambda *_: None)
+    monkeypatch.setattr("service.telemetry.logs.configure_logging", lambda *_: None)
     monkeypatch.setattr("service.keys.Keyring", lambda _: SimpleNamespace(is_empty=True))
 
     def run(*arguments: object) -> Settings | str:

@@ -31,8 +31,8 @@ Examples:
 
 log = logging.getLogger(__name__)
 app, hosting, keys = Later("service.app"), Later("service.hosting"), Later("service.keys")
-logs, reloading, server = Later("service.logs"), Later("service.reloading"), Later("service.server")
-tracing = Later("service.tracing")
+logs, reloading, server = Later("service.telemetry.logs"), Later("service.reloading"), Later("service.server")
+tracing = Later("service.telemetry.tracing")
 
 
 @takes_settings(*FLAGS)

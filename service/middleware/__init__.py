@@ -11,8 +11,8 @@ from service.middleware.envelope import REQUEST_ID, Envelope
 from service.middleware.faults import Faults
 from service.middleware.gate import Gate, document_key
 from service.middleware.names import KnownNames, names_of
-from service.record import RequestRecord
 from service.routes.serving import Serving
+from service.telemetry.record import RequestRecord
 
 
 def surround(app: FastAPI, serving: Serving, on_end: Sequence[Callable[[RequestRecord], None]]) -> None:

@@ -9,7 +9,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.record import RequestRecord, current
+from service.telemetry.record import RequestRecord, current
 
 REQUEST_ID = "x-request-id"
 MAX_REQUEST_ID_CHARS = 128

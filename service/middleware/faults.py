@@ -6,8 +6,8 @@ import logging
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.record import RequestRecord
 from service.routes.failures import answer, internal_error
+from service.telemetry.record import RequestRecord
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import OttavaError, TooLarge
-from service.keys import ANONYMOUS
-from service.metrics import NO_VARIANT, REJECTED
-from service.record import RequestRecord
 from service.routes.failures import refusal
 from service.routes.serving import Serving
 from service.settings import PublicRoute, Settings
+from service.telemetry.metrics import NO_VARIANT, REJECTED
+from service.telemetry.record import ANONYMOUS, RequestRecord
 
 ALWAYS_PUBLIC = frozenset({"/health", "/ready"})
 """An orchestrator asks these of its own, and they tell nothing."""

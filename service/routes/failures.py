@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service.errors import InvalidRequest, Malformed, OttavaError, RequestError
-from service.metrics import NO_VARIANT, REJECTED
 from service.routes.serving import serving_of
 from service.schemas import ErrorDetail, ErrorResponse
+from service.telemetry.metrics import NO_VARIANT, REJECTED
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,8 @@ from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from starlette.responses import Response
 
-from service.compare import agreement, speedup
+from service.comparison.compare import agreement, speedup
 from service.errors import InvalidRequest
-from service.metrics import NO_VARIANT
 from service.routes.failures import CountedRoute
 from service.routes.openapi import generation
 from service.routes.planning import Room, allowed_timeout, chat_ids, fitting, known_ids, sampling_params, text_ids
@@ -26,6 +25,7 @@ from service.routes.serving import Serving, serving_of
 from service.routes.sse import MARK, Form
 from service.schemas import Answer, Delta, GenerateRequest, GenerateResponse
 from service.settings import BASELINE
+from service.telemetry.metrics import NO_VARIANT
 from service.text.protocols import TokenizerLike
 
 NO_IDS = [-1]

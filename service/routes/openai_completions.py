@@ -11,7 +11,6 @@ from fastapi import Request as HTTPRequest
 from starlette.responses import Response
 
 from service.engine.api import FinishReason
-from service.metrics import NO_VARIANT
 from service.openai_answers import Completion, CompletionChoice, CompletionLogprobs, OpenAIUsage
 from service.openai_schemas import CompletionRequest
 from service.routes.failures import CountedRoute
@@ -23,6 +22,7 @@ from service.routes.reply import answered, streamed
 from service.routes.run import Run
 from service.routes.serving import serving_of
 from service.schemas import TokenLogprob
+from service.telemetry.metrics import NO_VARIANT
 from service.text.protocols import TokenizerLike
 
 router = APIRouter(route_class=CountedRoute, tags=["openai"])

@@ -8,19 +8,19 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.compare import measure
+from service.comparison.shadow import Sample
+from service.comparison.traffic import Visit
 from service.engine.api import FinishReason, SamplingParams, Token
 from service.engine.request import Request
 from service.errors import DeadlineExceeded, OttavaError, QueueFull, QueueTimeout
-from service.metrics import ERROR, REJECTED, TIMEOUT
-from service.record import RunRecord, current
+from service.measures import RunMetrics, measure
 from service.routes.deadlines import Deadlines
 from service.routes.serving import Serving
-from service.schemas import Answer, RunMetrics, TokenLogprob, TopLogprob, Usage
+from service.schemas import Answer, TokenLogprob, TopLogprob, Usage
 from service.settings import BASELINE
-from service.shadow import Sample
+from service.telemetry.metrics import ERROR, REJECTED, TIMEOUT
+from service.telemetry.record import RunRecord, current
 from service.text.stops import Output
-from service.traffic import Visit
 
 RELEASE_POLL_S = 0.001
 _OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)

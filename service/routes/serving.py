@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 
 from fastapi import Request as HTTPRequest
 
-from service.comparisons import Comparisons
+from service.comparison.shadow import Shadow
+from service.comparison.tally import Comparisons
+from service.comparison.traffic import Traffic, Visit
 from service.engine.request import Engine
 from service.errors import EngineFailed, InvalidSettings, NotReady, ReloadFailed, UnknownVariant
 from service.keys import Keyring
 from service.lifecycle import Lifecycle
 from service.limits import KeyLimits, Pace
-from service.metrics import ServiceMetrics
 from service.model_names import ModelNames
-from service.recent import Recent
 from service.reloads import Reload, Reloaded, Reloads
 from service.settings import BASELINE, Settings
-from service.shadow import Shadow
+from service.telemetry.metrics import ServiceMetrics
+from service.telemetry.recent import Recent
 from service.text.protocols import TokenizerLike
-from service.traffic import Traffic, Visit
 
 STARTING = "the start-up self-check is still running"
 STOPPING = "the server is stopping"

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.compare import agreement, measure, percentile, speedup
+from service.comparison.compare import agreement, speedup
 from service.engine.api import SamplingParams, Token
 from service.engine.request import Request
-from service.schemas import RunMetrics
+from service.measures import RunMetrics, measure, percentile
 from tests.service.fake_engine import FakeEngine
 from tests.service.harness import app_of, client_of, engines_of, events_of, metrics_of, post, total, two_engines, until
 

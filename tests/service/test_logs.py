@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
-from service.logs import configure_logging
 from service.settings import Settings
+from service.telemetry.logs import configure_logging
 from tests.service.fake_engine import FakeEngine
 from tests.service.harness import app_of, client_of, engines_of, server_of, two_engines
 from tests.service.test_disconnect import _leave, _open

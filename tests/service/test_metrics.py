@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from service import metrics
+from service.telemetry import metrics
 from tests.service.fake_engine import FakeEngine
 from tests.service.harness import app_of, client_of, engines_of, metrics_of, total, two_engines
 

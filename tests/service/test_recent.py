@@ -3,7 +3,7 @@
 import asyncio
 
 from service.engine.api import FinishReason
-from service.recent import MAX_RECENT, Recent
+from service.telemetry.recent import MAX_RECENT, Recent
 from tests.service.harness import app_of, client_of, two_engines
 from tests.service.test_compare import metrics_with
 

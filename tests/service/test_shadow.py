@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from service.comparisons import WINDOW, Comparisons
+from service.comparison.shadow import Shadow
+from service.comparison.tally import WINDOW, Comparisons
 from service.engine.api import SamplingParams
 from service.errors import InvalidSettings
-from service.metrics import ServiceMetrics
-from service.schemas import Agreement, Speedup
+from service.measures import Agreement, Speedup
 from service.settings import BASELINE, load_settings
-from service.shadow import Shadow
+from service.telemetry.metrics import ServiceMetrics
 from tests.service.harness import app_of, client_of, metrics_of, total, two_engines, until
 
 

@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from service import tracing
 from service.errors import InvalidSettings
-from service.tracing import is_traced, open_tracer
+from service.telemetry import tracing
+from service.telemetry.tracing import is_traced, open_tracer
 from tests.service.harness import app_of, client_of, server_of, two_engines
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra `otel` is not installed")
@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from service.spans import SpanTracer
+from service.telemetry.spans import SpanTracer
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -124,7 +124,7 @@ def test_what_is_not_spoken_or_not_installed_is_told_at_start(monkeypatch):
     with pytest.raises(InvalidSettings, match=r"PROTOCOL is 'grpc'.*http/protobuf"):
         open_tracer("fake", {ENDPOINT: "http://x", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    monkeypatch.delitem(sys.modules, "service.spans")
+    monkeypatch.delitem(sys.modules, "service.telemetry.spans")
     with pytest.raises(InvalidSettings, match=r"is not installed: pip install 'ottava\[otel\]'"):
         open_tracer("fake", {ENDPOINT: "http://x"})
 
@@ -132,7 +132,7 @@ def test_what_is_not_spoken_or_not_installed_is_told_at_start(monkeypatch):
 def test_nothing_is_imported_unless_asked():
     code = (
         "import sys; from tests.service.harness import *; app_of(two_engines()); unwanted = "
-        "('opentelemetry.sdk', 'opentelemetry.exporter', 'service.spans'); "
+        "('opentelemetry.sdk', 'opentelemetry.exporter', 'service.telemetry.spans'); "
         "print([name for name in sys.modules if name.startswith(unwanted)])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,10 +7,27 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pydantic import BaseModel, Field
+
 from service.engine.api import FinishReason
-from service.schemas import RecentRequest, RunMetrics
+from service.measures import RunMetrics
 
 MAX_RECENT = 100
+
+
+class RecentRequest(BaseModel):
+    """One of the last runs that finished; what it said is not kept."""
+
+    id: str
+    variant: str
+    route: str
+    finish_reason: FinishReason
+    ttft_ms: float | None = Field(description="First token sent minus request received.")
+    tpot_ms: float | None = Field(description="(e2e - ttft) / (generated - 1).")
+    e2e_ms: float | None = Field(description="Last token sent minus request received.")
+    prompt_tokens: int
+    generated_tokens: int
+    age_s: float = Field(description="Seconds since it finished.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from service.engine.api import SamplingParams
-from service.keys import ANONYMOUS
-from service.schemas import RunMetrics
+from service.measures import RunMetrics
+
+ANONYMOUS = "anonymous"
+"""Name of every client where no keys are set, or where a route needs none."""
 
 
 @dataclass(frozen=True, slots=True)

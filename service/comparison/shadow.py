@@ -10,15 +10,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from service.compare import agreement, measure, speedup
-from service.comparisons import Comparisons
+from service.comparison.compare import agreement, speedup
+from service.comparison.tally import Comparisons
+from service.comparison.traffic import Traffic, num_in
 from service.engine.api import FinishReason, Token
 from service.engine.request import Engine, Request, Stream
-from service.metrics import ABANDONED, DROPPED, REPLAYED, ServiceMetrics
-from service.schemas import RunMetrics
+from service.measures import RunMetrics, measure
+from service.telemetry.metrics import ABANDONED, DROPPED, REPLAYED, ServiceMetrics
 from service.text.protocols import TokenizerLike
 from service.text.stops import Output
-from service.traffic import Traffic, num_in
 
 IDLE_POLL_S = 0.01
 

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Protocol
 
 from service.errors import InvalidSettings
-from service.record import RequestRecord
+from service.telemetry.record import RequestRecord
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -17,7 +17,7 @@ SPOKEN = "http/protobuf"
 
 
 class Tracer(Protocol):
-    """What makes spans of requests that are over; `service.spans.SpanTracer`."""
+    """What makes spans of requests that are over; `service.telemetry.spans.SpanTracer`."""
 
     def trace(self, record: RequestRecord) -> None: ...
 
@@ -46,7 +46,7 @@ def open_tracer(model: str, environment: Mapping[str, str] = os.environ) -> Trac
 
 
 def check_tracing(environment: Mapping[str, str] = os.environ) -> ModuleType | None:
-    """`service.spans` where the environment asks for traces, else None; sends nothing.
+    """`service.telemetry.spans` where the environment asks for traces, else None; sends nothing.
 
     Raises:
         InvalidSettings: the environment asks for traces, and the extra `otel` is not installed or the protocol is not
@@ -58,7 +58,7 @@ def check_tracing(environment: Mapping[str, str] = os.environ) -> ModuleType | N
         if environment.get(name, SPOKEN) != SPOKEN:
             raise InvalidSettings(f"{name} is {environment[name]!r}; traces are sent as {SPOKEN} alone: unset it")
     try:
-        return import_module("service.spans")
+        return import_module("service.telemetry.spans")
     except ModuleNotFoundError as error:
         raise InvalidSettings(
             f"traces are asked for by {' or '.join(ENDPOINTS)}, but {error.name} is not installed: "

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from service.engine.api import EngineStats, FinishReason, Token
 from service.engine.request import Engine, Request
 from service.errors import CapacityError, RequestError
-from service.schemas import Agreement, RunMetrics, Speedup
+from service.measures import Agreement, RunMetrics, Speedup
 
 # fmt: off
 TTFT_BUCKETS = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)

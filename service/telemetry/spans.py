@@ -17,7 +17,7 @@ from opentelemetry.util.types import AttributeValue
 
 from kernels import __version__
 from service.engine.api import FinishReason
-from service.record import RequestRecord, RunRecord
+from service.telemetry.record import RequestRecord, RunRecord
 
 PROVIDER = "ottava"
 

@@ -7,11 +7,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
-from service.metrics import HOWS, How, ServiceMetrics
-from service.schemas import Agreement, ComparisonSummary, Speedup
+from pydantic import BaseModel, Field
+
+from service.measures import Agreement, Speedup
+from service.telemetry.metrics import HOWS, How, ServiceMetrics
 
 WINDOW = 1000
 """Comparisons that a summary covers: enough for a median, recent enough to show a change of load or checkpoint."""
+
+
+class ComparisonSummary(BaseModel):
+    """The latest comparisons of one origin with the baseline, a thousand at most."""
+
+    count: int = Field(description="Comparisons since the start.")
+    contended: int = Field(description="Of these, how many had company: their times are left out of the speed-up.")
+    speedup_median: Speedup = Field(description="Of the clean ones; above 1 is better; null where there is none.")
+    agreement_mean: float | None = Field(description="Mean share of places with the baseline's token; null: none yet.")
+    identical_ratio: float | None = Field(description="Share of answers that equal the baseline's token by token.")
 
 
 @dataclass(slots=True)

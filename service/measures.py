@@ -1,4 +1,4 @@
-"""What a run's times and two runs' answers amount to: pure functions of `perf_counter` times and tokens."""
+"""Times and ratios of a run: pure functions of times on the monotonic clock, and the models that carry them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,53 @@ from itertools import pairwise
 from math import floor
 from statistics import fmean
 
+from pydantic import BaseModel, Field
+
 from service.engine.api import Token
 from service.engine.request import Request
-from service.schemas import Agreement, RunMetrics, Speedup, Spread
+
+
+class Spread(BaseModel):
+    """Mean and percentiles (linear between ranks)."""
+
+    mean: float
+    p50: float
+    p99: float
+
+
+class RunMetrics(BaseModel):
+    """Times of one run on a monotonic clock; null where there is nothing to measure."""
+
+    queue_ms: float | None = Field(description="From the request's arrival to its first step.")
+    prefill_ms: float | None = Field(description="From its first step to its first token.")
+    ttft_ms: float | None = Field(description="First token sent minus request received.")
+    itl_ms: Spread | None = Field(description="Between successive tokens sent.")
+    tpot_ms: float | None = Field(description="(e2e - ttft) / (generated - 1).")
+    e2e_ms: float | None = Field(description="Last token sent minus request received.")
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int = Field(description="Prompt tokens found in the cache.")
+    tokens_per_s: float | None = Field(description="generated / e2e.")
+    batch_size_mean: float = Field(description="Mean number of requests in the steps of this one.")
+
+
+class Speedup(BaseModel):
+    """How many times better this variant did than the baseline; above 1 is better in every field."""
+
+    ttft: float | None
+    tpot: float | None
+    e2e: float | None
+    tokens_per_s: float | None
+
+
+class Agreement(BaseModel):
+    """How alike the two answers are."""
+
+    common_prefix_tokens: int = Field(description="Tokens before the first difference.")
+    match_ratio: float = Field(description="Places with the same token / tokens of the longer answer.")
+    logprob_delta_mean: float | None = Field(
+        description="Mean over the common prefix of |log-probability here - on the baseline|; null without a prefix."
+    )
 
 
 def percentile(values: Sequence[float], q: float) -> float:
@@ -57,42 +101,3 @@ def measure(request: Request, tokens: Sequence[Token], received_s: float, sent_s
         tokens_per_s=len(tokens) / e2e_s if e2e_s else None,
         batch_size_mean=request.batch_size_mean,
     )
-
-
-def speedup(this: RunMetrics, baseline: RunMetrics) -> Speedup:
-    """How many times better this run did; None where either side is missing or zero.
-
-    baseline / this for times        this / baseline for tokens_per_s
-    """
-    return Speedup(
-        ttft=_ratio(baseline.ttft_ms, this.ttft_ms),
-        tpot=_ratio(baseline.tpot_ms, this.tpot_ms),
-        e2e=_ratio(baseline.e2e_ms, this.e2e_ms),
-        tokens_per_s=_ratio(this.tokens_per_s, baseline.tokens_per_s),
-    )
-
-
-def agreement(this: Sequence[Token], baseline: Sequence[Token]) -> Agreement:
-    """How far two answers go together, token by token. Two empty answers agree.
-
-    match_ratio = |{i : this_i = baseline_i}| / max(len)        delta = mean_{i < prefix} |logprob_i - baseline_i|
-
-    After the first difference the two models read different texts, so log-probabilities are compared before it alone.
-    """
-    same = [a.id == b.id for a, b in zip(this, baseline, strict=False)]
-    prefix = next((place for place, is_same in enumerate(same) if not is_same), len(same))
-    longest = max(len(this), len(baseline))
-    deltas = [
-        abs(a.logprob - b.logprob)
-        for a, b in zip(this[:prefix], baseline[:prefix], strict=True)
-        if a.logprob is not None and b.logprob is not None
-    ]
-    return Agreement(
-        common_prefix_tokens=prefix,
-        match_ratio=sum(same) / longest if longest else 1.0,
-        logprob_delta_mean=fmean(deltas) if deltas else None,
-    )
-
-
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return above / below if above and below else None

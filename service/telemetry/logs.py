@@ -10,8 +10,8 @@ from typing import TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
-from service.record import RequestRecord, current
 from service.settings import Settings
+from service.telemetry.record import RequestRecord, current
 
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})
