@@ -43,7 +43,6 @@ from benchmarks.paced import PacedRunner, made_tokenizer, paced_engine
 from benchmarks.report import RESULTS, birth_certificate, quantiles, write
 from benchmarks.shapes import SHAPES
 from quant.scheme import PRESETS
-from service.app import create_app
 from service.engine.api import SamplingParams
 from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
@@ -53,14 +52,15 @@ from service.models.config import ModelConfig
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
 from service.models.random_weights import random_decoder
-from service.server import STOP_S, Server
-from service.server_options import allow_open_files
 from service.settings import Settings
 from service.store.calibration import Calibration, calibration_text
 from service.store.quantized import quantized_folder
 from service.store.resolve import resolve_model
 from service.telemetry.logs import configure_logging
 from service.text.tokenizer import Tokenizer
+from service.web.app import create_app
+from service.web.server import STOP_S, Server
+from service.web.uvicorn_config import allow_open_files
 
 VARIANT = "w8a8"
 ALONE, GENERATE, COMPLETIONS, HEALTH = "engine alone", "/generate", "/v1/completions", "/health"

@@ -9,7 +9,6 @@ from typing import ParamSpec, TypeVar
 from kernels import activation, attention, gemm, groups, norm, outliers, quantize, reference, rope
 from kernels.quantized import CODE_MAX, MIN_GROUP, Outliers, Quantized, ToInt8
 
-__version__ = "0.1.0"
 __all__ = [
     "CODE_MAX",
     "MIN_GROUP",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import __version__
+from quant import __version__
 from quant.block import Block, Recipe
 from quant.checkpoint import NOTES_NAME
 from quant.compressed import parse, render

@@ -13,7 +13,7 @@ import torch
 import transformers
 import triton
 
-from kernels import __version__
+from quant import __version__
 
 
 def versions() -> dict[str, str]:

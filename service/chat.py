@@ -12,8 +12,8 @@ import httpx
 from pydantic import ValidationError
 
 from service.errors import ChatError
-from service.keys import is_loopback
-from service.schemas import Delta, GenerateResponse
+from service.web.keys import is_loopback
+from service.web.schemas.generate import Delta, GenerateResponse
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 660.0

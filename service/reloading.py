@@ -23,11 +23,11 @@ from service.models.decoder import Decoder
 from service.models.loader import refuse_unsafe
 from service.models.weights import Linear, Weights
 from service.process import settle
-from service.reloads import Reloaded
 from service.self_check import CHECK_PROMPTS
 from service.settings import BASELINE, Settings
 from service.store.resolve import is_quantized
 from service.text.tokenizer import Tokenizer
+from service.web.reloads import Reloaded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,7 +57,7 @@ class InTurns:
 
 
 class Reloader:
-    """A `service.reloads.Reload`; one call at a time, on a thread of its own.
+    """A `service.web.reloads.Reload`; one call at a time, on a thread of its own.
 
     The new weights are read beside the old ones, checked against the baseline, and warmed up on the KV cache that is in
     use, all between the steps of the engines. Only then does the engine stop to start requests, lets those that run

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from kernels import __version__
+from quant import __version__
 from quant.checkpoint import Checkpoint
 from quant.scheme import PRESETS
 from service import cli
@@ -554,7 +554,7 @@ def test_serve_shows_what_it_serves_and_stops_its_engines(ottava, monkeypatch, t
         assert all(engine.is_alive for engine in engines.values())
         return 7
 
-    monkeypatch.setattr("service.server.run", run)
+    monkeypatch.setattr("service.web.server.run", run)
     code, out, err = ottava("serve", tiny_folder, "--port", 8123, "--max-model-len", 64)
     assert (code, out) == (7, "")
     assert (served["settings"].host, served["settings"].port) == ("127.0.0.1", 8123)
@@ -568,7 +568,7 @@ def test_serve_shows_what_it_serves_and_stops_its_engines(ottava, monkeypatch, t
 
 
 def test_serve_among_json_lines_is_a_json_line(ottava, monkeypatch, tiny_folder):
-    monkeypatch.setattr("service.server.run", lambda *_: 0)
+    monkeypatch.setattr("service.web.server.run", lambda *_: 0)
     code, _, err = ottava("serve", tiny_folder, "--log-format", "json", "--variants", "fp16")
     lines = [json.loads(line) for line in err.splitlines()]
     assert code == 0

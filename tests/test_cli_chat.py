@@ -19,7 +19,7 @@ from service.cli import session
 from service.cli.session import Session, read_question
 from service.cli.verdict import comparison_lines, metrics_line, printable
 from service.errors import ChatError
-from service.schemas import GenerateResponse
+from service.web.schemas.generate import GenerateResponse
 from tests.service.browser import page_app, served
 from tests.service.fake_engine import FakeEngine
 

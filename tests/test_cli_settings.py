@@ -59,7 +59,7 @@ def served(monkeypatch):
 
     monkeypatch.setattr("service.hosting.open_host", stop)
     monkeypatch.setattr("service.telemetry.logs.configure_logging", lambda *_: None)
-    monkeypatch.setattr("service.keys.Keyring", lambda _: SimpleNamespace(is_empty=True))
+    monkeypatch.setattr("service.web.keys.Keyring", lambda _: SimpleNamespace(is_empty=True))
 
     def run(*arguments: object) -> Settings | str:
         found.clear()

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from quant.checkpoint import CheckpointError
 from quant.linear import Int8Linear
 from quant.scheme import PRESETS, Scheme
-from service.app import create_app
 from service.errors import InvalidSettings, StartupError, UnsupportedModel
 from service.hosting import Host, open_host
 from service.self_check import MAX_KL
 from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model, quantized_folder
+from service.web.app import create_app
 from tests.service.harness import client_of
 from tests.test_prepare import change_tensors, save_tiny_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kernels import __version__
+from quant import __version__
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,7 +91,7 @@ def test_the_watch_on_imports_would_notice():
 
 @pytest.mark.parametrize(
     "module",
-    ["service.app", "service.engine.loop", "service.settings", "service.errors", "service.cli", "service.chat"],
+    ["service.web.app", "service.engine.loop", "service.settings", "service.errors", "service.cli", "service.chat"],
 )
 def test_the_http_side_imports_no_torch(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'triton', 'transformers'}} & set(sys.modules)))"

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from service.cli import app
-from service.schemas import GenerateRequest
+from service.web.schemas.generate import GenerateRequest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

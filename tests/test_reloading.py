@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from quant.scheme import PRESETS
-from service.app import create_app
 from service.errors import ReloadFailed
 from service.hosting import Host, cache_budget, open_host
 from service.reloading import Reloader
 from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model
+from service.web.app import create_app
 from tests.service.harness import client_of
 from tests.test_prepare import change_tensors, save_tiny_model
 

@@ -26,7 +26,7 @@ from benchmarks.faults.bench import Bench
 from benchmarks.faults.case import Case
 from benchmarks.faults.clients import Kind
 from benchmarks.report import RESULTS, birth_certificate, write
-from service.server_options import allow_open_files
+from service.web.uvicorn_config import allow_open_files
 
 Run = Callable[[Bench, Case], Awaitable[None]]
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from quant import __version__
 from service.cli import chat, evaluate, quantize, roofline, serve, tune
-from service.cli.later import Later
 
 EXAMPLES = """
 Start here: two terminals, no GPU and no model needed.
@@ -24,8 +24,6 @@ Then your own model:
 `ottava COMMAND --help` shows a command's options with examples;
 `ottava --install-completion` lets the shell complete them.
 """
-
-kernels = Later("kernels")
 
 app = typer.Typer(
     name="ottava",
@@ -50,7 +48,7 @@ def version(
     show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if show:
-        typer.echo(f"ottava {kernels.__version__}")
+        typer.echo(f"ottava {__version__}")
         raise typer.Exit
 
 

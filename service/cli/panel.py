@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from service.keys import is_loopback
 from service.settings import Settings
+from service.web.keys import is_loopback
 
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared with, not listened on)
 """An address that is listened on and cannot be called -> where this machine calls it."""

@@ -30,8 +30,8 @@ Examples:
 """
 
 log = logging.getLogger(__name__)
-app, hosting, keys = Later("service.app"), Later("service.hosting"), Later("service.keys")
-logs, reloading, server = Later("service.telemetry.logs"), Later("service.reloading"), Later("service.server")
+app, hosting, keys = Later("service.web.app"), Later("service.hosting"), Later("service.web.keys")
+logs, reloading, server = Later("service.telemetry.logs"), Later("service.reloading"), Later("service.web.server")
 tracing = Later("service.telemetry.tracing")
 
 

@@ -17,7 +17,7 @@ from service.chat import Chat
 from service.cli.terminal import err, say_error
 from service.cli.verdict import comparison_lines, metrics_line, printable
 from service.errors import ChatError
-from service.schemas import GenerateResponse
+from service.web.schemas.generate import GenerateResponse
 
 PROMPT, MORE = "> ", ". "
 QUOTES = '"""'

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import takewhile
 from unicodedata import category
 
-from service.schemas import Answer, GenerateResponse
+from service.web.schemas.generate import Answer, GenerateResponse
 
 AROUND_CHARS = 32
 """Shown of each text from where two of them part."""

@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from kernels import __version__
+from quant import __version__
 from quant.convert import quantize_checkpoint, refuse_occupied
 from quant.scheme import Scheme
 from quant.sums import first_damaged

@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from kernels import __version__
+from quant import __version__
 from service.engine.api import FinishReason
 from service.telemetry.record import RequestRecord, RunRecord
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app
 from service.settings import Settings
+from service.web.app import create_app
 from tests.service.fake_engine import ByteTokenizer, FakeEngine
 
 CHROMIUM = next(

@@ -13,9 +13,9 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.app import create_app
-from service.server_options import server_config
 from service.settings import Settings
+from service.web.app import create_app
+from service.web.uvicorn_config import server_config
 from tests.service.fake_engine import ByteTokenizer, FakeEngine
 
 DEADLINE_S = 30.0

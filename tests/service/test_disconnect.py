@@ -6,7 +6,7 @@ import json
 import httpx
 import pytest
 
-from service.routes.sse import EventStream
+from service.web.generation.sse import EventStream
 from tests.service.harness import app_of, metrics_of, server_of, total, two_engines, until
 
 

@@ -8,8 +8,8 @@ import weakref
 import pytest
 
 from service.process import settle
-from service.routes import generate
-from service.routes.run import Run
+from service.web.generation.run import Run
+from service.web.routes import generate
 from tests.service.harness import app_of, post, two_engines
 
 

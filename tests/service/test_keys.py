@@ -6,9 +6,9 @@ import logging
 import pytest
 
 from service.errors import InvalidSettings, Unauthorized
-from service.keys import Keyring, is_loopback
 from service.settings import Settings, load_settings
 from service.telemetry.record import ANONYMOUS
+from service.web.keys import Keyring, is_loopback
 from tests.service.harness import app_of, client_of, metrics_of, two_engines
 
 ALICE, BOB = "alice-0123456789", "bob-0123456789"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from service.engine.api import EngineStats
 from service.errors import RateLimited
-from service.limits import MAX_RETRY_AFTER_S, KeyLimits, Pace, TokenBucket, whole_seconds
+from service.web.limits import MAX_RETRY_AFTER_S, KeyLimits, Pace, TokenBucket, whole_seconds
 from tests.service.fake_engine import FakeEngine
 from tests.service.harness import app_of, client_of, engines_of, events_of, metrics_of, post, two_engines, until
 

@@ -125,7 +125,7 @@ def test_every_line_of_a_request_has_its_id(stream):
 
     request = ("POST", "/generate", {"prompt": "a"}, {"x-request-id": "abc-2"})
     lines = lines_of(served(stream, [request], engines_of(Exploding("w8a8"))))
-    assert {line["logger"] for line in lines} >= {"ottava.access", "service.middleware.faults"}
+    assert {line["logger"] for line in lines} >= {"ottava.access", "service.web.middleware.faults"}
     assert {line["request_id"] for line in lines} == {"abc-2"}
     assert "RuntimeError: oh" in next(line["exc_info"] for line in lines if "exc_info" in line)
 

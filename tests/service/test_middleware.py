@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from service.errors import InvalidSettings
-from service.middleware.envelope import SECURITY_HEADERS
 from service.settings import load_settings
+from service.web.middleware.envelope import SECURITY_HEADERS
 from tests.service.fake_engine import FakeEngine
 from tests.service.harness import app_of, client_of, engines_of, two_engines
 

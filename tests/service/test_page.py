@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from service.routes.page import FILES
+from service.web.routes.page import FILES
 from tests.service.harness import app_of, client_of, two_engines
 
 TYPES = {

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.openai_schemas import ChatRequest, CompletionRequest
-from service.routes.admin import ReloadRequest
-from service.schemas import GenerateRequest
+from service.web.openai.requests import ChatRequest, CompletionRequest
+from service.web.routes.admin import ReloadRequest
+from service.web.schemas.generate import GenerateRequest
 from tests.service.fuzz import Streams, assert_told, fuzz_app, strictly, thorough
 
 ROUTES = {

@@ -10,7 +10,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from service.server_options import allow_open_files
+from service.web.uvicorn_config import allow_open_files
 from tests.service.harness import app_of, metrics_of, server_of, two_engines, until
 
 GENERATE = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -127,7 +127,7 @@ def test_no_more_than_an_event_waits_in_memory(connect, monkeypatch):
 
 
 def _spy_on_transports(monkeypatch):
-    from service.protocol import BoundedProtocol
+    from service.web.connection import BoundedProtocol
 
     transports = []
     original = BoundedProtocol.pause_writing

@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from service.app import create_app
 from service.errors import ReloadFailed
-from service.reloads import Reloaded
 from service.settings import Settings
+from service.web.app import create_app
+from service.web.reloads import Reloaded
 from tests.service.fake_engine import ByteTokenizer
 from tests.service.harness import client_of, metrics_of, two_engines, until
 from tests.service.test_server import Life

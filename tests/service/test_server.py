@@ -14,14 +14,14 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from service.app import create_app
 from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
-from service.reloads import Reload, nothing_to_reload
-from service.server import FAILED, Server
 from service.settings import Settings
+from service.web.app import create_app
+from service.web.reloads import Reload, nothing_to_reload
+from service.web.server import FAILED, Server
 from tests.engine.fakes import Hang, ScriptedRunner, raising
 from tests.service.fake_engine import ByteTokenizer
 from tests.service.harness import events_of, metrics_of, until

@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 from service.engine.api import FinishReason, SamplingParams, Token
 from service.engine.request import Request
 from service.engine.stream import MAX_TOGETHER, RequestStream
-from service.openai_answers import ChatChunkChoice, ChatCompletionChunk, ChatDelta, Completion, CompletionChoice
-from service.protocol import QuickConnection
-from service.routes.openai_choices import Reply
-from service.routes.sse import MARK, Form, event
-from service.schemas import Delta
+from service.web.connection import QuickConnection
+from service.web.generation.sse import MARK, Form, event
+from service.web.openai.answers import (
+    ChatChunkChoice,
+    ChatCompletionChunk,
+    ChatDelta,
+    Completion,
+    CompletionChoice,
+)
+from service.web.openai.choices import Reply
+from service.web.schemas.generate import Delta
 from tests.service.harness import app_of, client_of, events_of, metrics_of, two_engines
 
 HEAD = {"id": "cmpl-1", "created": 7, "model": "50 %b:w8a8", "system_fingerprint": "fp"}

@@ -35,7 +35,7 @@ def clean_environment(monkeypatch):
 def spans_of(monkeypatch, body: dict, headers: dict | None = None, path: str = "/generate", engines=None, **settings):
     """The spans of one request, the HTTP one last."""
     exporter = InMemorySpanExporter()
-    monkeypatch.setattr("service.app.open_tracer", lambda model: SpanTracer(model, SimpleSpanProcessor(exporter)))
+    monkeypatch.setattr("service.web.app.open_tracer", lambda model: SpanTracer(model, SimpleSpanProcessor(exporter)))
 
     async def go():
         async with client_of(app_of(engines or two_engines(), **settings)) as client:

@@ -1,0 +1,1 @@
+"""HTTP over any engines: no torch in this process."""

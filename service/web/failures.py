@@ -1,0 +1,184 @@
+"""Every failure in one JSON shape: what is wrong, the value, the limit, and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import reprlib
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from service.errors import InvalidRequest, Malformed, OttavaError, RequestError
+from service.telemetry.metrics import NO_VARIANT, REJECTED
+from service.web.schemas.failure import ErrorDetail, ErrorResponse
+from service.web.state import serving_of
+
+log = logging.getLogger(__name__)
+
+# pydantic's names of errors in a value; every other one is an error in the shape.
+_VALUE_ERRORS = {
+    "finite_number": "which is not a finite number; send one",
+    "greater_than": "which is not above the limit of {gt}; send more than {gt}",
+    "greater_than_equal": "which is below the limit of {ge}; send at least {ge}",
+    "less_than": "which is not below the limit of {lt}; send less than {lt}",
+    "less_than_equal": "which is above the limit of {le}; send at most {le}",
+    "too_long": "which has too many entries; the limit is {max_length}",
+    "too_short": "which has too few entries; the smallest number is {min_length}",
+    "string_too_long": "which is too long; the limit is {max_length} characters",
+    "string_too_short": "which is too short; send at least {min_length} character",
+    "literal_error": "which is not one of {expected}; send one of these",
+    "string_unicode": "which holds half a surrogate pair; send valid Unicode",
+    "temperature_too_small": "but {message}",
+    "not_honoured": "which this server does not honour; {message}",
+    "not_text": "which is not text; {message}",
+}
+_MAX_SHOWN = 80
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _MAX_SHOWN
+_SHORT.maxlevel = 2
+_LONG_NUMBER = re.compile(rf"\d{{{_MAX_SHOWN + 1},}}")
+
+
+class CountedRoute(APIRoute):
+    """A generation route: a request whose body cannot be read is counted as rejected."""
+
+    def get_route_handler(self) -> Callable[[HTTPRequest], Awaitable[Response]]:  # type: ignore[override]
+        handler = super().get_route_handler()
+
+        async def counted(request: HTTPRequest) -> Response:
+            try:
+                return await handler(request)
+            except (RequestValidationError, HTTPException):
+                serving_of(request).metrics.count(NO_VARIANT, REJECTED)
+                raise
+
+        return counted
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every exception that reaches the app in the one shape."""
+    app.add_exception_handler(OttavaError, _on_ottava_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+    app.add_exception_handler(HTTPException, _on_http_error)
+
+
+def error_body(error: OttavaError) -> ErrorResponse:
+    """The body for one of our own errors. Of a number with more digits than anybody reads it shows a few."""
+    message = _LONG_NUMBER.sub(_cut_digits, error.message)
+    return ErrorResponse(error=ErrorDetail(message=message, type=error.type, param=error.param, code=error.code))
+
+
+def internal_error() -> ErrorResponse:
+    """The body for a fault of ours, which tells nothing of our insides."""
+    message = "internal error; the server's log has it under this answer's x-request-id"
+    return error_body(OttavaError(message))
+
+
+def answer(status: int, body: ErrorResponse, headers: Mapping[str, str] | None = None) -> Response:
+    """A response in the one shape."""
+    # ASCII only: a message may quote a field name that is no valid Unicode.
+    return Response(json.dumps(body.model_dump()), status, headers, "application/json")
+
+
+def refusal(error: OttavaError) -> Response:
+    """The response for one of our own errors."""
+    return answer(error.status, error_body(error), error.headers)
+
+
+def describe(errors: Sequence[Mapping[str, Any]]) -> RequestError:
+    """One error for all that pydantic found: the first wrong shape, or else the first wrong value."""
+    first = next((error for error in errors if error["type"] not in _VALUE_ERRORS), errors[0])
+    kind = first["type"]
+    path = [part for part in first["loc"] if part != "body"]
+    # Of a body that is no JSON, the path is a place in it.
+    name = path[0] if path and kind != "json_invalid" else first.get("ctx", {}).get("name")
+    param = None if name is None else str(name)
+    if kind in _VALUE_ERRORS:
+        reason = _VALUE_ERRORS[kind].format(**first.get("ctx", {}), message=first["msg"])
+        return InvalidRequest(f"`{_dotted(path) or 'body'}` is {_shown(first['input'])}, {reason}", param)
+    # OpenAI answers 400 to a parameter that it does not know.
+    refusal = InvalidRequest if kind == "unknown_parameter" else Malformed
+    return refusal(_shape_message(kind, path, first), param)
+
+
+def _shape_message(kind: str, path: list[Any], error: Mapping[str, Any]) -> str:
+    if kind == "json_invalid":
+        return f"the body is not valid JSON, at character {path[0]}: {error['ctx']['error']}"
+    if kind == "prompt_source":
+        return f"{error['msg']}; send one of them"
+    if kind in ("unknown_field", "unknown_parameter"):
+        name, nearest = error["ctx"]["name"], error["ctx"]["nearest"]
+        hint = f"did you mean `{nearest[0]}`?" if nearest else "leave it out"
+        return f"`{_dotted([*path, name])}` is not a field of this request; {hint}"
+    if not path:
+        return "the body must be a JSON object, sent with the header content-type: application/json"
+    if kind == "missing":
+        return f"`{_dotted(path)}` is missing; send it"
+    given = error["input"]
+    return f"`{_dotted(path)}` is {_shown(given)} of type {type(given).__name__}: {error['msg'].lower()}; see /docs"
+
+
+def _unreadable(cause: BaseException | None) -> BaseException | None:
+    """The cause, or what it says of the body where Python's JSON reader gave up on it."""
+    if isinstance(cause, RecursionError):
+        return InvalidRequest(
+            "the lists and objects of the body lie too deep inside each other to be read; send fewer levels"
+        )
+    if isinstance(cause, UnicodeDecodeError):
+        return InvalidRequest(f"the body is not valid {cause.encoding}, at byte {cause.start}; send JSON in UTF-8")
+    if isinstance(cause, ValueError):
+        limit = sys.get_int_max_str_digits()
+        return InvalidRequest(
+            f"the body holds a number of more than {limit} digits, which is the limit; send a smaller one"
+        )
+    return cause
+
+
+def _cut_digits(number: re.Match[str]) -> str:
+    half = _MAX_SHOWN // 2
+    return f"{number[0][:half]}...{number[0][-half:]}"
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _shown(value: object) -> str:
+    return _SHORT.repr(value)
+
+
+async def _on_ottava_error(request: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, OttavaError)
+    if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.error("request %s failed: %s", request.state.request_id, error.message, exc_info=error)
+    return refusal(error)
+
+
+async def _on_invalid_body(_: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = describe(error.errors())
+    return answer(found.status, error_body(found))
+
+
+async def _on_http_error(request: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    cause = _unreadable(error.__cause__)
+    if isinstance(cause, OttavaError):
+        return refusal(cause)
+    status = HTTPStatus(error.status_code)
+    message = str(error.detail)
+    if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+        message = f"{request.method} {request.url.path[:_MAX_SHOWN]}: {status.phrase.lower()}; /docs lists the routes"
+    code = status.phrase.lower().replace(" ", "_")
+    detail = ErrorDetail(message=message, type=RequestError.type, param=None, code=code)
+    return answer(status, ErrorResponse(error=detail), error.headers)

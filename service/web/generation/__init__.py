@@ -1,0 +1,1 @@
+"""One generation, from its plan to its last event; every route is built on it."""

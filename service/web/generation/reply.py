@@ -1,0 +1,56 @@
+"""How a generation goes out, whole or as a stream: cut short when the client leaves, freed in any case."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+
+from fastapi import Request as HTTPRequest
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from service.errors import OttavaError
+from service.web.failures import error_body, internal_error
+from service.web.generation.sse import DONE, ClientGone, EventStream, event, unless_disconnected
+
+CLIENT_GONE_STATUS = 499
+
+log = logging.getLogger(__name__)
+
+
+def streamed(
+    events: Callable[[], AsyncGenerator[BaseModel | bytes, None]], http: HTTPRequest, close: Callable[[], None]
+) -> Response:
+    """The events as they come, encoded or not, then [DONE]. `close` runs at the end, and where the client leaves."""
+    return EventStream(_guarded(events, http.state.request_id), close)
+
+
+async def answered(
+    work: Callable[[], Coroutine[object, object, BaseModel]], http: HTTPRequest, close: Callable[[], None]
+) -> Response:
+    """The answer once it is complete, without fields that were not set. `close` runs as for `streamed`."""
+    try:
+        answer = await unless_disconnected(http.receive, work())
+    except ClientGone:
+        return Response(status_code=CLIENT_GONE_STATUS)
+    finally:
+        close()
+    return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+async def _guarded(
+    events: Callable[[], AsyncGenerator[BaseModel | bytes, None]], request_id: str
+) -> AsyncIterator[bytes]:
+    """Server-sent events. An error ends them without [DONE], so a cut-off answer shows as such."""
+    try:
+        async with aclosing(events()) as items:
+            async for item in items:
+                yield item if isinstance(item, bytes) else event(item)
+        yield DONE
+    except OttavaError as error:
+        log.exception("request %s: stream ended early", request_id)
+        yield event(error_body(error))
+    except Exception:
+        log.exception("request %s: stream ended early", request_id)
+        yield event(internal_error())

@@ -1,0 +1,301 @@
+"""One generation on one variant, from submission to its last token; every route is built on it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.comparison.shadow import Sample
+from service.comparison.traffic import Visit
+from service.engine.api import FinishReason, SamplingParams, Token
+from service.engine.request import Request
+from service.errors import DeadlineExceeded, OttavaError, QueueFull, QueueTimeout
+from service.measures import RunMetrics, measure
+from service.settings import BASELINE
+from service.telemetry.metrics import ERROR, REJECTED, TIMEOUT
+from service.telemetry.record import RunRecord, current
+from service.text.stops import Output
+from service.web.generation.deadlines import Deadlines
+from service.web.schemas.generate import Answer, TokenLogprob, TopLogprob, Usage
+from service.web.state import Serving
+
+RELEASE_POLL_S = 0.001
+_OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A request that has been checked: what to run, with which ids and parameters.
+
+    shows_logprobs: whether the client asked for what params.logprobs may ask for us.
+    continues: the answer goes on inside the prompt's text, where a leading space counts.
+    route: where it came in.
+    timeout_s: seconds from received_s to the last token; none: as many as the settings allow.
+    is_compared: part of a comparison, so not drawn for shadow mode.
+    """
+
+    id: str
+    variant: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    stop: tuple[str, ...] = ()
+    shows_logprobs: bool = False
+    continues: bool = False
+    received_s: float = field(default_factory=time.perf_counter)
+    route: str = "/generate"
+    is_compared: bool = False
+    timeout_s: float | None = None
+
+
+@dataclass(slots=True)
+class Piece:
+    """What an answer grew by: the text may lag behind the tokens. logprobs: none where the client did not ask."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Run:
+    """A plan in an engine. Iterate `pieces`, then read `answer`; `close` in any case, which frees what it held.
+
+    Its outcome is counted exactly once: stop, length, abort, timeout, error, or rejected at submission or in the queue.
+    """
+
+    def __init__(self, plan: Plan, serving: Serving, visit: Visit | None = None) -> None:
+        """Submit the plan, as a part of the visit or as one of its own.
+
+        Raises:
+            QueueFull, EngineFailed: by the engine; counted.
+        """
+        self.plan = plan
+        self.tokens: list[Token] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self._sent_s: list[float] = []
+        self._serving = serving
+        self._metrics = serving.metrics
+        self._is_counted = False
+        self._engine = serving.engines[plan.variant]
+        self._output = Output(serving.tokenizer.decoder(plan.prompt_ids if plan.continues else ()), plan.stop)
+        self._visit = serving.visit() if visit is None else visit
+        self._has_own_visit = visit is None
+        self._submitted_s = time.perf_counter()
+        self._late: OttavaError | None = None
+        self._timeout_s = serving.settings.request_timeout_s if plan.timeout_s is None else plan.timeout_s
+        try:
+            with self._metrics.counting_refusals(plan.variant):
+                self._stream = self._engine.submit(plan.prompt_ids, plan.params, plan.id, plan.received_s)
+        except Exception as error:
+            self._leave()
+            if isinstance(error, QueueFull):
+                error.retry_after_s = self._retry_after_s()
+            raise
+        self._deadlines = Deadlines(
+            self._stream.request,
+            self._timeout_s,
+            serving.settings.queue_timeout_s,
+            self._retry_after_s,
+            self._expire,
+        )
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """What each step added, or several, where their tokens came before they could be taken.
+
+        With the last one `finish_reason` is set and `answer` can be read.
+
+        Raises:
+            EngineFailed: a step raised; what was sent before stands.
+            DeadlineExceeded, QueueTimeout: it took or waited too long; likewise.
+        """
+        try:
+            async for tokens in self._stream:
+                piece = self._piece(tokens)
+                if self._output.is_stopped:
+                    self._stream.finish(FinishReason.STOP)
+                if self._output.is_stopped or self._is_complete():
+                    self._flush(piece)
+                    self._end()
+                yield piece
+            if self._late is not None:
+                raise self._late
+            if self.finish_reason is None:
+                self._end()
+        except Exception as error:
+            self._count(_outcome(error))
+            raise
+
+    def answer(self) -> Answer:
+        """What came out, once `pieces` has ended."""
+        assert self.finish_reason is not None
+        request, num_tokens = self._stream.request, len(self.tokens)
+        return Answer(
+            id=self.plan.id,
+            variant=self.plan.variant,
+            text=self.text,
+            token_ids=[token.id for token in self.tokens],
+            finish_reason=self.finish_reason,
+            usage=Usage(
+                prompt_tokens=len(request.prompt_ids),
+                completion_tokens=num_tokens,
+                total_tokens=len(request.prompt_ids) + num_tokens,
+            ),
+            metrics=self.times(),
+            **self._shown_logprobs(),
+        )
+
+    @property
+    def request(self) -> Request:
+        """The engine's side of the run."""
+        return self._stream.request
+
+    def prompt_logprobs(self) -> list[TokenLogprob]:
+        """Of every prompt token but the first; complete with the first piece of a plan that asks for them."""
+        return [_logprob(token) for token in self.request.prompt_logprobs]
+
+    @property
+    def time_left_s(self) -> float:
+        """Seconds until the plan's time is over."""
+        return self.plan.received_s + self._timeout_s - time.perf_counter()
+
+    @property
+    def is_released(self) -> bool:
+        """The engine holds nothing of the request any more."""
+        return self._stream.request.is_finished and self._stream.request.row < 0
+
+    async def released(self) -> None:
+        """Return once the engine has let go of the request, which after a stop string is a step later."""
+        while not self.is_released and self._engine.failure is None:
+            await asyncio.sleep(RELEASE_POLL_S)
+
+    def close(self) -> None:
+        """End the run if it is still going. A second call changes nothing."""
+        self._leave()
+        if self.finish_reason is None:
+            self.finish_reason = FinishReason.ABORT
+            self._stream.finish(FinishReason.ABORT)
+            self._count(FinishReason.ABORT)
+
+    def _piece(self, tokens: Sequence[Token]) -> Piece:
+        """Take the tokens that came, up to the one that completes a stop string."""
+        ids = [token.id for token in tokens]
+        text, taken = self._output.take(ids)
+        new = tokens if taken == len(tokens) else tokens[:taken]
+        self.text += text
+        self.tokens.extend(new)
+        self._sent_s.extend([time.perf_counter()] * taken)
+        if taken:
+            self._metrics.tokens_sent(
+                self.plan.variant, self._stream.request, self.plan.received_s, self._sent_s, taken
+            )
+        return Piece(text, ids if new is tokens else ids[:taken], self._logprobs(new))
+
+    def _is_complete(self) -> bool:
+        """Every token of a request that came to its own end has been taken."""
+        request = self._stream.request
+        return request.finish_reason in _OWN_ENDS and len(self.tokens) >= len(request.output)
+
+    def _flush(self, piece: Piece) -> None:
+        """Give the last piece the text that was held back."""
+        rest = self._output.flush()
+        self.text += rest
+        piece.text += rest
+
+    def _logprobs(self, tokens: Sequence[Token]) -> list[TokenLogprob] | None:
+        return [_logprob(token) for token in tokens] if self.plan.shows_logprobs else None
+
+    def _shown_logprobs(self) -> dict[str, Any]:
+        """The field `logprobs`, set only where the client asked for it."""
+        return {"logprobs": self._logprobs(self.tokens)} if self.plan.shows_logprobs else {}
+
+    def _end(self) -> None:
+        stopped = self._output.is_stopped
+        self.finish_reason = FinishReason.STOP if stopped else self._stream.request.finish_reason or FinishReason.ABORT
+        self._visit.note(num_own=0 if self.is_released else 1)
+        self._count(self.finish_reason)
+        if self.finish_reason != FinishReason.ABORT:
+            self._tell(self.finish_reason)
+
+    def _tell(self, reason: FinishReason) -> None:
+        """Report the finished run to all who keep a record."""
+        plan, serving, metrics = self.plan, self._serving, self.answer().metrics
+        serving.metrics.finished(plan.variant, metrics, self.tokens)
+        serving.recent.add(plan.id, plan.variant, plan.route, reason, metrics)
+        has_baseline = serving.why_unready(BASELINE) is None
+        if has_baseline and not plan.is_compared and serving.shadow.wants(plan.variant):
+            serving.shadow.offer(self._sample())
+
+    def _sample(self) -> Sample:
+        """What shadow mode needs for a replay."""
+        plan = self.plan
+        return Sample(
+            self._stream.request,
+            plan.variant,
+            plan.stop,
+            plan.prompt_ids if plan.continues else (),
+            self.tokens,
+            self._submitted_s,
+            self._visit.is_contended,
+        )
+
+    def _expire(self, error: OttavaError) -> None:
+        """End the run where its time is over; `pieces` raises the error."""
+        if self.finish_reason is None and not self._output.is_stopped:
+            self._late = error
+            self._stream.finish(FinishReason.ABORT)
+
+    def _retry_after_s(self) -> int:
+        return self._serving.pace.retry_after_s(self.plan.variant, self._engine.stats())
+
+    def times(self) -> RunMetrics:
+        """The metrics of what has been sent so far."""
+        return measure(self._stream.request, self.tokens, self.plan.received_s, self._sent_s)
+
+    def _leave(self) -> None:
+        if self._has_own_visit:
+            self._visit.leave()
+
+    def _count(self, outcome: str) -> None:
+        if not self._is_counted:
+            self._is_counted = True
+            self._metrics.count(self.plan.variant, outcome)
+            self._deadlines.cancel()
+            # They know of this run: kept, the two would wait for the garbage collector with all their tokens.
+            del self._deadlines
+            self._note(outcome)
+
+    def _note(self, outcome: str) -> None:
+        """Note the end for whoever comes after, and in the record of the HTTP request that this run is part of."""
+        ended_s, first_scheduled_s = time.perf_counter(), self._stream.request.first_scheduled_s
+        if first_scheduled_s is not None:
+            self._serving.pace.add(self.plan.variant, ended_s - first_scheduled_s)
+        record = current.get()
+        if record is not None:
+            texts = (self._prompt_text(), self.text) if self._serving.settings.log_prompts else (None, None)
+            plan = self.plan
+            record.runs.append(
+                RunRecord(plan.id, plan.variant, outcome, plan.params, plan.received_s, ended_s, self.times(), *texts)
+            )
+
+    def _prompt_text(self) -> str:
+        decoder = self._serving.tokenizer.decoder()
+        return "".join(decoder.push(token_id) for token_id in self.plan.prompt_ids) + decoder.flush()
+
+
+def _outcome(error: Exception) -> str:
+    """How `requests_total` counts a run that raised."""
+    if isinstance(error, QueueTimeout):
+        return REJECTED
+    return TIMEOUT if isinstance(error, DeadlineExceeded) else ERROR
+
+
+def _logprob(token: Token) -> TokenLogprob:
+    top = [TopLogprob(id=token_id, logprob=_finite(logprob)) for token_id, logprob in token.top_logprobs]
+    return TokenLogprob(id=token.id, logprob=_finite(token.logprob), top=top)
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None or logprob == float("-inf") else logprob

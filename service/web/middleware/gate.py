@@ -1,0 +1,124 @@
+"""Who may come in: the API key, its limits, and the size of the body."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import OttavaError, TooLarge
+from service.settings import PublicRoute, Settings
+from service.telemetry.metrics import NO_VARIANT, REJECTED
+from service.telemetry.record import ANONYMOUS, RequestRecord
+from service.web.failures import refusal
+from service.web.state import Serving
+
+ALWAYS_PUBLIC = frozenset({"/health", "/ready"})
+"""An orchestrator asks these of its own, and they tell nothing."""
+
+PUBLIC_PATHS: dict[PublicRoute, frozenset[str]] = {
+    "page": frozenset({"/"}),
+    "docs": frozenset({"/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"}),
+    "info": frozenset({"/info"}),
+    "metrics": frozenset({"/metrics"}),
+}
+PAGE_FILES = "/page/"
+
+
+class Gate:
+    """Refuses what may not come in, before anything of its body is read.
+
+    Every path needs a key but those that the settings open, so that a new route is closed until somebody opens it.
+    The limits of a key count generations alone.
+    """
+
+    def __init__(self, app: ASGIApp, serving: Serving) -> None:
+        self._app = app
+        self._serving = serving
+        self._max_body_bytes = serving.settings.max_body_bytes
+        self._public = public_paths(serving.settings)
+        self._has_public_page = "page" in serving.settings.public_routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record: RequestRecord = scope["state"]["record"]
+        is_generation = _is_generation(scope)
+        try:
+            self._admit(scope, record, is_generation)
+        except OttavaError as error:
+            if is_generation:
+                self._serving.metrics.count(NO_VARIANT, REJECTED)
+            await refusal(error)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, _limited(receive, self._max_body_bytes), send)
+        finally:
+            if is_generation:
+                self._serving.lifecycle.leave()
+                self._serving.limits.leave(record.key, time.perf_counter() - record.received_s)
+
+    def _admit(self, scope: Scope, record: RequestRecord, is_generation: bool) -> None:
+        """Name the key of the request and, for a generation, count it as running.
+
+        Raises:
+            Unauthorized, TooLarge, Draining, RateLimited: nothing is counted.
+        """
+        headers = Headers(scope=scope)
+        is_public = self._is_public(scope["path"])
+        record.key = ANONYMOUS if is_public else self._serving.keys.name_of(headers.get("authorization"))
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            raise too_large(self._max_body_bytes, f"{length} bytes")
+        if is_generation:
+            self._serving.lifecycle.refuse_if_draining()
+            self._serving.limits.enter(record.key)
+            self._serving.lifecycle.enter()
+
+    def _is_public(self, path: str) -> bool:
+        return path in self._public or (self._has_public_page and path.startswith(PAGE_FILES))
+
+
+def public_paths(settings: Settings) -> frozenset[str]:
+    """The paths that need no key under these settings, the page's files aside."""
+    return ALWAYS_PUBLIC.union(*(PUBLIC_PATHS[route] for route in settings.public_routes))
+
+
+def document_key(app: FastAPI, settings: Settings) -> None:
+    """Say in the app's OpenAPI which requests need a key, so that /docs asks for one and clients know."""
+    schema = app.openapi()
+    schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    schema["security"] = [{"key": []}]
+    for path in public_paths(settings) & schema["paths"].keys():
+        for operation in schema["paths"][path].values():
+            operation["security"] = []
+
+
+def _is_generation(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return scope["method"] == "POST" and (path == "/generate" or path.startswith("/v1/"))
+
+
+def _limited(receive: Receive, max_body_bytes: int) -> Receive:
+    """receive, refusing with 413 as soon as more than max_body_bytes have come: a chunked body does not tell before."""
+    num_bytes = 0
+
+    async def limited() -> Message:
+        nonlocal num_bytes
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > max_body_bytes:
+            # What reads the body lets only HTTPException through.
+            error = too_large(max_body_bytes, "longer")
+            raise HTTPException(error.status, error.message) from error
+        return message
+
+    return limited
+
+
+def too_large(max_body_bytes: int, given: str) -> TooLarge:
+    return TooLarge(f"the body is {given}; the limit is {max_body_bytes} bytes; send a shorter prompt")

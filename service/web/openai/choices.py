@@ -1,0 +1,157 @@
+"""Several runs as one: the answers to a request of OpenAI's routes, side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, NamedTuple, Protocol
+
+from service.engine.api import FinishReason
+from service.web.generation.run import Piece, Plan, Run
+from service.web.generation.sse import MARK, Form
+from service.web.model_names import ModelNames
+from service.web.openai.answers import OpenAIAnswer, OpenAIUsage, PromptTokensDetails
+from service.web.openai.requests import OpenAIRequest, StreamOptions
+from service.web.state import Serving
+
+
+class New(NamedTuple):
+    """What a choice grew by; finish_reason only where that was its last."""
+
+    choice: int
+    piece: Piece
+    finish_reason: FinishReason | None
+
+
+class Choices:
+    """A run for each plan. Iterate `news`; `close` in any case, which frees what they hold."""
+
+    def __init__(self, plans: Sequence[Plan], serving: Serving) -> None:
+        """Submit all plans, or none. Raises QueueFull or EngineFailed, by the engine."""
+        self.runs: list[Run] = []
+        self._visit = serving.visit()
+        try:
+            for plan in plans:
+                self.runs.append(Run(plan, serving, self._visit))
+        except Exception:
+            self.close()
+            raise
+
+    async def news(self) -> AsyncGenerator[New, None]:
+        """What each choice grew by. Raises what a run raises first."""
+        if len(self.runs) == 1:
+            run = self.runs[0]
+            async for piece in run.pieces():
+                yield New(0, piece, run.finish_reason)
+            return
+        news: asyncio.Queue[New | int] = asyncio.Queue()
+        pumps = [asyncio.create_task(_pump(index, run, news)) for index, run in enumerate(self.runs)]
+        num_left = len(pumps)
+        try:
+            while num_left:
+                new = await news.get()
+                if isinstance(new, int):
+                    num_left -= 1
+                    await pumps[new]
+                else:
+                    yield new
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    def close(self) -> None:
+        """Free what is still held. A second call changes nothing."""
+        self._visit.leave()
+        for run in self.runs:
+            run.close()
+
+
+async def _pump(index: int, run: Run, news: asyncio.Queue[New | int]) -> None:
+    """Hand over what the run adds, and its number alone at its end, whichever that is."""
+    try:
+        async for piece in run.pieces():
+            news.put_nowait(New(index, piece, run.finish_reason))
+    finally:
+        news.put_nowait(index)
+
+
+def head_of(id_: str, kind: str, variant: str, models: ModelNames) -> dict[str, Any]:
+    """What all events of an answer have in common."""
+    return {
+        "id": id_,
+        "object": kind,
+        "created": int(time.time()),
+        "model": models.full_name(variant),
+        "system_fingerprint": models.fingerprint(variant),
+    }
+
+
+class Dialect(Protocol):
+    """How a route writes what came."""
+
+    def event(self, news: Sequence[New], **usage: Any) -> OpenAIAnswer: ...
+
+    def answer(self, usage: OpenAIUsage) -> OpenAIAnswer: ...
+
+
+class Reply:
+    """The choices on their way out, as events or as a whole.
+
+    Args:
+        body: of the request; the n choices of a prompt count it once.
+    """
+
+    def __init__(self, choices: Choices, dialect: Dialect, body: OpenAIRequest) -> None:
+        self._choices = choices
+        self._dialect = dialect
+        self._options = body.stream_options or StreamOptions()
+        self._n = body.n
+        self._counts_answers = body.max_tokens != 0
+        self._num_told = 0
+        self._forms: dict[int, Form | None] = {}
+
+    async def events(self) -> AsyncGenerator[OpenAIAnswer | bytes, None]:
+        """One event for each piece of each choice and, where asked for, one with the usage."""
+        usage: dict[str, OpenAIUsage | None] = {"usage": None} if self._options.include_usage else {}
+        async with aclosing(self._choices.news()) as news:
+            async for new in news:
+                self._num_told += len(new.piece.token_ids)
+                if usage and self._options.continuous_usage_stats:
+                    usage = {"usage": self._usage()}
+                form = self._form_of(new, usage)
+                yield self._dialect.event([new], **usage) if form is None else form.event(new.piece.text)
+        if usage:
+            yield self._dialect.event([], usage=self._usage())
+
+    async def answer(self) -> OpenAIAnswer:
+        """The whole answer."""
+        async with aclosing(self._choices.news()) as news:
+            async for new in news:
+                self._num_told += len(new.piece.token_ids)
+        return self._dialect.answer(self._usage())
+
+    def _form_of(self, new: New, usage: dict[str, OpenAIUsage | None]) -> Form | None:
+        """For an event that tells no more than a text, as all do but a choice's first and last; None for others."""
+        is_first = new.choice not in self._forms
+        form = self._forms.setdefault(new.choice, None)
+        has_more = new.finish_reason is not None or new.piece.logprobs is not None or usage.get("usage") is not None
+        if is_first or has_more or not self._counts_answers:
+            return None
+        if form is None:
+            like = New(new.choice, Piece(MARK, []), None)
+            form = self._forms[new.choice] = Form(self._dialect.event([like], **usage), MARK)
+        return form
+
+    def _usage(self) -> OpenAIUsage:
+        prompts = [run.request for run in self._choices.runs[:: self._n]]
+        num_prompt = sum(len(request.prompt_ids) for request in prompts)
+        num_generated = self._num_told if self._counts_answers else 0
+        return OpenAIUsage(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_generated,
+            total_tokens=num_prompt + num_generated,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(request.num_cached for request in prompts)),
+        )

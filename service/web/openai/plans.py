@@ -1,0 +1,200 @@
+"""From OpenAI's bodies to plans: prompts, choices, and the parameters that contradict each other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from service.engine.api import SamplingParams
+from service.engine.grammar import Grammar
+from service.errors import InvalidRequest
+from service.text.protocols import TokenizerLike
+from service.web.generation.planning import (
+    Room,
+    allowed_timeout,
+    chat_ids,
+    fitting,
+    known_ids,
+    sampling_params,
+    text_ids,
+)
+from service.web.generation.run import Plan
+from service.web.openai.requests import (
+    MAX_CHOICES,
+    ChatRequest,
+    CompletionRequest,
+    OpenAIRequest,
+    ResponseFormat,
+)
+from service.web.state import Serving
+
+NUM_SEEDS = 1 << 63
+
+
+class Prompt(NamedTuple):
+    """What is to be continued. text: as the client sent it, or as its ids read."""
+
+    ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What all choices of a request share."""
+
+    id: str
+    route: str
+    variant: str
+    stop: tuple[str, ...]
+    shows_logprobs: bool
+    continues: bool
+    received_s: float
+    timeout_s: float
+
+    def plans(self, prompts: Sequence[tuple[list[int], SamplingParams]], n: int) -> list[Plan]:
+        """n plans for each prompt, the i-th of them with the seed + i."""
+        return [
+            Plan(
+                id=self.id if len(prompts) * n == 1 else f"{self.id}-{place * n + i}",
+                variant=self.variant,
+                prompt_ids=ids,
+                params=params if params.seed is None else replace(params, seed=(params.seed + i) % NUM_SEEDS),
+                stop=self.stop,
+                shows_logprobs=self.shows_logprobs,
+                continues=self.continues,
+                received_s=self.received_s,
+                route=self.route,
+                timeout_s=self.timeout_s,
+            )
+            for place, (ids, params) in enumerate(prompts)
+            for i in range(n)
+        ]
+
+
+async def completion_plans(
+    id_: str, body: CompletionRequest, variant: str, serving: Serving, received_s: float
+) -> tuple[list[Prompt], list[Plan]]:
+    """The prompts, and n plans for each.
+
+    Raises:
+        InvalidRequest, PromptTooLong, NotReady, EngineFailed: with name, value, limit and remedy.
+    """
+    engine, tokenizer = serving.engine(variant), serving.tokenizer
+    _refuse_lone_stream_options(body)
+    _refuse_unseen_answers(body)
+    prompts = [await _prompt(prompt, tokenizer, body.echo) for prompt in body.prompt]
+    asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
+    wanted = []
+    for prompt in prompts:
+        room = Room(len(prompt.ids), engine.max_model_len)
+        # The log-probabilities of a prompt come with a first token, which is not told where none was asked for.
+        max_tokens = max(1, fitting(asked, body.max_tokens, room, serving.settings))
+        params = replace(
+            sampling_params(body, tokenizer, max_tokens),
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+        wanted.append((prompt.ids, params))
+    order = Order(
+        id=id_,
+        route="/v1/completions",
+        variant=variant,
+        stop=tuple(body.stop),
+        shows_logprobs=body.logprobs is not None,
+        continues=True,
+        received_s=received_s,
+        timeout_s=allowed_timeout(body.timeout_s, serving.settings),
+    )
+    return prompts, order.plans(wanted, body.n)
+
+
+async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving, received_s: float) -> list[Plan]:
+    """n plans. Raises as `completion_plans` does, and what the grammar of `response_format` raises."""
+    engine, tokenizer = serving.engine(variant), serving.tokenizer
+    _refuse_lone_stream_options(body)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest(
+            f"`top_logprobs` is {body.top_logprobs}, but `logprobs` is false; send `logprobs` true as well",
+            "top_logprobs",
+        )
+    messages = [{"role": message.role, "content": message.content} for message in body.messages]
+    ids = await chat_ids(messages, tokenizer, body.add_generation_prompt)
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens = fitting(
+        _asked_tokens(body), None, Room(len(ids), engine.max_model_len, "messages", limit), serving.settings
+    )
+    params = replace(
+        sampling_params(body, tokenizer, max_tokens),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=await _grammar(body.response_format, tokenizer),
+    )
+    order = Order(
+        id=id_,
+        route="/v1/chat/completions",
+        variant=variant,
+        stop=tuple(body.stop),
+        shows_logprobs=body.logprobs,
+        continues=body.add_generation_prompt and body.messages[-1].role == "assistant",
+        received_s=received_s,
+        timeout_s=allowed_timeout(body.timeout_s, serving.settings),
+    )
+    return order.plans([(ids, params)], body.n)
+
+
+async def _prompt(prompt: str | list[int], tokenizer: TokenizerLike, is_echoed: bool) -> Prompt:
+    if isinstance(prompt, str):
+        return Prompt(await text_ids(prompt, tokenizer, "prompt"), prompt)
+    ids = known_ids(prompt, tokenizer, "prompt")
+    decoder = tokenizer.decoder()
+    return Prompt(ids, "".join(map(decoder.push, ids)) + decoder.flush() if is_echoed else "")
+
+
+async def _grammar(wanted: ResponseFormat | None, tokenizer: TokenizerLike) -> Grammar | None:
+    """The constraint, compiled beside the event loop."""
+    if wanted is None:
+        return None
+    if (wanted.json_schema is not None) != (wanted.type == "json_schema"):
+        remedy = "send it as well" if wanted.json_schema is None else 'send the type "json_schema", or leave it out'
+        raise InvalidRequest(
+            f"`response_format.type` is {wanted.type!r}, which does not go with "
+            f"{'no' if wanted.json_schema is None else 'a'} `json_schema`; {remedy}",
+            "response_format",
+        )
+    if wanted.type == "text":
+        return None
+    schema = None if wanted.json_schema is None else wanted.json_schema.schema_
+    return await asyncio.to_thread(tokenizer.grammar, schema)
+
+
+def _asked_tokens(body: ChatRequest) -> int | None:
+    newer, older = body.max_completion_tokens, body.max_tokens
+    if newer is not None and older is not None and newer != older:
+        raise InvalidRequest(
+            f"`max_tokens` is {older} and `max_completion_tokens` is {newer}; send one of them", "max_tokens"
+        )
+    return older if newer is None else newer
+
+
+def _refuse_lone_stream_options(body: OpenAIRequest) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest(
+            "`stream_options` is sent, but `stream` is false; send `stream` true as well, or leave it out",
+            "stream_options",
+        )
+
+
+def _refuse_unseen_answers(body: CompletionRequest) -> None:
+    if body.best_of is not None and body.best_of != body.n:
+        raise InvalidRequest(
+            f"`best_of` is {body.best_of} and `n` is {body.n}: every answer that is generated is returned; "
+            f"send {body.n}, or leave it out",
+            "best_of",
+        )
+    if len(body.prompt) * body.n > MAX_CHOICES:
+        raise InvalidRequest(
+            f"`prompt` has {len(body.prompt)} entries and `n` is {body.n}, which makes {len(body.prompt) * body.n} "
+            f"answers; the limit is {MAX_CHOICES}; send the rest in another request",
+            "prompt",
+        )

@@ -1,0 +1,219 @@
+"""Request bodies in OpenAI's shapes. Each of OpenAI's parameters is honoured, or accepted where it changes nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from service.web.openai.inert import EmptyList, EmptyObject, InertText, Metadata, Nothing, Only, Zero
+from service.web.schemas.bodies import Body, Sampling, Temperature, Text, whole_unicode
+
+MAX_CHOICES = 128
+"""Answers to one request: prompts times `n`."""
+MAX_TOP_LOGPROBS = 20
+
+Prompts = list[str] | list[list[int]]
+
+
+def _prompts(value: Any) -> Prompts:
+    """One prompt or several, as text or as token ids, as a list of prompts."""
+    items = [value] if isinstance(value, str) else value
+    if isinstance(items, list):
+        if items and all(isinstance(item, str) for item in items):
+            return [whole_unicode(item) for item in items]
+        if _are_ids(items):
+            return [items]
+        if all(isinstance(item, list) and _are_ids(item) for item in items):
+            return items
+    raise PydanticCustomError("prompt_shape", "send a string, strings, token ids, or lists of token ids")
+
+
+def _are_ids(items: list[Any]) -> bool:
+    return all(type(item) is int for item in items)
+
+
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MAX_CHOICES},
+        _IDS_SCHEMA,
+        {"type": "array", "items": _IDS_SCHEMA, "minItems": 1, "maxItems": MAX_CHOICES},
+    ]
+}
+
+
+def _joined(value: Any) -> Any:
+    """Content that comes in parts as one text, a line for each part."""
+    return "\n".join(_part_text(part) for part in value) if isinstance(value, list) else value
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text":
+        text = part["text"]
+        if isinstance(text, str):
+            return text
+    raise PydanticCustomError("not_text", 'send text alone: a string, or parts {"type": "text", "text": "..."}')
+
+
+_TEXT_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART_SCHEMA}]}
+
+
+def _nullable(schema: dict[str, Any]) -> None:
+    """Allow null for every field that may be left out."""
+    for name, field in schema["properties"].items():
+        is_optional = name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ())
+        if is_optional and field.get("type") != "null":
+            outer = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **outer}
+
+
+class NullIsAbsent(Body):
+    """A body in which null stands for a field that is not sent, as OpenAI's clients write it."""
+
+    model_config = ConfigDict(json_schema_extra=_nullable)
+    unknown = "unknown_parameter"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or not cls._is_optional(name)}
+
+    @classmethod
+    def _is_optional(cls, name: str) -> bool:
+        field = cls.model_fields.get(name)
+        return field is not None and not field.is_required()
+
+
+class StreamOptions(NullIsAbsent):
+    """What a stream brings beside the text."""
+
+    include_usage: bool = Field(
+        default=False, description="One more event before `[DONE]`: no choices, the whole usage."
+    )
+    continuous_usage_stats: bool = Field(
+        default=False, description="Usage so far in every event; with `include_usage`."
+    )
+    include_obfuscation: Only[Literal[False]] = Field(
+        default=False, description="Accepted: false; events are never padded."
+    )
+
+
+class OpenAIRequest(NullIsAbsent, Sampling):
+    """What both routes read alike."""
+
+    model: str | None = Field(None, description="NAME, NAME:VARIANT or VARIANT, see /v1/models; none: the first there.")
+    temperature: Temperature = Field(
+        1.0, ge=0, le=2, description="0: always the likeliest token; above: logits are divided by it."
+    )
+    max_tokens: int | None = None
+    n: int = Field(
+        1, ge=1, le=MAX_CHOICES, description="Answers per prompt, side by side; the i-th is drawn with `seed` + i."
+    )
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    user: InertText = Field("", description="Accepted: it names your user to OpenAI and changes no answer.")
+    presence_penalty: Zero = Field(0, description="Accepted: 0. See `repetition_penalty`.")
+    frequency_penalty: Zero = Field(0, description="Accepted: 0. See `repetition_penalty`.")
+    logit_bias: EmptyObject = Field({}, description="Accepted: {}, no bias.")
+
+
+class CompletionRequest(OpenAIRequest):
+    """Body of POST /v1/completions. `max_tokens` 0 generates nothing: with `echo` and `logprobs` it scores a prompt."""
+
+    prompt: Annotated[Prompts, PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = Field(
+        description="Text to continue, or token ids, or a list of either."
+    )
+    max_tokens: int = Field(
+        16, ge=0, description="Most tokens to generate. If left out, 16 or as many as the context leaves."
+    )
+    echo: bool = Field(False, description="Begin the text, and its `logprobs`, with the prompt.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="Log-probabilities of each token and of this many likeliest."
+    )
+    best_of: int | None = Field(None, ge=1, description="Accepted: the value of `n`, so that every answer is returned.")
+    suffix: Only[Literal[""]] = Field("", description='Accepted: "", no text after the answer.')
+
+
+class ChatMessage(NullIsAbsent):
+    """One turn of a conversation. The fields after `content` let an answer's message be sent back as it came."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="Who speaks, as far as the model's chat template knows them; developer as system if it does not."
+    )
+    content: Annotated[Text, BeforeValidator(_joined), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
+        description="What is said: a string, or text parts, which are joined by line breaks."
+    )
+    name: Nothing = Field(None, description="Accepted: null; chat templates know no names.")
+    refusal: Nothing = Field(None, description="Accepted: null.")
+    audio: Nothing = Field(None, description="Accepted: null.")
+    function_call: Nothing = Field(None, description="Accepted: null.")
+    tool_calls: EmptyList = Field([], description="Accepted: [].")
+    annotations: EmptyList = Field([], description="Accepted: [].")
+
+
+class JsonSchema(NullIsAbsent):
+    """A schema that the answer must follow."""
+
+    name: str = Field(min_length=1, description="Yours; it changes no answer.")
+    description: str | None = Field(None, description="Yours; it changes no answer.")
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="JSON schema; none: any JSON object.")
+    strict: bool | None = Field(None, description="Accepted: any; the schema is always followed strictly.")
+
+
+class ResponseFormat(NullIsAbsent):
+    """What the answer may look like: every token that would break it is ruled out before it is drawn."""
+
+    type: Literal["text", "json_object", "json_schema"] = Field(description="Any text, any JSON object, or a schema.")
+    json_schema: JsonSchema | None = Field(None, description="Needed by the type json_schema, and by it alone.")
+
+
+class ChatRequest(OpenAIRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(
+        min_length=1,
+        fail_fast=True,
+        description="Conversation to answer, by the model's chat template; a last message of the assistant's is "
+        "continued.",
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="Most tokens to generate; none: as many as the context leaves."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="The older name of `max_completion_tokens`.")
+    logprobs: bool = Field(False, description="Return the log-probability of each token.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="And of this many likeliest; only with `logprobs`."
+    )
+    response_format: ResponseFormat | None = Field(None, description="Constrains the answer; none: any text.")
+    add_generation_prompt: bool = Field(
+        True, description="Let the template open, or leave open, the assistant's turn at the end; false: end as sent."
+    )
+    tools: EmptyList = Field([], description="Accepted: [], no tools.")
+    tool_choice: Only[Literal["none", "auto"]] = Field("none", description="Accepted: none, auto; there are no tools.")
+    parallel_tool_calls: bool = Field(True, description="Accepted: any; there are no tools.")
+    functions: EmptyList = Field([], description="Accepted: [], no tools.")
+    function_call: Only[Literal["none", "auto"]] = Field("none", description="Accepted: none, auto.")
+    modalities: Only[list[Literal["text"]]] = Field(["text"], description="Accepted: text.")
+    audio: Nothing = Field(None, description="Accepted: null; answers are text.")
+    prediction: Nothing = Field(None, description="Accepted: null.")
+    web_search_options: Nothing = Field(None, description="Accepted: null; nothing is searched.")
+    moderation: Nothing = Field(None, description="Accepted: null; nothing is moderated.")
+    reasoning_effort: Only[Literal["none"]] = Field("none", description="Accepted: none.")
+    verbosity: Only[Literal["medium"]] = Field("medium", description="Accepted: medium, OpenAI's default.")
+    service_tier: Only[Literal["auto", "default"]] = Field("auto", description="Accepted: auto, default; one tier.")
+    store: Only[Literal[False]] = Field(False, description="Accepted: false; answers are not kept.")
+    metadata: Metadata = Field({}, description="Accepted: it labels answers kept by OpenAI; here none is kept.")
+    safety_identifier: InertText = Field("", description="Accepted: it names your user and changes no answer.")
+    prompt_cache_key: InertText = Field("", description="Accepted: a hint to OpenAI's cache; it changes no answer.")
+    prompt_cache_options: Nothing = Field(None, description="Accepted: null.")
+    prompt_cache_retention: Nothing = Field(None, description="Accepted: null.")

@@ -1,0 +1,68 @@
+"""What the OpenAPI document says of answers that FastAPI cannot see: failures, and the events of streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service.web.schemas.failure import ErrorResponse
+
+Responses = dict[int | str, dict[str, Any]]
+
+REFERENCE = "#/components/schemas/{model}"
+EVERY_ROUTE = (413, 421, 500)
+"""What stands around the routes can answer these anywhere."""
+
+_MEANINGS = {
+    400: "A value outside its range: the message names field, value, limit and remedy.",
+    401: "No API key, or one that is not known; only where keys are set.",
+    404: "A model or variant that is not served here.",
+    409: "Nothing has changed, and why; or a reload is running.",
+    413: "A body above the limit.",
+    421: "A Host header that is no name of this server.",
+    422: "A body of another shape: unknown field, wrong type, missing field, not JSON.",
+    429: "Too many requests of this API key; see Retry-After.",
+    500: "The engine, or the server, failed.",
+    503: "Not ready, too many requests waiting, or waited too long; see Retry-After.",
+    504: "Not done within the request's time.",
+}
+
+
+def failures(*statuses: int) -> Responses:
+    """The failures of a route: these, and those of every route."""
+    wanted = sorted({*statuses, *EVERY_ROUTE})
+    return {status: {"model": ErrorResponse, "description": _MEANINGS[status]} for status in wanted}
+
+
+def generation(description: str, *events: type[BaseModel]) -> Responses:
+    """The answers of a route that generates, as a whole or as a stream of these events."""
+    models: tuple[type[BaseModel], ...] = (*events, ErrorResponse)
+    data = {
+        "anyOf": [
+            {"const": "[DONE]"},
+            {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {"anyOf": [_reference(model) for model in models]},
+            },
+        ]
+    }
+    # One event; OpenAPI 3.1 has no word for the items of a stream.
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    ok = {"description": description, "content": {"text/event-stream": {"schema": event}}}
+    return {200: ok, **failures(400, 401, 404, 422, 429, 503, 504)}
+
+
+def document_events(app: FastAPI, *events: type[BaseModel]) -> None:
+    """Put the models of events, which no route answers with as a whole, among the components of the app's OpenAPI."""
+    _, found = models_json_schema([(model, "serialization") for model in events], ref_template=REFERENCE)
+    components = app.openapi()["components"]["schemas"]
+    for name, schema in found["$defs"].items():
+        components.setdefault(name, schema)
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": REFERENCE.format(model=model.__name__)}

@@ -1,0 +1,1 @@
+"""Routes of ottava's own."""

@@ -1,0 +1,202 @@
+"""POST /generate: one prompt, one answer or a stream, and on request the baseline's answer beside it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter
+from fastapi import Request as HTTPRequest
+from starlette.responses import Response
+
+from service.comparison.compare import agreement, speedup
+from service.errors import InvalidRequest
+from service.settings import BASELINE
+from service.telemetry.metrics import NO_VARIANT
+from service.text.protocols import TokenizerLike
+from service.web.failures import CountedRoute
+from service.web.generation.planning import (
+    Room,
+    allowed_timeout,
+    chat_ids,
+    fitting,
+    known_ids,
+    sampling_params,
+    text_ids,
+)
+from service.web.generation.reply import answered, streamed
+from service.web.generation.run import Piece, Plan, Run
+from service.web.generation.sse import MARK, Form
+from service.web.openapi import generation
+from service.web.schemas.generate import Answer, Delta, GenerateRequest, GenerateResponse
+from service.web.state import Serving, serving_of
+
+NO_IDS = [-1]
+"""For the ids that change, see `Form`."""
+
+router = APIRouter(route_class=CountedRoute, tags=["generation"])
+
+
+@router.post(
+    "/generate",
+    response_model=GenerateResponse,
+    summary="Generate text",
+    responses=generation(
+        "The answer; with `stream` a `Delta` for each step or a few, then the whole answer, then `[DONE]`.",
+        Delta,
+        GenerateResponse,
+    ),
+)
+async def generate(body: GenerateRequest, http: HTTPRequest) -> Response:
+    """Continue a prompt with one variant. `compare` runs it on the fp16 baseline afterwards, never beside it."""
+    serving = serving_of(http)
+    variant = serving.default_variant if body.variant is None else body.variant
+    with serving.metrics.counting_refusals(variant if variant in serving.engines else NO_VARIANT):
+        plan = await make_plan(body, variant, serving, http.state.received_s)
+    job = Job(plan, body.compare, serving)
+    if body.stream:
+        return streamed(job.events, http, job.close)
+    return await answered(job.answer, http, job.close)
+
+
+async def make_plan(body: GenerateRequest, variant: str, serving: Serving, received_s: float) -> Plan:
+    """Check everything that can be checked before an engine sees the request.
+
+    Raises:
+        InvalidRequest, PromptTooLong, UnknownVariant, NotReady, EngineFailed: with name, value, limit and remedy.
+    """
+    engines = [serving.engine(variant)]
+    if body.compare:
+        _require_baseline(variant, serving)
+        engines.append(serving.engine(BASELINE))
+    prompt_ids = await _prompt_ids(body, serving.tokenizer)
+    room = Room(len(prompt_ids), min(engine.max_model_len for engine in engines), body.prompt_field)
+    asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
+    params = sampling_params(body, serving.tokenizer, fitting(asked, body.max_tokens, room, serving.settings))
+    # A comparison needs the chosen tokens' log-probabilities for itself, and one seed for both.
+    logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
+    seed = secrets.randbits(32) if body.seed is None and body.compare else body.seed
+    return Plan(
+        id=f"gen-{uuid4().hex}",
+        variant=variant,
+        prompt_ids=prompt_ids,
+        params=replace(params, logprobs=logprobs, seed=seed),
+        stop=tuple(body.stop),
+        shows_logprobs=body.logprobs is not None,
+        continues=not body.opens_a_turn,
+        received_s=received_s,
+        is_compared=body.compare,
+        timeout_s=allowed_timeout(body.timeout_s, serving.settings),
+    )
+
+
+class Job:
+    """A /generate request while it is served: its run and, for a comparison, the baseline's after it."""
+
+    def __init__(self, plan: Plan, compare: bool, serving: Serving) -> None:
+        """Submit the plan. Raises QueueFull or EngineFailed, by the engine."""
+        self._serving = serving
+        self._compare = compare
+        self._visit = serving.visit()
+        self._runs: list[Run] = []
+        try:
+            self._start(plan)
+        except Exception:
+            self.close()
+            raise
+
+    async def events(self) -> AsyncGenerator[Delta | bytes | GenerateResponse, None]:
+        """What each step of each run added, and last the whole answer. Raises EngineFailed or QueueFull."""
+        first = self._runs[0]
+        async for event in _deltas(first):
+            yield event
+        answer = GenerateResponse(**_fields(first.answer()))
+        if self._compare:
+            await first.released()
+            second = self._start(
+                replace(
+                    first.plan,
+                    id=f"{first.plan.id}-baseline",
+                    variant=BASELINE,
+                    received_s=time.perf_counter(),
+                    timeout_s=first.time_left_s,
+                )
+            )
+            async for event in _deltas(second):
+                yield event
+            answer = self._compared(first, second)
+        yield answer
+
+    async def answer(self) -> GenerateResponse:
+        """The whole answer. Raises as `events` does."""
+        async with aclosing(self.events()) as events:
+            async for item in events:
+                last = item
+        assert isinstance(last, GenerateResponse)
+        return last
+
+    def close(self) -> None:
+        """Free what is still held. A second call changes nothing."""
+        self._visit.leave()
+        for run in self._runs:
+            run.close()
+
+    def _start(self, plan: Plan) -> Run:
+        self._runs.append(Run(plan, self._serving, self._visit))
+        return self._runs[-1]
+
+    def _compared(self, first: Run, second: Run) -> GenerateResponse:
+        answer, baseline = first.answer(), second.answer()
+        faster = speedup(answer.metrics, baseline.metrics)
+        alike = agreement(first.tokens, second.tokens)
+        contended = self._visit.is_contended
+        self._serving.comparisons.add("compare", first.plan.variant, faster, alike, contended)
+        return GenerateResponse(
+            **_fields(answer), baseline=baseline, speedup=faster, agreement=alike, contended=contended
+        )
+
+
+async def _deltas(run: Run) -> AsyncIterator[Delta | bytes]:
+    """An event for each piece of a run. Raises as `Run.pieces` does."""
+    form = Form(_delta(run, Piece(MARK, NO_IDS)), MARK, NO_IDS)
+    async for piece in run.pieces():
+        yield form.event(piece.text, piece.token_ids) if piece.logprobs is None else _delta(run, piece)
+
+
+def _delta(run: Run, piece: Piece) -> Delta:
+    shown = {} if piece.logprobs is None else {"logprobs": piece.logprobs}
+    return Delta(id=run.plan.id, variant=run.plan.variant, text=piece.text, token_ids=piece.token_ids, **shown)
+
+
+def _fields(answer: Answer) -> dict[str, Any]:
+    """The fields that were set: `logprobs` is left out unless the client asked."""
+    return {name: getattr(answer, name) for name in answer.model_fields_set}
+
+
+def _require_baseline(variant: str, serving: Serving) -> None:
+    if variant == BASELINE:
+        raise InvalidRequest(
+            f"`compare` is true, but variant {BASELINE!r} is the baseline itself; "
+            "ask for another variant or leave out `compare`",
+            "compare",
+        )
+    if BASELINE not in serving.engines:
+        raise InvalidRequest(
+            f"`compare` is true, but no {BASELINE!r} variant is served here; leave out `compare`, "
+            f"or start the server with --variants {variant},{BASELINE}",
+            "compare",
+        )
+
+
+async def _prompt_ids(body: GenerateRequest, tokenizer: TokenizerLike) -> list[int]:
+    """The prompt as token ids, in whichever form it came."""
+    if body.prompt_ids is not None:
+        return known_ids(body.prompt_ids, tokenizer, "prompt_ids")
+    if body.messages is not None:
+        return await chat_ids([message.model_dump() for message in body.messages], tokenizer)
+    return await text_ids(body.prompt or "", tokenizer, "prompt")

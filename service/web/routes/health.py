@@ -1,0 +1,69 @@
+"""Alive, ready, what is served, and the metrics."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.responses import JSONResponse, Response
+
+from service.web.openapi import failures
+from service.web.schemas.operation import Health, Readiness
+from service.web.state import STOPPING, Serving, serving_of
+
+router = APIRouter(tags=["operation"], responses=failures())
+Shared = Annotated[Serving, Depends(serving_of)]
+
+
+@router.get(
+    "/health",
+    summary="Alive?",
+    response_model=Health,
+    responses={503: {"model": Health, "description": "An engine has stopped after a failure."}},
+)
+async def health(serving: Shared) -> Response:
+    """200 while every engine runs; 503 with the reason once one has stopped. Not ready is still alive."""
+    failures = serving.failures()
+    if failures:
+        return JSONResponse({"status": "failed", "variants": failures}, 503)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get(
+    "/ready",
+    summary="Ready?",
+    response_model=Readiness,
+    responses={503: {"model": Readiness, "description": "A variant is not ready, and why."}},
+)
+async def ready(serving: Shared) -> Response:
+    """200 while every variant is loaded, self-checked and running; else 503 with the reason for each that is not."""
+    reasons = {variant: reason for variant in serving.engines if (reason := serving.why_unready(variant))}
+    reasons.update(serving.failures())
+    if serving.is_draining:
+        reasons = dict.fromkeys(serving.engines, STOPPING) | reasons
+    if reasons:
+        return JSONResponse(
+            {"ready": False, "variants": reasons}, 503, {"retry-after": str(serving.lifecycle.retry_after_s)}
+        )
+    return JSONResponse({"ready": True, "variants": dict.fromkeys(serving.engines, "ready")})
+
+
+@router.get("/info", summary="What is served", responses=failures(401))
+async def info(serving: Shared) -> dict[str, object]:
+    """Model, variants, scheme, calibration, memory, device and versions."""
+    return serving.info()
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={
+        200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **failures(401),
+    },
+)
+async def metrics(serving: Shared) -> Response:
+    """Every series in Prometheus' text format."""
+    return Response(serving.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

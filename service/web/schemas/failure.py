@@ -1,0 +1,20 @@
+"""The one shape of every answer that is not a success."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, and how to mend it."""
+
+    message: str
+    type: str = Field(description="invalid_request_error, overloaded_error or server_error.")
+    param: str | None = Field(description="The field at fault.")
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """Body of every answer that is not a success."""
+
+    error: ErrorDetail
