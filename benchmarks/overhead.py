@@ -46,7 +46,8 @@ from quant.scheme import PRESETS
 from service.engine.api import SamplingParams
 from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
-from service.hosting import Host, Loaded, cache_budget, start_variant
+from service.host.memory import cache_budget
+from service.host.variants import Host, Loaded, start_variant
 from service.measures import percentile
 from service.models.config import ModelConfig
 from service.models.devices import pick_device, pick_dtype

@@ -34,15 +34,15 @@ from benchmarks.wheels import fetch_member
 from quant.calibrate import windows_from_text
 from quant.choices import Question
 from quant.scheme import PRESETS, Scheme
-from service.evaluating import in_storages
 from service.models.config import ModelConfig, smooth_groups
 from service.models.devices import pick_device, pick_dtype
-from service.quality import Row, measure_quality
-from service.quality_plot import draw
 from service.settings import Settings, load_settings
-from service.speed import SPEED_OF
 from service.store.calibration import Calibration
 from service.store.resolve import resolve_model
+from service.tools.evaluate.evaluation import in_storages
+from service.tools.evaluate.plot import draw
+from service.tools.evaluate.quality import Row, measure_quality
+from service.tools.evaluate.speed import SPEED_OF
 
 TEXT_WHEEL = "exllamav2==0.3.2"
 TEXT_MEMBER = "exllamav2/conversion/standard_cal_data/wiki.utf8"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from service import certificate
+from service.host import machine
 
 RESULTS = Path(__file__).parent / "results"
 LEFT_OUT = {"--out", "--commit"}
@@ -20,15 +20,15 @@ def birth_certificate(commit: str | None = None) -> dict[str, Any]:
     """Device, versions, commit, command and date of a run. commit: given where the tree carries no git history."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     command = ["python", *_as_module(sys.argv)]
-    found = certificate.birth_certificate(device, command) | {"device": device_name()}
+    found = machine.birth_certificate(device, command) | {"device": device_name()}
     return found | {"commit": commit or _commit()}
 
 
 def device_name() -> str:
     """The GPU's name, or what the kernel calls the processor, with its number of cores in use."""
     if torch.cuda.is_available():
-        return certificate.device_name(torch.device("cuda"))
-    return f"{certificate.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+        return machine.device_name(torch.device("cuda"))
+    return f"{machine.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -37,10 +37,10 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {f"p{q}": ordered[min(len(ordered) - 1, q * len(ordered) // 100)] for q in (20, 50, 80)}
 
 
-def write(path: Path, certificate: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write one run as JSON and name the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"run": certificate, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"run": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
 
 

@@ -27,17 +27,17 @@ from service.engine.api import SamplingParams
 from service.engine.request import Request
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from service.hosting import cache_budget
+from service.host.memory import cache_budget
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
 from service.models.random_weights import random_decoder
 from service.settings import Settings
-from service.speed import drive
 from service.store.calibration import Calibration
 from service.store.quantized import quantized_folder
 from service.store.resolve import resolve_model
+from service.tools.evaluate.speed import drive
 
 
 def main() -> None:

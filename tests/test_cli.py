@@ -501,7 +501,7 @@ def test_evaluate_draws_a_plot(evaluated, tmp_path):
 
 def test_evaluate_refuses_files_that_it_could_not_write(refusal, monkeypatch, tiny_folder, tmp_path):
     """Before anything is measured."""
-    monkeypatch.setattr("service.evaluating.measure_quality", None)
+    monkeypatch.setattr("service.tools.evaluate.evaluation.measure_quality", None)
     evaluate = ("evaluate", tiny_folder, *SMALL)
     for option in ("--json", "--plot"):
         for path in (tmp_path, tmp_path / "none" / "out.png"):
@@ -511,7 +511,7 @@ def test_evaluate_refuses_files_that_it_could_not_write(refusal, monkeypatch, ti
     assert refusal(*evaluate, "--plot", tmp_path / "plot.pdf").endswith(
         "plot.pdf must end in .png: a PNG is what is drawn"
     )
-    monkeypatch.setattr("service.evaluating.find_spec", lambda name: None)
+    monkeypatch.setattr("service.tools.evaluate.evaluation.find_spec", lambda name: None)
     assert refusal(*evaluate, "--plot", tmp_path / "plot.png") == (
         "--plot needs matplotlib, which is not installed: pip install 'ottava[dev]', or leave --plot out"
     )
@@ -579,7 +579,7 @@ def test_serve_among_json_lines_is_a_json_line(ottava, monkeypatch, tiny_folder)
 
 
 def test_serve_refuses_keys_before_it_loads(refusal, monkeypatch, tiny_folder):
-    monkeypatch.setattr("service.hosting.open_host", None)
+    monkeypatch.setattr("service.host.variants.open_host", None)
     assert "there are no API keys" in refusal("serve", tiny_folder, "--host", "0.0.0.0")
     monkeypatch.setenv("OTTAVA_API_KEYS", "sh0rt")
     said = refusal("serve", tiny_folder)
@@ -588,7 +588,7 @@ def test_serve_refuses_keys_before_it_loads(refusal, monkeypatch, tiny_folder):
 
 
 def test_serve_misses_what_traces_need_before_it_loads(refusal, monkeypatch, tiny_folder):
-    monkeypatch.setattr("service.hosting.open_host", None)
+    monkeypatch.setattr("service.host.variants.open_host", None)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     monkeypatch.delitem(sys.modules, "service.telemetry.spans", raising=False)

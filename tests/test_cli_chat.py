@@ -14,11 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from service import cli
-from service.chat import Chat, open_client
 from service.cli import session
 from service.cli.session import Session, read_question
 from service.cli.verdict import comparison_lines, metrics_line, printable
 from service.errors import ChatError
+from service.tools.chat_client import Chat, open_client
 from service.web.schemas.generate import GenerateResponse
 from tests.service.browser import page_app, served
 from tests.service.fake_engine import FakeEngine

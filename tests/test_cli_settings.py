@@ -57,7 +57,7 @@ def served(monkeypatch):
         found.append(settings)
         raise InvalidSettings("enough")
 
-    monkeypatch.setattr("service.hosting.open_host", stop)
+    monkeypatch.setattr("service.host.variants.open_host", stop)
     monkeypatch.setattr("service.telemetry.logs.configure_logging", lambda *_: None)
     monkeypatch.setattr("service.web.keys.Keyring", lambda _: SimpleNamespace(is_empty=True))
 

@@ -20,12 +20,12 @@ from service.engine.api import SamplingParams
 from service.models.config import ModelConfig, linear_names
 from service.models.decoder import score
 from service.models.loader import load_decoder
-from service.quality import measure_quality
 from service.settings import Settings
 from service.store.calibration import Calibration, text_windows
 from service.store.demo import prepare_demo_model
 from service.store.quantized import quantize_model
 from service.text.tokenizer import Tokenizer
+from service.tools.evaluate.quality import measure_quality
 from tests.engine.test_loop import collect_all, make_engine
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from quant.checkpoint import CheckpointError
 from quant.linear import Int8Linear
 from quant.scheme import PRESETS, Scheme
 from service.errors import InvalidSettings, StartupError, UnsupportedModel
-from service.hosting import Host, open_host
-from service.self_check import MAX_KL
+from service.host.self_check import MAX_KL
+from service.host.variants import Host, open_host
 from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model, quantized_folder
@@ -306,7 +306,7 @@ def test_a_cache_below_one_request_is_refused_with_the_remedy(float_folder, cach
 def test_a_refused_start_leaves_no_engine_running(float_folder, cache, monkeypatch):
     """The second variant finds no memory; the first must not go on."""
     budgets = iter([1024 * 256, 1])
-    monkeypatch.setattr("service.hosting.cache_budget", lambda *_: next(budgets))
+    monkeypatch.setattr("service.host.memory.cache_budget", lambda *_: next(budgets))
     with pytest.raises(InvalidSettings, match="KV cache of fp16"), hosted(float_folder, cache):
         pass
     assert running_engines() == []

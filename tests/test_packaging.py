@@ -91,7 +91,14 @@ def test_the_watch_on_imports_would_notice():
 
 @pytest.mark.parametrize(
     "module",
-    ["service.web.app", "service.engine.loop", "service.settings", "service.errors", "service.cli", "service.chat"],
+    [
+        "service.web.app",
+        "service.engine.loop",
+        "service.settings",
+        "service.errors",
+        "service.cli",
+        "service.tools.chat_client",
+    ],
 )
 def test_the_http_side_imports_no_torch(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'triton', 'transformers'}} & set(sys.modules)))"

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from quant.scheme import PRESETS
 from service.errors import ReloadFailed
-from service.hosting import Host, cache_budget, open_host
-from service.reloading import Reloader
+from service.host.memory import cache_budget
+from service.host.reloader import Reloader
+from service.host.variants import Host, open_host
 from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model

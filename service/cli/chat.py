@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from service.chat import Chat, open_client
 from service.cli.options import complete
 from service.cli.session import Session, ask_once
 from service.cli.terminal import told_in_one_line
 from service.errors import ChatError
+from service.tools.chat_client import Chat, open_client
 
 EXAMPLES = """
 Examples:

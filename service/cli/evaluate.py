@@ -22,7 +22,7 @@ Examples:
   $ ottava evaluate FOLDER --text text.txt --json out.json --plot out.png
 """
 
-evaluating = Later("service.evaluating")
+evaluating = Later("service.tools.evaluate.evaluation")
 
 
 @takes_settings("alpha", "calibration", "calibration_windows", "dtype", "device", "seed", "cache_dir", "config")

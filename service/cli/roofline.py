@@ -25,7 +25,7 @@ Examples:
   $ ottava roofline llama-3.1-8b --scheme weight=channel,activation=token
 """
 
-reports = Later("service.roofline")
+reports = Later("service.tools.roofline")
 
 
 def roofline(

@@ -30,8 +30,8 @@ Examples:
 """
 
 log = logging.getLogger(__name__)
-app, hosting, keys = Later("service.web.app"), Later("service.hosting"), Later("service.web.keys")
-logs, reloading, server = Later("service.telemetry.logs"), Later("service.reloading"), Later("service.web.server")
+app, hosting, keys = Later("service.web.app"), Later("service.host.variants"), Later("service.web.keys")
+logs, reloading, server = Later("service.telemetry.logs"), Later("service.host.reloader"), Later("service.web.server")
 tracing = Later("service.telemetry.tracing")
 
 

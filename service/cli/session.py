@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from service.chat import Chat
 from service.cli.terminal import err, say_error
 from service.cli.verdict import comparison_lines, metrics_line, printable
 from service.errors import ChatError
+from service.tools.chat_client import Chat
 from service.web.schemas.generate import GenerateResponse
 
 PROMPT, MORE = "> ", ". "

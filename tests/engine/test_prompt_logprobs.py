@@ -16,7 +16,7 @@ from service.engine.scheduler import Scheduler
 from service.models.config import ModelConfig
 from service.models.loader import load_decoder
 from service.models.random_weights import random_decoder
-from service.speed import drive
+from service.tools.evaluate.speed import drive
 from tests.engine.lateness import start_late
 from tests.engine.test_loop import CPU, PROMPTS, make_engine
 from tests.engine.test_scheduler import new_request

@@ -5,9 +5,9 @@ import torch
 
 from quant.gpus import GPUS
 from quant.scheme import PRESETS
+from service.host.one_token import BOARDS, describe_one_token, step_work
 from service.models.config import ModelConfig
 from service.models.random_weights import random_decoder
-from service.one_token import BOARDS, describe_one_token, step_work
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 192, 160, 340, 2
 QKV, OUT = (5 * 64, HIDDEN), (HIDDEN, 3 * 64)

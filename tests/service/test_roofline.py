@@ -13,7 +13,7 @@ from quant.gpus import GPUS
 from quant.roofline import SHAPES, Step, predict
 from service.cli import app
 from service.errors import UnsupportedModel
-from service.roofline import find_shape
+from service.tools.roofline import find_shape
 from tests.models.conftest import make_config
 from tests.test_prepare import save_tiny_model
 

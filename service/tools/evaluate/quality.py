@@ -25,11 +25,11 @@ from service.models.decoder import Decoder, Layer, score
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
 from service.settings import Settings
-from service.speed import decode_tokens_per_s
 from service.store.calibration import Calibration, calibration_windows
 from service.store.progress import Progress, silent
 from service.store.quantized import quantize_model
 from service.store.resolve import is_quantized
+from service.tools.evaluate.speed import decode_tokens_per_s
 
 LAYER_WINDOWS = 4
 """Windows over which Linears and layers are compared: their errors differ little from window to window."""
@@ -41,7 +41,7 @@ class Row:
 
     perplexity, kl, top1_agreement, num_tokens: see `Quality`.   perplexity_ratio: over the float model's.
     weight_bytes: of Linears, embeddings and head.   kv_bytes_per_token: of all layers' keys and values on this device.
-    tokens_per_s: see `service.speed.SPEED_OF`.
+    tokens_per_s: see `service.tools.evaluate.speed.SPEED_OF`.
     choice_accuracy, choice_agreement: see `ChoiceQuality`; None without questions, of which there are num_questions.
     linear_errors: of each Linear, the largest first.   hidden_errors: ||h - h_float|| / ||h_float|| of the hidden
     states after each layer. Both empty where they were not asked for, and of the baseline.

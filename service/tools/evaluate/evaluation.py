@@ -12,16 +12,16 @@ from typing import Any
 from rich.console import Console
 
 from quant.scheme import KVStorage, Scheme
-from service.certificate import birth_certificate
 from service.errors import InvalidSettings
+from service.host.machine import birth_certificate
 from service.models.config import ModelConfig
 from service.models.devices import pick_device, pick_dtype
-from service.quality import Row, load_questions, measure_quality
-from service.quality_report import as_json, layer_tables, layer_verdict, quality_table
 from service.settings import Settings
 from service.store.calibration import Calibration, text_windows
 from service.store.progress import Progress
 from service.store.resolve import resolve_model
+from service.tools.evaluate.quality import Row, load_questions, measure_quality
+from service.tools.evaluate.report import as_json, layer_tables, layer_verdict, quality_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Evaluation:
             self.json_file.write_text(as_json(run, rows), encoding="utf-8")
         if self.plot is not None:
             # Imported here alone: matplotlib belongs to an extra, and no other command waits for it.
-            draw = import_module("service.quality_plot").draw
+            draw = import_module("service.tools.evaluate.plot").draw
             draw(rows, self.plot, f"{Path(run['model']).name}, {run['device']}, {run['dtype']}, torch {run['torch']}")
 
 

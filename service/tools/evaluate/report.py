@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from service.quality import Row
-from service.speed import SPEED_OF
+from service.tools.evaluate.quality import Row
+from service.tools.evaluate.speed import SPEED_OF
 
 WORST_LINEARS = 20
 """Rows of the listing of Linears: the rest is in the JSON."""

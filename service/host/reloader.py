@@ -17,13 +17,14 @@ from quant.scheme import Scheme
 from service.engine.device_thread import DeviceThread
 from service.engine.runner import Runner
 from service.errors import EngineFailed, ReloadFailed, StartupError, first_line
-from service.hosting import Host, Variant, cache_blocks, variant_notes
+from service.host.memory import cache_blocks
+from service.host.self_check import CHECK_PROMPTS
+from service.host.variants import Host, Variant, variant_notes
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.loader import refuse_unsafe
 from service.models.weights import Linear, Weights
 from service.process import settle
-from service.self_check import CHECK_PROMPTS
 from service.settings import BASELINE, Settings
 from service.store.resolve import is_quantized
 from service.text.tokenizer import Tokenizer

@@ -9,8 +9,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from service.quality import Row
-from service.speed import SPEED_OF
+from service.tools.evaluate.quality import Row
+from service.tools.evaluate.speed import SPEED_OF
 
 FLOAT_COLOUR, INT8_COLOUR = "tab:grey", "tab:blue"
 ROW_INCHES = 0.28

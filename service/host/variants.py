@@ -12,32 +12,27 @@ import torch
 
 from quant.checkpoint import Checkpoint
 from quant.scheme import PRESETS, Scheme
-from service.certificate import device_name, versions
 from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
 from service.errors import InvalidSettings, SelfCheckFailed
+from service.host.machine import device_name, versions
+from service.host.memory import cache_blocks, cache_budget
+from service.host.one_token import describe_one_token
+from service.host.self_check import check, check_prompts
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import decoder_of, refuse_unsafe
 from service.models.random_weights import random_decoder
-from service.one_token import describe_one_token
-from service.self_check import check, check_prompts
 from service.settings import BASELINE, Settings
 from service.store.calibration import Calibration
 from service.store.progress import Progress, silent
 from service.store.quantized import quantized_folder
 from service.store.resolve import is_quantized, resolve_model
 from service.text.tokenizer import Tokenizer
-
-CPU_CACHE_BYTES = 2**30
-"""KV cache of one variant on a CPU unless set."""
-
-GPU_MEMORY_SHARE = 0.9
-"""Share of the free GPU memory, after the weights, that the KV caches take; the rest is for activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,32 +181,6 @@ def start_variant(
         FaultLimits(settings.engine_restarts, settings.engine_restart_window_s, settings.step_timeout_s),
     )
     return Variant(engine.start(), decoder, runner, loaded.notes, loaded.folder, kv_cache_bytes)
-
-
-def cache_blocks(name: str, decoder: Decoder, settings: Settings, kv_cache_bytes: int) -> int:
-    """Blocks of a KV cache of so many bytes: at most what max_num_requests can fill.
-
-    Raises:
-        InvalidSettings: it would not hold one request of max_model_len tokens.
-    """
-    max_model_len = decoder.config.max_model_len
-    block_bytes = settings.block_size * decoder.kv_bytes_per_token
-    num_needed = -(-max_model_len // settings.block_size)
-    num_blocks = min(kv_cache_bytes // block_bytes, num_needed * settings.max_num_requests)
-    if num_blocks < num_needed:
-        raise InvalidSettings(
-            f"the KV cache of {name} has {kv_cache_bytes / 2**20:.3g} MiB; one request of {max_model_len} "
-            f"tokens takes {num_needed * block_bytes / 2**20:.3g} MiB: lower max_model_len or raise kv_cache_bytes"
-        )
-    return num_blocks
-
-
-def cache_budget(device: torch.device, num_variants: int, room: int = 0) -> int:
-    """Bytes for the next KV cache, where num_variants still have to get theirs and room bytes stay free."""
-    if device.type == "cpu":
-        return CPU_CACHE_BYTES
-    num_free = torch.cuda.mem_get_info(device)[0] - room
-    return max(0, int(num_free * GPU_MEMORY_SHARE)) // num_variants
 
 
 def _load_variant(name: str, folder: Path, settings: Settings, device: torch.device, on_progress: Progress) -> Loaded:

@@ -1,0 +1,1 @@
+"""The model behind the web: loaded, given its memory, checked, exchanged."""

@@ -1,0 +1,1 @@
+"""`ottava evaluate`: what schemes cost in quality, and what they bring."""
