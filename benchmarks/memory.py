@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from benchmarks.report import RESULTS, birth_certificate, write
-from quant.convert import quantize_checkpoint
-from quant.layers import skeleton
+from quant.convert.decoder_layers import skeleton
+from quant.convert.model import quantize_checkpoint
 from quant.scheme import PRESETS, Scheme
 from service.models.config import ModelConfig, linear_names, smooth_groups
 

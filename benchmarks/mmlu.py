@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from benchmarks.wheels import fetch_member
-from quant.choices import Question
+from quant.analysis.choices import Question
 
 WHEEL = "lm-eval==0.4.13"
 MEMBER = "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"

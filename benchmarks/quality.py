@@ -31,8 +31,8 @@ from transformers import AutoTokenizer
 from benchmarks.mmlu import load_mmlu
 from benchmarks.report import RESULTS, birth_certificate, write
 from benchmarks.wheels import fetch_member
-from quant.calibrate import windows_from_text
-from quant.choices import Question
+from quant.analysis.choices import Question
+from quant.convert.calibration import windows_from_text
 from quant.scheme import PRESETS, Scheme
 from service.models.config import ModelConfig, smooth_groups
 from service.models.devices import pick_device, pick_dtype

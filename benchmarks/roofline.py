@@ -21,7 +21,7 @@ matplotlib.use("Agg")  # no display
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from quant.roofline import FLOWS
+from quant.analysis.roofline import FLOWS
 
 COLOURS = {"fp16": "tab:grey", "int8": "tab:orange", "dataflow": "tab:blue"}
 MARKERS = {"qkv": "o", "o": "s", "gate_up": "^", "down": "v", "step": "*"}

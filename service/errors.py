@@ -28,8 +28,8 @@ OttavaError
     + InvalidSettings          an unknown or impossible setting
     + SelfCheckFailed          a variant whose output is not finite or disagrees wildly with the baseline
 
-`quant.checkpoint.CheckpointError` (a corrupt or unsupported quantized checkpoint) lives below this tree, since quant
-knows no service; the command line shows it as a start-up error.
+`quant.errors` is a tree of its own (a corrupt checkpoint, a model that cannot be quantized), since quant knows no
+service; the command line shows its errors as start-up errors.
 """
 
 from __future__ import annotations

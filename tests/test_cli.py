@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from quant import __version__
-from quant.checkpoint import Checkpoint
+from quant.checkpoint.reader import Checkpoint
 from quant.scheme import PRESETS
 from service import cli
 from service.models.families import FAMILIES

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
-from quant.gpus import GPUS
+from quant.analysis.gpus import GPUS
 from service import cli
 from service.cli import options
 from service.cli.options import takes_settings

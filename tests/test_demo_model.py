@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quant.checkpoint import Checkpoint
-from quant.inputs import gather
-from quant.layers import LayerStream
+from quant.checkpoint.reader import Checkpoint
+from quant.convert.decoder_layers import LayerStream
+from quant.convert.inputs import gather
 from quant.scheme import PRESETS
 from service.engine.api import SamplingParams
 from service.models.config import ModelConfig, linear_names

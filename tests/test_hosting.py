@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quant.checkpoint import CheckpointError
+from quant.checkpoint.reader import CheckpointError
 from quant.linear import Int8Linear
 from quant.scheme import PRESETS, Scheme
 from service.errors import InvalidSettings, StartupError, UnsupportedModel
@@ -306,7 +306,7 @@ def test_a_cache_below_one_request_is_refused_with_the_remedy(float_folder, cach
 def test_a_refused_start_leaves_no_engine_running(float_folder, cache, monkeypatch):
     """The second variant finds no memory; the first must not go on."""
     budgets = iter([1024 * 256, 1])
-    monkeypatch.setattr("service.host.memory.cache_budget", lambda *_: next(budgets))
+    monkeypatch.setattr("service.host.variants.cache_budget", lambda *_: next(budgets))
     with pytest.raises(InvalidSettings, match="KV cache of fp16"), hosted(float_folder, cache):
         pass
     assert running_engines() == []

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant.checkpoint import Checkpoint, CheckpointError
+from quant.checkpoint.reader import Checkpoint, CheckpointError
 from quant.scheme import PRESETS, Scheme
 from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint, UnsupportedModel
 from service.models.devices import pick_device

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from quant.gpus import GPUS
-from quant.practical import explain, parse_scheme
-from quant.roofline import SHAPES
+from quant.analysis.feasibility import explain, parse_scheme
+from quant.analysis.gpus import GPUS
+from quant.analysis.roofline import SHAPES
 from service.cli.later import Later
 from service.cli.options import complete
 from service.cli.terminal import err, told_in_one_line

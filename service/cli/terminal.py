@@ -21,7 +21,7 @@ LINE_EVERY_S = 10.0
 OnProgress = Callable[..., None]
 
 err = Console(stderr=True)
-checkpoints, torch = Later("quant.checkpoint"), Later("torch")
+checkpoints, torch = Later("quant.checkpoint.reader"), Later("torch")
 transformers_logging = Later("transformers.utils.logging")
 
 

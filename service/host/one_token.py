@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from quant.gpus import GPUS, Gpu
+from quant.analysis.gpus import GPUS, Gpu
+from quant.analysis.roofline import Work
 from quant.linear import Int8Linear
-from quant.roofline import Work
 from service.models.decoder import Decoder, Layer
 from service.models.mlp import Experts
 from service.models.weights import Linear

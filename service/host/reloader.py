@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from quant.checkpoint import Checkpoint, CheckpointError
+from quant.checkpoint.reader import Checkpoint, CheckpointError
 from quant.scheme import Scheme
 from service.engine.device_thread import DeviceThread
 from service.engine.runner import Runner

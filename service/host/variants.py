@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quant.checkpoint import Checkpoint
+from quant.checkpoint.reader import Checkpoint
 from quant.scheme import PRESETS, Scheme
 from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from quant.smooth import SmoothGroup
+from quant.convert.smoothquant import SmoothGroup
 from service.errors import UnsupportedModel, first_line
 from service.models.families import FAMILIES
 from service.models.family import ExpertShape, Family

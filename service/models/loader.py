@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from quant.checkpoint import Checkpoint, CheckpointError
+from quant.checkpoint.reader import Checkpoint, CheckpointError
 from quant.scheme import KVStorage
 from service.errors import ModelNotFound, UnsafeCheckpoint
 from service.models.config import ModelConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quant.smooth import SmoothGroup
+from quant.convert.smoothquant import SmoothGroup
 from service.models.family import Family
 
 

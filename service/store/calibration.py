@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quant.calibrate import self_written, windows_from_text
+from quant.convert.calibration import self_written, windows_from_text
 from service.errors import InvalidSettings, UnsupportedModel, first_line
 from service.models.config import ModelConfig
 from service.models.devices import pick_dtype

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from quant.sums import SUMS_NAME, first_damaged, write_sums
+from quant.checkpoint.sha256sums import SUMS_NAME, first_damaged, write_sums
 from service.errors import ModelNotFound
 
 NAME = "SmolLM2-135M-Instruct"

@@ -12,9 +12,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from quant import __version__
-from quant.convert import quantize_checkpoint, refuse_occupied
+from quant.checkpoint.sha256sums import first_damaged
+from quant.convert.model import quantize_checkpoint, refuse_occupied
 from quant.scheme import Scheme
-from quant.sums import first_damaged
 from service.errors import UnsupportedModel
 from service.models.config import ModelConfig, linear_names, smooth_groups
 from service.store.calibration import Calibration, calibration_windows

@@ -13,8 +13,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from quant.gpus import GPUS, Gpu
-from quant.roofline import FLOWS, SHAPES, Flow, ModelShape, Prediction, Step, crossover_tokens, predict
+from quant.analysis.gpus import GPUS, Gpu
+from quant.analysis.roofline import (
+    FLOWS,
+    SHAPES,
+    Flow,
+    ModelShape,
+    Prediction,
+    Step,
+    crossover_tokens,
+    predict,
+)
 from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel, first_line
 from service.models.config import ModelConfig
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import quality, wheels
 from benchmarks.mmlu import parse_subject
-from quant.choices import Question
+from quant.analysis.choices import Question
 from quant.scheme import PRESETS
 
 SUBJECT = """The following are multiple choice questions (with answers) about sums.

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import GPT2Config, OPTConfig
 
 from kernels import quantize_rows
-from quant.checkpoint import Checkpoint
-from quant.convert import quantize_checkpoint
+from quant.checkpoint.reader import Checkpoint
+from quant.convert.model import quantize_checkpoint
+from quant.convert.smoothquant import SmoothGroup, divide
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import PRESETS
-from quant.smooth import SmoothGroup, divide
 from service.errors import UnsupportedModel
 from service.models.config import ModelConfig, linear_names, smooth_groups
 from service.models.decoder import Decoder, score

@@ -11,10 +11,10 @@ from hypothesis import settings
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quant.calibrate import self_written
-from quant.convert import quantize_checkpoint
+from quant.convert.calibration import self_written
+from quant.convert.model import quantize_checkpoint
+from quant.convert.smoothquant import SmoothGroup
 from quant.scheme import Scheme
-from quant.smooth import SmoothGroup
 
 # A busy machine is slow without being wrong, and examples are not kept in the working tree.
 settings.register_profile("quant", deadline=None, database=None)

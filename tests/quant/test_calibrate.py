@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from quant.calibrate import self_written, windows_from_text
+from quant.convert.calibration import self_written, windows_from_text
 
 
 def word_tokenizer(bos: bool) -> PreTrainedTokenizerFast:

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant.checkpoint import NOTES_NAME, Checkpoint, CheckpointError, notes_of
-from quant.compressed import render
+from quant.checkpoint.compressed_tensors import render
+from quant.checkpoint.reader import NOTES_NAME, Checkpoint, CheckpointError, notes_of
+from quant.checkpoint.safetensors_files import ShardWriter
 from quant.linear import Int8Linear
 from quant.scheme import Scheme
-from quant.tensors import ShardWriter
 from service.models.decoder import score
 from service.models.loader import load_decoder
 from tests.quant.fixtures import FIXTURES

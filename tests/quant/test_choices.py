@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 
-from quant.choices import ChoiceQuality, Continuation, Question, compare, encode, pick, picks, read_questions
+from quant.analysis.choices import (
+    ChoiceQuality,
+    Continuation,
+    Question,
+    compare,
+    encode,
+    pick,
+    picks,
+    read_questions,
+)
 from tests.service.test_tokenizer import byte_level_backend, save
 
 VOCAB = 7

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from quant.compressed import parse, render
+from quant.checkpoint.compressed_tensors import parse, render
+from quant.checkpoint.targets import LinearFormat
+from quant.errors import CheckpointError
 from quant.scheme import Scheme
-from quant.targets import LinearFormat
-from quant.tensors import CheckpointError
 
 DOWN = "model.layers.0.mlp.down_proj"
 

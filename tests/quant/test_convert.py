@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from quant import block, tensors
-from quant.checkpoint import NOTES_NAME, Checkpoint, CheckpointError
-from quant.convert import quantize_checkpoint
-from quant.rounding import dequantize, quantize_weight, static_scale
+from quant.checkpoint import safetensors_files
+from quant.checkpoint.reader import NOTES_NAME, Checkpoint, CheckpointError
+from quant.checkpoint.sha256sums import SUMS_NAME, first_damaged
+from quant.convert import layer
+from quant.convert.model import quantize_checkpoint
+from quant.convert.rounding import dequantize, quantize_weight, static_scale
+from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
 from quant.scheme import PRESETS, Scheme
-from quant.smooth import Channels, SmoothGroup, divide, group_migration
-from quant.sums import SUMS_NAME, first_damaged
 from tests.quant.conftest import tiny_llama
 
 INT8 = [scheme for scheme in PRESETS.values() if scheme.is_int8]
@@ -216,7 +217,7 @@ def test_two_runs_give_the_same_bytes(tiny, tmp_path, scheme):
 
 def interrupt_layer_1(monkeypatch):
     """Interrupt the first try at layer 1; the layers that are begun, in order, as they come."""
-    real, begun = block.Block.quantize, []
+    real, begun = layer.Block.quantize, []
 
     def interrupted(self, windows):
         begun.append(self.index)
@@ -224,7 +225,7 @@ def interrupt_layer_1(monkeypatch):
             raise KeyboardInterrupt
         return real(self, windows)
 
-    monkeypatch.setattr(block.Block, "quantize", interrupted)
+    monkeypatch.setattr(layer.Block, "quantize", interrupted)
     return begun
 
 
@@ -251,7 +252,7 @@ def test_layers_of_another_scheme_are_not_taken_over(tiny, tmp_path, monkeypatch
 
 def test_large_models_are_sharded(tiny, tmp_path, monkeypatch):
     whole = tiny.quantize(tmp_path / "whole", PRESETS["w8a8"])
-    monkeypatch.setattr(tensors.ShardWriter.__init__, "__defaults__", (30_000,))
+    monkeypatch.setattr(safetensors_files.ShardWriter.__init__, "__defaults__", (30_000,))
     sharded = tiny.quantize(tmp_path / "sharded", PRESETS["w8a8"])
     files = sorted(path.name for path in sharded.glob("*.safetensors"))
     assert len(files) > 2
@@ -293,7 +294,7 @@ def test_a_full_disk_keeps_what_is_done(tiny, tmp_path, monkeypatch, kind, num_w
         save_file(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(tensors, "save_file", filling)
+        patched.setattr(safetensors_files, "save_file", filling)
         with pytest.raises(OSError, match=rf"out is not written: .*No space left.*; {num_written // 2} of 2 layers"):
             tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.part", "whole"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from quant.evaluate import Quality, evaluate
+from quant.analysis.perplexity import Quality, evaluate
 
 VOCAB, LENGTH = 11, 300
 WINDOWS = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))

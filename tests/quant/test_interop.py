@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import Quantized
-from quant.checkpoint import NOTES_NAME, Checkpoint
+from quant.checkpoint.reader import NOTES_NAME, Checkpoint
 from quant.linear import Int8Linear
 from quant.scheme import Scheme
 from tests.quant.conftest import VOCAB

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from quant.checkpoint import Checkpoint, CheckpointError
-from quant.layer_errors import linear_errors
+from quant.analysis.layer_errors import linear_errors
+from quant.checkpoint.reader import Checkpoint, CheckpointError
 from quant.scheme import PRESETS, Scheme
 from service.models.config import ModelConfig, linear_names, smooth_groups
 from service.store.calibration import Calibration

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, OPTConfig, Qwen3MoeConfig
 
-from quant.inputs import HELD_OUT_EVERY, gather
-from quant.layers import LayerStream
+from quant.convert.decoder_layers import LayerStream
+from quant.convert.inputs import HELD_OUT_EVERY, gather
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kernels import Quantized, ToInt8, quantize_rows, quantize_tensor
+from quant.convert.rounding import quantize_weight
 from quant.fused import GatedLinear, _reorder, fuse
 from quant.linear import FloatLinear, Int8Linear
-from quant.rounding import quantize_weight
 
 N, K, T = 24, 32, 5
 

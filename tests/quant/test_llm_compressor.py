@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quant.checkpoint.safetensors_files import TensorFiles
+from quant.errors import CheckpointError
 from quant.linear import Int8Linear
-from quant.tensors import CheckpointError, TensorFiles
 from service.models.decoder import score
 from service.models.loader import load_decoder
 from tests.quant.fixtures import FIXTURES, NAMES, copy_of, edit

@@ -8,9 +8,9 @@ import sympy
 
 from benchmarks.shapes import SHAPES as BENCHMARK_SHAPES
 from benchmarks.shapes import linear_sizes
-from quant.gpus import GPUS, Gpu
-from quant.practical import Verdict, explain, parse_scheme
-from quant.roofline import (
+from quant.analysis.feasibility import Verdict, explain, parse_scheme
+from quant.analysis.gpus import GPUS, Gpu
+from quant.analysis.roofline import (
     FLOWS,
     SHAPES,
     ModelShape,

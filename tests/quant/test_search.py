@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quant.gptq import round_gptq
-from quant.inputs import Inputs
+from quant.convert.distill import Student, distill
+from quant.convert.gptq import round_gptq
+from quant.convert.inputs import Inputs
+from quant.convert.rounding import dequantize, quantize_weight, static_scale
+from quant.convert.search import ALPHAS, BALANCES, RANGES, THRESHOLDS, best_ranges, smooth_layer
+from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
 from quant.linear import Int8Linear
-from quant.rounding import dequantize, quantize_weight, static_scale
 from quant.scheme import PRESETS, Scheme
-from quant.search import ALPHAS, BALANCES, RANGES, THRESHOLDS, best_ranges, smooth_layer
-from quant.smooth import Channels, SmoothGroup, divide, group_migration
-from quant.zeroquant import Student, distill
 
 GROUP = SmoothGroup("norm", ("a", "b"))
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from quant.smooth import (
+from quant.convert.smoothquant import (
     MAX_S,
     MIN_S,
     Balance,

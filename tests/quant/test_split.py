@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from quant.checkpoint import NOTES_NAME
-from quant.inputs import Inputs
+from quant.checkpoint.reader import NOTES_NAME
+from quant.convert.inputs import Inputs
+from quant.convert.search import ALPHAS, BALANCES, THRESHOLDS, smooth_layer
+from quant.convert.smoothquant import Channels, SmoothGroup
+from quant.convert.split import Split
 from quant.scheme import PRESETS, Scheme
-from quant.search import ALPHAS, BALANCES, THRESHOLDS, smooth_layer
-from quant.smooth import Channels, SmoothGroup
-from quant.split import Split
 from service.store.quantized import quantize_model
 from tests.quant.test_layer_errors import CPU, SHORT, errors
 from tests.test_prepare import change_tensors, save_tiny_model

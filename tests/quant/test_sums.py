@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from quant.sums import SUMS_NAME, first_damaged, write_sums
+from quant.checkpoint.sha256sums import SUMS_NAME, first_damaged, write_sums
 
 
 @pytest.fixture

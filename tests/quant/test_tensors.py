@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant.checkpoint import Checkpoint, CheckpointError
+from quant.checkpoint.reader import Checkpoint, CheckpointError
 from tests.quant.fixtures import DOWN, FIXTURES, SHAPE, copy_of
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quant.gpus import GPUS
+from quant.analysis.gpus import GPUS
 from quant.scheme import PRESETS
 from service.host.one_token import BOARDS, describe_one_token, step_work
 from service.models.config import ModelConfig

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.roofline import draw
-from quant.gpus import GPUS
-from quant.roofline import SHAPES, Step, predict
+from quant.analysis.gpus import GPUS
+from quant.analysis.roofline import SHAPES, Step, predict
 from service.cli import app
 from service.errors import UnsupportedModel
 from service.tools.roofline import find_shape

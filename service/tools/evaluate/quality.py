@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from quant.checkpoint import Checkpoint
-from quant.choices import Continuation, Question, compare, encode, picks, read_questions
-from quant.evaluate import LogitsOf, Quality, evaluate
-from quant.layer_errors import LinearError, linear_errors
+from quant.analysis.choices import Continuation, Question, compare, encode, picks, read_questions
+from quant.analysis.layer_errors import LinearError, linear_errors
+from quant.analysis.perplexity import LogitsOf, Quality, evaluate
+from quant.checkpoint.reader import Checkpoint
 from quant.scheme import Scheme
 from service.errors import InvalidSettings, UnsupportedModel
 from service.models.attention import KVCache, Rows

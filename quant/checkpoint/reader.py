@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.compressed import parse
+from quant.checkpoint.compressed_tensors import parse
+from quant.checkpoint.safetensors_files import TensorFiles, cast, read_json
+from quant.checkpoint.targets import LinearFormat, Quantization
+from quant.errors import CheckpointError
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import KVStorage, Scheme
-from quant.targets import LinearFormat, Quantization
-from quant.tensors import CheckpointError, TensorFiles, cast, read_json
 
 __all__ = ["NOTES_NAME", "Checkpoint", "CheckpointError", "notes_of"]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from quant.gpus import Gpu
+from quant.analysis.gpus import Gpu
 
 Flow = Literal["fp16", "int8", "dataflow"]
 Bound = Literal["memory", "compute"]

@@ -16,12 +16,22 @@ import torch
 from torch import Tensor
 
 from kernels import CODE_MAX
-from quant.inputs import Inputs
-from quant.int8 import Int8Tensors
-from quant.rounding import quantize_weight, static_scale
+from quant.convert.inputs import Inputs
+from quant.convert.int8 import Int8Tensors
+from quant.convert.rounding import quantize_weight, static_scale
+from quant.convert.smoothquant import (
+    TINY,
+    Balance,
+    Channels,
+    SmoothGroup,
+    Strength,
+    Threshold,
+    copied,
+    divide,
+    group_migration,
+)
+from quant.convert.split import SHARES, Split
 from quant.scheme import Scheme
-from quant.smooth import TINY, Balance, Channels, SmoothGroup, Strength, Threshold, copied, divide, group_migration
-from quant.split import SHARES, Split
 
 ALPHAS = tuple(step / 10 for step in range(11))
 THRESHOLDS = tuple(Threshold(2.0**-octave) for octave in range(1, 11))

@@ -12,13 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quant.errors import CheckpointError
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl")
-
-
-class CheckpointError(Exception):
-    """A checkpoint folder that cannot be read or is not served; one line with file or tensor, fault and remedy."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

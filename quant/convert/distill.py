@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import CODE_MAX
-from quant.rounding import dequantize, quantize_weight
+from quant.convert.rounding import dequantize, quantize_weight
 from quant.scheme import Scheme
 
 STEPS = 32

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.smooth import Channels
-from quant.split import Split
+from quant.convert.smoothquant import Channels
+from quant.convert.split import Split
 
 SAMPLED_ROWS = 1024
 """Tokens by which choices are judged: of one layer's inputs that many are kept in float32."""

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quant.checkpoint import Checkpoint
-from quant.layers import LayerStream
+from quant.checkpoint.reader import Checkpoint
+from quant.checkpoint.safetensors_files import TensorFiles
+from quant.convert.decoder_layers import LayerStream
+from quant.convert.rounding import dequantize
+from quant.convert.smoothquant import SmoothGroup, copied
+from quant.convert.split import Split
 from quant.linear import FloatLinear, Int8Linear
-from quant.rounding import dequantize
-from quant.smooth import SmoothGroup, copied
-from quant.split import Split
-from quant.tensors import TensorFiles
 
 
 @dataclass(frozen=True, slots=True)

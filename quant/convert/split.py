@@ -16,7 +16,7 @@ from heapq import heapify, heapreplace
 import torch
 from torch import Tensor
 
-from quant.smooth import Channels, SmoothGroup, divide_source
+from quant.convert.smoothquant import Channels, SmoothGroup, divide_source
 
 SHARES = (1 / 96, 1 / 48, 1 / 24, 1 / 12)
 """Of the K channels, how many may give their place to copies; each is tried."""

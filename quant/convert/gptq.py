@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import CODE_MAX
-from quant.rounding import Strategy, per_element, weight_scale
+from quant.convert.rounding import Strategy, per_element, weight_scale
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to it: keeps columns that calibration hardly saw from taking up errors."""

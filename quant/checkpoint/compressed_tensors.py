@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from quant.checkpoint.targets import LinearFormat, Quantization
+from quant.errors import CheckpointError
 from quant.linear import Activation
 from quant.scheme import MIN_GROUP_SIZE, Scheme
-from quant.targets import LinearFormat, Quantization
-from quant.tensors import CheckpointError
 
 _FORMATS = ("int-quantized", "naive-quantized")
 _REMEDY = "quantize the float model with `ottava quantize`, or take a checkpoint in int-quantized W8A8"

@@ -33,7 +33,7 @@ class SmoothGroup:
         side (grouped queries); the copies then share their s. head_size matters only where num_copies is above 1.
     offset: a norm multiplies by weight + offset, as Gemma's does with 1.
     gate: module whose output, behind an activation, multiplies the source's channel by channel, as gate_proj's does
-        up_proj's; None where none does. Such channels can be split (`quant.split`).
+        up_proj's; None where none does. Such channels can be split (`quant.convert.split`).
     """
 
     source: str

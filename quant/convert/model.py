@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from quant import __version__
-from quant.block import Block, Recipe
-from quant.checkpoint import NOTES_NAME
-from quant.compressed import parse, render
-from quant.layers import LayerStream
-from quant.part import PartFolder
+from quant.checkpoint.compressed_tensors import parse, render
+from quant.checkpoint.reader import NOTES_NAME
+from quant.checkpoint.safetensors_files import ShardWriter, TensorFiles, cast, read_json
+from quant.checkpoint.sha256sums import write_sums
+from quant.convert.decoder_layers import LayerStream
+from quant.convert.layer import Block, Recipe
+from quant.convert.resume import PartFolder
+from quant.convert.smoothquant import SmoothGroup
+from quant.errors import CheckpointError
 from quant.scheme import Scheme
-from quant.smooth import SmoothGroup
-from quant.sums import write_sums
-from quant.tensors import CheckpointError, ShardWriter, TensorFiles, cast, read_json
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _EMBEDDINGS = ("embed_tokens", "embed_positions", "embed_in", "wte", "wpe")
@@ -47,8 +48,8 @@ def quantize_checkpoint(
     """Write the int8 checkpoint of a float one. The folder appears whole or not at all.
 
     One decoder layer is in memory at a time, in float32, with the hidden states of all windows, twice; of its Linears'
-    inputs, `quant.block.SAMPLED_ROWS` tokens. Layers that are done are kept beside `out`: called again with the same
-    arguments after an interruption, it goes on with the next one and gives the same bytes.
+    inputs, `quant.convert.layer.SAMPLED_ROWS` tokens. Layers that are done are kept beside `out`: called again with the
+    same arguments after an interruption, it goes on with the next one and gives the same bytes.
 
     Args:
         source: folder of a float model that transformers knows: config.json and safetensors, sharded or not.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quant.calibrate import prompt_lead
-from quant.evaluate import LogitsOf
+from quant.analysis.perplexity import LogitsOf
+from quant.convert.calibration import prompt_lead
 
 MIN_CHOICES = 2
 

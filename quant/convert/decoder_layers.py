@@ -14,8 +14,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quant.experts import separate_experts
-from quant.tensors import TensorFiles
+from quant.checkpoint.safetensors_files import TensorFiles
+from quant.convert.experts import separate_experts
 
 
 class _LayersPassed(Exception):

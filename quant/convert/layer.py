@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quant.gptq import round_gptq
-from quant.inputs import Inputs, gather
-from quant.int8 import Int8Module, Int8Tensors
-from quant.layers import LayerStream
-from quant.rounding import dequantize
+from quant.convert.decoder_layers import LayerStream
+from quant.convert.distill import Student, distill
+from quant.convert.gptq import round_gptq
+from quant.convert.inputs import Inputs, gather
+from quant.convert.int8 import Int8Module, Int8Tensors
+from quant.convert.rounding import dequantize
+from quant.convert.search import best_ranges, round_nearest, smooth_layer
+from quant.convert.smoothquant import SmoothGroup
 from quant.scheme import Scheme
-from quant.search import best_ranges, round_nearest, smooth_layer
-from quant.smooth import SmoothGroup
-from quant.zeroquant import Student, distill
 
 
 @dataclass(frozen=True, slots=True)

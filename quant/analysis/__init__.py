@@ -1,0 +1,1 @@
+"""What quantization costs and brings: quality measured, times predicted."""

@@ -1,0 +1,1 @@
+"""A float checkpoint in, an int8 checkpoint out, layer by layer."""
