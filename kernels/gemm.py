@@ -13,11 +13,11 @@ from torch import Tensor
 from kernels.blocks import block_tile, launch_blocks
 from kernels.dependent import await_inputs, launch_dependents, launch_early
 from kernels.epilogue import MAX_PIECE, Epilogue, finish_tile
-from kernels.hopper import can_copy
-from kernels.pingpong import launch_pingpong
+from kernels.hopper.common import can_copy
+from kernels.hopper.pingpong import launch_pingpong
+from kernels.hopper.stream import launch_stream
 from kernels.quantize import quantize_rows, quantized
 from kernels.quantized import BLOCK, CODE_MAX, Quantized, ToInt8
-from kernels.stream import launch_stream
 from kernels.tiles import Tile, choose, current_gpu
 
 __all__ = ["MAX_DEPTH", "int8_gated_linear", "int8_linear", "int8_matmul"]

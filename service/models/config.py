@@ -15,12 +15,7 @@ from service.errors import UnsupportedModel, first_line
 from service.models.families import FAMILIES
 from service.models.family import ExpertShape, Family
 from service.models.positions import max_positions, refuse_rope, rope_parameters, rope_tables
-from service.models.refusals import (
-    Activation,
-    activation_of,
-    refuse_head_size,
-    windows_of,
-)
+from service.models.refusals import Activation, activation_of, refuse_head_size, windows_of
 from service.models.smoothing import layer_groups, layer_linears
 
 

@@ -7,11 +7,7 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from service.models.family import ExpertShape, Family, Names
-from service.models.refusals import (
-    gemma3_unserved,
-    gpt2_unserved,
-    opt_unserved,
-)
+from service.models.refusals import gemma3_unserved, gpt2_unserved, opt_unserved
 
 GEMMA_NAMES = Names(
     post_attention_norm="post_attention_layernorm",

@@ -14,16 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from quant.analysis.gpus import GPUS, Gpu
-from quant.analysis.roofline import (
-    FLOWS,
-    SHAPES,
-    Flow,
-    ModelShape,
-    Prediction,
-    Step,
-    crossover_tokens,
-    predict,
-)
+from quant.analysis.roofline import FLOWS, SHAPES, Flow, ModelShape, Prediction, Step, crossover_tokens, predict
 from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel, first_line
 from service.models.config import ModelConfig
 

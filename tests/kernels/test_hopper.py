@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import gemm, hopper
+from kernels import gemm
 from kernels.epilogue import Epilogue
+from kernels.hopper import common
 from kernels.quantize import quantize_rows
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import Tile, current_gpu
@@ -108,7 +109,7 @@ def test_what_it_cannot_do_is_left_to_the_plain_kernel(monkeypatch: pytest.Monke
     y, scale = torch.empty(8, 16, dtype=torch.float16), torch.empty(8)
     x, weight = torch.empty(8, 64, dtype=torch.int8), torch.empty(16, 64, dtype=torch.int8)
     full = Epilogue(scale, scale)
-    assert hopper.can_copy(x, weight, full, y)
+    assert common.can_copy(x, weight, full, y)
     for case in (
         (x[:, :56], weight, full, y),
         (x, weight, Epilogue(), y),
@@ -118,7 +119,7 @@ def test_what_it_cannot_do_is_left_to_the_plain_kernel(monkeypatch: pytest.Monke
         (x, weight, full, y[:, :12]),
         (torch.empty(8 * 64 + 1, dtype=torch.int8)[1:].view(8, 64), weight, full, y),
     ):
-        assert not hopper.can_copy(*case)
+        assert not common.can_copy(*case)
     for tile in TILES:
         monkeypatch.setattr(gemm, "choose", lambda *_, tile=tile: tile)
         assert gemm.pick_tile(x, weight, full, y) == tile

@@ -6,16 +6,7 @@ import math
 import pytest
 import torch
 
-from quant.analysis.choices import (
-    ChoiceQuality,
-    Continuation,
-    Question,
-    compare,
-    encode,
-    pick,
-    picks,
-    read_questions,
-)
+from quant.analysis.choices import ChoiceQuality, Continuation, Question, compare, encode, pick, picks, read_questions
 from tests.service.test_tokenizer import byte_level_backend, save
 
 VOCAB = 7

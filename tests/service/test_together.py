@@ -12,13 +12,7 @@ from service.engine.request import Request
 from service.engine.stream import MAX_TOGETHER, RequestStream
 from service.web.connection import QuickConnection
 from service.web.generation.sse import MARK, Form, event
-from service.web.openai.answers import (
-    ChatChunkChoice,
-    ChatCompletionChunk,
-    ChatDelta,
-    Completion,
-    CompletionChoice,
-)
+from service.web.openai.answers import ChatChunkChoice, ChatCompletionChunk, ChatDelta, Completion, CompletionChoice
 from service.web.openai.choices import Reply
 from service.web.schemas.generate import Delta
 from tests.service.harness import app_of, client_of, events_of, metrics_of, two_engines

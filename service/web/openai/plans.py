@@ -21,13 +21,7 @@ from service.web.generation.planning import (
     text_ids,
 )
 from service.web.generation.run import Plan
-from service.web.openai.requests import (
-    MAX_CHOICES,
-    ChatRequest,
-    CompletionRequest,
-    OpenAIRequest,
-    ResponseFormat,
-)
+from service.web.openai.requests import MAX_CHOICES, ChatRequest, CompletionRequest, OpenAIRequest, ResponseFormat
 from service.web.state import Serving
 
 NUM_SEEDS = 1 << 63

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.epilogue import Epilogue
-from kernels.hopper import described, finish, first_token
+from kernels.hopper.common import described, finish, first_token
 from kernels.quantize import magnitude
 from kernels.tiles import Tile
 

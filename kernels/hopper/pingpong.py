@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import swizzle2d
 
 from kernels.epilogue import Epilogue
-from kernels.hopper import described, finish, first_token
+from kernels.hopper.common import described, finish, first_token
 from kernels.quantize import magnitude
 from kernels.tiles import Tile
 

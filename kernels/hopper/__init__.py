@@ -1,0 +1,1 @@
+"""Hopper's own kernels, in Gluon: Triton's explicit dialect."""

@@ -1,0 +1,39 @@
+"""Every op of the dataflow in plain torch: the specification, the oracle of the tests, and the CPU backend.
+
+Shapes: T tokens, B requests, N out, K in, H query heads, G key/value heads, D head size. All arithmetic between the
+load and the store of an op is float32; only the stored result is rounded to the dtype named. The int8 product is a
+real int8 x int8 -> int32 product (`torch._int_mm`), never a float one.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kernels.reference.attention import paged_attention, rope_and_cache
+from kernels.reference.common import quantize_blocks, quantize_rows, quantize_tensor, split_outliers
+from kernels.reference.elementwise import gelu, gelu_mul, layer_norm, relu, rms_norm, silu_mul
+from kernels.reference.linear import int8_gated_linear, int8_group_linear, int8_linear, int8_matmul, int8_outlier_linear
+
+# MKL may otherwise sum in an order that depends on where its operands lie in memory, and the same row would round
+# differently alone and in a batch. It reads this at its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+__all__ = [
+    "gelu",
+    "gelu_mul",
+    "int8_gated_linear",
+    "int8_group_linear",
+    "int8_linear",
+    "int8_matmul",
+    "int8_outlier_linear",
+    "layer_norm",
+    "paged_attention",
+    "quantize_blocks",
+    "quantize_rows",
+    "quantize_tensor",
+    "relu",
+    "rms_norm",
+    "rope_and_cache",
+    "silu_mul",
+    "split_outliers",
+]

@@ -1,0 +1,208 @@
+"""Rotary embedding, the write to the paged cache, and attention over it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.quantized import Quantized, ToInt8
+from kernels.reference.common import quantize_rows, store
+
+VECTOR = 16
+"""float32 values in the widest vector register."""
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
+    num_heads: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Rotate queries and keys by their positions; write keys and values into the paged cache.
+
+    For i < R/2, with c, s = cos_sin[position, i], cos_sin[position, R/2 + i]:
+        out_i = x_i c - x_{i+R/2} s        out_{i+R/2} = x_{i+R/2} c + x_i s        (columns from R on unchanged)
+    With weights each head of q and k is first scaled to unit root mean square: x / sqrt(mean_d x^2 + eps) * weight.
+
+    Args:
+        qkv: [T, (H + 2G) D] float: queries, then keys, then values, head by head.
+        positions: [T] int32, row of cos_sin.
+        slots: [T] int32, block * block_size + offset; -1 writes nothing (a padding row).
+        cos_sin: [P, R] float32, R even and at most D; 0 turns nothing.
+        k_cache, v_cache: [num_blocks, block_size, G, D], written in place. Either may be `Quantized`, int8 codes with
+            a float32 scale [num_blocks, block_size, G]: each token's head is then rounded with a scale of its own, by
+            the rules of `quantize_rows`, the key after its rotation in float32.
+        num_heads: H.
+        q_weight, k_weight: [D] float, of the norms of queries and keys; both or neither.
+        eps: added to the mean square.
+
+    Returns:
+        q [T, H, D] in qkv's dtype, rotated.
+
+    Source: RoFormer (arXiv 2104.09864), equation 34, with halves instead of neighbours paired; PagedAttention
+    (arXiv 2309.06180); norms of queries and keys: arXiv 2302.05442, section 2.
+    """
+    num_kv_heads, head_size = (k_cache.codes if isinstance(k_cache, Quantized) else k_cache).shape[-2:]
+    qkv = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_size)
+    heads = qkv[:, : num_heads + num_kv_heads].float()
+    if q_weight is not None and k_weight is not None:
+        weight = torch.cat((q_weight.float().expand(num_heads, -1), k_weight.float().expand(num_kv_heads, -1)))
+        heads = heads * (heads.square().mean(-1, keepdim=True) + eps).rsqrt_() * weight
+    rotated = _rotate(heads, cos_sin[positions])
+    slots = slots.long()
+    if slots.min().item() < 0:
+        keep = slots >= 0
+        slots, rotated_k, v = slots[keep], rotated[keep, num_heads:], qkv[keep, num_heads + num_kv_heads :]
+    else:
+        rotated_k, v = rotated[:, num_heads:], qkv[:, num_heads + num_kv_heads :]
+    _write_slots(k_cache, slots, rotated_k)
+    _write_slots(v_cache, slots, v)
+    return rotated[:, :num_heads].to(qkv.dtype)
+
+
+def _write_slots(cache: Tensor | Quantized, slots: Tensor, heads: Tensor) -> None:
+    """Write heads [T, G, D] into slots of a cache, as they are or as codes and scales."""
+    if isinstance(cache, Quantized):
+        block_size = cache.codes.shape[1]
+        at, rows = (slots // block_size, slots % block_size), quantize_rows(heads.flatten(0, 1))
+        cache.codes[at], cache.scale[at] = rows.codes.view(heads.shape), rows.scale.view(heads.shape[:2])
+    else:
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, heads.to(cache.dtype))
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    max_query_len: int,
+    scale: float,
+    quantize: ToInt8 | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor | Quantized:
+    """Attend causally over the paged cache, for prefill chunks and decodes in one batch.
+
+    Request b owns query rows query_starts[b] .. query_starts[b+1]-1; row i of its n sits at position
+    context_lens[b] - n + i and sees keys 0 .. that position.        y = softmax(q k^T * scale) v
+    With a soft cap c the scores are c tanh(q k^T * scale / c).
+
+    Args:
+        q: [T, H, D] float.
+        k_cache, v_cache: [num_blocks, block_size, G, D] float, or such int8 codes with a float32 scale
+            [num_blocks, block_size, G]; H is a multiple of G, and heads h*H/G .. share key head h.
+        block_tables: [B, max_blocks] int32, entries beyond the context never read.
+        query_starts: [B + 1] int32, rising.
+        context_lens: [B] int32, keys of each request, this step's own included.
+        max_query_len: the largest number of query rows of one request (a grid size; 1 for a decode step).
+        scale: positive, usually D ** -0.5.
+        quantize: None writes y in q's dtype; `ToInt8` writes codes and scale of y rounded to q's dtype.
+        window: row i sees only the last window keys up to its own position; None for all. At least 1.
+        soft_cap: positive bound of the scores, None for none.
+
+    Returns:
+        y [T, H * D]. Rows outside every request are not defined.
+
+    Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; PagedAttention (arXiv 2309.06180); window: Longformer
+    (arXiv 2004.05150), section 3.1; soft cap: Gemma 2 (arXiv 2408.00118), section 2.
+    """
+    if max_query_len == 1 and len(context_lens) == len(q):
+        out = _decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale, window, soft_cap)
+        return store(out, q.dtype, quantize)
+    out = torch.empty_like(q).flatten(1)
+    starts, contexts = query_starts.tolist(), context_lens.tolist()
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    # A lone row always goes through the batched product: it rounds the same whatever shares its step.
+    decodes = [b for b, length in enumerate(lengths) if length == 1]
+    if decodes:
+        rows = [starts[b] for b in decodes]
+        out[rows] = _decode_attention(
+            q[rows], k_cache, v_cache, block_tables[decodes], context_lens[decodes], scale, window, soft_cap
+        )
+    for b, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
+        if length < 2:
+            continue
+        chunk = slice(starts[b], starts[b + 1])
+        keys, values = (_gather_blocks(cache, block_tables[b : b + 1], context) for cache in (k_cache, v_cache))
+        mask = torch.ones(length, context, dtype=torch.bool, device=q.device).tril(context - length)
+        if window is not None:
+            mask = mask.triu(context - length - window + 1)
+        y = _attend(q[chunk].float().transpose(0, 1)[None], keys, values, mask, scale, soft_cap)
+        out[chunk] = y[0].transpose(0, 1).flatten(1).to(q.dtype)
+    return store(out, q.dtype, quantize)
+
+
+def _decode_attention(
+    q: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    """`paged_attention` where every request has one query row: one batched product over padded contexts."""
+    block_size = (k_cache.codes if isinstance(k_cache, Quantized) else k_cache).shape[1]
+    # In whole vectors and always masked, so that a row is summed in the same order whatever the longest context is.
+    longest = -(-int(context_lens.max()) // VECTOR) * VECTOR
+    positions = torch.arange(longest, device=q.device)
+    # Beyond a context its last key is read again: a slot never written may hold NaN, and 0 * NaN would pass the mask.
+    inside = torch.minimum(positions, context_lens[:, None] - 1)
+    slots = block_tables.gather(1, (inside // block_size).long()) * block_size + inside % block_size
+    keys, values = (_gather(cache, slots) for cache in (k_cache, v_cache))
+    beyond = positions >= context_lens[:, None]
+    if window is not None:
+        beyond |= positions < context_lens[:, None] - window
+    mask = torch.zeros(beyond.shape, device=q.device).masked_fill_(beyond, float("-inf"))[:, None, None]
+    return _attend(q.float()[:, :, None], keys, values, mask, scale, soft_cap).flatten(1).to(q.dtype)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    """softmax(q k^T * scale) v, [B, H, rows, D] float32. mask: True or 0 where a row sees a key."""
+    if soft_cap is None:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    keys, values = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (keys, values))
+    scores = torch.tanh(q @ keys.transpose(-1, -2) * (scale / soft_cap)) * soft_cap
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1) @ values
+
+
+def _gather_blocks(cache: Tensor | Quantized, block_tables: Tensor, num_tokens: int) -> Tensor:
+    """The first num_tokens slots of each request's blocks: [B, G, num_tokens, D] float32."""
+    if isinstance(cache, Quantized):
+        codes, scale = _gather_blocks(cache.codes, block_tables, num_tokens), cache.scale.unsqueeze(-1)
+        return codes * _gather_blocks(scale, block_tables, num_tokens)
+    block_size = cache.shape[1]
+    num_blocks = -(-num_tokens // block_size)
+    blocks = cache.index_select(0, block_tables[:, :num_blocks].reshape(-1))
+    return blocks.view(len(block_tables), -1, *cache.shape[2:])[:, :num_tokens].float().transpose(1, 2)
+
+
+def _gather(cache: Tensor | Quantized, slots: Tensor) -> Tensor:
+    """The keys or values in slots [B, N] of a cache: [B, G, N, D] float32."""
+    if isinstance(cache, Quantized):
+        scale = cache.scale.flatten(0, 1).index_select(0, slots.flatten())
+        return _gather(cache.codes, slots) * scale.view(*slots.shape, -1, 1).transpose(1, 2)
+    num_slots, head_shape = cache.shape[0] * cache.shape[1], cache.shape[2:]
+    rows = cache.view(num_slots, -1).index_select(0, slots.flatten())
+    return rows.view(*slots.shape, *head_shape).float().transpose(1, 2)
+
+
+def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate the first R columns of x [T, heads, D] by cos_sin [T, R], pairing the two halves."""
+    cos, sin = cos_sin[:, None].chunk(2, dim=-1)
+    half = cos.shape[-1]
+    low, high = x[..., :half], x[..., half : 2 * half]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, x[..., 2 * half :]), dim=-1)

@@ -1,0 +1,138 @@
+"""Rounding to codes, and what all ops of the reference share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.quantized import BLOCK, CODE_MAX, TINY, Outliers, Quantized, ToInt8, require_scale
+
+
+def quantize_rows(x: Tensor) -> Quantized:
+    """Round each row of x to int8 with its own scale.
+
+    scale_t = max_k |x_tk| / 127        codes = rint(x / scale)        x ~ codes * scale
+
+    Args:
+        x: [T, K] float, any strides. A row whose absmax is below 2**-100 gets scale 1 and codes 0. A row that holds
+            NaN or infinity gets a scale that is not finite, so that no fault is hidden by rounding.
+
+    Returns:
+        codes [T, K] int8 in -127..127 (ties to even) and scale [T] float32.
+
+    Source: ZeroQuant (arXiv 2206.01861), token-wise quantization.
+    """
+    x = x.float()
+    absmax = x.abs().amax(-1, keepdim=True)
+    scale = absmax / CODE_MAX
+    if absmax.numel() and absmax.min().item() < TINY:
+        is_zero = absmax < TINY
+        x = x.masked_fill(is_zero, 0.0)
+        scale.masked_fill_(is_zero, 1.0)
+    return Quantized((x / scale).round_().to(torch.int8), scale.squeeze(-1))
+
+
+def quantize_blocks(x: Tensor) -> Quantized:
+    """Round each 128 columns of each row of x to int8 with a scale of their own, by the rules of `quantize_rows`.
+
+    scale_tp = max_k in block p |x_tk| / 127        codes = rint(x / scale)
+
+    Args:
+        x: [T, K] float, any strides. The last block holds what is left of K.
+
+    Returns:
+        codes [T, K] int8 in -127..127 (ties to even) and scale [T, ceil(K / 128)] float32.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2: tiles of 1 x 128, there for FP8.
+    """
+    T, K = x.shape
+    num_blocks = -(-K // BLOCK)
+    codes, scale = quantize_rows(F.pad(x.float(), (0, -K % BLOCK)).view(T * num_blocks, BLOCK))
+    return Quantized(codes.view(T, num_blocks * BLOCK)[:, :K].contiguous(), scale.view(T, num_blocks))
+
+
+def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Quantized:
+    """Round all of x to int8 with one scale, given or found.
+
+    scale = max |x| / 127 unless given        codes = clamp(rint(x / scale), -127, 127)
+    with a zero point                         codes = clamp(rint(x / scale) + zero_point, -128, 127)
+
+    Args:
+        x: [T, K] float, any strides.
+        scale: float32 [1], positive: a static scale. None finds the tensor's own, by the rules of `quantize_rows`.
+        zero_point: int8 [1], the code of 0, or None; only with a scale that is given. Then
+            x ~ (codes - zero_point) * scale, and what multiplies the codes has to take the zero point off.
+
+    Returns:
+        codes [T, K] int8 (ties to even), in -127..127 where there is no zero point, and scale [1] float32.
+
+    Raises:
+        ValueError: a zero point without a scale.
+
+    Source: SmoothQuant (arXiv 2211.10438), table 2: per-tensor static (O3) and dynamic (O2) activations; the zero
+    point: Jacob et al. (arXiv 1712.05877), equation 1.
+    """
+    require_scale(scale, zero_point)
+    x = x.float()
+    if scale is None:
+        absmax = x.abs().amax().reshape(1)
+        scale = (absmax / CODE_MAX).masked_fill_(absmax < TINY, 1.0)
+    codes = (x / scale).round_()
+    codes = codes.clamp_(-CODE_MAX, CODE_MAX) if zero_point is None else codes.add_(zero_point).clamp_(-128, CODE_MAX)
+    return Quantized(codes.to(torch.int8), scale)
+
+
+def split_outliers(x: Tensor, threshold: float) -> tuple[Quantized, Outliers]:
+    """Round each row of x to int8 without the columns that hold an outlier, and list these.
+
+    O = {k : max_t |x_tk| >= threshold}        scale_t = max_{k not in O} |x_tk| / 127        codes = 0 in O
+
+    Args:
+        x: [T, K] float, any strides.
+        threshold: positive, in x's units. NaN counts as an outlier.
+
+    Returns:
+        codes [T, K] int8 and scale [T], by the rules of `quantize_rows`, and O.
+
+    Source: LLM.int8() (arXiv 2208.07339), section 3.2.
+    """
+    # Written so that NaN is one.
+    is_outlier = ~(x.abs() < threshold).all(0)
+    columns = is_outlier.nonzero().squeeze(-1).to(torch.int32)
+    count = torch.tensor([len(columns)], dtype=torch.int32, device=x.device)
+    listed = Outliers(F.pad(columns, (0, len(is_outlier) - len(columns))), count)
+    return quantize_rows(x.masked_fill(is_outlier, 0.0)), listed
+
+
+ROWS_AT_ONCE = 128
+
+
+def row_blocks(num_rows: int) -> Iterator[slice]:
+    """Rows in blocks whose float32 values stay in the cache: a pass over whole prompts takes three times as long."""
+    for start in range(0, num_rows, ROWS_AT_ONCE):
+        yield slice(start, start + ROWS_AT_ONCE)
+
+
+def joined(blocks: list[Tensor | Quantized]) -> Tensor | Quantized:
+    """Blocks of rows as one tensor. A static scale is the same in each."""
+    quantized = [block for block in blocks if isinstance(block, Quantized)]
+    if not quantized:
+        return torch.cat([block for block in blocks if isinstance(block, Tensor)])
+    scale = quantized[0].scale
+    is_static = all(block.scale is scale for block in quantized)
+    return Quantized(
+        torch.cat([block.codes for block in quantized]),
+        scale if is_static else torch.cat([block.scale for block in quantized]),
+    )
+
+
+def store(y: Tensor, dtype: torch.dtype, quantize: ToInt8 | None) -> Tensor | Quantized:
+    """Round a float32 result to what the caller asked for."""
+    if quantize is None:
+        return y.to(dtype)
+    if quantize.is_blocked:
+        return quantize_blocks(y)
+    return quantize_rows(y) if quantize.scale is None else quantize_tensor(y, quantize.scale)

@@ -1,0 +1,233 @@
+"""The int8 products: exact integer sums, and what a Linear does to them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.quantized import BLOCK, CODE_MAX, Quantized, ToInt8, group_size_of
+from kernels.reference.common import ROWS_AT_ONCE, joined, row_blocks, split_outliers, store
+
+MAX_DEPTH = (2**31 - 1) // (CODE_MAX * CODE_MAX)
+
+
+def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
+    """Multiply int8 by int8 exactly: accumulator [T, N] int32 = x_q [T, K] @ weight_q [N, K]^T.
+
+    Raises:
+        ValueError: K is above 133,144, where 127 * 127 * K no longer fits in int32.
+    """
+    if x_q.shape[-1] > MAX_DEPTH:
+        raise ValueError(f"K = {x_q.shape[-1]} can overflow the int32 accumulator; the limit is {MAX_DEPTH}")
+    return torch._int_mm(x_q.contiguous(), weight_q.t())
+
+
+def int8_linear(
+    x: Quantized,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    out_scale: Tensor | None = None,
+    is_blocked: bool = False,
+) -> Tensor | Quantized:
+    """Apply a W8A8 Linear: one int8 GEMM, both scales applied after the sum.
+
+    acc = x_q @ weight_q^T  (int32)        y_tn = acc_tn * x_scale_t * weight_scale_n + bias_n + residual_tn
+
+    Neither scale depends on the summed index k, which is what leaves the sum to the int8 tensor cores. Where x has a
+    scale per block p of 128 columns, the sum is theirs within a block: acc_tn * x_scale_t is then
+    sum_p acc_tnp * x_scale_tp in float32, added in the order of p.
+
+    Args:
+        x: codes [T, K], scale [T], [1] or [T, ceil(K / 128)].
+        weight_q: [N, K] int8, rows contiguous.
+        weight_scale: float32 [N] (per output channel) or [1] (per tensor).
+        bias: [N] float or None.
+        residual: [T, N] float or None.
+        out_dtype: float16, bfloat16 or float32; of y where out_scale is None.
+        out_scale: float32 [1]: write y as `Quantized` with this static scale instead.
+        is_blocked: write y as `Quantized` with one scale per row and 128 columns instead (`quantize_blocks`).
+
+    Returns:
+        y [T, N].
+
+    Raises:
+        ValueError: K is above `MAX_DEPTH`, x.scale has two dimensions and is not [T, ceil(K / 128)], or out_scale and
+            is_blocked are both given.
+
+    Source: SmoothQuant (arXiv 2211.10438), equation 2.
+    """
+    quantize = ToInt8(out_scale, is_blocked) if is_blocked or out_scale is not None else None
+    acc, x_scale = _sum_blocks(x, weight_q) if x.scale.ndim == 2 else (int8_matmul(x.codes, weight_q), x.scale)
+    if len(acc) <= ROWS_AT_ONCE:
+        return _finish(acc, x_scale, weight_scale, bias, residual, out_dtype, quantize)
+    x_scale = x_scale.expand(len(acc))
+    return joined(
+        [
+            _finish(
+                acc[rows],
+                x_scale[rows],
+                weight_scale,
+                bias,
+                None if residual is None else residual[rows],
+                out_dtype,
+                quantize,
+            )
+            for rows in row_blocks(len(acc))
+        ]
+    )
+
+
+def int8_group_linear(
+    x: Quantized,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """Apply an int8 Linear whose weights have one scale per row and group g of neighbouring columns.
+
+    y_tn = x_scale_t * sum_g weight_scale_ng * (sum_{k in g} x_q_tk * weight_q_nk) + bias_n + residual_tn
+
+    The inner sums are int32 products; they are scaled and added in float32, in the order of g.
+
+    Args:
+        x: codes [T, K], scale [T] or [1].
+        weight_q: [N, K] int8, rows contiguous.
+        weight_scale: float32 [N, K / group size], the group size a power of two from 32.
+        bias: [N] float or None.
+        residual: [T, N] float or None.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        y [T, N].
+
+    Raises:
+        ValueError: weight_scale is not of a shape above.
+
+    Source: ZeroQuant (arXiv 2206.01861), section 4.1: group-wise weights, token-wise activations.
+    """
+    group_size, scales = group_size_of(weight_q, weight_scale), weight_scale.t().contiguous()
+    x_scale, one = x.scale.expand(len(x.codes)), x.scale.new_ones(1)
+    blocks = []
+    for rows in row_blocks(max(1, len(x.codes))):
+        acc = _sum_parts(x.codes[rows], weight_q, scales, group_size)
+        added = None if residual is None else residual[rows]
+        blocks.append(_finish(acc, x_scale[rows], one, bias, added, out_dtype, None))
+    y = joined(blocks)
+    assert isinstance(y, Tensor)  # nothing was quantized
+    return y
+
+
+def int8_outlier_linear(
+    x: Tensor,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    threshold: float = 6.0,
+) -> Tensor:
+    """Apply a Linear in int8 but for the input columns that hold an outlier, which it multiplies in float.
+
+    O = {k : max_t |x_tk| >= threshold}
+    y_tn = int8_linear(x without O)_tn + weight_scale_n * sum_{k in O} x_tk * weight_q_nk
+
+    What is split is the summed dimension, the features: every token has its outlier features multiplied in float and
+    all others in int8, with row scales found without them.
+
+    Args:
+        x: [T, K] float, any strides.
+        weight_q: [N, K] int8, rows contiguous. In the float part it stands for weight_q * weight_scale: the float
+            weight is not kept.
+        weight_scale: float32 [N] or [1].
+        bias: [N] float or None.
+        residual: [T, N] float or None.
+        out_dtype: float16, bfloat16 or float32; of y, and of the int8 part before the float part is added.
+        threshold: positive, in x's units. NaN counts as an outlier.
+
+    Returns:
+        y [T, N]. A row depends on its batch, which decides O.
+
+    Source: LLM.int8() (arXiv 2208.07339), section 3.2 and equation 8.
+    """
+    x_q, (columns, count) = split_outliers(x, threshold)
+    y = int8_linear(x_q, weight_q, weight_scale, bias, residual, out_dtype)
+    assert isinstance(y, Tensor)  # no out_scale was given
+    found = columns[: int(count)]
+    if not len(found):
+        return y
+    outliers = x.index_select(1, found).float() @ weight_q.index_select(1, found).float().t()
+    return outliers.mul_(weight_scale).add_(y).to(out_dtype)
+
+
+def int8_gated_linear(
+    x: Quantized,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    quantize: ToInt8 | None = None,
+) -> Tensor | Quantized:
+    """Apply a W8A8 Linear whose outputs are pairs of gate and up, and gate each up by SiLU of its gate.
+
+    z = int8_linear(x, weight_q, weight_scale, bias), float32        y_tf = silu(z_t,2f) * z_t,2f+1
+
+    Args:
+        x, weight_q, weight_scale, bias: as `int8_linear`; row 2f of weight_q is gate f, row 2f + 1 is up f.
+        out_dtype: of y [T, N / 2].
+        quantize: None writes y; `ToInt8` writes codes and scale of y as rounded to out_dtype, or in blocks of the
+            float32 y.
+
+    Source: GLU variants (arXiv 2002.05202), SwiGLU; fusion after ZeroQuant (arXiv 2206.01861), section 4.3.
+    """
+    z = int8_linear(x, weight_q, weight_scale, bias, out_dtype=torch.float32)
+    assert isinstance(z, Tensor)
+    blocks = [z[rows] for rows in row_blocks(max(1, len(z)))]
+    rounded = torch.float32 if quantize is not None and quantize.is_blocked else out_dtype
+    gated = [(F.silu(block[:, ::2]) * block[:, 1::2]).to(rounded) for block in blocks]
+    return joined([store(y, out_dtype, quantize) for y in gated])
+
+
+def _sum_blocks(x: Quantized, weight_q: Tensor) -> tuple[Tensor, Tensor]:
+    """The product with the scales of x applied block by block, [T, N] float32, and the scale 1 that is left."""
+    T, K = x.codes.shape
+    if x.scale.shape != (T, -(-K // BLOCK)):
+        raise ValueError(f"x.scale {tuple(x.scale.shape)} must be {(T, -(-K // BLOCK))} for x {(T, K)}")
+    return _sum_parts(x.codes, weight_q, x.scale.t().unsqueeze(-1), BLOCK), x.scale.new_ones(1)
+
+
+def _sum_parts(x_q: Tensor, weight_q: Tensor, scales: Tensor, width: int) -> Tensor:
+    """sum_p (x_q weight_q^T over columns p * width ..) * scales[p], float32 [T, N], in the order of p.
+
+    Each part is one int8 product that reads its columns where they lie: two thirds of the time that copies of them
+    would take at one token, half of it at 128 (K = 576 and 1536, 9 to 12 parts).
+    """
+    acc = scales.new_zeros(len(x_q), len(weight_q))
+    for part, scale in enumerate(scales):
+        columns = slice(part * width, (part + 1) * width)
+        acc.addcmul_(torch._int_mm(x_q[:, columns], weight_q[:, columns].t()), scale)
+    return acc
+
+
+def _finish(
+    acc: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+    quantize: ToInt8 | None,
+) -> Tensor | Quantized:
+    """The epilogue of `int8_linear` on the accumulator [T, N]."""
+    y = acc * weight_scale
+    y.mul_(x_scale.unsqueeze(-1))
+    if bias is not None:
+        y.add_(bias)
+    if residual is not None:
+        y.add_(residual)
+    return store(y, out_dtype, quantize)
