@@ -14,8 +14,8 @@ from kernels import blocks, gemm, reference
 from kernels.epilogue import Epilogue
 from kernels.quantized import BLOCK, Quantized, ToInt8
 from kernels.tiles import Tile
-from tests.kernels.checks import FLOAT32_SLACK, check_float
-from tests.kernels.conftest import Place
+from tests.support.kernel_checks import FLOAT32_SLACK, check_float
+from tests.support.places import Place
 
 # One block, a tail of a block, unaligned rows; y of one block, of a tail, of tiles beyond its end.
 SMALL = [(1, 40, 128), (17, 300, 200), (5, 520, 384), (3, 256, 77)]

@@ -26,7 +26,7 @@ GEMMS = ("_int8_linear_kernel", "_int8_linear_swapped_kernel", "_int8_linear_blo
 @pytest.fixture(scope="module")
 def built() -> list[dict[str, Any]]:
     """One record per kernel, launch options and architecture."""
-    command = [sys.executable, str(ROOT / "tests/kernels/compile_all.py")]
+    command = [sys.executable, str(ROOT / "tests/support/compile_all.py")]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

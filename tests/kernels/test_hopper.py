@@ -12,7 +12,7 @@ from kernels.hopper import common
 from kernels.quantize import quantize_rows
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import Tile, current_gpu
-from tests.kernels.conftest import Place
+from tests.support.places import Place
 
 PLAIN = Tile("plain", 128, 128, 128, num_warps=4, num_stages=3)
 TILES = [

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kernels import gemm, quantize, reference
 from kernels.quantized import Quantized, ToInt8
-from tests.kernels.checks import check_codes, check_float
-from tests.kernels.conftest import Place
+from tests.support.kernel_checks import check_codes, check_float
+from tests.support.places import Place
 
 SMALL = [(1, 40, 64), (17, 300, 200), (63, 72, 576)]
 LARGE = [(t, 2000, 4096) for t in (1, 16, 33, 129, 257, 1025)] + [(2049, 6144, 1024), (7, 28672, 1024)]

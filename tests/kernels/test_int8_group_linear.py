@@ -13,8 +13,8 @@ from torch import Tensor
 from kernels import groups, reference
 from kernels.quantized import BLOCK, MIN_GROUP, Quantized
 from kernels.tiles import Tile
-from tests.kernels.checks import FLOAT32_SLACK, check_float
-from tests.kernels.conftest import Place
+from tests.support.kernel_checks import FLOAT32_SLACK, check_float
+from tests.support.places import Place
 
 # (T, N, K, group size): one group, several, a tile's end within N and T, groups of more than one step.
 SMALL = [(1, 40, 32, 32), (17, 300, 192, 64), (5, 136, 384, 128), (3, 56, 512, 256), (2, 24, 1024, 512)]

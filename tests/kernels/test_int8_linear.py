@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kernels import gemm, tiles
 from kernels.quantized import Quantized
-from tests.kernels.checks import FLOAT32_SLACK, check_codes, check_float
-from tests.kernels.conftest import TILES, Place
+from tests.support.kernel_checks import FLOAT32_SLACK, check_codes, check_float
+from tests.support.places import TILES, Place
 
 SMALL = [(1, 40, 64), (17, 300, 200), (63, 72, 576)]
 LARGE = [(t, 1000, 4096) for t in (1, 16, 17, 33, 65, 129, 257, 1025)] + [(2049, 6144, 4096), (7, 28672, 1024)]

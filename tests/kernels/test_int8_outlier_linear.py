@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kernels import outliers, reference
 from kernels.quantized import Outliers, Quantized
-from tests.kernels.checks import FLOAT32_SLACK, check_float
-from tests.kernels.conftest import Place
+from tests.support.kernel_checks import FLOAT32_SLACK, check_float
+from tests.support.places import Place
 
 THRESHOLD = 6.0
 # (T, N, K, outlier columns): none, one, all, more than one step, more rows than one program reads.

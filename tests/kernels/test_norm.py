@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kernels import norm
 from kernels.quantized import Quantized, ToInt8
-from tests.kernels.checks import check_codes, check_float
-from tests.kernels.conftest import Place
+from tests.support.kernel_checks import check_codes, check_float
+from tests.support.places import Place
 
 SMALL, LARGE = [(1, 64), (17, 100), (63, 576)], [(1, 4096), (1000, 4096), (65, 14336), (17, 16384)]
 EPS = 1e-5

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import attention, decode_attention, paging, quantize, reference
 from kernels.quantized import Quantized, ToInt8
-from tests.kernels.conftest import Place
+from tests.support.places import Place
 
 MIXED = [(5, 5), (1, 70), (0, 0), (9, 33), (1, 1), (20, 61), (2, 16)]
 DECODES = [(1, 1), (1, 16), (1, 130), (1, 47)]

@@ -7,8 +7,8 @@ import torch
 
 from kernels import quantize, reference
 from kernels.quantized import Quantized
-from tests.kernels.checks import check_codes
-from tests.kernels.conftest import Place
+from tests.support.kernel_checks import check_codes
+from tests.support.places import Place
 
 SMALL, LARGE = [(1, 64), (17, 100), (63, 576)], [(1, 4096), (1000, 4096), (129, 28672)]
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kernels import reference, rope
 from kernels.quantized import Quantized
-from tests.kernels.checks import check_codes, check_float
-from tests.kernels.conftest import Place
+from tests.support.kernel_checks import check_codes, check_float
+from tests.support.places import Place
 
 SENTINEL = 7.25
 CODE = -99

@@ -1,0 +1,119 @@
+"""What we write, read by transformers with compressed-tensors, in every form; what it computes and what we do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import Quantized
+from quant.checkpoint.reader import NOTES_NAME, Checkpoint
+from quant.linear import Int8Linear
+from quant.scheme import Scheme
+from tests.support.quant_oracle import limit_codes_to_127, load
+from tests.support.tiny_llama import VOCAB
+
+FORMS = [
+    Scheme(f"{weight}-{activation}", weight, activation, smoothing=0.5, group_size=32 if weight == "group" else None)
+    for weight in ("tensor", "channel", "group")
+    for activation in ("static", "tensor", "token")
+]
+MIXED = Scheme("llm-int8", "channel", "token", outliers=6.0)
+
+
+def dequantized(linear: Int8Linear) -> torch.Tensor:
+    num_groups = 1 if linear.weight_scale.ndim == 1 else linear.weight_scale.shape[1]
+    scale = linear.weight_scale.reshape(-1, num_groups).repeat_interleave(linear.shape[1] // num_groups, 1)
+    return linear.weight_q.float() * scale
+
+
+def oracle_codes(x: torch.Tensor, linear: Int8Linear) -> Quantized:
+    """Codes by compressed-tensors' rule: a dynamic scale of absmax / 127.5, and -128 allowed."""
+    if linear.activation == "static":
+        scale = linear.input_scale
+    else:
+        absmax = x.abs().amax(-1) if linear.activation == "token" else x.abs().amax().reshape(1)
+        scale = absmax / 127.5
+    return Quantized((x / scale[:, None]).clamp(-128, 127).round().to(torch.int8), scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", FORMS, ids=lambda scheme: scheme.name)
+def test_every_linear_agrees_with_transformers(tiny, tmp_path, scheme, dtype):
+    out = tiny.quantize(tmp_path / "out", scheme, dtype)
+    oracle = load(out)
+    checkpoint = Checkpoint.open(out, torch.float32, "cpu")
+    inputs, outputs = {}, {}
+    for name in tiny.linear_names:
+        oracle.get_submodule(name).register_forward_hook(
+            lambda _module, args, y, name=name: inputs.update({name: args[0][0]}) or outputs.update({name: y[0]})
+        )
+    with torch.inference_mode():
+        oracle(torch.arange(32)[None])
+    for name in tiny.linear_names:
+        module = oracle.get_submodule(name)
+        linear = checkpoint.linear(name, *module.weight.shape, has_bias=False)
+        assert torch.equal(module.weight, dequantized(linear)), name
+        # Given the oracle's codes the product is the same: scales, codes and bias mean what they mean to others.
+        same = linear(oracle_codes(inputs[name], linear))
+        torch.testing.assert_close(same, outputs[name], rtol=1e-4, atol=1e-4 * outputs[name].abs().max().item())
+        # With our own codes (absmax / 127) it differs by rounding alone.
+        ours = linear(inputs[name])
+        assert (ours - outputs[name]).norm() / outputs[name].norm() < 0.02, name
+
+
+def int8_forward(model, checkpoint):
+    """Run our Linears inside the float model's graph."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            linear = checkpoint.linear(name, *module.weight.shape, has_bias=False)
+            module.forward = lambda x, linear=linear: linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+    return model
+
+
+@pytest.fixture
+def range_of_127(monkeypatch):
+    limit_codes_to_127(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", FORMS, ids=lambda scheme: scheme.name)
+def test_the_whole_model_is_the_oracle_s_where_ranges_agree(tiny, tmp_path, scheme, dtype, range_of_127):
+    folder = tiny.quantize(tmp_path / "out", scheme, dtype)
+    apart = []
+    for seed in range(5):
+        text = torch.randint(VOCAB, (1, 32), generator=torch.Generator().manual_seed(seed))
+        ours, theirs, _ = logits_of_both(tiny, folder, text)
+        apart.append(float((ours - theirs).norm() / theirs.norm()))
+    # A code on a tie may fall either way after a float sum in another order, and the codes behind it with it; nothing
+    # else differs, so that most texts meet none.
+    assert sorted(apart)[2] < 1e-5, apart
+    assert max(apart) < 0.05, apart
+
+
+@pytest.mark.parametrize("scheme", FORMS, ids=lambda scheme: scheme.name)
+def test_the_whole_model_is_near_the_oracle_as_it_comes(tiny, tmp_path, scheme):
+    """Its divisor 127.5 and its code -128 make its rounding another, not a worse one: two that have nothing in common
+    lie sqrt(2) times as far apart as each does from the float model."""
+    ours, theirs, exact = logits_of_both(tiny, tiny.quantize(tmp_path / "out", scheme))
+    assert (ours - theirs).norm() < 1.5 * (theirs - exact).norm()
+
+
+def test_outlier_columns_are_ours_alone(tiny, tmp_path, range_of_127):
+    """LLM.int8()'s folder is W8A8 to others, and to us without our notes; with them, columns beyond 6 are float."""
+    folder = tiny.quantize(tmp_path / "out", MIXED)
+    mixed, theirs, exact = logits_of_both(tiny, folder)
+    (folder / NOTES_NAME).unlink()
+    plain, theirs, _ = logits_of_both(tiny, folder)
+    assert (plain - theirs).norm() / theirs.norm() < 5e-3
+    assert (mixed - exact).norm() < (plain - exact).norm()
+
+
+def logits_of_both(tiny, folder, ids=None):
+    checkpoint = Checkpoint.open(folder, torch.float32, "cpu")
+    ids = torch.arange(32)[None] if ids is None else ids
+    model = load(folder)
+    with torch.inference_mode():
+        exact = tiny.model(ids).logits[0]
+        theirs = model(ids).logits[0]
+        ours = int8_forward(model, checkpoint)(ids).logits[0]
+    return ours, theirs, exact

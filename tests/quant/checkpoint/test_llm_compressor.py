@@ -1,0 +1,88 @@
+"""Checkpoints that llm-compressor wrote: our decoder's logits beside transformers' on the same folder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quant.checkpoint.safetensors_files import TensorFiles
+from quant.errors import CheckpointError
+from quant.linear import Int8Linear
+from service.models.decoder import score
+from service.models.loader import load_decoder
+from tests.quant.fixtures import FIXTURES, NAMES, copy_of, edit
+from tests.support.quant_oracle import limit_codes_to_127, load
+
+IDS = torch.arange(48) * 7 % 64
+
+
+def ours(folder) -> torch.Tensor:
+    with torch.inference_mode():
+        return score(load_decoder(folder, torch.float32, torch.device("cpu")), IDS)
+
+
+def theirs(folder) -> torch.Tensor:
+    with torch.inference_mode():
+        return load(folder)(IDS[None]).logits[0]
+
+
+@pytest.fixture
+def range_of_127(monkeypatch):
+    limit_codes_to_127(monkeypatch)
+
+
+def test_every_recipe_is_here():
+    assert NAMES == ["dynamic", "group", "sharded-mixed", "smoothquant-gptq", "static", "static-asymmetric"]
+    assert sum(path.stat().st_size for path in FIXTURES.glob("*/*") if path.suffix != ".pyc") < 300_000
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "static-asymmetric"])
+def test_logits_are_the_oracle_s_where_ranges_agree(name, range_of_127):
+    expected = theirs(FIXTURES / name)
+    found = ours(FIXTURES / name)
+    # A code on a tie may fall either way after a float sum in another order; nothing else differs.
+    assert (found - expected).norm() / expected.norm() < 5e-3
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+def test_asymmetric_logits_are_the_oracle_s_as_it_comes():
+    """Static and asymmetric: both sides use all codes, -128..127, and no scale is found as it runs."""
+    expected = theirs(FIXTURES / "static-asymmetric")
+    found = ours(FIXTURES / "static-asymmetric")
+    assert (found - expected).norm() / expected.norm() < 5e-3
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stored_tensor_is_read(name, monkeypatch):
+    read, get = set[str](), TensorFiles.get
+    monkeypatch.setattr(TensorFiles, "get", lambda files, key: read.add(key) or get(files, key))
+    ours(FIXTURES / name)
+    stored = {key for path in (FIXTURES / name).glob("*.safetensors") for key in load_file(path)}
+    assert read == stored
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_linears_are_int8(name):
+    """Three products of each layer eat int8; layer 1's down_proj, which no target names, stays float in one folder."""
+    decoder = load_decoder(FIXTURES / name, torch.float32, torch.device("cpu"))
+    floats = [
+        (index, linear.shape)
+        for index, layer in enumerate(decoder.layers)
+        for linear in layer.linears
+        if not isinstance(linear, Int8Linear)
+    ]
+    assert floats == ([(1, (32, 64))] if name == "sharded-mixed" else [])
+
+
+def test_parts_that_cannot_be_one_product_are_refused_by_name(tmp_path):
+    """q_proj float beside an int8 k_proj and v_proj: they are one product here, as in other servers."""
+    q = "model.layers.0.self_attn.q_proj"
+
+    def make_float(state):
+        state[f"{q}.weight"] = state[f"{q}.weight"] * state.pop(f"{q}.weight_scale")
+
+    folder = edit(copy_of("dynamic", tmp_path), make_float, lambda quantization: quantization["ignore"].append(q))
+    with pytest.raises(CheckpointError, match=r"dynamic: cannot fuse 1 float with 2 int8 Linears"):
+        ours(folder)

@@ -1,0 +1,613 @@
+"""The command line, run in this process as `ottava` runs it; a few times as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from quant import __version__
+from quant.checkpoint.reader import Checkpoint
+from quant.scheme import PRESETS
+from service import cli
+from service.models.families import FAMILIES
+from tests.support.tiny_models import change_tensors, save_tiny_model
+
+ROOT = Path(__file__).parents[3]
+INT8 = [name for name, scheme in PRESETS.items() if scheme.is_int8]
+PROGRESS = re.compile(r"(ottava: |\S+ \S+ INFO service\.cli\.serve: ).*\n")
+"""How far a command is, where stderr is no terminal."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """A tiny model gains nothing from a second thread, and on a busy machine waits for it at every op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _own_process_state(monkeypatch, tmp_path):
+    """What `main` changes for a process is put back, and nothing is read of this machine's set-up."""
+    for name in [name for name in os.environ if name.upper().startswith("OTTAVA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    verbosity, handlers = transformers_logging.get_verbosity(), list(logging.getLogger().handlers)
+    yield
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+    logging.getLogger().handlers[:] = handlers
+
+
+@pytest.fixture
+def ottava(monkeypatch, capfd):
+    """Run a command: exit code, stdout, stderr without the lines of progress."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ottava", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        out, err = capfd.readouterr()
+        code = exit_info.value.code
+        return (code if isinstance(code, int) else int(code is not None)), out, PROGRESS.sub("", err)
+
+    return run
+
+
+@pytest.fixture
+def refusal(ottava):
+    """The one line that a refused command says."""
+
+    def run(*arguments: object) -> str:
+        code, out, err = ottava(*arguments)
+        assert code == 1, err
+        assert out == ""
+        lines = err.splitlines()
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture
+def copy_of_tiny(tmp_path):
+    return save_tiny_model(tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = ["the", "quick", "brown", "fox", "hello", "world", "naïve", "tokens,"]
+    path.write_text(" ".join(words[(i * i + i // 7) % 8] for i in range(1200)), encoding="utf-8")
+    return path
+
+
+def test_version(ottava):
+    assert ottava("--version") == (0, f"ottava {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["quantize"], ["evaluate"]], ids=str)
+def test_help_works_and_names_every_option(ottava, command):
+    code, out, err = ottava(*command, "--help")
+    assert (code, err) == (0, "")
+    assert "Usage: ottava" in out
+    wanted = {
+        "": ["serve", "quantize", "evaluate", "--version"],
+        "serve": [
+            "--host",
+            "--port",
+            "--variants",
+            "--baseline",
+            "--random-weights",
+            "--kv-cache-bytes",
+            "--kv-cache ",
+        ],
+        "quantize": ["--scheme", "--alpha", "--kv-cache", "--calibration", "model", "out"],
+        "evaluate": ["--schemes", "--text", "--choices", "--layers", "--json", "--plot", "--windows", "--kv-cache"],
+    }["".join(command)]
+    assert [word for word in wanted if word not in out.lower()] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["serve", "--no-such-option"],
+        ["serve", "--port", "eighty"],
+        ["quantize"],
+        ["quantize", "model"],
+        ["evaluate", "--windows", "0"],
+        ["evaluate", "--window-len", "1"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_usage_exits_with_2_and_no_traceback(ottava, arguments):
+    code, out, err = ottava(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage: ottava" in err
+    assert "Traceback" not in err
+
+
+COMMANDS = {
+    "serve": lambda model, _: ["serve", model],
+    "quantize": lambda model, out: ["quantize", model, out / "out"],
+    "evaluate": lambda model, _: ["evaluate", model, "--windows", 1, "--window-len", 16],
+}
+
+
+@pytest.fixture(params=COMMANDS)
+def refused_model(request, refusal, tmp_path):
+    """What a command says of a model that it must not take."""
+    return lambda model: refusal(*COMMANDS[request.param](model, tmp_path))
+
+
+def test_no_folder(refused_model, tmp_path):
+    assert refused_model(tmp_path / "none") == (
+        f"{tmp_path}/none is not a folder; name a model folder or a Hugging Face id such as owner/model"
+    )
+
+
+def test_an_id_that_cannot_be_fetched(refused_model):
+    assert "owner/model is neither a folder nor a model that can be fetched" in refused_model("owner/model")
+
+
+@pytest.mark.parametrize("name", ["[/bold]", "[red]", "[/no"])
+def test_brackets_in_a_name_are_shown_as_they_are(refusal, tmp_path, name):
+    assert f"{tmp_path}/{name} is not a folder" in refusal("serve", tmp_path / name)
+
+
+def test_a_folder_without_a_config(refused_model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert refused_model(tmp_path / "empty") == f"{tmp_path}/empty is not a model folder: it has no config.json"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "", "\xff"])
+def test_a_config_that_is_no_json_object(refused_model, copy_of_tiny, content):
+    (copy_of_tiny / "config.json").write_bytes(content.encode("latin-1"))
+    assert "config.json" in refused_model(copy_of_tiny)
+
+
+def test_a_family_that_is_not_served(refused_model, copy_of_tiny):
+    (copy_of_tiny / "config.json").write_text('{"model_type": "bert", "vocab_size": 340}')
+    families = ", ".join(FAMILIES)
+    assert refused_model(copy_of_tiny) == f"model family 'bert' is not served; the families are {families}"
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "no-such-family"}', '{"hidden_size": 5}'])
+def test_a_family_that_nobody_knows(refused_model, copy_of_tiny, content):
+    (copy_of_tiny / "config.json").write_text(content)
+    assert "config.json cannot be read" in refused_model(copy_of_tiny)
+
+
+def test_pickled_weights_alone(refused_model, copy_of_tiny):
+    (copy_of_tiny / "model.safetensors").rename(copy_of_tiny / "pytorch_model.bin")
+    assert "holds pickled weights (pytorch_model.bin), which can run code when read" in refused_model(copy_of_tiny)
+
+
+def test_no_weights(refused_model, copy_of_tiny):
+    (copy_of_tiny / "model.safetensors").unlink()
+    assert refused_model(copy_of_tiny) == f"{copy_of_tiny} holds no safetensors weights"
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 100, 100_000])
+def test_truncated_weights(refused_model, copy_of_tiny, num_bytes):
+    weights = copy_of_tiny / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:num_bytes])
+    assert re.search(
+        r"model\.safetensors is not a whole safetensors file .* download it again", refused_model(copy_of_tiny)
+    )
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.k_proj.weight"])
+def test_a_missing_tensor(refused_model, copy_of_tiny, name):
+    change_tensors(copy_of_tiny, {name: None})
+    assert refused_model(copy_of_tiny) == f"{copy_of_tiny} has no tensor {name}; is it a checkpoint of this model?"
+
+
+def test_no_tokenizer(refusal, copy_of_tiny):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy_of_tiny / name).unlink()
+    assert "tokenizer" in refusal("serve", copy_of_tiny)
+    assert "tokenizer" in refusal("evaluate", copy_of_tiny, "--windows", 1, "--window-len", 16)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite(refused_model, copy_of_tiny, value):
+    change_tensors(copy_of_tiny, {"model.norm.weight": torch.full((192,), float(value))})
+    assert "not finite" in refused_model(copy_of_tiny)
+
+
+@pytest.mark.parametrize("command", ["serve", "quantize"])
+def test_an_unknown_scheme(refusal, tiny_folder, tmp_path, command):
+    said = refusal(*COMMANDS[command](tiny_folder, tmp_path), "--scheme", "int4")
+    assert "'int4'" in said
+    assert "choose one of" in said
+    assert all(name in said for name in INT8)
+
+
+def test_an_unknown_scheme_among_others(refusal, tiny_folder):
+    assert "unknown scheme 'w4a16'; choose one of fp16, rtn" in refusal(
+        "evaluate", tiny_folder, "--schemes", "rtn,w4a16"
+    )
+
+
+def test_a_float_scheme_leaves_nothing_to_quantize(refusal, tiny_folder, tmp_path):
+    assert "is float: there is nothing to quantize" in refusal(
+        "quantize", tiny_folder, tmp_path / "o", "--scheme", "fp16"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--dtype", "float8", "dtype = 'float8'"),
+        ("--device", "tpu", "device = 'tpu'"),
+        ("--alpha", "1.5", "alpha = 1.5"),
+        ("--alpha", "nan", "alpha = nan"),
+        ("--port", "65536", "port = 65536"),
+        ("--variants", "w4a4", "variants = 'w4a4'"),
+        ("--variants", "fp16,fp16", "named twice"),
+        ("--max-num-requests", "0", "max_num_requests = 0"),
+        ("--max-model-len", "100000", "max_model_len 100000 exceeds the 256 positions"),
+        ("--kv-cache-bytes", "1000", "lower max_model_len or raise kv_cache_bytes"),
+        ("--kv-cache", "int4", "kv_cache = 'int4': Input should be 'auto', 'float' or 'int8'"),
+        ("--log-level", "loud", "log_level = 'loud'"),
+        ("--calibration", "/no/such/text", "/no/such/text cannot be read"),
+        ("--baseline", "/no/such/model", "/no/such/model is not a folder"),
+    ],
+)
+def test_a_bad_value_is_told_by_name(refusal, tiny_folder, option, value, complaint):
+    assert complaint in refusal("serve", tiny_folder, option, value)
+
+
+def test_an_int8_cache_of_the_baseline_is_refused_with_the_remedy(refusal, tiny_folder):
+    said = refusal("serve", tiny_folder, "--variants", "fp16", "--kv-cache", "int8")
+    assert "kv_cache is 'int8' and variants is fp16" in said
+    assert "add w8a8 to variants" in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_variable_is_told_with_the_nearest(refusal, monkeypatch, tiny_folder, tmp_path, command):
+    monkeypatch.setenv("OTTAVA_MAX_MODEL_LENGTH", "64")
+    assert "OTTAVA_MAX_MODEL_LENGTH; the nearest known one is OTTAVA_MAX_MODEL_LEN" in refusal(
+        *COMMANDS[command](tiny_folder, tmp_path)
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_cuda_where_there_is_none(refusal, monkeypatch, tiny_folder, tmp_path, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA GPU is visible here" in refusal(*COMMANDS[command](tiny_folder, tmp_path), "--device", "cuda")
+
+
+def test_alpha_outside_its_range(refusal, tiny_folder, tmp_path):
+    assert "alpha = 2.0: Input should be less than or equal to 1" in refusal(
+        "quantize", tiny_folder, tmp_path / "out", "--alpha", 2
+    )
+
+
+@pytest.mark.parametrize("scheme", INT8)
+def test_quantize_writes_a_folder_that_serves(ottava, tiny_folder, text, tmp_path, scheme):
+    out = tmp_path / "deep" / scheme
+    code, said, err = ottava("quantize", tiny_folder, out, "--scheme", scheme, "--calibration", _long(text, tmp_path))
+    assert (code, err) == (0, "")
+    assert said == f"{out}: {scheme}, {PRESETS[scheme].describe()}\n"
+    checkpoint = Checkpoint.open(out, torch.float32, "cpu")
+    assert checkpoint.scheme_name == scheme
+    linear = checkpoint.linear("model.layers.0.mlp.down_proj", 192, 160, has_bias=False)
+    assert linear.activation == PRESETS[scheme].activation
+    assert [path.name for path in out.parent.iterdir()] == [scheme]
+
+
+def _long(text: Path, folder: Path) -> Path:
+    """Enough of the text for the 8 windows of 512 tokens that quantizing reads."""
+    path = folder / "long.txt"
+    path.write_text(text.read_text(encoding="utf-8") * 4, encoding="utf-8")
+    return path
+
+
+def test_quantize_takes_alpha(ottava, tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    code, said, _ = ottava("quantize", tiny_folder, out, "--alpha", 0.25, "--seed", 3)
+    assert code == 0
+    assert "alpha 0.25" in said
+    notes = json.loads((out / "ottava.json").read_text())
+    assert notes["alpha"] == 0.25
+    assert notes["calibration"].endswith("seed 3")
+
+
+def test_quantize_stores_what_the_cache_is(ottava, tiny_folder, text, tmp_path):
+    for kv_cache in ("int8", "auto"):
+        out = tmp_path / kv_cache
+        arguments = "--kv-cache", kv_cache, "--calibration", _long(text, tmp_path)
+        code, said, _ = ottava("quantize", tiny_folder, out, *arguments)
+        assert code == 0
+        assert ("int8 keys and values" in said) == (kv_cache == "int8")
+    assert Checkpoint.open(tmp_path / "int8", torch.float32, "cpu").scheme == PRESETS["w8a8"].with_kv("int8")
+    assert Checkpoint.open(tmp_path / "auto", torch.float32, "cpu").scheme == PRESETS["w8a8"]
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(refusal, tiny_folder, tmp_path):
+    (tmp_path / "precious.txt").write_text("keep")
+    assert "exists and is not empty" in refusal("quantize", tiny_folder, tmp_path)
+    assert "exists and is not empty" in refusal("quantize", tiny_folder, tmp_path / "precious.txt")
+    assert (tmp_path / "precious.txt").read_text() == "keep"
+
+
+def test_a_place_that_cannot_be_written_is_told(refusal, tiny_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refusal("quantize", tiny_folder, tmp_path / "file" / "out")
+
+
+def test_a_quantized_model_is_neither_quantized_nor_evaluated_again(ottava, refusal, tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    assert ottava("quantize", tiny_folder, out)[0] == 0
+    assert "quantized already" in refusal("quantize", out, tmp_path / "again")
+    assert "quantized already" in refusal("evaluate", out, "--windows", 1, "--window-len", 16)
+    assert "name the float model with --baseline" in refusal("serve", out)
+
+
+SMALL = ("--windows", 3, "--window-len", 64, "--calibration-windows", 2, "--dtype", "float32")
+
+
+@pytest.fixture
+def evaluated(ottava, tiny_folder, text, tmp_path):
+    """What `ottava evaluate` writes and prints: the run, the rows, and stdout."""
+
+    def run(*arguments: object) -> tuple[dict, list[dict], str]:
+        out = tmp_path / "result.json"
+        code, said, err = ottava("evaluate", tiny_folder, "--text", text, *SMALL, "--json", out, *arguments)
+        assert (code, err) == (0, "")
+        result = json.loads(out.read_text())
+        return result["run"], result["rows"], said
+
+    return run
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    asked = [
+        {"question": "the quick brown", "choices": ["fox", "hello world", "naïve"], "answer": i % 3} for i in range(3)
+    ]
+    path.write_text("\n".join(json.dumps(question) for question in asked))
+    return path
+
+
+MEASURED = {
+    *("scheme", "perplexity", "perplexity_ratio", "kl", "top1_agreement", "num_tokens"),
+    *("weight_bytes", "kv_bytes_per_token", "tokens_per_s", "num_questions"),
+}
+
+
+def test_evaluate_writes_rows_for_every_preset(evaluated):
+    run, rows, said = evaluated()
+    assert [row["scheme"] for row in rows] == list(PRESETS)
+    assert {frozenset(row) for row in rows} == {frozenset(MEASURED)}
+    assert {row["num_tokens"] for row in rows} == {3 * 63}
+    assert (rows[0]["kl"], rows[0]["top1_agreement"], rows[0]["perplexity_ratio"]) == (0, 1, 1)
+    assert all(row["perplexity"] > 1 and 0 <= row["kl"] < 1 and 0 < row["top1_agreement"] <= 1 for row in rows)
+    for row in rows:
+        assert row["perplexity_ratio"] == row["perplexity"] / rows[0]["perplexity"]
+        assert row["tokens_per_s"] > 0
+        assert (row["weight_bytes"] < 0.7 * rows[0]["weight_bytes"]) == (row["scheme"] != "fp16")
+    kl = {row["scheme"]: row["kl"] for row in rows}
+    assert 0 < kl["w8a8"] < kl["rtn"]
+    assert all(name in said for name in PRESETS)
+    assert run["command"].startswith("ottava evaluate ")
+    assert {"date", "device", "ottava", "torch", "triton", "transformers", "python", "threads"} < set(run)
+    assert (run["dtype"], run["windows"], Path(run["text"]).name) == ("float32", [3, 64], "text.txt")
+
+
+def test_evaluate_is_repeatable_and_takes_a_list(evaluated):
+    arguments = ("--schemes", "w8a8, rtn,w8a8")
+    first, second = (evaluated(*arguments)[1] for _ in range(2))
+    assert [row["scheme"] for row in first] == ["fp16", "w8a8", "rtn"]
+    assert [row | {"tokens_per_s": 0} for row in first] == [row | {"tokens_per_s": 0} for row in second]
+
+
+def test_evaluate_measures_an_int8_cache_and_names_it(evaluated):
+    rows = {kv: evaluated("--schemes", "fp16,w8a8", "--kv-cache", kv)[1] for kv in ("float", "int8", "both")}
+    assert [row["scheme"] for row in rows["int8"]] == ["fp16", "w8a8, int8 KV"]
+    assert rows["int8"][0]["perplexity"] == rows["float"][0]["perplexity"]
+    assert rows["int8"][1]["perplexity"] != rows["float"][1]["perplexity"]
+    assert 0 < rows["int8"][1]["kl"] < 2 * rows["float"][1]["kl"]
+    assert rows["int8"][1]["kv_bytes_per_token"] < 0.5 * rows["float"][1]["kv_bytes_per_token"]
+    # Both in turn are what each is alone.
+    apart = [rows["float"][0], rows["float"][1], rows["int8"][1]]
+    assert [row["kl"] for row in rows["both"]] == [row["kl"] for row in apart]
+    assert [row["scheme"] for row in rows["both"]] == ["fp16", "w8a8", "w8a8, int8 KV"]
+
+
+def test_evaluate_prints_a_table(evaluated, questions):
+    said = evaluated("--schemes", "w8a8")[2]
+    headings = (
+        "fp16",
+        "w8a8",
+        "perplexity",
+        "vs. float",
+        "KL (nats)",
+        "tokens/s",
+        "189 tokens",
+        "decode of one request",
+    )
+    assert [word for word in headings if word not in said] == []
+    assert "choices" not in said
+    assert "choices" in evaluated("--schemes", "fp16", "--choices", questions)[2]
+
+
+def test_evaluate_asks_questions(evaluated, questions):
+    baseline, w8a8 = evaluated("--schemes", "w8a8", "--choices", questions)[1]
+    # The same question three times, each time with another answer: one of them is right.
+    assert baseline["choice_accuracy"] == w8a8["choice_accuracy"] == 1 / 3
+    assert baseline["choice_agreement"] == 1
+    assert w8a8["choice_agreement"] in (0, 1)
+    assert baseline["num_questions"] == w8a8["num_questions"] == 3
+
+
+def test_evaluate_refuses_questions_that_cannot_be_asked(refusal, tiny_folder, text, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    arguments = ("evaluate", tiny_folder, "--text", text, *SMALL, "--choices", path)
+    assert f"{path} cannot be read" in refusal(*arguments)
+    path.write_text('{"question": "a", "choices": ["b", "c"], "answer": 2}')
+    assert refusal(*arguments) == f"{path}, line 1: answer = 2 must be the index of a choice, 0 to 1"
+    path.write_text(json.dumps({"question": "quick " * 400, "choices": ["b", "c"], "answer": 1}))
+    assert "more than 256; shorten it" in refusal(*arguments)
+
+
+def test_evaluate_lists_layers(evaluated):
+    baseline, rtn, with_kv = evaluated("--schemes", "rtn", "--layers", "--kv-cache", "both")[1]
+    assert set(baseline) == MEASURED
+    assert len(rtn["linear_errors"]) == 2 * 7
+    errors = [linear["error"] for linear in rtn["linear_errors"]]
+    assert errors == sorted(errors, reverse=True)
+    assert 0 < errors[-1] < errors[0] < 1
+    assert with_kv["linear_errors"] == rtn["linear_errors"]
+    assert len(rtn["hidden_errors"]) == 2
+    assert all(0 < error < 1 for error in rtn["hidden_errors"])
+    assert with_kv["hidden_errors"] != rtn["hidden_errors"]
+    said = " ".join(evaluated("--schemes", "rtn", "--layers")[2].split())
+    assert f"rtn: {rtn['linear_errors'][0]['name']} hurts most: its int8 output is {errors[0]:.2%} off" in said
+    assert "The hidden states' error grows most in layer" in said
+
+
+def test_evaluate_draws_a_plot(evaluated, tmp_path):
+    plot = tmp_path / "plot.png"
+    evaluated("--schemes", "rtn,w8a8", "--plot", plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert plot.stat().st_size > 10_000
+
+
+def test_evaluate_refuses_files_that_it_could_not_write(refusal, monkeypatch, tiny_folder, tmp_path):
+    """Before anything is measured."""
+    monkeypatch.setattr("service.tools.evaluate.evaluation.measure_quality", None)
+    evaluate = ("evaluate", tiny_folder, *SMALL)
+    for option in ("--json", "--plot"):
+        for path in (tmp_path, tmp_path / "none" / "out.png"):
+            assert refusal(*evaluate, option, path) == (
+                f"{option} {path} cannot be written: name a file in a folder that exists"
+            )
+    assert refusal(*evaluate, "--plot", tmp_path / "plot.pdf").endswith(
+        "plot.pdf must end in .png: a PNG is what is drawn"
+    )
+    monkeypatch.setattr("service.tools.evaluate.evaluation.find_spec", lambda name: None)
+    assert refusal(*evaluate, "--plot", tmp_path / "plot.png") == (
+        "--plot needs matplotlib, which is not installed: pip install 'ottava[dev]', or leave --plot out"
+    )
+
+
+def test_the_service_imports_no_matplotlib():
+    code = "import sys, service.cli; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n"
+
+
+def test_evaluate_calibrates_on_what_it_does_not_measure(ottava, refusal, tiny_folder, text):
+    """From one file both parts must fit: 3 windows measured and 2 read on behind them."""
+    arguments = ("evaluate", tiny_folder, "--schemes", "w8a8", "--text", text, "--calibration", text)
+    assert ottava(*arguments, *SMALL)[0] == 0
+    num_tokens = int(re.search(r"it has (\d+)", refusal(*arguments, *SMALL, "--windows", 999))[1])
+    said = refusal(*arguments, *SMALL, "--windows", num_tokens // 64)
+    assert "windows of 64 after" in said
+
+
+def test_evaluate_refuses_windows_beyond_the_context(refusal, tiny_folder):
+    assert "exceeds the 256 positions" in refusal("evaluate", tiny_folder, "--windows", 1, "--window-len", 300)
+
+
+def test_a_text_that_is_too_short_or_unreadable(refusal, tiny_folder, tmp_path):
+    (tmp_path / "short.txt").write_text("hello")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    evaluate = ("evaluate", tiny_folder, *SMALL, "--text")
+    assert "too short" in refusal(*evaluate, tmp_path / "short.txt")
+    assert "cannot be read" in refusal(*evaluate, tmp_path / "latin.txt")
+    assert "cannot be read" in refusal(*evaluate, tmp_path / "none.txt")
+    assert "too short" in refusal("quantize", tiny_folder, tmp_path / "o", "--calibration", tmp_path / "short.txt")
+
+
+def test_serve_shows_what_it_serves_and_stops_its_engines(ottava, monkeypatch, tiny_folder):
+    served = {}
+
+    def run(application, settings, engines):
+        served.update(application=application, settings=settings, engines=engines)
+        assert all(engine.is_alive for engine in engines.values())
+        return 7
+
+    monkeypatch.setattr("service.web.server.run", run)
+    code, out, err = ottava("serve", tiny_folder, "--port", 8123, "--max-model-len", 64)
+    assert (code, out) == (7, "")
+    assert (served["settings"].host, served["settings"].port) == ("127.0.0.1", 8123)
+    assert list(served["engines"]) == ["w8a8", "fp16"]
+    assert not any(engine.is_alive for engine in served["engines"].values())
+    said = re.sub(r"[\s│]+", " ", err)
+    for words in (str(tiny_folder), "up to 64 tokens", "w8a8", "fp16", "http://127.0.0.1:8123/generate"):
+        assert words in said
+    paths = list(served["application"].openapi()["paths"])
+    assert [path for path in paths if path not in said] == []
+
+
+def test_serve_among_json_lines_is_a_json_line(ottava, monkeypatch, tiny_folder):
+    monkeypatch.setattr("service.web.server.run", lambda *_: 0)
+    code, _, err = ottava("serve", tiny_folder, "--log-format", "json", "--variants", "fp16")
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert code == 0
+    assert "loading fp16" in [line["message"] for line in lines]
+    assert lines[-1]["message"] == f"serving {tiny_folder} at http://127.0.0.1:8000"
+    assert list(lines[-1]["info"]["variants"]) == ["fp16"]
+    assert lines[-1]["needs_key"] is False
+
+
+def test_serve_refuses_keys_before_it_loads(refusal, monkeypatch, tiny_folder):
+    monkeypatch.setattr("service.host.variants.open_host", None)
+    assert "there are no API keys" in refusal("serve", tiny_folder, "--host", "0.0.0.0")
+    monkeypatch.setenv("OTTAVA_API_KEYS", "sh0rt")
+    said = refusal("serve", tiny_folder)
+    assert "8 to 512" in said
+    assert "sh0rt" not in said
+
+
+def test_serve_misses_what_traces_need_before_it_loads(refusal, monkeypatch, tiny_folder):
+    monkeypatch.setattr("service.host.variants.open_host", None)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    monkeypatch.delitem(sys.modules, "service.telemetry.spans", raising=False)
+    assert "pip install 'ottava[otel]'" in refusal("serve", tiny_folder)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    assert "http/protobuf" in refusal("serve", tiny_folder)
+
+
+@pytest.mark.parametrize("damage", ["none", "tensor"])
+def test_a_process_says_one_line(copy_of_tiny, tmp_path, damage):
+    """Nothing that a library prints or warns about at import or while loading comes between."""
+    model = change_tensors(copy_of_tiny, {"model.norm.weight": None}) if damage == "tensor" else tmp_path / "none"
+    done = subprocess.run(
+        [sys.executable, "-m", "service", "quantize", str(model), str(tmp_path / "out")],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: [^\n]+\n", PROGRESS.sub("", done.stderr))

@@ -1,0 +1,283 @@
+"""Comparison with the baseline: the arithmetic, and the route over fake engines."""
+
+import asyncio
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.comparison.compare import agreement, speedup
+from service.engine.api import SamplingParams, Token
+from service.engine.request import Request
+from service.measures import measure, percentile
+from tests.support.fake_engine import FakeEngine
+from tests.support.harness import app_of, client_of, engines_of, events_of, metrics_of, post, total, two_engines, until
+from tests.support.run_metrics import metrics_with
+
+
+def tokens_of(ids, logprob=None):
+    return [Token(token_id, 0.0, logprob) for token_id in ids]
+
+
+def test_measure_by_its_definitions():
+    request = Request("r", [1, 2, 3], SamplingParams(), arrival_s=10.0, seed=0)
+    request.first_scheduled_s, request.num_cached = 10.5, 2
+    request.num_steps, request.num_batch_rows = 4, 10
+    tokens = [Token(7, 11.0), Token(8, 11.1), Token(9, 11.2), Token(9, 11.5)]
+    times = measure(request, tokens, received_s=10.0, sent_s=[11.0, 11.25, 11.5, 12.0])
+    assert times.model_dump() == {
+        "queue_ms": 500,
+        "prefill_ms": 500,
+        "ttft_ms": 1000,
+        "itl_ms": {"mean": pytest.approx(1000 / 3), "p50": 250, "p99": pytest.approx(495)},
+        "tpot_ms": pytest.approx(1000 / 3),
+        "e2e_ms": 2000,
+        "prompt_tokens": 3,
+        "generated_tokens": 4,
+        "cached_tokens": 2,
+        "tokens_per_s": 2,
+        "batch_size_mean": 2.5,
+    }
+
+
+def test_measure_of_a_run_that_never_started():
+    times = measure(Request("r", [1], SamplingParams(), 10.0, 0), [], 10.0, [])
+    assert {name for name, value in times if value is not None} == {
+        "prompt_tokens",
+        "generated_tokens",
+        "cached_tokens",
+        "batch_size_mean",
+    }
+
+
+def test_speedup_is_above_one_where_this_is_better():
+    this = metrics_with(ttft_ms=10.0, tpot_ms=2.0, e2e_ms=100.0, tokens_per_s=50.0)
+    baseline = metrics_with(ttft_ms=20.0, tpot_ms=5.0, e2e_ms=150.0, tokens_per_s=25.0)
+    assert speedup(this, baseline).model_dump() == {"ttft": 2, "tpot": 2.5, "e2e": 1.5, "tokens_per_s": 2}
+    nothing = metrics_with()
+    assert set(speedup(this, nothing).model_dump().values()) == {None}
+    assert set(speedup(nothing, baseline).model_dump().values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("this", "baseline", "prefix", "ratio"),
+    [
+        ([1, 2, 3], [1, 2, 3], 3, 1),
+        ([1, 2, 3], [1, 9, 3, 4], 1, 0.5),
+        ([], [], 0, 1),
+        ([1], [], 0, 0),
+        ([1], [2], 0, 0),
+    ],
+)
+def test_agreement(this, baseline, prefix, ratio):
+    found = agreement(tokens_of(this), tokens_of(baseline))
+    assert (found.common_prefix_tokens, found.match_ratio) == (prefix, ratio)
+
+
+def test_logprobs_are_compared_on_the_common_prefix_alone():
+    this = [Token(1, 0, -1.0), Token(2, 0, -2.0), Token(3, 0, -50.0)]
+    baseline = [Token(1, 0, -1.5), Token(2, 0, -1.5), Token(4, 0, -1.0)]
+    assert agreement(this, baseline).logprob_delta_mean == pytest.approx(0.5)
+    assert agreement(this[2:], baseline[2:]).logprob_delta_mean is None
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_agreement_is_symmetric_and_bounded(a, b):
+    found = agreement(tokens_of(a), tokens_of(b))
+    assert found == agreement(tokens_of(b), tokens_of(a))
+    assert 0 <= found.match_ratio <= 1
+    assert a[: found.common_prefix_tokens] == b[: found.common_prefix_tokens]
+    assert (found.match_ratio == 1) == (a == b)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0, 100))
+def test_percentile_lies_within(values, q):
+    assert min(values) - 1e-6 <= percentile(values, q) <= max(values) + 1e-6
+    assert percentile(values, 0) == min(values)
+    assert percentile(values, 100) == max(values)
+
+
+def test_percentile_is_linear_between_ranks():
+    assert percentile([4.0, 1.0, 2.0, 3.0], 50) == 2.5
+    with pytest.raises(ValueError, match="nothing"):
+        percentile([], 50)
+
+
+def test_compare_answers_with_both_and_runs_one_after_the_other():
+    engines = two_engines(delay_s=0.001)
+    engines["fp16"].reply = "help!"
+    engines["fp16"].logprob = -0.75
+    answer = post({"prompt": "a", "compare": True, "temperature": 1}, app_of(engines)).json()
+    assert engines["w8a8"].log == [("start", "w8a8"), ("end", "w8a8"), ("start", "fp16"), ("end", "fp16")]
+    baseline = answer["baseline"]
+    assert (answer["variant"], answer["text"]) == ("w8a8", "hello")
+    assert (baseline["variant"], baseline["text"]) == ("fp16", "help!")
+    assert set(baseline) == {"id", "variant", "text", "token_ids", "finish_reason", "usage", "metrics"}
+    assert set(answer) == {*baseline, "baseline", "speedup", "agreement", "contended"}
+    assert answer["agreement"] == {
+        "common_prefix_tokens": 3,
+        "match_ratio": pytest.approx(4 / 6),
+        "logprob_delta_mean": pytest.approx(0.25),
+    }
+    assert answer["contended"] is False
+    for name in ("ttft", "tpot", "e2e"):
+        ratio = baseline["metrics"][f"{name}_ms"] / answer["metrics"][f"{name}_ms"]
+        assert answer["speedup"][name] == pytest.approx(ratio)
+    first, second = (engines[variant].submitted[0] for variant in ("w8a8", "fp16"))
+    assert first.params == second.params
+    assert first.params.seed is not None
+    assert first.prompt_ids == second.prompt_ids
+    assert second.arrival_s >= first.finished_s
+
+
+def test_compare_keeps_the_given_seed_and_logprobs():
+    engines = two_engines()
+    answer = post({"prompt": "a", "compare": True, "seed": 7, "logprobs": 1}, app_of(engines)).json()
+    assert engines["fp16"].submitted[0].params.seed == 7
+    assert len(answer["logprobs"]) == len(answer["baseline"]["logprobs"]) == 6
+
+
+def test_compare_of_one_token_has_no_tpot():
+    answer = post({"prompt": "a", "compare": True, "max_tokens": 1}).json()
+    assert answer["speedup"]["tpot"] is None
+    assert answer["speedup"]["ttft"] > 0
+
+
+def test_compare_streams_the_baseline_afterwards():
+    *deltas, last = events_of(post({"prompt": "a", "compare": True, "stream": True}, reply="hey"))
+    assert [delta["variant"] for delta in deltas] == ["w8a8"] * 4 + ["fp16"] * 4
+    assert "".join(delta["text"] for delta in deltas) == "heyhey"
+    assert last["text"] == last["baseline"]["text"] == "hey"
+    assert last["agreement"]["match_ratio"] == 1
+    assert {delta["id"] for delta in deltas} == {last["id"], last["baseline"]["id"]}
+
+
+def test_a_stop_string_ends_both_runs():
+    engines = two_engines(reply="a.b.c", delay_s=0.001)
+    answer = post({"prompt": "a", "compare": True, "stop": "."}, app_of(engines)).json()
+    assert (answer["text"], answer["baseline"]["text"]) == ("a", "a")
+    assert engines["w8a8"].log == [("start", "w8a8"), ("end", "w8a8"), ("start", "fp16"), ("end", "fp16")]
+    assert answer["contended"] is False
+
+
+def test_the_baseline_waits_until_the_first_run_has_left_the_engine():
+    engines = two_engines(reply="a.b.c", delay_s=0.001, release_delay_s=0.1)
+    answer = post({"prompt": "a", "compare": True, "stop": "."}, app_of(engines)).json()
+    assert engines["w8a8"].log[:3] == [("start", "w8a8"), ("end", "w8a8"), ("start", "fp16")]
+    assert answer["contended"] is False
+
+
+def test_a_stranger_that_comes_during_the_second_run_contends():
+    async def go():
+        engines = two_engines(delay_s=0.005)
+        async with client_of(app_of(engines)) as client:
+            asked = asyncio.ensure_future(client.post("/generate", json={"prompt": "a", "compare": True}))
+            await until(lambda: engines["fp16"].submitted)
+            stranger = engines["w8a8"].submit([1], SamplingParams(ignore_eos=True, max_tokens=60), "x")
+            response = await asked
+            stranger.finish("abort")
+            return response
+
+    assert asyncio.run(go()).json()["contended"] is True
+
+
+def test_a_failed_baseline_is_found_before_anything_runs():
+    engines = two_engines()
+    engines["fp16"].failure = RuntimeError("gone")
+    response = post({"prompt": "a", "compare": True}, app_of(engines))
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_failed")
+    assert not engines["w8a8"].submitted
+
+
+def test_without_a_baseline_compare_is_refused():
+    response = post({"prompt": "a", "compare": True}, app_of(engines_of(FakeEngine("w8a8"))))
+    assert response.status_code == 400
+    assert "--variants w8a8,fp16" in response.json()["error"]["message"]
+
+
+def test_the_shorter_context_of_the_two_counts():
+    engines = two_engines()
+    engines["fp16"].max_model_len = 8
+    response = post({"prompt": "123456", "compare": True, "max_tokens": 3}, app_of(engines))
+    assert response.status_code == 400
+    assert "largest possible here is 2" in response.json()["error"]["message"]
+
+
+def _beside(other: dict, start_after_s: float = 0.0, **delays: float) -> tuple[httpx.Response, httpx.Response]:
+    """A comparison and another request, started start_after_s later."""
+
+    async def go():
+        engines = two_engines()
+        for variant, delay_s in delays.items():
+            engines[variant].delay_s = delay_s
+        async with client_of(app_of(engines)) as client:
+
+            async def later():
+                await asyncio.sleep(start_after_s)
+                return await client.post("/generate", json=other)
+
+            return await asyncio.gather(client.post("/generate", json={"prompt": "a", "compare": True}), later())
+
+    return tuple(asyncio.run(go()))
+
+
+@pytest.mark.parametrize("variant", ["w8a8", "fp16"])
+def test_another_request_during_the_first_run_contends(variant):
+    compared, other = _beside({"prompt": "b", "variant": variant}, 0.02, w8a8=0.02)
+    assert compared.json()["contended"] is True
+    assert "contended" not in other.json()
+
+
+def test_another_request_during_the_second_run_contends():
+    compared, _ = _beside({"prompt": "b", "max_tokens": 1}, 0.05, fp16=0.03)
+    assert compared.json()["contended"] is True
+
+
+def test_two_comparisons_at_once_contend():
+    for response in _beside({"prompt": "b", "compare": True}):
+        assert response.json()["contended"] is True
+
+
+def test_a_refused_request_does_not_contend():
+    compared, other = _beside({"prompt": ""}, 0.01, w8a8=0.01)
+    assert other.status_code == 400
+    assert compared.json()["contended"] is False
+
+
+def test_a_request_in_the_engine_from_elsewhere_contends():
+    async def go():
+        engines = two_engines(delay_s=0.005)
+        async with client_of(app_of(engines)) as client:
+            stranger = engines["fp16"].submit([1], SamplingParams(ignore_eos=True, max_tokens=60), "x")
+            response = await client.post("/generate", json={"prompt": "a", "compare": True})
+            stranger.finish("abort")
+            return response
+
+    assert asyncio.run(go()).json()["contended"] is True
+
+
+def test_a_comparison_after_another_request_is_clean():
+    async def go():
+        async with client_of(app_of(two_engines())) as client:
+            await client.post("/generate", json={"prompt": "a"})
+            return await client.post("/generate", json={"prompt": "a", "compare": True})
+
+    assert asyncio.run(go()).json()["contended"] is False
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_baseline_that_fails_fails_the_comparison(stream):
+    async def go():
+        engines = two_engines()
+        engines["fp16"].fail_at = 1
+        async with client_of(app_of(engines)) as client:
+            response = await client.post("/generate", json={"prompt": "a", "compare": True, "stream": stream})
+            return response, await metrics_of(client)
+
+    response, samples = asyncio.run(go())
+    assert "engine_failed" in response.text
+    assert response.status_code == (200 if stream else 500)
+    assert samples["ottava_requests_total", "outcome=stop", "variant=w8a8"] == 1
+    assert samples["ottava_requests_total", "outcome=error", "variant=fp16"] == 1
+    assert total(samples, "ottava_agreement_ratio_count") == 0

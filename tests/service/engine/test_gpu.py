@@ -1,0 +1,153 @@
+"""The engine on a GPU: captured steps, lookahead, and the same tokens as the reference ops on the CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import jsonschema
+import pytest
+import torch
+
+from benchmarks.chain import Moved
+from quant.scheme import PRESETS
+from service.engine.api import FinishReason, SamplingParams
+from service.engine.device_thread import DeviceThread
+from service.engine.loop import EngineLoop
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduler
+from service.models.config import ModelConfig, linear_names
+from service.models.decoder import Decoder, score
+from service.models.loader import load_decoder
+from service.models.random_weights import RandomWeights, random_decoder
+from tests.support.engines import PROMPTS, collect_all
+from tests.support.grammars import EOS, JSON, SCHEMA, finished, text_of
+from tests.support.tiny_models import TINY, make_model
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
+
+
+def generate(decoder: Decoder, use_graphs: bool, num_blocks: int = 200, one_by_one: bool = False) -> list[list[int]]:
+    runner = Runner(decoder, num_blocks, 16, 16, 64, use_graphs)
+    runner.warm_up()
+    engine = EngineLoop("w8a8", Scheduler(num_blocks, 16, 16, 64), runner, DeviceThread(), 256).start()
+
+    async def run():
+        if one_by_one:
+            return [(await collect_all(engine, [prompt], PARAMS))[0] for prompt in PROMPTS]
+        return await collect_all(engine, PROMPTS, PARAMS)
+
+    try:
+        tokens = asyncio.run(run())
+        assert engine.stats().kv_cache_usage_ratio == 0
+        return tokens
+    finally:
+        engine.stop()
+
+
+INT8_KV = PRESETS["w8a8"].with_kv("int8")
+SCHEMES = [*PRESETS.values(), INT8_KV]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+def test_logits_equal_the_reference_ops(scheme):
+    """The same random weights through the Triton kernels and through plain torch on the CPU."""
+    config = ModelConfig.of(make_model("llama").config)
+    ids, cpu = torch.arange(3, 150), torch.device("cpu")
+    with torch.inference_mode():
+        here, there = (Moved(RandomWeights(scheme, linear_names(config), torch.float32, cpu), x) for x in (cpu, CUDA))
+        expected = score(Decoder(config, here, scheme.kv), ids)
+        found = score(Decoder(config, there, scheme.kv), ids).cpu()
+    assert ((found - expected).norm() / expected.norm()).item() < (2e-2 if scheme.is_int8 else 1e-4)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_fp16_logits_equal_transformers(tiny, name):
+    model, folder = tiny(name)
+    decoder = load_decoder(folder, torch.float32, CUDA)
+    ids = torch.arange(3, 203)[: decoder.config.max_model_len]
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+        found = score(decoder, ids).cpu()
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [PRESETS["fp16"], PRESETS["w8a8"], PRESETS["smoothquant-o3"], INT8_KV],
+    ids=lambda scheme: scheme.label,
+)
+def test_captured_steps_give_the_tokens_of_plain_ones(scheme):
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float16, CUDA)
+    assert generate(decoder, use_graphs=True) == generate(decoder, use_graphs=False)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "opt", "gpt2", "gpt_neox", "qwen3", "qwen3_moe"])
+def test_steps_of_a_family(name):
+    """Captured and plain steps give the same tokens; experts are never captured."""
+    decoder = random_decoder(ModelConfig.of(make_model(name).config), PRESETS["w8a8"], torch.float16, CUDA)
+    assert Runner(decoder, 20, 16, 4, 64).use_graphs == (name != "qwen3_moe")
+    assert generate(decoder, use_graphs=True) == generate(decoder, use_graphs=False)
+
+
+@pytest.mark.parametrize("scheme", [PRESETS["w8a8"], INT8_KV], ids=lambda scheme: scheme.label)
+def test_int8_tokens_do_not_depend_on_the_batch(scheme):
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float32, CUDA)
+    assert generate(decoder, use_graphs=True) == generate(decoder, use_graphs=True, one_by_one=True)
+
+
+@pytest.mark.parametrize("use_graphs", [True, False])
+def test_answers_held_to_a_grammar(use_graphs):
+    """Beside captured steps that know of no grammar; the neighbours' tokens stay as they are."""
+    decoder = random_decoder(ModelConfig.of(make_model("qwen2").config), PRESETS["w8a8"], torch.float16, CUDA)
+    runner = Runner(decoder, 200, 16, 16, 64, use_graphs)
+    runner.warm_up()
+    engine = EngineLoop("w8a8", Scheduler(200, 16, 16, 64, frozenset({EOS})), runner, DeviceThread(), 256).start()
+    held = SamplingParams(140, temperature=1.0, seed=1, grammar=JSON.compile(SCHEMA))
+
+    async def run():
+        alone = await collect_all(engine, PROMPTS[:6], PARAMS)
+        free = asyncio.ensure_future(collect_all(engine, PROMPTS[:6], PARAMS))
+        answers = await asyncio.gather(*(finished(engine, prompt, held) for prompt in PROMPTS[6:]))
+        return alone, await free, answers
+
+    try:
+        alone, beside, answers = asyncio.run(run())
+    finally:
+        engine.stop()
+    assert beside == alone
+    for request, tokens in answers:
+        if request.finish_reason == FinishReason.STOP:
+            jsonschema.validate(json.loads(text_of(tokens)), SCHEMA)
+    assert sum(request.finish_reason == FinishReason.STOP for request, _ in answers) >= 4
+
+
+def test_log_probabilities_of_prompts():
+    """Against those of the whole prompt in one chunk; rows that a step shares round as the tiles of its size do."""
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CUDA)
+    runner = Runner(decoder, 200, 16, 16, 64)
+    runner.warm_up()
+    engine = EngineLoop("w8a8", Scheduler(200, 16, 16, 64), runner, DeviceThread(), 256).start()
+    params = SamplingParams(8, ignore_eos=True, prompt_logprobs=3)
+
+    async def run():
+        return await asyncio.gather(*(finished(engine, prompt, params) for prompt in PROMPTS))
+
+    try:
+        requests = [request for request, _ in asyncio.run(run())]
+    finally:
+        engine.stop()
+    for request in requests:
+        ids = torch.tensor(request.prompt_ids)
+        with torch.inference_mode():
+            expected = score(decoder, ids).log_softmax(-1)[:-1].gather(-1, ids[1:, None].cuda())[:, 0]
+        found = torch.tensor([token.logprob for token in request.prompt_logprobs])
+        assert (found - expected.cpu()).abs().max() < 1e-2
+        assert all(len(token.top_logprobs) == 3 for token in request.prompt_logprobs)
+
+
+def test_preemption_with_a_step_in_flight_loses_nothing():
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CUDA)
+    assert generate(decoder, use_graphs=True, num_blocks=18) == generate(decoder, use_graphs=True)

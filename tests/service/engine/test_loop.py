@@ -1,0 +1,221 @@
+"""The engine whole: scheduler, runner and loop over a tiny random model, against Hugging Face's own generation."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from quant.scheme import PRESETS
+from service.engine.api import FinishReason, SamplingParams
+from service.engine.device_thread import DeviceThread
+from service.engine.loop import EngineLoop
+from service.engine.scheduler import Scheduler
+from service.errors import QueueFull
+from service.models.config import ModelConfig
+from service.models.loader import load_decoder
+from service.models.random_weights import random_decoder
+from tests.support.engines import CPU, PROMPTS, collect, collect_all, make_engine
+from tests.support.scripted_runner import ScriptedRunner
+from tests.support.tiny_models import make_model
+
+
+def greedy_by_transformers(model, prompt: list[int], count: int) -> list[int]:
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def engine_of():
+    engines = []
+
+    def start(decoder, **kwargs):
+        engines.append(make_engine(decoder, **kwargs))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"budget": 16, "block_size": 4, "num_blocks": 500},  # prompts in chunks
+        {"block_size": 4, "num_blocks": 70},  # preemption
+    ],
+)
+def test_greedy_tokens_equal_transformers_alone_and_together(tiny, engine_of, name, limits):
+    model, folder = tiny(name)
+    engine = engine_of(load_decoder(folder, torch.float32, CPU), **limits)
+    expected = [greedy_by_transformers(model, prompt, 16) for prompt in PROMPTS]
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+
+    async def alone_then_together():
+        alone = [(await collect_all(engine, [prompt], params))[0] for prompt in PROMPTS]
+        return alone, await collect_all(engine, PROMPTS, params)
+
+    alone, together = asyncio.run(alone_then_together())
+    assert alone == expected
+    assert together == expected
+    stats = engine.stats()
+    assert stats.num_free_blocks == stats.num_blocks
+    assert (stats.num_preemptions > 0) == ("num_blocks" in limits and limits["num_blocks"] == 70)
+
+
+@pytest.mark.parametrize("kv", ["float", "int8"])
+@pytest.mark.parametrize("scheme", ["w8a8", "smoothquant-o3"])
+def test_int8_tokens_do_not_depend_on_the_batch(engine_of, scheme, kv):
+    """Integer sums are exact, so int8 rows are independent down to the last bit."""
+    config = ModelConfig.of(make_model("llama").config)
+    engine = engine_of(random_decoder(config, PRESETS[scheme].with_kv(kv), torch.float32, CPU))
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+
+    async def both():
+        alone = [(await collect_all(engine, [prompt], params))[0] for prompt in PROMPTS]
+        return alone, await collect_all(engine, PROMPTS, params)
+
+    alone, together = asyncio.run(both())
+    assert alone == together
+
+
+def test_a_seed_gives_the_same_tokens_under_preemption(tiny, engine_of):
+    _, folder = tiny("llama")
+    params = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, repetition_penalty=1.3, seed=11, ignore_eos=True)
+    runs = []
+    for limits in ({}, {"block_size": 4, "num_blocks": 70, "budget": 24}):
+        engine = engine_of(load_decoder(folder, torch.float32, CPU), **limits)
+        runs.append(asyncio.run(collect_all(engine, PROMPTS, params)))
+        assert (engine.stats().num_preemptions > 0) == bool(limits)
+    assert runs[0] == runs[1]
+
+
+def test_repetition_penalty_equals_transformers(tiny, engine_of):
+    model, folder = tiny("llama")
+    engine = engine_of(load_decoder(folder, torch.float32, CPU))
+    prompt = PROMPTS[5]
+    out = model.generate(
+        torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, repetition_penalty=1.5
+    )
+    params = SamplingParams(max_tokens=20, repetition_penalty=1.5, ignore_eos=True)
+    assert asyncio.run(collect_all(engine, [prompt], params)) == [out[0, len(prompt) :].tolist()]
+
+
+def test_logprobs_belong_to_the_tokens(tiny, engine_of):
+    model, folder = tiny("llama")
+    engine = engine_of(load_decoder(folder, torch.float32, CPU))
+    prompt = PROMPTS[4]
+    tokens = asyncio.run(collect(engine, prompt, SamplingParams(max_tokens=6, logprobs=3, ignore_eos=True)))
+    ids = torch.tensor([prompt + [token.id for token in tokens]])
+    with torch.inference_mode():
+        expected = model(ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    for row, token in zip(expected, tokens, strict=True):
+        assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4)
+        assert [i for i, _ in token.top_logprobs] == row.topk(3).indices.tolist()
+
+
+def test_eos_ends_a_request(tiny, engine_of):
+    model, folder = tiny("llama")
+    expected = greedy_by_transformers(model, PROMPTS[3], 16)
+    engine = engine_of(load_decoder(folder, torch.float32, CPU), eos_ids=[expected[5]])
+    tokens = asyncio.run(collect(engine, PROMPTS[3], SamplingParams(max_tokens=16)))
+    assert [token.id for token in tokens] == expected[: expected.index(expected[5]) + 1]
+
+
+def test_two_hundred_requests_a_third_of_them_cut_off(engine_of):
+    config = ModelConfig.of(make_model("llama").config)
+    engine = engine_of(
+        random_decoder(config, PRESETS["w8a8"], torch.float32, CPU), num_blocks=60, block_size=4, rows=12, budget=40
+    )
+    rng = random.Random(0)
+    jobs = [([rng.randrange(256) for _ in range(rng.randint(1, 60))], rng.randint(1, 30)) for _ in range(200)]
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for _, count in jobs]
+
+    async def one(i: int) -> list[int]:
+        stream = engine.submit(jobs[i][0], params[i], str(i))
+        ids = []
+        async for tokens in stream:
+            ids += [token.id for token in tokens]
+            if i % 3 == 0 and len(ids) >= jobs[i][1] // 2:
+                stream.finish(FinishReason.ABORT)
+        return ids
+
+    async def all_of_them():
+        return await asyncio.gather(*(one(i) for i in range(200)))
+
+    async def check():
+        return [await collect(engine, jobs[i][0], params[i], str(i)) for i in range(1, 200, 25) if i % 3]
+
+    ids = asyncio.run(all_of_them())
+    assert all(len(ids[i]) == jobs[i][1] for i in range(200) if i % 3)
+    alone = asyncio.run(check())
+    assert [[token.id for token in tokens] for tokens in alone] == [ids[i] for i in range(1, 200, 25) if i % 3]
+    deadline = time.monotonic() + 10
+    while engine.stats().num_running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.stats().kv_cache_usage_ratio == 0
+    assert engine.stats().num_preemptions > 0
+
+
+def test_a_full_queue_refuses_and_loses_nothing():
+    runner = ScriptedRunner(step_s=0.002)
+    engine = EngineLoop("w8a8", Scheduler(64, 16, 2, 64), runner, DeviceThread(), 256, max_waiting=3).start()
+
+    async def run():
+        streams, refused = [], []
+        for i in range(30):
+            try:
+                streams.append(engine.submit([1, 2], SamplingParams(max_tokens=5), str(i)))
+            except QueueFull as error:
+                refused.append(error.message)
+        return refused, [len([t async for ts in stream for t in ts]) for stream in streams]
+
+    refused, lengths = asyncio.run(run())
+    assert refused
+    assert all("3 requests are waiting" in message for message in refused)
+    assert lengths == [5] * (30 - len(refused))
+    engine.stop()
+
+
+def test_a_turnstile_lets_one_in_at_a_time_in_order_and_on_one_thread():
+    device_thread, inside, order, threads = DeviceThread(), [], [], set()
+
+    def work(i: int) -> int:
+        inside.append(i)
+        assert len(inside) == 1
+        threads.add(threading.get_ident())
+        time.sleep(0.05)
+        order.append(i)
+        inside.remove(i)
+        return 10 * i
+
+    def enter(i: int) -> int:
+        time.sleep(0.02 * i)
+        return device_thread.run(work, i)
+
+    with ThreadPoolExecutor(5) as pool:
+        assert list(pool.map(enter, range(5))) == [0, 10, 20, 30, 40]
+    assert order == sorted(order)
+    assert len(threads) == 1
+
+
+def test_a_turnstile_hands_back_what_the_work_raises():
+    device_thread = DeviceThread()
+    with pytest.raises(ZeroDivisionError):
+        device_thread.run(divmod, 1, 0)
+    assert device_thread.run(divmod, 7, 2) == (3, 1)
+
+
+def test_a_turnstile_ends_with_its_last_user():
+    device_thread = DeviceThread()
+    thread = device_thread.run(threading.current_thread)
+    del device_thread
+    thread.join(5)
+    assert not thread.is_alive()

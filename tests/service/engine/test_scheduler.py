@@ -1,0 +1,194 @@
+"""The scheduler alone: lengths, blocks and rows, over every order of events that hypothesis finds."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.engine.api import FinishReason, Token
+from service.engine.scheduler import Scheduler
+from service.errors import EngineFailed
+from tests.support.requests import new_request
+
+EOS = 7
+
+
+class Anything:
+    """A grammar of every text."""
+
+    def matcher(self):
+        return self
+
+    def allowed(self) -> bytes:
+        return b"\xff"
+
+    def accept(self, token_id: int) -> None:
+        pass
+
+
+def scheduler(num_blocks=64, block_size=4, rows=8, budget=32) -> Scheduler:
+    return Scheduler(num_blocks, block_size, rows, budget, frozenset({EOS}))
+
+
+def tokens_of(step, first_id=1000) -> list[Token]:
+    return [Token(first_id + i, 0.0) for i, chunk in enumerate(c for c in step.chunks if c.samples)]
+
+
+def test_decodes_come_before_prefills_and_a_prompt_is_cut_to_the_budget():
+    plan = scheduler(budget=10)
+    speaking, long = new_request("a", 3), new_request("b", 25)
+    plan.add(speaking)
+    plan.commit(step := plan.schedule(0.0), tokens_of(step))
+    plan.add(long)
+    lengths = []
+    for _ in range(3):
+        step = plan.schedule(0.0)
+        lengths.append([(c.request.id, c.start, c.length, c.samples) for c in step.chunks])
+        plan.commit(step, tokens_of(step))
+    assert lengths == [
+        [("a", 3, 1, True), ("b", 0, 9, False)],
+        [("a", 4, 1, True), ("b", 9, 9, False)],
+        [("a", 5, 1, True), ("b", 18, 7, True)],
+    ]
+
+
+def test_the_step_after_the_one_in_flight_can_be_planned():
+    plan = scheduler()
+    request = new_request("a", 3, max_tokens=3)
+    plan.add(request)
+    first = plan.schedule(0.0)
+    second = plan.schedule(0.0)
+    third = plan.schedule(0.0)
+    assert [(s.chunks[0].start, s.chunks[0].index) for s in (first, second, third)] == [(0, 0), (3, 1), (4, 2)]
+    assert plan.schedule(0.0) is None, "max_tokens are already on their way"
+    for step in (first, second, third):
+        plan.commit(step, tokens_of(step))
+    assert request.finish_reason == FinishReason.LENGTH
+    assert plan.is_idle
+    plan.check_integrity()
+
+
+def test_a_stop_is_noticed_late_and_the_extra_token_is_dropped():
+    plan = scheduler()
+    request = new_request("a", 3, max_tokens=9)
+    plan.add(request)
+    first, second = plan.schedule(0.0), plan.schedule(0.0)
+    assert plan.commit(first, [Token(EOS, 0.0)]) == [request]
+    assert plan.commit(second, [Token(55, 0.0)]) == []
+    assert [token.id for token in request.output] == [EOS]
+    assert request.finish_reason == FinishReason.STOP
+    plan.check_integrity()
+
+
+def test_ignore_eos_goes_on():
+    plan = scheduler()
+    request = new_request("a", 3, max_tokens=2, ignore_eos=True)
+    plan.add(request)
+    for _ in range(2):
+        plan.commit(step := plan.schedule(0.0), [Token(EOS, 0.0)])
+    assert len(request.output) == 2
+    assert request.finish_reason == FinishReason.LENGTH
+    assert step.is_decode
+
+
+def test_the_youngest_is_preempted_and_computed_again():
+    plan = scheduler(num_blocks=4, block_size=4)
+    old, young = new_request("old", 7, max_tokens=6), new_request("young", 6, max_tokens=6)
+    plan.add(old)
+    plan.add(young)
+    while not plan.is_idle:
+        step = plan.schedule(0.0)
+        plan.check_integrity()
+        plan.commit(step, tokens_of(step))
+    assert (old.num_preemptions, young.num_preemptions) == (0, 1)
+    assert len(old.output) == len(young.output) == 6
+    assert plan.num_preemptions == 1
+
+
+def test_a_request_with_a_grammar_waits_for_its_last_token_and_nobody_else_does():
+    plan = scheduler()
+    held, free = new_request("held", 3, grammar=Anything()), new_request("free", 3)
+    plan.add(held)
+    plan.add(free)
+    first, second = plan.schedule(0.0), plan.schedule(0.0)
+    assert [[c.request for c in step.chunks] for step in (first, second)] == [[held, free], [free]]
+    plan.commit(first, tokens_of(first))
+    third = plan.schedule(0.0)
+    assert [(c.request, c.start) for c in third.chunks] == [(held, 3), (free, 4)]
+
+
+def test_the_end_token_of_a_grammar_ends_even_under_ignore_eos():
+    plan = scheduler()
+    request = new_request("a", 3, max_tokens=9, ignore_eos=True, grammar=Anything())
+    plan.add(request)
+    plan.commit(plan.schedule(0.0), [Token(EOS, 0.0)])
+    assert request.finish_reason == FinishReason.STOP
+
+
+def test_an_error_ends_its_request_alone():
+    plan = scheduler()
+    lost, kept = new_request("lost", 3), new_request("kept", 3)
+    plan.add(lost)
+    plan.add(kept)
+    first, second = plan.schedule(0.0), plan.schedule(0.0)
+    assert plan.commit(first, [EngineFailed("why"), Token(50, 0.0)]) == [lost, kept]
+    assert lost.finish_reason == FinishReason.ABORT
+    assert (lost.output, lost.blocks, lost.row) == ([], [], -1)
+    assert plan.commit(second, [Token(51, 0.0), Token(52, 0.0)]) == [kept]
+    assert [token.id for token in kept.output] == [50, 52]
+    plan.check_integrity()
+
+
+REQUEST = st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(0, 30), st.none() | st.integers(0, 30))
+WANTS = st.fixed_dictionaries(
+    {"prompt_logprobs": st.sampled_from([None, 0, 3]), "grammar": st.sampled_from([None, Anything()])}
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    plans=st.lists(st.tuples(REQUEST, WANTS), min_size=1, max_size=12),
+    num_blocks=st.integers(11, 24),
+    budget=st.integers(8, 40),
+    is_async=st.booleans(),
+)
+def test_every_request_ends_and_nothing_leaks(plans, num_blocks, budget, is_async):
+    """Few blocks, arrivals and aborts at any step, with and without a step in flight: each request gets exactly its
+    tokens, no step touches a slot its request does not own, all blocks and rows come back, a prompt is scored once
+    however often it is computed, and a grammar has read every token before the next is planned."""
+    plan = scheduler(num_blocks=num_blocks, block_size=4, rows=5, budget=budget)
+    requests = [
+        new_request(str(i), length, max_tokens, **wants) for i, ((length, max_tokens, _, _), wants) in enumerate(plans)
+    ]
+    aborted, in_flight, scored = set(), None, {request: [] for request in requests}
+    for turn in range(1500):
+        for request, ((_, _, arrival, delay), _) in zip(requests, plans, strict=True):
+            if arrival == turn:
+                plan.add(request)
+            if delay is not None and arrival + delay == turn and not request.is_finished:
+                plan.finish(request, FinishReason.ABORT, 1.0)
+                aborted.add(request)
+        step = plan.schedule(0.0)
+        plan.check_integrity()
+        if step is not None:
+            assert 0 < step.num_tokens <= budget
+            rows = [chunk.request.row for chunk in step.chunks]
+            assert len(set(rows)) == len(rows)
+            assert min(rows) >= 0
+            for chunk in step.chunks:
+                assert len(chunk.request.blocks) * 4 >= chunk.start + chunk.length
+                assert chunk.request.matcher is None or chunk.request.num_pending == chunk.samples
+                assert set(chunk.scored) <= set(range(chunk.start, chunk.start + chunk.length))
+                scored[chunk.request] += chunk.scored
+        done, in_flight = (in_flight, step) if is_async else (step, None)
+        if done is not None:
+            plan.commit(done, tokens_of(done))
+        if turn > 60 and plan.is_idle and in_flight is None:
+            break
+    assert plan.is_idle
+    assert plan.pool.num_free == num_blocks
+    for request in requests:
+        assert request.finish_reason == (FinishReason.ABORT if request in aborted else FinishReason.LENGTH)
+        assert request in aborted or len(request.output) == request.params.max_tokens
+        wanted = list(range(len(request.prompt_ids) - 1)) if request.params.prompt_logprobs is not None else []
+        assert scored[request] == (wanted[: len(scored[request])] if request in aborted else wanted)

@@ -1,0 +1,272 @@
+"""Steps that raise, steps that do not end, and requests that fail alone: who is told, what is freed, what goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import pytest
+
+from service.engine.api import SamplingParams
+from service.engine.device_thread import DeviceThread
+from service.engine.inbox import Clients
+from service.engine.loop import EngineLoop
+from service.engine.scheduler import Scheduler, Step
+from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, is_poison
+from service.errors import Draining, EngineFailed
+from tests.support.faulty_engines import BOTH, EITHER, FAULT, assert_empty, outcome, run_all
+from tests.support.scripted_runner import Hang, ScriptedRunner, raising
+
+
+@BOTH
+@EITHER
+def test_a_step_that_raises_fails_the_running_and_keeps_the_waiting(engine_of, is_async, where, caplog):
+    runner = ScriptedRunner(is_async)
+    setattr(runner, where, raising(FAULT, 5))
+    engine = engine_of(runner)
+    results = run_all(engine, [20] * 10)
+    failed = [i for i, result in enumerate(results) if isinstance(result, EngineFailed)]
+    assert failed == [0, 1, 2, 3]
+    assert "raised RuntimeError" in results[0].message
+    assert "kernel" not in results[0].message
+    assert "send the request again" in results[0].message
+    assert results[4:] == [list(range(20))] * 6
+    assert engine.failure is None
+    assert engine.stats().num_restarts == 1
+    assert_empty(engine)
+    assert any(record.exc_info[1] is FAULT for record in caplog.records if record.exc_info)
+
+
+def test_what_the_step_in_flight_brought_is_not_lost(engine_of, caplog):
+    """Of two requests the first has its last token in the step before the one that raises."""
+    runner = ScriptedRunner()
+    runner.on_execute = raising(FAULT, 6)
+    results = run_all(engine_of(runner), [6, 20])
+    assert results[0] == list(range(6))
+    assert isinstance(results[1], EngineFailed)
+
+
+def test_a_result_after_a_lost_one_is_not_mistaken_for_it(engine_of, caplog):
+    """Reading step 5 raises while step 6 is in flight: token 6 must not be published as token 5."""
+    runner = ScriptedRunner()
+    runner.on_read = raising(FAULT, 5)
+    engine, seen = engine_of(runner), []
+
+    async def go():
+        stream = engine.submit([1], SamplingParams(max_tokens=20), "r")
+        assert isinstance(await outcome(stream, seen), EngineFailed)
+        return await outcome(engine.submit([1], SamplingParams(max_tokens=3), "next"))
+
+    assert asyncio.run(go()) == [0, 1, 2]
+    assert seen == [0, 1, 2, 3, 4]
+
+
+@BOTH
+def test_preempted_requests_outlive_a_fault_and_answer_right(engine_of, is_async, caplog):
+    """Blocks for two requests of eight: whoever is put back when the step raises is computed again."""
+    runner = ScriptedRunner(is_async)
+    runner.on_execute = raising(FAULT, 9)
+    engine = engine_of(runner, rows=8, num_blocks=12)
+    results = run_all(engine, [20] * 8)
+    assert engine.stats().num_preemptions > 0
+    lost = [result for result in results if isinstance(result, EngineFailed)]
+    assert 0 < len(lost) < 8
+    assert [result for result in results if not isinstance(result, EngineFailed)] == [list(range(20))] * (8 - len(lost))
+    assert_empty(engine)
+
+
+@BOTH
+@EITHER
+def test_one_fault_too_many_fails_everyone_and_for_good(engine_of, is_async, where, caplog):
+    runner = ScriptedRunner(is_async)
+    setattr(runner, where, raising(FAULT, *range(100)))
+    engine = engine_of(runner, rows=2, max_restarts=2)
+    results = run_all(engine, [5] * 10)
+    assert all(isinstance(result, EngineFailed) for result in results)
+    assert sum("raised RuntimeError" in result.message for result in results) == 4
+    assert sum(result.message == "the engine of variant 'w8a8' failed: RuntimeError" for result in results) == 6
+    assert engine.failure is FAULT
+    assert engine.stats().num_restarts == 2
+    assert_empty(engine)
+    assert isinstance(run_late(engine), EngineFailed)
+    engine._thread.join(5)
+    assert not engine.is_alive
+
+
+def run_late(engine: EngineLoop) -> Exception | None:
+    async def go():
+        try:
+            engine.submit([1], SamplingParams(), "late")
+        except EngineFailed as error:
+            return error
+
+    return asyncio.run(go())
+
+
+class AcceleratorError(RuntimeError):
+    """As torch raises it; the engine's thread knows no torch."""
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        AcceleratorError("whatever it says"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: device-side assert triggered"),
+    ],
+)
+def test_a_lost_gpu_is_not_tried_again(engine_of, fault, caplog):
+    runner = ScriptedRunner()
+    runner.on_read = raising(fault, 2)
+    engine = engine_of(runner, max_restarts=100)
+    assert all(isinstance(result, EngineFailed) for result in run_all(engine, [9] * 6))
+    assert engine.failure is fault
+    assert engine.stats().num_restarts == 0
+
+
+def test_memory_that_is_short_is_no_lost_gpu():
+    assert not is_poison(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert not is_poison(ValueError("CUDA error"))
+
+
+def test_restarts_are_forgotten_after_the_window():
+    restarts = Restarts(FaultLimits(max_restarts=2, window_s=10.0))
+    assert [restarts.allows(FAULT, now_s) for now_s in (0.0, 5.0, 9.9, 10.0, 11.0, 15.0)] == [
+        *(True, True, False),
+        *(True, False, True),
+    ]
+    assert restarts.total == 4
+    assert not Restarts(FaultLimits(max_restarts=0)).allows(FAULT, 0.0)
+
+
+@BOTH
+def test_a_request_whose_result_is_an_error_fails_alone(engine_of, is_async):
+    lost = EngineFailed("its logits are not finite")
+    runner = ScriptedRunner(is_async)
+    runner.spoil = lambda chunk: lost if chunk.request.id == "2" and chunk.index == 4 else None
+    engine = engine_of(runner)
+    results = run_all(engine, [8] * 6)
+    assert results[2] is lost
+    assert results[:2] + results[3:] == [list(range(8))] * 5
+    assert engine.stats().num_restarts == 0
+    assert_empty(engine)
+
+
+@BOTH
+def test_too_few_blocks_are_no_fault(engine_of, is_async):
+    engine = engine_of(ScriptedRunner(is_async), rows=16, num_blocks=11)
+    assert run_all(engine, [40] * 16) == [list(range(40))] * 16
+    assert engine.stats().num_preemptions > 0
+    assert (engine.stats().num_restarts, engine.failure) == (0, None)
+    assert_empty(engine)
+
+
+@BOTH
+@EITHER
+def test_a_stuck_step_fails_everyone_at_once(engine_of, is_async, where, caplog):
+    hang, runner = Hang(from_step=3), ScriptedRunner(is_async)
+    setattr(runner, where, hang)
+    engine = engine_of(runner, step_timeout_s=0.2)
+    start_s = time.perf_counter()
+    results = run_all(engine, [50] * 7)
+    assert all(isinstance(result, EngineFailed) for result in results)
+    assert 0.2 <= time.perf_counter() - start_s < 2
+    assert isinstance(engine.failure, StepStuck)
+    assert_empty(engine)
+    assert isinstance(run_late(engine), EngineFailed)
+    (record,) = [record for record in caplog.records if record.levelno == logging.CRITICAL]
+    doing = "launching" if where == "on_execute" else "reading"
+    assert f"stuck while {doing} a decode step of 4 tokens for 4 requests (0, 1, 2, 3), for 0.2 s" in record.message
+    assert "self.release.wait(30)" in record.message
+    # It ends after all: nobody hears of it again.
+    assert engine.is_alive
+    hang.release.set()
+    engine.stop(5)
+    assert not engine.is_alive
+    assert_empty(engine)
+
+
+def test_a_step_that_waits_behind_a_stuck_one_fails_too(engine_of, caplog):
+    """Two engines of one device: the clients of the second would hang as long as the first."""
+    device_thread, hang = DeviceThread(), Hang(from_step=0)
+    stuck, other = ScriptedRunner(), ScriptedRunner()
+    stuck.on_execute = hang
+    first = engine_of(stuck, device_thread=device_thread, step_timeout_s=0.2)
+    second = engine_of(other, device_thread=device_thread, step_timeout_s=0.2)
+
+    async def go():
+        streams = [engine.submit([1], SamplingParams(max_tokens=3), "r") for engine in (first, second)]
+        return await asyncio.gather(*map(outcome, streams))
+
+    assert all(isinstance(result, EngineFailed) for result in asyncio.run(go()))
+    hang.release.set()
+
+
+def test_a_long_run_of_quick_steps_is_not_stuck(engine_of):
+    engine = engine_of(ScriptedRunner(step_s=0.02), step_timeout_s=0.15)
+    assert run_all(engine, [40]) == [list(range(40))]
+    time.sleep(0.4)
+    assert run_all(engine, [2]) == [[0, 1]]
+    assert engine.failure is None
+
+
+@pytest.mark.parametrize("is_stuck", [False, True])
+def test_stopping_tells_everyone_why(engine_of, is_stuck):
+    """Also where the thread cannot be told, as its step does not end."""
+    hang, runner = Hang(from_step=2 if is_stuck else 10**9), ScriptedRunner(step_s=0.005)
+    runner.on_execute = hang
+    engine = engine_of(runner, rows=2)
+
+    async def go():
+        streams = [engine.submit([1], SamplingParams(max_tokens=200), str(i)) for i in range(5)]
+        told = asyncio.gather(*(refusal(stream) for stream in streams))
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(engine.stop, 0.2, Draining("the server is stopping"))
+        return await asyncio.wait_for(told, 5)
+
+    assert asyncio.run(go()) == ["the server is stopping"] * 5
+    assert engine.is_alive == is_stuck
+    assert engine.failure is None
+    assert_empty(engine)
+    hang.release.set()
+
+
+async def refusal(stream) -> str:
+    with pytest.raises(Draining) as caught:
+        async for _ in stream:
+            pass
+    return caught.value.message
+
+
+def test_who_was_put_back_while_its_token_was_lost_is_lost_too():
+    """It waits, but nobody can say what its next token was to be; one that waits with all its tokens stays."""
+    plan = Scheduler(64, 4, 4, 64)
+    clients = Clients("w8a8", plan, 10)
+
+    async def go():
+        streams = [clients.submit([1, 2], SamplingParams(max_tokens=9), name, 0.0) for name in ("lost", "kept", "runs")]
+        clients.take_in()
+        lost, kept, _ = (stream.request for stream in streams)
+        step = plan.schedule(0.0)
+        for request in (lost, kept):
+            plan._preempt(request)
+        kept.num_pending = 0
+        assert step is not None
+        clients.fail_running({lost}, EngineFailed("raised"))
+        results = [asyncio.ensure_future(outcome(stream)) for stream in streams]
+        await asyncio.sleep(0.01)
+        clients.close(EngineFailed("closed"))
+        return [str(result) for result in await asyncio.gather(*results)]
+
+    assert asyncio.run(go()) == ["raised", "closed", "raised"]
+    assert plan.is_idle
+    plan.check_integrity()
+
+
+def test_a_step_that_ends_as_the_watchdog_looks_is_not_given_up(engine_of):
+    engine = engine_of(ScriptedRunner())
+    late = InHand("reading", Step([]), time.perf_counter() - 1000)
+    assert not engine._give_up(late)
+    assert engine.failure is None
+    assert run_all(engine, [3]) == [[0, 1, 2]]

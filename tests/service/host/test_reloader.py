@@ -1,0 +1,303 @@
+"""Reloads of real checkpoints under load: nobody is lost, who runs ends on the old weights, failures change nothing.
+
+Integer sums are exact, so an answer of an int8 variant does not depend on who shared its steps: it is that of the old
+weights or that of the new ones to the last token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quant.scheme import PRESETS
+from service.errors import ReloadFailed
+from service.host.memory import cache_budget
+from service.host.reloader import Reloader
+from service.host.variants import Host, open_host
+from service.settings import Settings
+from service.store.calibration import Calibration
+from service.store.quantized import quantize_model
+from service.web.app import create_app
+from tests.support.harness import client_of
+from tests.support.tiny_models import change_tensors, save_tiny_model
+
+CPU = torch.device("cpu")
+TEXT = Calibration(num_windows=2, window_len=32)
+PROMPTS = [f"{'hello world ' * (n % 5)}{n}" for n in range(12)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """A tiny model gains nothing from a second thread, and on a busy machine waits for it at every op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def quantized(source: Path, out: Path, scheme: str = "w8a8", kv: str = "float") -> Path:
+    quantize_model(source, out, PRESETS[scheme].with_kv(kv), TEXT, CPU)
+    return out
+
+
+@pytest.fixture(scope="module")
+def float_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("float") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def old_folder(tmp_path_factory, float_folder):
+    return quantized(float_folder, tmp_path_factory.mktemp("old") / "old")
+
+
+@pytest.fixture(scope="module")
+def new_folder(tmp_path_factory, float_folder):
+    """Of the same model with noise on its embedding: near enough to serve, far enough to answer otherwise."""
+    changed = shutil.copytree(float_folder, tmp_path_factory.mktemp("changed") / "changed")
+    embedding = load_file(changed / "model.safetensors")["model.embed_tokens.weight"]
+    noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0)) * embedding.std() * 0.15
+    change_tensors(changed, {"model.embed_tokens.weight": (embedding + noise).to(embedding.dtype)})
+    return quantized(changed, tmp_path_factory.mktemp("new") / "new")
+
+
+@contextmanager
+def hosted(model: Path, cache: Path, **changes: object):
+    settings = Settings(
+        **{"model": str(model), "cache_dir": cache, "device": "cpu", "dtype": "float32", "block_size": 16} | changes
+    )
+    host = open_host(settings)
+    try:
+        yield host, settings, Reloader(host, settings)
+    finally:
+        host.stop()
+
+
+def body_of(prompt: str) -> dict:
+    return {"prompt": prompt, "max_tokens": 12, "ignore_eos": True}
+
+
+def with_client(host: Host, settings: Settings, reload: Reloader, use):
+    async def go():
+        app = create_app(host.engines, settings, host.tokenizer, host.info, host.self_check, reload)
+        async with client_of(app) as client:
+            return await use(client)
+
+    return asyncio.run(go())
+
+
+async def ids_of(client, prompt: str) -> list[int]:
+    answer = await client.post("/generate", json=body_of(prompt))
+    assert answer.status_code == 200, answer.text
+    return answer.json()["token_ids"]
+
+
+def answers_of(host: Host, settings: Settings, reload: Reloader) -> list[list[int]]:
+    """What is answered now."""
+
+    async def use(client):
+        return await asyncio.gather(*(ids_of(client, prompt) for prompt in PROMPTS))
+
+    return with_client(host, settings, reload, use)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, old_folder, new_folder):
+    """Answers of the old weights and of the new ones."""
+    cache = tmp_path_factory.mktemp("cache")
+    answers = []
+    for folder in (old_folder, new_folder):
+        with hosted(folder, cache, variants="w8a8") as (host, settings, reload):
+            answers.append(answers_of(host, settings, reload))
+    old, new = answers
+    assert all(a != b for a, b in zip(old, new, strict=True))
+    return old, new
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_num_requests": 3, "max_batched_tokens": 16}])
+def test_under_load_nobody_is_lost(float_folder, old_folder, new_folder, expected, tmp_path, changes):
+    """Eight clients ask without pause while the weights change three times: old to new, back, and to new again."""
+    limits = {"baseline": str(float_folder), **changes}
+    old, new = expected
+
+    async def use(client):
+        is_over, answers = asyncio.Event(), []
+
+        async def ask(start: int) -> None:
+            place = start
+            while not is_over.is_set():
+                answers.append((place % 12, await ids_of(client, PROMPTS[place % 12])))
+                place += 5
+
+        clients = [asyncio.ensure_future(ask(start)) for start in range(8)]
+        marks = []
+        for folder in (new_folder, old_folder, new_folder):
+            while len(answers) < 20 * (len(marks) + 1):
+                await asyncio.sleep(0.005)
+            reloaded = await client.post("/admin/reload", json={"model": str(folder)})
+            assert reloaded.status_code == 200, reloaded.text
+            marks.append((reloaded.json(), len(answers)))
+        late = await asyncio.gather(*(ids_of(client, prompt) for prompt in PROMPTS))
+        is_over.set()
+        await asyncio.gather(*clients)
+        info = await client.get("/info")
+        return answers, marks, late, info.json()["variants"]
+
+    with hosted(old_folder, tmp_path, **limits) as (host, settings, reload):
+        answers, marks, late, info = with_client(host, settings, reload, use)
+        stats = host.engines["w8a8"].stats()
+    kinds = ["old" if ids == old[place] else "new" if ids == new[place] else "neither" for place, ids in answers]
+    assert "neither" not in kinds
+    assert set(kinds[:20]) == {"old"}
+    assert late == new
+    assert kinds.count("old") > 20
+    assert kinds.count("new") >= 20
+    assert [mark["generation"] for mark, _ in marks] == [2, 3, 4]
+    assert [mark["checkpoint"] for mark, _ in marks] == ["new", "old", "new"]
+    assert (info["w8a8"]["generation"], info["w8a8"]["checkpoint"], info["fp16"]["generation"]) == (4, "new", 1)
+    assert info["w8a8"]["loaded_at"] > info["fp16"]["loaded_at"][:10]
+    assert (stats.num_restarts, stats.kv_cache_usage_ratio) == (0, 0)
+
+
+def test_the_same_folder_quantized_again(float_folder, old_folder, new_folder, expected, tmp_path):
+    folder = shutil.copytree(old_folder, tmp_path / "served")
+    with hosted(folder, tmp_path, baseline=str(float_folder)) as (host, settings, reload):
+        before = answers_of(host, settings, reload)
+        shutil.rmtree(folder)
+        shutil.copytree(new_folder, folder)
+        assert answers_of(host, settings, reload) == before
+        reloaded = reload(None)
+        assert answers_of(host, settings, reload) == expected[1]
+    assert before == expected[0]
+    assert (reloaded.checkpoint, reloaded.generation) == ("served", 2)
+    assert 0 <= reloaded.pause_s < reloaded.load_s
+
+
+def test_the_old_weights_are_let_go_and_the_cache_is_kept(float_folder, old_folder, new_folder, tmp_path):
+    with hosted(old_folder, tmp_path, baseline=str(float_folder)) as (host, _, reload):
+        old, caches = weakref.ref(host.variants["w8a8"].decoder), host.variants["w8a8"].runner.caches
+        reload(str(new_folder))
+        gc.collect()
+        assert old() is None
+        assert host.variants["w8a8"].runner.caches is caches
+
+
+def test_a_checkpoint_of_another_cache_gets_one(float_folder, old_folder, expected, tmp_path):
+    """int8 keys and values, in no more memory: four times as many blocks fit as the requests can fill."""
+    folder = quantized(float_folder, tmp_path / "int8-kv", kv="int8")
+    budget = 1024 * 256 * 2
+    with hosted(old_folder, tmp_path, baseline=str(float_folder), kv_cache_bytes=budget) as (host, settings, reload):
+        blocks = host.engines["w8a8"].stats().num_blocks
+        reload(str(folder))
+        info, stats = host.info()["variants"]["w8a8"], host.engines["w8a8"].stats()
+        assert info["kv_cache_dtype"] == "int8"
+        assert "keys and values" in info["description"]
+        assert stats.num_blocks > 3 * blocks
+        assert stats.kv_cache_bytes <= budget
+        assert len(answers_of(host, settings, reload)) == 12
+        reload(str(old_folder))
+        assert host.engines["w8a8"].stats().num_blocks == blocks
+        assert answers_of(host, settings, reload) == expected[0]
+
+
+def broken(kind: str, source: Path, float_folder: Path, folder: Path) -> Path:
+    if kind == "missing":
+        return folder
+    if kind == "float":
+        return float_folder
+    if kind == "architecture":
+        return quantized(save_tiny_model(folder / "float", num_hidden_layers=1), folder / "out")
+    shutil.copytree(source, folder)
+    weights = folder / "model.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "lacking":
+        change_tensors(folder, {"model.layers.1.mlp.down_proj.weight_scale": None})
+    elif kind == "nan":
+        change_tensors(folder, {"model.norm.weight": torch.full((192,), torch.nan)})
+    elif kind == "far":
+        change_tensors(folder, {"model.norm.weight": torch.full((192,), 50.0)})
+    elif kind == "pickled":
+        weights.rename(folder / "model.bin")
+    elif kind == "tokenizer":
+        tokenizer = folder / "tokenizer.json"
+        tokenizer.write_text(tokenizer.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    elif kind == "end":
+        for path in (folder / "config.json", folder / "generation_config.json"):
+            path.write_text(path.read_text().replace('"eos_token_id": 2', '"eos_token_id": 7'))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", "is no folder on the server"),
+        ("float", "is not quantized, so it cannot replace an int8 variant: run `ottava quantize"),
+        ("architecture", "its num_layers is 1, that of the served model 2"),
+        ("truncated", "is not whole|is not a whole safetensors file"),
+        ("lacking", "has no tensor model.layers.1.mlp.down_proj.weight_scale"),
+        ("nan", "logits for check prompt 0 are not finite"),
+        ("far", "disagrees wildly with the baseline"),
+        ("pickled", "pickled"),
+        ("tokenizer", "has another tokenizer"),
+        ("end", "other end tokens"),
+    ],
+)
+def test_what_fails_changes_nothing(float_folder, old_folder, expected, tmp_path, kind, words, monkeypatch):
+    folder = broken(kind, old_folder, float_folder, tmp_path / "broken")
+    seen: list[weakref.ref] = []
+    check = Host.check
+    monkeypatch.setattr(Host, "check", lambda host, name, new: (seen.append(weakref.ref(new)), check(host, name, new)))
+    with hosted(old_folder, tmp_path / "cache", baseline=str(float_folder)) as (host, settings, reload):
+        variant = host.variants["w8a8"]
+        with pytest.raises(ReloadFailed, match=words) as caught:
+            reload(str(folder))
+        assert host.variants["w8a8"] is variant
+        # Whoever keeps the error must not keep the weights.
+        gc.collect()
+        assert [ref() for ref in seen] == [None] * (kind in ("nan", "far"))
+        assert caught.value.status == 409
+        assert answers_of(host, settings, reload) == expected[0]
+
+
+def test_an_engine_that_has_ended_takes_no_other_weights(float_folder, old_folder, new_folder, tmp_path):
+    with hosted(old_folder, tmp_path, baseline=str(float_folder)) as (host, _, reload):
+        host.engines["w8a8"].stop()
+        with pytest.raises(ReloadFailed, match="has stopped"):
+            reload(str(new_folder))
+        assert host.variants["w8a8"].generation == 1
+
+
+def test_there_must_be_an_int8_checkpoint(float_folder, old_folder, tmp_path):
+    with (
+        hosted(float_folder, tmp_path, variants="fp16") as (_, _, reload),
+        pytest.raises(ReloadFailed, match="only fp16"),
+    ):
+        reload(str(old_folder))
+    with (
+        hosted(float_folder, tmp_path, variants="w8a8", random_weights=True) as (_, _, reload),
+        pytest.raises(ReloadFailed, match="random weights"),
+    ):
+        reload(None)
+
+
+def test_a_model_that_was_quantized_at_start_reloads_from_the_cache(float_folder, tmp_path):
+    """Its folder is the one in the cache, not the float model's."""
+    with hosted(float_folder, tmp_path) as (host, _, reload):
+        assert reload(None).checkpoint.startswith("tiny-w8a8-")
+        assert host.self_check() == {}
+
+
+def test_room_for_a_second_copy_stays_free(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (1000, 2000))
+    cuda = torch.device("cuda")
+    assert cache_budget(cuda, 2) == 450
+    assert cache_budget(cuda, 2, room=400) == 270
+    assert cache_budget(cuda, 1, room=2000) == 0

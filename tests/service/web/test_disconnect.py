@@ -1,0 +1,128 @@
+"""Clients that leave, over a real socket: what they asked for is freed, the others notice nothing."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from service.web.generation.sse import EventStream
+from tests.support.harness import app_of, metrics_of, server_of, total, two_engines, until
+from tests.support.raw_client import leave_raw, open_raw
+
+
+def _is_free(engines) -> bool:
+    return not any(engine.active for engine in engines.values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("delay_s", [0.01, 60.0])
+def test_a_client_that_leaves_frees_its_request(stream, delay_s):
+    """delay_s 60: it leaves before the first token, when nothing is ever sent to it."""
+
+    async def go():
+        engines = two_engines(delay_s=delay_s)
+        app = app_of(engines)
+        async with server_of(app) as port:
+            body = {"prompt": "a", "stream": stream, "ignore_eos": True, "max_tokens": 60}
+            reader, writer = await open_raw(port, body)
+            await until(lambda: engines["w8a8"].submitted)
+            if stream and delay_s < 1:
+                assert b"data: " in await reader.readuntil(b"data: ")
+            await leave_raw(writer)
+            await until(lambda: _is_free(engines), 5)
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                samples = await metrics_of(client)
+        return engines["w8a8"], samples, app.state.serving.traffic.num_active
+
+    engine, samples, num_active = asyncio.run(go())
+    assert [request.finish_reason for request in engine.freed] == ["abort"]
+    assert samples["ottava_requests_total", "outcome=abort", "variant=w8a8"] == 1
+    assert total(samples, "ottava_requests_total") == 1
+    assert samples["ottava_kv_cache_usage_ratio", "variant=w8a8"] == 0
+    assert num_active == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_during_the_baseline_frees_it_too(stream):
+    async def go():
+        engines = two_engines()
+        engines["fp16"].delay_s = 60.0
+        app = app_of(engines)
+        async with server_of(app) as port:
+            _, writer = await open_raw(port, {"prompt": "a", "stream": stream, "compare": True})
+            await until(lambda: engines["fp16"].submitted)
+            await leave_raw(writer)
+            await until(lambda: _is_free(engines), 5)
+        return engines
+
+    engines = asyncio.run(go())
+    assert engines["w8a8"].freed[0].finish_reason == "stop"
+    assert engines["fp16"].freed[0].finish_reason == "abort"
+
+
+def test_a_third_leaves_and_the_others_are_answered_right():
+    async def go():
+        engines = two_engines(delay_s=0.01, reply=lambda ids, params: bytes(ids).decode()[::-1] * 2)
+        async with (
+            server_of(app_of(engines)) as port,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
+        ):
+
+            async def one(n: int) -> None:
+                body = {"prompt": f"request {n}", "stream": n % 2 == 0}
+                if n % 3 == 0:
+                    _, writer = await open_raw(port, body)
+                    await asyncio.sleep(0.02 + n * 0.001)
+                    await leave_raw(writer)
+                    return
+                response = await client.post("/generate", json=body)
+                text = response.text.split("data: ")[-2] if body["stream"] else response.text
+                assert json.loads(text)["text"] == f"request {n}"[::-1] * 2
+
+            await asyncio.gather(*(one(n) for n in range(60)))
+            await until(lambda: _is_free(engines), 5)
+            return await metrics_of(client)
+
+    samples = asyncio.run(go())
+    counts = {key[1:]: value for key, value in samples.items() if key[0] == "ottava_requests_total" and value}
+    assert counts == {("outcome=stop", "variant=w8a8"): 40, ("outcome=abort", "variant=w8a8"): 20}
+
+
+def test_the_stream_is_sent_step_by_step():
+    async def go():
+        async with server_of(app_of(two_engines(delay_s=0.05))) as port:
+            reader, writer = await open_raw(port, {"prompt": "a", "stream": True})
+            loop = asyncio.get_running_loop()
+            times = []
+            while b"[DONE]" not in (line := await reader.readline()):
+                if line.startswith(b"data: "):
+                    times.append(loop.time())
+            await leave_raw(writer)
+            return times
+
+    times = asyncio.run(go())
+    assert len(times) == 7
+    assert times[5] - times[0] > 0.2
+
+
+def test_events_that_piled_up_stop_at_a_disconnect():
+    """All events are there at once, so that sending never waits: the disconnect must still get its turn."""
+    sent = []
+
+    async def events():
+        for _ in range(10_000):
+            yield b"data: {}\n\n"
+
+    async def receive():
+        await asyncio.sleep(0.001)
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    closed = []
+    stream = EventStream(events(), lambda: closed.append(True))
+    asyncio.run(stream({"type": "http"}, receive, send))
+    assert len(sent) < 5000
+    assert closed == [True]

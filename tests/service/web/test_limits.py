@@ -1,0 +1,359 @@
+"""Rates, concurrency, queues, deadlines, sizes: what is refused, when one may come again, and what is freed."""
+
+import asyncio
+import json
+import math
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engine.api import EngineStats
+from service.errors import RateLimited
+from service.web.limits import MAX_RETRY_AFTER_S, KeyLimits, Pace, TokenBucket, whole_seconds
+from tests.support.fake_engine import FakeEngine
+from tests.support.harness import app_of, client_of, engines_of, events_of, metrics_of, post, two_engines, until
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def stats(num_waiting: int, num_running: int) -> EngineStats:
+    return EngineStats(num_running, num_waiting, 1, 1, 0, 0, 0, 0)
+
+
+def test_a_bucket_gives_its_capacity_and_then_its_rate():
+    clock = Clock()
+    bucket = TokenBucket(3, 0.5, clock)
+    assert [bucket.take() for _ in range(4)] == [0, 0, 0, 2]
+    clock.now_s += 1.5
+    assert bucket.take() == 0.5
+    clock.now_s += 0.5
+    assert bucket.take() == 0
+    clock.now_s += 1000
+    assert [bucket.take() for _ in range(4)] == [0, 0, 0, 2]
+
+
+@given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 5), st.sampled_from([0.125, 0.25, 0.5, 1.0]))
+def test_a_bucket_never_gives_more_than_capacity_and_rate(quarters, capacity, rate_per_s):
+    """Over any stretch of t seconds at most capacity + rate * t; and who waits as told is served."""
+    clock = Clock()
+    bucket = TokenBucket(capacity, rate_per_s, clock)
+    taken = []
+    for quarter in quarters:
+        clock.now_s += quarter / 4
+        wait_s = bucket.take()
+        if wait_s:
+            clock.now_s += wait_s
+            assert bucket.take() == 0
+        taken.append(clock.now_s)
+    for i, start_s in enumerate(taken):
+        for j in range(i, len(taken)):
+            assert j - i + 1 <= capacity + rate_per_s * (taken[j] - start_s)
+
+
+def test_each_key_has_its_own_rate_and_concurrency():
+    clock = Clock()
+    limits = KeyLimits(2, 6, clock)
+    for _ in range(2):
+        limits.enter("a")
+    with pytest.raises(RateLimited, match="2 at a time"):
+        limits.enter("a")
+    limits.enter("b")
+    for _ in range(2):
+        limits.leave("a", 0.1)
+    for _ in range(4):
+        limits.enter("a")
+        limits.leave("a", 0.1)
+    with pytest.raises(RateLimited, match="6 requests per minute") as caught:
+        limits.enter("a")
+    assert caught.value.retry_after_s == 10
+    clock.now_s += 10
+    limits.enter("a")
+
+
+def test_one_refused_for_concurrency_costs_no_rate():
+    limits = KeyLimits(1, 2, Clock())
+    limits.enter("a")
+    for _ in range(5):
+        with pytest.raises(RateLimited, match="at a time") as caught:
+            limits.enter("a")
+    assert caught.value.retry_after_s == 1
+    limits.leave("a", 30.0)
+    limits.enter("a")
+    with pytest.raises(RateLimited, match="at a time") as caught:
+        limits.enter("a")
+    assert caught.value.retry_after_s == 30
+
+
+def test_no_limits_refuse_nothing():
+    limits = KeyLimits(None, None)
+    for _ in range(1000):
+        limits.enter("a")
+
+
+@pytest.mark.parametrize(
+    ("num_waiting", "num_running", "run_s", "expected"),
+    [(0, 1, 0.1, 1), (9, 1, 2.0, 20), (99, 8, 4.0, 50), (5, 0, 3.0, 18), (10**6, 1, 60.0, MAX_RETRY_AFTER_S)],
+)
+def test_retry_after_is_the_queue_times_the_pace(num_waiting, num_running, run_s, expected):
+    pace = Pace()
+    assert pace.retry_after_s("w8a8", stats(num_waiting, num_running)) == 1
+    pace.add("w8a8", run_s)
+    pace.add("fp16", 500.0)
+    assert pace.retry_after_s("w8a8", stats(num_waiting, num_running)) == expected
+
+
+def test_the_pace_follows_recent_requests():
+    pace = Pace()
+    pace.add("w8a8", 1.0)
+    for _ in range(100):
+        pace.add("w8a8", 21.0)
+    assert pace.retry_after_s("w8a8", stats(0, 1)) == 21
+
+
+def test_whole_seconds_are_rounded_up_and_bounded():
+    assert [whole_seconds(s) for s in (0, 0.01, 1, 1.01, 1e9)] == [1, 1, 1, 2, MAX_RETRY_AFTER_S]
+
+
+def assert_refused(response: httpx.Response, status: int, code: str) -> dict:
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (status, code), response.text
+    if status in (429, 503):
+        assert int(response.headers["retry-after"]) >= 1
+    return error
+
+
+def test_a_rate_over_http():
+    async def go():
+        async with client_of(app_of(two_engines(), max_requests_per_minute=2)) as client:
+            return [await client.post("/generate", json={"prompt": "a"}) for _ in range(3)] + [
+                await client.get("/metrics")
+            ]
+
+    *served, refused, other = asyncio.run(go())
+    assert [response.status_code for response in served] == [200, 200]
+    assert_refused(refused, 429, "rate_limited")
+    assert refused.headers["retry-after"] == "30"
+    assert other.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_concurrency_over_http_is_freed_when_the_answer_has_gone_out(stream):
+    async def go():
+        app = app_of(two_engines(delay_s=0.02), max_concurrent_per_key=2)
+        async with client_of(app) as client:
+            body = {"prompt": "a", "stream": stream}
+            answers = await asyncio.gather(*(client.post("/generate", json=body) for _ in range(5)))
+            again = [await client.post("/generate", json=body) for _ in range(3)]
+            invalid = [await client.post("/generate", json={"prompt": 1}) for _ in range(5)]
+            return answers, again, invalid, app.state.serving.limits._num_active
+
+    answers, again, invalid, active = asyncio.run(go())
+    assert sorted(response.status_code for response in answers) == [200, 200, 429, 429, 429]
+    assert_refused(next(r for r in answers if r.status_code == 429), 429, "rate_limited")
+    assert [response.status_code for response in again] == [200] * 3
+    assert [response.status_code for response in invalid] == [422] * 5
+    assert not active
+
+
+def test_a_full_queue_says_when_to_come_back():
+    class Busy(FakeEngine):
+        def stats(self):
+            return stats(num_waiting=7, num_running=2)
+
+    async def go():
+        engine = Busy("w8a8", max_waiting=0)
+        app = app_of(engines_of(engine))
+        async with client_of(app) as client:
+            app.state.serving.pace.add("w8a8", 5.0)
+            return await client.post("/generate", json={"prompt": "a"})
+
+    response = asyncio.run(go())
+    assert_refused(response, 503, "queue_full")
+    assert response.headers["retry-after"] == str(math.ceil((7 + 1) * 5.0 / 2))
+
+
+class NeverStarting(FakeEngine):
+    """Its requests wait for ever."""
+
+    async def _generate(self, stream):
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_waits_too_long_is_ended_and_freed(stream):
+    async def go():
+        engine = NeverStarting("w8a8")
+        app = app_of(engines_of(engine), queue_timeout_s=0.05)
+        async with client_of(app) as client:
+            response = await client.post("/generate", json={"prompt": "a", "stream": stream})
+            return engine, response, await metrics_of(client), app.state.serving.traffic.num_active
+
+    engine, response, samples, num_active = asyncio.run(go())
+    if stream:
+        (event,) = events_of(response)
+        assert event["error"]["code"] == "queue_timeout"
+    else:
+        assert "0.05 s" in assert_refused(response, 503, "queue_timeout")["message"]
+    assert not engine.active
+    assert num_active == 0
+    assert samples["ottava_requests_total", "outcome=rejected", "variant=w8a8"] == 1
+    assert samples["ottava_requests_total", "outcome=abort", "variant=w8a8"] == 0
+
+
+def test_one_that_has_started_may_outlast_the_queue_timeout():
+    response = post({"prompt": "a"}, app_of(two_engines(delay_s=0.03), queue_timeout_s=0.05))
+    assert response.status_code == 200
+    assert response.json()["metrics"]["e2e_ms"] > 50
+
+
+@pytest.mark.parametrize("by_field", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_takes_too_long_is_ended_and_freed(stream, by_field):
+    async def go():
+        engines = two_engines(delay_s=0.03, reply="x" * 50)
+        app = app_of(engines, **({} if by_field else {"request_timeout_s": 0.1}))
+        async with client_of(app) as client:
+            body = {"prompt": "a", "stream": stream} | ({"timeout_s": 0.1} if by_field else {})
+            response = await client.post("/generate", json=body)
+            return engines["w8a8"], response, await metrics_of(client)
+
+    engine, response, samples = asyncio.run(go())
+    if stream:
+        *deltas, last = events_of(response)
+        assert 1 <= len(deltas) <= 4
+        assert "".join(delta["text"] for delta in deltas) == "x" * len(deltas)
+        error = last["error"]
+    else:
+        error = assert_refused(response, 504, "deadline_exceeded")
+    assert error["type"] == "timeout_error"
+    assert "0.1 s" in error["message"]
+    assert not engine.active
+    assert [request.finish_reason for request in engine.freed] == ["abort"]
+    assert samples["ottava_requests_total", "outcome=timeout", "variant=w8a8"] == 1
+
+
+def test_the_deadline_of_a_comparison_is_one_for_both_runs():
+    engines = two_engines(delay_s=0.04, reply="abc")
+    response = post({"prompt": "a", "compare": True, "timeout_s": 0.25}, app_of(engines))
+    assert_refused(response, 504, "deadline_exceeded")
+    assert engines["w8a8"].freed[0].finish_reason == "stop"
+    assert engines["fp16"].freed[0].finish_reason == "abort"
+
+
+@pytest.mark.parametrize(("timeout_s", "status"), [(60, 200), (60.5, 400), (0, 400), (-1, 400), ("5", 422)])
+def test_a_deadline_is_asked_for_up_to_the_limit(timeout_s, status):
+    response = post({"prompt": "a", "timeout_s": timeout_s}, app_of(two_engines(), request_timeout_s=60))
+    assert response.status_code == status
+    if status == 400:
+        assert response.json()["error"]["param"] == "timeout_s"
+    if timeout_s == 60.5:
+        assert "limit of 60 s" in response.json()["error"]["message"]
+
+
+def test_a_request_that_is_done_in_time_leaves_no_timer():
+    async def go():
+        async with client_of(app_of(two_engines(), queue_timeout_s=0.1, request_timeout_s=0.2)) as client:
+            first = await client.post("/generate", json={"prompt": "a"})
+            await asyncio.sleep(0.25)
+            return first, await metrics_of(client)
+
+    first, samples = asyncio.run(go())
+    assert first.status_code == 200
+    assert samples["ottava_requests_total", "outcome=stop", "variant=w8a8"] == 1
+    assert samples["ottava_requests_total", "outcome=timeout", "variant=w8a8"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"prompt": "x" * 8}, 200, ()),
+        ({"prompt": "x" * 9}, 400, ("9 tokens", "at most 8")),
+        ({"prompt_ids": [1] * 9}, 400, ("9 tokens",)),
+        ({"messages": [{"role": "user", "content": "x" * 9}]}, 400, ("at most 8",)),
+        ({"prompt": "x", "max_tokens": 5}, 200, ()),
+        ({"prompt": "x", "max_tokens": 6}, 400, ("`max_tokens` is 6", "at most 5")),
+    ],
+)
+def test_limits_of_prompt_and_answer(body, status, words):
+    engines = two_engines()
+    response = post({"ignore_eos": True, **body}, app_of(engines, max_prompt_tokens=8, max_tokens_limit=5))
+    assert response.status_code == status, response.text
+    assert not [word for word in words if word not in response.text]
+    if status == 200:
+        assert response.json()["usage"]["completion_tokens"] == 5
+    else:
+        assert not engines["w8a8"].submitted
+
+
+def test_a_length_above_the_limit_is_refused_without_reading():
+    num_read = 0
+
+    async def go():
+        app = app_of(two_engines(), max_body_bytes=1024)
+
+        async def receive():
+            nonlocal num_read
+            num_read += 1
+            return {"type": "http.request", "body": b"", "more_body": True}
+
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"1025")]
+        scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "query_string": b""}
+        async with client_of(app):
+            await app({**scope, "scheme": "http", "http_version": "1.1", "raw_path": b"/generate"}, receive, send)
+        return sent
+
+    start, body = asyncio.run(go())
+    assert start["status"] == 413
+    assert json.loads(body["body"])["error"]["code"] == "body_too_large"
+    assert "1025 bytes" in json.loads(body["body"])["error"]["message"]
+    assert num_read == 0
+
+
+def test_a_chunked_body_is_refused_while_it_is_read():
+    num_sent = 0
+
+    async def chunks():
+        nonlocal num_sent
+        for _ in range(100):
+            num_sent += 1
+            yield b" " * 1000
+
+    async def go():
+        app = app_of(two_engines(), max_body_bytes=4096)
+        async with client_of(app) as client:
+            headers = {"content-type": "application/json"}
+            response = await client.post("/generate", content=chunks(), headers=headers)
+            return response, await metrics_of(client)
+
+    response, samples = asyncio.run(go())
+    assert_refused(response, 413, "body_too_large")
+    assert "4096" in response.text
+    assert num_sent <= 6
+    assert samples["ottava_requests_total", "outcome=rejected", "variant=none"] == 1
+
+
+def test_waiting_ones_that_leave_free_the_concurrency_of_their_key():
+    async def go():
+        engine = NeverStarting("w8a8")
+        app = app_of(engines_of(engine), max_concurrent_per_key=1, queue_timeout_s=0.05)
+        async with client_of(app) as client:
+            first = asyncio.ensure_future(client.post("/generate", json={"prompt": "a"}))
+            await until(lambda: engine.active)
+            second = await client.post("/generate", json={"prompt": "a"})
+            await first
+            third = await client.post("/generate", json={"prompt": "a"})
+            return first.result().status_code, second.status_code, third.status_code
+
+    assert asyncio.run(go()) == (503, 429, 503)

@@ -1,0 +1,269 @@
+"""What OpenAI's routes refuse, by name and with the remedy, and what they accept because it changes nothing."""
+
+import asyncio
+import json
+
+import pytest
+
+from service.errors import InvalidRequest
+from tests.support.fake_engine import ByteTokenizer
+from tests.support.harness import app_of, client_of, two_engines
+
+USER = [{"role": "user", "content": "x"}]
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+NEEDED = {TEXT: {"prompt": "a"}, CHAT: {"messages": USER}}
+
+
+def post(path, body, **app_options):
+    """One POST and what reached the engines."""
+
+    async def go():
+        engines = two_engines()
+        async with client_of(app_of(engines, **app_options)) as client:
+            content, kind = json.dumps({**NEEDED[path], **body}), {"content-type": "application/json"}
+            response = await client.post(path, content=content, headers=kind)
+            return response, [request for engine in engines.values() for request in engine.submitted]
+
+    return asyncio.run(go())
+
+
+BOTH = [
+    ({"presence_penalty": 0.5}, 400, "presence_penalty", ["0.5", "does not honour", "leave it out"]),
+    ({"presence_penalty": False}, 400, "presence_penalty", ["False"]),
+    ({"frequency_penalty": -1}, 400, "frequency_penalty", ["-1"]),
+    ({"logit_bias": {"50256": -100}}, 400, "logit_bias", ["50256", "does not honour"]),
+    ({"min_tokens": 3}, 400, "min_tokens", ["not a field", "did you mean `max_tokens`"]),
+    ({"use_beam_search": True}, 400, "use_beam_search", ["not a field", "leave it out"]),
+    ({"max_token": None}, 400, "max_token", ["did you mean `max_tokens`"]),
+    ({"n": 0}, 400, "n", ["at least 1"]),
+    ({"n": 129}, 400, "n", ["at most 128"]),
+    ({"n": True}, 422, "n", ["True"]),
+    ({"temperature": 2.5}, 400, "temperature", ["at most 2"]),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options", ["`stream` is false", "leave it out"]),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, 400, "stream_options", ["obfuscation"]),
+    ({"stream": True, "stream_options": {"nope": 1}}, 400, "stream_options", ["stream_options.nope"]),
+    ({"user": 5}, 422, "user", ["5"]),
+    ({"model": "int4"}, 404, "model", ["'int4'", "fake:w8a8"]),
+    ({"model": "w8a8:fake"}, 404, "model", ["w8a8:fake"]),
+    ({"model": "\ud800"}, 404, "model", ["use one of"]),
+    ({"max_tokens": 64}, 400, "max_tokens", ["leaves", "largest possible"]),
+    ({"timeout_s": 1e9}, 400, "timeout_s", ["above"]),
+]
+ONLY_TEXT = [
+    ({"best_of": 3}, 400, "best_of", ["`best_of` is 3", "`n` is 1", "send 1"]),
+    ({"suffix": "end"}, 400, "suffix", ["does not honour"]),
+    ({"logprobs": 21}, 400, "logprobs", ["at most 20"]),
+    ({"logprobs": True}, 422, "logprobs", ["True"]),
+    ({"max_tokens": -1}, 400, "max_tokens", ["at least 0"]),
+    ({"tools": []}, 400, "tools", ["not a field"]),
+    ({"prompt": 5}, 422, "prompt", ["token ids"]),
+    ({"prompt": None}, 422, "prompt", ["None"]),
+    ({"prompt": ["a", 1]}, 422, "prompt", ["token ids"]),
+    ({"prompt": [True]}, 422, "prompt", ["True"]),
+    ({"prompt": ""}, 400, "prompt", ["empty"]),
+    ({"prompt": []}, 400, "prompt", ["empty"]),
+    ({"prompt": ["a", ""]}, 400, "prompt", ["empty"]),
+    ({"prompt": [[1], []]}, 400, "prompt", ["empty"]),
+    ({"prompt": [1, 256]}, 400, "prompt", ["256", "0 to 255"]),
+    ({"prompt": ["a", "\ud800"]}, 400, "prompt", ["surrogate"]),
+    ({"prompt": "x" * 64}, 400, "prompt", ["64 tokens", "at most 63"]),
+    ({"prompt": ["a"] * 129}, 400, "prompt", ["129", "limit is 128"]),
+    ({"prompt": ["a"] * 65, "n": 2}, 400, "prompt", ["130 answers"]),
+]
+ONLY_CHAT = [
+    ({"tools": [{"type": "function"}]}, 400, "tools", ["does not honour"]),
+    ({"tool_choice": "required"}, 400, "tool_choice", ["required"]),
+    ({"functions": [{}]}, 400, "functions", ["does not honour"]),
+    ({"function_call": {"name": "f"}}, 400, "function_call", ["does not honour"]),
+    ({"modalities": ["text", "audio"]}, 400, "modalities", ["audio"]),
+    ({"audio": {"voice": "alloy"}}, 400, "audio", ["alloy"]),
+    ({"prediction": {"type": "content"}}, 400, "prediction", ["does not honour"]),
+    ({"web_search_options": {}}, 400, "web_search_options", ["does not honour"]),
+    ({"reasoning_effort": "high"}, 400, "reasoning_effort", ["high"]),
+    ({"verbosity": "low"}, 400, "verbosity", ["low"]),
+    ({"service_tier": "flex"}, 400, "service_tier", ["flex"]),
+    ({"store": True}, 400, "store", ["True"]),
+    ({"best_of": 1}, 400, "best_of", ["not a field"]),
+    ({"top_logprobs": 2}, 400, "top_logprobs", ["`logprobs` is false", "as well"]),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens", ["3", "4", "one of them"]),
+    ({"max_completion_tokens": 0}, 400, "max_completion_tokens", ["at least 1"]),
+    ({"max_completion_tokens": 64}, 400, "max_completion_tokens", ["`max_completion_tokens` is 64"]),
+    ({"messages": []}, 400, "messages", ["too few"]),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", ["tool", "'developer'"]),
+    ({"messages": [{"role": "user", "content": None}]}, 422, "messages", ["messages.0.content"]),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", ["not text"]),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, 400, "messages", ["not text"]),
+    ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, 400, "messages", ["messages.0.name"]),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, 400, "messages", ["tool_calls"]),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format", ["no `json_schema`", "as well"]),
+    (
+        {"response_format": {"type": "text", "json_schema": {"name": "x"}}},
+        400,
+        "response_format",
+        ["'text'", "leave it out"],
+    ),
+    ({"response_format": {"type": "xml"}}, 400, "response_format", ["xml"]),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schem": {}}}},
+        400,
+        "response_format",
+        ["`response_format.json_schema.schem` is not a field", "did you mean `schema`"],
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema_": {}}}},
+        400,
+        "response_format",
+        ["`response_format.json_schema.schema_` is not a field"],
+    ),
+]
+CASES = [(path, *case) for path in (TEXT, CHAT) for case in BOTH]
+CASES += [(TEXT, *case) for case in ONLY_TEXT] + [(CHAT, *case) for case in ONLY_CHAT]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param", "words"), CASES)
+def test_a_refusal_names_parameter_and_remedy(path, body, status, param, words):
+    response, submitted = post(path, body)
+    error = response.json()["error"]
+    assert response.status_code == status, error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert [word for word in words if word not in error["message"]] == []
+    assert not submitted
+
+
+NEUTRAL = {
+    TEXT: {"best_of": 1, "suffix": ""},
+    CHAT: {
+        "tools": [],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "functions": [],
+        "modalities": ["text"],
+        "reasoning_effort": "none",
+        "verbosity": "medium",
+        "service_tier": "default",
+        "store": False,
+        "metadata": {"run": "1"},
+        "safety_identifier": "u",
+        "prompt_cache_key": "k",
+        "response_format": {"type": "text"},
+        "max_tokens": 5,
+        "max_completion_tokens": 5,
+    },
+}
+ALL_NEUTRAL = {"user": "u", "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}}
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+def test_what_changes_nothing_is_accepted(path):
+    plain, asked = post(path, {"seed": 1, "max_tokens": 5})[1], None
+    response, asked = post(path, {"seed": 1, "max_tokens": 5, **ALL_NEUTRAL, **NEUTRAL[path]})
+    assert response.status_code == 200, response.text
+    assert [request.params for request in asked] == [request.params for request in plain]
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+def test_null_is_as_good_as_absent(path):
+    async def go():
+        async with client_of(app_of(two_engines())) as client:
+            return (await client.get("/openapi.json")).json()["components"]["schemas"]
+
+    name = "CompletionRequest" if path == TEXT else "ChatRequest"
+    optional = [field for field in asyncio.run(go())[name]["properties"] if field not in NEEDED[path]]
+    plain = post(path, {})[1]
+    response, asked = post(path, dict.fromkeys(optional))
+    assert response.status_code == 200, response.text
+    assert [request.params for request in asked] == [request.params for request in plain]
+
+
+class Compiling(ByteTokenizer):
+    """Remembers what it was asked to compile."""
+
+    def __init__(self):
+        self.schemas = []
+
+    def grammar(self, schema):
+        self.schemas.append(schema)
+        if schema == {"type": "nothing"}:
+            raise InvalidRequest("`response_format` has a schema of type 'nothing'; send another", "response_format")
+        return Grammar()
+
+
+class Grammar:
+    def matcher(self):
+        return self
+
+
+def test_a_response_format_becomes_one_grammar_for_all_choices():
+    for wanted, schema in [
+        ({"type": "json_object"}, None),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}, "strict": True}},
+            {"type": "object"},
+        ),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, None),
+    ]:
+        tokenizer = Compiling()
+        response, (first, second) = post(CHAT, {"response_format": wanted, "n": 2}, tokenizer=tokenizer)
+        assert response.status_code == 200, response.text
+        assert tokenizer.schemas == [schema]
+        assert first.params.grammar is second.params.grammar is not None
+
+
+def test_a_schema_that_cannot_be_served():
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+    response, submitted = post(CHAT, {"response_format": wanted}, tokenizer=Compiling())
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
+    assert not submitted
+
+
+def test_text_needs_no_grammar():
+    _, (request,) = post(CHAT, {"response_format": {"type": "text"}})
+    assert request.params.grammar is None
+
+
+def test_refusals_are_counted_once():
+    async def go():
+        async with client_of(app_of(two_engines())) as client:
+            await client.post(TEXT, json={"prompt": "a", "model": "int4"})
+            await client.post(TEXT, json={"prompt": "a", "tools": 1})
+            await client.post(CHAT, json={"messages": USER, "top_logprobs": 1})
+            return (await client.get("/metrics")).text
+
+    lines = [
+        line for line in asyncio.run(go()).splitlines() if 'outcome="rejected"' in line and not line.startswith("#")
+    ]
+    counts = {line.split("{")[1].split("}")[0]: float(line.split()[-1]) for line in lines if "_total" in line}
+    assert {labels: count for labels, count in counts.items() if count} == {
+        'outcome="rejected",variant="none"': 2.0,
+        'outcome="rejected",variant="w8a8"': 1.0,
+    }
+
+
+def test_openapi_documents_every_field():
+    async def go():
+        async with client_of(app_of(two_engines())) as client:
+            return (await client.get("/openapi.json")).json()
+
+    api = asyncio.run(go())
+    schemas = api["components"]["schemas"]
+    for name in ("CompletionRequest", "ChatRequest", "ChatMessage", "StreamOptions", "ResponseFormat"):
+        assert schemas[name]["additionalProperties"] is False
+        assert [field for field, shape in schemas[name]["properties"].items() if not shape.get("description")] == []
+    for path, answer in ((TEXT, "Completion"), (CHAT, "ChatCompletion")):
+        responses = api["paths"][path]["post"]["responses"]
+        assert {"200", "400", "401", "404", "413", "422", "429", "500", "503", "504"} <= set(responses)
+        content = responses["200"]["content"]
+        assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{answer}"}
+        assert "text/event-stream" in content
+    assert not [ref for ref in _refs(api) if ref.removeprefix("#/components/schemas/") not in schemas]
+
+
+def _refs(node):
+    """Every reference of a document."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from [value] if key == "$ref" else _refs(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from _refs(item)

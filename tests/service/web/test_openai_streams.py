@@ -1,0 +1,187 @@
+"""OpenAI's own client against the routes: streams, model names, failures, and clients that leave."""
+
+import asyncio
+
+import httpx2
+import openai
+import pytest
+
+from service.engine.api import FinishReason
+from tests.support.fake_engine import FakeEngine
+from tests.support.harness import app_of, engines_of, metrics_of, server_of, two_engines, until
+from tests.support.openai_client import TEXT, USER, ask, complete, openai_of, stream
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("tokens_per_step", [1, 4])
+def test_a_stream_of_text_adds_up(n, tokens_per_step):
+    async def work(client):
+        chunks = await client.completions.create(
+            model="fake",
+            prompt="a",
+            n=n,
+            max_tokens=32,
+            stream=True,
+            logprobs=1,
+            stream_options={"include_usage": True},
+        )
+        return [chunk async for chunk in chunks]
+
+    (*chunks, last), _ = ask(work, reply=TEXT, tokens_per_step=tokens_per_step)
+    data = TEXT.encode()
+    expected = [len(data[:length].decode(errors="ignore")) for length in range(len(data) + 1)]
+    assert {chunk.id for chunk in chunks} == {last.id}
+    assert all(chunk.usage is None and len(chunk.choices) == 1 for chunk in chunks)
+    for index in range(n):
+        pieces = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert "".join(piece.text for piece in pieces) == TEXT
+        assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+        assert pieces[-1].metrics["generated_tokens"] == len(TEXT.encode()) + 1
+        assert sum(len(piece.logprobs.tokens) for piece in pieces) == len(TEXT.encode()) + 1
+        offsets = [offset for piece in pieces for offset in piece.logprobs.text_offset]
+        assert offsets == expected
+    assert last.choices == []
+    assert last.usage.completion_tokens == n * (len(TEXT.encode()) + 1)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_stream_of_chat_adds_up(n):
+    *chunks, last = stream(
+        "chat",
+        messages=USER,
+        n=n,
+        logprobs=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": True},
+    )
+    for index in range(n):
+        pieces = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert "".join(piece.delta.content for piece in pieces) == TEXT
+        assert [piece.delta.role for piece in pieces] == ["assistant"] + [None] * (len(pieces) - 1)
+        assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+        text = b"".join(bytes(entry.bytes) for piece in pieces for entry in piece.logprobs.content)
+        assert text == TEXT.encode() + b"<eos>"
+    counts = [chunk.usage.completion_tokens for chunk in (*chunks, last)]
+    assert counts == [*range(1, len(chunks) + 1), len(chunks)]
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+
+
+def test_a_stream_without_usage_ends_with_the_finish_reason():
+    assert stream("chat", messages=USER)[-1].choices[0].finish_reason == "stop"
+    assert stream("text", prompt="a", max_tokens=3)[-1].choices[0].finish_reason == "length"
+
+
+def test_a_streamed_echo_begins_with_the_prompt():
+    first, *rest = stream("text", prompt="abc", echo=True, logprobs=0, max_tokens=3)
+    assert first.choices[0].text == "abcn"
+    assert first.choices[0].logprobs.tokens == [*"abcn"]
+    assert [chunk.choices[0].logprobs.text_offset for chunk in rest] == [[4], [5]]
+    (only,) = stream("text", prompt="abc", echo=True, max_tokens=0)
+    assert (only.choices[0].text, only.choices[0].finish_reason) == ("abc", "length")
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [("fake", "w8a8"), ("w8a8", "w8a8"), ("fp16", "fp16"), ("fake:fp16", "fp16")]
+)
+def test_model_names(name, variant):
+    async def work(client):
+        return await client.completions.create(model=name, prompt="a"), await client.models.retrieve(name)
+
+    answer, served = ask(work)[0]
+    assert answer.model == f"fake:{variant}"
+    assert (served.id, served.object, served.variant, served.max_model_len) == (name, "model", variant, 64)
+
+
+def test_listed_models():
+    listed = ask(lambda client: client.models.list())[0].data
+    assert [model.id for model in listed] == ["fake", "fake:w8a8", "fake:fp16"]
+    assert {model.owned_by for model in listed} == {"ottava"}
+
+
+def test_fingerprints_tell_variants_apart_and_repeat():
+    prints = [complete(model=name)[0].system_fingerprint for name in ("fake", "w8a8", "fp16")]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_errors_are_the_clients_own():
+    async def work(client):
+        with pytest.raises(openai.NotFoundError, match="use one of: fake, fake:w8a8, fake:fp16") as unknown:
+            await client.completions.create(model="fake:int4", prompt="a")
+        with pytest.raises(openai.BadRequestError, match=r"`tools` is .* does not honour") as refused:
+            await client.chat.completions.create(model="fake", messages=USER, tools=[{"type": "function"}])
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("no/such")
+        return unknown.value, refused.value
+
+    unknown, refused = ask(work)[0]
+    assert (unknown.code, unknown.param) == ("model_not_found", "model")
+    assert refused.param == "tools"
+
+
+def test_an_engines_failure_reaches_the_stream():
+    async def work(client):
+        chunks = await client.completions.create(model="fake", prompt="a", n=2, stream=True)
+        with pytest.raises(openai.APIError, match="engine"):
+            async for _ in chunks:
+                pass
+
+    _, engine = ask(work, reply="abcdef", fail_at=3)
+    assert not engine.active
+
+
+def test_over_a_socket():
+    async def go():
+        engines = two_engines(reply=TEXT)
+        async with (
+            server_of(app_of(engines)) as port,
+            openai.AsyncOpenAI(api_key="none", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0) as client,
+        ):
+            answer = await client.chat.completions.create(model="fake", messages=USER)
+            chunks = await client.chat.completions.create(model="fake", messages=USER, stream=True, n=2)
+            pieces = [chunk.choices[0] async for chunk in chunks]
+        return answer, pieces
+
+    answer, pieces = asyncio.run(go())
+    assert answer.choices[0].message.content == TEXT
+    for index in range(2):
+        assert "".join(piece.delta.content for piece in pieces if piece.index == index) == TEXT
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_leaves_frees_all_its_choices(is_stream):
+    async def go():
+        engines = two_engines(delay_s=0.02)
+        app = app_of(engines)
+        async with server_of(app) as port:
+            client = openai.AsyncOpenAI(api_key="none", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0)
+            body = {"model": "fake", "prompt": ["a", "b"], "n": 2, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+            if is_stream:
+                async for _ in await client.completions.create(**body, stream=True):
+                    break
+            else:
+                with pytest.raises(openai.APITimeoutError):
+                    await client.completions.create(**body, timeout=0.2)
+            await client.close()
+            await until(lambda: len(engines["w8a8"].freed) == 4, 5)
+            await until(lambda: app.state.serving.traffic.num_active == 0, 5)
+        return engines["w8a8"]
+
+    engine = asyncio.run(go())
+    assert [request.finish_reason for request in engine.freed] == [FinishReason.ABORT] * 4
+
+
+def test_a_queue_that_fills_up_half_way_holds_nothing():
+    async def go():
+        engines = engines_of(FakeEngine("w8a8", max_waiting=2, delay_s=0.01))
+        app = app_of(engines)
+        async with openai_of(app) as client:
+            with pytest.raises(openai.InternalServerError, match="waiting"):
+                await client.completions.create(model="fake", prompt="a", n=3)
+            await until(lambda: not engines["w8a8"].active)
+            http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost")
+            async with http:
+                return await metrics_of(http), app.state.serving.traffic.num_active
+
+    samples, num_active = asyncio.run(go())
+    assert num_active == 0
+    assert samples["ottava_requests_total", "outcome=rejected", "variant=w8a8"] == 1
+    assert samples["ottava_requests_total", "outcome=abort", "variant=w8a8"] == 2

@@ -1,0 +1,144 @@
+"""schemathesis over the app's own OpenAPI: what the document promises holds for whatever it allows, and forbids."""
+
+import time
+import zlib
+
+import pytest
+import schemathesis
+from schemathesis.config import HttpBearerAuthConfig
+from schemathesis.python.asgi import get_client, shutdown_lifespans
+
+from tests.support.fuzz import Streams, fuzz_app, strictly, thorough
+
+KEY = "a-key-for-the-tests"
+URL = "http://localhost"
+TEXT, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
+
+
+def api_of(app):
+    """The app as schemathesis sees it; nothing of it runs yet."""
+    api = schemathesis.openapi.from_dict(app.openapi())
+    api.app = app
+    api.config.generation.deterministic = True
+    api.config.max_stream_events = 1 << 20
+    # A request may ask for less time than it takes.
+    api.config.checks.not_a_server_error.expected_statuses = ["2xx", "4xx", "504"]
+    # 400: a value that does not go with another, or not with this server's model; no JSON schema can say so. 404: a
+    # variant by another name than the served ones. 409: nothing can be reloaded here. A wrong shape would be 422.
+    api.config.checks.positive_data_acceptance.expected_statuses = ["2xx", "400", "404", "409", "504"]
+    return api
+
+
+opened, keyed = api_of(fuzz_app()), api_of(fuzz_app(api_keys=KEY))
+keyed.config.auth.openapi.schemes["key"] = HttpBearerAuthConfig(bearer=KEY)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _running():
+    """Both apps, once they are ready."""
+    for api in (opened, keyed):
+        with get_client(api.app) as client:
+            while client.get(f"{URL}/ready").status_code != 200:
+                time.sleep(0.01)
+    yield
+    shutdown_lifespans()
+
+
+def streams_as_documented(_, response, case):
+    """Every event matches its model, and the stream ends as it must."""
+    if response.headers["content-type"][0].startswith("text/event-stream"):
+        Streams(case.operation.schema.raw_schema).check(case.operation.path, response.text)
+
+
+def json_as_the_standard_has_it(_, response, case):
+    """Neither NaN nor Infinity, which Python's reader would let pass."""
+    if response.headers["content-type"][0] == "application/json":
+        strictly(response.content)
+
+
+OWN_CHECKS = [streams_as_documented, json_as_the_standard_has_it]
+
+
+@opened.parametrize()
+@thorough
+def test_every_route_keeps_its_word(case):
+    """All of schemathesis' checks. Half of the valid bodies are brought within the limits of this server, so that
+    they are served and not refused, and half of these as a stream."""
+    draw = zlib.crc32(repr(case.body).encode(errors="replace"))
+    limit = LIMITS.get(case.operation.path)
+    is_limited = (
+        limit is not None and case.meta.generation.mode.is_positive and isinstance(case.body, dict) and draw & 1
+    )
+    if is_limited:
+        case.body = limit({**case.body, "stream": bool(draw & 2)})
+    response = case.call_and_validate(base_url=URL, additional_checks=OWN_CHECKS)
+    assert response.status_code == 200 or not is_limited, response.text
+
+
+@keyed.parametrize()
+@thorough
+def test_every_route_keeps_its_word_behind_keys(case):
+    case.call_and_validate(base_url=URL, additional_checks=OWN_CHECKS)
+
+
+def limited(body):
+    """What the routes have in common, within what the engines can do."""
+    options = {
+        "max_tokens": body.get("max_tokens") and body["max_tokens"] % 24 + 1,
+        "timeout_s": 60,
+        # Above 2**53 schemathesis reckons in floats and leaves the range.
+        "seed": body.get("seed") and body["seed"] % 2**53,
+    }
+    return {name: value for name, value in {**body, **options}.items() if value is not None}
+
+
+def limited_generate(body):
+    body = limited(body)
+    body.pop("variant", None)
+    if "prompt_ids" in body:
+        body["prompt_ids"] = [token_id % 256 for token_id in body["prompt_ids"]]
+    if "messages" in body:
+        body["messages"] = said_by_users(body["messages"])
+    return body
+
+
+def limited_openai(body):
+    body = limited(body)
+    body.pop("model", None)
+    body["n"] = body.get("n", 1) % 3 + 1
+    if not body.get("stream"):
+        body.pop("stream_options", None)
+    return body
+
+
+def limited_text(body):
+    body = limited_openai(body)
+    body.pop("best_of", None)
+    prompt = body["prompt"]
+    if isinstance(prompt, list):
+        body["prompt"] = [known(item) for item in prompt][:8]
+    return body
+
+
+def limited_chat(body):
+    body = limited_openai(body)
+    body["messages"] = said_by_users(body["messages"])
+    for name in ("max_completion_tokens", "response_format"):
+        body.pop(name, None)
+    if not body.get("logprobs"):
+        body.pop("top_logprobs", None)
+    return body
+
+
+def known(item):
+    if isinstance(item, str):
+        return item
+    return item % 256 if isinstance(item, int | float) else [token_id % 256 for token_id in item]
+
+
+def said_by_users(messages):
+    """A template may want the system's message first."""
+    return [{**message, "role": "user"} for message in messages]
+
+
+LIMITS = {GENERATE: limited_generate, TEXT: limited_text, CHAT: limited_chat}

@@ -1,0 +1,152 @@
+"""The HTTP side over the real engine loop and scheduler; only the model is a fake."""
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from service.engine.api import Token
+from service.engine.device_thread import DeviceThread
+from service.engine.loop import EngineLoop
+from service.engine.scheduler import Scheduler
+from tests.support.harness import app_of, events_of, metrics_of, server_of, total, until
+from tests.support.raw_client import leave_raw, open_raw
+
+STEP_S = 0.002
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass
+class AlphabetStep:
+    ids: list[int]
+
+    def read(self):
+        time.sleep(STEP_S)
+        now_s = time.perf_counter()
+        return [Token(token_id, now_s, -0.1) for token_id in self.ids]
+
+
+class AlphabetRunner:
+    """Every request's n-th token is the n-th letter."""
+
+    kv_cache_bytes = 1
+
+    def __init__(self, is_async: bool):
+        self.is_async = is_async
+
+    def execute(self, step):
+        return AlphabetStep([ord(ALPHABET[c.index % 26]) for c in step.chunks if c.samples])
+
+
+def expected(num_tokens: int, stop: str | None = None) -> str:
+    text = (ALPHABET * (num_tokens // 26 + 1))[:num_tokens]
+    return text.split(stop)[0] if stop else text
+
+
+@pytest.fixture(params=[True, False], ids=["async", "sync"])
+def engines(request):
+    device_thread = DeviceThread()
+    engines = {
+        variant: EngineLoop(
+            variant, Scheduler(60, 16, 16, 64, frozenset({0})), AlphabetRunner(request.param), device_thread, 256
+        )
+        for variant in ("w8a8", "fp16")
+    }
+    for engine in engines.values():
+        engine.start()
+    yield engines
+    for engine in engines.values():
+        engine.stop()
+
+
+def _in_engines(engines) -> int:
+    return sum(engine.stats().num_running + engine.stats().num_waiting for engine in engines.values())
+
+
+def test_200_requests_a_third_of_them_cut_off(engines):
+    rng = random.Random(0)
+
+    def body_of(n: int) -> dict:
+        body = {"prompt": "x" * rng.randrange(1, 120), "max_tokens": rng.randrange(1, 100)}
+        body |= {"stream": n % 2 == 0, "variant": rng.choice(["w8a8", "fp16"])}
+        return body | ({"stop": "xyz"} if n % 5 == 0 else {})
+
+    async def one(client: httpx.AsyncClient, port: int, n: int) -> None:
+        body = body_of(n)
+        if n % 3 == 0:
+            _, writer = await open_raw(port, body)
+            await asyncio.sleep(rng.random() * 0.5)
+            await leave_raw(writer)
+            return
+        response = await client.post("/generate", json=body)
+        answer = events_of(response)[-1] if body["stream"] else response.json()
+        assert answer["text"] == expected(body["max_tokens"], body.get("stop"))
+
+    async def go():
+        limits = httpx.Limits(max_connections=None)
+        app = app_of(engines)
+        async with server_of(app) as port:
+            url = f"http://127.0.0.1:{port}"
+            async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+                await asyncio.gather(*(one(client, port, n) for n in range(200)))
+                await until(lambda: app.state.serving.traffic.num_active == 0 and _in_engines(engines) == 0)
+                return await metrics_of(client)
+
+    samples = asyncio.run(go())
+    outcomes = {
+        outcome: sum(v for k, v in samples.items() if k[0] == "ottava_requests_total" and f"outcome={outcome}" in k)
+        for outcome in ("stop", "length", "abort", "error", "rejected")
+    }
+    assert total(samples, "ottava_requests_total") == 200
+    assert outcomes["error"] == outcomes["rejected"] == 0
+    assert outcomes["stop"] + outcomes["length"] >= 133
+    assert outcomes["abort"] > 0
+    assert total(samples, "ottava_kv_cache_usage_ratio") == 0
+    assert total(samples, "ottava_num_requests_running") == 0
+
+
+def test_requests_that_run_or_wait_too_long_are_freed(engines):
+    """16 rows, 40 requests: some start and are too late, the others are too late before they start."""
+
+    async def go():
+        app = app_of(engines, queue_timeout_s=0.1, request_timeout_s=0.25)
+        async with server_of(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            body = {"prompt": "x", "max_tokens": 250}
+            answers = await asyncio.gather(
+                *(client.post("/generate", json={**body, "stream": n % 2 == 0}) for n in range(40))
+            )
+            await until(lambda: _in_engines(engines) == 0)
+            after = await client.post("/generate", json={"prompt": "x", "max_tokens": 20})
+            return answers, after.json()["text"], await metrics_of(client)
+
+    answers, after, samples = asyncio.run(go())
+    codes = [
+        (events_of(answer)[-1] if answer.text.startswith("data") else answer.json())["error"]["code"]
+        for answer in answers
+    ]
+    assert codes.count("deadline_exceeded") == 16
+    assert codes.count("queue_timeout") == 24
+    assert after == expected(20)
+    assert total(samples, "ottava_kv_cache_usage_ratio") == 0
+    assert samples["ottava_requests_total", "outcome=timeout", "variant=w8a8"] == 16
+    assert samples["ottava_requests_total", "outcome=rejected", "variant=w8a8"] == 24
+
+
+@pytest.mark.parametrize("stop", [None, "cd"])
+def test_compare_alone_is_clean_and_agrees(engines, stop):
+    async def go():
+        async with server_of(app_of(engines)) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            body = {"prompt": "abc", "compare": True, "max_tokens": 30} | ({"stop": stop} if stop else {})
+            first = await client.post("/generate", json=body)
+            await until(lambda: _in_engines(engines) == 0)
+            return first, await client.post("/generate", json=body)
+
+    for response in asyncio.run(go()):
+        answer = response.json()
+        assert answer["text"] == answer["baseline"]["text"] == expected(30, stop)
+        assert answer["contended"] is False
+        assert answer["agreement"]["match_ratio"] == 1
+        assert answer["agreement"]["logprob_delta_mean"] == 0

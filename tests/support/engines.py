@@ -1,0 +1,33 @@
+"""Engines over tiny models on the CPU, and what they answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+import torch
+
+from service.engine.api import SamplingParams, Token
+from service.engine.device_thread import DeviceThread
+from service.engine.loop import EngineLoop
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduler
+
+CPU = torch.device("cpu")
+
+
+PROMPTS = [[(7 * i * j + 3 * j + i) % 250 + 3 for j in range(2 + 5 * i)] for i in range(12)]
+
+
+def make_engine(decoder, num_blocks=200, block_size=16, rows=16, budget=64, **kwargs) -> EngineLoop:
+    runner = Runner(decoder, num_blocks, block_size, rows, budget)
+    plan = Scheduler(num_blocks, block_size, rows, budget, frozenset(kwargs.pop("eos_ids", ())))
+    return EngineLoop("w8a8", plan, runner, DeviceThread(), decoder.config.max_model_len, **kwargs).start()
+
+
+async def collect(engine: EngineLoop, prompt: list[int], params: SamplingParams, name: str = "r") -> list[Token]:
+    return [token async for tokens in engine.submit(prompt, params, name) for token in tokens]
+
+
+async def collect_all(engine: EngineLoop, prompts, params: SamplingParams) -> list[list[int]]:
+    runs = [collect(engine, prompt, params, str(i)) for i, prompt in enumerate(prompts)]
+    return [[token.id for token in tokens] for tokens in await asyncio.gather(*runs)]

@@ -1,0 +1,62 @@
+"""Engines over a scripted runner, and what becomes of their requests."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from service.engine.api import SamplingParams
+from service.engine.device_thread import DeviceThread
+from service.engine.loop import EngineLoop
+from service.engine.scheduler import Scheduler
+from service.engine.supervision import FaultLimits
+from service.errors import EngineFailed
+
+FAULT = RuntimeError("a kernel raised")
+
+
+BOTH = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+
+
+EITHER = pytest.mark.parametrize("where", ["on_execute", "on_read"])
+
+
+@pytest.fixture
+def engine_of():
+    engines = []
+
+    def start(runner, rows=4, num_blocks=64, block_size=4, device_thread=None, **limits):
+        plan = Scheduler(num_blocks, block_size, rows, 64)
+        made = EngineLoop("w8a8", plan, runner, device_thread or DeviceThread(), 256, limits=FaultLimits(**limits))
+        engines.append(made.start())
+        return made
+
+    yield start
+    for engine in engines:
+        engine.stop(1.0)
+
+
+async def outcome(stream, ids: list[int] | None = None) -> list[int] | EngineFailed:
+    """The tokens, or what ended the request; those before it are in ids."""
+    ids = [] if ids is None else ids
+    try:
+        async for tokens in stream:
+            ids += [token.id for token in tokens]
+    except EngineFailed as error:
+        return error
+    return ids
+
+
+def run_all(engine: EngineLoop, lengths: list[int]) -> list[list[int] | EngineFailed]:
+    async def go():
+        streams = [engine.submit([1, 2, 3], SamplingParams(max_tokens=n), str(i)) for i, n in enumerate(lengths)]
+        return await asyncio.wait_for(asyncio.gather(*map(outcome, streams)), 20)
+
+    return asyncio.run(go())
+
+
+def assert_empty(engine: EngineLoop) -> None:
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    assert stats.num_free_blocks == stats.num_blocks

@@ -1,0 +1,57 @@
+"""Grammars over a vocabulary of bytes."""
+
+from __future__ import annotations
+
+from service.text.json.compiler import JsonCompiler
+
+EOS = 2
+
+
+TOKENS = [b"", b"", b"", *(bytes([byte]) for byte in range(3, 256))]
+
+
+JSON = JsonCompiler(TOKENS, frozenset({EOS}))
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["ä", 'quo"te', None, 2.5]},
+        "size": {"type": "integer", "minimum": -20, "maximum": 300},
+        "share": {"type": "number", "minimum": 0, "maximum": 1},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 3}, "minItems": 1, "maxItems": 3},
+        "ok": {"type": "boolean"},
+    },
+    "required": ["kind", "size", "tags"],
+}
+
+
+class Only:
+    """Allows given tokens, one set after the other, and the last set for ever."""
+
+    def __init__(self, *sets: set[int]) -> None:
+        self.sets = list(sets)
+
+    def matcher(self):
+        return Only(*self.sets)
+
+    def allowed(self) -> bytes:
+        bits = bytearray(40)  # 320 tokens, more than the model has
+        for token_id in self.sets[0]:
+            bits[token_id // 8] |= 1 << token_id % 8
+        return bytes(bits)
+
+    def accept(self, token_id: int) -> None:
+        assert token_id in self.sets[0]
+        if len(self.sets) > 1:
+            self.sets.pop(0)
+
+
+async def finished(engine, prompt, params, name="r"):
+    stream = engine.submit(prompt, params, name)
+    tokens = [token async for tokens in stream for token in tokens]
+    return stream.request, tokens
+
+
+def text_of(tokens) -> str:
+    return b"".join(TOKENS[token.id] for token in tokens).decode()

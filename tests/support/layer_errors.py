@@ -1,0 +1,24 @@
+"""Errors of a tiny model's Linears."""
+
+from __future__ import annotations
+
+import torch
+
+from quant.analysis.layer_errors import linear_errors
+from quant.checkpoint.reader import Checkpoint
+from service.models.config import ModelConfig, linear_names, smooth_groups
+from service.store.calibration import Calibration
+
+WINDOWS = torch.randint(340, (2, 40), generator=torch.Generator().manual_seed(0))
+
+CPU = torch.device("cpu")
+
+
+SHORT = Calibration(num_windows=2, window_len=32)
+
+
+def errors(source, int8, scheme, windows=WINDOWS, on_progress=None):
+    config = ModelConfig.load(source)
+    groups = smooth_groups(config) if scheme.smoothing is not None else []
+    stored = Checkpoint.open(int8, torch.float32, CPU)
+    return linear_errors(source, stored, groups, linear_names(config), windows, on_progress)
