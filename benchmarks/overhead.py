@@ -175,7 +175,7 @@ def prompts_of(tokenizer: Tokenizer, args: argparse.Namespace) -> tuple[list[str
     texts = []
     for number in range(args.streams):
         start = number * (len(ids) - args.prompt) // args.streams
-        decoder = tokenizer.decoder()
+        decoder = tokenizer.detokenizer()
         # A few tokens less than the context was made for: encoded again they may come to a few more.
         texts.append("".join(map(decoder.push, ids[start : start + args.prompt - 8])) + decoder.flush())
     return texts, [tokenizer.encode(text) for text in texts]

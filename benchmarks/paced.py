@@ -10,12 +10,10 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from service.engine.api import Token
 from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
-from service.engine.scheduler import Scheduler, Step
+from service.engine.scheduler import Scheduler, Step, StepResults
 from service.settings import Settings
 from service.text.tokenizer import Tokenizer
 
@@ -31,13 +29,12 @@ class PacedStep:
     ids: list[int]
     done_s: float
 
-    def read(self) -> list[Token]:
+    def read(self) -> StepResults:
         """Sleep until the step is done. Sleeping lets other threads run, as waiting for a GPU does."""
         left_s = self.done_s - time.perf_counter()
         if left_s > 0:
             time.sleep(left_s)
-        now_s = time.perf_counter()
-        return [Token(token_id, now_s) for token_id in self.ids]
+        return StepResults(time.perf_counter(), self.ids)
 
 
 class PacedRunner:
@@ -84,7 +81,14 @@ def paced_engine(variant: str, runner: PacedRunner, max_model_len: int, settings
     rows, block_size = settings.max_num_requests, settings.block_size
     num_blocks = rows * -(-max_model_len // block_size)
     scheduler = Scheduler(num_blocks, block_size, rows, settings.step_tokens("cpu"))
-    return EngineLoop(variant, scheduler, runner, DeviceThread(), max_model_len, settings.max_waiting).start()
+    return EngineLoop(
+        variant,
+        scheduler,
+        runner,
+        device_thread=DeviceThread(),
+        max_model_len=max_model_len,
+        max_waiting=settings.max_waiting,
+    ).start()
 
 
 def made_tokenizer(vocab_size: int) -> Tokenizer:
@@ -104,4 +108,4 @@ def made_tokenizer(vocab_size: int) -> Tokenizer:
     backend = Backend(models.BPE({token: number for number, token in enumerate(tokens)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
+    return Tokenizer(backend, frozenset())

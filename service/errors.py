@@ -34,7 +34,7 @@ service; the command line shows its errors as start-up errors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 
 class OttavaError(Exception):
@@ -222,6 +222,15 @@ class InvalidSettings(StartupError):
 
 class SelfCheckFailed(StartupError):
     """A variant's output is not finite or disagrees wildly with the baseline's."""
+
+
+def leaves() -> Iterator[type[OttavaError]]:
+    """Every class of the tree, the root among them."""
+    found = [OttavaError]
+    while found:
+        kind = found.pop()
+        yield kind
+        found += kind.__subclasses__()
 
 
 def first_line(error: BaseException) -> str:

@@ -9,8 +9,7 @@ from statistics import fmean
 
 from pydantic import BaseModel, Field
 
-from service.engine.api import Token
-from service.engine.request import Request
+from service.engine.api import Progress, Token
 
 
 class Spread(BaseModel):
@@ -71,23 +70,26 @@ def percentile(values: Sequence[float], q: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (rank - below)
 
 
-def measure(request: Request, tokens: Sequence[Token], received_s: float, sent_s: Sequence[float]) -> RunMetrics:
+def measure(
+    progress: Progress, tokens: Sequence[Token], *, num_prompt: int, received_s: float, sent_s: Sequence[float]
+) -> RunMetrics:
     """The metrics of one run.
 
     ttft = sent_0 - received        e2e = sent_{n-1} - received        tpot = (e2e - ttft) / (n - 1)
 
     Args:
-        request: the engine's side: when it was first scheduled, how full its steps were.
+        progress: the engine's side: when it was first scheduled, how full its steps were.
         tokens: the n tokens that were sent; may be fewer than the engine generated.
+        num_prompt: tokens of the prompt.
         received_s: when the request came in.
         sent_s: [n], when each token went out.
     """
-    scheduled_s = request.first_scheduled_s
+    scheduled_s = progress.first_scheduled_s
     ttft_s = sent_s[0] - received_s if sent_s else None
     e2e_s = sent_s[-1] - received_s if sent_s else None
     gaps_ms = [(after - before) * 1e3 for before, after in pairwise(sent_s)]
     return RunMetrics(
-        queue_ms=None if scheduled_s is None else (scheduled_s - request.arrival_s) * 1e3,
+        queue_ms=None if scheduled_s is None else (scheduled_s - received_s) * 1e3,
         prefill_ms=(tokens[0].time_s - scheduled_s) * 1e3 if tokens and scheduled_s is not None else None,
         ttft_ms=None if ttft_s is None else ttft_s * 1e3,
         itl_ms=Spread(mean=fmean(gaps_ms), p50=percentile(gaps_ms, 50), p99=percentile(gaps_ms, 99))
@@ -95,9 +97,9 @@ def measure(request: Request, tokens: Sequence[Token], received_s: float, sent_s
         else None,
         tpot_ms=None if ttft_s is None or e2e_s is None or not gaps_ms else (e2e_s - ttft_s) / len(gaps_ms) * 1e3,
         e2e_ms=None if e2e_s is None else e2e_s * 1e3,
-        prompt_tokens=len(request.prompt_ids),
+        prompt_tokens=num_prompt,
         generated_tokens=len(tokens),
-        cached_tokens=request.num_cached,
+        cached_tokens=progress.num_cached,
         tokens_per_s=len(tokens) / e2e_s if e2e_s else None,
-        batch_size_mean=request.batch_size_mean,
+        batch_size_mean=progress.batch_size_mean,
     )

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 
 from quant.scheme import PRESETS
-from service.cli.later import Later
 from service.cli.options import Model, RoundingOfWeights, complete, complete_list, scheme_of, takes_settings
-from service.cli.terminal import progress, told_in_one_line
+from service.cli.terminal import progress, quiet_libraries, told_in_one_line
+from service.later import Later
 from service.settings import load_settings
 
 EXAMPLES = """
@@ -61,6 +61,7 @@ def evaluate(
 ) -> None:
     """Measure what schemes cost in quality against the float model, and what they bring, on the int8 path."""
     with told_in_one_line():
+        quiet_libraries()
         chosen = load_settings(model=model, kv_cache=None if kv_cache == "both" else kv_cache, **settings)
         recipes = [scheme_of(name, chosen.alpha, rounding) for name in schemes.split(",")]
         storages = ("float", "int8") if kv_cache == "both" else (chosen.kv,)

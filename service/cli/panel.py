@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from service.engine.api import HostInfo, VariantInfo
 from service.settings import Settings
 from service.web.keys import is_loopback
 
@@ -19,11 +19,11 @@ Paths = Mapping[str, Iterable[str]]
 """Route -> its methods in lower case, as OpenAPI lists them."""
 
 
-def startup_panel(info: Mapping[str, Any], paths: Paths, settings: Settings, has_keys: bool) -> Panel:
+def startup_panel(info: HostInfo, paths: Paths, settings: Settings, has_keys: bool) -> Panel:
     """The panel: model, device, variants, what they should gain, endpoints, keys.
 
     Args:
-        info: what GET /info answers.
+        info: what is served.
         has_keys: clients need an API key.
     """
     grid = Table.grid(padding=(0, 2))
@@ -31,7 +31,7 @@ def startup_panel(info: Mapping[str, Any], paths: Paths, settings: Settings, has
     grid.add_column()
     for name, text in _rows(info, paths, settings, has_keys):
         grid.add_row(name, text)
-    return Panel(grid, title=f"ottava {escape(info['versions']['ottava'])}", title_align="left")
+    return Panel(grid, title=f"ottava {escape(info.versions['ottava'])}", title_align="left")
 
 
 def url_of(settings: Settings) -> str:
@@ -41,16 +41,16 @@ def url_of(settings: Settings) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _rows(info: Mapping[str, Any], paths: Paths, settings: Settings, has_keys: bool) -> Iterator[tuple[str, str]]:
+def _rows(info: HostInfo, paths: Paths, settings: Settings, has_keys: bool) -> Iterator[tuple[str, str]]:
     url = escape(url_of(settings))
-    yield "model", escape(f"{info['model']} ({info['family']}), up to {info['max_model_len']} tokens")
-    yield "device", escape(str(info["device"]))
+    yield "model", escape(f"{info.model} ({info.family}), up to {info.max_model_len} tokens")
+    yield "device", escape(info.device)
     if settings.config is not None:
         yield "settings", escape(str(settings.config))
     yield "", ""
-    for place, (name, variant) in enumerate(info["variants"].items()):
+    for place, (name, variant) in enumerate(info.variants.items()):
         yield name, escape(_variant(variant, is_default=place == 0))
-    yield "gain", escape(info["one_token"]["text"])
+    yield "gain", escape(info.one_token.text)
     yield "", ""
     yield "page", f"{url}/"
     yield "docs", f"{url}/docs"
@@ -63,12 +63,12 @@ def _rows(info: Mapping[str, Any], paths: Paths, settings: Settings, has_keys: b
     yield "keys", _keys(settings, has_keys)
 
 
-def _variant(variant: Mapping[str, Any], is_default: bool) -> str:
-    scheme = variant["description"] or "float weights and activations"
-    memory = f"{variant['weight_bytes'] / 1e6:,.0f} MB weights"
-    cache = f"{variant['kv_cache_bytes'] / 1e6:,.0f} MB {variant['kv_cache_dtype']} KV cache"
-    named = f"{variant['scheme']}, " if variant["scheme"] not in (None, "fp16", "w8a8") else ""
-    return f"{'default; ' if is_default else ''}{variant['dtype']}, {memory}, {cache}; {named}{scheme}"
+def _variant(variant: VariantInfo, is_default: bool) -> str:
+    scheme = variant.description or "float weights and activations"
+    memory = f"{variant.weight_bytes / 1e6:,.0f} MB weights"
+    cache = f"{variant.kv_cache_bytes / 1e6:,.0f} MB {variant.kv_cache_dtype} KV cache"
+    named = f"{variant.scheme}, " if variant.scheme not in (None, "fp16", "w8a8") else ""
+    return f"{'default; ' if is_default else ''}{variant.dtype}, {memory}, {cache}; {named}{scheme}"
 
 
 def _routes(paths: Paths, method: str, besides: str = "") -> list[str]:

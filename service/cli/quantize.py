@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from service.cli.later import Later
 from service.cli.options import RoundingOfWeights, complete, scheme_of, takes_settings
-from service.cli.terminal import progress, told_in_one_line
+from service.cli.terminal import progress, quiet_libraries, told_in_one_line
 from service.errors import InvalidSettings
+from service.later import Later
 from service.settings import INT8_SCHEMES, load_settings
 
 EXAMPLES = """
@@ -37,6 +37,7 @@ def quantize(
 ) -> None:
     """Write MODEL as a W8A8 checkpoint (compressed-tensors) that ottava, transformers and vLLM load."""
     with told_in_one_line():
+        quiet_libraries()
         chosen = load_settings(**settings)
         recipe = scheme_of(scheme, chosen.alpha, rounding).with_kv(chosen.kv)
         if not recipe.is_int8:

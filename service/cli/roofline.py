@@ -13,10 +13,10 @@ from rich.markup import escape
 from quant.analysis.feasibility import explain, parse_scheme
 from quant.analysis.gpus import GPUS
 from quant.analysis.roofline import SHAPES
-from service.cli.later import Later
 from service.cli.options import complete
 from service.cli.terminal import err, told_in_one_line
 from service.errors import InvalidSettings
+from service.later import Later
 
 EXAMPLES = """
 Examples:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from service.cli.later import Later
 from service.cli.options import FLAGS, SECRETS, Model, takes_settings
 from service.cli.panel import startup_panel, url_of
-from service.cli.terminal import err, progress, told_in_one_line
+from service.cli.terminal import Lines, err, progress, told_in_one_line
+from service.engine.api import HostInfo, Stage
+from service.later import Later
 from service.settings import Settings, load_settings
 from service.settings.file import variable_of
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from service.host import assemble
+    from service.telemetry import logs, tracing
+    from service.web import server
+else:
+    assemble, server = Later("service.host.assemble"), Later("service.web.server")
+    logs, tracing = Later("service.telemetry.logs"), Later("service.telemetry.tracing")
 
 EXAMPLES = f"""
 Every flag is also a variable, and a key of the file that --config names:
@@ -30,42 +43,43 @@ Examples:
 """
 
 log = logging.getLogger(__name__)
-app, hosting, keys = Later("service.web.app"), Later("service.host.variants"), Later("service.web.keys")
-logs, reloading, server = Later("service.telemetry.logs"), Later("service.host.reloader"), Later("service.web.server")
-tracing = Later("service.telemetry.tracing")
 
 
 @takes_settings(*FLAGS)
 def serve(model: Model = None, **flags: Any) -> None:
     """Serve MODEL over HTTP, W8A8 beside its baseline."""
-    with told_in_one_line():
+    with told_in_one_line(), ExitStack() as bars:
         settings = load_settings(model=model, **flags)
-        # Known before minutes of loading, not after them.
-        has_keys = not keys.Keyring(settings).is_empty
         tracing.check_tracing()
         logs.configure_logging(settings, sys.stderr)
-        with progress(log.info) as on_progress:
-            hosted = hosting.open_host(settings, on_progress)
-    try:
-        with told_in_one_line():
-            application = app.create_app(
-                hosted.engines,
-                settings,
-                hosted.tokenizer,
-                hosted.info,
-                hosted.self_check,
-                reloading.Reloader(hosted, settings),
-            )
-        _tell(hosted.info(), application.openapi()["paths"], settings, has_keys)
-        exit_code = server.run(application, settings, hosted.engines)
-    finally:
-        hosted.stop()
+        start_up = StartUp(settings, bars)
+        start_up.app = assemble.assemble(settings, start_up)
+        exit_code = server.run(start_up.app, settings)
     raise typer.Exit(exit_code)
 
 
-def _tell(info: dict[str, Any], paths: dict[str, Any], settings: Settings, has_keys: bool) -> None:
-    if settings.log_format == "json":
-        # A box of text among JSON lines would break their reader.
-        log.info("serving %s at %s", info["model"], url_of(settings), extra={"info": info, "needs_key": has_keys})
-        return
-    err.print(startup_panel(info, paths, settings, has_keys))
+class StartUp:
+    """Shows how far the start is, and what is served once that is known; see `service.host.client.Watch`."""
+
+    def __init__(self, settings: Settings, bars: ExitStack) -> None:
+        self.app: FastAPI | None = None
+        self._settings = settings
+        self._bars = bars
+        self._on_progress = bars.enter_context(progress(log.info))
+
+    def on_stage(self, stage: Stage) -> None:
+        """Show a stage; after the first start, when no bar is drawn any more, as a line."""
+        self._on_progress(stage.name, stage.done, stage.total, stage.detail)
+
+    def on_open(self, info: HostInfo) -> None:
+        """Say what is served, and where."""
+        self._bars.close()
+        self._on_progress = Lines(log.info)
+        assert self.app is not None
+        has_keys = not self.app.state.serving.keys.is_empty
+        if self._settings.log_format == "json":
+            # A box of text among JSON lines would break their reader.
+            extra = {"info": asdict(info), "needs_key": has_keys}
+            log.info("serving %s at %s", info.model, url_of(self._settings), extra=extra)
+        else:
+            err.print(startup_panel(info, self.app.openapi()["paths"], self._settings, has_keys))

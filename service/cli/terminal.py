@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from service.cli.later import Later
+from quant.errors import CheckpointError
 from service.errors import ChatError, StartupError
+from service.later import Later
 
 LINE_EVERY_S = 10.0
 """Between two lines of one stage where no bar can be drawn."""
@@ -21,8 +22,7 @@ LINE_EVERY_S = 10.0
 OnProgress = Callable[..., None]
 
 err = Console(stderr=True)
-checkpoints, torch = Later("quant.checkpoint.reader"), Later("torch")
-transformers_logging = Later("transformers.utils.logging")
+torch, transformers_logging = Later("torch"), Later("transformers.utils.logging")
 
 
 @contextmanager
@@ -30,10 +30,10 @@ def told_in_one_line() -> Iterator[None]:
     """Turn an error that the user can mend into one line on stderr and exit code 1."""
     try:
         yield
-    except (StartupError, ChatError, OSError) as error:
+    except (StartupError, ChatError, CheckpointError, OSError) as error:
         raise _told(error) from error
-    # Looked up only for an error that is none of the above, by when both modules are there.
-    except (checkpoints.CheckpointError, torch.OutOfMemoryError) as error:
+    # Looked up only for an error that is none of the above, which torch may have raised.
+    except torch.OutOfMemoryError as error:
         raise _told(error) from error
 
 
@@ -54,8 +54,6 @@ def progress(say: Callable[[str], None] | None = None) -> Iterator[OnProgress]:
 
     say: takes the lines; None for stderr, each behind the program's name.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     if not sys.stderr.isatty():
         yield Lines(say or _print)
         return
@@ -63,6 +61,12 @@ def progress(say: Callable[[str], None] | None = None) -> Iterator[OnProgress]:
         on_progress = Bars(bars)
         yield on_progress
         on_progress.finish()
+
+
+def quiet_libraries() -> None:
+    """Let transformers draw no bars of its own."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _print(line: str) -> None:

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from service.cli.later import Later
 from service.cli.options import takes_settings
 from service.cli.terminal import progress, told_in_one_line
 from service.errors import InvalidSettings
+from service.later import Later
 from service.settings import load_settings
 
 COMMON_SHAPES = [

@@ -8,13 +8,12 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from service.comparison.compare import agreement, speedup
 from service.comparison.tally import Comparisons
 from service.comparison.traffic import Traffic, num_in
-from service.engine.api import FinishReason, Token
-from service.engine.request import Engine, Request, Stream
+from service.engine.api import Engine, FinishReason, Progress, SamplingParams, Stream, Token
 from service.measures import RunMetrics, measure
 from service.telemetry.metrics import ABANDONED, DROPPED, REPLAYED, ServiceMetrics
 from service.text.protocols import TokenizerLike
@@ -29,12 +28,16 @@ log = logging.getLogger(__name__)
 class Sample:
     """A live request that has been answered.
 
-    stop: its stop strings. context: tokens that its text continues. tokens: what it was sent. submitted_s: when the
-    engine got it. is_contended: it had company.
+    params: with the seed that it drew, so that a sampled answer can agree too.
+    stop: its stop strings.   context: tokens that its text continues.   tokens: what it was sent.
+    submitted_s: when the engine got it.   is_contended: it had company.
     """
 
-    request: Request
+    request_id: str
     variant: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    progress: Progress
     stop: tuple[str, ...]
     context: Sequence[int]
     tokens: list[Token]
@@ -42,9 +45,10 @@ class Sample:
     is_contended: bool
 
 
-def engine_times(request: Request, tokens: Sequence[Token], submitted_s: float) -> RunMetrics:
+def engine_times(progress: Progress, tokens: Sequence[Token], num_prompt: int, submitted_s: float) -> RunMetrics:
     """A run's metrics from submission to when the engine read each token: no network, no reader, no tokenizer in it."""
-    return measure(request, tokens, submitted_s, [token.time_s for token in tokens])
+    sent_s = [token.time_s for token in tokens]
+    return measure(progress, tokens, num_prompt=num_prompt, received_s=submitted_s, sent_s=sent_s)
 
 
 class Shadow:
@@ -56,6 +60,7 @@ class Shadow:
     Args:
         engines: variant -> engine.
         baseline: the variant that replays.
+        tokenizer: of the model, once it is loaded.
         rate: share of the requests offered that is taken, 0 to 1.
         max_waiting: samples that may wait; the next is dropped.
         draw: uniform in [0, 1).
@@ -65,7 +70,8 @@ class Shadow:
         self,
         engines: Mapping[str, Engine],
         baseline: str,
-        tokenizer: TokenizerLike,
+        *,
+        tokenizer: Callable[[], TokenizerLike],
         traffic: Traffic,
         comparisons: Comparisons,
         metrics: ServiceMetrics,
@@ -145,13 +151,12 @@ class Shadow:
                 return
 
     async def _replay(self, sample: Sample) -> None:
-        live = sample.request
-        # With the seed that it drew, a sampled answer can agree too.
-        params = replace(live.params, seed=live.seed)
-        submitted_s = time.perf_counter()
-        stream = self._engines[self._baseline].submit(live.prompt_ids, params, f"{live.id}-shadow", submitted_s)
+        submitted_s, num_prompt = time.perf_counter(), len(sample.prompt_ids)
+        stream = self._engines[self._baseline].submit(
+            sample.prompt_ids, sample.params, f"{sample.request_id}-shadow", submitted_s
+        )
         self._stream = stream
-        output = Output(self._tokenizer.decoder(sample.context), sample.stop)
+        output = Output(self._tokenizer().detokenizer(sample.context), sample.stop)
         tokens: list[Token] = []
         try:
             async for step in stream:
@@ -162,8 +167,8 @@ class Shadow:
         finally:
             self._stream = None
             stream.finish(FinishReason.ABORT)
-        times = engine_times(live, sample.tokens, sample.submitted_s)
-        faster = speedup(times, engine_times(stream.request, tokens, submitted_s))
+        times = engine_times(sample.progress, sample.tokens, num_prompt, sample.submitted_s)
+        faster = speedup(times, engine_times(stream.progress, tokens, num_prompt, submitted_s))
         alike = agreement(sample.tokens, tokens)
         self._comparisons.add("shadow", sample.variant, faster, alike, sample.is_contended)
 
@@ -171,6 +176,6 @@ class Shadow:
         error = None if replay.cancelled() else replay.exception()
         if error is not None:
             # A fault of the baseline must not end shadow mode, nor a request: nobody waits for this answer.
-            log.error("the replay of %s failed: %s", sample.request.id, error, exc_info=error)
+            log.error("the replay of %s failed: %s", sample.request_id, error, exc_info=error)
         is_done = not replay.cancelled() and error is None
         self._metrics.shadowed(sample.variant, REPLAYED if is_done else ABANDONED)

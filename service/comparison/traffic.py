@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from service.engine.request import Engine
+from service.engine.api import Engine
 
 
 @dataclass(slots=True)

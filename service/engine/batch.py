@@ -124,7 +124,7 @@ class BatchBuilder:
     def _add_tokens(self, chunk: Chunk, columns: dict[str, list[int]]) -> None:
         request, size = chunk.request, self.block_size
         positions = range(chunk.start, chunk.start + chunk.length)
-        num_known = len(request.prompt_ids) + len(request.output)
+        num_known = len(request.prompt_ids) + len(request.output_ids)
         columns["positions"].extend(positions)
         columns["slots"].extend([request.blocks[p // size] * size + p % size for p in positions])
         columns["token_ids"].extend([request.token_id(p) if p < num_known else 0 for p in positions])

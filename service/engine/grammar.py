@@ -1,4 +1,4 @@
-"""What constrains an answer to a grammar: protocols that `service.text.protocols.json` implements."""
+"""What constrains an answer to a grammar: protocols that `service.text.json` implements."""
 
 from __future__ import annotations
 
@@ -22,4 +22,17 @@ class Grammar(Protocol):
 
     def matcher(self) -> Matcher:
         """A matcher at the start of an answer."""
+        ...
+
+
+class Grammars(Protocol):
+    """What makes grammars of rules, and keeps those it made."""
+
+    def compile(self, rules: str) -> Grammar:
+        """Takes up to seconds for rules that are new, and may be called from any thread.
+
+        Raises:
+            InvalidRequest: the rules cannot be compiled for this vocabulary.
+            QueueFull: as many grammars are being compiled as may be.
+        """
         ...

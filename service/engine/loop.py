@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import ParamSpec, Protocol, TypeVar
 
 from service.engine.api import EngineStats, SamplingParams
+from service.engine.client import EngineClient
 from service.engine.device_thread import DeviceThread
-from service.engine.inbox import Clients
+from service.engine.grammar import Grammars
+from service.engine.inbox import Inbox
+from service.engine.messages import Command, News, Sink
 from service.engine.request import Request
-from service.engine.scheduler import Result, Scheduler, Step
+from service.engine.scheduler import Scheduler, Step, StepResults
 from service.engine.stream import RequestStream
-from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, Watchdog, stacks
-from service.errors import EngineFailed, OttavaError, ReloadFailed
+from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, Watchdog, describe, is_poison, stacks
+from service.errors import EngineFailed, InvalidRequest, OttavaError, QueueFull, ReloadFailed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 class Handle(Protocol):
-    """A launched step: `read` waits for its tokens, one per chunk that samples, or what that request fails of."""
+    """A launched step: `read` waits for what it yields."""
 
-    def read(self) -> Sequence[Result]: ...
+    def read(self) -> StepResults: ...
 
 
 class StepRunner(Protocol):
@@ -62,6 +67,8 @@ class EngineLoop:
     A step that raises fails the requests that run; those that wait stay, and the engine goes on as often as its limits
     say. One fault too many, or a step that does not end, fails everyone and the engine for good: see `failed`.
 
+    It is an `Engine` for the process that it runs in; `put` and `sink` serve one that is asked from another process.
+
     Args:
         variant: its name.
         scheduler, runner: the plan and the device.
@@ -71,6 +78,7 @@ class EngineLoop:
         dtype: name of the activations' float type.
         weight_bytes: of the model, for the metrics.
         limits: what it bears before it stays failed.
+        grammars: compiles what answers are constrained by; None where nothing is.
     """
 
     def __init__(
@@ -78,29 +86,47 @@ class EngineLoop:
         variant: str,
         scheduler: Scheduler,
         runner: StepRunner,
+        *,
         device_thread: DeviceThread,
         max_model_len: int,
         max_waiting: int = 1024,
         dtype: str = "float32",
         weight_bytes: int = 0,
         limits: FaultLimits = FaultLimits(),  # noqa: B008 (it is frozen)
+        grammars: Grammars | None = None,
     ) -> None:
         self.variant = variant
         self.max_model_len = max_model_len
         self.dtype = dtype
         self.failed: Future[Exception] = Future()
         """What stopped the engine for good, once it has."""
+        self.is_exhausted = False
+        """It failed because it had gone on after faults as often as it may."""
         self._scheduler = scheduler
         self._runner = runner
-        self._turnstile = device_thread
+        self._device_thread = device_thread
         self._weight_bytes = weight_bytes
+        self._grammars = grammars
+        self._restarts = Restarts(limits)
+        self._inbox = Inbox(
+            variant, scheduler, grammars=grammars, sink=self._deliver, read_others=self._read_restarts_and_bytes
+        )
+        self._client = EngineClient(
+            variant,
+            self.put,
+            self._compile,
+            # The queue is looked at here, where its length is known to the last request.
+            max_waiting=sys.maxsize,
+            max_model_len=max_model_len,
+            dtype=dtype,
+        )
+        self._max_waiting = max_waiting
         self._step_batch_sizes = [0] * (scheduler.max_num_requests + 1)
-        self._clients = Clients(variant, scheduler, max_waiting)
-        self._wake = self._clients.wake
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._wake = self._inbox.wake
         self._unread: deque[tuple[Step, Handle]] = deque()
         self._lost: set[Request] = set()
         self._exchange: Exchange | None = None
-        self._restarts = Restarts(limits)
         self._in_hand: InHand | None = None
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name=f"engine-{variant}", daemon=True)
@@ -112,16 +138,17 @@ class EngineLoop:
         return self
 
     def stop(self, timeout_s: float = 10.0, error: OttavaError | None = None) -> None:
-        """End the thread after the step in flight; requests that are still here get the error. Again: no effect."""
+        """End the thread after the step in flight; requests that are still here get the error. Idempotent."""
         with self._wake:
-            self._is_stopping = self._clients.is_closed = True
+            self._is_stopping = True
             self._wake.notify()
         self._thread.join(timeout_s)
         self._end(error or EngineFailed(f"the engine of variant {self.variant!r} is stopping"))
 
     @property
-    def failure(self) -> Exception | None:
-        return self.failed.result() if self.failed.done() else None
+    def failure(self) -> str | None:
+        """See `Engine.failure`."""
+        return describe(self.failed.result()) if self.failed.done() else None
 
     @property
     def is_alive(self) -> bool:
@@ -137,7 +164,24 @@ class EngineLoop:
             QueueFull: max_waiting requests wait already.
             EngineFailed: the engine's thread has ended.
         """
-        return self._clients.submit(prompt_ids, params, request_id, arrival_s)
+        if self._inbox.is_closed:
+            raise EngineFailed(f"the engine of variant {self.variant!r} has stopped")
+        if self._inbox.num_waiting >= self._max_waiting:
+            raise QueueFull(f"{self._max_waiting} requests are waiting for variant {self.variant!r}; try again later")
+        self._event_loop = asyncio.get_running_loop()
+        return self._client.submit(prompt_ids, params, request_id, arrival_s)
+
+    async def compile(self, rules: str) -> None:
+        """See `Engine.compile`."""
+        await self._compile(rules)
+
+    def put(self, command: Command) -> None:
+        """Take a command, from any thread; what comes of it goes to the sink."""
+        self._inbox.put(command)
+
+    def serve(self, sink: Sink) -> None:
+        """Tell the news to this sink from now on, before anything is submitted."""
+        self._inbox.sink = sink
 
     def exchange(self, runner: StepRunner, num_blocks: int, weight_bytes: int) -> Future[None]:
         """Go on with another runner once the requests that run now have finished; those that wait, wait for it.
@@ -146,26 +190,48 @@ class EngineLoop:
             EngineFailed: the engine's thread has ended.
         """
         with self._wake:
-            self._clients.refuse_if_closed()
+            if self._inbox.is_closed:
+                raise EngineFailed(f"the engine of variant {self.variant!r} has stopped")
             assert self._exchange is None, "one exchange at a time"
             self._exchange = exchange = Exchange(runner, num_blocks, weight_bytes)
             self._wake.notify()
         return exchange.done
 
     def stats(self) -> EngineStats:
-        scheduler = self._scheduler
+        """See `Engine.stats`; from any thread."""
+        gauges = self._inbox.gauges()
         return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=self._clients.num_waiting,
-            num_blocks=scheduler.pool.num_blocks,
-            num_free_blocks=scheduler.pool.num_free,
-            num_preemptions=scheduler.num_preemptions,
+            num_running=gauges.num_running,
+            num_waiting=self._inbox.num_waiting,
+            num_blocks=gauges.num_blocks,
+            num_free_blocks=gauges.num_free_blocks,
+            num_preemptions=gauges.num_preemptions,
             num_steps=sum(self._step_batch_sizes),
+            weight_bytes=gauges.weight_bytes,
+            kv_cache_bytes=gauges.kv_cache_bytes,
             step_batch_sizes=tuple(self._step_batch_sizes),
-            weight_bytes=self._weight_bytes,
-            kv_cache_bytes=self._runner.kv_cache_bytes,
-            num_restarts=self._restarts.total,
+            num_restarts=gauges.num_restarts,
         )
+
+    def news(self) -> News:
+        """A reading of the engine, without any result."""
+        return News(self.variant, self._inbox.gauges())
+
+    def _deliver(self, news: News) -> None:
+        """Give news to the client on its event loop's thread."""
+        event_loop = self._event_loop
+        if event_loop is None or event_loop.is_closed():
+            self._client.receive(news)
+        else:
+            event_loop.call_soon_threadsafe(self._client.receive, news)
+
+    async def _compile(self, rules: str) -> None:
+        if self._grammars is None:
+            raise InvalidRequest("this engine takes no grammar", "response_format")
+        await asyncio.to_thread(self._grammars.compile, rules)
+
+    def _read_restarts_and_bytes(self) -> tuple[int, int, int]:
+        return self._restarts.total, self._weight_bytes, self._runner.kv_cache_bytes
 
     def _run(self) -> None:
         try:
@@ -174,6 +240,7 @@ class EngineLoop:
                 if self._restarts.allows(fault, time.perf_counter()):
                     self._fail_running(fault)
                 else:
+                    self.is_exhausted = not is_poison(fault)
                     self._fail(fault)
         except Exception as error:
             logger.exception("engine %s cannot go on after a fault", self.variant)
@@ -193,11 +260,11 @@ class EngineLoop:
     def _wait_for_work(self) -> bool:
         """Take in what arrived; sleep while there is nothing to do. False when the engine is to stop."""
         with self._wake:
-            while not (self._clients.has_word or self._is_stopping or self._exchange or self._has_work):
+            while not (self._inbox.has_word or self._is_stopping or self._exchange or self._has_work):
                 self._scheduler.check_integrity()
                 self._wake.wait()
             if not self._is_stopping:
-                self._clients.take_in()
+                self._inbox.take_in()
                 self._exchange_if_drained()
             return not self._is_stopping
 
@@ -220,8 +287,10 @@ class EngineLoop:
         num_before = len(self._unread)
         with self._wake:
             step = self._scheduler.schedule(time.perf_counter())
+            self._inbox.note_scheduled(self._scheduler.admitted)
+            self._inbox.publish()
         if step is not None:
-            handle = self._watched("launching", step, self._turnstile.run, self._runner.execute, step)
+            handle = self._watched("launching", step, self._device_thread.run, self._runner.execute, step)
             self._unread.append((step, handle))
             self._step_batch_sizes[len(step.chunks)] += 1
         for _ in range(num_before if self._runner.is_async else len(self._unread)):
@@ -238,7 +307,7 @@ class EngineLoop:
             if not is_placed:
                 self._lost.update(chunk.request for chunk in step.chunks)
         if is_placed:
-            self._clients.commit(step, results)
+            self._inbox.commit(step, results)
 
     def _watched(self, doing: str, step: Step, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call under the eye of the watchdog. Raises StepStuck where it has given the step up meanwhile."""
@@ -254,7 +323,7 @@ class EngineLoop:
 
     def _fail_running(self, fault: Exception) -> None:
         """Tell the requests that run, one of which may be the cause, and free what they held."""
-        self._clients.fail_running(
+        self._inbox.fail_running(
             self._salvage(),
             EngineFailed(
                 f"a step of the engine of variant {self.variant!r} raised {type(fault).__name__}: the requests in it "
@@ -291,7 +360,7 @@ class EngineLoop:
     def _end(self, error: OttavaError) -> None:
         with self._wake:
             self._is_stopping = True
-            self._clients.close(error)
+            self._inbox.close(error)
             exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.done.set_exception(ReloadFailed(f"the engine ended before the exchange: {error.message}"))

@@ -10,7 +10,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from service.engine.api import Token
+from service.engine.messages import Logprob
+from service.engine.request import Request
 from service.engine.scheduler import Chunk
 from service.models.decoder import Decoder
 
@@ -36,17 +37,22 @@ class Scores:
         logprobs, ids, top = (t.to("cpu", non_blocking=True) for t in (self.logprobs, self.top_ids, self.top_logprobs))
         return replace(self, logprobs=logprobs, top_ids=ids, top_logprobs=top)
 
-    def hand_out(self, now_s: float) -> None:
-        """Append each to its request's `prompt_logprobs`, once it is on the host."""
+    def by_request(self) -> list[tuple[Request, list[Logprob]]]:
+        """Each request with the log-probabilities that this step has of its prompt, once they are on the host."""
         rows = zip(self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
+        found = []
         for chunk in self.chunks:
-            request = chunk.request
-            scored = islice(rows, len(chunk.scored))
-            for position, (logprob, ids, top) in zip(chunk.scored, scored, strict=True):
-                wanted = request.params.prompt_logprobs
-                likeliest = tuple(zip(ids[:wanted], top[:wanted], strict=True))
-                token = Token(request.prompt_ids[position + 1], now_s, logprob, likeliest)
-                request.prompt_logprobs.append(token)
+            wanted = chunk.request.params.prompt_logprobs
+            found.append(
+                (
+                    chunk.request,
+                    [
+                        Logprob(logprob, list(zip(ids[:wanted], top[:wanted], strict=True)))
+                        for logprob, ids, top in islice(rows, len(chunk.scored))
+                    ],
+                )
+            )
+        return found
 
 
 def score_prompts(decoder: Decoder, hidden: Tensor, chunks: Sequence[Chunk]) -> Scores | None:

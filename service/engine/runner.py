@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.tiles import BUCKETS
-from service.engine.api import Token
 from service.engine.batch import Batch, BatchBuilder
+from service.engine.messages import Logprob
 from service.engine.prompt_logprobs import Scores, score_prompts
 from service.engine.request import Request
 from service.engine.sampler import Choice, Fault, sample
 from service.engine.sampling import SamplingBatch
-from service.engine.scheduler import Chunk, Result, Step
+from service.engine.scheduler import Chunk, Step, StepResults
 from service.errors import EngineFailed
 from service.models.attention import KVCache
 from service.models.decoder import Decoder
@@ -38,59 +38,62 @@ class Sampled:
     chunks: list[Chunk]
     ready: torch.cuda.Event | None
 
-    def read(self) -> list[Result]:
-        """Wait for the step and return one result per sampling chunk: its token, or EngineFailed for it alone.
-
-        The log-probabilities of prompts are handed to their requests.
-        """
+    def read(self) -> StepResults:
+        """Wait for the step, and return what it yields."""
         if self.ready is not None:
             self.ready.synchronize()
-        now_s = time.perf_counter()
-        if self.scores is not None:
-            self.scores.hand_out(now_s)
-        rows = zip(self.chunks, self.choice.faults.tolist(), self._tokens(now_s), strict=True)
-        # A first token is looked at more closely: with it the prompt's log-probabilities are complete.
-        return [_judged(chunk, fault, token) if fault or not chunk.index else token for chunk, fault, token in rows]
+        time_s = time.perf_counter()
+        scored = [] if self.scores is None else self.scores.by_request()
+        return StepResults(time_s, self.choice.ids.tolist(), self._faults(scored), self._logprobs(), scored)
 
-    def _tokens(self, now_s: float) -> list[Token]:
-        ids = self.choice.ids.tolist()
+    def _faults(self, scored: Sequence[tuple[Request, Sequence[Logprob]]]) -> dict[int, EngineFailed]:
+        """The requests that are lost, by place."""
+        faults = {}
+        for place, fault in enumerate(self.choice.faults.tolist()):
+            if fault:
+                faults[place] = _fault_of(fault, self.chunks[place])
+        # With a first token the log-probabilities of its prompt are complete.
+        unscored = {request for request, logprobs in scored if any(math.isnan(entry.logprob) for entry in logprobs)}
+        for place, chunk in enumerate(self.chunks):
+            if chunk.index == 0 and chunk.request.params.prompt_logprobs is not None:
+                earlier = any(math.isnan(entry.logprob) for entry in chunk.request.prompt_logprobs)
+                if earlier or chunk.request in unscored:
+                    faults[place] = _not_finite("for a token of the prompt")
+        return faults
+
+    def _logprobs(self) -> dict[int, Logprob]:
         if self.choice.logprobs is None:
-            return [Token(token_id, now_s) for token_id in ids]
+            return {}
         assert self.choice.top_ids is not None
         assert self.choice.top_logprobs is not None
         rows = zip(
             self.chunks,
-            ids,
             self.choice.logprobs.tolist(),
             self.choice.top_ids.tolist(),
             self.choice.top_logprobs.tolist(),
             strict=True,
         )
-        return [_token(chunk, now_s, *row) for chunk, *row in rows]
+        return {
+            place: Logprob(logprob, list(zip(top_ids[:wanted], top[:wanted], strict=True)))
+            for place, (chunk, logprob, top_ids, top) in enumerate(rows)
+            if (wanted := chunk.request.params.logprobs) is not None
+        }
 
 
-def _token(chunk: Chunk, now_s: float, token_id: int, logprob: float, top_ids: list[int], top: list[float]) -> Token:
-    wanted = chunk.request.params.logprobs
-    if wanted is None:
-        return Token(token_id, now_s)
-    return Token(token_id, now_s, logprob, tuple(zip(top_ids[:wanted], top[:wanted], strict=True)))
-
-
-def _judged(chunk: Chunk, fault: int, token: Token) -> Result:
-    """The token, or why its request is lost."""
+def _fault_of(fault: int, chunk: Chunk) -> EngineFailed:
     if fault == Fault.NONE_ALLOWED:
         return EngineFailed(
             f"the answer cannot go on after {chunk.index} tokens: the grammar allows no token that the model holds for "
             "possible; loosen the schema, or use a model with a larger vocabulary"
         )
-    is_unscored = chunk.index == 0 and any(math.isnan(t.logprob or 0.0) for t in chunk.request.prompt_logprobs)
-    if fault == Fault.NOT_FINITE or is_unscored:
-        where = "for a token of the prompt" if is_unscored else f"for token {chunk.index} of the answer"
-        return EngineFailed(
-            f"the model's logits {where} are NaN or infinite: this request is lost, others go on; send it to another "
-            "variant, or serve weights of another scheme or dtype if it happens again"
-        )
-    return token
+    return _not_finite(f"for token {chunk.index} of the answer")
+
+
+def _not_finite(where: str) -> EngineFailed:
+    return EngineFailed(
+        f"the model's logits {where} are NaN or infinite: this request is lost, others go on; send it to another "
+        "variant, or serve weights of another scheme or dtype if it happens again"
+    )
 
 
 class Runner:
@@ -232,7 +235,7 @@ class Runner:
             request = chunk.request
             owner = (request, request.num_preemptions)
             if self._seen_owner[request.row] != owner:
-                known = request.prompt_ids + [token.id for token in request.output]
+                known = request.prompt_ids + request.output_ids
                 row = self._seen[request.row]
                 row.zero_()
                 row[torch.tensor(known, device=self.device)] = True

@@ -7,17 +7,14 @@ lengths, never values: it can plan the step after the one in flight before that 
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from service.engine.api import FinishReason, Token
+from service.engine.api import FinishReason
 from service.engine.blocks import BlockPool
+from service.engine.messages import Logprob
 from service.engine.request import Request
-
-Result = Token | Exception
-"""What a chunk that samples yields: a token, or why its request is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +50,24 @@ class Step:
         return all(chunk.length == 1 and chunk.samples for chunk in self.chunks)
 
 
+@dataclass(frozen=True, slots=True)
+class StepResults:
+    """What a step yields. Places count the chunks that sample, in order.
+
+    time_s: when it was read, by `time.perf_counter`.
+    token_ids: one for each place.
+    faults: place -> why the request there is lost; its token id means nothing.
+    logprobs: place -> the log-probability of its token, where asked for.
+    scored: requests with the log-probabilities of their prompts' next tokens.
+    """
+
+    time_s: float
+    token_ids: Sequence[int]
+    faults: Mapping[int, Exception] = field(default_factory=dict)
+    logprobs: Mapping[int, Logprob] = field(default_factory=dict)
+    scored: Sequence[tuple[Request, Sequence[Logprob]]] = ()
+
+
 class Scheduler:
     """Continuous batching over a paged KV cache: chunked prefill, preemption by recomputation."""
 
@@ -74,6 +89,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.admits_new = True
         """False lets nobody start who has not run yet, until `is_drained`."""
+        self.admitted: list[Request] = []
+        """Those that the last `schedule` let start for the first time."""
         self._free_rows = list(range(max_num_requests - 1, -1, -1))
 
     @property
@@ -95,7 +112,9 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> Step | None:
         """Plan the next step and move the lengths as if it were done; None where nothing can run."""
+        self.admitted = []
         chunks: list[Chunk] = []
+        scheduled: set[Request] = set()
         budget = self.max_batched_tokens
         is_starved = False
         num_preemptions = self.num_preemptions
@@ -105,10 +124,11 @@ class Scheduler:
             length = min(request.num_tokens - request.num_computed, budget)
             if length == 0:
                 break
-            if not self._grow(request, length, {chunk.request.id for chunk in chunks}):
+            if not self._grow(request, length, scheduled):
                 is_starved = True
                 continue
             chunks.append(self._advance(request, length))
+            scheduled.add(request)
             budget -= length
         may_admit = not is_starved and self.num_preemptions == num_preemptions
         while may_admit and self.waiting and budget and self._can_admit(self.waiting[0]):
@@ -117,27 +137,33 @@ class Scheduler:
             request.blocks.extend(self.pool.allocate(self._num_blocks(length)))
             chunks.append(self._advance(request, length))
             budget -= length
-        for chunk in chunks:
-            chunk.request.num_steps += 1
-            chunk.request.num_batch_rows += len(chunks)
         return Step(chunks) if chunks else None
 
-    def commit(self, step: Step, results: Sequence[Result]) -> list[Request]:
-        """Hand out the results of a finished step; returns the requests that took one.
+    def commit(self, step: Step, results: StepResults) -> list[tuple[int, Request]]:
+        """Hand out the results of a finished step: the requests that took one, each with its place.
 
-        An error ends its request and no other. Results of requests that ended meanwhile are dropped.
+        A fault ends its request and no other. Results of requests that ended meanwhile are dropped.
         """
-        took: list[Request] = []
-        sampled = (chunk.request for chunk in step.chunks if chunk.samples)
-        for request, result in zip(sampled, results, strict=True):
-            if request.is_finished:
+        took: list[tuple[int, Request]] = []
+        num_requests, place = len(step.chunks), 0
+        for request, logprobs in results.scored:
+            request.prompt_logprobs += logprobs
+        for chunk in step.chunks:
+            request = chunk.request
+            request.num_steps += 1
+            request.num_batch_rows += num_requests
+            if not chunk.samples:
+                request.is_uncounted = True
                 continue
-            request.num_pending -= 1
-            took.append(request)
-            if isinstance(result, Token):
-                self._append(request, result)
-            else:
-                self.finish(request, FinishReason.ABORT, time.perf_counter())
+            if not request.is_finished:
+                request.num_pending -= 1
+                took.append((place, request))
+                if place in results.faults:
+                    self.finish(request, FinishReason.ABORT, results.time_s)
+                else:
+                    self._append(request, results.token_ids[place], results.time_s)
+            place += 1
+        assert place == len(results.token_ids), f"{place} requests sampled, {len(results.token_ids)} tokens came"
         return took
 
     def finish(self, request: Request, reason: FinishReason, now_s: float) -> None:
@@ -159,15 +185,15 @@ class Scheduler:
             self._free_rows
         )
 
-    def _append(self, request: Request, token: Token) -> None:
-        request.output.append(token)
+    def _append(self, request: Request, token_id: int, time_s: float) -> None:
+        request.output_ids.append(token_id)
         if request.matcher is not None:
-            request.matcher.accept(token.id)
+            request.matcher.accept(token_id)
         ends = request.matcher is not None or not request.params.ignore_eos
-        if token.id in self.eos_ids and ends:
-            self.finish(request, FinishReason.STOP, token.time_s)
-        elif len(request.output) >= request.params.max_tokens:
-            self.finish(request, FinishReason.LENGTH, token.time_s)
+        if ends and token_id in self.eos_ids:
+            self.finish(request, FinishReason.STOP, time_s)
+        elif len(request.output_ids) >= request.params.max_tokens:
+            self.finish(request, FinishReason.LENGTH, time_s)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -181,11 +207,11 @@ class Scheduler:
         request.num_pending += samples
         return chunk
 
-    def _grow(self, request: Request, length: int, scheduled: set[str]) -> bool:
+    def _grow(self, request: Request, length: int, scheduled: set[Request]) -> bool:
         """Give the request the blocks for length more tokens, preempting the youngest that is not in this step."""
         missing = self._num_blocks(request.num_computed + length) - len(request.blocks)
         while missing > self.pool.num_free:
-            victims = [r for r in self.running if r.id not in scheduled and r is not request]
+            victims = [r for r in self.running if r not in scheduled and r is not request]
             if not victims:
                 return False
             self._preempt(victims[-1])
@@ -212,6 +238,7 @@ class Scheduler:
         request.row = self._free_rows.pop()
         if request.first_scheduled_s is None:
             request.first_scheduled_s = now_s
+            self.admitted.append(request)
         self.running.append(request)
         return request
 

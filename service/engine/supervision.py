@@ -65,6 +65,11 @@ def is_poison(fault: BaseException) -> bool:
     return is_accelerators or (isinstance(fault, RuntimeError) and any(text in str(fault) for text in POISON))
 
 
+def describe(fault: BaseException) -> str:
+    """A fault in a word and a line."""
+    return f"{type(fault).__name__}: {fault}"
+
+
 @dataclass(frozen=True, slots=True)
 class InHand:
     """A step that a thread waits for. doing: "launching" or "reading"; since_s: by `time.perf_counter`."""

@@ -20,7 +20,7 @@ def versions() -> dict[str, str]:
     """Of ottava and of what it computes with."""
     return {
         "ottava": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": triton.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from quant.analysis.gpus import GPUS, Gpu
 from quant.analysis.roofline import Work
 from quant.linear import Int8Linear
+from service.engine.api import OneToken
 from service.models.decoder import Decoder, Layer
 from service.models.mlp import Experts
 from service.models.weights import Linear
@@ -31,23 +32,19 @@ def step_work(decoder: Decoder) -> Work:
     return Work(in_float, in_int8, sum(linear.weight_bytes for linear in linears))
 
 
-def describe_one_token(decoders: Mapping[str, Decoder], baseline: str, device: str) -> dict[str, object]:
-    """For /info: bytes of each variant, the speed-up that they allow, and both in a sentence.
-
-    speedup_at_best: the baseline's bytes / the variant's, per variant; null unless the device's roofs are known and the
-    step is bound by memory there in both.
-    """
+def describe_one_token(decoders: Mapping[str, Decoder], baseline: str, device: str) -> OneToken:
+    """Bytes of each variant, the speed-up that they allow, and both in a sentence."""
     work = {name: step_work(decoder) for name, decoder in decoders.items()}
     gpu = GPUS.get(BOARDS.get(device, ""))
     slow = work.get(baseline)
     speedups = {} if slow is None else {n: _speedup(slow, own, gpu) for n, own in work.items() if n != baseline}
     said = " and ".join(f"{_megabytes(own)} MB in {name}" for name, own in work.items())
     roofs = [_roof(name, ratio, work[name], slow, gpu) for name, ratio in speedups.items() if gpu and slow and ratio]
-    return {
-        "weight_bytes": {name: own.num_bytes for name, own in work.items()},
-        "speedup_at_best": speedups,
-        "text": " ".join([f"For one token, a step reads weights of {said}.", *roofs]),
-    }
+    return OneToken(
+        weight_bytes={name: round(own.num_bytes) for name, own in work.items()},
+        speedup_at_best=speedups,
+        text=" ".join([f"For one token, a step reads weights of {said}.", *roofs]),
+    )
 
 
 def _visited(layer: Layer) -> Iterator[Linear]:

@@ -14,21 +14,24 @@ from torch import Tensor
 
 from quant.checkpoint.reader import Checkpoint, CheckpointError
 from quant.scheme import Scheme
+from service.engine.api import Reloaded
 from service.engine.device_thread import DeviceThread
 from service.engine.runner import Runner
 from service.errors import EngineFailed, ReloadFailed, StartupError, first_line
 from service.host.memory import cache_blocks
+from service.host.model_host import ModelHost, open_model
 from service.host.self_check import CHECK_PROMPTS
-from service.host.variants import Host, Variant, variant_notes
+from service.host.variants import Variant, variant_notes
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.loader import refuse_unsafe
 from service.models.weights import Linear, Weights
 from service.process import settle
 from service.settings import BASELINE, Settings
+from service.store.progress import Progress, silent
 from service.store.resolve import is_quantized
+from service.store.tokenizer import tokenizer_folder
 from service.text.tokenizer import Tokenizer
-from service.web.reloads import Reloaded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,29 +46,29 @@ class InTurns:
 
     def __init__(self, weights: Weights, device_thread: DeviceThread) -> None:
         self._weights = weights
-        self._turnstile = device_thread
+        self._device_thread = device_thread
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """See `Weights`."""
-        return self._turnstile.run(torch.inference_mode()(self._weights.tensor), name, shape)
+        return self._device_thread.run(torch.inference_mode()(self._weights.tensor), name, shape)
 
     def linear(
         self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
     ) -> Linear:
         """See `Weights`."""
         read = torch.inference_mode()(self._weights.linear)
-        return self._turnstile.run(read, name, out_features, in_features, has_bias, is_transposed)
+        return self._device_thread.run(read, name, out_features, in_features, has_bias, is_transposed)
 
 
 class Reloader:
-    """A `service.web.reloads.Reload`; one call at a time, on a thread of its own.
+    """A `service.host.model_host.Reload`; one call at a time, on a thread of its own.
 
     The new weights are read beside the old ones, checked against the baseline, and warmed up on the KV cache that is in
     use, all between the steps of the engines. Only then does the engine stop to start requests, lets those that run
     finish, and goes on with the new weights. Whatever fails before has changed nothing.
     """
 
-    def __init__(self, host: Host, settings: Settings) -> None:
+    def __init__(self, host: ModelHost, settings: Settings) -> None:
         self._host = host
         self._settings = settings
 
@@ -160,7 +163,8 @@ class Reloader:
         return num_blocks, runner
 
     def _refuse_other_tokenizer(self, folder: Path) -> None:
-        served, other = self._host.tokenizer, Tokenizer.from_folder(folder)
+        served = self._host.tokenizer
+        other = Tokenizer.from_folder(tokenizer_folder(folder, self._settings.cache_dir))
         agree = all(served.encode(text) == other.encode(text) for text in CHECK_PROMPTS)
         if not agree or served.eos_ids != other.eos_ids:
             raise ReloadFailed(
@@ -168,6 +172,13 @@ class Reloader:
                 "for it",
                 "model",
             )
+
+
+def open_host(settings: Settings, on_progress: Progress = silent) -> ModelHost:
+    """Load what the settings name, with a checkpoint that can be exchanged. Raises as `open_model` does."""
+    host = open_model(settings, on_progress)
+    host.reload = Reloader(host, settings)
+    return host
 
 
 def _folder(old: Variant, model: str | None) -> Path:

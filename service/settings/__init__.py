@@ -1,5 +1,13 @@
 """How the service is set up: flags, variables and keys of a TOML file, all from one class."""
 
-from service.settings.settings import BASELINE, INT8_SCHEMES, PublicRoute, Settings, Variant, load_settings
+from service.settings.settings import (
+    BASELINE,
+    INT8_SCHEMES,
+    PublicRoute,
+    Settings,
+    Variant,
+    load_settings,
+    without_secrets,
+)
 
-__all__ = ["BASELINE", "INT8_SCHEMES", "PublicRoute", "Settings", "Variant", "load_settings"]
+__all__ = ["BASELINE", "INT8_SCHEMES", "PublicRoute", "Settings", "Variant", "load_settings", "without_secrets"]

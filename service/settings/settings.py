@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from quant.scheme import PRESETS, KVStorage
 from service.errors import InvalidSettings
-from service.settings.fields import Choices, HostName, Origin, Panel, is_list
+from service.settings.fields import Choices, HostName, Origin, Panel, is_list, is_secret
 from service.settings.file import ENV_PREFIX, SettingsFile, complaint, unknown_variable
 
 INT8_SCHEMES = tuple(name for name, scheme in PRESETS.items() if scheme.is_int8)
@@ -192,6 +192,11 @@ class Settings(BaseSettings):
     engine_restart_window_s: float = Field(
         600.0, gt=0, allow_inf_nan=False, description="Seconds after which a restart of an engine counts no more."
     )
+    in_process: bool = Field(
+        False,
+        description="Run the engine in the process of the web, which eases debugging: slower under load, and an engine "
+        "that dies takes the server with it.",
+    )
     exit_on_failure: bool = Field(
         True, description="Exit with an error once an engine has failed for good, for the supervisor; off: answer 500."
     )
@@ -305,6 +310,12 @@ def load_settings(**overrides: object) -> Settings:
     except ValidationError as error:
         said = [_told(e["loc"], e["input"], e["msg"], given) for e in error.errors()]
         raise InvalidSettings("; ".join(said)) from error
+
+
+def without_secrets(settings: Settings) -> dict[str, Any]:
+    """The settings that another process of this server may know, as JSON types: `load_settings` takes them."""
+    secrets = {name for name, field in Settings.model_fields.items() if is_secret(field)}
+    return settings.model_dump(mode="json", exclude=secrets)
 
 
 def _told(loc: tuple[int | str, ...], value: object, message: str, given: dict[str, object]) -> str:

@@ -13,24 +13,30 @@ from pythonjsonlogger.json import JsonFormatter
 from service.settings import Settings
 from service.telemetry.record import RequestRecord, current
 
-TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+TEXT_FORMAT = "%(asctime)s %(levelname)s {process} %(name)s: %(message)s"
 QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})
 """Asked every few seconds by machines: their lines are for debugging unless something is wrong."""
 
 access = logging.getLogger("ottava.access")
 
 
-def configure_logging(settings: Settings, stream: TextIO = sys.stderr) -> None:
-    """Send all loggers, the HTTP server's own among them, to one stream in the format that the settings name."""
+def configure_logging(settings: Settings, stream: TextIO = sys.stderr, process: str = "web") -> None:
+    """Send all loggers, the HTTP server's own among them, to one stream in the format that the settings name.
+
+    The two processes of a server write to the same stream, a line at a time; each line names its process.
+    """
     handler = logging.StreamHandler(stream)
     handler.addFilter(_add_request_id)
     if settings.log_format == "json":
         fields = {"asctime": "time", "levelname": "level", "name": "logger"}
         formatter: logging.Formatter = JsonFormatter(
-            "%(asctime)s %(levelname)s %(name)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z", rename_fields=fields
+            "%(asctime)s %(levelname)s %(name)s %(message)s",
+            datefmt="%Y-%m-%dT%H:%M:%S%z",
+            rename_fields=fields,
+            static_fields={"process": process},
         )
     else:
-        formatter = logging.Formatter(TEXT_FORMAT)
+        formatter = logging.Formatter(TEXT_FORMAT.format(process=process))
     handler.setFormatter(formatter)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
 

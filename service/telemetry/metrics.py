@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -13,9 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from service.engine.api import EngineStats, FinishReason, Token
-from service.engine.request import Engine, Request
-from service.errors import CapacityError, RequestError
+from service.engine.api import Engine, EngineStats, FinishReason, HostInfo, Token
+from service.errors import CapacityError, NotReady, RequestError
 from service.measures import Agreement, RunMetrics, Speedup
 
 # fmt: off
@@ -43,7 +41,7 @@ NO_VARIANT = "none"
 class ServiceMetrics:
     """What the HTTP side counts. Label `variant` everywhere."""
 
-    def __init__(self, engines: Mapping[str, Engine], info: Callable[[], Mapping[str, object]]) -> None:
+    def __init__(self, engines: Mapping[str, Engine], info: Callable[[], HostInfo]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engines, info))
         self._ttft = self._histogram("time_to_first_token_seconds", "First token sent - received", TTFT_BUCKETS)
@@ -100,12 +98,14 @@ class ServiceMetrics:
             self.count(variant, ERROR)
             raise
 
-    def tokens_sent(self, variant: str, request: Request, received_s: float, sent_s: Sequence[float], new: int) -> None:
+    def first_token(self, variant: str, num_prompt: int, num_cached: int, ttft_s: float) -> None:
+        """Observe the first token of a run: of its prompt tokens, num_cached were found in the cache."""
+        self._ttft.labels(variant).observe(ttft_s)
+        self._prompt_tokens.labels(variant).inc(num_prompt)
+        self._cached.labels(variant).inc(num_cached)
+
+    def tokens_sent(self, variant: str, sent_s: Sequence[float], new: int) -> None:
         """Observe the last `new` of the tokens sent so far."""
-        if new == len(sent_s):
-            self._ttft.labels(variant).observe(sent_s[0] - received_s)
-            self._prompt_tokens.labels(variant).inc(len(request.prompt_ids))
-            self._cached.labels(variant).inc(request.num_cached)
         # Looking both up by label takes 3 us, a twentieth of what a token costs.
         found = self._per_token.get(variant)
         if found is None:
@@ -157,7 +157,7 @@ class ServiceMetrics:
 class _EngineCollector(Collector):
     """Series that mirror `Engine.stats()`: read when Prometheus asks, so that they cannot lag behind."""
 
-    def __init__(self, engines: Mapping[str, Engine], info: Callable[[], Mapping[str, object]]) -> None:
+    def __init__(self, engines: Mapping[str, Engine], info: Callable[[], HostInfo]) -> None:
         self._engines = engines
         self._info = info
 
@@ -187,8 +187,12 @@ class _EngineCollector(Collector):
 
     def _info_family(self) -> Metric:
         """One series per variant; its labels are the texts of /info, so numbers that change make no new series."""
-        texts = {k: v for k, v in self._info().items() if isinstance(v, str) and re.fullmatch("[a-zA-Z_]\\w*", k)}
         family = InfoMetricFamily("ottava", "What is served", labels=["variant"])
+        try:
+            info = self._info()
+        except NotReady:
+            return family
+        texts = {"model": info.model, "family": info.family, "device": info.device}
         for variant, engine in self._engines.items():
             own = {"variant": variant, "dtype": engine.dtype, "max_model_len": str(engine.max_model_len)}
             family.add_metric([variant], {**texts, **own})

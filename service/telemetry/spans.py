@@ -7,6 +7,8 @@ Source: OpenTelemetry semantic conventions, HTTP server spans and GenAI inferenc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
@@ -25,7 +27,7 @@ PROVIDER = "ottava"
 class SpanTracer:
     """Makes the spans of requests of one model and hands them to a processor."""
 
-    def __init__(self, model: str, processor: SpanProcessor) -> None:
+    def __init__(self, model: Callable[[], str], processor: SpanProcessor) -> None:
         # Resource.create reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, which win.
         resource = Resource({SERVICE_NAME: PROVIDER, "service.version": __version__}).merge(Resource.create())
         self._model = model
@@ -48,7 +50,7 @@ class SpanTracer:
         inside, operation = set_span_in_context(span), _operation(record)
         for run in record.runs:
             child = self._tracer.start_span(
-                f"{operation} {self._model}",
+                f"{operation} {self._model()}",
                 context=inside,
                 kind=SpanKind.INTERNAL,
                 attributes=self._run_attributes(run, operation),
@@ -68,13 +70,13 @@ class SpanTracer:
         attributes: dict[str, AttributeValue] = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": PROVIDER,
-            "gen_ai.request.model": self._model,
+            "gen_ai.request.model": self._model(),
             "gen_ai.request.max_tokens": params.max_tokens,
             "gen_ai.request.temperature": params.temperature,
             "gen_ai.request.top_p": params.top_p,
             "gen_ai.request.top_k": float(params.top_k),
             "gen_ai.response.id": run.id,
-            "gen_ai.response.model": self._model,
+            "gen_ai.response.model": self._model(),
             "gen_ai.usage.input_tokens": metrics.prompt_tokens,
             "gen_ai.usage.output_tokens": metrics.generated_tokens,
             "gen_ai.usage.cache_read.input_tokens": metrics.cached_tokens,
@@ -94,7 +96,7 @@ class SpanTracer:
         return attributes
 
 
-def exporting_tracer(model: str) -> SpanTracer:
+def exporting_tracer(model: Callable[[], str]) -> SpanTracer:
     """A tracer that sends batches over OTLP, as the OTEL_EXPORTER_OTLP_* variables say."""
     return SpanTracer(model, BatchSpanProcessor(OTLPSpanExporter()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Protocol
@@ -32,8 +32,11 @@ def is_traced(environment: Mapping[str, str] = os.environ) -> bool:
     return not is_off and any(environment.get(name) for name in ENDPOINTS)
 
 
-def open_tracer(model: str, environment: Mapping[str, str] = os.environ) -> Tracer | None:
+def open_tracer(model: Callable[[], str], environment: Mapping[str, str] = os.environ) -> Tracer | None:
     """A tracer that exports to the endpoint of the environment, or None where it names none.
+
+    Args:
+        model: its name, asked for when a generation is over.
 
     Raises:
         InvalidSettings: as `check_tracing`.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-from service.engine.grammar import Grammar
+from typing import Protocol
 
 
 class DetokenizerLike(Protocol):
@@ -43,14 +41,6 @@ class TokenizerLike(Protocol):
         """What a token adds to the UTF-8 of a text; of a special token, its name."""
         ...
 
-    def decoder(self, context: Sequence[int] = ()) -> DetokenizerLike:
+    def detokenizer(self, context: Sequence[int] = ()) -> DetokenizerLike:
         """For one request; context: the tokens that its text continues."""
-        ...
-
-    def grammar(self, schema: dict[str, Any] | None) -> Grammar:
-        """What an answer in JSON must match: a JSON schema, or None for any object. Not on the event loop: it may
-        take a second.
-
-        Raises InvalidRequest where the schema or this vocabulary cannot be served, QueueFull where too many compile.
-        """
         ...

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from hashlib import sha256
 
+from service.engine.api import HostInfo
 from service.errors import UnknownModel
 
 MAX_SHOWN = 80
@@ -17,16 +19,19 @@ class ModelNames:
 
     Args:
         variants: the first answers to NAME.
-        info: what GET /info answers; NAME is its `model`.
+        info: what is served; NAME is its `model`. Raises NotReady before that is known, as all that needs it does.
     """
 
-    def __init__(self, variants: Iterable[str], info: Callable[[], dict[str, object]]) -> None:
+    def __init__(self, variants: Iterable[str], info: Callable[[], HostInfo]) -> None:
         self.created = int(time.time())
         """Unix seconds."""
         self._variants = tuple(variants)
         self._info = info
         self._fingerprints: dict[str, str] = {}
-        self.name = str(info().get("model"))
+
+    @property
+    def name(self) -> str:
+        return self._info().model
 
     def variant_of(self, name: str | None) -> str:
         """The variant that a name stands for; of None, the first.
@@ -53,9 +58,8 @@ class ModelNames:
         """Equal as long as model, checkpoint, device and versions are; read from `info` once, see `refresh`."""
         if variant not in self._fingerprints:
             info = self._info()
-            variants = info.get("variants")
-            own = variants.get(variant) if isinstance(variants, dict) else None
-            facts = [self.name, variant, own, info.get("device"), info.get("versions")]
+            own = info.variants.get(variant)
+            facts = [self.name, variant, None if own is None else asdict(own), info.device, dict(info.versions)]
             digest = sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
             self._fingerprints[variant] = f"fp_{digest[:12]}"
         return self._fingerprints[variant]

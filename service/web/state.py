@@ -1,17 +1,19 @@
-"""What the routes share: engines, tokenizer, metrics, who is ready, and who is running."""
+"""What the routes share: the engines and their tokenizer, metrics, who is ready, and who is running."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from fastapi import Request as HTTPRequest
 
 from service.comparison.shadow import Shadow
 from service.comparison.tally import Comparisons
 from service.comparison.traffic import Traffic, Visit
-from service.engine.request import Engine
-from service.errors import EngineFailed, InvalidSettings, NotReady, ReloadFailed, UnknownVariant
+from service.engine.api import Engine, HostInfo, Reloaded, Stage
+from service.errors import EngineFailed, InvalidSettings, NotReady, OttavaError, ReloadFailed, UnknownVariant
 from service.settings import BASELINE, Settings
 from service.telemetry.metrics import ServiceMetrics
 from service.telemetry.recent import Recent
@@ -20,20 +22,59 @@ from service.web.keys import Keyring
 from service.web.lifecycle import Lifecycle
 from service.web.limits import KeyLimits, Pace
 from service.web.model_names import ModelNames
-from service.web.reloads import Reload, Reloaded, Reloads
+from service.web.reloads import Reloads
 
-STARTING = "the start-up self-check is still running"
 STOPPING = "the server is stopping"
+
+
+class Host(Protocol):
+    """The engines of one model as the web sees them; `service.host.client.HostClient`.
+
+    engines: by variant, the default one first.
+    stage: what their start-up is at; None once they serve.
+    refused: variants that the self-check keeps from serving, and why.
+    failure: what ended one of them for good; `failed` is set then.
+    is_stuck: it was a step that does not end.
+    """
+
+    stage: Stage | None
+    refused: Mapping[str, str]
+    failure: OttavaError | None
+    failed: asyncio.Event
+    is_stuck: bool
+
+    @property
+    def engines(self) -> Mapping[str, Engine]: ...
+
+    @property
+    def info(self) -> HostInfo:
+        """What is served. Raises NotReady before that is known."""
+        ...
+
+    @property
+    def tokenizer(self) -> TokenizerLike:
+        """Of the model. Raises NotReady before it is loaded."""
+        ...
+
+    async def run(self) -> None:
+        """Open the engines and check them, again where they die; returns once they are closed or failed for good."""
+        ...
+
+    async def reload(self, model: str | None) -> Reloaded:
+        """Serve the checkpoint of a folder, None for the present one's. Raises ReloadFailed: the old one serves on."""
+        ...
+
+    async def close(self, error: OttavaError) -> None:
+        """End the engines; requests that are still there get the error. Idempotent."""
+        ...
 
 
 @dataclass(slots=True)
 class Serving:
-    """One app's state. refused: None until the self-check is done, then the reason for each variant it refused."""
+    """One app's state."""
 
-    engines: Mapping[str, Engine]
+    host: Host
     settings: Settings
-    tokenizer: TokenizerLike
-    info: Callable[[], dict[str, object]]
     metrics: ServiceMetrics
     traffic: Traffic
     recent: Recent
@@ -45,39 +86,45 @@ class Serving:
     reloads: Reloads
     models: ModelNames
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
-    refused: Mapping[str, str] | None = None
 
     @classmethod
-    def over(
-        cls,
-        engines: Mapping[str, Engine],
-        settings: Settings,
-        tokenizer: TokenizerLike,
-        info: Callable[[], dict[str, object]],
-        reload: Reload,
-    ) -> Serving:
+    def over(cls, host: Host, settings: Settings) -> Serving:
         """The state of a fresh app."""
-        metrics, traffic = ServiceMetrics(engines, info), Traffic()
+        metrics, traffic = ServiceMetrics(host.engines, lambda: host.info), Traffic()
         comparisons = Comparisons(metrics)
-        rate, max_waiting = settings.shadow_rate, settings.shadow_queue
-        shadow = Shadow(engines, BASELINE, tokenizer, traffic, comparisons, metrics, rate, max_waiting)
-        limits = KeyLimits(settings.max_concurrent_per_key, settings.max_requests_per_minute)
-        return cls(
-            engines,
-            settings,
-            tokenizer,
-            info,
-            metrics,
-            traffic,
-            Recent(),
-            comparisons,
-            shadow,
-            Keyring(settings),
-            limits,
-            Pace(),
-            Reloads(reload, metrics),
-            ModelNames(engines, info),
+        shadow = Shadow(
+            host.engines,
+            BASELINE,
+            tokenizer=lambda: host.tokenizer,
+            traffic=traffic,
+            comparisons=comparisons,
+            metrics=metrics,
+            rate=settings.shadow_rate,
+            max_waiting=settings.shadow_queue,
         )
+        return cls(
+            host=host,
+            settings=settings,
+            metrics=metrics,
+            traffic=traffic,
+            recent=Recent(),
+            comparisons=comparisons,
+            shadow=shadow,
+            keys=Keyring(settings),
+            limits=KeyLimits(settings.max_concurrent_per_key, settings.max_requests_per_minute),
+            pace=Pace(),
+            reloads=Reloads(host.reload, metrics),
+            models=ModelNames(host.engines, lambda: host.info),
+        )
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        return self.host.engines
+
+    @property
+    def tokenizer(self) -> TokenizerLike:
+        """Of the model. Raises NotReady before it is loaded."""
+        return self.host.tokenizer
 
     def visit(self) -> Visit:
         """A client's request comes in; it must `leave`."""
@@ -92,8 +139,8 @@ class Serving:
 
         Raises:
             UnknownVariant: no such variant here.
-            NotReady: the self-check is not done, or refused it.
-            EngineFailed: a step of it raised.
+            NotReady: it is still starting, or the self-check refused it.
+            EngineFailed: it has failed for good.
         """
         engine = self.engines.get(variant)
         if engine is None:
@@ -101,11 +148,11 @@ class Serving:
             raise UnknownVariant(
                 f"`variant` is {variant[:80]!r}, which is not served here; use one of: {served}", "variant"
             )
+        if engine.failure is not None:
+            raise EngineFailed(f"the {variant} engine has stopped after a failure; the server must be restarted")
         reason = self.why_unready(variant)
         if reason is not None:
             raise NotReady(f"variant {variant} is not ready: {reason}", "variant")
-        if engine.failure is not None:
-            raise EngineFailed(f"the {variant} engine has stopped after a failure; the server must be restarted")
         return engine
 
     async def reload(self, model: str | None) -> Reloaded:
@@ -114,16 +161,14 @@ class Serving:
         Raises:
             ReloadFailed: with the reason; also while the server starts or stops. What was served before still is.
         """
-        if self.is_draining or self.refused is None:
-            raise ReloadFailed(STOPPING if self.is_draining else STARTING)
+        if self.is_draining or self.host.stage is not None:
+            raise ReloadFailed(STOPPING if self.is_draining else f"the server is not ready: {self.host.stage}")
         try:
             self.keys.reload()
         except InvalidSettings as error:
             raise ReloadFailed(f"the API keys cannot be read again: {error.message}") from error
         reloaded = await self.reloads.run(model)
         self.models.refresh()
-        # It has passed the check that the one before may have failed.
-        self.refused = {variant: why for variant, why in self.refused.items() if variant != reloaded.variant}
         return reloaded
 
     @property
@@ -131,14 +176,19 @@ class Serving:
         """The server is stopping: it takes no new generations."""
         return self.lifecycle.is_draining
 
+    @property
+    def is_ready(self) -> bool:
+        """The start-up is over, and its self-check; a variant may have been refused."""
+        return self.host.stage is None
+
     def why_unready(self, variant: str) -> str | None:
         """What keeps a served variant from being ready, its engine's health aside."""
-        return STARTING if self.refused is None else self.refused.get(variant)
+        return self.host.refused.get(variant) if self.is_ready else str(self.host.stage)
 
     def failures(self) -> dict[str, str]:
-        """The engines that have stopped, and why."""
+        """The engines that have stopped for good, and why."""
         stopped = {variant: engine.failure for variant, engine in self.engines.items()}
-        return {variant: f"{type(error).__name__}: {error}" for variant, error in stopped.items() if error is not None}
+        return {variant: why for variant, why in stopped.items() if why is not None}
 
 
 def serving_of(request: HTTPRequest) -> Serving:

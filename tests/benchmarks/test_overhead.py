@@ -110,19 +110,19 @@ def test_a_paced_step_takes_its_time_from_the_end_of_the_one_before():
         step = scheduler.schedule(0.0)
         launched.append((step, runner.execute(step)))
     assert time.perf_counter() - started_s < 0.02
-    tokens = [handle.read() for _, handle in launched]
-    assert tokens[1][0].time_s - started_s >= 0.04
-    assert [token.id for token in tokens[0]] == [5, [5, 6, 7][97 % 3]]
-    assert [token.id for token in tokens[1]] == [6, [6, 7, 5][97 % 3]]
+    results = [handle.read() for _, handle in launched]
+    assert results[1].time_s - started_s >= 0.04
+    assert results[0].token_ids == [5, [5, 6, 7][97 % 3]]
+    assert results[1].token_ids == [6, [6, 7, 5][97 % 3]]
 
 
 def test_a_made_vocabulary_gives_every_token_a_text_and_every_text_back():
     tokenizer = made_tokenizer(1000)
     assert tokenizer.vocab_size == 1000
     text = "na\u00efve: 2 \u20ac\n"
-    decoder = tokenizer.decoder()
+    decoder = tokenizer.detokenizer()
     assert "".join(map(decoder.push, tokenizer.encode(text))) + decoder.flush() == text
-    assert all(tokenizer.decoder((0,)).push(token_id).startswith(" ") for token_id in (256, 999))
+    assert all(tokenizer.detokenizer((0,)).push(token_id).startswith(" ") for token_id in (256, 999))
     with pytest.raises(ValueError, match="at least 256"):
         made_tokenizer(100)
 

@@ -8,38 +8,54 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import uvicorn
 from fastapi import FastAPI
 
-from service.settings import Settings
-from service.web.app import create_app
-from tests.support.fake_engine import ByteTokenizer, FakeEngine
+from service.engine.api import OneToken, VariantInfo
+from tests.support.fake_engine import INFO, FakeEngine
+from tests.support.harness import app_of
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 START_S = 30.0
 WEIGHTS = {"w8a8": 182_000_000, "fp16": 325_000_000}
-INFO = {
-    "model": "SmolLM2-135M-Instruct",
-    "device": "NVIDIA H100 80GB HBM3",
-    "variants": {
-        "w8a8": {
-            "description": "int8 weights with one scale per output channel, int8 activations with one scale per token.",
-            "weight_bytes": WEIGHTS["w8a8"],
-        },
-        "fp16": {"description": "weights and activations in fp16.", "weight_bytes": WEIGHTS["fp16"]},
-    },
-    "one_token": {"text": "For one token, a step reads weights of 163 MB in w8a8 and 269 MB in fp16."},
-    "versions": {"ottava": "0"},
+DESCRIPTIONS = {
+    "w8a8": "int8 weights with one scale per output channel, int8 activations with one scale per token.",
+    "fp16": "weights and activations in fp16.",
 }
+
+
+def described(name: str) -> VariantInfo:
+    """What the page is told of a variant."""
+    return VariantInfo(
+        scheme=name,
+        description=DESCRIPTIONS[name],
+        alpha=None,
+        calibration=None,
+        dtype="float16",
+        kv_cache_dtype="float16",
+        weight_bytes=WEIGHTS[name],
+        kv_cache_bytes=1000,
+        max_num_requests=64,
+        checkpoint=None,
+        generation=1,
+        loaded_at="2024-05-06T00:00:00+00:00",
+    )
 
 
 def page_app(engines: Mapping[str, FakeEngine], **settings: object) -> FastAPI:
     """The app with an /info that the page can show; variants are those of the engines."""
-    info = INFO | {"variants": {name: INFO["variants"][name] for name in engines}}
-    return create_app(engines, Settings(**settings), ByteTokenizer(), lambda: info, dict)
+    info = replace(
+        INFO,
+        model="SmolLM2-135M-Instruct",
+        device="NVIDIA H100 80GB HBM3",
+        variants={name: described(name) for name in engines},
+        one_token=OneToken({}, {}, "For one token, a step reads weights of 163 MB in w8a8 and 269 MB in fp16."),
+    )
+    return app_of(engines, info=info, **settings)
 
 
 @contextmanager
@@ -50,7 +66,7 @@ def served(app: FastAPI) -> Iterator[str]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     end = time.monotonic() + START_S
-    while not (server.started and app.state.serving.refused is not None) and time.monotonic() < end:
+    while not (server.started and app.state.serving.is_ready) and time.monotonic() < end:
         time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -11,6 +11,7 @@ from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
+from tests.support.grammars import REGISTRY
 
 CPU = torch.device("cpu")
 
@@ -21,7 +22,15 @@ PROMPTS = [[(7 * i * j + 3 * j + i) % 250 + 3 for j in range(2 + 5 * i)] for i i
 def make_engine(decoder, num_blocks=200, block_size=16, rows=16, budget=64, **kwargs) -> EngineLoop:
     runner = Runner(decoder, num_blocks, block_size, rows, budget)
     plan = Scheduler(num_blocks, block_size, rows, budget, frozenset(kwargs.pop("eos_ids", ())))
-    return EngineLoop("w8a8", plan, runner, DeviceThread(), decoder.config.max_model_len, **kwargs).start()
+    return EngineLoop(
+        "w8a8",
+        plan,
+        runner,
+        device_thread=DeviceThread(),
+        max_model_len=decoder.config.max_model_len,
+        grammars=REGISTRY,
+        **kwargs,
+    ).start()
 
 
 async def collect(engine: EngineLoop, prompt: list[int], params: SamplingParams, name: str = "r") -> list[Token]:

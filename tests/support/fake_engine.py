@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from service.engine.api import EngineStats, FinishReason, SamplingParams, Token
-from service.engine.request import Request
-from service.errors import EngineFailed, QueueFull
+from service.engine.api import FinishReason, HostInfo, OneToken, Reloaded, SamplingParams
+from service.engine.client import EngineClient
+from service.engine.grammar import Grammar, Grammars
+from service.engine.messages import Command, Ended, Fault, Gauges, Logprob, News, Scored, Sink, Submit, fault_of
+from service.errors import EngineFailed
+from service.host.model_host import nothing_to_reload
 
 EOS = 0
 NUM_BLOCKS = 100
+
+INFO = HostInfo(
+    model="fake",
+    family="fake",
+    max_model_len=64,
+    variants={},
+    one_token=OneToken({}, {}, ""),
+    device="fake",
+    gpu_memory_bytes=None,
+    versions={"ottava": "0"},
+)
 
 
 class ByteTokenizer:
@@ -34,11 +51,11 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return b"<eos>" if token_id == EOS else bytes([token_id])
 
-    def decoder(self, context: Sequence[int] = ()) -> ByteDecoder:
-        return ByteDecoder()
+    def detokenizer(self, context: Sequence[int] = ()) -> ByteDetokenizer:
+        return ByteDetokenizer()
 
 
-class ByteDecoder:
+class ByteDetokenizer:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -50,33 +67,31 @@ class ByteDecoder:
 
 
 @dataclass(eq=False)
-class FakeStream:
-    request: Request
-    engine: FakeEngine
-    queue: asyncio.Queue[list[Token] | EngineFailed | None] = field(default_factory=asyncio.Queue)
+class FakeRequest:
+    """A request as the fake holds it."""
+
+    id: str
+    handle: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    arrival_s: float
+    seed: int
+    output: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    finished_s: float | None = None
     task: asyncio.Task[None] | None = None
-    is_closed: bool = False
 
-    async def __aiter__(self) -> AsyncIterator[list[Token]]:
-        while not self.is_closed:
-            item = await self.queue.get()
-            if isinstance(item, EngineFailed):
-                raise item
-            if item is None:
-                return
-            yield item
 
-    def finish(self, reason: FinishReason) -> None:
-        if not (self.is_closed or self.request.is_finished):
-            self.is_closed = True
-            self.queue.put_nowait(None)
-            if self.task is not None:
-                self.task.cancel()
-            delay_s = self.engine.release_delay_s
-            if delay_s:
-                asyncio.get_running_loop().call_later(delay_s, self.engine.release, self, reason)
-            else:
-                self.engine.release(self, reason)
+def _loop() -> asyncio.AbstractEventLoop:
+    """The event loop, on a thread of its own, on which all fakes of this process live."""
+    if not _loops:
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, name="fake-engines", daemon=True).start()
+        _loops.append(loop)
+    return _loops[0]
+
+
+_loops: list[asyncio.AbstractEventLoop] = []
 
 
 class FakeEngine:
@@ -88,6 +103,7 @@ class FakeEngine:
     """
 
     dtype = "float32"
+    is_exhausted = True
 
     def __init__(
         self,
@@ -108,101 +124,234 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.delay_s = delay_s
         self.fail_at = fail_at
-        self.max_waiting = max_waiting
+        self._max_waiting = max_waiting
+        self.client: EngineClient | None = None
         self.logprob = logprob
         self.tokens_per_step = tokens_per_step
         self.release_delay_s = release_delay_s
         self.log = log if log is not None else []
-        self.active: set[FakeStream] = set()
-        self.submitted: list[Request] = []
-        self.freed: list[Request] = []
-        self.failure: BaseException | None = None
+        self.active: set[FakeRequest] = set()
+        self.submitted: list[FakeRequest] = []
+        self.freed: list[FakeRequest] = []
+        self.failed: Future[Exception] = Future()
+        self.num_taken = 0
         self.num_steps = 0
+        self.sink: Sink = lambda _: None
 
-    def submit(
-        self, prompt_ids: list[int], params: SamplingParams, request_id: str, arrival_s: float | None = None
-    ) -> FakeStream:
-        if self.failure is not None:
-            raise EngineFailed("the engine has stopped")
-        if len(self.active) >= self.max_waiting:
-            raise QueueFull(f"{self.max_waiting} requests are waiting; try again later")
-        arrival_s = time.perf_counter() if arrival_s is None else arrival_s
-        request = Request(request_id, prompt_ids, params, arrival_s, params.seed or 0)
-        stream = FakeStream(request, self)
-        self.active.add(stream)
-        self.submitted.append(request)
-        self.log.append(("start", self.variant))
-        stream.task = asyncio.ensure_future(self._generate(stream))
-        return stream
+    @property
+    def max_waiting(self) -> int:
+        return self._max_waiting
 
-    def release(self, stream: FakeStream, reason: FinishReason) -> None:
-        stream.request.finish_reason = reason
-        stream.request.finished_s = time.perf_counter()
-        self.active.remove(stream)
-        self.freed.append(stream.request)
-        self.log.append(("end", self.variant))
+    @max_waiting.setter
+    def max_waiting(self, limit: int) -> None:
+        self._max_waiting = limit
+        if self.client is not None:
+            self.client.max_waiting = limit
 
-    def stats(self) -> EngineStats:
-        return EngineStats(
-            num_running=len(self.active),
-            num_waiting=0,
-            num_blocks=NUM_BLOCKS,
-            num_free_blocks=NUM_BLOCKS - len(self.active),
-            num_preemptions=2,
-            num_steps=self.num_steps,
-            weight_bytes=1000,
-            kv_cache_bytes=2000,
-            step_batch_sizes=(0, self.num_steps),
+    @property
+    def failure(self) -> Exception | None:
+        return self.failed.result() if self.failed.done() else None
+
+    def fail(self, error: Exception) -> None:
+        """Fail for good."""
+        self.failed.set_result(error)
+
+    def attach(self, client: EngineClient) -> None:
+        """Let the web's side of this engine refuse by the same limit."""
+        self.client = client
+        client.max_waiting = self._max_waiting
+
+    # What `service.host.channel.server` asks of an engine.
+
+    def put(self, command: Command) -> None:
+        _loop().call_soon_threadsafe(self._take, command)
+
+    def serve(self, sink: Sink) -> None:
+        self.sink = sink
+
+    def news(self) -> News:
+        return News(
+            self.variant,
+            Gauges(
+                num_taken=self.num_taken,
+                num_running=len(self.active),
+                num_blocks=NUM_BLOCKS,
+                num_free_blocks=NUM_BLOCKS - len(self.active),
+                num_preemptions=2,
+                weight_bytes=1000,
+                kv_cache_bytes=2000,
+            ),
         )
 
-    def _ids(self, request: Request) -> tuple[list[int], FinishReason]:
+    def stop(self, timeout_s: float = 0.0) -> None:
+        """End everything that runs, as a host that is closed does."""
+        _loop().call_soon_threadsafe(self._stop)
+
+    def _take(self, command: Command) -> None:
+        if isinstance(command, Submit):
+            self._submit(command)
+            return
+        request = next((each for each in self.active if each.handle == command.handle), None)
+        if request is None:
+            return
+        if request.task is not None:
+            request.task.cancel()
+        if self.release_delay_s:
+            _loop().call_later(self.release_delay_s, self._finish, request, command.reason)
+        else:
+            self._finish(request, command.reason)
+
+    def _submit(self, command: Submit) -> None:
+        self.num_taken = command.number
+        refusal = None
+        if self.failed.done():
+            refusal = EngineFailed("the engine has stopped")
+        if refusal is not None:
+            self._tell(ended=[Ended(command.handle, FinishReason.ABORT, time.perf_counter(), fault_of(refusal))])
+            return
+        request = FakeRequest(
+            command.request_id, command.handle, command.prompt_ids, command.params, command.arrival_s, command.seed
+        )
+        self.active.add(request)
+        self.submitted.append(request)
+        self.log.append(("start", self.variant))
+        request.task = _loop().create_task(self._generate(request))
+
+    def _finish(self, request: FakeRequest, reason: FinishReason) -> None:
+        if request in self.active:
+            self.release(request, reason)
+            self._tell(released=[request.handle])
+
+    def _stop(self) -> None:
+        for request in list(self.active):
+            if request.task is not None:
+                request.task.cancel()
+            self.release(request, FinishReason.ABORT)
+
+    def release(self, request: FakeRequest, reason: FinishReason) -> None:
+        request.finish_reason, request.finished_s = reason, time.perf_counter()
+        self.active.remove(request)
+        self.freed.append(request)
+        self.log.append(("end", self.variant))
+
+    def _tell(self, **news: object) -> None:
+        told = self.news()
+        for name, value in news.items():
+            setattr(told, name, value)
+        self.sink(told)
+
+    def _ids(self, request: FakeRequest) -> tuple[list[int], FinishReason]:
         reply = self.reply if isinstance(self.reply, str) else self.reply(request.prompt_ids, request.params)
         ids, limit = list(reply.encode()), request.params.max_tokens
         if request.params.ignore_eos:
-            ids = (ids * (limit // len(ids) + 1))[:limit]
-        else:
-            ids.append(EOS)
-        return (
-            (ids[:limit], FinishReason.STOP)
-            if len(ids[:limit]) == len(ids) and not request.params.ignore_eos
-            else (
-                ids[:limit],
-                FinishReason.LENGTH,
-            )
-        )
+            return (ids * (limit // len(ids) + 1))[:limit], FinishReason.LENGTH
+        ids.append(EOS)
+        return ids[:limit], FinishReason.STOP if len(ids) <= limit else FinishReason.LENGTH
 
-    async def _generate(self, stream: FakeStream) -> None:
-        request = stream.request
+    async def _generate(self, request: FakeRequest) -> None:
         ids, reason = self._ids(request)
-        request.first_scheduled_s = time.perf_counter()
-        request.prompt_logprobs = self._scores(request)
+        self._tell(scheduled=[(request.handle, time.perf_counter(), 0)])
         for start in range(0, len(ids), self.tokens_per_step):
             await asyncio.sleep(self.delay_s)
             if self.fail_at is not None and start >= self.fail_at:
-                self.failure = RuntimeError("secret path /srv/weights")
-                self.release(stream, FinishReason.ABORT)
-                stream.queue.put_nowait(EngineFailed(f"the engine of variant {self.variant!r} failed"))
+                self._fail(request)
                 return
-            tokens = [self._token(token_id, request.params) for token_id in ids[start : start + self.tokens_per_step]]
-            request.output.extend(tokens)
-            request.num_steps += 1
-            request.num_batch_rows += len(self.active)
-            self.num_steps += 1
-            stream.queue.put_nowait(tokens)
-        self.release(stream, reason)
-        stream.queue.put_nowait(None)
+            self._step(request, ids[start : start + self.tokens_per_step], reason, start + self.tokens_per_step)
 
-    def _scores(self, request: Request) -> list[Token]:
+    def _step(self, request: FakeRequest, ids: list[int], reason: FinishReason, num_done: int) -> None:
+        now_s, is_first = time.perf_counter(), not request.output
+        request.output.extend(ids)
+        self.num_steps += 1
+        ended = []
+        num_active = len(self.active)
+        if num_done >= len(self._ids(request)[0]):
+            self.release(request, reason)
+            ended = [Ended(request.handle, reason, now_s)]
+        self._tell(
+            num_requests=num_active,
+            time_s=now_s,
+            handles=[request.handle] * len(ids),
+            token_ids=ids,
+            logprobs=self._logprobs(ids, request.params),
+            scored=[self._scores(request, now_s)] if is_first and request.params.prompt_logprobs is not None else [],
+            ended=ended,
+        )
+
+    def _fail(self, request: FakeRequest) -> None:
+        error = RuntimeError("secret path /srv/weights")
+        self.release(request, FinishReason.ABORT)
+        fault = fault_of(EngineFailed(f"the engine of variant {self.variant!r} failed"))
+        self._tell(ended=[Ended(request.handle, FinishReason.ABORT, time.perf_counter(), fault)])
+        if not self.failed.done():
+            self.failed.set_result(error)
+
+    def _scores(self, request: FakeRequest, now_s: float) -> Scored:
         """Of prompt token n: -n / 4, and as likeliest the bytes before it in the alphabet, each a little likelier."""
-        num_top, now_s = request.params.prompt_logprobs, time.perf_counter()
-        if num_top is None:
+        num_top = request.params.prompt_logprobs or 0
+        return Scored(
+            request.handle,
+            now_s,
+            [
+                Logprob(-place / 4, [(abs(id_ - n), -place / 4 + n / 100) for n in range(num_top, 0, -1)])
+                for place, id_ in enumerate(request.prompt_ids[1:], 1)
+            ],
+        )
+
+    def _logprobs(self, ids: list[int], params: SamplingParams) -> list[tuple[int, Logprob]]:
+        if params.logprobs is None:
             return []
         return [
-            Token(id_, now_s, -place / 4, tuple((abs(id_ - n), -place / 4 + n / 100) for n in range(num_top, 0, -1)))
-            for place, id_ in enumerate(request.prompt_ids[1:], 1)
+            (place, Logprob(self.logprob, [(id_ + n, -0.5 - n) for n in range(params.logprobs)]))
+            for place, id_ in enumerate(ids)
         ]
 
-    def _token(self, token_id: int, params: SamplingParams) -> Token:
-        top = () if params.logprobs is None else tuple((token_id + n, -0.5 - n) for n in range(params.logprobs))
-        logprob = None if params.logprobs is None else self.logprob
-        return Token(token_id, time.perf_counter(), logprob, top)
+
+@dataclass
+class FakeGrammars:
+    """Takes any rules; `compiled` holds them. refuse: raised instead."""
+
+    compiled: list[str] = field(default_factory=list)
+    refuse: Exception | None = None
+
+    def compile(self, rules: str) -> Grammar:
+        if self.refuse is not None:
+            raise self.refuse
+        self.compiled.append(rules)
+        return FreeGrammar()
+
+
+class FreeGrammar:
+    def matcher(self) -> FreeGrammar:
+        return self
+
+    def allowed(self) -> bytes:
+        return b"\xff" * 32
+
+    def accept(self, token_id: int) -> None:
+        pass
+
+
+@dataclass
+class FakeHost:
+    """What `service.host.channel.server` asks of a host, over fake engines."""
+
+    engines: Mapping[str, FakeEngine]
+    check: Callable[[], Mapping[str, str]] = dict
+    reload: Callable[[str | None], Reloaded] = nothing_to_reload
+    described: HostInfo = INFO
+    grammars: Grammars = field(default_factory=FakeGrammars)
+    tokenizer_folder: Path = Path("fake")
+
+    def info(self) -> HostInfo:
+        return self.described
+
+    def self_check(self) -> Mapping[str, str]:
+        return self.check()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        for engine in self.engines.values():
+            engine.stop(timeout_s)
+
+
+def fault(error: Exception) -> Fault:
+    return fault_of(error)

@@ -7,10 +7,7 @@ import asyncio
 import pytest
 
 from service.engine.api import SamplingParams
-from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
-from service.engine.scheduler import Scheduler
-from service.engine.supervision import FaultLimits
 from service.errors import EngineFailed
 
 FAULT = RuntimeError("a kernel raised")
@@ -20,21 +17,6 @@ BOTH = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 
 
 EITHER = pytest.mark.parametrize("where", ["on_execute", "on_read"])
-
-
-@pytest.fixture
-def engine_of():
-    engines = []
-
-    def start(runner, rows=4, num_blocks=64, block_size=4, device_thread=None, **limits):
-        plan = Scheduler(num_blocks, block_size, rows, 64)
-        made = EngineLoop("w8a8", plan, runner, device_thread or DeviceThread(), 256, limits=FaultLimits(**limits))
-        engines.append(made.start())
-        return made
-
-    yield start
-    for engine in engines:
-        engine.stop(1.0)
 
 
 async def outcome(stream, ids: list[int] | None = None) -> list[int] | EngineFailed:

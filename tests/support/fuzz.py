@@ -10,8 +10,8 @@ import os
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, settings
 from jsonschema import Draft202012Validator
-from transformers import PreTrainedTokenizerFast
 
+from service.text.chat_template import ChatTemplate
 from service.text.tokenizer import Tokenizer
 from tests.support.harness import app_of, two_engines
 from tests.support.tokenizers import TEMPLATE, byte_level_backend
@@ -33,9 +33,10 @@ thorough = settings(
 
 def fuzz_app(**options: object) -> FastAPI:
     """The whole app over fake engines and a real tokenizer, with a chat template and a compiler of grammars."""
-    fast = PreTrainedTokenizerFast(tokenizer_object=byte_level_backend(), chat_template=TEMPLATE)
     engines = two_engines(reply="naïve 😀 end", max_model_len=MAX_MODEL_LEN, tokens_per_step=8)
-    return app_of(engines, tokenizer=Tokenizer(fast, frozenset({0})), **options)
+    return app_of(
+        engines, tokenizer=Tokenizer(byte_level_backend(), frozenset({0}), ChatTemplate(TEMPLATE, {})), **options
+    )
 
 
 def strictly(text: str | bytes) -> object:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from service.engine.api import SamplingParams
+from service.engine.grammar import Grammar, Matcher
 from service.text.json.compiler import JsonCompiler
+from service.text.json.schema import json_grammar
 
 EOS = 2
 
@@ -10,7 +13,7 @@ EOS = 2
 TOKENS = [b"", b"", b"", *(bytes([byte]) for byte in range(3, 256))]
 
 
-JSON = JsonCompiler(TOKENS, frozenset({EOS}))
+JSON = JsonCompiler(lambda: TOKENS, frozenset({EOS}))
 
 
 SCHEMA = {
@@ -24,6 +27,32 @@ SCHEMA = {
     },
     "required": ["kind", "size", "tags"],
 }
+
+
+RULES = json_grammar(SCHEMA)
+
+
+class Registry:
+    """Compiles rules as production does, and knows grammars that tests made by the names it gave them."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Grammar] = {}
+
+    def name(self, grammar: Grammar) -> str:
+        """What a request asks for to get this grammar."""
+        self._made[f"made-{len(self._made)}"] = grammar
+        return f"made-{len(self._made) - 1}"
+
+    def compile(self, rules: str) -> Grammar:
+        return self._made.get(rules) or JSON.compile(rules)
+
+
+REGISTRY = Registry()
+
+
+def matcher_of(params: SamplingParams) -> Matcher | None:
+    """The matcher that a request with these parameters gets."""
+    return None if params.grammar is None else REGISTRY.compile(params.grammar).matcher()
 
 
 class Only:
@@ -50,7 +79,7 @@ class Only:
 async def finished(engine, prompt, params, name="r"):
     stream = engine.submit(prompt, params, name)
     tokens = [token async for tokens in stream for token in tokens]
-    return stream.request, tokens
+    return stream.progress, tokens
 
 
 def text_of(tokens) -> str:

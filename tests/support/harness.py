@@ -9,14 +9,26 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import httpx
+import msgspec
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.engine.api import HostInfo, Reloaded
+from service.engine.grammar import Grammars
+from service.engine.loop import EngineLoop
+from service.engine.messages import News
+from service.engine.supervision import FaultLimits
+from service.host.channel.messages import ToEngine, ToWeb
+from service.host.channel.server import HostServer, ServedHost
+from service.host.channel.socket import LoopEnd, ThreadEnd, pair
+from service.host.client import HostClient, Link
+from service.host.model_host import nothing_to_reload
+from service.process import start_thread
 from service.settings import Settings
 from service.web.app import create_app
 from service.web.uvicorn_config import server_config
-from tests.support.fake_engine import ByteTokenizer, FakeEngine
+from tests.support.fake_engine import INFO, ByteTokenizer, FakeEngine, FakeGrammars, FakeHost
 
 DEADLINE_S = 30.0
 
@@ -30,14 +42,122 @@ def two_engines(**options: object) -> dict[str, FakeEngine]:
     return engines_of(FakeEngine("w8a8", log=log, **options), FakeEngine("fp16", log=log, **options))
 
 
+TURNS = 200
+"""Of the event loop that a test's news waits for those before it to be read: whoever does not read keeps nobody."""
+
+
+class ThreadLink:
+    """Engines behind a real channel whose other end is served by threads of this process.
+
+    One piece of news waits until the streams have been read of the one before it, so that what a fake engine says in
+    one step is told by one event, however busy the machine is.
+    """
+
+    can_renew = False
+
+    def __init__(self, host: ServedHost, is_paced: bool = True) -> None:
+        self._host = host
+        self._is_paced = is_paced
+        self._end: LoopEnd[ToWeb] | None = None
+        self._told: asyncio.Queue[ToWeb] = asyncio.Queue()
+        self._telling: asyncio.Task[None] | None = None
+
+    async def open(self, receive, on_gone) -> None:
+        ours, theirs = pair()
+        self._told = asyncio.Queue()
+        self._end = LoopEnd(
+            msgspec.msgpack.Decoder(ToWeb),
+            self._told.put_nowait if self._is_paced else receive,
+            lambda: on_gone("the test's channel was closed"),
+        )
+        if self._is_paced:
+            self._telling = asyncio.create_task(self._tell(receive))
+        await self._end.attach(ours)
+        far = ThreadEnd(theirs, msgspec.msgpack.Decoder(ToEngine))
+        server = HostServer(lambda _: self._host, far.send)
+
+        def serve() -> None:
+            far.read_all(server.receive)
+            server.stop(0.0)
+            theirs.close()
+
+        start_thread("open", server.open).add_done_callback(lambda _: start_thread("channel", serve))
+
+    def send(self, message) -> None:
+        if self._end is not None:
+            self._end.send(message)
+
+    async def close(self, timeout_s: float) -> None:
+        if self._end is not None:
+            self._end.close()
+            # Until what the other side sent meanwhile has come to nothing.
+            await asyncio.sleep(0)
+        if self._telling is not None:
+            self._telling.cancel()
+
+    async def _tell(self, receive) -> None:
+        while True:
+            message = await self._told.get()
+            receive(message)
+            client = getattr(receive, "__self__", None)
+            if isinstance(message, News) and client is not None:
+                streams = client.engines[message.variant]._streams
+                read = [streams[handle] for handle in dict.fromkeys(message.handles) if handle in streams]
+                for _ in range(TURNS):
+                    if not any(stream._tokens for stream in read):
+                        break
+                    await asyncio.sleep(0)
+
+
+def host_of(link: Link, engines: Mapping[str, object], settings: Settings, tokenizer: object = None) -> HostClient:
+    """The web's side of engines that are served over this link."""
+    host = HostClient(
+        tuple(engines),
+        link,
+        load_tokenizer=lambda _: tokenizer or ByteTokenizer(),
+        limits=FaultLimits(settings.engine_restarts, settings.engine_restart_window_s, settings.step_timeout_s),
+        max_waiting=settings.max_waiting,
+    )
+    for name, engine in engines.items():
+        if hasattr(engine, "attach"):
+            engine.attach(host.engines[name])
+    return host
+
+
 def app_of(
-    engines: Mapping[str, FakeEngine],
+    engines: Mapping[str, FakeEngine | EngineLoop],
     self_check: Callable[[], Mapping[str, str]] = dict,
     tokenizer: object = None,
+    reload: Callable[[str | None], Reloaded] = nothing_to_reload,
+    link: Callable[[ServedHost], Link] = ThreadLink,
+    grammars: Grammars | None = None,
+    info: HostInfo = INFO,
     **settings: object,
 ) -> FastAPI:
-    info = {"model": "fake", "versions": {"ottava": "0"}}
-    return create_app(engines, Settings(**settings), tokenizer or ByteTokenizer(), lambda: info, self_check)
+    """An app over engines that are there already, behind a channel unless told otherwise."""
+    given = Settings(**settings)
+    served = FakeHost(engines, self_check, reload, info, grammars or FakeGrammars())
+    app = create_app(host_of(link(served), engines, given, tokenizer), given)
+    app.state.served = served
+    return app
+
+
+class Kept:
+    """A host that outlives the apps over it."""
+
+    def __init__(self, host: ServedHost) -> None:
+        self._host = host
+
+    def __getattr__(self, name: str):
+        return getattr(self._host, name)
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        pass
+
+
+def app_over(host: ServedHost, settings: Settings, tokenizer: object = None) -> FastAPI:
+    """An app over a host that is open already, and stays so, behind a channel."""
+    return create_app(host_of(ThreadLink(Kept(host)), host.engines, settings, tokenizer), settings)
 
 
 @asynccontextmanager
@@ -46,7 +166,7 @@ async def client_of(app: FastAPI, wait_s: float = DEADLINE_S) -> AsyncIterator[h
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            await until(lambda: app.state.serving.refused is not None, wait_s, must=wait_s == DEADLINE_S)
+            await until(lambda: app.state.serving.is_ready, wait_s, must=wait_s == DEADLINE_S)
             yield client
 
 
@@ -57,7 +177,7 @@ async def server_of(app: FastAPI, log_level: str = "error") -> AsyncIterator[int
     server = uvicorn.Server(server_config(app, app.state.serving.settings, log_level=log_level))
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
-        await until(lambda: server.started and app.state.serving.refused is not None)
+        await until(lambda: server.started and app.state.serving.is_ready)
         yield listener.getsockname()[1]
     finally:
         server.should_exit = True

@@ -7,6 +7,7 @@ from service.engine.loop import EngineLoop
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.models.decoder import Decoder
+from tests.support.grammars import REGISTRY
 
 
 class LateRunner:
@@ -23,4 +24,11 @@ class LateRunner:
 def start_late(decoder: Decoder, num_blocks=200, block_size=16, rows=16, budget=64, eos_ids=()) -> EngineLoop:
     runner = LateRunner(Runner(decoder, num_blocks, block_size, rows, budget))
     plan = Scheduler(num_blocks, block_size, rows, budget, frozenset(eos_ids))
-    return EngineLoop("w8a8", plan, runner, DeviceThread(), decoder.config.max_model_len).start()
+    return EngineLoop(
+        "w8a8",
+        plan,
+        runner,
+        device_thread=DeviceThread(),
+        max_model_len=decoder.config.max_model_len,
+        grammars=REGISTRY,
+    ).start()

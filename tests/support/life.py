@@ -12,12 +12,10 @@ from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
+from service.host.model_host import Reload, nothing_to_reload
 from service.settings import Settings
-from service.web.app import create_app
-from service.web.reloads import Reload, nothing_to_reload
 from service.web.server import Server
-from tests.support.fake_engine import ByteTokenizer
-from tests.support.harness import until
+from tests.support.harness import ThreadLink, app_of, until
 from tests.support.scripted_runner import ScriptedRunner
 
 LETTERS = "".join(chr(65 + n) for n in range(57))
@@ -26,17 +24,27 @@ LETTERS = "".join(chr(65 + n) for n in range(57))
 class Life:
     """A server in this process over two engines whose n-th token is the n-th letter."""
 
-    def __init__(self, step_s: float = 0.005, reload: Reload = nothing_to_reload, **settings: object) -> None:
-        self.settings = Settings(**{"engine_restarts": 0, **settings})
+    def __init__(
+        self, step_s: float = 0.005, reload: Reload = nothing_to_reload, link=ThreadLink, **settings: object
+    ) -> None:
+        settings = {"engine_restarts": 0, **settings}
+        self.settings = Settings(**settings)
         limits = FaultLimits(self.settings.engine_restarts, step_timeout_s=self.settings.step_timeout_s)
         self.runners = {name: ScriptedRunner(offset=65, step_s=step_s) for name in ("w8a8", "fp16")}
         device_thread = DeviceThread()
         self.engines = {
-            name: EngineLoop(name, Scheduler(200, 4, 8, 64), runner, device_thread, 1024, limits=limits).start()
+            name: EngineLoop(
+                name,
+                Scheduler(200, 4, 8, 64),
+                runner,
+                device_thread=device_thread,
+                max_model_len=1024,
+                limits=limits,
+            ).start()
             for name, runner in self.runners.items()
         }
-        self.app = create_app(self.engines, self.settings, ByteTokenizer(), dict, dict, reload)
-        self.server = Server(self.app, self.settings, self.engines)
+        self.app = app_of(self.engines, reload=reload, link=link, **settings)
+        self.server = Server(self.app, self.settings)
         self.client: httpx.AsyncClient
 
     @asynccontextmanager
@@ -44,7 +52,7 @@ class Life:
         """Serve within; at the end the server must have ended by itself."""
         listener = socket.create_server(("127.0.0.1", 0))
         serving = asyncio.ensure_future(self.server.serve(sockets=[listener]))
-        await until(lambda: self.server.started and self.app.state.serving.refused is not None)
+        await until(lambda: self.server.started and self.app.state.serving.is_ready)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
             async with httpx.AsyncClient(base_url=url, timeout=20) as self.client:

@@ -17,7 +17,7 @@ async def openai_of(app):
     async with app.router.lifespan_context(app):
         transport = httpx2.ASGITransport(app)
         async with httpx2.AsyncClient(transport=transport) as http:
-            await until(lambda: app.state.serving.refused is not None)
+            await until(lambda: app.state.serving.is_ready)
             yield openai.AsyncOpenAI(api_key="none", base_url="http://localhost/v1", http_client=http, max_retries=0)
 
 

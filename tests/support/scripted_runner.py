@@ -6,8 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from service.engine.api import Token
-from service.engine.scheduler import Step
+from service.engine.scheduler import Step, StepResults
 
 
 class ScriptedRunner:
@@ -39,11 +38,12 @@ class ScriptedHandle:
     def __init__(self, runner: ScriptedRunner, number: int, chunks: list) -> None:
         self.runner, self.number, self.chunks = runner, number, chunks
 
-    def read(self) -> list:
+    def read(self) -> StepResults:
         self.runner.on_read(self.number)
-        now_s = time.perf_counter()
-        offset = self.runner.offset
-        return [self.runner.spoil(chunk) or Token(chunk.index + offset, now_s) for chunk in self.chunks]
+        spoilt = ((place, self.runner.spoil(chunk)) for place, chunk in enumerate(self.chunks))
+        faults = {place: error for place, error in spoilt if error is not None}
+        ids = [chunk.index + self.runner.offset for chunk in self.chunks]
+        return StepResults(time.perf_counter(), ids, faults)
 
 
 class Hang:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from xgrammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, TokenizerInfo, VocabType
 
 from service.errors import InvalidRequest, QueueFull
 from service.text.json.keywords import PARAM
-from service.text.json.schema import json_grammar
 
 MAX_COMPILING = 4
 """Schemas that may be compiled or wait for it at once: fewer than the threads that other requests need as well."""
@@ -50,6 +49,7 @@ class JsonGrammar:
     def __init__(self, grammar: CompiledGrammar, num_tokens: int) -> None:
         self._grammar = grammar
         self._num_tokens = num_tokens
+        self.num_bytes = grammar.memory_size_bytes
 
     def matcher(self) -> JsonMatcher:
         """A matcher at the start of an answer."""
@@ -57,34 +57,64 @@ class JsonGrammar:
 
 
 class JsonCompiler:
-    """Compiles schemas for one vocabulary, one at a time, and keeps what it made.
+    """Compiles rules for one vocabulary, one at a time, and keeps what it made; see `service.engine.grammar.Grammars`.
 
     Args:
-        tokens: the bytes that each token adds to a text, empty for those that add none.
+        vocabulary: the bytes that each token adds to a text, empty for those that add none; read at the first use.
         eos_ids: tokens that end an answer; allowed where the JSON is complete and nowhere else.
     """
 
-    def __init__(self, tokens: Sequence[bytes], eos_ids: frozenset[int]) -> None:
-        info = TokenizerInfo(list(tokens), VocabType.RAW, stop_token_ids=sorted(eos_ids))
-        self._compiler = GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
-        self._num_tokens = len(tokens)
+    def __init__(self, vocabulary: Callable[[], Sequence[bytes]], eos_ids: frozenset[int]) -> None:
+        self._vocabulary = vocabulary
+        self._eos_ids = eos_ids
+        self._compiler: GrammarCompiler | None = None
+        self._num_tokens = 0
         self._turn = threading.Lock()
         self._room = threading.BoundedSemaphore(MAX_COMPILING)
+        self._made: OrderedDict[str, JsonGrammar] = OrderedDict()
+        self._made_lock = threading.Lock()
 
-    def compile(self, schema: dict[str, Any] | None) -> JsonGrammar:
-        """What an answer must match; None: any JSON object. Takes up to seconds: not for the event loop.
+    def compile(self, rules: str) -> JsonGrammar:
+        """What an answer must match, of the rules of `json_grammar`. Takes up to seconds where they are new.
 
         Raises:
-            InvalidRequest: the schema is not served; see `json_grammar`.
+            InvalidRequest: the rules cannot be compiled, or the model has no end token.
             QueueFull: MAX_COMPILING schemas are being compiled.
         """
-        rules = json_grammar(schema)
+        known = self._known(rules)
+        if known is not None:
+            return known
+        if not self._eos_ids:
+            raise InvalidRequest(
+                "this model names no end token, so an answer in JSON could not end: leave `response_format` out, or "
+                "put eos_token_id into the model's generation_config.json",
+                PARAM,
+            )
         if not self._room.acquire(blocking=False):
             raise QueueFull(f"{MAX_COMPILING} JSON schemas are being compiled, which is the limit; try again later")
         try:
             with self._turn:
-                return JsonGrammar(self._compiler.compile_grammar(rules), self._num_tokens)
+                return self._known(rules) or self._make(rules)
         except RuntimeError as error:
             raise InvalidRequest(f"the JSON schema cannot be compiled: {error}; simplify it", PARAM) from error
         finally:
             self._room.release()
+
+    def _known(self, rules: str) -> JsonGrammar | None:
+        with self._made_lock:
+            found = self._made.get(rules)
+            if found is not None:
+                self._made.move_to_end(rules)
+            return found
+
+    def _make(self, rules: str) -> JsonGrammar:
+        if self._compiler is None:
+            tokens = list(self._vocabulary())
+            info = TokenizerInfo(tokens, VocabType.RAW, stop_token_ids=sorted(self._eos_ids))
+            self._compiler, self._num_tokens = GrammarCompiler(info, max_threads=1, cache_enabled=False), len(tokens)
+        made = JsonGrammar(self._compiler.compile_grammar(rules), self._num_tokens)
+        with self._made_lock:
+            self._made[rules] = made
+            while len(self._made) > 1 and sum(grammar.num_bytes for grammar in self._made.values()) > CACHE_BYTES:
+                self._made.popitem(last=False)
+        return made

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from service.engine.request import Request
+from service.engine.api import Stream
 from service.errors import DeadlineExceeded, OttavaError, QueueTimeout
 
 
@@ -17,7 +17,8 @@ class Deadlines:
     running.
 
     Args:
-        request: in an engine.
+        stream: of the request in an engine.
+        received_s: when it arrived, by `time.perf_counter`.
         timeout_s: from arrival to the last token.
         queue_timeout_s: from arrival to the first step.
         retry_after_s: what a request is told that waited too long.
@@ -25,18 +26,19 @@ class Deadlines:
 
     def __init__(
         self,
-        request: Request,
+        stream: Stream,
+        received_s: float,
         timeout_s: float,
         queue_timeout_s: float,
         retry_after_s: Callable[[], int],
         expire: Callable[[OttavaError], None],
     ) -> None:
-        self._request = request
+        self._stream = stream
         self._timeout_s = timeout_s
         self._queue_timeout_s = queue_timeout_s
         self._retry_after_s = retry_after_s
         self._expire = expire
-        passed_s = time.perf_counter() - request.arrival_s
+        passed_s = time.perf_counter() - received_s
         call_later = asyncio.get_running_loop().call_later
         self._timers = (
             call_later(timeout_s - passed_s, self._end_late),
@@ -58,7 +60,7 @@ class Deadlines:
         )
 
     def _end_waiting(self) -> None:
-        if self._request.first_scheduled_s is None:
+        if self._stream.progress.first_scheduled_s is None:
             self._expire(
                 QueueTimeout(
                     f"the request waited for {self._queue_timeout_s:g} s, which is the limit; try again later",

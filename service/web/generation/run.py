@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from service.comparison.shadow import Sample
 from service.comparison.traffic import Visit
-from service.engine.api import FinishReason, SamplingParams, Token
-from service.engine.request import Request
+from service.engine.api import FinishReason, Progress, SamplingParams, Token
 from service.errors import DeadlineExceeded, OttavaError, QueueFull, QueueTimeout
 from service.measures import RunMetrics, measure
 from service.settings import BASELINE
@@ -22,7 +20,6 @@ from service.web.generation.deadlines import Deadlines
 from service.web.schemas.generate import Answer, TokenLogprob, TopLogprob, Usage
 from service.web.state import Serving
 
-RELEASE_POLL_S = 0.001
 _OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -80,7 +77,7 @@ class Run:
         self._metrics = serving.metrics
         self._is_counted = False
         self._engine = serving.engines[plan.variant]
-        self._output = Output(serving.tokenizer.decoder(plan.prompt_ids if plan.continues else ()), plan.stop)
+        self._output = Output(serving.tokenizer.detokenizer(plan.prompt_ids if plan.continues else ()), plan.stop)
         self._visit = serving.visit() if visit is None else visit
         self._has_own_visit = visit is None
         self._submitted_s = time.perf_counter()
@@ -95,7 +92,8 @@ class Run:
                 error.retry_after_s = self._retry_after_s()
             raise
         self._deadlines = Deadlines(
-            self._stream.request,
+            self._stream,
+            plan.received_s,
             self._timeout_s,
             serving.settings.queue_timeout_s,
             self._retry_after_s,
@@ -131,7 +129,7 @@ class Run:
     def answer(self) -> Answer:
         """What came out, once `pieces` has ended."""
         assert self.finish_reason is not None
-        request, num_tokens = self._stream.request, len(self.tokens)
+        num_prompt, num_tokens = len(self.plan.prompt_ids), len(self.tokens)
         return Answer(
             id=self.plan.id,
             variant=self.plan.variant,
@@ -139,37 +137,31 @@ class Run:
             token_ids=[token.id for token in self.tokens],
             finish_reason=self.finish_reason,
             usage=Usage(
-                prompt_tokens=len(request.prompt_ids),
+                prompt_tokens=num_prompt,
                 completion_tokens=num_tokens,
-                total_tokens=len(request.prompt_ids) + num_tokens,
+                total_tokens=num_prompt + num_tokens,
             ),
             metrics=self.times(),
             **self._shown_logprobs(),
         )
 
     @property
-    def request(self) -> Request:
+    def progress(self) -> Progress:
         """The engine's side of the run."""
-        return self._stream.request
+        return self._stream.progress
 
     def prompt_logprobs(self) -> list[TokenLogprob]:
         """Of every prompt token but the first; complete with the first piece of a plan that asks for them."""
-        return [_logprob(token) for token in self.request.prompt_logprobs]
+        return [_logprob(token) for token in self.progress.prompt_logprobs]
 
     @property
     def time_left_s(self) -> float:
         """Seconds until the plan's time is over."""
         return self.plan.received_s + self._timeout_s - time.perf_counter()
 
-    @property
-    def is_released(self) -> bool:
-        """The engine holds nothing of the request any more."""
-        return self._stream.request.is_finished and self._stream.request.row < 0
-
     async def released(self) -> None:
         """Return once the engine has let go of the request, which after a stop string is a step later."""
-        while not self.is_released and self._engine.failure is None:
-            await asyncio.sleep(RELEASE_POLL_S)
+        await self._stream.released()
 
     def close(self) -> None:
         """End the run if it is still going. A second call changes nothing."""
@@ -188,15 +180,20 @@ class Run:
         self.tokens.extend(new)
         self._sent_s.extend([time.perf_counter()] * taken)
         if taken:
-            self._metrics.tokens_sent(
-                self.plan.variant, self._stream.request, self.plan.received_s, self._sent_s, taken
-            )
+            if taken == len(self.tokens):
+                self._metrics.first_token(
+                    self.plan.variant,
+                    len(self.plan.prompt_ids),
+                    self.progress.num_cached,
+                    self._sent_s[0] - self.plan.received_s,
+                )
+            self._metrics.tokens_sent(self.plan.variant, self._sent_s, taken)
         return Piece(text, ids if new is tokens else ids[:taken], self._logprobs(new))
 
     def _is_complete(self) -> bool:
         """Every token of a request that came to its own end has been taken."""
-        request = self._stream.request
-        return request.finish_reason in _OWN_ENDS and len(self.tokens) >= len(request.output)
+        progress = self._stream.progress
+        return progress.finish_reason in _OWN_ENDS and len(self.tokens) >= progress.num_generated
 
     def _flush(self, piece: Piece) -> None:
         """Give the last piece the text that was held back."""
@@ -213,8 +210,8 @@ class Run:
 
     def _end(self) -> None:
         stopped = self._output.is_stopped
-        self.finish_reason = FinishReason.STOP if stopped else self._stream.request.finish_reason or FinishReason.ABORT
-        self._visit.note(num_own=0 if self.is_released else 1)
+        self.finish_reason = FinishReason.STOP if stopped else self.progress.finish_reason or FinishReason.ABORT
+        self._visit.note(num_own=0 if self.progress.is_released else 1)
         self._count(self.finish_reason)
         if self.finish_reason != FinishReason.ABORT:
             self._tell(self.finish_reason)
@@ -232,8 +229,11 @@ class Run:
         """What shadow mode needs for a replay."""
         plan = self.plan
         return Sample(
-            self._stream.request,
+            plan.id,
             plan.variant,
+            plan.prompt_ids,
+            replace(plan.params, seed=self._stream.seed),
+            self._stream.progress,
             plan.stop,
             plan.prompt_ids if plan.continues else (),
             self.tokens,
@@ -252,7 +252,14 @@ class Run:
 
     def times(self) -> RunMetrics:
         """The metrics of what has been sent so far."""
-        return measure(self._stream.request, self.tokens, self.plan.received_s, self._sent_s)
+        plan = self.plan
+        return measure(
+            self._stream.progress,
+            self.tokens,
+            num_prompt=len(plan.prompt_ids),
+            received_s=plan.received_s,
+            sent_s=self._sent_s,
+        )
 
     def _leave(self) -> None:
         if self._has_own_visit:
@@ -269,7 +276,7 @@ class Run:
 
     def _note(self, outcome: str) -> None:
         """Note the end for whoever comes after, and in the record of the HTTP request that this run is part of."""
-        ended_s, first_scheduled_s = time.perf_counter(), self._stream.request.first_scheduled_s
+        ended_s, first_scheduled_s = time.perf_counter(), self._stream.progress.first_scheduled_s
         if first_scheduled_s is not None:
             self._serving.pace.add(self.plan.variant, ended_s - first_scheduled_s)
         record = current.get()
@@ -281,7 +288,7 @@ class Run:
             )
 
     def _prompt_text(self) -> str:
-        decoder = self._serving.tokenizer.decoder()
+        decoder = self._serving.tokenizer.detokenizer()
         return "".join(decoder.push(token_id) for token_id in self.plan.prompt_ids) + decoder.flush()
 
 

@@ -146,12 +146,12 @@ class Reply:
         return form
 
     def _usage(self) -> OpenAIUsage:
-        prompts = [run.request for run in self._choices.runs[:: self._n]]
-        num_prompt = sum(len(request.prompt_ids) for request in prompts)
+        runs = self._choices.runs[:: self._n]
+        num_prompt = sum(len(run.plan.prompt_ids) for run in runs)
         num_generated = self._num_told if self._counts_answers else 0
         return OpenAIUsage(
             prompt_tokens=num_prompt,
             completion_tokens=num_generated,
             total_tokens=num_prompt + num_generated,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(request.num_cached for request in prompts)),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(run.progress.num_cached for run in runs)),
         )

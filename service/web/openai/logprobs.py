@@ -21,11 +21,11 @@ class TextLogprobs:
         self._tokenizer = tokenizer
         self._prompt = prompt
         self._offset = len(prompt.text) if is_echoed else 0
-        self._decoder = tokenizer.decoder(prompt.ids)
+        self._decoder = tokenizer.detokenizer(prompt.ids)
 
     def of_prompt(self, entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
         """Of all tokens of the prompt; entries are of all but the first, which nothing predicts."""
-        ids, decoder, offset = self._prompt.ids, self._tokenizer.decoder(), 0
+        ids, decoder, offset = self._prompt.ids, self._tokenizer.detokenizer(), 0
         offsets = []
         for token_id in ids:
             offsets.append(min(offset, len(self._prompt.text)))

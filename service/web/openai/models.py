@@ -10,7 +10,7 @@ from service.web.openai.answers import ModelList, ServedModel
 from service.web.openapi import failures
 from service.web.state import Serving, serving_of
 
-router = APIRouter(tags=["openai"], responses=failures(401))
+router = APIRouter(tags=["openai"], responses=failures(401, 503))
 Shared = Annotated[Serving, Depends(serving_of)]
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from service.engine.api import SamplingParams
-from service.engine.grammar import Grammar
+from service.engine.api import Engine, SamplingParams
 from service.errors import InvalidRequest
+from service.text.json.schema import json_grammar
 from service.text.protocols import TokenizerLike
 from service.web.generation.planning import (
     Room,
@@ -122,7 +122,7 @@ async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving
     params = replace(
         sampling_params(body, tokenizer, max_tokens),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=await _grammar(body.response_format, tokenizer),
+        grammar=await _grammar(body.response_format, engine),
     )
     order = Order(
         id=id_,
@@ -141,12 +141,12 @@ async def _prompt(prompt: str | list[int], tokenizer: TokenizerLike, is_echoed: 
     if isinstance(prompt, str):
         return Prompt(await text_ids(prompt, tokenizer, "prompt"), prompt)
     ids = known_ids(prompt, tokenizer, "prompt")
-    decoder = tokenizer.decoder()
+    decoder = tokenizer.detokenizer()
     return Prompt(ids, "".join(map(decoder.push, ids)) + decoder.flush() if is_echoed else "")
 
 
-async def _grammar(wanted: ResponseFormat | None, tokenizer: TokenizerLike) -> Grammar | None:
-    """The constraint, compiled beside the event loop."""
+async def _grammar(wanted: ResponseFormat | None, engine: Engine) -> str | None:
+    """The rules that the answer must match, compiled where the engine is."""
     if wanted is None:
         return None
     if (wanted.json_schema is not None) != (wanted.type == "json_schema"):
@@ -159,7 +159,9 @@ async def _grammar(wanted: ResponseFormat | None, tokenizer: TokenizerLike) -> G
     if wanted.type == "text":
         return None
     schema = None if wanted.json_schema is None else wanted.json_schema.schema_
-    return await asyncio.to_thread(tokenizer.grammar, schema)
+    rules = await asyncio.to_thread(json_grammar, schema)
+    await engine.compile(rules)
+    return rules
 
 
 def _asked_tokens(body: ChatRequest) -> int | None:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import JSONResponse, Response
 
+from service.engine.api import HostInfo
 from service.web.openapi import failures
 from service.web.schemas.operation import Health, Readiness
 from service.web.state import STOPPING, Serving, serving_of
@@ -49,10 +50,10 @@ async def ready(serving: Shared) -> Response:
     return JSONResponse({"ready": True, "variants": dict.fromkeys(serving.engines, "ready")})
 
 
-@router.get("/info", summary="What is served", responses=failures(401))
-async def info(serving: Shared) -> dict[str, object]:
-    """Model, variants, scheme, calibration, memory, device and versions."""
-    return serving.info()
+@router.get("/info", summary="What is served", responses=failures(401, 503))
+async def info(serving: Shared) -> HostInfo:
+    """Model, variants, scheme, calibration, memory, device and versions; 503 until they are known."""
+    return serving.host.info
 
 
 @router.get(

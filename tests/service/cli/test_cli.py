@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.scheme import PRESETS
 from service import cli
 from service.models.families import FAMILIES
+from tests.support.harness import until
 from tests.support.tiny_models import change_tensors, save_tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -546,20 +548,34 @@ def test_a_text_that_is_too_short_or_unreadable(refusal, tiny_folder, tmp_path):
     assert "too short" in refusal("quantize", tiny_folder, tmp_path / "o", "--calibration", tmp_path / "short.txt")
 
 
-def test_serve_shows_what_it_serves_and_stops_its_engines(ottava, monkeypatch, tiny_folder):
-    served = {}
+def until_ready(served: dict):
+    """A `server.run` that opens the app's engines, in their own process, and closes them again."""
 
-    def run(application, settings, engines):
-        served.update(application=application, settings=settings, engines=engines)
-        assert all(engine.is_alive for engine in engines.values())
+    async def go(application):
+        async with application.router.lifespan_context(application):
+            host = application.state.serving.host
+            await until(lambda: host.stage is None or host.failed.is_set(), 120)
+            served["refused"] = host.refused
+            served["process"] = host._link._process
+            assert served["process"].returncode is None
+
+    def run(application, settings):
+        served.update(application=application, settings=settings)
+        asyncio.run(go(application))
         return 7
 
-    monkeypatch.setattr("service.web.server.run", run)
+    return run
+
+
+def test_serve_shows_what_it_serves_and_stops_its_engines(ottava, monkeypatch, tiny_folder):
+    served = {}
+    monkeypatch.setattr("service.web.server.run", until_ready(served))
     code, out, err = ottava("serve", tiny_folder, "--port", 8123, "--max-model-len", 64)
     assert (code, out) == (7, "")
     assert (served["settings"].host, served["settings"].port) == ("127.0.0.1", 8123)
-    assert list(served["engines"]) == ["w8a8", "fp16"]
-    assert not any(engine.is_alive for engine in served["engines"].values())
+    assert served["refused"] == {}
+    assert list(served["application"].state.serving.engines) == ["w8a8", "fp16"]
+    assert served["process"].returncode == 0
     said = re.sub(r"[\s│]+", " ", err)
     for words in (str(tiny_folder), "up to 64 tokens", "w8a8", "fp16", "http://127.0.0.1:8123/generate"):
         assert words in said
@@ -568,18 +584,20 @@ def test_serve_shows_what_it_serves_and_stops_its_engines(ottava, monkeypatch, t
 
 
 def test_serve_among_json_lines_is_a_json_line(ottava, monkeypatch, tiny_folder):
-    monkeypatch.setattr("service.web.server.run", lambda *_: 0)
+    monkeypatch.setattr("service.web.server.run", until_ready({}))
     code, _, err = ottava("serve", tiny_folder, "--log-format", "json", "--variants", "fp16")
     lines = [json.loads(line) for line in err.splitlines()]
-    assert code == 0
-    assert "loading fp16" in [line["message"] for line in lines]
-    assert lines[-1]["message"] == f"serving {tiny_folder} at http://127.0.0.1:8000"
-    assert list(lines[-1]["info"]["variants"]) == ["fp16"]
-    assert lines[-1]["needs_key"] is False
+    assert code == 7
+    assert {line["process"] for line in lines} == {"web"}
+    messages = [line["message"] for line in lines]
+    assert "loading fp16" in messages
+    (served,) = [line for line in lines if line["message"] == f"serving {tiny_folder} at http://127.0.0.1:8000"]
+    assert list(served["info"]["variants"]) == ["fp16"]
+    assert served["needs_key"] is False
 
 
 def test_serve_refuses_keys_before_it_loads(refusal, monkeypatch, tiny_folder):
-    monkeypatch.setattr("service.host.variants.open_host", None)
+    monkeypatch.setattr("service.web.server.run", None)
     assert "there are no API keys" in refusal("serve", tiny_folder, "--host", "0.0.0.0")
     monkeypatch.setenv("OTTAVA_API_KEYS", "sh0rt")
     said = refusal("serve", tiny_folder)
@@ -588,7 +606,7 @@ def test_serve_refuses_keys_before_it_loads(refusal, monkeypatch, tiny_folder):
 
 
 def test_serve_misses_what_traces_need_before_it_loads(refusal, monkeypatch, tiny_folder):
-    monkeypatch.setattr("service.host.variants.open_host", None)
+    monkeypatch.setattr("service.web.server.run", None)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     monkeypatch.delitem(sys.modules, "service.telemetry.spans", raising=False)

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -53,13 +52,12 @@ def served(monkeypatch):
     """Runs `ottava serve` up to its settings: those, or what was said instead."""
     found: list[Settings] = []
 
-    def stop(settings, _on_progress):
+    def stop(settings, _watch):
         found.append(settings)
         raise InvalidSettings("enough")
 
-    monkeypatch.setattr("service.host.variants.open_host", stop)
+    monkeypatch.setattr("service.host.assemble.assemble", stop)
     monkeypatch.setattr("service.telemetry.logs.configure_logging", lambda *_: None)
-    monkeypatch.setattr("service.web.keys.Keyring", lambda _: SimpleNamespace(is_empty=True))
 
     def run(*arguments: object) -> Settings | str:
         found.clear()

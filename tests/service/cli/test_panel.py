@@ -11,35 +11,42 @@ from rich.console import Console
 from service.cli import terminal
 from service.cli.panel import startup_panel
 from service.cli.terminal import Bars, Lines, progress
+from service.engine.api import HostInfo, OneToken, VariantInfo
 from service.settings import Settings
 
 PATHS = {"/generate": ["post"], "/v1/completions": ["post"], "/health": ["get"], "/ready": ["get"]}
-INFO = {
-    "model": "[bold]/models/tiny",
-    "family": "llama",
-    "max_model_len": 2048,
-    "device": "NVIDIA H100 80GB HBM3",
-    "versions": {"ottava": "1.2.3"},
-    "one_token": {"text": "A step reads 8 GB instead of 16: at best 1.83 times as fast."},
-    "variants": {
-        "w8a8": {
-            "scheme": "smoothquant-o3",
-            "description": "int8 weights.",
-            "dtype": "float16",
-            "kv_cache_dtype": "int8",
-            "weight_bytes": 8_000_000_000,
-            "kv_cache_bytes": 2_000_000,
-        },
-        "fp16": {
-            "scheme": "fp16",
-            "description": None,
-            "dtype": "float16",
-            "kv_cache_dtype": "float16",
-            "weight_bytes": 16_000_000_000,
-            "kv_cache_bytes": 4_000_000,
-        },
+
+
+def variant(scheme: str, description: str | None, kv_cache_dtype: str, weight_bytes: int, kv_cache_bytes: int):
+    return VariantInfo(
+        scheme=scheme,
+        description=description,
+        alpha=None,
+        calibration=None,
+        dtype="float16",
+        kv_cache_dtype=kv_cache_dtype,
+        weight_bytes=weight_bytes,
+        kv_cache_bytes=kv_cache_bytes,
+        max_num_requests=64,
+        checkpoint=None,
+        generation=1,
+        loaded_at="2024-05-06T00:00:00+00:00",
+    )
+
+
+INFO = HostInfo(
+    model="[bold]/models/tiny",
+    family="llama",
+    max_model_len=2048,
+    device="NVIDIA H100 80GB HBM3",
+    gpu_memory_bytes=None,
+    versions={"ottava": "1.2.3"},
+    one_token=OneToken({}, {}, "A step reads 8 GB instead of 16: at best 1.83 times as fast."),
+    variants={
+        "w8a8": variant("smoothquant-o3", "int8 weights.", "int8", 8_000_000_000, 2_000_000),
+        "fp16": variant("fp16", None, "float16", 16_000_000_000, 4_000_000),
     },
-}
+)
 
 
 def shown(width: int = 120, has_keys: bool = False, **settings: object) -> str:

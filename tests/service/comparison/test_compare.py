@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.comparison.compare import agreement, speedup
-from service.engine.api import SamplingParams, Token
-from service.engine.request import Request
+from service.engine.api import Progress, SamplingParams, Token
 from service.measures import measure, percentile
 from tests.support.fake_engine import FakeEngine
 from tests.support.harness import app_of, client_of, engines_of, events_of, metrics_of, post, total, two_engines, until
@@ -21,11 +20,9 @@ def tokens_of(ids, logprob=None):
 
 
 def test_measure_by_its_definitions():
-    request = Request("r", [1, 2, 3], SamplingParams(), arrival_s=10.0, seed=0)
-    request.first_scheduled_s, request.num_cached = 10.5, 2
-    request.num_steps, request.num_batch_rows = 4, 10
+    progress = Progress(first_scheduled_s=10.5, num_cached=2, batch_size_mean=2.5)
     tokens = [Token(7, 11.0), Token(8, 11.1), Token(9, 11.2), Token(9, 11.5)]
-    times = measure(request, tokens, received_s=10.0, sent_s=[11.0, 11.25, 11.5, 12.0])
+    times = measure(progress, tokens, num_prompt=3, received_s=10.0, sent_s=[11.0, 11.25, 11.5, 12.0])
     assert times.model_dump() == {
         "queue_ms": 500,
         "prefill_ms": 500,
@@ -42,7 +39,7 @@ def test_measure_by_its_definitions():
 
 
 def test_measure_of_a_run_that_never_started():
-    times = measure(Request("r", [1], SamplingParams(), 10.0, 0), [], 10.0, [])
+    times = measure(Progress(), [], num_prompt=1, received_s=10.0, sent_s=[])
     assert {name for name, value in times if value is not None} == {
         "prompt_tokens",
         "generated_tokens",
@@ -171,10 +168,13 @@ def test_the_baseline_waits_until_the_first_run_has_left_the_engine():
 def test_a_stranger_that_comes_during_the_second_run_contends():
     async def go():
         engines = two_engines(delay_s=0.005)
-        async with client_of(app_of(engines)) as client:
+        app = app_of(engines)
+        async with client_of(app) as client:
             asked = asyncio.ensure_future(client.post("/generate", json={"prompt": "a", "compare": True}))
             await until(lambda: engines["fp16"].submitted)
-            stranger = engines["w8a8"].submit([1], SamplingParams(ignore_eos=True, max_tokens=60), "x")
+            stranger = app.state.serving.engines["w8a8"].submit(
+                [1], SamplingParams(ignore_eos=True, max_tokens=60), "x"
+            )
             response = await asked
             stranger.finish("abort")
             return response
@@ -184,7 +184,7 @@ def test_a_stranger_that_comes_during_the_second_run_contends():
 
 def test_a_failed_baseline_is_found_before_anything_runs():
     engines = two_engines()
-    engines["fp16"].failure = RuntimeError("gone")
+    engines["fp16"].fail(RuntimeError("gone"))
     response = post({"prompt": "a", "compare": True}, app_of(engines))
     assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_failed")
     assert not engines["w8a8"].submitted
@@ -248,8 +248,11 @@ def test_a_refused_request_does_not_contend():
 def test_a_request_in_the_engine_from_elsewhere_contends():
     async def go():
         engines = two_engines(delay_s=0.005)
-        async with client_of(app_of(engines)) as client:
-            stranger = engines["fp16"].submit([1], SamplingParams(ignore_eos=True, max_tokens=60), "x")
+        app = app_of(engines)
+        async with client_of(app) as client:
+            stranger = app.state.serving.engines["fp16"].submit(
+                [1], SamplingParams(ignore_eos=True, max_tokens=60), "x"
+            )
             response = await client.post("/generate", json={"prompt": "a", "compare": True})
             stranger.finish("abort")
             return response

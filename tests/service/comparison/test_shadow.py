@@ -11,6 +11,7 @@ from service.errors import InvalidSettings
 from service.measures import Agreement, Speedup
 from service.settings import BASELINE, load_settings
 from service.telemetry.metrics import ServiceMetrics
+from tests.support.fake_engine import ByteTokenizer
 from tests.support.harness import app_of, client_of, metrics_of, total, two_engines, until
 
 
@@ -61,17 +62,10 @@ def test_a_live_request_is_replayed_afterwards_and_feeds_the_ratios_alone():
 
 def test_a_sampled_request_is_replayed_with_the_seed_it_drew():
     engines = two_engines()
-    plain = engines["w8a8"].submit
-
-    def submit(prompt_ids, params, request_id, arrival_s=None):
-        stream = plain(prompt_ids, params, request_id, arrival_s)
-        stream.request.seed = 1234
-        return stream
-
-    engines["w8a8"].submit = submit
     shadowed({"prompt": "a", "temperature": 1, "max_tokens": 3}, engines=engines)
     (live,), (replay,) = engines["w8a8"].submitted, engines["fp16"].submitted
-    assert (live.params.seed, replay.params.seed) == (None, 1234)
+    assert live.params.seed is None
+    assert replay.params.seed == replay.seed == live.seed
     assert replay.params.max_tokens == 3
     assert replay.prompt_ids == live.prompt_ids
 
@@ -102,10 +96,18 @@ def test_at_rate_zero_nothing_is_replayed():
 def test_the_share_that_is_drawn_is_the_rate():
     engines = two_engines()
     draws = iter([0.29, 0.3, 0.0, 0.99])
-    metrics = ServiceMetrics(engines, dict)
     app = app_of(engines)
+    metrics = ServiceMetrics(app.state.serving.engines, dict)
     shadow = Shadow(
-        engines, BASELINE, None, app.state.serving.traffic, Comparisons(metrics), metrics, 0.3, 1, lambda: next(draws)
+        app.state.serving.engines,
+        BASELINE,
+        tokenizer=ByteTokenizer,
+        traffic=app.state.serving.traffic,
+        comparisons=Comparisons(metrics),
+        metrics=metrics,
+        rate=0.3,
+        max_waiting=1,
+        draw=lambda: next(draws),
     )
     assert [shadow.wants("w8a8") for _ in range(4)] == [True, False, True, False]
 
@@ -160,7 +162,9 @@ def test_a_replay_waits_while_an_engine_holds_anything():
         engines = two_engines(delay_s=0.001)
         app = app_of(engines, shadow_rate=1.0)
         async with client_of(app) as client:
-            stranger = engines["w8a8"].submit([1], SamplingParams(ignore_eos=True, max_tokens=10_000), "x")
+            stranger = app.state.serving.engines["w8a8"].submit(
+                [1], SamplingParams(ignore_eos=True, max_tokens=10_000), "x"
+            )
             await client.post("/generate", json={"prompt": "a"})
             await asyncio.sleep(0.05)
             early = len(engines["fp16"].submitted)
@@ -249,8 +253,11 @@ def test_the_summary_is_of_the_window_and_leaves_contended_times_out():
 def test_a_contended_comparison_gives_agreement_and_no_speed():
     async def go():
         engines = two_engines(delay_s=0.002)
-        async with client_of(app_of(engines)) as client:
-            stranger = engines["fp16"].submit([1], SamplingParams(ignore_eos=True, max_tokens=10_000), "x")
+        app = app_of(engines)
+        async with client_of(app) as client:
+            stranger = app.state.serving.engines["fp16"].submit(
+                [1], SamplingParams(ignore_eos=True, max_tokens=10_000), "x"
+            )
             answer = await client.post("/generate", json={"prompt": "a", "compare": True})
             stranger.finish("abort")
             return answer.json(), await metrics_of(client), (await client.get("/compare")).json()

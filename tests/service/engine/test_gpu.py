@@ -21,7 +21,7 @@ from service.models.decoder import Decoder, score
 from service.models.loader import load_decoder
 from service.models.random_weights import RandomWeights, random_decoder
 from tests.support.engines import PROMPTS, collect_all
-from tests.support.grammars import EOS, JSON, SCHEMA, finished, text_of
+from tests.support.grammars import EOS, REGISTRY, RULES, SCHEMA, finished, text_of
 from tests.support.tiny_models import TINY, make_model
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,9 @@ PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
 def generate(decoder: Decoder, use_graphs: bool, num_blocks: int = 200, one_by_one: bool = False) -> list[list[int]]:
     runner = Runner(decoder, num_blocks, 16, 16, 64, use_graphs)
     runner.warm_up()
-    engine = EngineLoop("w8a8", Scheduler(num_blocks, 16, 16, 64), runner, DeviceThread(), 256).start()
+    engine = EngineLoop(
+        "w8a8", Scheduler(num_blocks, 16, 16, 64), runner, device_thread=DeviceThread(), max_model_len=256
+    ).start()
 
     async def run():
         if one_by_one:
@@ -104,8 +106,15 @@ def test_answers_held_to_a_grammar(use_graphs):
     decoder = random_decoder(ModelConfig.of(make_model("qwen2").config), PRESETS["w8a8"], torch.float16, CUDA)
     runner = Runner(decoder, 200, 16, 16, 64, use_graphs)
     runner.warm_up()
-    engine = EngineLoop("w8a8", Scheduler(200, 16, 16, 64, frozenset({EOS})), runner, DeviceThread(), 256).start()
-    held = SamplingParams(140, temperature=1.0, seed=1, grammar=JSON.compile(SCHEMA))
+    engine = EngineLoop(
+        "w8a8",
+        Scheduler(200, 16, 16, 64, frozenset({EOS})),
+        runner,
+        device_thread=DeviceThread(),
+        max_model_len=256,
+        grammars=REGISTRY,
+    ).start()
+    held = SamplingParams(140, temperature=1.0, seed=1, grammar=RULES)
 
     async def run():
         alone = await collect_all(engine, PROMPTS[:6], PARAMS)
@@ -129,7 +138,9 @@ def test_log_probabilities_of_prompts():
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CUDA)
     runner = Runner(decoder, 200, 16, 16, 64)
     runner.warm_up()
-    engine = EngineLoop("w8a8", Scheduler(200, 16, 16, 64), runner, DeviceThread(), 256).start()
+    engine = EngineLoop(
+        "w8a8", Scheduler(200, 16, 16, 64), runner, device_thread=DeviceThread(), max_model_len=256
+    ).start()
     params = SamplingParams(8, ignore_eos=True, prompt_logprobs=3)
 
     async def run():

@@ -31,7 +31,7 @@ def warm(runner: Runner, device_thread: DeviceThread) -> Runner:
 
 
 def start(name: str, runner: Runner, device_thread: DeviceThread) -> EngineLoop:
-    return EngineLoop(name, Scheduler(200, 16, 16, 64), runner, device_thread, 256).start()
+    return EngineLoop(name, Scheduler(200, 16, 16, 64), runner, device_thread=device_thread, max_model_len=256).start()
 
 
 def test_weights_are_exchanged_between_the_steps_of_two_engines():

@@ -166,7 +166,9 @@ def test_two_hundred_requests_a_third_of_them_cut_off(engine_of):
 
 def test_a_full_queue_refuses_and_loses_nothing():
     runner = ScriptedRunner(step_s=0.002)
-    engine = EngineLoop("w8a8", Scheduler(64, 16, 2, 64), runner, DeviceThread(), 256, max_waiting=3).start()
+    engine = EngineLoop(
+        "w8a8", Scheduler(64, 16, 2, 64), runner, device_thread=DeviceThread(), max_model_len=256, max_waiting=3
+    ).start()
 
     async def run():
         streams, refused = [], []
@@ -184,7 +186,7 @@ def test_a_full_queue_refuses_and_loses_nothing():
     engine.stop()
 
 
-def test_a_turnstile_lets_one_in_at_a_time_in_order_and_on_one_thread():
+def test_a_device_thread_lets_one_in_at_a_time_in_order_and_on_one_thread():
     device_thread, inside, order, threads = DeviceThread(), [], [], set()
 
     def work(i: int) -> int:
@@ -206,14 +208,14 @@ def test_a_turnstile_lets_one_in_at_a_time_in_order_and_on_one_thread():
     assert len(threads) == 1
 
 
-def test_a_turnstile_hands_back_what_the_work_raises():
+def test_a_device_thread_hands_back_what_the_work_raises():
     device_thread = DeviceThread()
     with pytest.raises(ZeroDivisionError):
         device_thread.run(divmod, 1, 0)
     assert device_thread.run(divmod, 7, 2) == (3, 1)
 
 
-def test_a_turnstile_ends_with_its_last_user():
+def test_a_device_thread_ends_with_its_last_user():
     device_thread = DeviceThread()
     thread = device_thread.run(threading.current_thread)
     del device_thread

@@ -14,7 +14,7 @@ from service.errors import EngineFailed
 from service.models.config import ModelConfig
 from service.models.random_weights import random_decoder
 from tests.support.engines import CPU, PROMPTS, make_engine
-from tests.support.grammars import Only, finished
+from tests.support.grammars import REGISTRY, Only, finished
 from tests.support.lateness import start_late
 from tests.support.tiny_models import make_model
 
@@ -45,7 +45,7 @@ async def is_lost(engine, prompt, params) -> str:
     with pytest.raises(EngineFailed) as raised:
         async for _ in stream:
             pass
-    assert stream.request.finish_reason == FinishReason.ABORT
+    assert stream.progress.finish_reason == FinishReason.ABORT
     return raised.value.message
 
 
@@ -56,7 +56,7 @@ def test_it_is_lost_alone_and_its_blocks_are_clean_for_the_next(scheme, start):
     engine = start(poisoned_decoder(scheme), num_blocks=90, block_size=4, budget=24)
     params = SamplingParams(16, ignore_eos=True)
     random = SamplingParams(16, temperature=1.0, seed=3, ignore_eos=True)
-    in_time = SamplingParams(40, ignore_eos=True, grammar=Only({9}, {10}, {POISON}, {11}))
+    in_time = SamplingParams(40, ignore_eos=True, grammar=REGISTRY.name(Only({9}, {10}, {POISON}, {11})))
 
     async def healthy():
         return await asyncio.gather(*(ids_of(engine, p, random) for p in HEALTHY))

@@ -37,8 +37,10 @@ def run(engine):
     async def one(i: int):
         stream = engine.submit(PROMPTS[i], params_of(i), str(i))
         first = await anext(aiter(stream))
-        assert len(stream.request.prompt_logprobs) == (0 if i % 3 == 2 else len(PROMPTS[i]) - 1), "not complete in time"
-        return stream.request, first + [token async for tokens in stream for token in tokens]
+        assert len(stream.progress.prompt_logprobs) == (0 if i % 3 == 2 else len(PROMPTS[i]) - 1), (
+            "not complete in time"
+        )
+        return stream.progress, first + [token async for tokens in stream for token in tokens]
 
     async def together():
         return await asyncio.gather(*(one(i) for i in range(len(PROMPTS))))
@@ -49,14 +51,14 @@ def run(engine):
         engine.stop()
 
 
-def check(request, model) -> None:
+def check(i: int, progress, model) -> None:
     with torch.inference_mode():
-        expected = model(torch.tensor([request.prompt_ids])).logits[0].log_softmax(-1)
-    assert len(request.prompt_logprobs) == len(request.prompt_ids) - 1
-    for place, (row, token) in enumerate(zip(expected, request.prompt_logprobs, strict=False)):
-        assert token.id == request.prompt_ids[place + 1]
+        expected = model(torch.tensor([PROMPTS[i]])).logits[0].log_softmax(-1)
+    assert len(progress.prompt_logprobs) == len(PROMPTS[i]) - 1
+    for place, (row, token) in enumerate(zip(expected, progress.prompt_logprobs, strict=False)):
+        assert token.id == PROMPTS[i][place + 1]
         assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4)
-        likeliest = row.topk(request.params.prompt_logprobs)
+        likeliest = row.topk(params_of(i).prompt_logprobs)
         assert [i for i, _ in token.top_logprobs] == likeliest.indices.tolist()
         assert [x for _, x in token.top_logprobs] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
 
@@ -66,11 +68,11 @@ def check(request, model) -> None:
 def test_they_equal_those_of_transformers(tiny, limits, start):
     model, folder = tiny("llama")
     engine = start(load_decoder(folder, torch.float32, CPU), **limits)
-    for i, (request, _) in enumerate(run(engine)):
+    for i, (progress, _) in enumerate(run(engine)):
         if i % 3 == 2:
-            assert request.prompt_logprobs == []
+            assert progress.prompt_logprobs == ()
         else:
-            check(request, model)
+            check(i, progress, model)
     assert (engine.stats().num_preemptions > 0) == (limits is PREEMPTING)
 
 
@@ -81,9 +83,9 @@ def test_few_rows_at_a_time_give_the_same(tiny, monkeypatch):
     monkeypatch.setattr(prompt_logprobs, "SLICE_LOGITS", 3 * decoder.config.vocab_size + 1)
     sizes, head = [], decoder.head
     decoder.head = lambda hidden: sizes.append(len(hidden)) or head(hidden)
-    requests = [request for request, _ in run(make_engine(decoder, rows=3))]
+    progress, _ = run(make_engine(decoder, rows=3))[10]
     assert max(sizes) == 3
-    check(requests[10], model)
+    check(10, progress, model)
 
 
 def test_those_who_do_not_ask_pay_nothing():
@@ -107,10 +109,20 @@ def test_neighbours_are_not_touched():
         neighbour = new_request("n", 20, 12, temperature=1.0, logprobs=2)
         plan.add(new_request("a", 90, 3, prompt_logprobs=asked))
         plan.add(neighbour)
+        logprobs = []
+        commit = plan.commit
+
+        def committed(step, results, logprobs=logprobs, commit=commit, neighbour=neighbour):
+            sampled = [chunk.request for chunk in step.chunks if chunk.samples]
+            logprobs += [results.logprobs[place] for place, request in enumerate(sampled) if request is neighbour]
+            return commit(step, results)
+
+        plan.commit = committed
         for _ in drive(plan, runner):
             pass
         assert neighbour.finish_reason == FinishReason.LENGTH
-        found.append([(token.id, token.logprob, token.top_logprobs) for token in neighbour.output])
+        found.append((neighbour.output_ids, logprobs))
+        assert len(logprobs) == 12
     assert found[0] == found[1]
 
 

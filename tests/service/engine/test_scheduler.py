@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.api import FinishReason, Token
-from service.engine.scheduler import Scheduler
+from service.engine.api import FinishReason
+from service.engine.scheduler import Scheduler, StepResults
 from service.errors import EngineFailed
 from tests.support.requests import new_request
 
@@ -30,8 +30,13 @@ def scheduler(num_blocks=64, block_size=4, rows=8, budget=32) -> Scheduler:
     return Scheduler(num_blocks, block_size, rows, budget, frozenset({EOS}))
 
 
-def tokens_of(step, first_id=1000) -> list[Token]:
-    return [Token(first_id + i, 0.0) for i, chunk in enumerate(c for c in step.chunks if c.samples)]
+def tokens_of(step, first_id=1000) -> StepResults:
+    return StepResults(0.0, [first_id + i for i, _ in enumerate(c for c in step.chunks if c.samples)])
+
+
+def took(plan, step, *token_ids, faults=None) -> list:
+    """The requests that took a token, or a fault, of a step."""
+    return [request for _, request in plan.commit(step, StepResults(0.0, token_ids, faults or {}))]
 
 
 def test_decodes_come_before_prefills_and_a_prompt_is_cut_to_the_budget():
@@ -73,9 +78,9 @@ def test_a_stop_is_noticed_late_and_the_extra_token_is_dropped():
     request = new_request("a", 3, max_tokens=9)
     plan.add(request)
     first, second = plan.schedule(0.0), plan.schedule(0.0)
-    assert plan.commit(first, [Token(EOS, 0.0)]) == [request]
-    assert plan.commit(second, [Token(55, 0.0)]) == []
-    assert [token.id for token in request.output] == [EOS]
+    assert took(plan, first, EOS) == [request]
+    assert took(plan, second, 55) == []
+    assert request.output_ids == [EOS]
     assert request.finish_reason == FinishReason.STOP
     plan.check_integrity()
 
@@ -85,8 +90,8 @@ def test_ignore_eos_goes_on():
     request = new_request("a", 3, max_tokens=2, ignore_eos=True)
     plan.add(request)
     for _ in range(2):
-        plan.commit(step := plan.schedule(0.0), [Token(EOS, 0.0)])
-    assert len(request.output) == 2
+        took(plan, step := plan.schedule(0.0), EOS)
+    assert len(request.output_ids) == 2
     assert request.finish_reason == FinishReason.LENGTH
     assert step.is_decode
 
@@ -101,13 +106,13 @@ def test_the_youngest_is_preempted_and_computed_again():
         plan.check_integrity()
         plan.commit(step, tokens_of(step))
     assert (old.num_preemptions, young.num_preemptions) == (0, 1)
-    assert len(old.output) == len(young.output) == 6
+    assert len(old.output_ids) == len(young.output_ids) == 6
     assert plan.num_preemptions == 1
 
 
 def test_a_request_with_a_grammar_waits_for_its_last_token_and_nobody_else_does():
     plan = scheduler()
-    held, free = new_request("held", 3, grammar=Anything()), new_request("free", 3)
+    held, free = new_request("held", 3, matcher=Anything()), new_request("free", 3)
     plan.add(held)
     plan.add(free)
     first, second = plan.schedule(0.0), plan.schedule(0.0)
@@ -119,9 +124,9 @@ def test_a_request_with_a_grammar_waits_for_its_last_token_and_nobody_else_does(
 
 def test_the_end_token_of_a_grammar_ends_even_under_ignore_eos():
     plan = scheduler()
-    request = new_request("a", 3, max_tokens=9, ignore_eos=True, grammar=Anything())
+    request = new_request("a", 3, max_tokens=9, ignore_eos=True, matcher=Anything())
     plan.add(request)
-    plan.commit(plan.schedule(0.0), [Token(EOS, 0.0)])
+    took(plan, plan.schedule(0.0), EOS)
     assert request.finish_reason == FinishReason.STOP
 
 
@@ -131,11 +136,11 @@ def test_an_error_ends_its_request_alone():
     plan.add(lost)
     plan.add(kept)
     first, second = plan.schedule(0.0), plan.schedule(0.0)
-    assert plan.commit(first, [EngineFailed("why"), Token(50, 0.0)]) == [lost, kept]
+    assert took(plan, first, 0, 50, faults={0: EngineFailed("why")}) == [lost, kept]
     assert lost.finish_reason == FinishReason.ABORT
-    assert (lost.output, lost.blocks, lost.row) == ([], [], -1)
-    assert plan.commit(second, [Token(51, 0.0), Token(52, 0.0)]) == [kept]
-    assert [token.id for token in kept.output] == [50, 52]
+    assert (lost.output_ids, lost.blocks, lost.row) == ([], [], -1)
+    assert took(plan, second, 51, 52) == [kept]
+    assert kept.output_ids == [50, 52]
     plan.check_integrity()
 
 
@@ -189,6 +194,6 @@ def test_every_request_ends_and_nothing_leaks(plans, num_blocks, budget, is_asyn
     assert plan.pool.num_free == num_blocks
     for request in requests:
         assert request.finish_reason == (FinishReason.ABORT if request in aborted else FinishReason.LENGTH)
-        assert request in aborted or len(request.output) == request.params.max_tokens
+        assert request in aborted or len(request.output_ids) == request.params.max_tokens
         wanted = list(range(len(request.prompt_ids) - 1)) if request.params.prompt_logprobs is not None else []
         assert scored[request] == (wanted[: len(scored[request])] if request in aborted else wanted)

@@ -21,13 +21,13 @@ from service.errors import EngineFailed
 from service.models.config import ModelConfig
 from service.models.random_weights import random_decoder
 from tests.support.engines import CPU, PROMPTS, make_engine
-from tests.support.grammars import EOS, JSON, SCHEMA, Only, finished, text_of
+from tests.support.grammars import EOS, REGISTRY, RULES, SCHEMA, Only, finished, matcher_of, text_of
 from tests.support.lateness import start_late
 from tests.support.tiny_models import make_model
 
 
 def choose(logits, *params: SamplingParams, seen=None):
-    requests = [Request(str(i), [1], p, 0.0, i) for i, p in enumerate(params)]
+    requests = [Request(str(i), [1], p, 0.0, i, matcher=matcher_of(p)) for i, p in enumerate(params)]
     return sample(logits, SamplingBatch.build([Chunk(r, 0, 1, True, 0) for r in requests], CPU), seen)
 
 
@@ -47,7 +47,7 @@ def test_nothing_else_is_drawn(settings):
     logits = torch.randn(60, 300, generator=torch.Generator().manual_seed(0)) * 4
     seen = torch.rand(60, 300, generator=torch.Generator().manual_seed(1)) < 0.3
     allowed = [{7 * i % 300, (7 * i + 1) % 300, 299} for i in range(60)]
-    params = [SamplingParams(grammar=Only(a), **settings) for a in allowed]
+    params = [SamplingParams(grammar=REGISTRY.name(Only(a)), **settings) for a in allowed]
     choice = choose(logits, *params, seen=seen)
     assert all(token in a for token, a in zip(choice.ids.tolist(), allowed, strict=True))
     assert not choice.faults.any()
@@ -55,10 +55,10 @@ def test_nothing_else_is_drawn(settings):
 
 def test_the_likeliest_of_the_allowed_is_taken():
     logits = torch.tensor([[5.0, 4.0, -3.0, 1.0, -2.0]])
-    assert choose(logits, SamplingParams(grammar=Only({1, 3}))).ids.item() == 1
+    assert choose(logits, SamplingParams(grammar=REGISTRY.name(Only({1, 3})))).ids.item() == 1
     # 4 / 8 < 1, and what is not allowed stays so whatever the penalty makes of it.
     seen = torch.tensor([[False, True, True, False, False]])
-    params = SamplingParams(grammar=Only({1, 3}), repetition_penalty=8.0)
+    params = SamplingParams(grammar=REGISTRY.name(Only({1, 3})), repetition_penalty=8.0)
     assert choose(logits, params, seen=seen).ids.item() == 3
 
 
@@ -66,7 +66,7 @@ def test_rows_without_a_grammar_keep_their_bits():
     logits = torch.randn(5, 77)
     logits[3, 5] = float("nan")
     chunks = [
-        Chunk(Request(str(i), [1], SamplingParams(grammar=Only({9}) if i in {1, 4} else None), 0.0, 0), 0, 1, True, 0)
+        Chunk(Request(str(i), [1], SamplingParams(), 0.0, 0, matcher=Only({9}) if i in {1, 4} else None), 0, 1, True, 0)
         for i in range(5)
     ]
     constraint = TokenMask.build(chunks, CPU)
@@ -81,7 +81,7 @@ def test_rows_without_a_grammar_keep_their_bits():
 
 
 def test_tokens_beyond_the_bits_are_not_allowed():
-    chunk = Chunk(Request("a", [1], SamplingParams(grammar=Only(set(range(320)))), 0.0, 0), 0, 1, True, 0)
+    chunk = Chunk(Request("a", [1], SamplingParams(), 0.0, 0, matcher=Only(set(range(320)))), 0, 1, True, 0)
     constraint = TokenMask.build([chunk], CPU)
     assert constraint is not None
     masked = constraint.apply(torch.zeros(1, 330))
@@ -92,7 +92,7 @@ def test_tokens_beyond_the_bits_are_not_allowed():
 def test_a_row_with_nothing_left_says_so_alone():
     logits = torch.zeros(4, 300)
     logits[1, 7], logits[3, 7] = float("-inf"), float("nan")
-    params = [SamplingParams(temperature=1.0, grammar=Only(a)) for a in ({7}, {7}, {310}, {8})]
+    params = [SamplingParams(temperature=1.0, grammar=REGISTRY.name(Only(a))) for a in ({7}, {7}, {310}, {8})]
     assert choose(logits, *params).faults.tolist() == [
         Fault.NONE,
         Fault.NONE_ALLOWED,
@@ -119,7 +119,7 @@ def test_answers_parse_and_validate_and_neighbours_stay_as_they_are(start, limit
     engine = engine_and_decoder(start, **limits)
     free = [SamplingParams(40, temperature=1.0, seed=i, logprobs=1) for i in range(len(PROMPTS))]
     settings = [{"temperature": 1.0}, {}, {"temperature": 1.0, "repetition_penalty": 1.3, "top_p": 0.9}]
-    grammar = JSON.compile(SCHEMA)
+    grammar = RULES
     held = [
         replace(free[i], max_tokens=140, grammar=grammar, ignore_eos=i % 2 == 0, **settings[i % 3]) for i in range(12)
     ]
@@ -153,9 +153,7 @@ def test_answers_parse_and_validate_and_neighbours_stay_as_they_are(start, limit
 def test_max_tokens_inside_the_json():
     engine = engine_and_decoder(make_engine)
     try:
-        request, tokens = asyncio.run(
-            finished(engine, PROMPTS[2], SamplingParams(9, temperature=1.0, grammar=JSON.compile(SCHEMA)))
-        )
+        request, tokens = asyncio.run(finished(engine, PROMPTS[2], SamplingParams(9, temperature=1.0, grammar=RULES)))
     finally:
         engine.stop()
     assert request.finish_reason == FinishReason.LENGTH
@@ -164,7 +162,7 @@ def test_max_tokens_inside_the_json():
 
 
 def test_a_seed_gives_the_same_answer_under_preemption_and_lateness():
-    params = SamplingParams(60, temperature=1.0, seed=5, grammar=JSON.compile(SCHEMA))
+    params = SamplingParams(60, temperature=1.0, seed=5, grammar=RULES)
     runs = []
     for start, limits in ((make_engine, {}), (start_late, PREEMPTING)):
         engine = engine_and_decoder(start, **limits)
@@ -183,22 +181,22 @@ def test_a_seed_gives_the_same_answer_under_preemption_and_lateness():
 @pytest.mark.parametrize("start", [make_engine, start_late])
 def test_a_grammar_that_allows_nothing_fails_its_request_alone(start):
     engine = engine_and_decoder(start)
-    stuck = SamplingParams(20, grammar=Only({65}, {66}, {300}))
+    stuck = SamplingParams(20, grammar=REGISTRY.name(Only({65}, {66}, {300})))
 
     async def run():
         neighbours = [asyncio.ensure_future(finished(engine, p, SamplingParams(20), str(p[0]))) for p in PROMPTS[:5]]
-        stream = engine.submit(PROMPTS[6], stuck, "stuck")
+        stream, said = engine.submit(PROMPTS[6], stuck, "stuck"), []
         with pytest.raises(EngineFailed, match="cannot go on after 2 tokens"):
-            async for _ in stream:
-                pass
-        return stream.request, [tokens for _, tokens in await asyncio.gather(*neighbours)]
+            async for tokens in stream:
+                said += [token.id for token in tokens]
+        return said, stream.progress, [tokens for _, tokens in await asyncio.gather(*neighbours)]
 
     try:
-        request, neighbours = asyncio.run(run())
+        said, progress, neighbours = asyncio.run(run())
     finally:
         engine.stop()
-    assert [token.id for token in request.output] == [65, 66]
-    assert request.finish_reason == FinishReason.ABORT
+    assert said == [65, 66]
+    assert progress.finish_reason == FinishReason.ABORT
     assert all(len(tokens) == 20 or tokens[-1].id == EOS for tokens in neighbours)
     assert engine.stats().kv_cache_usage_ratio == 0
     assert engine.failure is None

@@ -39,9 +39,9 @@ def test_bytes_are_those_of_the_linears_and_the_head(decoders):
 
 def test_on_an_unknown_device_only_the_bytes_are_told(decoders):
     found = describe_one_token(decoders, "fp16", "some CPU")
-    assert found["speedup_at_best"] == {"w8a8": None}
+    assert found.speedup_at_best == {"w8a8": None}
     megabytes = [f"{step_work(decoders[name]).num_bytes / 1e6:.3g}" for name in ("w8a8", "fp16")]
-    assert found["text"] == (
+    assert found.text == (
         f"For one token, a step reads weights of {megabytes[0]} MB in w8a8 and {megabytes[1]} MB in fp16."
     )
 
@@ -49,14 +49,14 @@ def test_on_an_unknown_device_only_the_bytes_are_told(decoders):
 def test_on_a_known_device_the_ratio_is_that_of_the_bytes(decoders):
     found = describe_one_token(decoders, "fp16", "NVIDIA H100 80GB HBM3")
     ratio = step_work(decoders["fp16"]).num_bytes / step_work(decoders["w8a8"]).num_bytes
-    assert found["speedup_at_best"]["w8a8"] == pytest.approx(ratio)
-    assert f"At this device's 3.35 TB/s that makes w8a8 at best {ratio:.2f} times as fast" in found["text"]
+    assert found.speedup_at_best["w8a8"] == pytest.approx(ratio)
+    assert f"At this device's 3.35 TB/s that makes w8a8 at best {ratio:.2f} times as fast" in found.text
 
 
 def test_one_variant_alone_is_compared_with_nothing(decoders):
     found = describe_one_token({"w8a8": decoders["w8a8"]}, "fp16", "NVIDIA H100 80GB HBM3")
-    assert found["speedup_at_best"] == {}
-    assert found["text"].count("MB") == 1
+    assert found.speedup_at_best == {}
+    assert found.text.count("MB") == 1
 
 
 def test_every_board_has_roofs():

@@ -11,6 +11,7 @@ import gc
 import shutil
 import weakref
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,12 @@ from safetensors.torch import load_file
 from quant.scheme import PRESETS
 from service.errors import ReloadFailed
 from service.host.memory import cache_budget
-from service.host.reloader import Reloader
-from service.host.variants import Host, open_host
+from service.host.model_host import ModelHost
+from service.host.reloader import Reloader, open_host
 from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model
-from service.web.app import create_app
-from tests.support.harness import client_of
+from tests.support.harness import app_over, client_of
 from tests.support.tiny_models import change_tensors, save_tiny_model
 
 CPU = torch.device("cpu")
@@ -84,9 +84,10 @@ def body_of(prompt: str) -> dict:
     return {"prompt": prompt, "max_tokens": 12, "ignore_eos": True}
 
 
-def with_client(host: Host, settings: Settings, reload: Reloader, use):
+def with_client(host: ModelHost, settings: Settings, reload: Reloader, use):
     async def go():
-        app = create_app(host.engines, settings, host.tokenizer, host.info, host.self_check, reload)
+        host.reload = reload
+        app = app_over(host, settings, host.tokenizer)
         async with client_of(app) as client:
             return await use(client)
 
@@ -99,7 +100,7 @@ async def ids_of(client, prompt: str) -> list[int]:
     return answer.json()["token_ids"]
 
 
-def answers_of(host: Host, settings: Settings, reload: Reloader) -> list[list[int]]:
+def answers_of(host: ModelHost, settings: Settings, reload: Reloader) -> list[list[int]]:
     """What is answered now."""
 
     async def use(client):
@@ -196,7 +197,7 @@ def test_a_checkpoint_of_another_cache_gets_one(float_folder, old_folder, expect
     with hosted(old_folder, tmp_path, baseline=str(float_folder), kv_cache_bytes=budget) as (host, settings, reload):
         blocks = host.engines["w8a8"].stats().num_blocks
         reload(str(folder))
-        info, stats = host.info()["variants"]["w8a8"], host.engines["w8a8"].stats()
+        info, stats = asdict(host.info())["variants"]["w8a8"], host.engines["w8a8"].stats()
         assert info["kv_cache_dtype"] == "int8"
         assert "keys and values" in info["description"]
         assert stats.num_blocks > 3 * blocks
@@ -253,8 +254,10 @@ def broken(kind: str, source: Path, float_folder: Path, folder: Path) -> Path:
 def test_what_fails_changes_nothing(float_folder, old_folder, expected, tmp_path, kind, words, monkeypatch):
     folder = broken(kind, old_folder, float_folder, tmp_path / "broken")
     seen: list[weakref.ref] = []
-    check = Host.check
-    monkeypatch.setattr(Host, "check", lambda host, name, new: (seen.append(weakref.ref(new)), check(host, name, new)))
+    check = ModelHost.check
+    monkeypatch.setattr(
+        ModelHost, "check", lambda host, name, new: (seen.append(weakref.ref(new)), check(host, name, new))
+    )
     with hosted(old_folder, tmp_path / "cache", baseline=str(float_folder)) as (host, settings, reload):
         variant = host.variants["w8a8"]
         with pytest.raises(ReloadFailed, match=words) as caught:

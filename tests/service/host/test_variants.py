@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,13 @@ from quant.checkpoint.reader import CheckpointError
 from quant.linear import Int8Linear
 from quant.scheme import PRESETS, Scheme
 from service.errors import InvalidSettings, StartupError, UnsupportedModel
+from service.host.model_host import ModelHost
+from service.host.reloader import open_host
 from service.host.self_check import MAX_KL
-from service.host.variants import Host, open_host
 from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model, quantized_folder
-from service.web.app import create_app
-from tests.support.harness import client_of
+from tests.support.harness import app_over, client_of
 from tests.support.tiny_models import change_tensors, save_tiny_model
 
 CPU = torch.device("cpu")
@@ -69,18 +70,18 @@ def hosted(model: Path, cache: Path, **changes: object):
         host.stop()
 
 
-def ask(host: Host, settings: Settings, *requests: tuple[str, str, dict | None]) -> list:
+def ask(host: ModelHost, settings: Settings, *requests: tuple[str, str, dict | None]) -> list:
     """Answers of the real app over the host's engines, after its self-check."""
 
     async def go():
-        app = create_app(host.engines, settings, host.tokenizer, host.info, host.self_check)
+        app = app_over(host, settings, host.tokenizer)
         async with client_of(app) as client:
             return [await client.request(method, path, json=body) for method, path, body in requests]
 
     return asyncio.run(go())
 
 
-def int8_linears(host: Host) -> list[Int8Linear]:
+def int8_linears(host: ModelHost) -> list[Int8Linear]:
     layers = host.variants["w8a8"].decoder.layers
     return [linear for layer in layers for linear in layer.linears if isinstance(linear, Int8Linear)]
 
@@ -100,7 +101,7 @@ def test_both_variants_serve_the_same_model(float_folder, cache):
 
 def test_info_is_whole_and_is_json(float_folder, cache):
     with hosted(float_folder, cache, max_num_requests=8) as (host, _):
-        info = host.info()
+        info = asdict(host.info())
         weights = {name: variant.decoder.weight_bytes for name, variant in host.variants.items()}
     assert json.loads(json.dumps(info)) == info
     assert (info["family"], info["max_model_len"], info["gpu_memory_bytes"]) == ("llama", 256, None)
@@ -160,7 +161,7 @@ def test_a_folder_says_what_its_cache_is_unless_the_user_does(float_folder, tmp_
     for kv_cache, dtype in (("auto", "int8"), ("float", "float32"), ("int8", "int8")):
         with hosted(out, tmp_path, kv_cache=kv_cache, baseline=str(float_folder)) as (host, _):
             assert host.self_check() == {}
-            info = host.info()["variants"]
+            info = asdict(host.info())["variants"]
         assert (info["w8a8"]["kv_cache_dtype"], info["fp16"]["kv_cache_dtype"]) == (dtype, "float32")
         assert ("keys and values" in info["w8a8"]["description"]) == (dtype == "int8")
 
@@ -169,7 +170,7 @@ def test_a_folder_of_another_tool_is_named_after_its_scales(float_folder, int8_f
     """Not after the settings' scheme, which it was not quantized by."""
     foreign = shutil.copytree(int8_folder, tmp_path / "foreign", ignore=shutil.ignore_patterns("ottava.json"))
     with hosted(foreign, tmp_path, scheme="smoothquant-o3", baseline=str(float_folder)) as (host, _):
-        info = host.info()["variants"]
+        info = asdict(host.info())["variants"]
     scheme = Scheme("int8 channel/token", "channel", "token")
     assert (info["w8a8"]["scheme"], info["w8a8"]["alpha"]) == (scheme.name, None)
     assert info["w8a8"]["description"] == scheme.describe()
@@ -178,7 +179,7 @@ def test_a_folder_of_another_tool_is_named_after_its_scales(float_folder, int8_f
 
 def test_random_weights_take_an_int8_cache(float_folder, tmp_path):
     with hosted(float_folder, tmp_path, random_weights=True, kv_cache="int8", variants="w8a8") as (host, _):
-        assert host.info()["variants"]["w8a8"]["kv_cache_dtype"] == "int8"
+        assert host.info().variants["w8a8"].kv_cache_dtype == "int8"
         assert host.self_check() == {}
 
 
@@ -204,7 +205,7 @@ def test_the_self_check_fits_in_a_short_context(float_folder, cache):
     """The check's prompts have more tokens than this."""
     with hosted(float_folder, cache, max_model_len=8) as (host, _):
         assert host.self_check() == {}
-        assert host.info()["max_model_len"] == 8
+        assert host.info().max_model_len == 8
 
 
 @torch.inference_mode()
@@ -282,7 +283,7 @@ def test_a_quantized_model_needs_its_baseline_named(float_folder, int8_folder, t
     with hosted(int8_folder, tmp_path, baseline=str(float_folder)) as (host, _):
         assert host.self_check() == {}
         assert list(host.variants) == ["w8a8", "fp16"]
-        assert host.info()["variants"]["w8a8"]["calibration"].startswith("64 tokens")
+        assert host.info().variants["w8a8"].calibration.startswith("64 tokens")
     assert not (tmp_path / "quantized").exists()
 
 
@@ -306,7 +307,7 @@ def test_a_cache_below_one_request_is_refused_with_the_remedy(float_folder, cach
 def test_a_refused_start_leaves_no_engine_running(float_folder, cache, monkeypatch):
     """The second variant finds no memory; the first must not go on."""
     budgets = iter([1024 * 256, 1])
-    monkeypatch.setattr("service.host.variants.cache_budget", lambda *_: next(budgets))
+    monkeypatch.setattr("service.host.model_host.cache_budget", lambda *_: next(budgets))
     with pytest.raises(InvalidSettings, match="KV cache of fp16"), hosted(float_folder, cache):
         pass
     assert running_engines() == []
@@ -318,7 +319,7 @@ def test_random_weights_take_shapes_alone(float_folder, tmp_path, scheme):
         (tmp_path / name).write_bytes((float_folder / name).read_bytes())
     body = {"prompt": "hello", "max_tokens": 3, "ignore_eos": True}
     with hosted(tmp_path, tmp_path / "cache", random_weights=True, scheme=scheme) as (host, settings):
-        info = host.info()["variants"]
+        info = asdict(host.info())["variants"]
         assert {info[name]["calibration"] for name in info} == {"random weights"}
         assert [info[name]["scheme"] for name in info] == [scheme, "fp16"]
         # Two sets of random weights have nothing in common, but their logits are flat enough to stay below the limit.
@@ -335,7 +336,7 @@ def test_a_scheme_that_is_not_int8_is_refused(float_folder, tmp_path, scheme):
 
 def test_alpha_reaches_the_scheme(float_folder, tmp_path):
     with hosted(float_folder, tmp_path, alpha=0.7, variants="w8a8") as (host, _):
-        assert host.info()["variants"]["w8a8"]["alpha"] == 0.7
+        assert host.info().variants["w8a8"].alpha == 0.7
 
 
 def test_more_positions_than_the_model_has_are_refused_before_quantizing(float_folder, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from service.settings import Settings
 from service.telemetry.logs import configure_logging
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import ByteTokenizer, FakeEngine
 from tests.support.harness import app_of, client_of, engines_of, server_of, two_engines
 from tests.support.raw_client import leave_raw, open_raw
 
@@ -26,12 +26,12 @@ def stream():
     root.setLevel(level)
 
 
-def served(stream, requests, engines=None, **settings):
+def served(stream, requests, engines=None, tokenizer=None, **settings):
     """Every log line of (method, path, body, headers) sent to one app, as JSON."""
     settings = {"log_format": "json", **settings}
 
     async def go():
-        app = app_of(engines or two_engines(), **settings)
+        app = app_of(engines or two_engines(), tokenizer=tokenizer, **settings)
         async with client_of(app) as client:
             configure_logging(Settings(**settings), stream)
             for method, path, body, headers in requests:
@@ -119,15 +119,16 @@ def test_probes_are_for_debugging_alone(stream):
 
 
 def test_every_line_of_a_request_has_its_id(stream):
-    class Exploding(FakeEngine):
-        def submit(self, *_):
-            raise RuntimeError("oh")
-
     request = ("POST", "/generate", {"prompt": "a"}, {"x-request-id": "abc-2"})
-    lines = lines_of(served(stream, [request], engines_of(Exploding("w8a8"))))
+    lines = lines_of(served(stream, [request], engines_of(FakeEngine("w8a8")), tokenizer=Exploding()))
     assert {line["logger"] for line in lines} >= {"ottava.access", "service.web.middleware.faults"}
     assert {line["request_id"] for line in lines} == {"abc-2"}
     assert "RuntimeError: oh" in next(line["exc_info"] for line in lines if "exc_info" in line)
+
+
+class Exploding(ByteTokenizer):
+    def encode(self, text):
+        raise RuntimeError("oh")
 
 
 def test_an_id_cannot_forge_a_line(stream):
@@ -137,7 +138,7 @@ def test_an_id_cannot_forge_a_line(stream):
     ]
     lines = served(stream, requests, log_format="text").splitlines()
     assert len(lines) == 4
-    assert all("INFO ottava.access: GET /info 200 " in line for line in lines)
+    assert all("INFO web ottava.access: GET /info 200 " in line for line in lines)
     assert lines[-1].endswith(r'request_id="1\" status=500"')
     assert not any("xxx" in line or "\x85" in line for line in lines)
 
@@ -145,7 +146,7 @@ def test_an_id_cannot_forge_a_line(stream):
 def test_text_lines_are_readable(stream):
     text = served(stream, [("POST", "/generate", {"prompt": "hi"}, {})], log_format="text")
     (line,) = [line for line in text.splitlines() if "ottava.access" in line]
-    assert "INFO ottava.access: POST /generate 200 duration_ms=" in line
+    assert "INFO web ottava.access: POST /generate 200 duration_ms=" in line
     assert " variant=w8a8 outcome=stop num_runs=1 prompt_tokens=2 generated_tokens=6 " in line
 
 

@@ -2,11 +2,12 @@
 
 import asyncio
 import threading
+from dataclasses import asdict
 
 import pytest
 
 from service.telemetry import metrics
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import INFO, FakeEngine
 from tests.support.harness import app_of, client_of, engines_of, metrics_of, total, two_engines
 
 SERIES = {
@@ -54,7 +55,12 @@ def test_every_series_is_there_with_its_buckets():
         assert samples["ottava_generation_tokens_total", label] == 6
         assert samples["ottava_prefix_cache_hit_tokens_total", label] == 0
         assert samples["ottava_inter_token_latency_seconds_count", label] == 5
-        assert samples["ottava_info", "dtype=float32", "max_model_len=64", "model=fake", label] == 1
+        assert (
+            samples[
+                "ottava_info", "device=fake", "dtype=float32", "family=fake", "max_model_len=64", "model=fake", label
+            ]
+            == 1
+        )
     for measure in ("ttft", "tpot", "e2e"):
         assert samples["ottava_speedup_ratio_count", "how=compare", f"measure={measure}", "variant=w8a8"] == 1
     assert samples["ottava_agreement_ratio_sum", "how=compare", "variant=w8a8"] == 1
@@ -198,7 +204,7 @@ def test_info_and_unknown_routes():
             return [await client.get("/info"), await client.get("/nope"), await client.get("/generate")]
 
     info, missing, method = asyncio.run(go())
-    assert info.json() == {"model": "fake", "versions": {"ottava": "0"}}
+    assert info.json() == asdict(INFO)
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
     assert (method.status_code, method.json()["error"]["code"]) == (405, "method_not_allowed")
     assert method.headers["allow"] == "POST"

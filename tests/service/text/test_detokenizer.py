@@ -64,7 +64,7 @@ def whole(tokenizer, ids):
 
 
 def pieces(tokenizer, ids, context=()):
-    decoder = tokenizer.decoder(context)
+    decoder = tokenizer.detokenizer(context)
     return [*map(decoder.push, ids), decoder.flush()]
 
 

@@ -401,7 +401,7 @@ def test_over_a_real_vocabulary(backend):
     tokenizer = Tokenizer(fast, frozenset({0}))
     special = [i for i, t in fast.backend_tokenizer.get_added_tokens_decoder().items() if t.special]
     for seed in range(12):
-        rng, decoder, text = random.Random(seed), tokenizer.decoder(), ""
+        rng, decoder, text = random.Random(seed), tokenizer.detokenizer(), ""
         matcher = tokenizer.grammar(SERVED["properties"]).matcher()
         for _ in range(300):
             bits = np.unpackbits(np.frombuffer(matcher.allowed(), np.uint8), bitorder="little")[: tokenizer.vocab_size]

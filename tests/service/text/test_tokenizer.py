@@ -32,7 +32,7 @@ def any_tokenizer(request):
 
 
 def decoded(tokenizer, ids):
-    decoder = tokenizer.decoder()
+    decoder = tokenizer.detokenizer()
     return [decoder.push(token_id) for token_id in ids] + [decoder.flush()]
 
 

@@ -306,11 +306,9 @@ def test_a_fault_of_ours_leaks_nothing(caplog):
     def explode(*_):
         raise RuntimeError("secret")
 
-    class Exploding(FakeEngine):
-        submit = explode
-
     for stream in (False, True):
-        app = app_of(engines_of(Exploding("w8a8")))
+        app = app_of(engines_of(FakeEngine("w8a8")))
+        app.state.serving.engines["w8a8"].submit = explode
         response = post({"prompt": "a", "stream": stream}, app)
         assert app.state.serving.traffic.num_active == 0
         assert response.status_code == 500

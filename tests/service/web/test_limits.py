@@ -163,13 +163,9 @@ def test_concurrency_over_http_is_freed_when_the_answer_has_gone_out(stream):
 
 
 def test_a_full_queue_says_when_to_come_back():
-    class Busy(FakeEngine):
-        def stats(self):
-            return stats(num_waiting=7, num_running=2)
-
     async def go():
-        engine = Busy("w8a8", max_waiting=0)
-        app = app_of(engines_of(engine))
+        app = app_of(engines_of(FakeEngine("w8a8", max_waiting=0)))
+        app.state.serving.engines["w8a8"].stats = lambda: stats(num_waiting=7, num_running=2)
         async with client_of(app) as client:
             app.state.serving.pace.add("w8a8", 5.0)
             return await client.post("/generate", json={"prompt": "a"})

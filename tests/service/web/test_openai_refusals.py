@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from service.errors import InvalidRequest
-from tests.support.fake_engine import ByteTokenizer
+from service.errors import InvalidRequest, QueueFull
+from service.text.json.schema import json_grammar
+from tests.support.fake_engine import FakeGrammars
 from tests.support.harness import app_of, client_of, two_engines
 
 USER = [{"role": "user", "content": "x"}]
@@ -176,24 +177,6 @@ def test_null_is_as_good_as_absent(path):
     assert [request.params for request in asked] == [request.params for request in plain]
 
 
-class Compiling(ByteTokenizer):
-    """Remembers what it was asked to compile."""
-
-    def __init__(self):
-        self.schemas = []
-
-    def grammar(self, schema):
-        self.schemas.append(schema)
-        if schema == {"type": "nothing"}:
-            raise InvalidRequest("`response_format` has a schema of type 'nothing'; send another", "response_format")
-        return Grammar()
-
-
-class Grammar:
-    def matcher(self):
-        return self
-
-
 def test_a_response_format_becomes_one_grammar_for_all_choices():
     for wanted, schema in [
         ({"type": "json_object"}, None),
@@ -203,17 +186,28 @@ def test_a_response_format_becomes_one_grammar_for_all_choices():
         ),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, None),
     ]:
-        tokenizer = Compiling()
-        response, (first, second) = post(CHAT, {"response_format": wanted, "n": 2}, tokenizer=tokenizer)
+        grammars = FakeGrammars()
+        response, (first, second) = post(CHAT, {"response_format": wanted, "n": 2}, grammars=grammars)
         assert response.status_code == 200, response.text
-        assert tokenizer.schemas == [schema]
-        assert first.params.grammar is second.params.grammar is not None
+        assert grammars.compiled == [json_grammar(schema)]
+        assert first.params.grammar == second.params.grammar == json_grammar(schema)
 
 
 def test_a_schema_that_cannot_be_served():
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
-    response, submitted = post(CHAT, {"response_format": wanted}, tokenizer=Compiling())
+    response, submitted = post(CHAT, {"response_format": wanted})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
+    assert not submitted
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(InvalidRequest("too large; simplify it", "response_format"), 400), (QueueFull("4 are being compiled"), 503)],
+)
+def test_a_grammar_that_the_engine_refuses(error, status):
+    grammars = FakeGrammars(refuse=error)
+    response, submitted = post(CHAT, {"response_format": {"type": "json_object"}}, grammars=grammars)
+    assert (response.status_code, response.json()["error"]["code"]) == (status, error.code)
     assert not submitted
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from service.engine.api import Token
 from service.engine.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
-from service.engine.scheduler import Scheduler
+from service.engine.messages import Logprob
+from service.engine.scheduler import Scheduler, StepResults
 from tests.support.harness import app_of, events_of, metrics_of, server_of, total, until
 from tests.support.raw_client import leave_raw, open_raw
 
@@ -25,8 +25,8 @@ class AlphabetStep:
 
     def read(self):
         time.sleep(STEP_S)
-        now_s = time.perf_counter()
-        return [Token(token_id, now_s, -0.1) for token_id in self.ids]
+        logprobs = {place: Logprob(-0.1) for place in range(len(self.ids))}
+        return StepResults(time.perf_counter(), self.ids, logprobs=logprobs)
 
 
 class AlphabetRunner:
@@ -51,7 +51,11 @@ def engines(request):
     device_thread = DeviceThread()
     engines = {
         variant: EngineLoop(
-            variant, Scheduler(60, 16, 16, 64, frozenset({0})), AlphabetRunner(request.param), device_thread, 256
+            variant,
+            Scheduler(60, 16, 16, 64, frozenset({0})),
+            AlphabetRunner(request.param),
+            device_thread=device_thread,
+            max_model_len=256,
         )
         for variant in ("w8a8", "fp16")
     }

@@ -40,7 +40,7 @@ class Asker:
         self._lifespan = self.app.router.lifespan_context(self.app)
         await self._lifespan.__aenter__()
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://localhost")
-        while self.app.state.serving.refused is None:
+        while not self.app.state.serving.is_ready:
             await asyncio.sleep(0.01)
 
     def ask(self, path, content, kind=JSON, method="POST", **more):

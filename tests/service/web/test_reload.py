@@ -10,12 +10,9 @@ from datetime import UTC, datetime
 
 import pytest
 
+from service.engine.api import Reloaded
 from service.errors import ReloadFailed
-from service.settings import Settings
-from service.web.app import create_app
-from service.web.reloads import Reloaded
-from tests.support.fake_engine import ByteTokenizer
-from tests.support.harness import client_of, metrics_of, two_engines, until
+from tests.support.harness import app_of, client_of, metrics_of, two_engines, until
 from tests.support.life import Life
 
 DONE = Reloaded("w8a8", "new", 2, datetime(2024, 5, 6, tzinfo=UTC), 1.5, 0.25)
@@ -40,7 +37,7 @@ class FakeReload:
 
 
 def app_with(reload: FakeReload, self_check=dict, **settings: object):
-    return create_app(two_engines(), Settings(**settings), ByteTokenizer(), dict, self_check, reload)
+    return app_of(two_engines(), self_check, reload=reload, **settings)
 
 
 def reload_once(reload: FakeReload, body: dict, **settings: object):
@@ -100,7 +97,7 @@ def test_a_reload_that_fails_says_so(error, status, code, caplog):
 
 def test_engines_without_a_checkpoint_have_none_to_reload():
     async def go():
-        app = create_app(two_engines(), Settings(), ByteTokenizer(), dict, dict)
+        app = app_of(two_engines())
         async with client_of(app) as client:
             return await client.post("/admin/reload", json={})
 

@@ -193,7 +193,7 @@ from tests.support.life import Life
 
 life = Life(step_s=0.02, port={port}, step_timeout_s=0.5, drain_timeout_s=20)
 {more}
-sys.exit(server.run(life.app, life.settings, life.engines))
+sys.exit(server.run(life.app, life.settings))
 """
 
 

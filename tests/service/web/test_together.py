@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine.api import FinishReason, SamplingParams, Token
-from service.engine.request import Request
+from service.engine.messages import Submit
 from service.engine.stream import MAX_TOGETHER, RequestStream
 from service.web.connection import QuickConnection
 from service.web.generation.sse import MARK, Form, event
@@ -24,8 +24,8 @@ REPLY = 'naïve 😀 100 % "end" of it'
 def stream_of() -> tuple[RequestStream, list[FinishReason]]:
     """A stream on the running event loop, and what its engine is told."""
     told: list[FinishReason] = []
-    request = Request("r", [1], SamplingParams(), 0.0, 0)
-    return RequestStream(request, lambda _, reason: told.append(reason), asyncio.get_running_loop()), told
+    command = Submit("w8a8", 1, 1, "r", [1], SamplingParams(), 0.0, 0)
+    return RequestStream(command, lambda _, reason: told.append(reason), asyncio.get_running_loop()), told
 
 
 def tokens_of(*ids: int) -> list[Token]:

@@ -1,0 +1,200 @@
+"""An engine seen from the event loop: requests go out as commands, and its news come back to their streams."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from service.engine.api import EngineStats, FinishReason, SamplingParams, Token
+from service.engine.messages import Command, Ended, Finish, Gauges, Logprob, News, Scored, Submit, error_of
+from service.engine.stream import RequestStream
+from service.errors import EngineFailed, OttavaError, QueueFull
+
+Compile = Callable[[str], Awaitable[None]]
+
+_handles = itertools.count(1)
+"""One for each request of this process: an engine may be started anew, its requests' handles never come again."""
+
+
+class EngineClient:
+    """An `Engine`, wherever the engine itself runs. Everything here happens on the event loop's thread.
+
+    Args:
+        variant: its name.
+        post: takes a command to the engine; must not wait.
+        compile: see `Engine.compile`.
+        max_waiting: requests that may queue.
+        max_model_len, dtype: see `Engine`.
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        post: Callable[[Command], None],
+        compile: Compile,  # noqa: A002 (the protocol's word)
+        *,
+        max_waiting: int,
+        max_model_len: int = 0,
+        dtype: str = "",
+    ) -> None:
+        self.variant = variant
+        self.max_model_len = max_model_len
+        self.dtype = dtype
+        self.failure: str | None = None
+        self._post = post
+        self._compile = compile
+        self.max_waiting = max_waiting
+        self._streams: dict[int, RequestStream] = {}
+        self._gauges = Gauges()
+        self._before = Gauges()
+        self._num_sent = 0
+        self._step_batch_sizes: list[int] = []
+
+    def submit(
+        self, prompt_ids: list[int], params: SamplingParams, request_id: str, arrival_s: float | None = None
+    ) -> RequestStream:
+        """See `Engine.submit`."""
+        self.refuse_if_failed()
+        if self._num_waiting >= self.max_waiting:
+            raise QueueFull(f"{self.max_waiting} requests are waiting for variant {self.variant!r}; try again later")
+        seed = params.seed if params.seed is not None else random.getrandbits(63)
+        arrival_s = time.perf_counter() if arrival_s is None else arrival_s
+        command = Submit(
+            self.variant, self._num_sent + 1, next(_handles), request_id, prompt_ids, params, arrival_s, seed
+        )
+        self._num_sent += 1
+        stream = RequestStream(command, self._finish, asyncio.get_running_loop())
+        self._streams[command.handle] = stream
+        self._post(command)
+        return stream
+
+    async def compile(self, rules: str) -> None:
+        """See `Engine.compile`."""
+        await self._compile(rules)
+
+    def stats(self) -> EngineStats:
+        gauges, before = self._gauges, self._before
+        return EngineStats(
+            num_running=gauges.num_running,
+            num_waiting=self._num_waiting,
+            num_blocks=gauges.num_blocks,
+            num_free_blocks=gauges.num_free_blocks,
+            num_preemptions=before.num_preemptions + gauges.num_preemptions,
+            num_steps=sum(self._step_batch_sizes),
+            weight_bytes=gauges.weight_bytes,
+            kv_cache_bytes=gauges.kv_cache_bytes,
+            step_batch_sizes=tuple(self._step_batch_sizes),
+            num_restarts=before.num_restarts + gauges.num_restarts,
+        )
+
+    def refuse_if_failed(self) -> None:
+        """Raise EngineFailed where the engine has failed for good."""
+        if self.failure is not None:
+            raise EngineFailed(f"the engine of variant {self.variant!r} has stopped")
+
+    def receive(self, news: News) -> None:
+        """Hand out what the engine tells."""
+        self._gauges = news.gauges
+        if news.num_requests:
+            self._count_step(news.num_requests)
+        for handle, time_s, num_cached in news.scheduled:
+            if (stream := self._streams.get(handle)) is not None:
+                stream.first_scheduled_s, stream.num_cached = time_s, num_cached
+        for scored in news.scored:
+            self._take_scores(scored)
+        self._hand_out(news)
+        for handle, num_steps, num_rows in news.counted:
+            if (stream := self._streams.get(handle)) is not None:
+                stream.num_steps, stream.num_rows = num_steps, num_rows
+        for ended in news.ended:
+            self._end(ended)
+        for handle in news.released:
+            if (stream := self._streams.pop(handle, None)) is not None:
+                stream.release()
+
+    def fail(self, failure: str, error: OttavaError) -> None:
+        """The engine has failed for good: tell everyone who waits for it."""
+        if self.failure is None:
+            self.failure = failure
+        self.drop(error)
+
+    def drop(self, error: OttavaError) -> None:
+        """Tell everyone who waits for the engine."""
+        self._drop(list(self._streams.values()), error)
+
+    def lost(self, error: OttavaError) -> None:
+        """The engine is gone, and a new one will take its place: tell those that ran; the others wait for it."""
+        self._drop([s for s in self._streams.values() if s.first_scheduled_s is not None or s.is_closed], error)
+        before, gauges = self._before, self._gauges
+        self._before = Gauges(
+            num_preemptions=before.num_preemptions + gauges.num_preemptions,
+            num_restarts=before.num_restarts + gauges.num_restarts + 1,
+        )
+        self._gauges = Gauges()
+        self._num_sent = len(self._streams)
+
+    def resume(self) -> None:
+        """Send those that wait to the engine that has taken the place of the one that is gone."""
+        for number, stream in enumerate(self._streams.values(), 1):
+            stream.command = msgspec.structs.replace(stream.command, number=number)
+            self._post(stream.command)
+
+    @property
+    def _num_waiting(self) -> int:
+        return self._gauges.num_waiting + self._num_sent - self._gauges.num_taken
+
+    def _finish(self, stream: RequestStream, reason: FinishReason) -> None:
+        if stream.command.handle in self._streams:
+            self._post(Finish(self.variant, stream.command.handle, reason))
+
+    def _count_step(self, num_requests: int) -> None:
+        sizes = self._step_batch_sizes
+        if num_requests >= len(sizes):
+            sizes.extend([0] * (num_requests + 1 - len(sizes)))
+        sizes[num_requests] += 1
+
+    def _hand_out(self, news: News) -> None:
+        """Give each stream its token."""
+        logprobs, time_s, streams = dict(news.logprobs), news.time_s, self._streams
+        for place, (handle, token_id) in enumerate(zip(news.handles, news.token_ids, strict=True)):
+            stream = streams.get(handle)
+            if stream is None:
+                continue
+            stream.num_generated += 1
+            stream.num_steps += 1
+            stream.num_rows += news.num_requests
+            found = logprobs.get(place) if logprobs else None
+            stream.put([Token(token_id, time_s) if found is None else _token(token_id, time_s, found)])
+
+    def _take_scores(self, scored: Scored) -> None:
+        stream = self._streams.get(scored.handle)
+        if stream is not None:
+            ids = stream.command.prompt_ids[1:]
+            stream.prompt_logprobs = tuple(
+                _token(id_, scored.time_s, found) for id_, found in zip(ids, scored.logprobs, strict=True)
+            )
+
+    def _end(self, ended: Ended) -> None:
+        stream = self._streams.pop(ended.handle, None)
+        if stream is None:
+            return
+        stream.finish_reason, stream.finished_s = ended.reason, ended.time_s
+        stream.put(None if ended.fault is None else error_of(ended.fault))
+        stream.release()
+
+    def _drop(self, streams: list[RequestStream], error: OttavaError) -> None:
+        now_s = time.perf_counter()
+        for stream in streams:
+            del self._streams[stream.command.handle]
+            stream.finish_reason, stream.finished_s = FinishReason.ABORT, now_s
+            stream.put(error)
+            stream.release()
+
+
+def _token(token_id: int, time_s: float, found: Logprob) -> Token:
+    return Token(token_id, time_s, found.logprob, tuple(found.top))

@@ -1,0 +1,169 @@
+"""The engines' side of the channel: opens a host, hands it what comes, and tells what it says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from quant.errors import CheckpointError
+from service.engine.api import HostInfo, Reloaded, Stage
+from service.engine.grammar import Grammars
+from service.engine.messages import Command, Fault, Finish, News, Sink, Submit, fault_of
+from service.engine.supervision import StepStuck, describe
+from service.errors import InvalidRequest, OttavaError, StartupError
+from service.host.channel.messages import (
+    Call,
+    EngineFacts,
+    Failed,
+    Opened,
+    Refused,
+    Returned,
+    Staged,
+    Stop,
+    ToEngine,
+    ToWeb,
+)
+from service.process import start_thread
+from service.store.progress import Progress
+
+USERS = (StartupError, CheckpointError, OSError, torch.OutOfMemoryError)
+"""What opening raises where the user can mend it: told in one line."""
+
+logger = logging.getLogger(__name__)
+
+
+class ServedEngine(Protocol):
+    """What the server needs of an engine: `service.engine.loop.EngineLoop`, or a fake in tests."""
+
+    variant: str
+    max_model_len: int
+    dtype: str
+    failed: Future[Exception]
+
+    @property
+    def is_exhausted(self) -> bool: ...
+
+    def put(self, command: Command) -> None: ...
+
+    def serve(self, sink: Sink) -> None: ...
+
+    def news(self) -> News: ...
+
+
+class ServedHost(Protocol):
+    """What the server needs of a host: `service.host.model_host.ModelHost`, or a fake in tests."""
+
+    @property
+    def engines(self) -> Mapping[str, ServedEngine]: ...
+
+    @property
+    def tokenizer_folder(self) -> Path: ...
+
+    @property
+    def grammars(self) -> Grammars | None: ...
+
+    @property
+    def reload(self) -> Callable[[str | None], Reloaded]: ...
+
+    def info(self) -> HostInfo: ...
+
+    def self_check(self) -> Mapping[str, str]: ...
+
+    def stop(self, timeout_s: float = 10.0) -> None: ...
+
+
+class HostServer:
+    """Serves one host to one web.
+
+    Args:
+        open_host: loads it; called by `open`.
+        send: takes a message to the web; must not wait.
+    """
+
+    def __init__(self, open_host: Callable[[Progress], ServedHost], send: Callable[[ToWeb], None]) -> None:
+        self._open_host = open_host
+        self._send = send
+        self._host: ServedHost | None = None
+        self.stopped: Future[None] = Future()
+        """Set once the web wants an end."""
+
+    def open(self) -> bool:
+        """Load the host and tell of it; False where that failed, which is told too."""
+        try:
+            host = self._open_host(self._on_progress)
+        except USERS as error:
+            self._send(Refused(fault_told(error), is_told=True))
+            return False
+        except Exception as error:
+            logger.exception("the engine could not be started")
+            self._send(Refused(Fault("StartupError", f"{type(error).__name__}: {error}"), is_told=False))
+            return False
+        self._host = host
+        facts = [EngineFacts(name, engine.max_model_len, engine.dtype) for name, engine in host.engines.items()]
+        for engine in host.engines.values():
+            engine.serve(self._send)
+            engine.failed.add_done_callback(lambda failed, engine=engine: self._tell_failure(engine, failed.result()))  # type: ignore[misc]
+        self._send(Opened(host.info(), str(host.tokenizer_folder), facts))
+        for engine in host.engines.values():
+            self._send(engine.news())
+        return True
+
+    def receive(self, message: ToEngine) -> None:
+        """Take a message of the web, on the thread that reads them; must not wait."""
+        if isinstance(message, Stop):
+            if not self.stopped.done():
+                self.stopped.set_result(None)
+        elif self._host is None:
+            raise RuntimeError(f"{type(message).__name__} came before the host was open")
+        elif isinstance(message, Call):
+            start_thread(message.kind, self._answer, self._host, message)
+        elif isinstance(message, (Submit, Finish)):
+            self._host.engines[message.variant].put(message)
+
+    def stop(self, timeout_s: float) -> None:
+        """End the engines."""
+        if self._host is not None:
+            self._host.stop(timeout_s)
+
+    def _on_progress(self, name: str, done: int, total: int, detail: str = "", /) -> None:
+        self._send(Staged(Stage(name, done, total, detail)))
+
+    def _answer(self, host: ServedHost, call: Call) -> None:
+        try:
+            self._send(_done(host, call))
+        except OttavaError as error:
+            self._send(Returned(call.number, fault_of(error)))
+        except Exception as error:
+            logger.exception("%s failed", call.kind)
+            # A client may see what a reload raised; what the self-check did, whoever runs the server.
+            said = describe(error) if call.kind == "check" else "internal error; the engine's log has it"
+            self._send(Returned(call.number, Fault(OttavaError.__name__, said)))
+
+    def _tell_failure(self, engine: ServedEngine, error: Exception) -> None:
+        is_stuck = isinstance(error, StepStuck)
+        self._send(Failed(engine.variant, describe(error), engine.is_exhausted, is_stuck))
+
+
+def fault_told(error: BaseException) -> Fault:
+    """An error of opening as it is sent: what is none of ours counts as a start-up error."""
+    if isinstance(error, StartupError):
+        return fault_of(error)
+    return Fault("StartupError", str(error))
+
+
+def _done(host: ServedHost, call: Call) -> Returned:
+    """Do what is called for. Raises what it raises."""
+    if call.kind == "check":
+        return Returned(call.number, refused=dict(host.self_check()))
+    if call.kind == "reload":
+        reloaded = host.reload(call.argument)
+        return Returned(call.number, reloaded=reloaded, info=host.info())
+    if host.grammars is None:
+        raise InvalidRequest("this engine takes no grammar", "response_format")
+    host.grammars.compile(call.argument or "")
+    return Returned(call.number)

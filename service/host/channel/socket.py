@@ -1,0 +1,203 @@
+"""Messages over a stream socket: a length, then MessagePack.
+
+The socket is one end of a pair that parent and child share: no name by which others could reach it, and either side
+reads the end of the stream at once when the other is gone, however it went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import msgspec
+
+from service.host.channel.messages import encode
+
+T = TypeVar("T")
+
+LENGTH = struct.Struct("<I")
+BUFFER_BYTES = 4 << 20
+"""Asked of the kernel, which may grant less: about a second of news from 256 streams."""
+
+READ_BYTES = 1 << 18
+MAX_BACKLOG_BYTES = 64 << 20
+"""Of messages that the other side has not read. Beyond it the other side counts as gone."""
+
+
+class Frames(Generic[T]):
+    """Messages out of a stream of bytes that arrives in parts of any size."""
+
+    def __init__(self, decoder: msgspec.msgpack.Decoder[T]) -> None:
+        self._decoder = decoder
+        self._buffer = bytearray()
+
+    def push(self, data: bytes) -> list[T]:
+        """The messages that are complete now. Raises msgspec.DecodeError: the other side speaks otherwise."""
+        buffer = self._buffer
+        buffer += data
+        messages, at = [], 0
+        with memoryview(buffer) as view:
+            while len(buffer) - at >= LENGTH.size:
+                (length,) = LENGTH.unpack_from(view, at)
+                end = at + LENGTH.size + length
+                if end > len(buffer):
+                    break
+                messages.append(self._decoder.decode(view[at + LENGTH.size : end]))
+                at = end
+        del buffer[:at]
+        return messages
+
+
+def framed(message: object) -> bytes:
+    """A message as it is sent."""
+    content = encode(message)
+    return LENGTH.pack(len(content)) + content
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a way between two processes."""
+    ends = socket.socketpair()
+    for end in ends:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+    return ends
+
+
+class ThreadEnd(Generic[T]):
+    """An end for threads: `send` never waits, `read_all` reads on the thread that calls it.
+
+    Args:
+        end: of the pair.
+        decoder: of what the other side sends.
+        on_gone: called once, when more is unread than may be.
+    """
+
+    def __init__(
+        self, end: socket.socket, decoder: msgspec.msgpack.Decoder[T], on_gone: Callable[[], None] = lambda: None
+    ) -> None:
+        self._end = end
+        self._frames = Frames(decoder)
+        self._on_gone = on_gone
+        self._lock = threading.Lock()
+        self._unsent: deque[memoryview] = deque()
+        self._num_unsent = 0
+        self._flusher: threading.Thread | None = None
+
+    def send(self, message: object) -> None:
+        """Send a message, or keep it until the other side has read what came before. Nothing where it is gone."""
+        data = memoryview(framed(message))
+        with self._lock:
+            if not self._unsent:
+                data = data[self._try(data) :]
+            if not data:
+                return
+            self._unsent.append(data)
+            self._num_unsent += len(data)
+            if self._num_unsent > MAX_BACKLOG_BYTES:
+                self._on_gone()
+            if self._flusher is None:
+                self._flusher = threading.Thread(target=self._flush, name="channel-flush", daemon=True)
+                self._flusher.start()
+
+    def read_one(self) -> T | None:
+        """The first message; None where the other side is gone before it. Others must not follow by themselves."""
+        while True:
+            data = self._read()
+            if not data:
+                return None
+            for message in self._frames.push(data):
+                return message
+
+    def read_all(self, receive: Callable[[T], None]) -> None:
+        """Give each message to `receive`, until the other side is gone."""
+        while data := self._read():
+            for message in self._frames.push(data):
+                receive(message)
+
+    def close(self) -> None:
+        """Let the other side read the end of the stream."""
+        try:
+            self._end.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
+
+    def _read(self) -> bytes:
+        """What has come; nothing once the other side is gone."""
+        try:
+            return self._end.recv(READ_BYTES)
+        except OSError:
+            return b""
+
+    def _try(self, data: memoryview) -> int:
+        """Bytes that could be sent without waiting; all of them where there is nobody to read them."""
+        try:
+            return self._end.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return len(data)
+
+    def _flush(self) -> None:
+        """Send what is left, waiting for the other side; on a thread of its own, which ends with its work."""
+        while True:
+            with self._lock:
+                if not self._unsent:
+                    self._flusher = None
+                    return
+                data = self._unsent[0]
+            try:
+                num_sent = self._end.send(data)
+            except OSError:
+                num_sent = len(data)
+            with self._lock:
+                self._num_unsent -= num_sent
+                if num_sent == len(data):
+                    self._unsent.popleft()
+                else:
+                    self._unsent[0] = data[num_sent:]
+
+
+class LoopEnd(asyncio.Protocol, Generic[T]):
+    """An end for an event loop.
+
+    Args:
+        decoder: of what the other side sends.
+        receive: takes each message.
+        on_gone: called once, when the other side is gone.
+    """
+
+    def __init__(
+        self, decoder: msgspec.msgpack.Decoder[T], receive: Callable[[T], None], on_gone: Callable[[], None]
+    ) -> None:
+        self._frames = Frames(decoder)
+        self._receive = receive
+        self._on_gone = on_gone
+        self._transport: asyncio.Transport | None = None
+
+    async def attach(self, end: socket.socket) -> None:
+        """Read and write this socket from now on."""
+        end.setblocking(False)
+        self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=end)
+
+    def send(self, message: object) -> None:
+        """Send a message, or keep it until the other side has read what came before. Nothing where it is gone."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(framed(message))
+
+    def close(self) -> None:
+        """Close the socket without waiting for what is unsent."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio's."""
+        for message in self._frames.push(data):
+            self._receive(message)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """See asyncio's."""
+        self._on_gone()

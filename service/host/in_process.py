@@ -1,0 +1,14 @@
+"""The engines of some settings in this process: for debugging."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from service.host.local import LocalLink
+from service.host.reloader import open_host
+from service.settings import Settings
+
+
+def link(settings: Settings) -> LocalLink:
+    """A way to engines that are loaded here."""
+    return LocalLink(partial(open_host, settings))

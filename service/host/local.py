@@ -1,0 +1,42 @@
+"""Engines in the process of the web, for debugging and for tests: without a channel, and without another try."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from service.host.channel.messages import ToEngine, ToWeb
+from service.host.channel.server import HostServer, ServedHost
+from service.process import start_thread
+from service.store.progress import Progress
+
+
+class LocalLink:
+    """See `service.host.client.Link`. open_host: loads the engines, on a thread of its own."""
+
+    can_renew = False
+
+    def __init__(self, open_host: Callable[[Progress], ServedHost]) -> None:
+        self._open_host = open_host
+        self._server: HostServer | None = None
+
+    async def open(self, receive: Callable[[ToWeb], None], on_gone: Callable[[str], None]) -> None:  # noqa: ARG002
+        """Load the engines."""
+        loop = asyncio.get_running_loop()
+
+        def send(message: ToWeb) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(receive, message)
+
+        self._server = HostServer(self._open_host, send)
+        start_thread("open", self._server.open)
+
+    def send(self, message: ToEngine) -> None:
+        """Give a message to the engines."""
+        if self._server is not None:
+            self._server.receive(message)
+
+    async def close(self, timeout_s: float) -> None:
+        """End the engines; a step that takes longer is left behind."""
+        if self._server is not None:
+            await asyncio.to_thread(self._server.stop, timeout_s)

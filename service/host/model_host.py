@@ -1,0 +1,161 @@
+"""Every variant of one model behind engines of this process: found, quantized, loaded, checked, exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from quant.scheme import PRESETS
+from service.engine.api import HostInfo, Reloaded
+from service.engine.device_thread import DeviceThread
+from service.engine.grammar import Grammars
+from service.engine.loop import EngineLoop
+from service.errors import InvalidSettings, ReloadFailed, SelfCheckFailed
+from service.host.machine import device_name, versions
+from service.host.memory import cache_budget
+from service.host.one_token import describe_one_token
+from service.host.self_check import check, check_prompts
+from service.host.variants import Variant, describe, load_variant, start_variant
+from service.models.config import ModelConfig
+from service.models.decoder import Decoder
+from service.models.devices import pick_device
+from service.settings import BASELINE, Settings
+from service.store.progress import Progress, silent
+from service.store.resolve import resolve_model
+from service.store.tokenizer import tokenizer_folder
+from service.text.json.compiler import JsonCompiler
+from service.text.tokenizer import Tokenizer
+
+Reload = Callable[[str | None], Reloaded]
+"""Serve the checkpoint of a folder, None for the present one's. Blocks until it is served; raises ReloadFailed."""
+
+
+def nothing_to_reload(_model: str | None) -> Reloaded:
+    """A `Reload` for engines without a checkpoint."""
+    raise ReloadFailed("the engines of this server hold no checkpoint that could be reloaded")
+
+
+class ModelHost:
+    """Every variant of one model. Their engines are started; `stop` ends them.
+
+    Args:
+        name: what the model is called.
+        tokenizer: shared by all variants.
+        folder: of the tokenizer's files.
+        device_thread: on which all variants compute.
+        grammars: compiles what answers are constrained by.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Tokenizer,
+        *,
+        folder: Path,
+        device_thread: DeviceThread,
+        grammars: Grammars | None = None,
+    ) -> None:
+        self.name = name
+        self.variants: dict[str, Variant] = {}
+        self.tokenizer = tokenizer
+        self.tokenizer_folder = folder
+        self.device_thread = device_thread
+        self.grammars = grammars
+        self.reload: Reload = nothing_to_reload
+
+    @property
+    def engines(self) -> Mapping[str, EngineLoop]:
+        return {name: variant.engine for name, variant in self.variants.items()}
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        for variant in self.variants.values():
+            variant.engine.stop(timeout_s)
+
+    def info(self) -> HostInfo:
+        """What /info answers."""
+        first = next(iter(self.variants.values()))
+        device = first.runner.device
+        decoders = {name: variant.decoder for name, variant in self.variants.items()}
+        return HostInfo(
+            model=self.name,
+            family=first.decoder.config.family,
+            max_model_len=first.decoder.config.max_model_len,
+            variants={name: describe(variant) for name, variant in self.variants.items()},
+            one_token=describe_one_token(decoders, BASELINE, device_name(device)),
+            device=device_name(device),
+            gpu_memory_bytes=_gpu_memory_bytes(device),
+            versions=versions(),
+        )
+
+    def self_check(self) -> dict[str, str]:
+        """Run a few fixed prompts through every variant: {variant: reason} of those that must not serve."""
+        refused: dict[str, str] = {}
+        for name, variant in self.variants.items():
+            try:
+                self.check(name, variant.decoder)
+            except SelfCheckFailed as error:
+                refused[name] = error.message
+        return refused
+
+    def check(self, name: str, decoder: Decoder) -> None:
+        """Raise SelfCheckFailed unless a decoder may serve as this variant."""
+        baseline = self.variants.get(BASELINE) if name != BASELINE else None
+        prompts = check_prompts(self.tokenizer, decoder.config.max_model_len)
+        check(decoder, baseline.decoder if baseline else None, prompts, self.device_thread)
+
+
+def open_model(settings: Settings, on_progress: Progress = silent) -> ModelHost:
+    """Load what the settings name.
+
+    Raises:
+        StartupError: any leaf of it, with a message that says what to change.
+        CheckpointError: the weights are corrupt or quantized in a way that is not served.
+    """
+    device_thread = DeviceThread()
+    return device_thread.run(_open, settings, device_thread, on_progress)
+
+
+def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress) -> ModelHost:
+    """`open_model` on the thread that computes."""
+    device = pick_device(settings.device)
+    if settings.scheme not in PRESETS or not PRESETS[settings.scheme].is_int8:
+        served = ", ".join(name for name, scheme in PRESETS.items() if scheme.is_int8)
+        raise InvalidSettings(f"scheme = {settings.scheme!r} is not an int8 scheme; choose one of {served}")
+    folder = resolve_model(settings.model, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
+    # Known before minutes of quantizing, not after them.
+    ModelConfig.load(folder, settings.max_model_len)
+    tokens_folder = tokenizer_folder(folder, settings.cache_dir)
+    tokenizer = Tokenizer.from_folder(tokens_folder)
+    loaded = {name: load_variant(name, folder, settings, device, on_progress) for name in settings.variants}
+    reloadable = [variant.decoder.weight_bytes for name, variant in loaded.items() if name != BASELINE]
+    room = max(reloadable, default=0) if settings.reload_room else 0
+    host = ModelHost(
+        settings.model or folder.name,
+        tokenizer,
+        folder=tokens_folder,
+        device_thread=device_thread,
+        grammars=JsonCompiler(tokenizer.vocabulary, tokenizer.eos_ids),
+    )
+    try:
+        for name, variant in loaded.items():
+            budget = settings.kv_cache_bytes or cache_budget(device, len(loaded) - len(host.variants), room)
+            host.variants[name] = start_variant(
+                name,
+                variant,
+                settings,
+                kv_cache_bytes=budget,
+                device_thread=device_thread,
+                eos_ids=tokenizer.eos_ids,
+                grammars=host.grammars,
+                on_progress=on_progress,
+            )
+    except BaseException:
+        host.stop()
+        raise
+    return host
+
+
+def _gpu_memory_bytes(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -1,0 +1,98 @@
+"""Engines in a process of their own, as the web starts and ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import msgspec
+
+from service.host.channel.messages import Open, Stop, ToEngine, ToWeb
+from service.host.channel.socket import LoopEnd, pair
+from service.settings import Settings, without_secrets
+from service.settings.file import ENV_PREFIX
+
+COMMAND = (sys.executable, "-m", "service.host.engine_process")
+EXIT_S = 1.0
+"""For the exit code of a process whose end of the channel is closed."""
+
+
+class ProcessLink:
+    """See `service.host.client.Link`.
+
+    Args:
+        settings: of the engines.
+        command: starts their process; it gets the number of its end of the channel as one more argument.
+    """
+
+    can_renew = True
+
+    def __init__(self, settings: Settings, command: Sequence[str] = COMMAND) -> None:
+        self._settings = settings
+        self._command = command
+        self._process: asyncio.subprocess.Process | None = None
+        self._end: LoopEnd[ToWeb] | None = None
+        self._waiting: asyncio.Task[None] | None = None
+
+    async def open(self, receive: Callable[[ToWeb], None], on_gone: Callable[[str], None]) -> None:
+        """Start a process. Raises OSError: that is not possible."""
+        closed = asyncio.Event()
+        ours, theirs = pair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                str(theirs.fileno()),
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=_environment(),
+            )
+        self._end = LoopEnd(msgspec.msgpack.Decoder(ToWeb), receive, closed.set)
+        await self._end.attach(ours)
+        self._end.send(Open(without_secrets(self._settings)))
+        self._waiting = asyncio.create_task(_tell_end(self._process, closed, on_gone))
+
+    def send(self, message: ToEngine) -> None:
+        """Send a message; nothing where the process is gone."""
+        if self._end is not None:
+            self._end.send(message)
+
+    async def close(self, timeout_s: float) -> None:
+        """End the process, by force after timeout_s."""
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None and timeout_s > 0:
+            self.send(Stop())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), timeout_s)
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        if self._end is not None:
+            self._end.close()
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+
+async def _tell_end(process: asyncio.subprocess.Process, closed: asyncio.Event, on_gone: Callable[[str], None]) -> None:
+    """Tell how the process went, once its end of the channel is closed: that is seen at once, however it went."""
+    await closed.wait()
+    try:
+        code = await asyncio.wait_for(process.wait(), EXIT_S)
+    except TimeoutError:
+        on_gone("its process has closed the channel")
+        return
+    on_gone(
+        f"its process was killed by {signal.Signals(-code).name}" if code < 0 else f"its process exited with {code}"
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Of the process: it finds the same modules, and no setting, since these come by the channel without secrets."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    return own | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}

@@ -1,0 +1,65 @@
+"""A tokenizer.json for every model: the folder's own, or one that is made of its older files once."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from service.errors import UnsupportedModel, first_line
+
+FILE = "tokenizer.json"
+OLDER = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer_config.json")
+COMPANIONS = ("generation_config.json", "config.json", "chat_template.jinja", "chat_template.json")
+"""Files of a model folder that `service.text.tokenizer.Tokenizer` reads beside those that are made."""
+
+logger = logging.getLogger(__name__)
+
+
+def tokenizer_folder(folder: Path, cache: Path) -> Path:
+    """The folder whose tokenizer.json a model is served with: its own, or where it has none, one in the cache.
+
+    Raises:
+        UnsupportedModel: the folder has no tokenizer, or none that the `tokenizers` library runs.
+    """
+    if (folder / FILE).is_file():
+        return folder
+    out = cache / "tokenizers" / f"{folder.resolve().name}-{_fingerprint(folder)}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):
+        if not out.is_dir():
+            _convert(folder, out)
+    return out
+
+
+def _convert(folder: Path, out: Path) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UnsupportedModel(f"{folder}: {type(tokenizer).__name__} has no fast form; convert it to a {FILE}")
+    logger.info("%s has no %s; one is made of its older files", folder, FILE)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        made = Path(scratch) / "made"
+        tokenizer.save_pretrained(made)
+        for name in COMPANIONS:
+            if (folder / name).is_file() and not (made / name).is_file():
+                shutil.copy(folder / name, made / name)
+        made.rename(out)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Changes with the files that a tokenizer is made of."""
+    digest = hashlib.sha256()
+    for name in (*OLDER, *COMPANIONS):
+        path = folder / name
+        if path.is_file():
+            status = path.stat()
+            digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,173 @@
+"""A model's chat template: a conversation in, the text that the model continues out.
+
+The variables and filters are those that templates of the Hugging Face Hub are written for.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from service.errors import InvalidRequest, UnsupportedModel
+
+PARAM = "messages"
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """A Jinja template in a sandbox: it is part of a model that somebody else made.
+
+    Args:
+        source: the template.
+        special_tokens: name -> text of the special tokens that it may use, such as `bos_token`.
+
+    Raises:
+        UnsupportedModel: the source is no template.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        self._special_tokens = dict(special_tokens)
+        self.knows_developers = "developer" in source
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UnsupportedModel(f"the model's chat template is no valid template: {error}") from error
+
+    def render(self, messages: Sequence[Mapping[str, str]], is_open: bool = True) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: at least one `role` and `content`.
+            is_open: end where the assistant goes on: with a new message, or if the last one is the assistant's, with
+                that one.
+
+        Raises:
+            InvalidRequest: the template refuses these messages.
+        """
+        shown = [dict(message) for message in messages]
+        continues = is_open and shown[-1]["role"] == "assistant"
+        # Where the last message ends in the text is found by a word that no message holds.
+        mark = f"<{secrets.token_hex(16)}>"
+        if continues:
+            shown[-1]["content"] += mark
+        try:
+            text = self._template.render(
+                messages=shown,
+                tools=None,
+                documents=None,
+                add_generation_prompt=is_open and not continues,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # A template is a program: whatever it does with messages that it is not written for.
+            raise _refusal(str(error) or type(error).__name__) from error
+        if not continues:
+            return text
+        before, found, _ = text.rpartition(mark)
+        if not found:
+            raise _refusal("it leaves out the assistant's message that is to be continued")
+        return before
+
+
+def read_template(folder: Path) -> ChatTemplate | None:
+    """The template of a model folder; None where it has none.
+
+    Raises:
+        UnsupportedModel: a file of it cannot be read, or the template is not valid.
+    """
+    config = read_object(folder / "tokenizer_config.json")
+    source = _source(folder, config)
+    return None if source is None else ChatTemplate(source, special_tokens(folder))
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Name -> text of the special tokens that a model folder names.
+
+    Raises:
+        UnsupportedModel: a file of it cannot be read.
+    """
+    named = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
+    found = {name: _text(named.get(name)) for name in SPECIAL_NAMES}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file.
+
+    Raises:
+        UnsupportedModel: it cannot be read.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UnsupportedModel(f"{path} holds no JSON object")
+    return content
+
+
+def _source(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template's text: a file of its own comes before the tokenizer's configuration."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    found = read_object(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(found, list):
+        found = next((each.get("template") for each in found if each.get("name") == "default"), None)
+    return found if isinstance(found, str) and found else None
+
+
+def _text(token: object) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _refusal(reason: str) -> InvalidRequest:
+    first = reason.partition("\n")[0]
+    return InvalidRequest(f"the model's chat template refuses these messages: {first}", PARAM)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes characters of HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Generation(Extension):
+    """`{% generation %}`, which marks what an assistant said for training: here its content alone."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -1,0 +1,32 @@
+"""Engines over a scripted runner, ended with their test."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.engine.device_thread import DeviceThread
+from service.engine.loop import EngineLoop
+from service.engine.scheduler import Scheduler
+from service.engine.supervision import FaultLimits
+
+
+@pytest.fixture
+def engine_of():
+    engines = []
+
+    def start(runner, rows=4, num_blocks=64, block_size=4, device_thread=None, **limits):
+        plan = Scheduler(num_blocks, block_size, rows, 64)
+        made = EngineLoop(
+            "w8a8",
+            plan,
+            runner,
+            device_thread=device_thread or DeviceThread(),
+            max_model_len=256,
+            limits=FaultLimits(**limits),
+        )
+        engines.append(made.start())
+        return made
+
+    yield start
+    for engine in engines:
+        engine.stop(1.0)
