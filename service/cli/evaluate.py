@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from quant.scheme import PRESETS
+from quant.scheme import PRESETS, KVStorage
 from service.cli.options import Model, RoundingOfWeights, complete, complete_list, scheme_of, takes_settings
-from service.cli.terminal import progress, quiet_libraries, told_in_one_line
+from service.cli.terminal import progress, told_in_one_line
 from service.later import Later
 from service.settings import load_settings
 
@@ -22,7 +22,11 @@ Examples:
   $ ottava evaluate FOLDER --text text.txt --json out.json --plot out.png
 """
 
-evaluating = Later("service.tools.evaluate.evaluation")
+if TYPE_CHECKING:
+    from service.host import machine
+    from service.tools.evaluate import evaluation
+else:
+    machine, evaluation = Later("service.host.machine"), Later("service.tools.evaluate.evaluation")
 
 
 @takes_settings("alpha", "calibration", "calibration_windows", "dtype", "device", "seed", "cache_dir", "config")
@@ -61,12 +65,12 @@ def evaluate(
 ) -> None:
     """Measure what schemes cost in quality against the float model, and what they bring, on the int8 path."""
     with told_in_one_line():
-        quiet_libraries()
+        machine.quiet_libraries()
         chosen = load_settings(model=model, kv_cache=None if kv_cache == "both" else kv_cache, **settings)
         recipes = [scheme_of(name, chosen.alpha, rounding) for name in schemes.split(",")]
-        storages = ("float", "int8") if kv_cache == "both" else (chosen.kv,)
-        evaluation = evaluating.Evaluation(
-            evaluating.in_storages(recipes, storages),
+        storages: tuple[KVStorage | None, ...] = ("float", "int8") if kv_cache == "both" else (chosen.kv,)
+        asked = evaluation.Evaluation(
+            evaluation.in_storages(recipes, storages),
             text,
             choices,
             windows,
@@ -77,6 +81,6 @@ def evaluate(
             plot,
         )
         with progress() as on_progress:
-            run, rows = evaluation.run(chosen.model, chosen, on_progress, ["ottava", *sys.argv[1:]])
+            run, rows = asked.run(chosen.model, chosen, on_progress, ["ottava", *sys.argv[1:]])
     # A pipe has no width; a scheme's name and eight columns take up to 120.
-    evaluating.show(run, rows, Console() if sys.stdout.isatty() else Console(width=120))
+    evaluation.show(run, rows, Console() if sys.stdout.isatty() else Console(width=120))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from service.cli.options import RoundingOfWeights, complete, scheme_of, takes_settings
-from service.cli.terminal import progress, quiet_libraries, told_in_one_line
+from service.cli.terminal import progress, told_in_one_line
 from service.errors import InvalidSettings
 from service.later import Later
 from service.settings import INT8_SCHEMES, load_settings
@@ -21,8 +21,14 @@ Examples:
   $ ottava serve OUT --baseline FOLDER        # then
 """
 
-calibrations, devices = Later("service.store.calibration"), Later("service.models.devices")
-resolve, quantized = Later("service.store.resolve"), Later("service.store.quantized")
+if TYPE_CHECKING:
+    from service.host import machine
+    from service.models import devices
+    from service.store import calibration, quantized, resolve
+else:
+    machine, devices = Later("service.host.machine"), Later("service.models.devices")
+    calibration, quantized = Later("service.store.calibration"), Later("service.store.quantized")
+    resolve = Later("service.store.resolve")
 
 
 @takes_settings("alpha", "kv_cache", "calibration", "calibration_windows", "seed", "cache_dir", "device", "config")
@@ -37,7 +43,7 @@ def quantize(
 ) -> None:
     """Write MODEL as a W8A8 checkpoint (compressed-tensors) that ottava, transformers and vLLM load."""
     with told_in_one_line():
-        quiet_libraries()
+        machine.quiet_libraries()
         chosen = load_settings(**settings)
         recipe = scheme_of(scheme, chosen.alpha, rounding).with_kv(chosen.kv)
         if not recipe.is_int8:
@@ -45,7 +51,7 @@ def quantize(
         with progress() as on_progress:
             name = None if model == "demo" else model
             source = resolve.resolve_model(name, chosen.cache_dir, lambda stage: on_progress(stage, 0, 0))
-            ranges_from = calibrations.Calibration(chosen.calibration, chosen.seed, chosen.calibration_windows)
+            ranges_from = calibration.Calibration(chosen.calibration, chosen.seed, chosen.calibration_windows)
             device = devices.pick_device(chosen.device)
             quantized.quantize_model(source, out, recipe, ranges_from, device, on_progress)
     typer.echo(f"{out}: {recipe.name}, {recipe.describe()}")

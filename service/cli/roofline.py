@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -25,7 +25,10 @@ Examples:
   $ ottava roofline llama-3.1-8b --scheme weight=channel,activation=token
 """
 
-reports = Later("service.tools.roofline")
+if TYPE_CHECKING:
+    from service.tools import roofline as reports
+else:
+    reports = Later("service.tools.roofline")
 
 
 def roofline(

@@ -22,7 +22,7 @@ LINE_EVERY_S = 10.0
 OnProgress = Callable[..., None]
 
 err = Console(stderr=True)
-torch, transformers_logging = Later("torch"), Later("transformers.utils.logging")
+torch = Later("torch")
 
 
 @contextmanager
@@ -61,12 +61,6 @@ def progress(say: Callable[[str], None] | None = None) -> Iterator[OnProgress]:
         on_progress = Bars(bars)
         yield on_progress
         on_progress.finish()
-
-
-def quiet_libraries() -> None:
-    """Let transformers draw no bars of its own."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def _print(line: str) -> None:

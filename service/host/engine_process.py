@@ -13,11 +13,11 @@ from functools import partial
 from typing import NoReturn
 
 import msgspec
-from transformers.utils import logging as transformers_logging
 
 from service.host.channel.messages import Open, ToEngine
 from service.host.channel.server import HostServer
 from service.host.channel.socket import ThreadEnd
+from service.host.machine import quiet_libraries
 from service.host.reloader import open_host
 from service.process import end_process, settle, start_thread
 from service.settings import load_settings
@@ -43,9 +43,7 @@ def serve(end: socket.socket) -> NoReturn:
         end_process(1)
     settings = load_settings(**opening.settings)
     configure_logging(settings, sys.stderr, "engine")
-    # How far the start is, the web shows.
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    quiet_libraries()
     server = HostServer(partial(open_host, settings), channel.send)
     run(server, channel)
 

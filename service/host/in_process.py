@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 from service.host.local import LocalLink
+from service.host.machine import quiet_libraries
 from service.host.reloader import open_host
 from service.settings import Settings
 
 
 def link(settings: Settings) -> LocalLink:
     """A way to engines that are loaded here."""
+    quiet_libraries()
     return LocalLink(partial(open_host, settings))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 import triton
+from transformers.utils import logging as transformers_logging
 
 from quant import __version__
 
@@ -46,3 +47,9 @@ def birth_certificate(device: torch.device, command: Sequence[str]) -> dict[str,
         "threads": torch.get_num_threads(),
         "command": shlex.join(command),
     }
+
+
+def quiet_libraries() -> None:
+    """Let transformers draw no bars of its own: how far things are, we say."""
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

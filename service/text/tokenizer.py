@@ -51,7 +51,7 @@ class Tokenizer:
             raise UnsupportedModel(f"{folder} has no {FILE}: convert its tokenizer to one")
         try:
             backend = Backend.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
+        except Exception as error:  # The library raises nothing narrower.
             raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
         return cls(backend, _eos_ids(folder, backend), read_template(folder))
 
