@@ -4,12 +4,15 @@
     python -m benchmarks.overhead --engine real                      the demo model on this machine, or
     python -m benchmarks.overhead --engine real --shape llama-3.1-8b --requests 200
 
-This process serves as `ottava serve` does: its app, its uvicorn options, its event loop. Its clients are a process of
-their own (`benchmarks.overhead_client`), which shares this machine's cores. The engine alone is the same engine, asked
-through `EngineLoop.submit` and read by tasks of the same event loop, while the server waits. The ways take turns.
+This process is the web of `ottava serve`: its app, its uvicorn options, its event loop. The engine has a process of its
+own (`benchmarks.engine_process`), or with --in-process a thread of this one. The clients are another process
+(`benchmarks.overhead_client`), which shares this machine's cores. The engine alone is the same engine, asked through
+`Engine.submit` and read by tasks of the same event loop, while the server waits. The ways take turns.
 
 - Streams: --streams requests at once. Tokens per second from the first request's start to the last token, and while
   all of them stream: from the last one's first token to the first one's last. The ratio is that of each round.
+- Steps: from the end of one step that all streams took part in to the end of the next, by the engine's own clock.
+- Channel: what a step of 256 requests costs the engine's thread beside the step: the results handed out, told and sent.
 - First token: requests one after the other, the same ones each way, over a connection that stays open: from the request
   sent to its first event received, less, for the same request, from submission to the first token in the task that
   reads it. The prompt goes as token ids, as the engine gets it, and as text, which the server encodes: what that takes
@@ -28,46 +31,52 @@ import itertools
 import json
 import os
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from benchmarks.paced import PacedRunner, made_tokenizer, paced_engine
+from benchmarks.engine_process import VARIANT, as_words, open_engine, tokenizer_of
 from benchmarks.report import RESULTS, birth_certificate, quantiles, write
 from benchmarks.shapes import SHAPES
-from quant.scheme import PRESETS
 from service.engine.api import SamplingParams
-from service.engine.device_thread import DeviceThread
-from service.engine.loop import EngineLoop
-from service.host.memory import cache_budget
-from service.host.variants import Host, Loaded, start_variant
+from service.engine.client import EngineClient
+from service.engine.inbox import Inbox
+from service.engine.messages import News, Submit
+from service.engine.scheduler import Scheduler, StepResults
+from service.engine.supervision import FaultLimits
+from service.host.channel.messages import ToEngine
+from service.host.channel.socket import ThreadEnd, pair
+from service.host.client import HostClient, Link
+from service.host.local import LocalLink
+from service.host.process import ProcessLink
 from service.measures import percentile
-from service.models.config import ModelConfig
-from service.models.devices import pick_device, pick_dtype
-from service.models.loader import load_decoder
-from service.models.random_weights import random_decoder
 from service.settings import Settings
-from service.store.calibration import Calibration, calibration_text
-from service.store.quantized import quantized_folder
-from service.store.resolve import resolve_model
+from service.store.calibration import calibration_text
 from service.telemetry.logs import configure_logging
 from service.text.tokenizer import Tokenizer
 from service.web.app import create_app
-from service.web.server import STOP_S, Server
+from service.web.server import Server
 from service.web.uvicorn_config import allow_open_files
 
-VARIANT = "w8a8"
 ALONE, GENERATE, COMPLETIONS, HEALTH = "engine alone", "/generate", "/v1/completions", "/health"
 ENCODING = "encoding the text"
 FORMS = ("token ids", "text")
-RATIO_GOAL, ADDED_MS_GOAL = 0.95, 2.0
+RATIO_GOAL, ADDED_MS_GOAL = 0.97, 2.0
+STEP_GOAL = 1.05
+"""Of the engine's steps when it is asked alone."""
+
+CHANNEL_REQUESTS, CHANNEL_STEPS, CHANNEL_US_GOAL = 256, 1000, 100.0
+
 FIRST_TOKENS = 4
 """Tokens of a request whose first one is timed."""
 
@@ -82,19 +91,22 @@ def main() -> int:
     torch.manual_seed(0)
     certificate = birth_certificate(args.commit)
     certificate |= {name: import_module(name).__version__ for name in VERSIONS}
-    certificate |= {"engine": args.engine, "cores": os.cpu_count(), "load before": os.getloadavg()}
+    certificate |= {
+        "engine": args.engine,
+        "in process": args.in_process,
+        "cores": os.cpu_count(),
+        "load before": os.getloadavg(),
+    }
     certificate["is real-time"] = os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
     settings = settings_of(args)
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         # As a server of users does: a line of log for each request, and what it costs.
         configure_logging(settings, nowhere)
         rig = rig_of(args, settings)
-        try:
-            allow_open_files(settings.max_connections)
-            with asyncio.Runner(loop_factory=rig.server.config.get_loop_factory()) as runner:
-                rows = runner.run(measured(rig, args))
-        finally:
-            rig.engine.stop(STOP_S)
+        allow_open_files(settings.max_connections)
+        with asyncio.Runner(loop_factory=rig.server.config.get_loop_factory()) as runner:
+            rows = runner.run(measured(rig, args))
+        rows += channel_rows()
     certificate |= {"load after": os.getloadavg(), "event loop": rig.loop_name}
     what = "paced" if args.engine == "paced" else args.shape or "demo"
     name = args.out or RESULTS / f"overhead-{what}-{device_word()}.json"
@@ -108,7 +120,7 @@ def main() -> int:
 class Rig:
     """An engine behind its server, and the prompts that all ways send."""
 
-    engine: EngineLoop
+    engine: EngineClient
     server: Server
     tokenizer: Tokenizer
     texts: list[str]
@@ -123,50 +135,26 @@ def settings_of(args: argparse.Namespace) -> Settings:
         max_num_requests=args.streams,
         max_batched_tokens=max(512, args.streams),
         kv_cache="float",
+        in_process=args.in_process,
     )
 
 
 def rig_of(args: argparse.Namespace, settings: Settings) -> Rig:
-    if args.engine == "paced":
-        return paced_rig(args, settings)
-    device_thread = DeviceThread()
-    host = device_thread.run(real_host, args, settings, device_thread)
-    app = create_app(host.engines, settings, host.tokenizer, host.info, host.self_check)
+    tokenizer = tokenizer_of(args, settings)
+    link: Link = (
+        LocalLink(partial(open_engine, args, settings))
+        if args.in_process
+        else ProcessLink(settings, (sys.executable, "-m", "benchmarks.engine_process", as_words(args)))
+    )
+    host = HostClient(
+        (VARIANT,),
+        link,
+        load_tokenizer=lambda _: tokenizer,
+        limits=FaultLimits(),
+        max_waiting=settings.max_waiting,
+    )
     engine = host.engines[VARIANT]
-    return Rig(engine, Server(app, settings, host.engines), host.tokenizer, *prompts_of(host.tokenizer, args))
-
-
-def paced_rig(args: argparse.Namespace, settings: Settings) -> Rig:
-    if args.shape:
-        tokenizer = made_tokenizer(SHAPES[args.shape].vocab_size)
-    else:
-        tokenizer = Tokenizer.from_folder(resolve_model(args.model, settings.cache_dir))
-    said = tokenizer.encode(calibration_text(None)[:20_000])
-    runner = PacedRunner(said, args.step_ms / 1e3, args.launch_ms / 1e3, args.acquires)
-    engine = paced_engine(VARIANT, runner, args.prompt + args.tokens + 16, settings)
-    engines = {VARIANT: engine}
-    app = create_app(engines, settings, tokenizer, lambda: {"model": "paced"}, dict)
-    return Rig(engine, Server(app, settings, engines), tokenizer, *prompts_of(tokenizer, args))
-
-
-def real_host(args: argparse.Namespace, settings: Settings, device_thread: DeviceThread) -> Host:
-    """The model behind its engine; called on the thread that computes."""
-    device, scheme = pick_device("auto"), PRESETS[VARIANT]
-    max_model_len = args.prompt + args.tokens + 16
-    if args.shape:
-        config = ModelConfig.of(SHAPES[args.shape], max_model_len)
-        decoder = random_decoder(config, scheme, pick_dtype("auto", config, device), device)
-        tokenizer, folder = made_tokenizer(config.vocab_size), None
-    else:
-        folder = resolve_model(args.model, settings.cache_dir)
-        tokenizer = Tokenizer.from_folder(folder)
-        dtype = pick_dtype("auto", ModelConfig.load(folder), device)
-        folder = quantized_folder(folder, scheme, Calibration(), settings.cache_dir, device)
-        decoder = load_decoder(folder, dtype, device, max_model_len, scheme.kv)
-    loaded = Loaded(decoder, {"scheme": scheme.name}, folder)
-    budget = cache_budget(device, 1)
-    variant = start_variant(VARIANT, loaded, settings, budget, device_thread, tokenizer.eos_ids)
-    return Host(args.shape or "demo", {VARIANT: variant}, tokenizer, device_thread)
+    return Rig(engine, Server(create_app(host, settings), settings), tokenizer, *prompts_of(tokenizer, args))
 
 
 def prompts_of(tokenizer: Tokenizer, args: argparse.Namespace) -> tuple[list[str], list[list[int]]]:
@@ -204,12 +192,12 @@ async def measured(rig: Rig, args: argparse.Namespace) -> list[dict[str, Any]]:
 async def served(server: Server) -> AsyncIterator[int]:
     """The server's port, once it is ready."""
     serving = asyncio.create_task(server.serve())
-    while not server.started or server.config.app.state.serving.refused is None:
+    while not server.started or not server.serving.is_ready:
         if serving.done():
             await serving
             raise RuntimeError("the server ended before it was ready")
         await asyncio.sleep(0.01)
-    refused = server.config.app.state.serving.refused
+    refused = server.serving.host.refused
     if refused:
         raise RuntimeError(f"the self-check refused: {refused}")
     try:
@@ -274,18 +262,34 @@ class Bench:
         self._port = port
         self._ask = ask
         self._streams = args.streams
+        self._ended_s: list[float] = []
+        self._steps_s: dict[str, list[float]] = defaultdict(list)
+        self._watch(rig.engine)
         self._rates: dict[str, list[float]] = {}
         self._full: dict[str, list[float]] = {}
         self._costs: dict[str, Cost] = {}
         self.forget()
 
+    def _watch(self, engine: EngineClient) -> None:
+        """Note when each step that all streams took part in was read, by the engine's clock."""
+        receive = engine.receive
+
+        def watched(news: News) -> None:
+            if len(news.handles) == self._streams:
+                self._ended_s.append(news.time_s)
+            receive(news)
+
+        engine.receive = watched  # type: ignore[method-assign]
+
     def forget(self) -> None:
         """Drop what was measured so far."""
+        self._steps_s.clear()
         self._rates, self._full, self._costs = defaultdict(list), defaultdict(list), defaultdict(Cost)
 
     async def streams(self, way: str, num_tokens: int) -> None:
         """One round of all streams at once."""
         clock = Clock()
+        self._ended_s.clear()
         if way == ALONE:
             started_s, times = await self._streams_alone(num_tokens)
             client_s = 0.0
@@ -297,6 +301,7 @@ class Bench:
         clock.add_to(self._costs[way], sum(map(len, times)), client_s)
         if any(len(one) != num_tokens for one in times):
             raise RuntimeError(f"{way}: {num_tokens} tokens were asked for, {[len(one) for one in times]} came")
+        self._steps_s[way] += [after - before for before, after in itertools.pairwise(self._ended_s)]
         self._rates[way].append(rate(started_s, times))
         self._full[way].append(full_rate(times))
 
@@ -320,6 +325,7 @@ class Bench:
     def stream_rows(self) -> list[dict[str, Any]]:
         return [
             stream_row(way, self._rates, self._full, self._costs[way], self._streams)
+            | step_columns(self._steps_s[way], self._steps_s[ALONE])
             for way in (ALONE, GENERATE, COMPLETIONS)
         ]
 
@@ -413,6 +419,61 @@ def stream_row(
     return row
 
 
+def step_columns(steps_s: Sequence[float], alone_s: Sequence[float]) -> dict[str, Any]:
+    """The time of a step that all streams take part in, and how it compares with the quiet engine's."""
+    if not steps_s or not alone_s:
+        return {}
+    mine, quiet = (percentile(values, 50) for values in (steps_s, alone_s))
+    return {
+        "step_ms_p50": 1e3 * mine,
+        "step_ms_p99": 1e3 * percentile(steps_s, 99),
+        "step_ratio_p50": mine / quiet,
+        "step_holds": mine <= STEP_GOAL * quiet,
+    }
+
+
+def channel_rows() -> list[dict[str, Any]]:
+    """What a step of 256 decoding requests costs the engine's thread beside planning and running it."""
+    ours, theirs = pair()
+    end = ThreadEnd(ours, msgspec.msgpack.Decoder(ToEngine))
+    far = ThreadEnd(theirs, msgspec.msgpack.Decoder(News))
+    reader = threading.Thread(target=far.read_all, args=(lambda _: None,), daemon=True)
+    reader.start()
+    scheduler = Scheduler(CHANNEL_REQUESTS * 40, 64, CHANNEL_REQUESTS, 4 * CHANNEL_REQUESTS)
+    inbox = Inbox(VARIANT, scheduler, grammars=None, sink=end.send, read_others=lambda: (0, 8 << 30, 8 << 30))
+    params = SamplingParams(CHANNEL_STEPS + 16, ignore_eos=True)
+    for handle in range(CHANNEL_REQUESTS):
+        inbox.put(Submit(VARIANT, handle + 1, handle, f"request-{handle}", [1, 2, 3], params, 0.0, 0))
+    inbox.take_in()
+    plans_s, commits_s, tells_s = [], [], []
+    for number in range(CHANNEL_STEPS):
+        began_s = time.perf_counter()
+        step = scheduler.schedule(began_s)
+        planned_s = time.perf_counter()
+        assert step is not None
+        results = StepResults(planned_s, [number + place for place in range(len(step.chunks))])
+        started_s = time.perf_counter()
+        took = scheduler.commit(step, results)
+        committed_s = time.perf_counter()
+        inbox.publish(inbox.news(len(step.chunks), took, results))
+        told_s = time.perf_counter()
+        plans_s.append(planned_s - began_s)
+        commits_s.append(committed_s - started_s)
+        tells_s.append(told_s - committed_s)
+        # As a step does, so that the reader has its turn.
+        time.sleep(0.001)
+    end.close()
+    far.close()
+    rows = []
+    for what, values in (("plan", plans_s), ("commit", commits_s), ("tell", tells_s)):
+        row: dict[str, Any] = {"what": "channel", "way": what, "requests": CHANNEL_REQUESTS}
+        row |= {f"us_{q}": 1e6 * value for q, value in quantiles(values[16:]).items()}
+        if what == "tell":
+            row |= {"goal": CHANNEL_US_GOAL, "holds": row["us_p50"] < CHANNEL_US_GOAL}
+        rows.append(row)
+    return rows
+
+
 def first_row(way: str, took: Sequence[float], alone: Sequence[float]) -> dict[str, Any]:
     """Times to the first token of one way, or of the floor, and how much of it the engine alone does not take."""
     row: dict[str, Any] = {"what": "first token", "way": way, "requests": len(took)}
@@ -428,7 +489,8 @@ def first_row(way: str, took: Sequence[float], alone: Sequence[float]) -> dict[s
 def table(certificate: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """The result in Markdown."""
     streams = [row for row in rows if row["what"] == "streams"]
-    firsts = [row for row in rows if row["what"] != "streams"]
+    firsts = [row for row in rows if row["what"] == "first token"]
+    channel = [row for row in rows if row["what"] == "channel"]
     load = "{:.1f} before, {:.1f} after".format(certificate["load before"][0], certificate["load after"][0])
     lines = [
         f"{certificate['device']}, {certificate['cores']} cores, engine {certificate['engine']}, event loop "
@@ -437,8 +499,9 @@ def table(certificate: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         f"{max(row['others_cores_mean'] for row in streams):.2f} cores",
         "",
         f"| {streams[0]['streams']} streams, tokens/s | p20 | p50 | p80 | of the engine alone, p20 | p50 | p80 "
-        "| while all stream, p50 | of it | goal | CPU us per token | of that event loop | client | events per token |",
-        "|---|" + "---|" * 13,
+        "| while all stream, p50 | of it | goal | CPU us per token | of that event loop | client | events per token "
+        "| step ms, p50 | p99 | of the quiet one |",
+        "|---|" + "---|" * 16,
     ]
     for row in streams:
         ratios = [f"{row[f'tokens_per_s_ratio_{q}']:.3f}" if "goal" in row else "" for q in ("p20", "p50", "p80")]
@@ -447,6 +510,7 @@ def table(certificate: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         cells += [f"{row['full_tokens_per_s_ratio_p50']:.3f}" if "goal" in row else "", verdict(row, ">= ")]
         cells += [f"{row[f'{name}_us_per_token']:.1f}" for name in ("process", "event_loop", "client")]
         cells += [f"{row['events_per_token']:.2f}" if "goal" in row else ""]
+        cells += [f"{row[name]:.{digits}f}" if name in row else "" for name, digits in STEP_COLUMNS]
         lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
     if firsts:
         lines += [
@@ -460,7 +524,20 @@ def table(certificate: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         added += [f"{row['added_ms_of_p99s']:.2f}" if "goal" in row else "", verdict(row, "< ")]
         cells = [f"{row['ms_p50']:.2f}", f"{row['ms_p99']:.2f}", *added]
         lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
+    if channel:
+        lines += [
+            "",
+            f"| a step of {channel[0]['requests']} requests, us | p20 | p50 | p80 | goal |",
+            "|---|---|---|---|---|",
+        ]
+    lines += [
+        f"| {row['way']} | {row['us_p20']:.0f} | {row['us_p50']:.0f} | {row['us_p80']:.0f} | {verdict(row, '< ')} |"
+        for row in channel
+    ]
     return "\n".join(lines)
+
+
+STEP_COLUMNS = (("step_ms_p50", 2), ("step_ms_p99", 2), ("step_ratio_p50", 3))
 
 
 def verdict(row: dict[str, Any], sign: str) -> str:
@@ -484,6 +561,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--step-ms", type=float, default=5.9, help="of the paced engine; an H100 at 64 requests: 5.9")
     parser.add_argument("--launch-ms", type=float, default=0.0, help="CPU time for which a launch holds Python's lock")
     parser.add_argument("--acquires", type=int, default=1, help="parts of a launch, between which it lets the lock go")
+    parser.add_argument("--in-process", action="store_true", help="the engine as a thread of the web's process")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=512, help="prompt tokens, about")
     parser.add_argument("--tokens", type=int, default=256, help="output tokens of a stream")

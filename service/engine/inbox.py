@@ -101,7 +101,7 @@ class Inbox:
         """Hand out what a step brought."""
         with self.wake:
             took = self._scheduler.commit(step, results)
-            self.publish(self._news(len(step.chunks), took, results))
+            self.publish(self.news(len(step.chunks), took, results))
 
     def fail_running(self, was_lost: set[Request], error: OttavaError) -> None:
         """End the requests that run, and of those that wait the ones whose results were lost. The others stay."""
@@ -160,7 +160,7 @@ class Inbox:
         self._requests[command.handle] = request
         self._scheduler.add(request)
 
-    def _news(self, num_requests: int, took: Sequence[tuple[int, Request]], results: StepResults) -> News:
+    def news(self, num_requests: int, took: Sequence[tuple[int, Request]], results: StepResults) -> News:
         """What a step brought. The loops over all requests do next to nothing: 256 may share a step."""
         news = News(self._variant, self.gauges(), num_requests, results.time_s)
         told = [pair for pair in took if pair[0] not in results.faults] if results.faults else took
