@@ -1,0 +1,203 @@
+"""Engine and web as two processes: what becomes of everyone where one of them dies, hangs, or never starts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.host.process import ProcessLink
+from service.settings import Settings
+from service.web.app import create_app
+from tests.support.harness import events_of, host_of, metrics_of, server_of, total, until
+
+ROOT = Path(__file__).parents[3]
+
+
+def app_of(options: dict | None = None, **settings: object):
+    """An app whose scripted engines run in a process of their own."""
+    given = Settings(**settings)
+    command = (sys.executable, "-m", "tests.support.engine_child", json.dumps(options or {}))
+    return create_app(host_of(ProcessLink(given, command), dict.fromkeys(given.variants), given), given)
+
+
+def engine_pid(app) -> int:
+    return app.state.serving.host._link._process.pid
+
+
+def is_gone(pid: int) -> bool:
+    """No such process, or one that only waits to be looked at."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return True
+    return state in "ZX"
+
+
+def client_at(port: int) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits)
+
+
+def body_of(num_tokens: int, **more: object) -> dict:
+    return {"prompt": "x", "max_tokens": num_tokens, "ignore_eos": True, **more}
+
+
+async def told(client: httpx.AsyncClient, body: dict) -> tuple[list[dict], float]:
+    """The events of a stream, and when its last came."""
+    response = await client.post("/generate", json=body | {"stream": True})
+    return events_of(response), time.perf_counter()
+
+
+def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told():
+    """50 streams run and 10 wait: those are told within a second, these are served by the next process."""
+
+    async def go():
+        app = app_of({"step_s": 0.02, "rows": 50}, variants="w8a8")
+        async with server_of(app) as port, client_at(port) as client:
+            running = [asyncio.ensure_future(told(client, body_of(2000))) for _ in range(50)]
+            engine = app.state.serving.engines["w8a8"]
+            await until(lambda: engine.stats().num_running == 50)
+            waiting = [asyncio.ensure_future(client.post("/generate", json=body_of(5))) for _ in range(10)]
+            await until(lambda: engine.stats().num_waiting == 10)
+            old = engine_pid(app)
+            killed_s = time.perf_counter()
+            os.kill(old, signal.SIGKILL)
+            ended = await asyncio.gather(*running)
+            health, ready = await client.get("/health"), await client.get("/ready")
+            late = await client.post("/generate", json=body_of(5))
+            served = await asyncio.gather(*waiting)
+            again = await client.get("/ready")
+            return ended, killed_s, health, ready, late, served, again, old, engine_pid(app), await metrics_of(client)
+
+    ended, killed_s, health, ready, late, served, again, old, new, samples = asyncio.run(go())
+    for events, end_s in ended:
+        assert events[-1]["error"]["code"] == "engine_failed"
+        assert "started again" in events[-1]["error"]["message"]
+        assert end_s - killed_s < 1.0
+    assert (health.status_code, ready.status_code) == (200, 503)
+    assert "starting the engine" in ready.json()["variants"]["w8a8"]
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "not_ready")
+    assert [response.json()["text"] for response in served] == ["ABCDE"] * 10
+    assert again.status_code == 200
+    assert old != new
+    assert is_gone(old)
+    assert samples["ottava_engine_restarts_total", "variant=w8a8"] == 1
+    assert samples["ottava_requests_total", "outcome=error", "variant=w8a8"] == 50
+    assert samples["ottava_requests_total", "outcome=length", "variant=w8a8"] == 10
+    assert samples["ottava_requests_total", "outcome=rejected", "variant=w8a8"] == 1
+    assert samples["ottava_num_requests_running", "variant=w8a8"] == 0
+    assert samples["ottava_num_requests_waiting", "variant=w8a8"] == 0
+    assert samples["ottava_kv_cache_usage_ratio", "variant=w8a8"] == 0
+    assert total(samples, "ottava_step_batch_size_count") > 0
+
+
+def test_it_is_started_again_as_often_as_the_settings_allow_and_then_fails_for_good():
+    async def go():
+        app = app_of(variants="w8a8", engine_restarts=1)
+        async with server_of(app) as port, client_at(port) as client:
+            host = app.state.serving.host
+            os.kill(engine_pid(app), signal.SIGKILL)
+            await until(lambda: not app.state.serving.is_ready)
+            await until(lambda: app.state.serving.is_ready)
+            os.kill(engine_pid(app), signal.SIGKILL)
+            await until(host.failed.is_set)
+            return await client.get("/health"), await client.post("/generate", json=body_of(5))
+
+    health, refused = asyncio.run(go())
+    assert health.status_code == 503
+    assert "SIGKILL" in health.json()["variants"]["w8a8"]
+    assert (refused.status_code, refused.json()["error"]["code"]) == (500, "engine_failed")
+
+
+@pytest.mark.parametrize("options", [{"hang_at": 3}, {"poison_at": 3}], ids=["a step that hangs", "a lost GPU"])
+def test_a_process_that_cannot_go_on_is_replaced(options):
+    async def go():
+        app = app_of(options, variants="w8a8", step_timeout_s=0.3)
+        async with server_of(app) as port, client_at(port) as client:
+            old = engine_pid(app)
+            lost = await client.post("/generate", json=body_of(50))
+            await until(lambda: engine_pid(app) != old and app.state.serving.is_ready)
+            return lost, await client.post("/generate", json=body_of(2)), is_gone(old)
+
+    lost, served, is_old_gone = asyncio.run(go())
+    assert (lost.status_code, lost.json()["error"]["code"]) == (500, "engine_failed")
+    assert "secret" not in lost.text
+    assert served.json()["text"] == "AB"
+    assert is_old_gone
+
+
+def test_the_start_can_be_watched():
+    async def go():
+        app = app_of({"start_s": 1.0}, variants="w8a8")
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                seen = set()
+                while not app.state.serving.is_ready:
+                    health, ready = await client.get("/health"), await client.get("/ready")
+                    assert (health.status_code, ready.status_code) == (200, 503)
+                    seen.add(ready.json()["variants"]["w8a8"])
+                    refusals = [await client.get("/info"), await client.post("/generate", json=body_of(1))]
+                    assert {r.status_code for r in refusals} <= {503, 200}
+                    await asyncio.sleep(0.02)
+                return seen, (await client.get("/ready")).status_code
+
+    seen, status = asyncio.run(go())
+    assert {"starting the engine", "loading nothing"} <= seen
+    assert status == 200
+
+
+WEB = """
+import asyncio, json, sys
+from service.web import server
+from tests.service.host.test_process import app_of
+from service.settings import Settings
+
+app = app_of({"step_s": 0.01}, variants="w8a8", port=%d)
+sys.exit(server.run(app, Settings(variants="w8a8", port=%d)))
+"""
+
+
+def test_a_web_that_is_killed_leaves_no_engine():
+    port = 18423 + os.getpid() % 1000
+    web = subprocess.Popen([sys.executable, "-c", WEB % (port, port)], stderr=subprocess.PIPE, cwd=ROOT)
+
+    async def running() -> int:
+        async with client_at(port) as client:
+
+            async def is_ready() -> bool:
+                try:
+                    return (await client.get("/ready")).status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            end_s = time.monotonic() + 60
+            while not await is_ready():
+                assert time.monotonic() < end_s
+                await asyncio.sleep(0.05)
+            asked = [asyncio.ensure_future(client.post("/generate", json=body_of(3000))) for _ in range(8)]
+            await asyncio.sleep(0.3)
+            children = Path(f"/proc/{web.pid}/task/{web.pid}/children").read_text(encoding="ascii").split()
+            web.kill()
+            await asyncio.gather(*asked, return_exceptions=True)
+            return int(children[0])
+
+    try:
+        engine = asyncio.run(running())
+        killed_s = time.monotonic()
+        while not is_gone(engine) and time.monotonic() < killed_s + 10:
+            time.sleep(0.02)
+        assert time.monotonic() - killed_s < 5
+    finally:
+        web.kill()
+        web.wait()
+        web.stderr.close()
