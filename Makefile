@@ -33,7 +33,7 @@ check: $(READY) ## format, lint, types, layers
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-cache
 
-format: $(READY) ## rewrite to the house's format
+format: $(READY) ## rewrite to the project's format
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
