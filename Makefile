@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # An environment named with PY is used as it is; our own is made first.
 READY := $(if $(filter $(VENV)/%,$(PY)),$(INSTALLED))
 
-.PHONY: help setup serve test check format gpu bench bench-kernels clean
+.PHONY: help setup serve test test-quick coverage check format gpu bench bench-kernels clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -24,21 +24,32 @@ $(INSTALLED): pyproject.toml constraints.txt
 serve: $(READY) ## prepare the demo model and serve it, W8A8 beside its baseline
 	$(if $(filter $(VENV)/%,$(PY)),$(VENV)/bin/ottava,$(PY) -m service) serve $(ARGS)
 
+# Test files are shared out among processes, so that what a file compiles and loads is made once.
+JOBS ?= 2
+GPU_JOBS ?= 12
+GPU_TESTS := tests/kernels tests/quant tests/service/engine
+
 test: $(READY) ## run the tests that need no GPU
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-quick: $(READY) ## the tests that take no more than moments, for the edit loop
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m 'not gpu and not slow' $(ARGS)
+
+coverage: $(READY) ## run the tests, and show which lines they reach
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --cov=kernels --cov=quant --cov=service --cov-report=term $(ARGS)
 
 check: $(READY) ## format, lint, types, layers
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(VENV)/bin/lint-imports --no-cache
+	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-cache
 
 format: $(READY) ## rewrite to the project's format
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
 gpu: $(READY) ## run the tests that need a CUDA GPU
-	$(PY) -m pytest -m gpu $(ARGS)
+	$(PY) -m pytest -m gpu -n $(GPU_JOBS) $(GPU_TESTS) $(ARGS)
 
 bench: $(READY) ## measure decode and prefill of both variants on this machine
 	$(PY) -m benchmarks.serving $(ARGS)
