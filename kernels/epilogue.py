@@ -1,4 +1,4 @@
-"""What a Linear does to its int32 accumulator before it stores it: scales, bias, gate, residual, requantization."""
+"""What a Linear does to its int32 accumulator before it stores it: scales, bias, gate, residual."""
 
 from __future__ import annotations
 
@@ -8,32 +8,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quantize import magnitude, to_codes, to_scale
-from kernels.quantized import BLOCK
+from kernels.quantize import magnitude
 
 __all__ = ["MAX_PIECE", "Epilogue", "dequantize", "finish_tile", "gate_pairs"]
 
-MAX_PIECE = tl.constexpr(BLOCK)
+MAX_PIECE = tl.constexpr(128)
 """Columns of the accumulator that are finished at once: the epilogue of a wider tile would spill."""
 
 
 class Epilogue(NamedTuple):
     """The operands of an epilogue, None where not asked for. Without any scale y is the accumulator itself.
 
-    x_scale: float32 [T] (PER_ROW) or [1], or [T, blocks], which the product applies and its epilogue is not given.
-    weight_scale: float32 [N] (PER_COLUMN) or [1], or [N, groups], of which the same is true.
+    x_scale: float32 [T] (PER_ROW) or [1].      weight_scale: float32 [N] (PER_COLUMN) or [1].
     bias: [N] float.                            residual: float, of y's shape.
-    out_scale: float32 [1]; y is int8 codes.    row_max: float32 [T, pieces], written: max |y| of each piece of a row.
-    block_scale: float32 [T, blocks], written; y is int8 codes. A tile has to hold whole blocks of y.
+    row_max: float32 [T, pieces], written: max |y| of each piece of a row.
     """
 
     x_scale: Tensor | None = None
     weight_scale: Tensor | None = None
     bias: Tensor | None = None
     residual: Tensor | None = None
-    out_scale: Tensor | None = None
     row_max: Tensor | None = None
-    block_scale: Tensor | None = None
 
 
 @triton.jit
@@ -44,13 +39,8 @@ def finish_tile(
     if acc.shape[1] > MAX_PIECE:
         HALF: tl.constexpr = acc.shape[1] // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], 2, HALF]), (0, 2, 1)))
-        if GATED and ops.block_scale is not None:
-            left = _gate(left, ops, tokens, first, T, N, PER_ROW, PER_COLUMN)
-            right = _gate(right, ops, tokens, first + HALF, T, N, PER_ROW, PER_COLUMN)
-            _store_block(left, right, ops, y_ptr, tokens, first // 2, T, N // 2)
-        else:
-            _finish_piece(left, ops, y_ptr, tokens, first, T, N, PER_ROW, PER_COLUMN, GATED)
-            _finish_piece(right, ops, y_ptr, tokens, first + HALF, T, N, PER_ROW, PER_COLUMN, GATED)
+        _finish_piece(left, ops, y_ptr, tokens, first, T, N, PER_ROW, PER_COLUMN, GATED)
+        _finish_piece(right, ops, y_ptr, tokens, first + HALF, T, N, PER_ROW, PER_COLUMN, GATED)
     else:
         _finish_piece(acc, ops, y_ptr, tokens, first, T, N, PER_ROW, PER_COLUMN, GATED)
 
@@ -59,24 +49,16 @@ def finish_tile(
 def _finish_piece(
     acc, ops, y_ptr, tokens, first, T, N, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr, GATED: tl.constexpr
 ):
+    columns = first + tl.arange(0, acc.shape[1])
     if ops.weight_scale is None and ops.x_scale is None:
-        columns = first + tl.arange(0, acc.shape[1])
         at = tokens.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(y_ptr + at, acc, mask=(tokens < T)[:, None] & (columns < N)[None, :])
-    elif GATED:
-        y = _gate(acc, ops, tokens, first, T, N, PER_ROW, PER_COLUMN)
-        _store_piece(y, ops, y_ptr, tokens, first // 2, T, N // 2)
     else:
-        columns = first + tl.arange(0, acc.shape[1])
         y = dequantize(acc, ops, tokens, columns, T, N, PER_ROW, PER_COLUMN)
-        _store_piece(y, ops, y_ptr, tokens, first, T, N)
-
-
-@triton.jit
-def _gate(acc, ops, tokens, first, T, N, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr):
-    """silu(gate) * up: float32, half as many columns."""
-    columns = first + tl.arange(0, acc.shape[1])
-    return gate_pairs(dequantize(acc, ops, tokens, columns, T, N, PER_ROW, PER_COLUMN))
+        if GATED:
+            _store_piece(gate_pairs(y), ops, y_ptr, tokens, first // 2, T, N // 2)
+        else:
+            _store_piece(y, ops, y_ptr, tokens, first, T, N)
 
 
 @triton.jit
@@ -111,45 +93,10 @@ def _store_piece(y, ops, y_ptr, tokens, first, T, N):
     at = tokens.to(tl.int64)[:, None] * N + columns[None, :]
     if ops.residual is not None:
         y += tl.load(ops.residual + at, mask=mask, other=0.0).to(tl.float32)
-    if ops.out_scale is not None:
-        tl.store(y_ptr + at, to_codes(y, tl.load(ops.out_scale)), mask=mask)
-    elif ops.block_scale is not None:
-        scale = _store_scale(_row_max(y, mask), y.shape[1], ops, tokens, first, T, N)
-        tl.store(y_ptr + at, to_codes(y, scale[:, None]), mask=mask)
-    else:
-        stored = y.to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + at, stored, mask=mask)
-        if ops.row_max is not None:
-            # Of what was stored, since that is what will be quantized.
-            at_piece = tokens.to(tl.int64) * tl.cdiv(N, y.shape[1]) + first // y.shape[1]
-            row_max = _row_max(stored.to(tl.float32), mask)
-            tl.store(ops.row_max + at_piece, row_max, mask=(tokens < T) & (first < N))
-
-
-@triton.jit
-def _store_block(left, right, ops, y_ptr, tokens, first, T, N):
-    """Store the two halves of one block of y as codes; N is the width of y as stored."""
-    HALF: tl.constexpr = left.shape[1]
-    columns = first + tl.arange(0, HALF)
-    mask_left = (tokens < T)[:, None] & (columns < N)[None, :]
-    mask_right = (tokens < T)[:, None] & (columns + HALF < N)[None, :]
-    row_max = tl.maximum(_row_max(left, mask_left), _row_max(right, mask_right))
-    scale = _store_scale(row_max, 2 * HALF, ops, tokens, first, T, N)[:, None]
-    at = tokens.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(y_ptr + at, to_codes(left, scale), mask=mask_left)
-    tl.store(y_ptr + at + HALF, to_codes(right, scale), mask=mask_right)
-
-
-@triton.jit
-def _row_max(y, mask):
-    return tl.max(tl.where(mask, magnitude(y), 0.0), axis=1)
-
-
-@triton.jit
-def _store_scale(row_max, WIDTH: tl.constexpr, ops, tokens, first, T, N):
-    """Store and return the scale of one block of each row."""
-    tl.static_assert(WIDTH == MAX_PIECE, "the tile does not hold whole blocks of y")
-    scale = to_scale(row_max)
-    at = tokens.to(tl.int64) * tl.cdiv(N, WIDTH) + first // WIDTH
-    tl.store(ops.block_scale + at, scale, mask=(tokens < T) & (first < N))
-    return scale
+    stored = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, stored, mask=mask)
+    if ops.row_max is not None:
+        # Of what was stored, since that is what will be quantized.
+        at_piece = tokens.to(tl.int64) * tl.cdiv(N, y.shape[1]) + first // y.shape[1]
+        row_max = tl.max(tl.where(mask, magnitude(stored.to(tl.float32)), 0.0), axis=1)
+        tl.store(ops.row_max + at_piece, row_max, mask=(tokens < T) & (first < N))

@@ -1,4 +1,4 @@
-"""int8 x int8 -> int32 matrix product with the whole Linear in its epilogue: scales, bias, residual, requantization.
+"""int8 x int8 -> int32 matrix product with the whole Linear in its epilogue: scales, bias, gate, residual.
 
 Both operands are stored with the summed index innermost ([T, K] and [N, K]), as the int8 tensor cores want them.
 """
@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import block_tile, launch_blocks
 from kernels.dependent import await_inputs, launch_dependents, launch_early
 from kernels.epilogue import MAX_PIECE, Epilogue, finish_tile
 from kernels.hopper.common import can_copy
 from kernels.hopper.pingpong import launch_pingpong
 from kernels.hopper.stream import launch_stream
 from kernels.quantize import quantize_rows, quantized
-from kernels.quantized import BLOCK, CODE_MAX, Quantized, ToInt8
+from kernels.quantized import CODE_MAX, Quantized, ToInt8
 from kernels.tiles import Tile, choose, current_gpu
 
 __all__ = ["MAX_DEPTH", "int8_gated_linear", "int8_linear", "int8_matmul"]
@@ -50,48 +49,25 @@ def int8_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
-    out_scale: Tensor | None = None,
-    is_blocked: bool = False,
-) -> Tensor | Quantized:
-    """Apply a W8A8 Linear in one kernel; `reference.int8_linear`.
+) -> Tensor:
+    """Apply a W8A8 Linear in one kernel. See reference.int8_linear.
 
-    acc = x_q @ weight_q^T  (int32)        y_tn = acc_tn * x_scale_t * weight_scale_n + bias_n + residual_tn
-    with x in blocks p of 128 columns: acc_tn * x_scale_t becomes sum_p acc_tnp * x_scale_tp, in float32, p rising
-
-    Args:
-        x: codes [T, K], scale [T], [1] or [T, ceil(K / 128)].
-        weight_q: [N, K] int8, contiguous.
-        weight_scale: float32 [N] (per output channel) or [1] (per tensor).
-        bias: [N] float or None.
-        residual: [T, N] float or None.
-        out_dtype: float16, bfloat16 or float32; of y where out_scale is None.
-        out_scale: float32 [1]: write y as `Quantized` with this static scale instead.
-        is_blocked: write y as `Quantized` with one scale per row and 128 columns instead.
-
-    Returns:
-        y [T, N], the same bits for a row whatever else is in the batch: int32 sums are exact, the rest is per element
-        and in one order.
+    A row of y has the same bits whatever else is in the batch: int32 sums are exact, the rest is per element and in one
+    order.
 
     Raises:
-        ValueError: K differs between x and weight_q, weight_q is not contiguous, K is above `MAX_DEPTH`, a scale, the
-            bias or the residual does not have one of the shapes above, or out_scale and is_blocked are both given.
-
-    Source: SmoothQuant (arXiv 2211.10438), equation 2.
+        ValueError: K differs between x and weight_q, weight_q is not contiguous, K is above `MAX_DEPTH`, or a scale,
+            the bias or the residual does not have one of the shapes that the reference names.
     """
     codes = x.codes.contiguous()
     T, N = len(codes), len(weight_q)
     _check_operands(x, weight_q, weight_scale, bias)
     if residual is not None and residual.shape != (T, N):
         raise ValueError(f"residual {tuple(residual.shape)} must be {(T, N)}")
-    if is_blocked and out_scale is not None:
-        raise ValueError("out_scale is one scale for y, is_blocked finds one per block: give one of the two")
+    y = torch.empty((T, N), dtype=out_dtype, device=codes.device)
     residual = None if residual is None else residual.contiguous()
-    ops = Epilogue(x.scale, weight_scale, bias, residual, out_scale)
-    if is_blocked:
-        return _launch_to_blocks(codes, weight_q, ops, N)
-    y = torch.empty((T, N), dtype=out_dtype if out_scale is None else torch.int8, device=codes.device)
-    launch(codes, weight_q, ops, y)
-    return y if out_scale is None else Quantized(y, out_scale)
+    launch(codes, weight_q, Epilogue(x.scale, weight_scale, bias, residual), y)
+    return y
 
 
 def int8_gated_linear(
@@ -102,22 +78,13 @@ def int8_gated_linear(
     out_dtype: torch.dtype = torch.float16,
     quantize: ToInt8 | None = None,
 ) -> Tensor | Quantized:
-    """Apply a W8A8 Linear whose outputs are pairs of gate and up, and gate them; `reference.int8_gated_linear`.
+    """Apply a W8A8 Linear whose outputs are pairs of gate and up, and gate them. See reference.int8_gated_linear.
 
-    z = int8_linear(x, weight_q, weight_scale, bias) in float32        y_tf = silu(z_t,2f) * z_t,2f+1
-
-    The gate happens in the product's epilogue, so z is never written. Scales per row take a second kernel, which reads
-    y once: the first leaves it the largest magnitude of each piece of a row. Scales per block need no second one.
-
-    Args:
-        x, weight_q, weight_scale, bias: as `int8_linear`; row 2f of weight_q is gate f, row 2f + 1 is up f.
-        out_dtype: of y; a `Quantized` result holds y rounded to it first, one in blocks the float32 y.
-        quantize: None writes y [T, N / 2]; `ToInt8` writes its codes and scale.
+    The gate is part of the product's epilogue, so the product itself is never written. Scales per row take a second
+    kernel, which reads y once: the first leaves it the largest magnitude of each piece of a row.
 
     Raises:
         ValueError: as `int8_linear`, or N is odd.
-
-    Source: GLU variants (arXiv 2002.05202), SwiGLU; fusion after ZeroQuant (arXiv 2206.01861), section 4.3.
     """
     codes, N = x.codes.contiguous(), len(weight_q)
     if N % 2:
@@ -125,8 +92,6 @@ def int8_gated_linear(
     _check_operands(x, weight_q, weight_scale, bias)
     T, width = len(codes), N // 2
     ops = Epilogue(x.scale, weight_scale, bias)
-    if quantize is not None and quantize.is_blocked:
-        return _launch_to_blocks(codes, weight_q, ops, width)
     y = torch.empty((T, width), dtype=out_dtype, device=codes.device)
     tile = pick_tile(codes, weight_q, ops, y)
     if quantize is None or quantize.scale is not None:
@@ -138,21 +103,9 @@ def int8_gated_linear(
     return quantize_rows(y, row_max)
 
 
-def _launch_to_blocks(x_q: Tensor, weight_q: Tensor, ops: Epilogue, width: int) -> Quantized:
-    """y [T, width] as codes with a scale per row and block: gated where width is half of N."""
-    T = len(x_q)
-    y = torch.empty((T, width), dtype=torch.int8, device=x_q.device)
-    scale = torch.empty((T, triton.cdiv(width, BLOCK)), dtype=torch.float32, device=x_q.device)
-    launch(x_q, weight_q, ops._replace(block_scale=scale), y, is_gated=width != len(weight_q))
-    return Quantized(y, scale)
-
-
 def _check_operands(x: Quantized, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    (T, K), N = x.codes.shape, len(weight_q)
-    blocks = (T, triton.cdiv(K, BLOCK))
-    if x.scale.ndim == 2 and x.scale.shape != blocks:
-        raise ValueError(f"x.scale {tuple(x.scale.shape)} must be {blocks} for x {(T, K)}: one per {BLOCK} columns")
-    if (x.scale.ndim < 2 and x.scale.numel() not in {1, T}) or weight_scale.numel() not in {1, N}:
+    T, N = len(x.codes), len(weight_q)
+    if x.scale.ndim != 1 or x.scale.numel() not in {1, T} or weight_scale.numel() not in {1, N}:
         raise ValueError(f"scales of {x.scale.numel()} rows and {weight_scale.numel()} columns for y [{T}, {N}]")
     if bias is not None and bias.numel() != N:
         raise ValueError(f"bias has {bias.numel()} elements, weight_q {N} rows")
@@ -169,15 +122,12 @@ def launch(
         raise ValueError(f"K = {K} can overflow the int32 accumulator; the limit is {MAX_DEPTH}")
     if T == 0:
         return
-    tile = tile or pick_tile(x_q, weight_q, ops, y, is_gated)
+    tile = tile or pick_tile(x_q, weight_q, ops, y)
     form = {
         "PER_ROW": ops.x_scale is not None and ops.x_scale.numel() == T,
         "PER_COLUMN": ops.weight_scale is not None and ops.weight_scale.numel() == N,
         "GATED": is_gated,
     }
-    if _reads_blocks(x_q, ops):
-        launch_blocks(x_q, weight_q, ops, y, tile, form["PER_COLUMN"], is_gated)
-        return
     if tile.kernel == "stream":
         launch_stream(x_q, weight_q, ops, y, tile, form)
         return
@@ -192,20 +142,11 @@ def launch(
     )  # fmt: skip
 
 
-def pick_tile(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, is_gated: bool = False) -> Tile:
-    """The table's tile, unless its kernel lacks the epilogue. Blocks of scales have tiles of their own."""
+def pick_tile(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor) -> Tile:
+    """The table's tile, unless its kernel lacks the epilogue."""
     T, K = x_q.shape
-    gpu, reads_blocks = current_gpu(y.device), _reads_blocks(x_q, ops)
-    if ops.block_scale is not None:
-        return block_tile(gpu.capability, K, T, reads_blocks, BLOCK * (1 + is_gated))
-    if reads_blocks:
-        return block_tile(gpu.capability, K, T)
-    tile = choose(gpu, len(weight_q), K, T)
+    tile = choose(current_gpu(y.device), len(weight_q), K, T)
     return tile if tile.kernel not in FALLBACKS or can_copy(x_q, weight_q, ops, y) else FALLBACKS[tile.kernel]
-
-
-def _reads_blocks(x_q: Tensor, ops: Epilogue) -> bool:
-    return ops.x_scale is not None and ops.x_scale.shape == (len(x_q), triton.cdiv(x_q.shape[1], BLOCK))
 
 
 def launch_options(tile: Tile) -> dict[str, int | bool]:

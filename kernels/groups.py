@@ -1,18 +1,26 @@
-"""The int8 product of weights whose every row has one scale per group of neighbouring columns."""
+"""The int8 product of weights whose every row has one scale per group of neighbouring columns.
+
+Such a scale cannot wait for the epilogue: each step of the product lies in one group, and its int32 sum (exact, and
+below 2^24, so exact in float32 too) is scaled and added to a float32 accumulator.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import block_tile, launch_blocks
-from kernels.epilogue import Epilogue
-from kernels.quantized import BLOCK, Quantized, group_size_of
+from kernels.dependent import await_inputs, launch_dependents, launch_early
+from kernels.epilogue import Epilogue, finish_tile
+from kernels.gemm import launch_options
+from kernels.quantized import Quantized, group_size_of
 from kernels.tiles import Tile, current_gpu
 
 __all__ = ["group_tile", "int8_group_linear"]
+
+MAX_STEP = 128
+"""Columns that one step of the product multiplies at most."""
 
 MAX_STAGES = 8
 
@@ -25,29 +33,14 @@ def int8_group_linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    """Apply an int8 Linear whose weights have a scale per group of columns; `reference.int8_group_linear`.
+    """Apply an int8 Linear whose weights have a scale per group of columns. See reference.int8_group_linear.
 
-    y_tn = x_scale_t * sum_g weight_scale_ng * (sum_{k in g} x_q_tk * weight_q_nk) + bias_n + residual_tn
-
-    The inner sum is an int32 product on the tensor cores, in steps of min(group size, 128) columns; each is scaled and
-    added in float32 in the order of k.
-
-    Args:
-        x: codes [T, K], scale [T] or [1].
-        weight_q: [N, K] int8, contiguous.
-        weight_scale: float32 [N, K / group size], the group size a power of two from 32.
-        bias: [N] float or None.
-        residual: [T, N] float or None.
-        out_dtype: float16, bfloat16 or float32.
-
-    Returns:
-        y [T, N], the same bits for a row whatever else is in the batch.
+    A step multiplies min(group size, 128) columns on the tensor cores. A row of y has the same bits whatever else is in
+    the batch.
 
     Raises:
         ValueError: K differs between x and weight_q, weight_q is not contiguous, or a scale, the bias or the residual
-            does not have one of the shapes above.
-
-    Source: ZeroQuant (arXiv 2206.01861), section 4.1: group-wise weights, token-wise activations.
+            does not have the shape that the reference names.
     """
     codes = x.codes.contiguous()
     (T, K), N = codes.shape, len(weight_q)
@@ -61,23 +54,81 @@ def int8_group_linear(
     if residual is not None and residual.shape != (T, N):
         raise ValueError(f"residual {tuple(residual.shape)} must be {(T, N)}")
     y = torch.empty((T, N), dtype=out_dtype, device=codes.device)
-    if T:
-        ops = Epilogue(x.scale, weight_scale, bias, None if residual is None else residual.contiguous())
-        tile = group_tile(current_gpu(y.device).capability, T, group_size)
-        launch_blocks(codes, weight_q, ops, y, tile, per_column=False, is_gated=False)
+    if T == 0:
+        return y
+    ops = Epilogue(x.scale, None, bias, None if residual is None else residual.contiguous())
+    tile = group_tile(current_gpu(y.device).capability, T, group_size)
+    num_tiles = triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n)
+    _int8_group_linear_kernel[(num_tiles,)](
+        codes, weight_q, weight_scale.contiguous(), ops, y, T, N, K, GROUP_SIZE=group_size,
+        PER_ROW=x.scale.numel() == T, **launch_options(tile), **launch_early(y.device, T),
+    )  # fmt: skip
     return y
 
 
 def group_tile(capability: int, t: int, group_size: int) -> Tile:
-    """The tile of a product of t tokens: that of blocks, with steps that do not leave their group.
+    """The tile of a product of t tokens, with steps that stay in their group. capability: 90 for 9.0.
 
-    capability: 90 for 9.0.
+    Few tokens wait for the weights' bytes alone, so their tiles are narrow and have many stages.
     """
-    tile = block_tile(capability, group_size, t)
-    if capability == 100 and tile.block_t > 32:
+    has_room = capability in {80, 90, 100}
+    block_k = min(group_size, MAX_STEP)
+    if t <= 16:
+        block_t, block_n, num_warps, num_stages = 16, 32, 4, 8 if has_room else 6
+    elif t <= 128:
+        block_t, block_n, num_warps, num_stages = 32 if t <= 32 else 64, 64, 4, 4
+    else:
+        block_t, block_n, num_warps, num_stages = 128 if has_room else 64, 128, 8, 4 if has_room else 3
+    if capability == 100 and block_t > 32:
         # With more rows, or fewer warps, it spills a few registers.
-        tile = replace(tile, block_t=64, num_warps=8)
-    block_k = min(group_size, BLOCK)
+        block_t, num_warps = 64, 8
     # Shorter steps, more of them on their way, for as many bytes.
-    num_stages = max(tile.num_stages, min(MAX_STAGES, tile.num_stages * BLOCK // block_k))
-    return replace(tile, block_k=block_k, num_stages=num_stages)
+    num_stages = max(num_stages, min(MAX_STAGES, num_stages * MAX_STEP // block_k))
+    return Tile("plain", block_t, block_n, block_k, num_warps, num_stages)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _int8_group_linear_kernel(
+    x_ptr,
+    weight_ptr,
+    weight_scale_ptr,
+    ops,
+    y_ptr,
+    T,
+    N,
+    K,
+    GROUP_SIZE: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One tile of y: each step multiplies BLOCK_K columns of one group and scales their sum."""
+    num_n = tl.cdiv(N, BLOCK_N)
+    tile_t, tile_n = tl.swizzle2d(
+        tl.program_id(0) // num_n, tl.program_id(0) % num_n, tl.cdiv(T, BLOCK_T), num_n, GROUP
+    )
+    tokens = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)[None, :]
+    await_inputs(DEPENDENT)
+    is_token = tokens < T
+    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * K + depth
+    weight_ptrs = weight_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + depth
+    is_scaled = columns < N
+    # In 32 bits: a thread keeps one for each of its many columns, and would spill.
+    scale_at = columns * tl.cdiv(K, GROUP_SIZE)
+    acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for step in range(tl.cdiv(K, BLOCK_K)):
+        scale = tl.load(weight_scale_ptr + scale_at + step // (GROUP_SIZE // BLOCK_K), mask=is_scaled, other=0.0)
+        x = tl.load(x_ptrs, mask=is_token[:, None], other=0)
+        weight = tl.load(weight_ptrs)
+        part = tl.dot(x, tl.trans(weight), out_dtype=tl.int32)
+        # Written as fma, so that no tile and no compiler rounds a row otherwise than another.
+        acc = tl.fma(part.to(tl.float32), tl.expand_dims(scale, 0), acc)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+    launch_dependents(DEPENDENT)
+    finish_tile(acc, ops, y_ptr, tokens, tile_n * BLOCK_N, T, N, PER_ROW, False, False)

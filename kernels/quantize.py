@@ -134,13 +134,7 @@ def row_launch(
 
 
 def empty_output(x: Tensor, num_columns: int, quantize: ToInt8 | None) -> tuple[Tensor, Tensor | None]:
-    """Room for [T, num_columns] in x's dtype and no scale, or for int8 codes and the scale to write or to read.
-
-    Raises:
-        ValueError: quantize asks for scales of blocks, which only the Linears write.
-    """
-    if quantize is not None and quantize.is_blocked:
-        raise ValueError("only the Linears write scales of blocks: is_blocked must be False here")
+    """Room for [T, num_columns] in x's dtype and no scale, or for int8 codes and the scale to write or to read."""
     shape = (x.shape[0], num_columns)
     if quantize is None:
         return torch.empty(shape, dtype=x.dtype, device=x.device), None

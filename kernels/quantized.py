@@ -8,7 +8,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 __all__ = [
-    "BLOCK",
     "CODE_MAX",
     "MIN_GROUP",
     "TINY",
@@ -22,9 +21,6 @@ __all__ = [
 CODE_MAX = 127
 """Codes live in -127..127. -128 is never written: the range stays symmetric."""
 
-BLOCK = 128
-"""Columns that share a scale where each row has several: the depth of one step of the product that reads them."""
-
 MIN_GROUP = 32
 """Fewest columns of a weight's row that may share a scale of their own: one step of the int8 tensor cores."""
 
@@ -36,7 +32,7 @@ class Quantized(NamedTuple):
     """An int8 tensor: real = codes * scale.
 
     codes: [T, K] int8 in -127..127, rows contiguous.
-    scale: float32, [T] (one per row), [1] (one for the tensor) or [T, ceil(K / BLOCK)] (one per row and 128 columns).
+    scale: float32, [T] (one per row) or [1] (one for the tensor).
     """
 
     codes: Tensor
@@ -65,18 +61,9 @@ class ToInt8:
 
     scale: None for one dynamic scale per row (max |y_t| / 127), or a float32 tensor [1]: one static
     scale for the whole tensor, values beyond 127 scales saturating.
-    is_blocked: one dynamic scale per row and `BLOCK` columns; only the Linears write it.
-
-    Raises:
-        ValueError: is_blocked with a scale.
     """
 
     scale: Tensor | None = None
-    is_blocked: bool = False
-
-    def __post_init__(self) -> None:
-        if self.is_blocked and self.scale is not None:
-            raise ValueError("is_blocked finds its own scales: scale must be None")
 
 
 def group_size_of(weight_q: Tensor, weight_scale: Tensor) -> int:

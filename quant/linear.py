@@ -136,9 +136,7 @@ class Int8Linear:
         if self.outliers is not None:
             return int8_outlier_linear(self._float(x), *operands, self.outliers)
         product = int8_group_linear if self.weight_scale.ndim == 2 else int8_linear
-        y = product(self.quantized(x), *operands)
-        assert isinstance(y, Tensor)  # no out_scale was given
-        return y
+        return product(self.quantized(x), *operands)
 
     def quantized(self, x: Tensor | Quantized) -> Quantized:
         """x as this Linear eats it, where it eats codes alone."""

@@ -19,9 +19,9 @@ GL_TYPES = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.b
 
 def can_copy(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor) -> bool:
     """Whether these kernels have this epilogue, and every row starts on the 16 bytes that the copy engine asks for."""
-    is_float = ops.weight_scale is not None and ops.residual is None and ops.out_scale is None
+    has_scales = ops.weight_scale is not None and ops.residual is None
     rows = x_q.shape[1], 2 * y.shape[1], x_q.data_ptr(), weight_q.data_ptr()
-    return is_float and y.dtype in GL_TYPES and all(place % 16 == 0 for place in rows)
+    return has_scales and y.dtype in GL_TYPES and all(place % 16 == 0 for place in rows)
 
 
 def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from kernels.reference.attention import paged_attention, rope_and_cache
-from kernels.reference.common import quantize_blocks, quantize_rows, quantize_tensor, split_outliers
+from kernels.reference.common import quantize_rows, quantize_tensor, split_outliers
 from kernels.reference.elementwise import gelu, gelu_mul, layer_norm, relu, rms_norm, silu_mul
 from kernels.reference.linear import int8_gated_linear, int8_group_linear, int8_linear, int8_matmul, int8_outlier_linear
 
@@ -28,7 +28,6 @@ __all__ = [
     "int8_outlier_linear",
     "layer_norm",
     "paged_attention",
-    "quantize_blocks",
     "quantize_rows",
     "quantize_tensor",
     "relu",

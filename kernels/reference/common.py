@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.quantized import BLOCK, CODE_MAX, TINY, Outliers, Quantized, ToInt8, require_scale
+from kernels.quantized import CODE_MAX, TINY, Outliers, Quantized, ToInt8, require_scale
 
 
 def quantize_rows(x: Tensor) -> Quantized:
@@ -33,25 +33,6 @@ def quantize_rows(x: Tensor) -> Quantized:
         x = x.masked_fill(is_zero, 0.0)
         scale.masked_fill_(is_zero, 1.0)
     return Quantized((x / scale).round_().to(torch.int8), scale.squeeze(-1))
-
-
-def quantize_blocks(x: Tensor) -> Quantized:
-    """Round each 128 columns of each row of x to int8 with a scale of their own, by the rules of `quantize_rows`.
-
-    scale_tp = max_k in block p |x_tk| / 127        codes = rint(x / scale)
-
-    Args:
-        x: [T, K] float, any strides. The last block holds what is left of K.
-
-    Returns:
-        codes [T, K] int8 in -127..127 (ties to even) and scale [T, ceil(K / 128)] float32.
-
-    Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2: tiles of 1 x 128, there for FP8.
-    """
-    T, K = x.shape
-    num_blocks = -(-K // BLOCK)
-    codes, scale = quantize_rows(F.pad(x.float(), (0, -K % BLOCK)).view(T * num_blocks, BLOCK))
-    return Quantized(codes.view(T, num_blocks * BLOCK)[:, :K].contiguous(), scale.view(T, num_blocks))
 
 
 def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Quantized:
@@ -110,22 +91,22 @@ def split_outliers(x: Tensor, threshold: float) -> tuple[Quantized, Outliers]:
 ROWS_AT_ONCE = 128
 
 
-def row_blocks(num_rows: int) -> Iterator[slice]:
-    """Rows in blocks whose float32 values stay in the cache: a pass over whole prompts takes three times as long."""
+def row_slices(num_rows: int) -> Iterator[slice]:
+    """Slices of ROWS_AT_ONCE rows. Their float32 values stay in the cache: all rows at once take 3 times as long."""
     for start in range(0, num_rows, ROWS_AT_ONCE):
         yield slice(start, start + ROWS_AT_ONCE)
 
 
-def joined(blocks: list[Tensor | Quantized]) -> Tensor | Quantized:
-    """Blocks of rows as one tensor. A static scale is the same in each."""
-    quantized = [block for block in blocks if isinstance(block, Quantized)]
+def joined(parts: list[Tensor | Quantized]) -> Tensor | Quantized:
+    """Slices of rows as one tensor. A static scale is the same in each."""
+    quantized = [part for part in parts if isinstance(part, Quantized)]
     if not quantized:
-        return torch.cat([block for block in blocks if isinstance(block, Tensor)])
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
     scale = quantized[0].scale
-    is_static = all(block.scale is scale for block in quantized)
+    is_static = all(part.scale is scale for part in quantized)
     return Quantized(
-        torch.cat([block.codes for block in quantized]),
-        scale if is_static else torch.cat([block.scale for block in quantized]),
+        torch.cat([part.codes for part in quantized]),
+        scale if is_static else torch.cat([part.scale for part in quantized]),
     )
 
 
@@ -133,6 +114,4 @@ def store(y: Tensor, dtype: torch.dtype, quantize: ToInt8 | None) -> Tensor | Qu
     """Round a float32 result to what the caller asked for."""
     if quantize is None:
         return y.to(dtype)
-    if quantize.is_blocked:
-        return quantize_blocks(y)
     return quantize_rows(y) if quantize.scale is None else quantize_tensor(y, quantize.scale)

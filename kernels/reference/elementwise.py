@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.quantized import Quantized, ToInt8
-from kernels.reference.common import ROWS_AT_ONCE, joined, row_blocks, store
+from kernels.reference.common import ROWS_AT_ONCE, joined, row_slices, store
 
 
 def rms_norm(
@@ -75,7 +75,7 @@ def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quanti
     Source: GLU variants (arXiv 2002.05202), SwiGLU.
     """
     if len(gate_up) > ROWS_AT_ONCE:
-        return joined([silu_mul(gate_up[rows], quantize) for rows in row_blocks(len(gate_up))])
+        return joined([silu_mul(gate_up[rows], quantize) for rows in row_slices(len(gate_up))])
     gate, up = gate_up.float().chunk(2, dim=-1)
     return store(F.silu(gate).mul_(up), gate_up.dtype, quantize)
 
@@ -90,7 +90,7 @@ def gelu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quanti
     Source: GLU variants (arXiv 2002.05202), GEGLU.
     """
     if len(gate_up) > ROWS_AT_ONCE:
-        return joined([gelu_mul(gate_up[rows], quantize) for rows in row_blocks(len(gate_up))])
+        return joined([gelu_mul(gate_up[rows], quantize) for rows in row_slices(len(gate_up))])
     gate, up = gate_up.float().chunk(2, dim=-1)
     return store(F.gelu(gate, approximate="tanh").mul_(up), gate_up.dtype, quantize)
 

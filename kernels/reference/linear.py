@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.quantized import BLOCK, CODE_MAX, Quantized, ToInt8, group_size_of
-from kernels.reference.common import ROWS_AT_ONCE, joined, row_blocks, split_outliers, store
+from kernels.quantized import CODE_MAX, Quantized, ToInt8, group_size_of
+from kernels.reference.common import ROWS_AT_ONCE, joined, row_slices, split_outliers, store
 
 MAX_DEPTH = (2**31 - 1) // (CODE_MAX * CODE_MAX)
 
@@ -30,55 +30,37 @@ def int8_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
-    out_scale: Tensor | None = None,
-    is_blocked: bool = False,
-) -> Tensor | Quantized:
+) -> Tensor:
     """Apply a W8A8 Linear: one int8 GEMM, both scales applied after the sum.
 
     acc = x_q @ weight_q^T  (int32)        y_tn = acc_tn * x_scale_t * weight_scale_n + bias_n + residual_tn
 
-    Neither scale depends on the summed index k, which is what leaves the sum to the int8 tensor cores. Where x has a
-    scale per block p of 128 columns, the sum is theirs within a block: acc_tn * x_scale_t is then
-    sum_p acc_tnp * x_scale_tp in float32, added in the order of p.
+    Neither scale depends on the summed index k, which is what leaves the sum to the int8 tensor cores.
 
     Args:
-        x: codes [T, K], scale [T], [1] or [T, ceil(K / 128)].
+        x: codes [T, K], scale [T] or [1].
         weight_q: [N, K] int8, rows contiguous.
         weight_scale: float32 [N] (per output channel) or [1] (per tensor).
         bias: [N] float or None.
         residual: [T, N] float or None.
-        out_dtype: float16, bfloat16 or float32; of y where out_scale is None.
-        out_scale: float32 [1]: write y as `Quantized` with this static scale instead.
-        is_blocked: write y as `Quantized` with one scale per row and 128 columns instead (`quantize_blocks`).
+        out_dtype: float16, bfloat16 or float32; of y.
 
     Returns:
         y [T, N].
 
     Raises:
-        ValueError: K is above `MAX_DEPTH`, x.scale has two dimensions and is not [T, ceil(K / 128)], or out_scale and
-            is_blocked are both given.
+        ValueError: K is above `MAX_DEPTH`.
 
     Source: SmoothQuant (arXiv 2211.10438), equation 2.
     """
-    quantize = ToInt8(out_scale, is_blocked) if is_blocked or out_scale is not None else None
-    acc, x_scale = _sum_blocks(x, weight_q) if x.scale.ndim == 2 else (int8_matmul(x.codes, weight_q), x.scale)
+    acc = int8_matmul(x.codes, weight_q)
     if len(acc) <= ROWS_AT_ONCE:
-        return _finish(acc, x_scale, weight_scale, bias, residual, out_dtype, quantize)
-    x_scale = x_scale.expand(len(acc))
-    return joined(
-        [
-            _finish(
-                acc[rows],
-                x_scale[rows],
-                weight_scale,
-                bias,
-                None if residual is None else residual[rows],
-                out_dtype,
-                quantize,
-            )
-            for rows in row_blocks(len(acc))
-        ]
-    )
+        return _finish(acc, x.scale, weight_scale, bias, residual, out_dtype)
+    x_scale, parts = x.scale.expand(len(acc)), []
+    for rows in row_slices(len(acc)):
+        added = None if residual is None else residual[rows]
+        parts.append(_finish(acc[rows], x_scale[rows], weight_scale, bias, added, out_dtype))
+    return torch.cat(parts)
 
 
 def int8_group_linear(
@@ -113,14 +95,12 @@ def int8_group_linear(
     """
     group_size, scales = group_size_of(weight_q, weight_scale), weight_scale.t().contiguous()
     x_scale, one = x.scale.expand(len(x.codes)), x.scale.new_ones(1)
-    blocks = []
-    for rows in row_blocks(max(1, len(x.codes))):
-        acc = _sum_parts(x.codes[rows], weight_q, scales, group_size)
+    parts = []
+    for rows in row_slices(max(1, len(x.codes))):
+        acc = _sum_groups(x.codes[rows], weight_q, scales, group_size)
         added = None if residual is None else residual[rows]
-        blocks.append(_finish(acc, x_scale[rows], one, bias, added, out_dtype, None))
-    y = joined(blocks)
-    assert isinstance(y, Tensor)  # nothing was quantized
-    return y
+        parts.append(_finish(acc, x_scale[rows], one, bias, added, out_dtype))
+    return torch.cat(parts)
 
 
 def int8_outlier_linear(
@@ -157,7 +137,6 @@ def int8_outlier_linear(
     """
     x_q, (columns, count) = split_outliers(x, threshold)
     y = int8_linear(x_q, weight_q, weight_scale, bias, residual, out_dtype)
-    assert isinstance(y, Tensor)  # no out_scale was given
     found = columns[: int(count)]
     if not len(found):
         return y
@@ -180,36 +159,25 @@ def int8_gated_linear(
     Args:
         x, weight_q, weight_scale, bias: as `int8_linear`; row 2f of weight_q is gate f, row 2f + 1 is up f.
         out_dtype: of y [T, N / 2].
-        quantize: None writes y; `ToInt8` writes codes and scale of y as rounded to out_dtype, or in blocks of the
-            float32 y.
+        quantize: None writes y; `ToInt8` writes codes and scale of y as rounded to out_dtype.
 
     Source: GLU variants (arXiv 2002.05202), SwiGLU; fusion after ZeroQuant (arXiv 2206.01861), section 4.3.
     """
     z = int8_linear(x, weight_q, weight_scale, bias, out_dtype=torch.float32)
-    assert isinstance(z, Tensor)
-    blocks = [z[rows] for rows in row_blocks(max(1, len(z)))]
-    rounded = torch.float32 if quantize is not None and quantize.is_blocked else out_dtype
-    gated = [(F.silu(block[:, ::2]) * block[:, 1::2]).to(rounded) for block in blocks]
+    parts = [z[rows] for rows in row_slices(max(1, len(z)))]
+    gated = [(F.silu(part[:, ::2]) * part[:, 1::2]).to(out_dtype) for part in parts]
     return joined([store(y, out_dtype, quantize) for y in gated])
 
 
-def _sum_blocks(x: Quantized, weight_q: Tensor) -> tuple[Tensor, Tensor]:
-    """The product with the scales of x applied block by block, [T, N] float32, and the scale 1 that is left."""
-    T, K = x.codes.shape
-    if x.scale.shape != (T, -(-K // BLOCK)):
-        raise ValueError(f"x.scale {tuple(x.scale.shape)} must be {(T, -(-K // BLOCK))} for x {(T, K)}")
-    return _sum_parts(x.codes, weight_q, x.scale.t().unsqueeze(-1), BLOCK), x.scale.new_ones(1)
+def _sum_groups(x_q: Tensor, weight_q: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """sum_g (x_q weight_q^T over the columns of group g) * scales[g], float32 [T, N], in the order of g.
 
-
-def _sum_parts(x_q: Tensor, weight_q: Tensor, scales: Tensor, width: int) -> Tensor:
-    """sum_p (x_q weight_q^T over columns p * width ..) * scales[p], float32 [T, N], in the order of p.
-
-    Each part is one int8 product that reads its columns where they lie: two thirds of the time that copies of them
-    would take at one token, half of it at 128 (K = 576 and 1536, 9 to 12 parts).
+    Each group is one int8 product that reads its columns where they lie: two thirds of the time that copies of them
+    would take at one token, half of it at 128 (K = 576 and 1536, 9 to 12 groups).
     """
     acc = scales.new_zeros(len(x_q), len(weight_q))
-    for part, scale in enumerate(scales):
-        columns = slice(part * width, (part + 1) * width)
+    for group, scale in enumerate(scales):
+        columns = slice(group * group_size, (group + 1) * group_size)
         acc.addcmul_(torch._int_mm(x_q[:, columns], weight_q[:, columns].t()), scale)
     return acc
 
@@ -221,8 +189,7 @@ def _finish(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
-    quantize: ToInt8 | None,
-) -> Tensor | Quantized:
+) -> Tensor:
     """The epilogue of `int8_linear` on the accumulator [T, N]."""
     y = acc * weight_scale
     y.mul_(x_scale.unsqueeze(-1))
@@ -230,4 +197,4 @@ def _finish(
         y.add_(bias)
     if residual is not None:
         y.add_(residual)
-    return store(y, out_dtype, quantize)
+    return y.to(out_dtype)

@@ -20,7 +20,7 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 INT8_MMA = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
 HOPPERS_OWN = {"_int8_linear_pingpong_kernel", "_int8_linear_stream_kernel"}
-GEMMS = ("_int8_linear_kernel", "_int8_linear_swapped_kernel", "_int8_linear_blocks_kernel")
+GEMMS = ("_int8_linear_kernel", "_int8_linear_swapped_kernel", "_int8_group_linear_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def instructions(built: list[dict[str, Any]], capability: int, kernel: str, havi
 
 
 def test_every_kernel_was_compiled_for_every_architecture(built: list[dict[str, Any]]) -> None:
-    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").rglob("*.py"))
     defined = {line.split("(")[0].removeprefix("def ") for line in sources.splitlines() if line.startswith("def _")}
     defined = {name for name in defined if name.endswith("_kernel")}
     for capability in ARCHITECTURES:

@@ -114,7 +114,6 @@ def test_what_it_cannot_do_is_left_to_the_plain_kernel(monkeypatch: pytest.Monke
         (x[:, :56], weight, full, y),
         (x, weight, Epilogue(), y),
         (x, weight, full._replace(residual=y), y),
-        (x, weight, full._replace(out_scale=scale), x),
         (x, weight, full, y.float()),
         (x, weight, full, y[:, :12]),
         (torch.empty(8 * 64 + 1, dtype=torch.int8)[1:].view(8, 64), weight, full, y),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import groups, reference
-from kernels.quantized import BLOCK, MIN_GROUP, Quantized
+from kernels.quantized import MIN_GROUP, Quantized
 from kernels.tiles import Tile
 from tests.support.kernel_checks import FLOAT32_SLACK, check_float
 from tests.support.places import Place
@@ -19,12 +19,10 @@ from tests.support.places import Place
 # (T, N, K, group size): one group, several, a tile's end within N and T, groups of more than one step.
 SMALL = [(1, 40, 32, 32), (17, 300, 192, 64), (5, 136, 384, 128), (3, 56, 512, 256), (2, 24, 1024, 512)]
 LARGE = [(t, 1000, 4096, 128) for t in (1, 16, 17, 65, 129, 1025)] + [(2049, 6144, 4096, 64), (7, 4096, 14336, 256)]
-KINDS: dict[str, tuple[Any, ...] | None] = {
+KINDS: dict[str, tuple[int, int] | None] = {
     "default": None,
-    "plain": ("plain", 16, 32),
-    "swapped": ("swapped", 16, 64),
-    "wide": ("plain", 32, 256),
-    "wide swapped": ("swapped", 16, 256),
+    "narrow": (16, 32),
+    "wide": (32, 256),
 }
 
 
@@ -38,7 +36,9 @@ def use(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = KINDS[kind]
     if shape is not None:
         monkeypatch.setattr(
-            groups, "group_tile", lambda _capability, _t, group: Tile(*shape, min(group, BLOCK), 4, num_stages=2)
+            groups,
+            "group_tile",
+            lambda _capability, _t, group: Tile("plain", *shape, min(group, groups.MAX_STEP), 4, num_stages=2),
         )
 
 

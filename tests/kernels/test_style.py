@@ -13,7 +13,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 
 def compiled_functions() -> list[tuple[str, ast.FunctionDef]]:
     found = []
-    for path in sorted(KERNELS.glob("*.py")):
+    for path in sorted(KERNELS.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             decorators = [ast.unparse(d) for d in node.decorator_list] if isinstance(node, ast.FunctionDef) else []
             if any(name.startswith(("triton.jit", "gluon.jit")) for name in decorators):

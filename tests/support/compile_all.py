@@ -86,26 +86,11 @@ def linears() -> None:
                 gemm.int8_gated_linear(x, weight, weight_scale, quantize=ToInt8())
     gemm.int8_gated_linear(x, weight, weight_scale, meta(N), torch.bfloat16, ToInt8(scale))
     gemm.int8_matmul(x.codes, weight)
-    gemm.int8_linear(x, weight, weight_scale, meta(N), meta(T, N), out_scale=scale)
+    gemm.int8_linear(x, weight, weight_scale, meta(N), meta(T, N))
     gemm.int8_linear(Quantized(x.codes, scale), weight, scale, meta(N), out_dtype=torch.bfloat16)
     for N, K in ((1536, 576), (300, 200)):
         odd = Quantized(meta(17, K, dtype=torch.int8), meta(17, dtype=torch.float32))
         gemm.int8_linear(odd, meta(N, K, dtype=torch.int8), meta(N, dtype=torch.float32))
-
-
-def blocks() -> None:
-    """Scales per block, read, written and both, at every default tile; then K that is no multiple of a block."""
-    for N, K in ((28672, 4096), (4096, 14336), (300, 144)):
-        weight, weight_scale = meta(N, K, dtype=torch.int8), meta(N, dtype=torch.float32)
-        for T in (1, 32, 64, 128, 2048) if N > 300 else (17,):
-            codes = meta(T, K, dtype=torch.int8)
-            by_row, by_block = (meta(*size, dtype=torch.float32) for size in ((T,), (T, triton.cdiv(K, 128))))
-            residual = meta(T, N) if N == 4096 else None
-            gemm.int8_linear(Quantized(codes, by_block), weight, weight_scale, residual=residual)
-            for scale in (by_row, by_block):
-                gemm.int8_gated_linear(Quantized(codes, scale), weight, weight_scale, quantize=ToInt8(is_blocked=True))
-                gemm.int8_linear(Quantized(codes, scale), weight, weight_scale, meta(N), meta(T, N), is_blocked=True)
-    gemm.int8_gated_linear(Quantized(codes, by_row), weight, weight_scale, meta(N), quantize=ToInt8(is_blocked=True))
 
 
 def grouped() -> None:
@@ -209,7 +194,6 @@ def record() -> list[Launch]:
     for capability in ARCHITECTURES:
         rows()
         linears()
-        blocks()
         grouped()
         mixed()
         tuned(capability)
