@@ -7,12 +7,10 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from kernels import activation, attention, gemm, groups, norm, outliers, quantize, reference, rope
-from kernels.quantized import CODE_MAX, MIN_GROUP, Outliers, Quantized, ToInt8
+from kernels.quantized import CODE_MAX, Quantized, ToInt8
 
 __all__ = [
     "CODE_MAX",
-    "MIN_GROUP",
-    "Outliers",
     "Quantized",
     "ToInt8",
     "gelu",
@@ -20,7 +18,6 @@ __all__ = [
     "int8_gated_linear",
     "int8_group_linear",
     "int8_linear",
-    "int8_matmul",
     "int8_outlier_linear",
     "layer_norm",
     "paged_attention",
@@ -30,7 +27,6 @@ __all__ = [
     "rms_norm",
     "rope_and_cache",
     "silu_mul",
-    "split_outliers",
 ]
 
 P = ParamSpec("P")
@@ -57,11 +53,9 @@ silu_mul = _by_device(activation.silu_mul, reference.silu_mul)
 gelu_mul = _by_device(activation.gelu_mul, reference.gelu_mul)
 gelu = _by_device(activation.gelu, reference.gelu)
 relu = _by_device(activation.relu, reference.relu)
-int8_matmul = _by_device(gemm.int8_matmul, reference.int8_matmul)
 int8_linear = _by_device(gemm.int8_linear, reference.int8_linear)
 int8_gated_linear = _by_device(gemm.int8_gated_linear, reference.int8_gated_linear)
 int8_group_linear = _by_device(groups.int8_group_linear, reference.int8_group_linear)
-split_outliers = _by_device(outliers.split_outliers, reference.split_outliers)
 int8_outlier_linear = _by_device(outliers.int8_outlier_linear, reference.int8_outlier_linear)
 rope_and_cache = _by_device(rope.rope_and_cache, reference.rope_and_cache)
 paged_attention = _by_device(attention.paged_attention, reference.paged_attention)

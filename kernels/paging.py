@@ -23,7 +23,6 @@ __all__ = [
     "lowest_top",
     "paged_layout",
     "scale_of",
-    "strides_of",
 ]
 
 MAX_NARROW = 2**31
@@ -113,8 +112,8 @@ def paged_layout(
         head_size,
         triton.next_power_of_2(head_size),
         block_size,
-        strides_of(codes_of(k_cache)),
-        strides_of(codes_of(v_cache)),
+        _strides_of(codes_of(k_cache)),
+        _strides_of(codes_of(v_cache)),
         None if k_scale is None else Strides(*k_scale.stride()),
         None if v_scale is None else Strides(*v_scale.stride()),
         max(_reach(codes_of(cache)) for cache in (k_cache, v_cache)) > MAX_NARROW,
@@ -123,7 +122,7 @@ def paged_layout(
     )
 
 
-def strides_of(cache: Tensor) -> Strides:
+def _strides_of(cache: Tensor) -> Strides:
     """The strides of keys or values [num_blocks, block_size, G, D].
 
     Raises:

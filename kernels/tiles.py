@@ -38,7 +38,7 @@ __all__ = [
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 """The largest T of each bucket; narrow ones from 65 to 512 tokens, where one row of tiles more is much of the work."""
 
-MIN_BUCKET, MAX_BUCKET = BUCKETS[0], BUCKETS[-1]
+MIN_BUCKET = BUCKETS[0]
 FOLDER = Path(__file__).parent / "tiles"
 
 

@@ -51,17 +51,15 @@ class Choice:
 
 def tune(
     shapes: Sequence[tuple[int, int]],
-    buckets: Sequence[int] = BUCKETS,
     path: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Choice]:
-    """Measure every candidate for every shape and bucket and write the winners, after each, into the GPU's table.
+    """Measure every candidate for every shape and bucket of T and write the winners, after each, into the GPU's table.
 
     What the table already holds is kept and not measured again, so an interrupted run goes on where it was.
 
     Args:
         shapes: (N, K) of the Linears.
-        buckets: largest T of each bucket, from `BUCKETS`.
         path: the table; None for this GPU's own in `kernels/tiles/`.
         on_progress: told (products done, products in all).
 
@@ -74,7 +72,7 @@ def tune(
     path = path or table_path(gpu.name)
     empty: dict[str, Any] = {"gpu": gpu.name, "capability": gpu.capability, "tiles": {}}
     table = json.loads(path.read_text()) if path.is_file() else empty
-    jobs = list(itertools.product(dict.fromkeys(shapes), buckets))
+    jobs = list(itertools.product(dict.fromkeys(shapes), BUCKETS))
     done: list[Choice] = []
     for index, ((n, k), bucket) in enumerate(jobs):
         known = table["tiles"].setdefault(f"{n}x{k}", {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ class GatedLinear:
         self.product = product
         self.is_paired = product is silu_mul and _runs_in_pairs(self.linear)
         if self.is_paired:
-            self.linear = _reorder(self.linear, (2, -1))
+            self.linear = _in_pairs(self.linear)
 
     def __call__(self, x: Tensor | Quantized) -> Tensor | Quantized:
         linear = self.linear
@@ -67,24 +66,10 @@ class GatedLinear:
     def input_format(self) -> ToInt8 | None:
         return self.linear.input_format
 
-    def to(self, device: torch.device | str) -> GatedLinear:
-        """The same Linear on another device."""
-        moved = copy(self)
-        halves = _reorder(self.linear, (-1, 2)) if self.is_paired else self.linear
-        moved.linear = halves.to(device)
-        moved.is_paired = self.product is silu_mul and _runs_in_pairs(moved.linear)
-        if moved.is_paired:
-            moved.linear = _reorder(moved.linear, (2, -1))
-        if self.output_format is not None and self.output_format.scale is not None:
-            moved.output_format = ToInt8(self.output_format.scale.to(device))
-        return moved
 
-
-def _reorder(linear: FloatLinear | Int8Linear, shape: tuple[int, int]) -> Int8Linear:
-    """The same Linear with its rows, viewed in this shape, taken column by column: two halves become pairs, or back."""
-    assert isinstance(linear, Int8Linear)
-    rows = torch.arange(linear.shape[0], device=linear.weight_q.device).view(shape).t().flatten()
-    return linear.rebuilt(lambda tensor: tensor[rows], lambda tensor: tensor)
+def _in_pairs(linear: FloatLinear | Int8Linear) -> FloatLinear | Int8Linear:
+    """The same Linear with gate and up in pairs of rows instead of halves."""
+    return linear.take_rows(torch.arange(linear.shape[0]).view(2, -1).t().flatten())
 
 
 def _runs_in_pairs(linear: FloatLinear | Int8Linear) -> bool:
@@ -93,10 +78,7 @@ def _runs_in_pairs(linear: FloatLinear | Int8Linear) -> bool:
 
 def take_rows(linear: FloatLinear | Int8Linear, rows: Tensor) -> FloatLinear | Int8Linear:
     """The Linear of some of another's outputs, rows [n] int64, in that order: a part of what a checkpoint fuses."""
-    whole = fuse([linear])
-    if isinstance(whole, FloatLinear):
-        return FloatLinear(whole.weight[rows], None if whole.bias is None else whole.bias[rows])
-    return whole.rebuilt(lambda tensor: tensor[rows], lambda tensor: tensor)
+    return fuse([linear]).take_rows(rows)
 
 
 def fuse(linears: Sequence[FloatLinear | Int8Linear]) -> FloatLinear | Int8Linear:

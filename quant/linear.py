@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -64,6 +63,11 @@ class FloatLinear:
     def to(self, device: torch.device | str) -> FloatLinear:
         """The same Linear on another device."""
         return FloatLinear(self.weight.to(device), _move(self.bias, device))
+
+    def take_rows(self, rows: Tensor) -> FloatLinear:
+        """The Linear of some of its outputs, rows [n] int64, in that order."""
+        rows = rows.to(self.weight.device)
+        return FloatLinear(self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 class Int8Linear:
@@ -183,22 +187,28 @@ class Int8Linear:
 
     def to(self, device: torch.device | str) -> Int8Linear:
         """The same Linear on another device."""
-        return self.rebuilt(lambda tensor: tensor.to(device), lambda tensor: tensor.to(device))
-
-    def rebuilt(self, output: Callable[[Tensor], Tensor], of_input: Callable[[Tensor], Tensor]) -> Int8Linear:
-        """The same Linear, what belongs to its outputs passed through one function, to its input through another."""
-
-        def changed(change: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
-
         return Int8Linear(
-            output(self.weight_q),
-            output(self.weight_scale),
-            changed(output, self.bias),
+            self.weight_q.to(device),
+            self.weight_scale.to(device),
+            _move(self.bias, device),
             self.activation,
-            changed(of_input, self.input_scale),
+            _move(self.input_scale, device),
             self.out_dtype,
-            changed(of_input, self.input_zero_point),
+            _move(self.input_zero_point, device),
+            self.outliers,
+        )
+
+    def take_rows(self, rows: Tensor) -> Int8Linear:
+        """The Linear of some of its outputs, rows [n] int64, in that order; weight_scale [N] or [N, groups]."""
+        rows = rows.to(self.weight_q.device)
+        return Int8Linear(
+            self.weight_q[rows],
+            self.weight_scale[rows],
+            None if self.bias is None else self.bias[rows],
+            self.activation,
+            self.input_scale,
+            self.out_dtype,
+            self.input_zero_point,
             self.outliers,
         )
 

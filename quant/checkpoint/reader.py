@@ -31,7 +31,9 @@ class Checkpoint:
     config: config.json.
     quantization: what its quantization_config says; None for a float model.
     notes: ottava.json; empty where the folder is not ours.
-    schemes: one for each way in which Linears are stored; empty for a float model.
+    schemes: one for each way in which Linears are stored; empty for a float model. Its scales are what config.json
+        says. What leaves no trace there (smoothing, rounding) is from our notes, so a folder written by another tool is
+        named after its scales, "int8 channel/token", never after a method.
     dtype, device: what tensors are cast and moved to.
     """
 
@@ -70,15 +72,6 @@ class Checkpoint:
         return cls(folder, config, quantization, notes, schemes, dtype, torch.device(device), TensorFiles(folder))
 
     @property
-    def scheme(self) -> Scheme | None:
-        """The scheme of all int8 Linears; None for a float model, or where Linears differ.
-
-        Its scales are what config.json says. What leaves no trace there (smoothing, rounding) is from our notes, so a
-        folder written by another tool is named after its scales, "int8 channel/token", never after a method.
-        """
-        return self.schemes[0] if len(self.schemes) == 1 else None
-
-    @property
     def scheme_name(self) -> str | None:
         """The names of its schemes; None for a float model."""
         return " + ".join(dict.fromkeys(scheme.name for scheme in self.schemes)) or None
@@ -92,10 +85,6 @@ class Checkpoint:
     def outliers(self) -> float | None:
         """The threshold beyond which an input column is multiplied in float; None for none."""
         return self.schemes[0].outliers if self.schemes else None
-
-    def __contains__(self, name: str) -> bool:
-        """Whether the folder has a tensor of that name."""
-        return name in self.files
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A float tensor, in `dtype` on `device`.

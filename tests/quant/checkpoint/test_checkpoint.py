@@ -46,8 +46,8 @@ def test_a_float_folder(tiny):
     linear = checkpoint.linear(DOWN, 64, 96, has_bias=False)
     assert isinstance(linear, FloatLinear)
     assert linear.weight.dtype == torch.bfloat16
-    assert "lm_head.weight" not in checkpoint
-    assert f"{DOWN}.weight" in checkpoint
+    assert "lm_head.weight" not in checkpoint.files
+    assert f"{DOWN}.weight" in checkpoint.files
 
 
 @pytest.mark.parametrize(
@@ -214,20 +214,20 @@ def test_a_folder_of_another_tool_is_named_after_its_scales(folder, name, scheme
     """Whether it was smoothed or rounded with care cannot be seen, so no method is claimed."""
     checkpoint = open_(FIXTURES / folder)
     assert checkpoint.scheme_name == name
-    assert checkpoint.scheme == Scheme(name, *scheme[:2], group_size=scheme[2])
+    assert checkpoint.schemes == (Scheme(name, *scheme[:2], group_size=scheme[2]),)
     assert (checkpoint.kv, checkpoint.outliers) == ("float", None)
 
 
-def test_a_folder_of_several_formats_has_no_single_scheme():
+def test_a_folder_of_several_formats_has_a_scheme_for_each():
     checkpoint = open_(FIXTURES / "sharded-mixed")
-    assert checkpoint.scheme is None
+    assert len(checkpoint.schemes) == 3
     assert checkpoint.scheme_name == "int8 channel/token + int8 tensor/tensor + int8 channel/static"
 
 
 def test_our_notes_add_what_config_cannot_say(w8a8):
     (w8a8 / NOTES_NAME).write_text(json.dumps({"scheme": "llm-int8", "outliers": 6.0, "kv": "int8"}))
     checkpoint = open_(w8a8)
-    assert checkpoint.scheme == Scheme("llm-int8", "channel", "token", outliers=6.0, kv="int8")
+    assert checkpoint.schemes == (Scheme("llm-int8", "channel", "token", outliers=6.0, kv="int8"),)
     assert checkpoint.linear(DOWN, *SHAPE, has_bias=False).outliers == 6.0
 
 

@@ -77,7 +77,7 @@ def test_every_form_that_is_written_is_read_back(
         (folder / NOTES_NAME).write_text(json.dumps(notes_of(scheme)))
         checkpoint = Checkpoint.open(folder, dtype, CPU)
         linear = checkpoint.linear("x", num_rows, num_columns, has_bias, is_transposed)
-    assert checkpoint.scheme == scheme
+    assert checkpoint.schemes == (scheme,)
     assert isinstance(linear, Int8Linear)
     assert torch.equal(linear.weight_q, codes)
     assert torch.equal(linear.weight_scale.flatten(), scale.float().flatten())

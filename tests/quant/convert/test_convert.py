@@ -136,7 +136,7 @@ def test_the_scheme_is_read_back(tiny, tmp_path, scheme, kv):
     """Knobs that leave no tensor included; config.json, which other readers parse, is the same for both caches."""
     scheme = replace(scheme.with_alpha(0.7), kv=kv, group_size=linear_group(scheme))
     checkpoint = Checkpoint.open(tiny.quantize(tmp_path / "out", scheme), torch.float32, "cpu")
-    assert (checkpoint.scheme, checkpoint.kv) == (scheme, kv)
+    assert (checkpoint.schemes, checkpoint.kv) == ((scheme,), kv)
     assert checkpoint.notes["description"] == scheme.describe()
     assert "kv_cache_scheme" not in checkpoint.config["quantization_config"]
 
@@ -145,14 +145,15 @@ def test_notes_that_say_nothing_or_nonsense_of_the_cache(tiny, tmp_path):
     out = tiny.quantize(tmp_path / "out", PRESETS["w8a8"].with_kv("int8"))
     notes = json.loads((out / NOTES_NAME).read_text())
     (out / NOTES_NAME).write_text(json.dumps({key: value for key, value in notes.items() if key != "kv"}))
-    assert Checkpoint.open(out, torch.float32, "cpu").scheme == PRESETS["w8a8"]
+    assert Checkpoint.open(out, torch.float32, "cpu").schemes == (PRESETS["w8a8"],)
     (out / NOTES_NAME).write_text(json.dumps(notes | {"scheme": "of tomorrow"}))
-    assert Checkpoint.open(out, torch.float32, "cpu").scheme == replace(PRESETS["w8a8"], name="of tomorrow", kv="int8")
-    assert Checkpoint.open(out, torch.float32, "cpu").kv == "int8"
+    renamed = Checkpoint.open(out, torch.float32, "cpu")
+    assert renamed.schemes == (replace(PRESETS["w8a8"], name="of tomorrow", kv="int8"),)
+    assert renamed.kv == "int8"
     for wrong, complaint in (({"kv": "int4"}, "kv = 'int4' is not served"), ({"alpha": 7}, "smoothing = 7")):
         (out / NOTES_NAME).write_text(json.dumps(notes | wrong))
         with pytest.raises(CheckpointError, match=rf"ottava\.json: {complaint}"):
-            _ = Checkpoint.open(out, torch.float32, "cpu").scheme
+            Checkpoint.open(out, torch.float32, "cpu")
     (out / NOTES_NAME).unlink()
     foreign = Checkpoint.open(out, torch.float32, "cpu")
     assert (foreign.scheme_name, foreign.kv) == ("int8 channel/token", "float")

@@ -348,8 +348,8 @@ def test_quantize_stores_what_the_cache_is(ottava, tiny_folder, text, tmp_path):
         code, said, _ = ottava("quantize", tiny_folder, out, *arguments)
         assert code == 0
         assert ("int8 keys and values" in said) == (kv_cache == "int8")
-    assert Checkpoint.open(tmp_path / "int8", torch.float32, "cpu").scheme == PRESETS["w8a8"].with_kv("int8")
-    assert Checkpoint.open(tmp_path / "auto", torch.float32, "cpu").scheme == PRESETS["w8a8"]
+    assert Checkpoint.open(tmp_path / "int8", torch.float32, "cpu").schemes == (PRESETS["w8a8"].with_kv("int8"),)
+    assert Checkpoint.open(tmp_path / "auto", torch.float32, "cpu").schemes == (PRESETS["w8a8"],)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(refusal, tiny_folder, tmp_path):

@@ -165,7 +165,7 @@ def test_one_folder_serves_both_caches(tiny_folder, tmp_path):
     schemes = W8A8, W8A8.with_kv("int8")
     first, second = (quantized_folder(tiny_folder, scheme, SHORT, tmp_path, CPU) for scheme in reversed(schemes))
     assert first == second
-    assert Checkpoint.open(first, torch.float32, CPU).scheme == W8A8
+    assert Checkpoint.open(first, torch.float32, CPU).schemes == (W8A8,)
 
 
 def test_changed_weights_or_text_are_quantized_anew(tmp_path):
