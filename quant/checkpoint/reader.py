@@ -11,17 +11,12 @@ import torch
 from torch import Tensor
 
 from quant.checkpoint.compressed_tensors import parse
+from quant.checkpoint.notes import NOTES_NAME, schemes_of
 from quant.checkpoint.safetensors_files import TensorFiles, cast, read_json
 from quant.checkpoint.targets import LinearFormat, Quantization
 from quant.errors import CheckpointError
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import KVStorage, Scheme
-
-__all__ = ["NOTES_NAME", "Checkpoint", "CheckpointError", "notes_of"]
-
-NOTES_NAME = "ottava.json"
-"""Our own notes beside config.json: scheme, alpha, KV cache, calibration. Readers of compressed-tensors allow no extra
-keys, and those that serve refuse a kv_cache_scheme of int8: with one in config.json vLLM would not load the folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +61,7 @@ class Checkpoint:
         notes_path = folder / NOTES_NAME
         notes = read_json(notes_path) if notes_path.is_file() else {}
         try:
-            schemes = _schemes(quantization, notes)
+            schemes = schemes_of(quantization, notes)
         except ValueError as error:
             raise CheckpointError(f"{notes_path}: {error}; quantize the float model again") from error
         return cls(folder, config, quantization, notes, schemes, dtype, torch.device(device), TensorFiles(folder))
@@ -211,42 +206,6 @@ class Checkpoint:
                 f"{self.files.path(left[0])}: {', '.join(left)} would be loaded and never used: config.json and the "
                 "weights do not belong together, or the model's family reads no such tensor"
             )
-
-
-def notes_of(scheme: Scheme) -> dict[str, Any]:
-    """What our notes say of a scheme: its name, and the knobs that leave no trace in config.json."""
-    return {
-        "scheme": scheme.name,
-        "description": scheme.describe(),
-        "alpha": scheme.smoothing,
-        "outliers": scheme.outliers,
-        "kv": scheme.kv,
-        "rounding": scheme.rounding,
-        "is_distilled": scheme.is_distilled,
-    }
-
-
-def _schemes(quantization: Quantization | None, notes: dict[str, Any]) -> tuple[Scheme, ...]:
-    """One scheme per format of the config, with what our notes add to it.
-
-    Raises:
-        ValueError: the notes have a value that no scheme of that format takes.
-    """
-    name = notes.get("scheme")
-    return tuple(
-        Scheme(
-            name if isinstance(name, str) else linear_format.name,
-            linear_format.weight,
-            linear_format.activation,
-            smoothing=notes.get("alpha"),
-            outliers=notes.get("outliers"),
-            kv=notes.get("kv", "float"),
-            rounding=notes.get("rounding", "nearest"),
-            group_size=linear_format.group_size,
-            is_distilled=notes.get("is_distilled", False),
-        )
-        for linear_format in (quantization.formats if quantization is not None else ())
-    )
 
 
 def _matrix(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant import __version__
 from quant.checkpoint.compressed_tensors import parse, render
-from quant.checkpoint.reader import NOTES_NAME
+from quant.checkpoint.notes import NOTES_NAME, notes_of
 from quant.checkpoint.safetensors_files import ShardWriter, TensorFiles, cast, read_json
 from quant.checkpoint.sha256sums import write_sums
 from quant.convert.decoder_layers import LayerStream
@@ -95,7 +95,7 @@ def quantize_checkpoint(
         with part.whole() as folder:
             _write_rest(source, folder, part, dtype)
             _write_json(folder / "config.json", _int8_config(config, scheme, ignored, dtype))
-            _write_json(folder / NOTES_NAME, {**_scheme_notes(scheme), **_layer_notes(part.notes), **notes})
+            _write_json(folder / NOTES_NAME, {**notes_of(scheme), **_layer_notes(part.notes), **notes})
             _copy_companions(source, folder)
             write_sums(folder)
     except OSError as error:
@@ -167,20 +167,6 @@ def _fingerprint(files: TensorFiles, recipe: Recipe, windows: Tensor | None, not
         status = path.stat()
         digest.update(repr((str(path.resolve()), status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()
-
-
-def _scheme_notes(scheme: Scheme) -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "scheme": scheme.name,
-        "description": scheme.describe(),
-        "alpha": scheme.smoothing,
-        "outliers": scheme.outliers,
-        "kv": scheme.kv,
-        "rounding": scheme.rounding,
-        "group_size": scheme.group_size,
-        "is_distilled": scheme.is_distilled,
-    }
 
 
 def _layer_notes(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:

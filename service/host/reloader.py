@@ -12,7 +12,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from quant.checkpoint.reader import Checkpoint, CheckpointError
+from quant.checkpoint.reader import Checkpoint
+from quant.errors import CheckpointError
 from quant.scheme import Scheme
 from service.engine.api import Reloaded
 from service.engine.device_thread import DeviceThread

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from quant.checkpoint.reader import Checkpoint, CheckpointError
+from quant.checkpoint.reader import Checkpoint
+from quant.errors import CheckpointError
 from quant.scheme import KVStorage
 from service.errors import ModelNotFound, UnsafeCheckpoint
 from service.models.config import ModelConfig

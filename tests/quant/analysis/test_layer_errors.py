@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from quant.checkpoint.reader import Checkpoint, CheckpointError
+from quant.checkpoint.reader import Checkpoint
+from quant.errors import CheckpointError
 from quant.scheme import PRESETS, Scheme
 from service.models.config import ModelConfig, linear_names
 from service.store.quantized import quantize_model

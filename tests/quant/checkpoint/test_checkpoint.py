@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quant.checkpoint.reader import NOTES_NAME, Checkpoint, CheckpointError
+from quant.checkpoint.notes import NOTES_NAME
+from quant.checkpoint.reader import Checkpoint
+from quant.errors import CheckpointError
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import Scheme
 from tests.quant.fixtures import DOWN, FIXTURES, SHAPE, copy_of, drop, edit, put

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant.checkpoint.compressed_tensors import render
-from quant.checkpoint.reader import NOTES_NAME, Checkpoint, CheckpointError, notes_of
+from quant.checkpoint.notes import NOTES_NAME, notes_of
+from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.safetensors_files import ShardWriter
+from quant.errors import CheckpointError
 from quant.linear import Int8Linear
 from quant.scheme import Scheme
 from service.models.decoder import score

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kernels import Quantized
-from quant.checkpoint.reader import NOTES_NAME, Checkpoint
+from quant.checkpoint.notes import NOTES_NAME
+from quant.checkpoint.reader import Checkpoint
 from quant.linear import Int8Linear
 from quant.scheme import Scheme
 from tests.support.quant_oracle import limit_codes_to_127, load

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant.checkpoint.reader import Checkpoint, CheckpointError
+from quant.checkpoint.reader import Checkpoint
+from quant.errors import CheckpointError
 from tests.quant.fixtures import DOWN, FIXTURES, SHAPE, copy_of
 
 

@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from quant.checkpoint import safetensors_files
-from quant.checkpoint.reader import NOTES_NAME, Checkpoint, CheckpointError
+from quant.checkpoint.notes import NOTES_NAME
+from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.sha256sums import SUMS_NAME, first_damaged
 from quant.convert import layer
 from quant.convert.model import quantize_checkpoint
 from quant.convert.rounding import dequantize, quantize_weight, static_scale
 from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
+from quant.errors import CheckpointError
 from quant.scheme import PRESETS, Scheme
 from tests.support.tiny_llama import tiny_llama
 

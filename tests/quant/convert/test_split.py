@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from quant.checkpoint.reader import NOTES_NAME
+from quant.checkpoint.notes import NOTES_NAME
 from quant.convert.inputs import Inputs
 from quant.convert.search import ALPHAS, BALANCES, THRESHOLDS, smooth_layer
 from quant.convert.smoothquant import Channels, SmoothGroup

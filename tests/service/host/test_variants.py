@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quant.checkpoint.reader import CheckpointError
+from quant.errors import CheckpointError
 from quant.linear import Int8Linear
 from quant.scheme import PRESETS, Scheme
 from service.errors import InvalidSettings, StartupError, UnsupportedModel

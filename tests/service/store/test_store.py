@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant.checkpoint.reader import Checkpoint, CheckpointError
+from quant.checkpoint.reader import Checkpoint
+from quant.errors import CheckpointError
 from quant.scheme import PRESETS, Scheme
 from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint, UnsupportedModel
 from service.models.devices import pick_device

@@ -1,0 +1,53 @@
+"""ottava.json, our own notes beside config.json: the scheme by name, and what leaves no trace in config.json.
+
+Readers of compressed-tensors allow no extra keys, and those that serve refuse a kv_cache_scheme of int8: with one in
+config.json vLLM would not load the folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quant import __version__
+from quant.checkpoint.targets import Quantization
+from quant.scheme import Scheme
+
+NOTES_NAME = "ottava.json"
+
+
+def notes_of(scheme: Scheme) -> dict[str, Any]:
+    """What the notes say of a scheme and of the version that wrote them."""
+    return {
+        "version": __version__,
+        "scheme": scheme.name,
+        "description": scheme.describe(),
+        "alpha": scheme.smoothing,
+        "outliers": scheme.outliers,
+        "kv": scheme.kv,
+        "rounding": scheme.rounding,
+        "group_size": scheme.group_size,
+        "is_distilled": scheme.is_distilled,
+    }
+
+
+def schemes_of(quantization: Quantization | None, notes: dict[str, Any]) -> tuple[Scheme, ...]:
+    """One scheme for each format of the config, with what the notes add to it.
+
+    Raises:
+        ValueError: the notes have a value that no scheme of that format takes.
+    """
+    name = notes.get("scheme")
+    return tuple(
+        Scheme(
+            name if isinstance(name, str) else linear_format.name,
+            linear_format.weight,
+            linear_format.activation,
+            smoothing=notes.get("alpha"),
+            outliers=notes.get("outliers"),
+            kv=notes.get("kv", "float"),
+            rounding=notes.get("rounding", "nearest"),
+            group_size=linear_format.group_size,
+            is_distilled=notes.get("is_distilled", False),
+        )
+        for linear_format in (quantization.formats if quantization is not None else ())
+    )
