@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import CODE_MAX, Quantized, ToInt8, int8_gated_linear, silu_mul
+from quant.errors import UnlikeLinears
 from quant.linear import FloatLinear, Int8Linear
 
 LOWEST_CODE = -128
@@ -27,7 +28,8 @@ class GatedLinear:
         product: `silu_mul` or `gelu_mul`.
 
     Raises:
-        ValueError: the parts cannot be fused (`fuse`), or differ in N.
+        ValueError: the parts differ in N or K.
+        UnlikeLinears: the parts cannot be fused (`fuse`).
 
     Source: GLU variants (arXiv 2002.05202), SwiGLU.
     """
@@ -94,7 +96,8 @@ def fuse(linears: Sequence[FloatLinear | Int8Linear]) -> FloatLinear | Int8Linea
             outliers, and the same groups.
 
     Raises:
-        ValueError: the list is empty or its parts differ in kind, K, activation, dtype, outliers or groups.
+        ValueError: the list is empty or its parts differ in K.
+        UnlikeLinears: its parts differ in kind, activation, dtype, outliers or groups.
     """
     if not linears:
         raise ValueError("nothing to fuse: the list of Linears is empty")
@@ -104,7 +107,7 @@ def fuse(linears: Sequence[FloatLinear | Int8Linear]) -> FloatLinear | Int8Linea
     floats = [linear for linear in linears if isinstance(linear, FloatLinear)]
     int8s = [linear for linear in linears if isinstance(linear, Int8Linear)]
     if floats and int8s:
-        raise ValueError(
+        raise UnlikeLinears(
             f"cannot fuse {len(floats)} float with {len(int8s)} int8 Linears: they read different inputs; "
             "quantize all parts or none"
         )
@@ -169,4 +172,4 @@ def _concat_biases(biases: list[Tensor | None], sizes: list[int]) -> Tensor | No
 def _require_same(what: str, values: Sequence[object]) -> None:
     if len(set(values)) > 1:
         found = ", ".join(str(value) for value in values)
-        raise ValueError(f"cannot fuse Linears of different {what}: {found}")
+        raise UnlikeLinears(f"cannot fuse Linears of different {what}: {found}")

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from quant.errors import InvalidScheme
+
 WeightScale = Literal["float", "tensor", "channel", "group"]
 ActivationScale = Literal["float", "static", "tensor", "token"]
 Smoothing = float | Literal["search"]
@@ -64,7 +66,7 @@ class Scheme:
         is_distilled: whether each layer's weights are trained towards the float layer's output before they are rounded.
 
     Raises:
-        ValueError: a knob is set to a value that is not served, weights and activations are not both float or both
+        InvalidScheme: a knob is set to a value that is not served, weights and activations are not both float or both
             int8, a float scheme sets a knob of int8, or two knobs contradict each other; the message says which.
 
     Source: SmoothQuant (arXiv 2211.10438), table 2, and its section 3 for the condition on k; ZeroQuant
@@ -87,7 +89,7 @@ class Scheme:
         _require("kv", self.kv, _KV)
         _require("rounding", self.rounding, _ROUNDING)
         if (self.weight == "float") != (self.activation == "float"):
-            raise ValueError(
+            raise InvalidScheme(
                 f"weight {self.weight!r} with activation {self.activation!r} is not served: the integer GEMM needs "
                 "both in int8; set both to float, or neither"
             )
@@ -97,14 +99,16 @@ class Scheme:
         self._check_group_size()
         self._check_outliers()
         if self.is_distilled and self.rounding != "nearest":
-            raise ValueError(
+            raise InvalidScheme(
                 f"is_distilled with rounding {self.rounding!r} is not served: the student learns under rounding to "
                 "nearest; leave rounding 'nearest', or is_distilled False"
             )
 
     def _refuse_int8_knobs(self) -> None:
         if self.kv == "int8":
-            raise ValueError("kv = 'int8' in a float scheme is not served: the baseline stays float; leave it 'float'")
+            raise InvalidScheme(
+                "kv = 'int8' in a float scheme is not served: the baseline stays float; leave it 'float'"
+            )
         knobs = {
             "smoothing": (self.smoothing, None),
             "outliers": (self.outliers, None),
@@ -113,25 +117,25 @@ class Scheme:
         }
         for knob, (value, unset) in knobs.items():
             if value != unset:
-                raise ValueError(f"{knob} = {value!r} changes nothing in a float scheme; leave it {unset!r}")
+                raise InvalidScheme(f"{knob} = {value!r} changes nothing in a float scheme; leave it {unset!r}")
 
     def _check_smoothing(self) -> None:
         alpha = self.smoothing
         if alpha is not None and alpha != "search" and not _is_number(alpha, 0.0, 1.0):
-            raise ValueError(
+            raise InvalidScheme(
                 f"smoothing = {alpha!r} is not served; give alpha as a number from 0 to 1, 'search', or None"
             )
 
     def _check_group_size(self) -> None:
         size = self.group_size
         if (self.weight == "group") != (size is not None):
-            raise ValueError(
+            raise InvalidScheme(
                 f"weight {self.weight!r} with group_size = {size!r}: weight 'group' takes a group size, no other does"
             )
         if size is None:
             return
         if not isinstance(size, int) or isinstance(size, bool) or size < MIN_GROUP_SIZE or size & (size - 1):
-            raise ValueError(
+            raise InvalidScheme(
                 f"group_size = {size!r} is not served; give a power of two from {MIN_GROUP_SIZE}, 128 for instance"
             )
 
@@ -139,7 +143,9 @@ class Scheme:
         if self.outliers is None:
             return
         if not _is_number(self.outliers, 0.0, math.inf) or not 0 < self.outliers < math.inf:
-            raise ValueError(f"outliers = {self.outliers!r} is not served; give a threshold above 0, 6.0 for instance")
+            raise InvalidScheme(
+                f"outliers = {self.outliers!r} is not served; give a threshold above 0, 6.0 for instance"
+            )
         refusals = {
             "activation": (self.activation == "token", "which columns are outliers is found with the tokens' scales"),
             "weight": (self.weight != "group", "an outlier column would leave its group"),
@@ -148,7 +154,7 @@ class Scheme:
         }
         for knob, (is_served, reason) in refusals.items():
             if not is_served:
-                raise ValueError(
+                raise InvalidScheme(
                     f"outliers = {self.outliers!r} with {knob} = {getattr(self, knob)!r} is not served: {reason}; "
                     f"change {knob}, or leave outliers None"
                 )
@@ -158,16 +164,16 @@ class Scheme:
         """The preset of that name, its smoothing alpha replaced where one is given.
 
         Raises:
-            ValueError: no preset has that name, alpha is outside 0..1, or the preset does not smooth.
+            InvalidScheme: no preset has that name, alpha is outside 0..1, or the preset does not smooth.
         """
         if name not in PRESETS:
-            raise ValueError(f"unknown scheme {name!r}; choose one of {', '.join(PRESETS)}")
+            raise InvalidScheme(f"unknown scheme {name!r}; choose one of {', '.join(PRESETS)}")
         scheme = PRESETS[name]
         if alpha is None:
             return scheme
         if scheme.smoothing is None:
             smoothed = ", ".join(key for key, value in PRESETS.items() if value.smoothing is not None)
-            raise ValueError(
+            raise InvalidScheme(
                 f"scheme {name!r} does not smooth, so alpha = {alpha!r} has no use; choose from {smoothed}"
             )
         return replace(scheme, smoothing=alpha)
@@ -176,7 +182,7 @@ class Scheme:
         """The same scheme with this alpha, where one is given and the scheme smooths.
 
         Raises:
-            ValueError: alpha is outside 0..1.
+            InvalidScheme: alpha is outside 0..1.
         """
         return self if alpha is None or self.smoothing is None else replace(self, smoothing=alpha)
 
@@ -188,7 +194,7 @@ class Scheme:
         """The same scheme with another rounding of weights, where one is given and the scheme is int8.
 
         Raises:
-            ValueError: the scheme is distilled, which needs rounding to nearest.
+            InvalidScheme: the scheme is distilled, which needs rounding to nearest.
         """
         return self if rounding is None or not self.is_int8 else replace(self, rounding=rounding)
 
@@ -196,13 +202,13 @@ class Scheme:
         """The same scheme with the largest group size, halved as often as needed, that divides every width K.
 
         Raises:
-            ValueError: not even groups of 32 divide every width.
+            InvalidScheme: not even groups of 32 divide every width.
         """
         if self.group_size is None:
             return self
         common = math.gcd(self.group_size, *widths)
         if common < MIN_GROUP_SIZE:
-            raise ValueError(
+            raise InvalidScheme(
                 f"groups of {self.group_size} inputs, halved down to {MIN_GROUP_SIZE}, do not divide every width in "
                 f"{sorted(set(widths))}; choose a scheme with weights per channel"
             )
@@ -249,7 +255,7 @@ class Scheme:
 
 def _require(knob: str, value: object, served: dict[str, str]) -> None:
     if not isinstance(value, str) or value not in served:
-        raise ValueError(f"{knob} = {value!r} is not served; choose one of {', '.join(served)}")
+        raise InvalidScheme(f"{knob} = {value!r} is not served; choose one of {', '.join(served)}")
 
 
 def _is_number(value: object, low: float, high: float) -> bool:

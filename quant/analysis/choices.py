@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quant.analysis.perplexity import LogitsOf
 from quant.convert.calibration import prompt_lead
+from quant.errors import InvalidQuestions, NotFinite
 
 MIN_CHOICES = 2
 
@@ -54,22 +55,24 @@ def read_questions(path: Path) -> list[Question]:
     Empty lines are skipped.
 
     Raises:
-        ValueError: the file cannot be read, has no question, or a line is malformed: the message names file, line and
-            fault.
+        InvalidQuestions: the file cannot be read, has no question, or a line is malformed; the message names file,
+            line and fault.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the questions {path} cannot be read: {error}") from error
+        raise InvalidQuestions(f"the questions {path} cannot be read: {error}") from error
     questions = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 questions.append(_question(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+            except InvalidQuestions as error:
+                raise InvalidQuestions(f"{path}, line {number}: {error}") from error
     if not questions:
-        raise ValueError(f"{path} holds no question; give one JSON object a line, with question, choices and answer")
+        raise InvalidQuestions(
+            f"{path} holds no question; give one JSON object a line, with question, choices and answer"
+        )
     return questions
 
 
@@ -77,21 +80,21 @@ def _question(line: str) -> Question:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"not JSON ({error}); give one object a line") from error
+        raise InvalidQuestions(f"not JSON ({error}); give one object a line") from error
     fields = entry.keys() if isinstance(entry, dict) else {type(entry).__name__}
     if fields != {"question", "choices", "answer"}:
         told = ", ".join(sorted(fields)) or "nothing"
-        raise ValueError(f"it holds {told}; give an object of question, choices and answer")
+        raise InvalidQuestions(f"it holds {told}; give an object of question, choices and answer")
     text, choices, answer = entry["question"], entry["choices"], entry["answer"]
     if not _is_text(text):
-        raise ValueError(f"question = {text!r} must be a text that is not blank")
+        raise InvalidQuestions(f"question = {text!r} must be a text that is not blank")
     if not isinstance(choices, list) or len(choices) < MIN_CHOICES or not all(map(_is_text, choices)):
-        raise ValueError(f"choices = {choices!r} must be {MIN_CHOICES} texts or more, none of them blank")
+        raise InvalidQuestions(f"choices = {choices!r} must be {MIN_CHOICES} texts or more, none of them blank")
     if len(set(choices)) < len(choices):
-        raise ValueError(f"choices = {choices!r} names a choice twice")
+        raise InvalidQuestions(f"choices = {choices!r} names a choice twice")
     # bool is an int to Python, and true would pass for 1.
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise ValueError(f"answer = {answer!r} must be the index of a choice, 0 to {len(choices) - 1}")
+        raise InvalidQuestions(f"answer = {answer!r} must be the index of a choice, 0 to {len(choices) - 1}")
     return Question(text, tuple(choices), answer)
 
 
@@ -108,7 +111,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question, max_len: int)
         max_len: the longest text in tokens.
 
     Raises:
-        ValueError: a text is longer, a choice adds no token, or no token precedes it.
+        InvalidQuestions: a text is longer, a choice adds no token, or no token precedes it.
     """
     lead, text = prompt_lead(tokenizer), question.question.rstrip()
 
@@ -120,12 +123,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question, max_len: int)
         ids = ids_of(f"{text} {choice}")
         start = _common_length(alone, ids)
         if not 0 < start < len(ids):
-            raise ValueError(
+            raise InvalidQuestions(
                 f"question {text!r} with choice {choice!r}: {start} of {len(ids)} tokens are the question's; "
                 "at least one must be, and at least one the choice's"
             )
         if len(ids) > max_len:
-            raise ValueError(
+            raise InvalidQuestions(
                 f"question {text[:60]!r}... takes {len(ids)} tokens with choice {choice[:60]!r}, more than {max_len}; "
                 "shorten it, or allow longer windows"
             )
@@ -146,7 +149,8 @@ def pick(logits_of: LogitsOf, continuations: Sequence[Continuation]) -> int:
     token take one pass, since what precedes them is the same.
 
     Raises:
-        ValueError: logits are not [L, V], or hold NaN or infinity.
+        ValueError: logits are not [L, V].
+        NotFinite: logits hold NaN or infinity.
     """
     rows: dict[tuple[tuple[int, ...], int], Tensor] = {}
     scores = []
@@ -162,8 +166,10 @@ def pick(logits_of: LogitsOf, continuations: Sequence[Continuation]) -> int:
 def _log_probs(logits_of: LogitsOf, ids: Sequence[int], start: int) -> Tensor:
     """Of the token at `start` and of each after it, float64 on the CPU: row t of the logits predicts token t + 1."""
     logits = logits_of(torch.tensor(ids))
-    if logits.ndim != 2 or logits.shape[0] != len(ids) or not bool(logits.isfinite().all()):
-        raise ValueError(f"logits {list(logits.shape)} for {len(ids)} tokens; expected finite [L, V]")
+    if logits.ndim != 2 or logits.shape[0] != len(ids):
+        raise ValueError(f"logits {list(logits.shape)} for {len(ids)} tokens; expected [L, V]")
+    if not bool(logits.isfinite().all()):
+        raise NotFinite(f"logits of {len(ids)} tokens hold NaN or infinity")
     return logits[start - 1 :].float().log_softmax(-1).double().cpu()
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quant.errors import InvalidScheme
+
 ALIASES = {
     "weight": {"row": "channel"},
     "activation": {"row": "token", "channel": "input-channel", "static": "tensor"},
@@ -58,7 +60,7 @@ def explain(weight: str, activation: str) -> Verdict:
         activation: float, tensor (or static), token (or row), group, input-channel (or channel) or element.
 
     Raises:
-        ValueError: a word is none of these.
+        InvalidScheme: a word is none of these.
     """
     words = {"weight": _word("weight", weight), "activation": _word("activation", activation)}
     for side, word in words.items():
@@ -83,19 +85,19 @@ def parse_scheme(text: str) -> dict[str, str]:
     """The two knobs of a text such as weight=channel,activation=token, by name.
 
     Raises:
-        ValueError: it is not of this form.
+        InvalidScheme: it is not of this form.
     """
     pairs = [part.strip().partition("=") for part in text.split(",")]
     knobs = {name.strip(): value.strip() for name, _, value in pairs}
     if set(knobs) != set(WORDS) or len(pairs) != 2:
-        raise ValueError(f"scheme {text!r} is not of the form weight=channel,activation=token")
+        raise InvalidScheme(f"scheme {text!r} is not of the form weight=channel,activation=token")
     return knobs
 
 
 def _word(side: str, text: str) -> str:
     word = ALIASES[side].get(text, text)
     if word not in WORDS[side]:
-        raise ValueError(f"{side} = {text!r} is no granularity; choose one of {', '.join(WORDS[side])}")
+        raise InvalidScheme(f"{side} = {text!r} is no granularity; choose one of {', '.join(WORDS[side])}")
     return word
 
 

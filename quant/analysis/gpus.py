@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from quant.errors import UnknownBandwidth
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -19,20 +21,20 @@ class Gpu:
         """The same GPU with another memory roof: "data-sheet", "measured", or a number of TB/s.
 
         Raises:
-            ValueError: nothing was measured for this GPU, or choice is neither a word above nor a positive number.
+            UnknownBandwidth: nothing was measured for this GPU, or choice is no word above and no positive number.
         """
         if choice == "data-sheet":
             return self
         if choice == "measured":
             if self.copy_bytes_per_s is None:
-                raise ValueError(f"no copy rate was measured for {self.name}; give one in TB/s")
+                raise UnknownBandwidth(f"no copy rate was measured for {self.name}; give one in TB/s")
             return replace(self, bytes_per_s=self.copy_bytes_per_s)
         try:
             tb_per_s = float(choice)
         except ValueError:
             tb_per_s = 0.0
         if not 0.0 < tb_per_s < float("inf"):
-            raise ValueError(f"bandwidth {choice!r} is not known; give data-sheet, measured or a number of TB/s")
+            raise UnknownBandwidth(f"bandwidth {choice!r} is not known; give data-sheet, measured or a number of TB/s")
         return replace(self, bytes_per_s=1e12 * tb_per_s)
 
 

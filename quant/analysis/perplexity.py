@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.errors import NotFinite
+
 LogitsOf = Callable[[Tensor], Tensor]
 """Token ids [L] int64 -> logits [L, V] float, row t predicting token t + 1."""
 
@@ -69,7 +71,8 @@ def evaluate(
 
     Raises:
         ValueError: windows is not [n, L] with L >= 2, a candidate has the baseline's name, or logits have another
-            shape than [L, V] or are not finite: the message names scheme and window.
+            shape than [L, V].
+        NotFinite: logits are not finite; the message names scheme and window.
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows must be [n, L] with n >= 1 and L >= 2, got {list(windows.shape)}")
@@ -94,7 +97,7 @@ def _checked(logits: Tensor, window: Tensor, scheme: str, index: int) -> Tensor:
     if logits.ndim != 2 or logits.shape[0] != len(window):
         raise ValueError(f"{scheme} gives logits {list(logits.shape)} for {len(window)} tokens; expected [L, V]")
     if not bool(logits.isfinite().all()):
-        raise ValueError(f"{scheme} gives logits that are NaN or infinite in window {index}")
+        raise NotFinite(f"{scheme} gives logits that are NaN or infinite in window {index}")
     return logits
 
 

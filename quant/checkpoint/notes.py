@@ -34,7 +34,7 @@ def schemes_of(quantization: Quantization | None, notes: dict[str, Any]) -> tupl
     """One scheme for each format of the config, with what the notes add to it.
 
     Raises:
-        ValueError: the notes have a value that no scheme of that format takes.
+        InvalidScheme: the notes have a value that no scheme of that format takes.
     """
     name = notes.get("scheme")
     return tuple(

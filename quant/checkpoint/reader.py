@@ -14,7 +14,7 @@ from quant.checkpoint.compressed_tensors import parse
 from quant.checkpoint.notes import NOTES_NAME, schemes_of
 from quant.checkpoint.safetensors_files import TensorFiles, cast, read_json
 from quant.checkpoint.targets import LinearFormat, Quantization
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, InvalidScheme
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import KVStorage, Scheme
 
@@ -62,7 +62,7 @@ class Checkpoint:
         notes = read_json(notes_path) if notes_path.is_file() else {}
         try:
             schemes = schemes_of(quantization, notes)
-        except ValueError as error:
+        except InvalidScheme as error:
             raise CheckpointError(f"{notes_path}: {error}; quantize the float model again") from error
         return cls(folder, config, quantization, notes, schemes, dtype, torch.device(device), TensorFiles(folder))
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quant.checkpoint.safetensors_files import TensorFiles
 from quant.convert.experts import separate_experts
+from quant.errors import Unquantizable
 
 
 class _LayersPassed(Exception):
@@ -71,7 +72,7 @@ class LayerStream:
         prefixes: module name of each layer, in order.
 
     Raises:
-        ValueError: the model has no list of decoder layers.
+        Unquantizable: the model has no list of decoder layers.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -196,4 +197,4 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return name, module
-    raise ValueError(f"{type(model).__name__} has no list of {num_layers} decoder layers")
+    raise Unquantizable(f"{type(model).__name__} has no list of {num_layers} decoder layers")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import CODE_MAX
 from quant.convert.rounding import Strategy, per_element, weight_scale
+from quant.errors import Unquantizable
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to it: keeps columns that calibration hardly saw from taking up errors."""
@@ -37,13 +38,16 @@ def round_gptq(
         codes [N, K] int8 in -127..127 and scale, as `quantize_weight`.
 
     Raises:
-        ValueError: as `quantize_weight`, or the gram matrix is not [K, K] or not finite.
+        ValueError: as `quantize_weight`, or the gram matrix is not [K, K].
+        Unquantizable: as `quantize_weight`, or the gram matrix is not finite.
 
     Source: GPTQ (arXiv 2210.17323), algorithm 1, columns in the order of falling diagonal.
     """
     width = weight.shape[1]
-    if gram.shape != (width, width) or not bool(gram.isfinite().all()):
-        raise ValueError(f"gram {list(gram.shape)} must be finite and [{width}, {width}]")
+    if gram.shape != (width, width):
+        raise ValueError(f"gram {list(gram.shape)} must be [{width}, {width}]")
+    if not bool(gram.isfinite().all()):
+        raise Unquantizable("its inputs are too large: sums of their squares are not finite in float32")
     weight = weight.float()
     scale = weight_scale(weight, strategy, scale_dtype, group_size, clip)
     # Large columns first: the many that come after can make good what they get wrong.

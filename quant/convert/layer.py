@@ -18,6 +18,7 @@ from quant.convert.int8 import Int8Module, Int8Tensors
 from quant.convert.rounding import dequantize
 from quant.convert.search import best_ranges, round_nearest, smooth_layer
 from quant.convert.smoothquant import SmoothGroup
+from quant.errors import Unquantizable
 from quant.scheme import Scheme
 
 
@@ -78,7 +79,7 @@ class Block:
             windows: hidden states [1, L, hidden] that enter the layer; none where the scheme needs no calibration.
 
         Raises:
-            ValueError: a weight or an activation is not finite, or a Linear whose range is needed never ran.
+            Unquantizable: a weight or an activation is not finite, or a Linear whose range is needed never ran.
         """
         scheme, hidden, inputs = self.recipe.scheme, list[Tensor](), dict[str, Inputs]()
         if windows:
@@ -97,7 +98,7 @@ class Block:
         hidden, inputs = gather(self.linears, self._run, windows, has_gram, self.recipe.seed)
         for name, read in inputs.items():
             if not bool(read.channels.absmax.isfinite().all()):
-                raise ValueError(f"the input of {name} is NaN or infinite over the calibration windows")
+                raise Unquantizable(f"the input of {name} is NaN or infinite over the calibration windows")
         return hidden, inputs
 
     def _smooth(self, inputs: dict[str, Inputs]) -> None:
@@ -133,18 +134,20 @@ class Block:
         try:
             if inputs is None:
                 if scheme.activation == "static":
-                    raise ValueError("no calibration token reached it, so it has no static range; give a longer text")
+                    raise Unquantizable(
+                        "no calibration token reached it, so it has no static range; give a longer text"
+                    )
                 return round_nearest(weight, None, scheme, dtype)
             ranges = best_ranges(weight, inputs, scheme, dtype)
             if ranges != (1.0, 1.0):
                 self.notes.setdefault("ranges", {})[name] = ranges
             nearest = round_nearest(weight, inputs.channels.absmax, scheme, dtype, *ranges)
-        except ValueError as error:
-            raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
-        if inputs.gram is None or scheme.weight == "float":
-            return nearest
-        codes, scale = round_gptq(weight, inputs.gram, scheme.weight, dtype, scheme.group_size, ranges[0])
-        return Int8Tensors(codes, scale, nearest.input_scale)
+            if inputs.gram is None or scheme.weight == "float":
+                return nearest
+            codes, scale = round_gptq(weight, inputs.gram, scheme.weight, dtype, scheme.group_size, ranges[0])
+            return Int8Tensors(codes, scale, nearest.input_scale)
+        except Unquantizable as error:
+            raise Unquantizable(f"{name}.weight cannot be quantized: {error}") from error
 
     def _error(self, int8: dict[str, Int8Tensors], windows: Sequence[Tensor], hidden: Sequence[Tensor]) -> float:
         """How far off the int8 layer is on the first window, as a share of its output, the mean over tokens.

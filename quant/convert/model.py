@@ -22,7 +22,7 @@ from quant.convert.decoder_layers import LayerStream
 from quant.convert.layer import Block, Recipe
 from quant.convert.resume import PartFolder
 from quant.convert.smoothquant import SmoothGroup
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, QuantError
 from quant.scheme import Scheme
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -65,9 +65,11 @@ def quantize_checkpoint(
 
     Raises:
         CheckpointError: source is not a float checkpoint, or lacks one of the Linears.
+        InvalidScheme: not even the smallest group size divides every width.
+        Unquantizable: the model has no list of decoder layers, or a weight or an activation has no finite scale.
         FileExistsError: out is there and not empty.
-        ValueError: the scheme is float, smooths without groups, or is calibrated without windows; or an activation or
-            a scale is not finite.
+        ValueError: the scheme is float, smooths without groups, or is calibrated without windows; or lm_head is among
+            the Linears.
         OSError: a file cannot be read or written, as on a full disk; the layers that are done are kept.
     """
     if not scheme.is_int8:
@@ -103,7 +105,7 @@ def quantize_checkpoint(
             f"{out} is not written: {error}; {part.num_done} of {len(stream.prefixes)} layers are kept in "
             f"{part.folder.name} beside it: make room, or mend what it says, and start again"
         ) from error
-    except (ValueError, CheckpointError):
+    except (ValueError, QuantError):
         # It would fail again.
         part.remove()
         raise

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import CODE_MAX
+from quant.errors import Unquantizable
 
 Strategy = Literal["tensor", "channel", "group"]
 
@@ -37,7 +38,8 @@ def quantize_weight(
         scale_dtype, positive. Where all that share a scale is 0, it is 1.
 
     Raises:
-        ValueError: the weight is NaN or infinite, its scale overflows scale_dtype, or K is no multiple of group_size.
+        Unquantizable: the weight is NaN or infinite, or its scale overflows scale_dtype.
+        ValueError: K is no multiple of group_size.
 
     Source: SmoothQuant (arXiv 2211.10438), equation 1; ZeroQuant (arXiv 2206.01861), section 4.1, for groups.
     """
@@ -79,11 +81,11 @@ def static_scale(absmax: Tensor, scale_dtype: torch.dtype) -> Tensor:
     up is taken.
 
     Raises:
-        ValueError: absmax is NaN or infinite, or absmax / 127 overflows scale_dtype.
+        Unquantizable: absmax is NaN or infinite, or absmax / 127 overflows scale_dtype.
     """
     scale = (absmax.float() / CODE_MAX).to(scale_dtype)
     if not bool(scale.isfinite().all()):
-        raise ValueError(f"its largest magnitude is {absmax.max().item():g}: no finite scale in {scale_dtype}")
+        raise Unquantizable(f"its largest magnitude is {absmax.max().item():g}: no finite scale in {scale_dtype}")
     saturates = absmax.float() > (CODE_MAX + 0.5) * scale.float()
     # Positive floats are ordered as their bits are, so one more is the next value up, in any float type.
     bits = scale.view(torch.int16 if scale.element_size() == 2 else torch.int32)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.errors import Unquantizable
+
 MIN_S, MAX_S = 1e-5, 1e5
 """Bounds of one channel's migration. Beyond them a folded norm weight leaves what float16 holds well."""
 
@@ -108,8 +110,8 @@ def migration(x: Channels, w: Channels, strength: Strength) -> Tensor:
         s [K] float32 in MIN_S..MAX_S. A channel that is dead on either side (absmax 0) has nothing to balance: s = 1.
 
     Raises:
-        ValueError: alpha is outside 0..1 or a share outside (0, 1], the shapes differ, or an absmax is negative or
-            not finite.
+        ValueError: alpha is outside 0..1 or a share outside (0, 1], or the shapes differ.
+        Unquantizable: an absmax is negative or not finite.
 
     Source: SmoothQuant (arXiv 2211.10438), equation 4; Outlier Suppression+ (arXiv 2304.09145), section 4.2, for the
     threshold.
@@ -123,7 +125,7 @@ def migration(x: Channels, w: Channels, strength: Strength) -> Tensor:
         raise ValueError(f"x absmax {list(x.absmax.shape)} and w absmax {list(w.absmax.shape)} must both be [K]")
     for name, values in (("x", x.absmax), ("w", w.absmax)):
         if not bool(((values >= 0) & values.isfinite()).all()):
-            raise ValueError(f"the absmax of {name} holds a value that is negative or not finite")
+            raise Unquantizable(f"the absmax of {name} holds a value that is negative or not finite")
     is_dead = (x.absmax == 0) | (w.absmax == 0)
     # Float64: 0.5 powers of tiny columns would otherwise lose digits to float32's subnormals.
     x, w = (Channels(side.absmax.double(), side.rms.double()) for side in (x, w))

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from rich.markup import escape
 
+from quant.errors import InvalidScheme
 from quant.scheme import Rounding, Scheme
 from service.errors import InvalidSettings
 from service.settings import Settings
@@ -86,7 +87,7 @@ def scheme_of(name: str, alpha: float | None, rounding: str | None) -> Scheme:
     """
     try:
         return Scheme.preset(name.strip()).with_alpha(alpha).with_rounding(cast("Rounding | None", rounding))
-    except ValueError as error:
+    except InvalidScheme as error:
         raise InvalidSettings(str(error)) from error
 
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from quant.analysis.feasibility import explain, parse_scheme
 from quant.analysis.gpus import GPUS
 from quant.analysis.roofline import SHAPES
+from quant.errors import InvalidScheme
 from service.cli.options import complete
 from service.cli.terminal import err, told_in_one_line
 from service.errors import InvalidSettings
@@ -76,7 +77,7 @@ def _refuse_impractical(scheme: str | None) -> None:
         return
     try:
         verdict = explain(**parse_scheme(scheme))
-    except ValueError as error:
+    except InvalidScheme as error:
         raise InvalidSettings(str(error)) from error
     if not verdict.is_practical:
         err.print(escape(verdict.reason), highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from quant.errors import CheckpointError
+from quant.errors import QuantError
 from service.errors import ChatError, StartupError
 from service.later import Later
 
@@ -30,7 +30,7 @@ def told_in_one_line() -> Iterator[None]:
     """Turn an error that the user can mend into one line on stderr and exit code 1."""
     try:
         yield
-    except (StartupError, ChatError, CheckpointError, OSError) as error:
+    except (StartupError, ChatError, QuantError, OSError) as error:
         raise _told(error) from error
     # Looked up only for an error that is none of the above, which torch may have raised.
     except torch.OutOfMemoryError as error:

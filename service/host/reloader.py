@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quant.checkpoint.reader import Checkpoint
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, QuantError, UnlikeLinears
 from quant.scheme import Scheme
 from service.engine.api import Reloaded
 from service.engine.device_thread import DeviceThread
@@ -37,7 +37,7 @@ from service.text.tokenizer import Tokenizer
 P = ParamSpec("P")
 R = TypeVar("R")
 
-REFUSALS = (StartupError, CheckpointError, EngineFailed, OSError, torch.OutOfMemoryError)
+REFUSALS = (StartupError, QuantError, EngineFailed, OSError, torch.OutOfMemoryError)
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Reloader:
             with torch.inference_mode():
                 weights = InTurns(checkpoint, self._host.device_thread)
                 return checkpoint, Decoder(config, weights, self._settings.kv or checkpoint.kv)
-        except ValueError as error:
+        except UnlikeLinears as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
     def _warm(self, name: str, old: Variant, decoder: Decoder) -> tuple[int, Runner]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from quant.checkpoint.reader import Checkpoint
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, UnlikeLinears
 from quant.scheme import KVStorage
 from service.errors import ModelNotFound, UnsafeCheckpoint
 from service.models.config import ModelConfig
@@ -52,7 +52,7 @@ def decoder_of(config: ModelConfig, checkpoint: Checkpoint, kv: KVStorage | None
     try:
         with torch.inference_mode():
             return Decoder(config, checkpoint, kv or checkpoint.kv)
-    except ValueError as error:
+    except UnlikeLinears as error:
         raise CheckpointError(f"{checkpoint.folder}: {error}") from error
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quant.convert.calibration import self_written, windows_from_text
+from quant.errors import NotFinite, TextTooShort
 from service.errors import InvalidSettings, UnsupportedModel, first_line
 from service.models.config import ModelConfig
 from service.models.devices import pick_dtype
@@ -83,7 +84,7 @@ def text_windows(folder: Path, path: Path | None, num_windows: int, window_len: 
         raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
     try:
         return windows_from_text(tokenizer, text, num_windows, window_len, offset)
-    except ValueError as error:
+    except TextTooShort as error:
         raise InvalidSettings(f"text {path or 'of the standard library'}: {error}") from error
 
 
@@ -115,5 +116,5 @@ def calibration_windows(
             calibration.seed,
             lambda done, total: on_progress("writing calibration text", done, total),
         )
-    except ValueError as error:
+    except NotFinite as error:
         raise UnsupportedModel(f"{folder} cannot be calibrated: {error}") from error

@@ -14,6 +14,7 @@ from torch import Tensor
 from quant import __version__
 from quant.checkpoint.sha256sums import first_damaged
 from quant.convert.model import quantize_checkpoint, refuse_occupied
+from quant.errors import InvalidScheme, Unquantizable
 from quant.scheme import Scheme
 from service.errors import UnsupportedModel
 from service.models.config import ModelConfig, linear_names, smooth_groups
@@ -63,7 +64,7 @@ def quantize_model(
             calibration.seed,
             lambda done, total, detail: on_progress("quantizing layers", done, total, detail),
         )
-    except ValueError as error:
+    except (InvalidScheme, Unquantizable) as error:
         raise UnsupportedModel(f"{source} cannot be quantized: {error}") from error
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from quant.analysis.gpus import GPUS, Gpu
 from quant.analysis.roofline import FLOWS, SHAPES, Flow, ModelShape, Prediction, Step, crossover_tokens, predict
+from quant.errors import UnknownBandwidth
 from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel, first_line
 from service.models.config import ModelConfig
 
@@ -113,7 +114,7 @@ def find_gpu(name: str, bandwidth: str) -> Gpu:
         raise InvalidSettings(f"gpu {name!r} is not known; choose one of {', '.join(GPUS)}")
     try:
         return GPUS[name].with_bandwidth(bandwidth)
-    except ValueError as error:
+    except UnknownBandwidth as error:
         raise InvalidSettings(str(error)) from error
 
 

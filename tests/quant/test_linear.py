@@ -5,6 +5,7 @@ import torch
 
 from kernels import Quantized, ToInt8, quantize_rows, quantize_tensor
 from quant.convert.rounding import quantize_weight
+from quant.errors import UnlikeLinears
 from quant.fused import GatedLinear, _in_pairs, fuse, take_rows
 from quant.linear import FloatLinear, Int8Linear
 
@@ -105,14 +106,24 @@ def test_fused_float_is_its_parts_side_by_side():
     ("parts", "message"),
     [
         (list, "empty"),
-        (lambda: [FloatLinear(rand(N, K)), int8(rand(N, K))], "1 float with 1 int8"),
         (lambda: [FloatLinear(rand(N, K)), FloatLinear(rand(N, K + 1))], r"K = \[32, 33\]"),
-        (lambda: [int8(rand(N, K), "token"), int8(rand(N, K), "tensor")], "different activation: token, tensor"),
-        (lambda: [FloatLinear(rand(N, K)), FloatLinear(rand(N, K).half())], "different dtype"),
     ],
 )
 def test_fuse_refuses_what_does_not_fit(parts, message):
     with pytest.raises(ValueError, match=message):
+        fuse(parts())
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (lambda: [FloatLinear(rand(N, K)), int8(rand(N, K))], "1 float with 1 int8"),
+        (lambda: [int8(rand(N, K), "token"), int8(rand(N, K), "tensor")], "different activation: token, tensor"),
+        (lambda: [FloatLinear(rand(N, K)), FloatLinear(rand(N, K).half())], "different dtype"),
+    ],
+)
+def test_fuse_refuses_parts_that_are_quantized_apart(parts, message):
+    with pytest.raises(UnlikeLinears, match=message):
         fuse(parts())
 
 
@@ -396,7 +407,7 @@ def test_fused_zero_points_hold_the_range_of_every_part():
     ],
 )
 def test_fuse_refuses_methods_that_differ(parts, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UnlikeLinears, match=message):
         fuse(parts())
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from quant.errors import InvalidScheme
 from quant.scheme import PRESETS, Scheme
 
 
@@ -41,7 +42,7 @@ def test_a_group_size_is_halved_until_it_divides_every_width():
     assert scheme.fitted([256, 1536]) == scheme
     assert scheme.fitted([576, 1536]).group_size == 64
     assert Scheme.preset("w8a8").fitted([7]) == Scheme.preset("w8a8")
-    with pytest.raises(ValueError, match=r"halved down to 32, do not divide every width in \[48, 256\]"):
+    with pytest.raises(InvalidScheme, match=r"halved down to 32, do not divide every width in \[48, 256\]"):
         scheme.fitted([256, 48])
 
 
@@ -111,7 +112,7 @@ def test_alpha_replaces_the_preset_s():
     ],
 )
 def test_a_value_that_is_not_served_is_refused_by_name(make, message):
-    with pytest.raises(ValueError, match="(?s)" + message.replace("(", r"\(")):
+    with pytest.raises(InvalidScheme, match="(?s)" + message.replace("(", r"\(")):
         make()
 
 

@@ -17,6 +17,7 @@ from quant.analysis.choices import Continuation, Question, compare, encode, pick
 from quant.analysis.layer_errors import LinearError, linear_errors
 from quant.analysis.perplexity import LogitsOf, Quality, evaluate
 from quant.checkpoint.reader import Checkpoint
+from quant.errors import InvalidQuestions, NotFinite
 from quant.scheme import Scheme
 from service.errors import InvalidSettings, UnsupportedModel
 from service.models.attention import KVCache, Rows
@@ -75,7 +76,7 @@ def load_questions(path: Path) -> list[Question]:
     """
     try:
         return read_questions(path)
-    except ValueError as error:
+    except InvalidQuestions as error:
         raise InvalidSettings(str(error)) from error
 
 
@@ -139,7 +140,7 @@ def measure_quality(
             yield from rows
             # Two int8 models would be in memory while the next is loaded.
             del weights, candidates
-    except ValueError as error:
+    except NotFinite as error:
         raise UnsupportedModel(f"{folder} cannot be measured: {error}") from error
 
 
@@ -214,7 +215,7 @@ def _encoded(folder: Path, questions: Sequence[Question], context: int) -> list[
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     try:
         return [encode(tokenizer, question, context) for question in questions]
-    except ValueError as error:
+    except InvalidQuestions as error:
         raise InvalidSettings(str(error)) from error
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quant.analysis.choices import ChoiceQuality, Continuation, Question, compare, encode, pick, picks, read_questions
+from quant.errors import InvalidQuestions, NotFinite
 from tests.support.tokenizers import byte_level_backend, save
 
 VOCAB = 7
@@ -74,9 +75,16 @@ def test_choices_of_one_token_take_one_pass():
     assert model.num_passes == 5
 
 
-@pytest.mark.parametrize("logits", [torch.zeros(3, VOCAB), torch.zeros(VOCAB), torch.full((1, VOCAB), math.nan)])
-def test_logits_of_no_use_are_refused(logits):
-    with pytest.raises(ValueError, match="expected finite"):
+@pytest.mark.parametrize(
+    ("logits", "error", "message"),
+    [
+        (torch.zeros(3, VOCAB), ValueError, r"logits \[3, 7\] for 1 tokens; expected \[L, V\]"),
+        (torch.zeros(VOCAB), ValueError, r"logits \[7\] for 1 tokens"),
+        (torch.full((1, VOCAB), math.nan), NotFinite, "logits of 1 tokens hold NaN or infinity"),
+    ],
+)
+def test_logits_of_no_use_are_refused(logits, error, message):
+    with pytest.raises(error, match=message):
         pick(lambda ids: logits, [Continuation((0, 1), 1, 1)])
 
 
@@ -99,7 +107,7 @@ def test_a_choice_begins_behind_the_question(tokenizer):
 
 
 def test_a_question_beyond_the_context_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"takes \d+ tokens with choice 'world', more than 2; shorten it"):
+    with pytest.raises(InvalidQuestions, match=r"takes \d+ tokens with choice 'world', more than 2; shorten it"):
         encode(tokenizer, Question("hello naïve", ("world", "fox"), 0), 2)
 
 
@@ -133,7 +141,7 @@ def test_questions_are_read(tmp_path):
 def test_a_malformed_line_is_named(tmp_path, line, fault):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=fault) as info:
+    with pytest.raises(InvalidQuestions, match=fault) as info:
         read_questions(path)
     assert f"{path}, line 2: " in str(info.value)
 
@@ -141,8 +149,8 @@ def test_a_malformed_line_is_named(tmp_path, line, fault):
 def test_a_file_without_questions_is_refused(tmp_path):
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match="empty holds no question; give one JSON object a line"):
+    with pytest.raises(InvalidQuestions, match="empty holds no question; give one JSON object a line"):
         read_questions(tmp_path / "empty")
     for name in ("latin", "none"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+        with pytest.raises(InvalidQuestions, match=f"{name} cannot be read"):
             read_questions(tmp_path / name)

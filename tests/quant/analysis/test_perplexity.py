@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quant.analysis.perplexity import Quality, evaluate
+from quant.errors import NotFinite
 
 VOCAB, LENGTH = 11, 300
 WINDOWS = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -67,12 +68,13 @@ def test_a_collapsed_candidate_still_gets_its_row():
         ((("b", logits_of(0)), {}, WINDOWS[0]), r"got \[300\]"),
         ((("b", lambda ids: torch.zeros(3, VOCAB)), {}, WINDOWS), r"b gives logits \[3, 11\] for 300 tokens"),
         ((("b", logits_of(0)), {"c": lambda ids: torch.zeros(len(ids), 5)}, WINDOWS), r"c gives logits \[300, 5\], b"),
-        (
-            (("b", logits_of(0)), {"c": lambda ids: logits_of(0)(ids) / 0}, WINDOWS),
-            "c gives logits that are NaN .*window 0",
-        ),
     ],
 )
 def test_bad_input_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate(*arguments)
+
+
+def test_logits_that_are_not_finite_are_named():
+    with pytest.raises(NotFinite, match=r"c gives logits that are NaN .*window 0"):
+        evaluate(("b", logits_of(0)), {"c": lambda ids: logits_of(0)(ids) / 0}, WINDOWS)

@@ -26,6 +26,7 @@ from quant.analysis.roofline import (
     predict,
     step_parts,
 )
+from quant.errors import InvalidScheme, UnknownBandwidth
 
 TINY = ModelShape("tiny", 3, 8, 12, 4, 2, 2, 32)
 H100 = GPUS["h100"]
@@ -217,10 +218,10 @@ def test_the_memory_roof_can_be_chosen():
     assert H100.with_bandwidth("data-sheet") is H100
     assert H100.with_bandwidth("measured").bytes_per_s == 3.02e12
     assert H100.with_bandwidth("2.5") == dataclasses.replace(H100, bytes_per_s=2.5e12)
-    with pytest.raises(ValueError, match="no copy rate was measured for l4; give one in TB/s"):
+    with pytest.raises(UnknownBandwidth, match="no copy rate was measured for l4; give one in TB/s"):
         GPUS["l4"].with_bandwidth("measured")
     for choice in ("fast", "0", "-1", "nan", "inf"):
-        with pytest.raises(ValueError, match=f"bandwidth '{choice}' is not known; give data-sheet"):
+        with pytest.raises(UnknownBandwidth, match=f"bandwidth '{choice}' is not known; give data-sheet"):
             H100.with_bandwidth(choice)
 
 
@@ -279,7 +280,7 @@ def test_what_is_practical_and_how(weight, activation, said):
 
 @pytest.mark.parametrize(("weight", "activation"), [("token", "token"), ("channel", "head"), ("", "token")])
 def test_a_word_that_is_no_granularity(weight, activation):
-    with pytest.raises(ValueError, match="is no granularity; choose one of float, tensor"):
+    with pytest.raises(InvalidScheme, match="is no granularity; choose one of float, tensor"):
         explain(weight, activation)
 
 
@@ -288,5 +289,5 @@ def test_a_scheme_is_parsed():
     assert parse_scheme("weight=channel,activation=token") == wanted
     assert parse_scheme(" activation = token , weight = channel") == wanted
     for text in ("", "weight=channel", "weight=a,activation=b,weight=c", "w=a,activation=b"):
-        with pytest.raises(ValueError, match="is not of the form weight=channel,activation=token"):
+        with pytest.raises(InvalidScheme, match="is not of the form weight=channel,activation=token"):
             parse_scheme(text)

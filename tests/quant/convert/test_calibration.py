@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from quant.convert.calibration import self_written, windows_from_text
+from quant.errors import NotFinite, TextTooShort
 
 
 def word_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
@@ -33,7 +34,7 @@ def test_each_window_begins_as_a_served_prompt_does():
 
 
 def test_a_text_too_short_is_refused_with_both_numbers():
-    with pytest.raises(ValueError, match="it has 30 tokens and 3 windows of 8 after 1 others take 32"):
+    with pytest.raises(TextTooShort, match="it has 30 tokens and 3 windows of 8 after 1 others take 32"):
         windows_from_text(word_tokenizer(bos=False), TEXT, 3, 8, offset=1)
     with pytest.raises(ValueError, match="num_windows = 0"):
         windows_from_text(word_tokenizer(bos=False), TEXT, 0, 8)
@@ -78,7 +79,7 @@ def test_a_model_that_overflows_cannot_write(tiny):
     kept = norm.detach().clone()
     try:
         norm.data[5] = float("nan")
-        with pytest.raises(ValueError, match="logits are not finite"):
+        with pytest.raises(NotFinite, match="logits are not finite"):
             self_written(tiny.model, 1, 8, seed=0)
     finally:
         norm.data.copy_(kept)

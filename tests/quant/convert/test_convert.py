@@ -21,7 +21,7 @@ from quant.convert import layer
 from quant.convert.model import quantize_checkpoint
 from quant.convert.rounding import dequantize, quantize_weight, static_scale
 from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, Unquantizable
 from quant.scheme import PRESETS, Scheme
 from tests.support.tiny_llama import tiny_llama
 
@@ -57,9 +57,9 @@ def test_codes_are_made_with_the_scale_as_stored():
 
 
 def test_a_scale_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="largest magnitude is inf"):
+    with pytest.raises(Unquantizable, match="largest magnitude is inf"):
         quantize_weight(torch.tensor([[1.0, float("inf")]]), "channel", torch.bfloat16)
-    with pytest.raises(ValueError, match=r"torch\.float16"):
+    with pytest.raises(Unquantizable, match=r"torch\.float16"):
         static_scale(torch.tensor([1e9]), torch.float16)
     assert static_scale(torch.zeros(1), torch.float16).item() == 1
 
@@ -278,7 +278,7 @@ def test_what_would_fail_again_leaves_nothing(tiny, tmp_path):
     state = load_file(tmp_path / "float" / "model.safetensors")
     state["model.layers.1.self_attn.o_proj.weight"][0, 0] = float("nan")
     save_file(state, tmp_path / "float" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj\.weight cannot be quantized: .*nan"):
+    with pytest.raises(Unquantizable, match=r"layers\.1\.self_attn\.o_proj\.weight cannot be quantized: .*nan"):
         convert(tmp_path / "float", tmp_path / "out", tiny.linear_names)
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
 

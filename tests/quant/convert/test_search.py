@@ -11,6 +11,7 @@ from quant.convert.inputs import Inputs
 from quant.convert.rounding import dequantize, quantize_weight, static_scale
 from quant.convert.search import ALPHAS, BALANCES, RANGES, THRESHOLDS, best_ranges, smooth_layer
 from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
+from quant.errors import Unquantizable
 from quant.linear import Int8Linear
 from quant.scheme import PRESETS, Scheme
 
@@ -94,8 +95,10 @@ def test_gptq_is_never_worse_than_nearest_by_its_own_measure(strategy, seed):
 
 
 def test_gptq_refuses_a_gram_matrix_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"gram \[3, 3\] must be finite and \[4, 4\]"):
+    with pytest.raises(ValueError, match=r"gram \[3, 3\] must be \[4, 4\]"):
         round_gptq(torch.ones(2, 4), torch.ones(3, 3), "channel", torch.float32)
+    with pytest.raises(Unquantizable, match="not finite in float32"):
+        round_gptq(torch.ones(2, 4), torch.full((4, 4), float("inf")), "channel", torch.float32)
 
 
 def test_distillation_lowers_the_layer_s_error_the_same_way_twice():
