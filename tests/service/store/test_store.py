@@ -201,7 +201,7 @@ def test_a_model_too_large_to_be_loaded_whole_reads_pythons_help_topics(tiny_fol
 
     monkeypatch.setattr(calibration, "SELF_WRITTEN_MAX_BYTES", 1000)
     monkeypatch.setattr(calibration.AutoModelForCausalLM, "from_pretrained", loaded)
-    expected = quantized.text_windows(tiny_folder, None, 2, 32)
+    expected = calibration.text_windows(tiny_folder, None, 2, 32)
     assert torch.equal(calibration_windows(tiny_folder, SHORT, CPU), expected)
     assert SHORT.describe(tiny_folder) == "64 tokens of Python's help topics"
 
