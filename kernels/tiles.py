@@ -1,23 +1,26 @@
 """Tile choices of the GEMM as data: (GPU, N, K, bucket of T) -> `Tile`. Nothing is tuned on the request path.
 
-A tuned table is `kernels/tiles/<gpu>.json`, with the GPU's name in lower case and dashes, e.g. nvidia-h100-80gb-hbm3:
+A tuned table is a file named after the GPU in lower case and dashes, e.g. nvidia-h100-80gb-hbm3.json:
 
     {"gpu": "NVIDIA H100 80GB HBM3", "capability": 90,
      "tiles": {"4096x4096": {"16": {"kernel": "plain", "block_t": 16, ...}}}}
 
-The keys are "NxK" and the largest T of the bucket, one of `BUCKETS`. What a table leaves out, and every
-GPU without a table, takes the defaults of its architecture.
+The keys are "NxK" and the largest T of the bucket, one of `BUCKETS`. A product is looked up in the user's table, which
+`ottava tune` writes to $XDG_CACHE_HOME/ottava/tiles (~/.cache/ottava/tiles), then in the package's, in `kernels/tiles`.
+What both leave out takes the defaults of the architecture.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -31,8 +34,11 @@ __all__ = [
     "current_gpu",
     "decode_tile",
     "defaults",
+    "package_table",
     "prefill_tile",
-    "table_path",
+    "read_table",
+    "user_table",
+    "write_table",
 ]
 
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
@@ -40,6 +46,14 @@ BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 
 MIN_BUCKET = BUCKETS[0]
 FOLDER = Path(__file__).parent / "tiles"
+
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What reading a file raises that is not a table of tiles."""
+
+Kernel = Literal["plain", "swapped", "stream", "pingpong"]
+Table = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +67,7 @@ class Tile:
     group: token tiles that run next to each other over the same weights, to find them in the L2 cache.
     """
 
-    kernel: Literal["plain", "swapped", "stream", "pingpong"]
+    kernel: Kernel
     block_t: int
     block_n: int
     block_k: int
@@ -179,28 +193,84 @@ def decode_tile(gpu: Gpu, block_d: int, element_bytes: int, cache_bytes: int) ->
     return AttentionTile(16, 64 if block_d <= 128 else 32, num_warps=4, num_stages=3)
 
 
-def table_path(gpu_name: str) -> Path:
-    """Where the tuned table of a GPU lies, if there is one."""
-    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()) + ".json")
+def package_table(gpu_name: str) -> Path:
+    """Where the table that ottava ships for a GPU is, if there is one."""
+    return FOLDER / _file_name(gpu_name)
+
+
+def user_table(gpu_name: str) -> Path:
+    """Where `ottava tune` writes the table of a GPU."""
+    # Not Path.home(), which raises for a user without a home.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "ottava" / "tiles" / _file_name(gpu_name)
+
+
+def read_table(path: Path) -> Table:
+    """A table as its file has it; one without tiles where there is no file.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError (`UNREADABLE`): the file cannot be
+            read, or is not a table of tiles.
+    """
+    if not path.is_file():
+        return {"tiles": {}}
+    table: Table = json.loads(path.read_text(encoding="utf-8"))
+    _tiles(table)
+    return table
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write a table in one step: who reads it meanwhile finds the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _file_name(gpu_name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()) + ".json"
 
 
 @lru_cache(maxsize=4096)
 def _choose(gpu: Gpu, n: int, k: int, bucket_t: int) -> Tile:
-    tuned = _table(gpu.name).get((n, k, bucket_t))
+    tuned = _tuned(gpu.name).get((n, k, bucket_t))
     return tuned or defaults(gpu.capability, n, k, bucket_t)
 
 
 @lru_cache(maxsize=16)
-def _table(gpu_name: str) -> dict[tuple[int, int, int], Tile]:
-    path = table_path(gpu_name)
-    if not path.is_file():
-        return {}
-    shapes = json.loads(path.read_text())["tiles"]
-    return {
-        (*(int(size) for size in shape.split("x")), int(bucket_t)): Tile(**fields)  # type: ignore[misc]
-        for shape, buckets in shapes.items()
-        for bucket_t, fields in buckets.items()
-    }
+def _tuned(gpu_name: str) -> dict[tuple[int, int, int], Tile]:
+    """The tuned tiles of a GPU: the user's, and the package's where the user's table has none."""
+    shipped, path = _tiles(read_table(package_table(gpu_name))), user_table(gpu_name)
+    try:
+        return shipped | _tiles(read_table(path))
+    except UNREADABLE as error:
+        logger.warning(
+            "%s is not a table of tiles (%r), so the package's is used; remove it, or run `ottava tune` again",
+            path,
+            error,
+        )
+        return shipped
+
+
+def _tiles(table: Table) -> dict[tuple[int, int, int], Tile]:
+    """Tiles by (N, K, bucket); raises as `read_table`."""
+    found: dict[tuple[int, int, int], Tile] = {}
+    for shape, buckets in table["tiles"].items():
+        n, k = (int(size) for size in shape.split("x"))
+        found |= {(n, k, int(bucket_t)): _checked(Tile(**fields)) for bucket_t, fields in buckets.items()}
+    return found
+
+
+def _checked(tile: Tile) -> Tile:
+    sizes = tile.block_t, tile.block_n, tile.block_k, tile.num_warps
+    if tile.kernel not in get_args(Kernel) or any(size < 1 or size & (size - 1) for size in sizes):
+        raise ValueError(f"{tile} names no kernel, or a size that is no power of two")
+    if tile.num_stages < 1 or tile.group < 1:
+        raise ValueError(f"{tile} has no stage or no group")
+    return tile
 
 
 @lru_cache(maxsize=16)

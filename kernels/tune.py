@@ -1,15 +1,14 @@
-"""Measures which tile is fastest for a GEMM on this GPU and writes the table that `tiles.choose` reads."""
+"""Measures which tile is fastest for a GEMM on this GPU and writes the table that `tiles.choose` reads first."""
 
 from __future__ import annotations
 
 import itertools
-import json
+import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,19 @@ from triton import OutOfResources
 from kernels.epilogue import Epilogue
 from kernels.gemm import launch
 from kernels.quantized import CODE_MAX, Quantized
-from kernels.tiles import BUCKETS, Gpu, Tile, current_gpu, defaults, table_path
+from kernels.tiles import (
+    BUCKETS,
+    UNREADABLE,
+    Gpu,
+    Table,
+    Tile,
+    current_gpu,
+    defaults,
+    package_table,
+    read_table,
+    user_table,
+    write_table,
+)
 
 ROTATION_BYTES = 256 * 2**20
 """Weights are rotated through this much memory, so that no run finds them in the L2 cache (50 MB on an H100)."""
@@ -36,9 +47,11 @@ MAX_SMALL_BUCKET = 512
 MIN_GAIN = 0.98
 """A tile replaces the default only where it takes less than this share of its time: the rest is noise."""
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class TileChoice:
     """The winner for one product, with the time it takes and the default's, in microseconds."""
 
     n: int
@@ -53,14 +66,15 @@ def tune(
     shapes: Sequence[tuple[int, int]],
     path: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> list[Choice]:
-    """Measure every candidate for every shape and bucket of T and write the winners, after each, into the GPU's table.
+) -> list[TileChoice]:
+    """Measure every candidate for every shape and bucket of T and write the winners, after each, into a table.
 
-    What the table already holds is kept and not measured again, so an interrupted run goes on where it was.
+    What the table already holds is kept and not measured again, so an interrupted run goes on where it was; what the
+    package's table holds is not measured either, unless path names a table of its own.
 
     Args:
         shapes: (N, K) of the Linears.
-        path: the table; None for this GPU's own in `kernels/tiles/`.
+        path: the table; None for this GPU's `user_table`, the only one that is read.
         on_progress: told (products done, products in all).
 
     Raises:
@@ -69,24 +83,32 @@ def tune(
     if not torch.cuda.is_available():
         raise RuntimeError("tiles are chosen by measurement: tuning needs a CUDA GPU")
     gpu = current_gpu(torch.device("cuda", torch.cuda.current_device()))
-    path = path or table_path(gpu.name)
-    empty: dict[str, Any] = {"gpu": gpu.name, "capability": gpu.capability, "tiles": {}}
-    table = json.loads(path.read_text()) if path.is_file() else empty
+    shipped = read_table(package_table(gpu.name))["tiles"] if path is None else {}
+    path = path or user_table(gpu.name)
+    table: Table = {"gpu": gpu.name, "capability": gpu.capability, **_begun(path)}
     jobs = list(itertools.product(dict.fromkeys(shapes), BUCKETS))
-    done: list[Choice] = []
+    done: list[TileChoice] = []
     for index, ((n, k), bucket) in enumerate(jobs):
-        known = table["tiles"].setdefault(f"{n}x{k}", {})
-        if str(bucket) not in known:
+        shape, column = f"{n}x{k}", str(bucket)
+        if column not in table["tiles"].get(shape, {}) and column not in shipped.get(shape, {}):
             choice = best_tile(gpu, n, k, bucket)
             done.append(choice)
-            known[str(bucket)] = asdict(choice.tile)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(table, indent=1) + "\n")
+            table["tiles"].setdefault(shape, {})[column] = asdict(choice.tile)
+            write_table(path, table)
         on_progress(index + 1, len(jobs))
     return done
 
 
-def best_tile(gpu: Gpu, n: int, k: int, bucket: int) -> Choice:
+def _begun(path: Path) -> Table:
+    """The table to go on with; an empty one where the file is missing or broken."""
+    try:
+        return read_table(path)
+    except UNREADABLE as error:
+        logger.warning("%s is not a table of tiles (%r) and is written anew", path, error)
+        return {"tiles": {}}
+
+
+def best_tile(gpu: Gpu, n: int, k: int, bucket: int) -> TileChoice:
     """The fastest correct tile for [T, k] x [n, k]^T at the ends of the bucket."""
     product = Product(n, k, bucket)
     default = defaults(gpu.capability, n, k, bucket)
@@ -100,7 +122,7 @@ def best_tile(gpu: Gpu, n: int, k: int, bucket: int) -> Choice:
     times = {tile: product.time_us(tile, repeats=9) for tile in dict.fromkeys([default, *finalists])}
     fastest = min(times, key=lambda tile: times[tile])
     tile = fastest if times[fastest] < MIN_GAIN * times[default] else default
-    return Choice(n, k, bucket, tile, times[tile], times[default])
+    return TileChoice(n, k, bucket, tile, times[tile], times[default])
 
 
 def candidates(capability: int, k: int, bucket: int) -> Iterator[Tile]:

@@ -1,4 +1,8 @@
-"""`ottava tune`: the GEMM tiles of this GPU, chosen by measurement."""
+"""`ottava tune`: the GEMM tiles of this GPU, chosen by measurement.
+
+They go to $XDG_CACHE_HOME/ottava/tiles/<gpu>.json (~/.cache/ottava/tiles), which a server reads before the package's
+table. A file named with --table is read by no server: it is for comparing, or for kernels/tiles/ of a checkout.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,8 @@ COMMON_SHAPES = [
 EXAMPLES = """
 Examples:
   $ ottava tune                                # once on a GPU without a table
-  $ ottava tune FOLDER --table my-gpu.json     # for one model's shapes
+  $ ottava tune FOLDER                         # for one model's shapes
+  $ ottava tune --table my-gpu.json            # all shapes anew, into a file
 """
 
 configs, resolve = Later("service.models.config"), Later("service.store.resolve")
@@ -35,11 +40,14 @@ def tune(
         typer.Argument(help="Model whose Linears are measured; left out: shapes of 7B to 13B models.", metavar="MODEL"),
     ] = None,
     table: Annotated[
-        Path | None, typer.Option(help="Table to write.", show_default="this GPU's, in the package")
+        Path | None,
+        typer.Option(
+            help="Table to write instead of the one that servers read.", show_default="~/.cache/ottava/tiles/GPU.json"
+        ),
     ] = None,
     **settings: Any,
 ) -> None:
-    """Choose the GEMM tiles of this GPU by measurement; what its table holds already is kept."""
+    """Choose the GEMM tiles of this GPU by measurement; what is tuned already is kept, and not measured again."""
     with told_in_one_line():
         chosen = load_settings(**settings)
         if not torch.cuda.is_available():
@@ -50,6 +58,8 @@ def tune(
     for choice in choices:
         gain = choice.default_us / choice.time_us
         typer.echo(f"{choice.n}x{choice.k} T<={choice.bucket}: {choice.time_us:.1f} us, {gain:.2f}x of the default")
+    if not choices:
+        typer.echo("every shape is tuned already: nothing was measured")
 
 
 def _linear_shapes(folder: Path) -> list[tuple[int, int]]:

@@ -24,10 +24,11 @@ GEMMS = ("_int8_linear_kernel", "_int8_linear_swapped_kernel", "_int8_group_line
 
 
 @pytest.fixture(scope="module")
-def built() -> list[dict[str, Any]]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """One record per kernel, launch options and architecture."""
     command = [sys.executable, str(ROOT / "tests/support/compile_all.py")]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    cache = str(tmp_path_factory.mktemp("cache"))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": cache}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     records: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])

@@ -1,26 +1,56 @@
-"""The tile table: buckets, a tuned file, and the way back to the defaults."""
+"""The tile tables: buckets, the user's file before the package's, and the way back to the defaults."""
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from kernels import tiles
+from kernels import tiles, tune
 from kernels.tiles import Gpu, Tile
+from kernels.tune import TileChoice
 
 TUNED = Tile("plain", 16, 32, 512, num_warps=2, num_stages=4)
+OTHER = Tile("swapped", 32, 64, 256, num_warps=4, num_stages=3)
+FILE = "test-gpu-40gb-.json"
+
+
+def table(*entries: tuple[str, str, Tile]) -> dict[str, Any]:
+    found: dict[str, Any] = {"gpu": "Test GPU (40GB)", "capability": 90, "tiles": {}}
+    for shape, bucket, tile in entries:
+        found["tiles"].setdefault(shape, {})[bucket] = asdict(tile)
+    return found
 
 
 @pytest.fixture
-def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """A GPU with one tuned entry: 4096 x 14336 for 17 to 32 tokens."""
-    fields = {"kernel": "plain", "block_t": 16, "block_n": 32, "block_k": 512, "num_warps": 2, "num_stages": 4}
-    table = {"gpu": "Test GPU (40GB)", "tiles": {"4096x14336": {"32": fields}}}
-    (tmp_path / "test-gpu-40gb-.json").write_text(json.dumps(table))
-    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
-    return Gpu("Test GPU (40GB)", 90)
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """A GPU for which the package has one tuned entry: 4096 x 14336 for 17 to 32 tokens."""
+    shipped = tmp_path / "package"
+    shipped.mkdir()
+    (shipped / FILE).write_text(json.dumps(table(("4096x14336", "32", TUNED))))
+    monkeypatch.setattr(tiles, "FOLDER", shipped)
+    _forget()
+    yield Gpu("Test GPU (40GB)", 90)
+    _forget()
+
+
+def _forget() -> None:
+    tiles._choose.cache_clear()
+    tiles._tuned.cache_clear()
+
+
+@pytest.fixture
+def user(gpu: Gpu, cache_home: Path) -> Path:
+    """The user's table of that GPU, in a folder that is there."""
+    path = cache_home / "ottava" / "tiles" / FILE
+    path.parent.mkdir(parents=True)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -38,6 +68,121 @@ def test_tuned_entry(gpu: Gpu) -> None:
 def test_what_the_table_leaves_out_takes_the_default(gpu: Gpu) -> None:
     for n, k, t in ((4096, 14336, 33), (4096, 4096, 32), (28672, 4096, 32)):
         assert tiles.choose(gpu, n, k, t) == tiles.defaults(90, n, k, tiles.bucket(t))
+
+
+def test_the_user_s_table_is_read_first(gpu: Gpu, user: Path) -> None:
+    user.write_text(json.dumps(table(("4096x14336", "32", OTHER), ("4096x4096", "16", OTHER))))
+    assert tiles.choose(gpu, 4096, 14336, 32) == tiles.choose(gpu, 4096, 4096, 1) == OTHER
+
+
+def test_the_package_s_table_is_used_where_the_user_s_has_no_entry(gpu: Gpu, user: Path) -> None:
+    user.write_text(json.dumps(table(("4096x4096", "16", OTHER))))
+    assert tiles.choose(gpu, 4096, 14336, 32) == TUNED
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"tiles": {"4096x14336": {"32": {"ker',
+        "[]",
+        "{}",
+        '{"tiles": []}',
+        '{"tiles": {"4096": {}}}',
+        '{"tiles": {"4096x4096": {"16": 3}}}',
+        json.dumps(table(("4096x14336", "32", Tile("plain", 16, 33, 512, 2, 4)))),
+        json.dumps(table(("4096x14336", "32", Tile("plain", 16, 32, 512, 2, 0)))),
+        json.dumps(table(("4096x14336", "32", OTHER))).replace("swapped", "of tomorrow"),
+        json.dumps(table(("4096x14336", "32", OTHER))).replace("num_stages", "num_steps"),
+        "[" * 100_000,
+        "\ud800",
+    ],
+)
+def test_a_broken_file_is_told_once_and_the_package_s_table_used(
+    gpu: Gpu, user: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    user.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with caplog.at_level(logging.WARNING):
+        assert tiles.choose(gpu, 4096, 14336, 32) == TUNED
+        assert tiles.choose(gpu, 4096, 4096, 32) == tiles.defaults(90, 4096, 4096, 32)
+    (record,) = caplog.records
+    assert f"{user} is not a table of tiles" in record.getMessage()
+
+
+@pytest.mark.parametrize("variable", ["", None])
+def test_without_xdg_the_cache_is_in_the_home_folder(
+    variable: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if variable is None:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", variable)
+    assert tiles.user_table("NVIDIA H200") == tmp_path / ".cache" / "ottava" / "tiles" / "nvidia-h200.json"
+
+
+@pytest.fixture
+def measured(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """A GPU for `tune` on which OTHER always wins; what was measured on it."""
+    done: list[tuple[int, int, int]] = []
+
+    def best_tile(on: Gpu, n: int, k: int, bucket: int) -> TileChoice:
+        assert on == gpu
+        done.append((n, k, bucket))
+        return TileChoice(n, k, bucket, OTHER, 1.0, 2.0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune, "current_gpu", lambda _: gpu)
+    monkeypatch.setattr(tune, "best_tile", best_tile)
+    return done
+
+
+def test_tune_writes_where_choose_reads(gpu: Gpu, cache_home: Path, measured: list[tuple[int, int, int]]) -> None:
+    progress: list[tuple[int, int]] = []
+    choices = tune.tune([(4096, 14336)], on_progress=lambda done, total: progress.append((done, total)))
+    # The package has the bucket of 32.
+    assert measured == [(4096, 14336, bucket) for bucket in tiles.BUCKETS if bucket != 32]
+    assert [choice.bucket for choice in choices] == [bucket for _, _, bucket in measured]
+    assert progress[-1] == (len(tiles.BUCKETS), len(tiles.BUCKETS))
+    assert [path.name for path in (cache_home / "ottava" / "tiles").iterdir()] == [FILE]
+    assert tiles.choose(gpu, 4096, 14336, 1) == OTHER
+    assert tiles.choose(gpu, 4096, 14336, 32) == TUNED
+    assert tune.tune([(4096, 14336)]) == []
+
+
+def test_tune_into_a_file_measures_what_the_file_lacks(
+    gpu: Gpu, cache_home: Path, tmp_path: Path, measured: list[tuple[int, int, int]]
+) -> None:
+    path = tmp_path / "somewhere" / "mine.json"
+    tune.tune([(4096, 14336)], path)
+    assert len(measured) == len(tiles.BUCKETS)
+    assert tiles.read_table(path)["gpu"] == gpu.name
+    assert list(cache_home.iterdir()) == []
+
+
+def test_tune_begins_anew_where_the_file_is_broken(
+    user: Path, measured: list[tuple[int, int, int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    user.write_text('{"tiles": {"4096x')
+    tune.tune([(4096, 4096)])
+    assert len(measured) == len(tiles.BUCKETS)
+    assert "is written anew" in caplog.text
+    assert len(tiles.read_table(user)["tiles"]["4096x4096"]) == len(tiles.BUCKETS)
+
+
+def test_an_interrupted_write_leaves_the_table_before(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = table(("4096x4096", "16", OTHER))
+    tiles.write_table(user, before)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tiles.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        tiles.write_table(user, table())
+    assert [path.name for path in user.parent.iterdir()] == [FILE]
+    assert tiles.read_table(user) == before
 
 
 def test_few_tokens_use_swapped_operands() -> None:
