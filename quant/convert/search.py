@@ -101,16 +101,20 @@ def smooth_layer(
         dtype: what norms and scales will be stored in.
 
     Returns:
-        The choice by source.
+        The choice by source; a group whose sinks never ran is left as it is.
 
     Raises:
-        ValueError: a tensor of a group is missing, no sink of it was run, or widths do not agree.
+        ValueError: a tensor of a group is missing, or widths do not agree.
     """
     strengths: tuple[Strength | None, ...] = (None, *ALPHAS, *THRESHOLDS, *BALANCES)
     if scheme.smoothing != "search":
         strengths = (scheme.smoothing,)
     choices = {}
     for group in groups:
+        if not any(sink in inputs for sink in group.sinks):
+            # An expert that no calibration token chose: there is nothing to smooth by.
+            choices[group.source] = Choice(None, 0.0)
+            continue
         trial = _Trial(state, group, inputs, scheme, dtype)
         choice = trial.best(strengths)
         if scheme.smoothing == "search" and group.gate is not None and _shares_scales(scheme):

@@ -51,6 +51,19 @@ def test_the_search_finds_what_trying_every_strength_on_the_served_linear_finds(
     torch.testing.assert_close(inputs["a"].rows * state["norm.weight"].reciprocal(), rows, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", ["search", 0.5])
+@pytest.mark.parametrize("name", ["w8a8", "smoothquant-o3"])
+def test_a_group_that_no_token_reached_is_left_as_it_is(name, smoothing):
+    """As of an expert that the router chose for no token of the calibration."""
+    state = {"up.weight": noise(32, 16, seed=0), "down.weight": noise(8, 32, seed=1)}
+    before = dict(state)
+    scheme = replace(PRESETS[name], smoothing=smoothing)
+    choices = smooth_layer(state, [SmoothGroup("up", ("down",), gate="gate")], {}, scheme, torch.float32)
+    assert choices["up"].note is None
+    assert choices["up"].split is None
+    assert all(state[key] is before[key] for key in before)
+
+
 def served(weight: torch.Tensor, rows: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     codes, scale = quantize_weight(weight, scheme.weight, torch.float32)
     input_scale = static_scale(rows.abs().amax().reshape(1), torch.float32) if scheme.activation == "static" else None
