@@ -25,7 +25,7 @@ from benchmarks.report import birth_certificate, write
 from benchmarks.shapes import SHAPES, linear_sizes
 from benchmarks.timing import Call, Roofs, Work, add_ratios, expect, measure, measure_roofs, num_copies, result_row
 from kernels import CODE_MAX, quantize_rows, reference
-from quant.linear import Int8Linear
+from quant.linear import InputCodes, Int8Linear
 from service.models.devices import pick_device
 
 METHODS = ("fp16", "w8a8", "zeroquant", "llm-int8")
@@ -98,8 +98,8 @@ def _linear(codes: Tensor, method: str) -> Int8Linear:
     n, k = codes.shape
     shape = (n, k // GROUP_SIZE) if method == "zeroquant" else (n,)
     scale = (0.5 + torch.rand(shape, device=codes.device)).mul_(_spread(codes))
-    outliers = THRESHOLD if method == "llm-int8" else None
-    return Int8Linear(codes, scale, None, "token", None, torch.float16, outliers=outliers)
+    input_codes = InputCodes("token", outliers=THRESHOLD if method == "llm-int8" else None)
+    return Int8Linear(codes, scale, input_codes=input_codes, out_dtype=torch.float16)
 
 
 def _check(linear: Int8Linear, x: Tensor) -> None:
@@ -111,10 +111,10 @@ def _check(linear: Int8Linear, x: Tensor) -> None:
     y = linear(x)
     some = torch.linspace(0, len(x) - 1, min(len(x), CHECKED_ROWS), device=x.device).long()
     is_outlier = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-    if linear.outliers is not None:
-        is_outlier = (x.abs() >= linear.outliers).any(0)
+    if linear.input_codes.outliers is not None:
+        is_outlier = (x.abs() >= linear.input_codes.outliers).any(0)
     split = x[some].masked_fill(is_outlier, 0)
-    rounded = reference.quantize_rows(split.cpu()) if linear.outliers is not None else quantize_rows(split)
+    rounded = reference.quantize_rows(split.cpu()) if linear.input_codes.outliers is not None else quantize_rows(split)
     weight = linear.weight_q.double()
     groups = linear.weight_scale.reshape(len(weight), -1).double()
     weight *= groups.repeat_interleave(weight.shape[1] // groups.shape[1], dim=1)

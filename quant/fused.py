@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kernels import CODE_MAX, Quantized, ToInt8, int8_gated_linear, silu_mul
 from quant.errors import UnlikeLinears
-from quant.linear import FloatLinear, Int8Linear
+from quant.linear import FloatLinear, InputCodes, Int8Linear
 
 LOWEST_CODE = -128
 """Of activations with a zero point, whose range need not be symmetric."""
@@ -39,6 +40,7 @@ class GatedLinear:
         gate: FloatLinear | Int8Linear,
         up: FloatLinear | Int8Linear,
         output_format: ToInt8 | None,
+        *,
         product: Callable[[Tensor, ToInt8 | None], Tensor | Quantized] = silu_mul,
     ) -> None:
         if gate.shape != up.shape:
@@ -121,9 +123,9 @@ def _fuse_float(parts: list[FloatLinear]) -> FloatLinear:
 
 
 def _fuse_int8(parts: list[Int8Linear]) -> Int8Linear:
-    _require_same("activation", [part.activation for part in parts])
+    _require_same("activation", [part.input_codes.kind for part in parts])
     _require_same("out_dtype", [part.out_dtype for part in parts])
-    _require_same("outliers", [part.outliers for part in parts])
+    _require_same("outliers", [part.input_codes.outliers for part in parts])
     _require_same(
         "number of groups", [part.weight_scale.shape[1] if part.weight_scale.ndim == 2 else 1 for part in parts]
     )
@@ -131,28 +133,30 @@ def _fuse_int8(parts: list[Int8Linear]) -> Int8Linear:
     scales = [
         part.weight_scale.expand(size, *part.weight_scale.shape[1:]) for part, size in zip(parts, sizes, strict=True)
     ]
-    input_scale, input_zero_point = _common_range(parts)
     return Int8Linear(
         torch.cat([part.weight_q for part in parts]),
         torch.cat(scales),
-        _concat_biases([part.bias for part in parts], sizes),
-        parts[0].activation,
-        input_scale,
-        parts[0].out_dtype,
-        input_zero_point,
-        parts[0].outliers,
+        input_codes=_common_codes([part.input_codes for part in parts]),
+        out_dtype=parts[0].out_dtype,
+        bias=_concat_biases([part.bias for part in parts], sizes),
     )
 
 
-def _common_range(parts: list[Int8Linear]) -> tuple[Tensor | None, Tensor | None]:
+def _common_codes(parts: list[InputCodes]) -> InputCodes:
+    """The codes of one input of parts of the same kind, whose static range holds the range of every part."""
+    scale, zero_point = _common_range(parts)
+    return replace(parts[0], scale=scale, zero_point=zero_point)
+
+
+def _common_range(parts: list[InputCodes]) -> tuple[Tensor | None, Tensor | None]:
     """The static scale and zero point that hold the range of every part, from lowest to highest code."""
-    scales = [part.input_scale for part in parts if part.input_scale is not None]
+    scales = [part.scale for part in parts if part.scale is not None]
     if not scales:
         return None, None
     scale = torch.stack(scales)
-    if all(part.input_zero_point is None for part in parts):
+    if all(part.zero_point is None for part in parts):
         return scale.amax(0), None
-    points = [scale.new_zeros(1) if part.input_zero_point is None else part.input_zero_point for part in parts]
+    points = [scale.new_zeros(1) if part.zero_point is None else part.zero_point for part in parts]
     zero_point = torch.stack([point.float() for point in points])
     if (scale == scale[0]).all() and (zero_point == zero_point[0]).all():
         return scales[0], zero_point[0].to(torch.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from kernels import (
 )
 from kernels.quantized import group_size_of
 
-Activation = Literal["static", "tensor", "token"]
+InputKind = Literal["static", "tensor", "token"]
 
 
 class FloatLinear:
@@ -70,6 +71,55 @@ class FloatLinear:
         return FloatLinear(self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class InputCodes:
+    """How an int8 Linear rounds what it reads.
+
+    kind: "token" (one scale per row), "tensor" (one per call) or "static" (`scale`, whatever is read).
+    scale: float32 [1], positive, for "static"; None otherwise.
+    zero_point: int8 [1] of an asymmetric "static" input, the code of 0, or None.
+    outliers: input columns in which a step holds this magnitude or more are multiplied in float
+        (`int8_outlier_linear`); above 0 and with "token" only, or None.
+
+    Raises:
+        ValueError: scale or zero_point is missing, has no use, or is of another shape or dtype; or outliers has no use.
+    """
+
+    kind: InputKind
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    outliers: float | None = None
+
+    def __post_init__(self) -> None:
+        kind, scale, zero_point = self.kind, self.scale, self.zero_point
+        if (kind == "static") != (scale is not None):
+            raise ValueError(f"activation {kind!r} with input_scale {scale}: static alone takes one")
+        if scale is not None and (scale.dtype != torch.float32 or scale.shape != (1,)):
+            raise ValueError(f"input_scale must be float32 [1], got {scale.dtype} {list(scale.shape)}")
+        if zero_point is not None and kind != "static":
+            raise ValueError(f"activation {kind!r} with input_zero_point {zero_point}: static alone takes one")
+        if zero_point is not None and (zero_point.dtype != torch.int8 or zero_point.shape != (1,)):
+            raise ValueError(f"input_zero_point must be int8 [1], got {zero_point.dtype} {list(zero_point.shape)}")
+        if self.outliers is not None and (kind != "token" or self.outliers <= 0):
+            raise ValueError(
+                f"outliers = {self.outliers!r} with activation {kind!r}: a threshold above 0 goes with 'token'; else "
+                "leave it None"
+            )
+
+    @property
+    def reads_float(self) -> bool:
+        """Whether the codes can only be made here.
+
+        Dynamic per tensor needs every row before the first code, and outliers every row before the first scale: no op
+        before can write them. Codes with a zero point no op but `quantize_tensor` writes.
+        """
+        return self.kind == "tensor" or self.outliers is not None or self.zero_point is not None
+
+    def to(self, device: torch.device | str) -> InputCodes:
+        """The same on another device."""
+        return replace(self, scale=_move(self.scale, device), zero_point=_move(self.zero_point, device))
+
+
 class Int8Linear:
     """y_tn = x_scale_t * sum_k (x_q_tk - zero_point) * weight_q_nk * weight_scale_nk + bias_n (+ residual_tn).
 
@@ -82,16 +132,11 @@ class Int8Linear:
         weight_scale: float32 [N] (per output channel), [1] (per tensor) or [N, K / group size] (per group of columns,
             the group size a power of two from 32).
         bias: [N] float or None.
-        activation: "token" (one scale per row), "tensor" (one per call) or "static" (input_scale for ever).
-        input_scale: float32 [1], positive, for "static"; None otherwise.
+        input_codes: how x is rounded; outliers only with one weight scale per row or matrix.
         out_dtype: float16, bfloat16 or float32; of y.
-        input_zero_point: int8 [1] of an asymmetric "static" activation, the code of 0, or None.
-        outliers: input columns in which a step holds this magnitude or more are multiplied in float
-            (`int8_outlier_linear`), or None; only with "token" and one weight scale per row or matrix.
 
     Raises:
-        ValueError: a shape or dtype differs from the above, input_scale is missing or has no use, or input_zero_point
-            or outliers has no use.
+        ValueError: a shape or dtype differs from the above, or outliers come with scales per group.
 
     Source: SmoothQuant (arXiv 2211.10438), equation 2; groups: ZeroQuant (arXiv 2206.01861), section 4.1; outliers:
     LLM.int8() (arXiv 2208.07339), section 3.2; zero point: Jacob et al. (arXiv 1712.05877), equation 7.
@@ -101,34 +146,25 @@ class Int8Linear:
         self,
         weight_q: Tensor,
         weight_scale: Tensor,
-        bias: Tensor | None,
-        activation: Activation,
-        input_scale: Tensor | None,
+        *,
+        input_codes: InputCodes,
         out_dtype: torch.dtype,
-        input_zero_point: Tensor | None = None,
-        outliers: float | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         _check_shapes(weight_q, bias)
         _check_weight(weight_q, weight_scale)
-        _check_input(activation, input_scale, input_zero_point)
-        if outliers is not None and (activation != "token" or weight_scale.ndim != 1 or outliers <= 0):
+        if input_codes.outliers is not None and weight_scale.ndim != 1:
             raise ValueError(
-                f"outliers = {outliers!r} with activation {activation!r} and weight_scale {list(weight_scale.shape)}: "
-                "a threshold above 0 goes with 'token' and one weight scale per row or matrix; else leave it None"
+                f"outliers = {input_codes.outliers!r} with weight_scale {list(weight_scale.shape)}: a threshold goes "
+                "with one weight scale per row or matrix; else leave it None"
             )
         self.weight_q = weight_q
         self.weight_scale = weight_scale
         self.bias = bias
-        self.activation: Activation = activation
-        self.input_scale = input_scale
+        self.input_codes = input_codes
         self.out_dtype = out_dtype
-        self.input_zero_point = input_zero_point
-        self.outliers = outliers
-        self.added_bias = bias if input_zero_point is None else self._bias_without_zero_point(input_zero_point)
-        # Dynamic per tensor needs every row before the first code, and outliers every row before the first scale: no
-        # op before can write them, so it is done here. Codes with a zero point are written here alone.
-        reads_float = activation == "tensor" or outliers is not None or input_zero_point is not None
-        self.input_format: ToInt8 | None = None if reads_float else ToInt8(input_scale)
+        self.added_bias = self._bias_without_zero_point()
+        self.input_format: ToInt8 | None = None if input_codes.reads_float else ToInt8(input_codes.scale)
 
     def __call__(self, x: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
         """Apply to x [T, K], float or `Quantized` by input_format; residual [T, N] float or None.
@@ -137,18 +173,19 @@ class Int8Linear:
             TypeError: x is `Quantized` and this Linear has outliers or a zero point.
         """
         operands = self.weight_q, self.weight_scale, self.added_bias, residual, self.out_dtype
-        if self.outliers is not None:
-            return int8_outlier_linear(self._float(x), *operands, self.outliers)
+        if self.input_codes.outliers is not None:
+            return int8_outlier_linear(self._float(x), *operands, self.input_codes.outliers)
         product = int8_group_linear if self.weight_scale.ndim == 2 else int8_linear
         return product(self.quantized(x), *operands)
 
     def quantized(self, x: Tensor | Quantized) -> Quantized:
         """x as this Linear eats it, where it eats codes alone."""
-        if self.input_zero_point is not None:
-            return quantize_tensor(self._float(x), self.input_scale, self.input_zero_point)
+        codes = self.input_codes
+        if codes.zero_point is not None:
+            return quantize_tensor(self._float(x), codes.scale, codes.zero_point)
         if isinstance(x, Quantized):
             return x
-        return quantize_rows(x) if self.activation == "token" else quantize_tensor(x, self.input_scale)
+        return quantize_rows(x) if codes.kind == "token" else quantize_tensor(x, codes.scale)
 
     def _float(self, x: Tensor | Quantized) -> Tensor:
         if isinstance(x, Quantized):
@@ -157,12 +194,14 @@ class Int8Linear:
             )
         return x
 
-    def _bias_without_zero_point(self, zero_point: Tensor) -> Tensor:
-        """The bias less what the zero point adds to every product: float32 [N]."""
-        assert self.input_scale is not None  # a zero point comes with one
+    def _bias_without_zero_point(self) -> Tensor | None:
+        """The bias less what a zero point adds to every product: float32 [N], or the bias as it is."""
+        scale, zero_point = self.input_codes.scale, self.input_codes.zero_point
+        if scale is None or zero_point is None:
+            return self.bias
         scales = self.weight_scale.double().reshape(-1, self.weight_scale[0].numel())
         sums = self.weight_q.view(self.shape[0], scales.shape[1], -1).sum(-1)
-        added = self.input_scale.double() * zero_point * (sums * scales).sum(-1)
+        added = scale.double() * zero_point * (sums * scales).sum(-1)
         return (-added if self.bias is None else self.bias - added).float()
 
     @property
@@ -172,30 +211,28 @@ class Int8Linear:
 
     @property
     def weight_bytes(self) -> int:
-        held = (self.weight_q, self.weight_scale, self.bias, self.input_scale, self.input_zero_point)
-        return _num_bytes(*held) + (_num_bytes(self.added_bias) if self.input_zero_point is not None else 0)
+        codes = self.input_codes
+        held = (self.weight_q, self.weight_scale, self.bias, codes.scale, codes.zero_point)
+        return _num_bytes(*held) + (_num_bytes(self.added_bias) if codes.zero_point is not None else 0)
 
     @property
     def is_row_independent(self) -> bool:
         """Whether a row's result does not depend on its step, in which one scale or the outliers are found for all."""
-        return self.activation != "tensor" and self.outliers is None
+        return self.input_codes.kind != "tensor" and self.input_codes.outliers is None
 
     @property
     def has_gated_kernel(self) -> bool:
         """Whether `int8_gated_linear` computes its product: all scales in the epilogue, nothing in float."""
-        return self.weight_scale.ndim == 1 and self.outliers is None
+        return self.weight_scale.ndim == 1 and self.input_codes.outliers is None
 
     def to(self, device: torch.device | str) -> Int8Linear:
         """The same Linear on another device."""
         return Int8Linear(
             self.weight_q.to(device),
             self.weight_scale.to(device),
-            _move(self.bias, device),
-            self.activation,
-            _move(self.input_scale, device),
-            self.out_dtype,
-            _move(self.input_zero_point, device),
-            self.outliers,
+            input_codes=self.input_codes.to(device),
+            out_dtype=self.out_dtype,
+            bias=_move(self.bias, device),
         )
 
     def take_rows(self, rows: Tensor) -> Int8Linear:
@@ -204,12 +241,9 @@ class Int8Linear:
         return Int8Linear(
             self.weight_q[rows],
             self.weight_scale[rows],
-            None if self.bias is None else self.bias[rows],
-            self.activation,
-            self.input_scale,
-            self.out_dtype,
-            self.input_zero_point,
-            self.outliers,
+            input_codes=self.input_codes,
+            out_dtype=self.out_dtype,
+            bias=None if self.bias is None else self.bias[rows],
         )
 
 
@@ -231,19 +265,6 @@ def _check_weight(weight_q: Tensor, weight_scale: Tensor) -> None:
         )
     if is_grouped:
         group_size_of(weight_q, weight_scale)
-
-
-def _check_input(activation: Activation, input_scale: Tensor | None, zero_point: Tensor | None) -> None:
-    if (activation == "static") != (input_scale is not None):
-        raise ValueError(f"activation {activation!r} with input_scale {input_scale}: static alone takes one")
-    if input_scale is not None and (input_scale.dtype != torch.float32 or input_scale.shape != (1,)):
-        raise ValueError(f"input_scale must be float32 [1], got {input_scale.dtype} {list(input_scale.shape)}")
-    if zero_point is None:
-        return
-    if activation != "static":
-        raise ValueError(f"activation {activation!r} with input_zero_point {zero_point}: static alone takes one")
-    if zero_point.dtype != torch.int8 or zero_point.shape != (1,):
-        raise ValueError(f"input_zero_point must be int8 [1], got {zero_point.dtype} {list(zero_point.shape)}")
 
 
 def _num_bytes(*tensors: Tensor | None) -> int:

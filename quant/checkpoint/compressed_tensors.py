@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from quant.checkpoint.targets import LinearFormat, Quantization
 from quant.errors import CheckpointError
-from quant.linear import Activation
+from quant.linear import InputKind
 from quant.scheme import MIN_GROUP_SIZE, Scheme
 
 _FORMATS = ("int-quantized", "naive-quantized")
@@ -205,7 +205,7 @@ def _weight_scale(where: str, weights: dict[str, Any]) -> tuple[Literal["tensor"
     raise _refused(f"{where}.strategy = {strategy!r} (one scale per {strategy})")
 
 
-def _activation(where: str, inputs: dict[str, Any]) -> Activation:
+def _activation(where: str, inputs: dict[str, Any]) -> InputKind:
     strategy, dynamic = _strategy(inputs), inputs.get("dynamic", False)
     if not inputs.get("symmetric", True) and (strategy, dynamic) != ("tensor", False):
         raise _refused(f"asymmetric per-{strategy} activations with a zero point found as the model runs ({where})")

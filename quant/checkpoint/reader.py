@@ -15,11 +15,11 @@ from quant.checkpoint.notes import NOTES_NAME, schemes_of
 from quant.checkpoint.safetensors_files import TensorFiles, cast, read_json
 from quant.checkpoint.targets import LinearFormat, Quantization
 from quant.errors import CheckpointError, InvalidScheme
-from quant.linear import FloatLinear, Int8Linear
+from quant.linear import FloatLinear, InputCodes, Int8Linear
 from quant.scheme import KVStorage, Scheme
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """One folder: config.json, safetensors, and perhaps our notes.
 
@@ -64,7 +64,16 @@ class Checkpoint:
             schemes = schemes_of(quantization, notes)
         except InvalidScheme as error:
             raise CheckpointError(f"{notes_path}: {error}; quantize the float model again") from error
-        return cls(folder, config, quantization, notes, schemes, dtype, torch.device(device), TensorFiles(folder))
+        return cls(
+            folder=folder,
+            config=config,
+            quantization=quantization,
+            notes=notes,
+            schemes=schemes,
+            dtype=dtype,
+            device=torch.device(device),
+            files=TensorFiles(folder),
+        )
 
     @property
     def scheme_name(self) -> str | None:
@@ -129,8 +138,8 @@ class Checkpoint:
         used |= self._idle_zero_points(name, linear_format)
         self._refuse_leftovers(name, used)
         outliers = self.outliers if linear_format.activation == "token" else None
-        activation = linear_format.activation
-        return Int8Linear(codes, weight_scale, bias, activation, input_scale, self.dtype, zero_point, outliers)
+        input_codes = InputCodes(linear_format.activation, input_scale, zero_point, outliers)
+        return Int8Linear(codes, weight_scale, input_codes=input_codes, out_dtype=self.dtype, bias=bias)
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.files.get(name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from quant.linear import Activation
+from quant.linear import InputKind
 
 # Classes of a Linear in PyTorch, which is what a class-name target is compared with.
 _LINEAR_CLASSES = ("Linear", "Module")
@@ -23,7 +23,7 @@ class LinearFormat:
     """
 
     weight: Literal["tensor", "channel", "group"]
-    activation: Activation
+    activation: InputKind
     group_size: int | None = None
     has_zero_point: bool = False
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quant.linear import Int8Linear
+from quant.linear import InputCodes, Int8Linear
 from quant.scheme import Scheme
 
 
@@ -30,7 +30,8 @@ class Int8Tensors:
         scale = self.scale.float()
         scale = scale if scheme.weight == "group" else scale.reshape(-1)
         input_scale = None if self.input_scale is None else self.input_scale.float()
-        return Int8Linear(self.codes, scale, bias, scheme.activation, input_scale, torch.float32, None, scheme.outliers)
+        input_codes = InputCodes(scheme.activation, input_scale, outliers=scheme.outliers)
+        return Int8Linear(self.codes, scale, input_codes=input_codes, out_dtype=torch.float32, bias=bias)
 
 
 class Int8Module(nn.Module):

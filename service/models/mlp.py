@@ -130,4 +130,4 @@ def _one_mlp(config: ModelConfig, weights: Weights, prefix: str, width: int) -> 
         gate, up = (take_rows(fused, rows) for rows in torch.arange(2 * width).chunk(2))
     else:
         gate, up = (linear(name, width, hidden) for name in family.names.up)
-    return GatedMLP(GatedLinear(gate, up, down.input_format, GATED[config.activation]), down)
+    return GatedMLP(GatedLinear(gate, up, down.input_format, product=GATED[config.activation]), down)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import CODE_MAX
-from quant.linear import FloatLinear, Int8Linear
+from quant.linear import FloatLinear, InputCodes, Int8Linear
 from quant.scheme import Scheme
 from service.models.config import ModelConfig, linear_names
 from service.models.decoder import Decoder
@@ -55,8 +55,8 @@ class RandomWeights:
         spread = 3**0.5 / CODE_MAX * in_features**-0.5
         scale = torch.full(self._scale_shape(out_features, in_features), spread, device=self.device)
         input_scale = torch.full((1,), 4.0 / CODE_MAX, device=self.device) if activation == "static" else None
-        outliers = self.scheme.outliers
-        return Int8Linear(codes.to(torch.int8), scale, bias, activation, input_scale, self.dtype, outliers=outliers)
+        input_codes = InputCodes(activation, input_scale, outliers=self.scheme.outliers)
+        return Int8Linear(codes.to(torch.int8), scale, input_codes=input_codes, out_dtype=self.dtype, bias=bias)
 
     def _scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         group_size = self.scheme.fitted([in_features]).group_size

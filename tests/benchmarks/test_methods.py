@@ -41,7 +41,7 @@ def test_a_wrong_method_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     def wrong(self: Int8Linear, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = right(self, x, residual)
-        is_chosen = self.outliers is not None if method == "llm-int8" else self.weight_scale.ndim == 2
+        is_chosen = self.input_codes.outliers is not None if method == "llm-int8" else self.weight_scale.ndim == 2
         return y * (1 + 2.0**-8) if is_chosen else y
 
     monkeypatch.setattr(Int8Linear, "__call__", wrong)

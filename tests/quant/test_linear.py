@@ -7,7 +7,7 @@ from kernels import Quantized, ToInt8, quantize_rows, quantize_tensor
 from quant.convert.rounding import quantize_weight
 from quant.errors import UnlikeLinears
 from quant.fused import GatedLinear, _in_pairs, fuse, take_rows
-from quant.linear import FloatLinear, Int8Linear
+from quant.linear import FloatLinear, InputCodes, Int8Linear
 
 N, K, T = 24, 32, 5
 
@@ -16,10 +16,17 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def int8_linear(
+    weight_q, weight_scale, bias, activation, input_scale, out_dtype, input_zero_point=None, outliers=None
+) -> Int8Linear:
+    input_codes = InputCodes(activation, input_scale, input_zero_point, outliers)
+    return Int8Linear(weight_q, weight_scale, input_codes=input_codes, out_dtype=out_dtype, bias=bias)
+
+
 def int8(weight, activation="token", bias=None, strategy="channel", input_scale=None, out_dtype=torch.float32):
     codes, scale = quantize_weight(weight, strategy, torch.float32)
     static = torch.tensor([input_scale]) if input_scale is not None else None
-    return Int8Linear(codes, scale.reshape(-1), bias, activation, static, out_dtype)
+    return int8_linear(codes, scale.reshape(-1), bias, activation, static, out_dtype)
 
 
 def dequantized(linear: Int8Linear) -> torch.Tensor:
@@ -35,7 +42,7 @@ def dequantized(linear: Int8Linear) -> torch.Tensor:
 def test_int8_is_the_product_of_the_dequantized_operands(activation, input_scale, strategy):
     x, residual, bias = rand(T, K, seed=1), rand(T, N, seed=2), rand(N, seed=3)
     linear = int8(rand(N, K), activation, bias, strategy, input_scale)
-    x_q = quantize_rows(x) if activation == "token" else quantize_tensor(x, linear.input_scale)
+    x_q = quantize_rows(x) if activation == "token" else quantize_tensor(x, linear.input_codes.scale)
     x_scale = x_q.scale.double()[:, None]
     expected = (x_q.codes.double() * x_scale) @ dequantized(linear).T + bias + residual
     y = linear(x, residual)
@@ -54,7 +61,7 @@ def test_input_format_says_what_the_op_before_should_write():
     assert int8(weight, "tensor").input_format is None
     assert int8(weight, "token").input_format == ToInt8()
     static = int8(weight, "static", input_scale=0.5)
-    assert static.input_format.scale is static.input_scale
+    assert static.input_format.scale is static.input_codes.scale
 
 
 def test_float_linear_adds_bias_and_residual():
@@ -71,7 +78,7 @@ def test_shape_bytes_and_device():
     assert FloatLinear(rand(N, K).bfloat16()).weight_bytes == 2 * N * K
     moved = linear.to("meta")
     assert moved.weight_q.is_meta
-    assert moved.input_format.scale is moved.input_scale
+    assert moved.input_format.scale is moved.input_codes.scale
     assert FloatLinear(rand(N, K), rand(N)).to("meta").bias.is_meta
 
 
@@ -92,7 +99,7 @@ def test_fused_int8_is_its_parts_side_by_side(activation, strategy):
 
 def test_fused_static_scale_is_the_largest():
     parts = [int8(rand(N, K), "static", input_scale=scale) for scale in (0.1, 0.4, 0.2)]
-    assert fuse(parts).input_scale.tolist() == pytest.approx([0.4])
+    assert fuse(parts).input_codes.scale.tolist() == pytest.approx([0.4])
 
 
 def test_fused_float_is_its_parts_side_by_side():
@@ -150,12 +157,12 @@ def test_int8_linear_refuses_a_wrong_operand(change, message):
         "out_dtype": torch.float32,
     }
     with pytest.raises(ValueError, match=message):
-        Int8Linear(**(operands | change))
+        int8_linear(**(operands | change))
 
 
 def test_codes_of_minus_128_from_other_tools_are_multiplied_exactly():
     codes = torch.full((N, K), -128, dtype=torch.int8)
-    linear = Int8Linear(codes, torch.ones(N), None, "token", None, torch.float32)
+    linear = int8_linear(codes, torch.ones(N), None, "token", None, torch.float32)
     x_q = Quantized(torch.full((T, K), 127, dtype=torch.int8), torch.ones(T))
     assert torch.equal(linear(x_q), torch.full((T, N), -128.0 * 127 * K))
 
@@ -163,7 +170,7 @@ def test_codes_of_minus_128_from_other_tools_are_multiplied_exactly():
 def test_rows_of_gate_and_up_in_pairs():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (6, 16), generator=generator, dtype=torch.int8)
-    linear = Int8Linear(codes, torch.rand(6), torch.rand(6), "token", None, torch.float32)
+    linear = int8_linear(codes, torch.rand(6), torch.rand(6), "token", None, torch.float32)
     pairs = _in_pairs(linear)
     assert torch.equal(pairs.weight_q, codes[[0, 3, 1, 4, 2, 5]])
     assert torch.equal(pairs.bias[::2], linear.bias[:3])
@@ -176,7 +183,7 @@ def test_rows_of_gate_and_up_in_pairs():
 def test_gated_linear(output_format):
     generator = torch.Generator().manual_seed(1)
     gate, up = (
-        Int8Linear(
+        int8_linear(
             torch.randint(-127, 128, (24, 32), generator=generator, dtype=torch.int8),
             torch.rand(24, generator=generator) / 1000,
             None,
@@ -213,7 +220,7 @@ def test_gated_linear_refuses_unlike_parts():
 def test_gated_linear_on_a_gpu():
     generator = torch.Generator().manual_seed(2)
     gate, up = (
-        Int8Linear(
+        int8_linear(
             torch.randint(-127, 128, (256, 128), generator=generator, dtype=torch.int8),
             torch.rand(256, generator=generator) / 1000,
             torch.rand(256, generator=generator),
@@ -236,7 +243,7 @@ def grouped(n: int = N, bias: torch.Tensor | None = None, groups: int = 2, seed:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-127, 128, (n, 64), generator=generator, dtype=torch.int8)
     scale = torch.rand(n, groups, generator=generator) / 1000
-    return Int8Linear(codes, scale, bias, "token", None, torch.float32)
+    return int8_linear(codes, scale, bias, "token", None, torch.float32)
 
 
 def asymmetric(scale: float, zero_point: int, bias=None, weight_scale: torch.Tensor | None = None, seed: int = 0):
@@ -244,12 +251,12 @@ def asymmetric(scale: float, zero_point: int, bias=None, weight_scale: torch.Ten
     codes = torch.randint(-127, 128, (N, 64), generator=generator, dtype=torch.int8)
     weight_scale = torch.rand(N, generator=generator) / 1000 if weight_scale is None else weight_scale
     point = torch.tensor([zero_point], dtype=torch.int8)
-    return Int8Linear(codes, weight_scale, bias, "static", torch.tensor([scale]), torch.float32, point)
+    return int8_linear(codes, weight_scale, bias, "static", torch.tensor([scale]), torch.float32, point)
 
 
 def mixed(n: int = N, threshold: float = 6.0, seed: int = 0) -> Int8Linear:
     codes, scale = quantize_weight(rand(n, 64, seed=seed), "channel", torch.float32)
-    return Int8Linear(codes, scale.reshape(-1), rand(n, seed=1), "token", None, torch.float32, outliers=threshold)
+    return int8_linear(codes, scale.reshape(-1), rand(n, seed=1), "token", None, torch.float32, outliers=threshold)
 
 
 def real_weight(linear: Int8Linear) -> torch.Tensor:
@@ -278,14 +285,14 @@ def test_zero_point_leaves_through_the_bias(weight_scale, has_bias):
     linear = asymmetric(0.03, -77, rand(N) if has_bias else None, weight_scale)
     x = rand(T, 64, seed=1) + 2
     x[0, 0], x[1, 1] = 100, -100
-    codes = quantize_tensor(x, linear.input_scale, linear.input_zero_point).codes
+    codes = quantize_tensor(x, linear.input_codes.scale, linear.input_codes.zero_point).codes
     assert (codes.min().item(), codes.max().item()) == (-128, 127)
-    want = (codes.double() + 77) * linear.input_scale.double() @ real_weight(linear).T
+    want = (codes.double() + 77) * linear.input_codes.scale.double() @ real_weight(linear).T
     want = want + linear.bias if has_bias else want
     y = linear(x)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
     assert linear.added_bias.dtype == torch.float32
-    without = Int8Linear(linear.weight_q, weight_scale, linear.bias, "static", linear.input_scale, torch.float32)
+    without = int8_linear(linear.weight_q, weight_scale, linear.bias, "static", linear.input_codes.scale, torch.float32)
     assert not torch.allclose(without(x).double(), want, rtol=1e-2, atol=1e-2)
 
 
@@ -296,7 +303,7 @@ def test_zero_point_asks_for_floats():
     with pytest.raises(TypeError, match="zero point takes a float tensor"):
         linear(quantize_rows(rand(T, 64)))
     moved = linear.to("meta")
-    assert moved.input_zero_point.is_meta
+    assert moved.input_codes.zero_point.is_meta
     assert moved.added_bias.is_meta
 
 
@@ -305,7 +312,7 @@ def test_outliers_are_multiplied_in_float():
     x[1, 7], x[4, 60] = 500, -6
     linear, residual = mixed(), rand(T, N, seed=3)
     exact = x.double() @ real_weight(linear).T + linear.bias + residual
-    token = Int8Linear(linear.weight_q, linear.weight_scale, linear.bias, "token", None, torch.float32)
+    token = int8_linear(linear.weight_q, linear.weight_scale, linear.bias, "token", None, torch.float32)
     error, without = ((some(x, residual) - exact).abs().max().item() for some in (linear, token))
     # Half a step of a row whose largest magnitude is then that of a normal value, in each of 64 products.
     assert error < 64 * 0.5 * 6 / 127 * real_weight(linear).abs().max().item()
@@ -314,7 +321,7 @@ def test_outliers_are_multiplied_in_float():
     assert not linear.is_row_independent
     with pytest.raises(TypeError, match="outliers or a zero point takes a float tensor"):
         linear(quantize_rows(x))
-    assert linear.to("meta").outliers == 6.0
+    assert linear.to("meta").input_codes.outliers == 6.0
 
 
 @pytest.mark.parametrize(
@@ -351,7 +358,7 @@ def test_int8_linear_refuses_what_does_not_go_together(arguments, message):
         "out_dtype": torch.float32,
     }
     with pytest.raises(ValueError, match=message):
-        Int8Linear(**(operands | arguments))
+        int8_linear(**(operands | arguments))
 
 
 @pytest.mark.parametrize("make", [grouped, mixed], ids=["groups", "outliers"])
@@ -369,21 +376,24 @@ def test_fused_zero_points_that_agree_are_kept():
     parts = [asymmetric(0.03, -77, rand(N)), asymmetric(0.03, -77, seed=1)]
     x, fused = rand(T, 64, seed=2) + 2, fuse(parts)
     assert torch.equal(fused(x), torch.cat([part(x) for part in parts], dim=1))
-    assert (fused.input_scale.item(), fused.input_zero_point.item()) == (parts[0].input_scale.item(), -77)
+    assert (fused.input_codes.scale.item(), fused.input_codes.zero_point.item()) == (
+        parts[0].input_codes.scale.item(),
+        -77,
+    )
 
 
 def test_fused_zero_points_hold_the_range_of_every_part():
     """Ranges -0.51 .. 7.14, -3.84 .. 3.81 and, symmetric, -1.27 .. 1.27: together -3.84 .. 7.14."""
-    symmetric = Int8Linear(
+    symmetric = int8_linear(
         torch.ones(N, 64, dtype=torch.int8), torch.ones(N), None, "static", torch.tensor([0.01]), torch.float32
     )
     parts = [asymmetric(0.03, -111, rand(N)), asymmetric(0.03, 0, seed=1), symmetric]
     fused = fuse(parts)
-    scale, zero_point = fused.input_scale.item(), fused.input_zero_point.item()
+    scale, zero_point = fused.input_codes.scale.item(), fused.input_codes.zero_point.item()
     assert scale == pytest.approx((7.14 + 3.84) / 255)
     assert zero_point == round(-128 + 3.84 / scale)
     x = torch.linspace(-3.84, 7.14, T * 64).reshape(T, 64)
-    codes = quantize_tensor(x, fused.input_scale, fused.input_zero_point).codes
+    codes = quantize_tensor(x, fused.input_codes.scale, fused.input_codes.zero_point).codes
     # The zero point is whole, so that the ends of the range may lie half a step beyond the codes, on top of rounding.
     assert ((codes.double() - zero_point) * scale - x).abs().max().item() <= scale * 1.001
     exact = x.double() @ torch.cat([real_weight(part) for part in parts]).T
@@ -400,7 +410,7 @@ def test_fused_zero_points_hold_the_range_of_every_part():
         (
             lambda: [
                 mixed(),
-                Int8Linear(torch.ones(N, 64).to(torch.int8), torch.ones(N), None, "token", None, torch.float32),
+                int8_linear(torch.ones(N, 64).to(torch.int8), torch.ones(N), None, "token", None, torch.float32),
             ],
             "different outliers: 6.0, None",
         ),

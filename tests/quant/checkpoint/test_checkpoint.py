@@ -129,7 +129,7 @@ def test_one_scale_in_every_shape(rtn, scale_shape):
 
     edit(rtn, change)
     linear = open_(rtn).linear(DOWN, *SHAPE, has_bias=False)
-    assert linear.weight_scale.shape == linear.input_scale.shape == (1,)
+    assert linear.weight_scale.shape == linear.input_codes.scale.shape == (1,)
 
 
 # --- zero points, groups, transposed codes -----------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_one_scale_in_every_shape(rtn, scale_shape):
 def test_an_asymmetric_scheme_reads_its_zero_point(asymmetric):
     stored = load_file(asymmetric / "model.safetensors")[f"{DOWN}.input_zero_point"]
     assert stored.item() != 0
-    assert torch.equal(open_(asymmetric).linear(DOWN, *SHAPE, has_bias=False).input_zero_point, stored)
+    assert torch.equal(open_(asymmetric).linear(DOWN, *SHAPE, has_bias=False).input_codes.zero_point, stored)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_our_notes_add_what_config_cannot_say(w8a8):
     (w8a8 / NOTES_NAME).write_text(json.dumps({"scheme": "llm-int8", "outliers": 6.0, "kv": "int8"}))
     checkpoint = open_(w8a8)
     assert checkpoint.schemes == (Scheme("llm-int8", "channel", "token", outliers=6.0, kv="int8"),)
-    assert checkpoint.linear(DOWN, *SHAPE, has_bias=False).outliers == 6.0
+    assert checkpoint.linear(DOWN, *SHAPE, has_bias=False).input_codes.outliers == 6.0
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,10 @@ def test_every_form_that_is_written_is_read_back(
     assert isinstance(linear, Int8Linear)
     assert torch.equal(linear.weight_q, codes)
     assert torch.equal(linear.weight_scale.flatten(), scale.float().flatten())
-    assert (linear.activation, linear.out_dtype, linear.outliers) == (scheme.activation, dtype, scheme.outliers)
-    assert linear.input_zero_point is None
-    for kind, tensor in (("bias", linear.bias), ("input_scale", linear.input_scale)):
+    codes = linear.input_codes
+    assert (codes.kind, linear.out_dtype, codes.outliers) == (scheme.activation, dtype, scheme.outliers)
+    assert codes.zero_point is None
+    for kind, tensor in (("bias", linear.bias), ("input_scale", codes.scale)):
         expected = stored.get(f"x.{kind}")
         assert (tensor is None) == (expected is None)
         assert tensor is None or torch.equal(tensor.float(), expected.float())

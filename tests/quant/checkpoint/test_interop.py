@@ -29,10 +29,10 @@ def dequantized(linear: Int8Linear) -> torch.Tensor:
 
 def oracle_codes(x: torch.Tensor, linear: Int8Linear) -> Quantized:
     """Codes by compressed-tensors' rule: a dynamic scale of absmax / 127.5, and -128 allowed."""
-    if linear.activation == "static":
-        scale = linear.input_scale
+    if linear.input_codes.kind == "static":
+        scale = linear.input_codes.scale
     else:
-        absmax = x.abs().amax(-1) if linear.activation == "token" else x.abs().amax().reshape(1)
+        absmax = x.abs().amax(-1) if linear.input_codes.kind == "token" else x.abs().amax().reshape(1)
         scale = absmax / 127.5
     return Quantized((x / scale[:, None]).clamp(-128, 127).round().to(torch.int8), scale)
 

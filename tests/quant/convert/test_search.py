@@ -12,7 +12,7 @@ from quant.convert.rounding import dequantize, quantize_weight, static_scale
 from quant.convert.search import ALPHAS, BALANCES, RANGES, THRESHOLDS, best_ranges, smooth_layer
 from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
 from quant.errors import Unquantizable
-from quant.linear import Int8Linear
+from quant.linear import InputCodes, Int8Linear
 from quant.scheme import PRESETS, Scheme
 
 GROUP = SmoothGroup("norm", ("a", "b"))
@@ -67,7 +67,8 @@ def test_a_group_that_no_token_reached_is_left_as_it_is(name, smoothing):
 def served(weight: torch.Tensor, rows: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     codes, scale = quantize_weight(weight, scheme.weight, torch.float32)
     input_scale = static_scale(rows.abs().amax().reshape(1), torch.float32) if scheme.activation == "static" else None
-    linear = Int8Linear(codes, scale.reshape(-1), None, scheme.activation, input_scale, torch.float32)
+    input_codes = InputCodes(scheme.activation, input_scale)
+    linear = Int8Linear(codes, scale.reshape(-1), input_codes=input_codes, out_dtype=torch.float32)
     return linear(rows)
 
 

@@ -12,7 +12,7 @@ from kernels import quantize_rows
 from quant.checkpoint.reader import Checkpoint
 from quant.convert.model import quantize_checkpoint
 from quant.convert.smoothquant import SmoothGroup, divide
-from quant.linear import FloatLinear, Int8Linear
+from quant.linear import FloatLinear, InputCodes, Int8Linear
 from quant.scheme import PRESETS
 from service.errors import UnsupportedModel
 from service.models.config import ModelConfig, linear_names, smooth_groups
@@ -102,7 +102,7 @@ class State:
         if name not in self.int8_names:
             return FloatLinear(weight, bias)
         rows = quantize_rows(weight)
-        return Int8Linear(rows.codes, rows.scale, bias, "token", None, torch.float32)
+        return Int8Linear(rows.codes, rows.scale, input_codes=InputCodes("token"), out_dtype=torch.float32, bias=bias)
 
 
 def state_of(folder) -> dict[str, Tensor]:

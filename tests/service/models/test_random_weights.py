@@ -29,7 +29,7 @@ def test_linears_are_of_the_scheme(name: str) -> None:
     linears = [linear for layer in decoder.layers for linear in layer.linears]
     assert all(isinstance(linear, Int8Linear) == scheme.is_int8 for linear in linears)
     int8s = [linear for linear in linears if isinstance(linear, Int8Linear)]
-    assert all(linear.outliers == scheme.outliers for linear in int8s)
+    assert all(linear.input_codes.outliers == scheme.outliers for linear in int8s)
     # 192 is no multiple of 128, so that groups of it are halved; 256 is.
     groups = {linear.shape[1] // linear.weight_scale.shape[1] for linear in int8s if linear.weight_scale.ndim == 2}
     assert groups == ({64, 128} if scheme.weight == "group" else set())

@@ -293,7 +293,7 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
 def test_the_written_folder_opens(int8_folder):
     checkpoint = Checkpoint.open(int8_folder, torch.float32, CPU)
     assert checkpoint.scheme_name == "w8a8"
-    assert checkpoint.linear("model.layers.0.mlp.up_proj", 160, 192, has_bias=False).activation == "token"
+    assert checkpoint.linear("model.layers.0.mlp.up_proj", 160, 192, has_bias=False).input_codes.kind == "token"
 
 
 def fake_wheel(scratch: Path, member: str) -> Path:
