@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import CODE_MAX
-from quant.convert.rounding import dequantize, quantize_weight
+from quant.convert.rounding import ScaleRule, dequantize, quantize_weight
 from quant.scheme import Scheme
 
 STEPS = 32
@@ -31,12 +31,12 @@ class Student(nn.Module):
         scale_dtype: what the weight's scales will be stored in.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scheme: Scheme, scale_dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, scheme: Scheme, scale_dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.clone())
         self.bias = bias
-        self.scheme = scheme
-        self.scale_dtype = scale_dtype
+        self.activation = scheme.activation
+        self.rule = ScaleRule.of(scheme, scale_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = _straight_through(self.weight, self._rounded_weight())
@@ -44,13 +44,11 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _rounded_weight(self) -> Tensor:
-        assert self.scheme.weight != "float"
-        weight, size = self.weight.detach(), self.scheme.group_size
-        return dequantize(*quantize_weight(weight, self.scheme.weight, self.scale_dtype, size))
+        return dequantize(*quantize_weight(self.weight.detach(), self.rule))
 
     @torch.no_grad()
     def _rounded_input(self, x: Tensor) -> Tensor:
-        absmax = x.abs().amax(-1, keepdim=True) if self.scheme.activation == "token" else x.abs().amax()
+        absmax = x.abs().amax(-1, keepdim=True) if self.activation == "token" else x.abs().amax()
         scale = torch.where(absmax == 0, 1.0, absmax / CODE_MAX)
         return (x / scale).round() * scale
 

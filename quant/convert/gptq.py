@@ -6,24 +6,17 @@ import torch
 from torch import Tensor
 
 from kernels import CODE_MAX
-from quant.convert.rounding import Strategy, per_element, weight_scale
+from quant.convert.rounding import ScaleRule, per_element, weight_scale
 from quant.errors import Unquantizable
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to it: keeps columns that calibration hardly saw from taking up errors."""
 
-BLOCK = 128
-"""Columns whose errors are spread at once over all columns behind them."""
+COLUMNS_AT_ONCE = 128
+"""Columns whose errors are spread together over all columns after them."""
 
 
-def round_gptq(
-    weight: Tensor,
-    gram: Tensor,
-    strategy: Strategy,
-    scale_dtype: torch.dtype,
-    group_size: int | None = None,
-    clip: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+def round_gptq(weight: Tensor, gram: Tensor, rule: ScaleRule) -> tuple[Tensor, Tensor]:
     """Round a weight matrix to int8 so that its outputs, not its elements, come out near.
 
     Minimizes ||X W^T - X (codes scale)^T||^2 greedily, column by column: with U the upper Cholesky factor of
@@ -32,7 +25,7 @@ def round_gptq(
     Args:
         weight: [N, K] float.
         gram: [K, K] float32, X^T X of the calibration inputs as the Linear reads them.
-        strategy, scale_dtype, group_size, clip: as for `quantize_weight`, which also gives the scale.
+        rule: as for `quantize_weight`, which also gives the scale.
 
     Returns:
         codes [N, K] int8 in -127..127 and scale, as `quantize_weight`.
@@ -49,7 +42,7 @@ def round_gptq(
     if not bool(gram.isfinite().all()):
         raise Unquantizable("its inputs are too large: sums of their squares are not finite in float32")
     weight = weight.float()
-    scale = weight_scale(weight, strategy, scale_dtype, group_size, clip)
+    scale = weight_scale(weight, rule)
     # Large columns first: the many that come after can make good what they get wrong.
     order = gram.diagonal().argsort(descending=True, stable=True)
     scales = per_element(scale, width).expand_as(weight)[:, order]
@@ -72,8 +65,8 @@ def _round_columns(weight: Tensor, scales: Tensor, spread: Tensor) -> Tensor:
     left = weight.T.contiguous()
     scales = scales.T.contiguous()
     codes = torch.empty_like(left)
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
+    for start in range(0, width, COLUMNS_AT_ONCE):
+        stop = min(start + COLUMNS_AT_ONCE, width)
         errors = torch.empty_like(left[start:stop])
         for k in range(start, stop):
             codes[k] = (left[k] / scales[k]).round_().clamp_(-CODE_MAX, CODE_MAX)

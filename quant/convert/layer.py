@@ -15,8 +15,8 @@ from quant.convert.distill import Student, distill
 from quant.convert.gptq import round_gptq
 from quant.convert.inputs import Inputs, gather
 from quant.convert.int8 import Int8Module, Int8Tensors
-from quant.convert.rounding import dequantize
-from quant.convert.search import best_ranges, round_nearest, smooth_layer
+from quant.convert.rounding import ScaleRule, dequantize
+from quant.convert.search import FULL_RANGES, best_ranges, round_nearest, smooth_layer
 from quant.convert.smoothquant import SmoothGroup
 from quant.errors import Unquantizable
 from quant.scheme import Scheme
@@ -122,7 +122,7 @@ class Block:
         students = {}
         for name in self.linears:
             weight, bias = self.state[f"{name}.weight"], self.state.get(f"{name}.bias")
-            students[name] = Student(weight, bias, self.recipe.scheme, self.recipe.dtype)
+            students[name] = Student(weight, bias, scheme=self.recipe.scheme, scale_dtype=self.recipe.dtype)
             self._replace(name, students[name])
         losses = distill(list(students.values()), self._run, windows, targets)
         self.notes["distillation"] = dict(zip(("before", "after"), losses, strict=True))
@@ -139,12 +139,12 @@ class Block:
                     )
                 return round_nearest(weight, None, scheme, dtype)
             ranges = best_ranges(weight, inputs, scheme, dtype)
-            if ranges != (1.0, 1.0):
+            if ranges != FULL_RANGES:
                 self.notes.setdefault("ranges", {})[name] = ranges
-            nearest = round_nearest(weight, inputs.channels.absmax, scheme, dtype, *ranges)
-            if inputs.gram is None or scheme.weight == "float":
+            nearest = round_nearest(weight, inputs.channels.absmax, scheme, dtype, ranges)
+            if inputs.gram is None:
                 return nearest
-            codes, scale = round_gptq(weight, inputs.gram, scheme.weight, dtype, scheme.group_size, ranges[0])
+            codes, scale = round_gptq(weight, inputs.gram, ScaleRule.of(scheme, dtype, ranges.weight))
             return Int8Tensors(codes, scale, nearest.input_scale)
         except Unquantizable as error:
             raise Unquantizable(f"{name}.weight cannot be quantized: {error}") from error

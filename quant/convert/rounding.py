@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,57 +10,69 @@ from torch import Tensor
 
 from kernels import CODE_MAX
 from quant.errors import Unquantizable
+from quant.scheme import Scheme
 
 Strategy = Literal["tensor", "channel", "group"]
 
 
-def quantize_weight(
-    weight: Tensor,
-    strategy: Strategy,
-    scale_dtype: torch.dtype,
-    group_size: int | None = None,
-    clip: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class ScaleRule:
+    """How the scales of a weight are found and stored.
+
+    strategy: "channel" (a scale per row), "group" (a scale per row and group_size columns) or "tensor" (one).
+    dtype: what scales are stored in.
+    group_size: with "group" alone; it has to divide K.
+    clip: share of the largest magnitude that becomes code 127; what is beyond it saturates.
+    """
+
+    strategy: Strategy
+    dtype: torch.dtype
+    group_size: int | None = None
+    clip: float = 1.0
+
+    @classmethod
+    def of(cls, scheme: Scheme, dtype: torch.dtype, clip: float = 1.0) -> ScaleRule:
+        """The rule of an int8 scheme."""
+        assert scheme.weight != "float"
+        return cls(scheme.weight, dtype, scheme.group_size, clip)
+
+
+def quantize_weight(weight: Tensor, rule: ScaleRule) -> tuple[Tensor, Tensor]:
     """Round a weight matrix to int8.
 
-    scale = round(clip absmax / 127 to scale_dtype)        codes = clamp(rint(weight / scale), -127, 127)
+    scale = round(clip absmax / 127 to the rule's dtype)        codes = clamp(rint(weight / scale), -127, 127)
 
     The scale is rounded first: codes made with the unrounded scale would stand for other values once it is stored.
 
     Args:
         weight: [N, K] float.
-        strategy: "channel" (a scale per row), "group" (a scale per row and group_size columns) or "tensor" (one).
-        scale_dtype: what the scale is stored in.
-        group_size: divides K; with "group" alone.
-        clip: share of the largest magnitude that becomes code 127; what is beyond it saturates.
+        rule: how scales are found.
 
     Returns:
         codes [N, K] int8 in -127..127 and scale [N, 1] (channel), [N, K // group_size] (group) or [1] (tensor) in
-        scale_dtype, positive. Where all that share a scale is 0, it is 1.
+        the rule's dtype, positive. Where all that share a scale is 0, it is 1.
 
     Raises:
-        Unquantizable: the weight is NaN or infinite, or its scale overflows scale_dtype.
+        Unquantizable: the weight is NaN or infinite, or its scale overflows the rule's dtype.
         ValueError: K is no multiple of group_size.
 
     Source: SmoothQuant (arXiv 2211.10438), equation 1; ZeroQuant (arXiv 2206.01861), section 4.1, for groups.
     """
     weight = weight.float()
-    scale = weight_scale(weight, strategy, scale_dtype, group_size, clip)
+    scale = weight_scale(weight, rule)
     codes = (weight / per_element(scale, weight.shape[1])).round_().clamp_(-CODE_MAX, CODE_MAX).to(torch.int8)
     return codes, scale
 
 
-def weight_scale(
-    weight: Tensor, strategy: Strategy, scale_dtype: torch.dtype, group_size: int | None, clip: float = 1.0
-) -> Tensor:
+def weight_scale(weight: Tensor, rule: ScaleRule) -> Tensor:
     """The scale that `quantize_weight` rounds a weight with; raises as it does."""
-    if strategy == "tensor":
-        return static_scale(clip * weight.abs().amax().reshape(1), scale_dtype)
+    if rule.strategy == "tensor":
+        return static_scale(rule.clip * weight.abs().amax().reshape(1), rule.dtype)
     num_rows, width = weight.shape
-    size = group_size if strategy == "group" and group_size is not None else width
+    size = rule.group_size if rule.strategy == "group" and rule.group_size is not None else width
     if width % size:
         raise ValueError(f"groups of {size} inputs do not divide its width {width}; see Scheme.fitted")
-    return static_scale(clip * weight.abs().view(num_rows, width // size, size).amax(2), scale_dtype)
+    return static_scale(rule.clip * weight.abs().view(num_rows, width // size, size).amax(2), rule.dtype)
 
 
 def per_element(scale: Tensor, width: int) -> Tensor:

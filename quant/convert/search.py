@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from kernels import CODE_MAX
 from quant.convert.inputs import Inputs
 from quant.convert.int8 import Int8Tensors
-from quant.convert.rounding import quantize_weight, static_scale
+from quant.convert.rounding import ScaleRule, quantize_weight, static_scale
 from quant.convert.smoothquant import (
     TINY,
     Balance,
@@ -55,15 +56,26 @@ With 0 the one token of a text whose outputs are a thousand times the others' de
 other, though all that come after attend to it. See benchmarks/NOTES.md for what both cost.
 """
 
-RANGES = (2.0, 1.5, 1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+RANGE_SHARES = (2.0, 1.5, 1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 """Shares of the largest magnitude at which a scale that many values share is tried.
 
 Below 1 a few clip and the rest rounds finer; above 1 is room for tokens that reach further than those fitted to.
 """
 
 
+class Ranges(NamedTuple):
+    """Shares of the largest magnitudes of a weight and of its input that become code 127."""
+
+    weight: float = 1.0
+    input: float = 1.0
+
+
+FULL_RANGES = Ranges()
+"""What is not clipped."""
+
+
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SmoothingChoice:
     """What was chosen for a group.
 
     strength: None: not smoothed.
@@ -87,7 +99,7 @@ def smooth_layer(
     inputs: MutableMapping[str, Inputs],
     scheme: Scheme,
     dtype: torch.dtype,
-) -> dict[str, Choice]:
+) -> dict[str, SmoothingChoice]:
     """Smooth the groups of one layer in place, each with the scheme's alpha or with the strength of the least error.
 
     Groups are taken in the order given; a Linear that is the sink of one and the source of another (up_proj) counts in
@@ -113,7 +125,7 @@ def smooth_layer(
     for group in groups:
         if not any(sink in inputs for sink in group.sinks):
             # An expert that no calibration token chose: there is nothing to smooth by.
-            choices[group.source] = Choice(None, 0.0)
+            choices[group.source] = SmoothingChoice(None, 0.0)
             continue
         trial = _Trial(state, group, inputs, scheme, dtype)
         choice = trial.best(strengths)
@@ -127,7 +139,7 @@ def smooth_layer(
     return choices
 
 
-def _split(whole: _Trial, choice: Choice) -> tuple[_Trial, Choice]:
+def _split(whole: _Trial, choice: SmoothingChoice) -> tuple[_Trial, SmoothingChoice]:
     """The group with as many channels split as is worth it, and the choice for it."""
     trial, strengths = whole, tuple(dict.fromkeys((choice.strength, *SPLIT_STRENGTHS)))
     for share in SHARES:
@@ -194,9 +206,9 @@ class _Trial:
         # A token of all but no output would count for all the others.
         return energies.clamp_min(TINY + 1e-6 * float(energies.mean())).pow(-LOUDNESS)
 
-    def best(self, strengths: Sequence[Strength | None]) -> Choice:
+    def best(self, strengths: Sequence[Strength | None]) -> SmoothingChoice:
         """The strength with the least error."""
-        choices = [Choice(strength, self.error(strength), self.channels_split) for strength in strengths]
+        choices = [SmoothingChoice(strength, self.error(strength), self.channels_split) for strength in strengths]
         return min(choices, key=lambda choice: choice.error)
 
     def smoothed(self, strength: Strength | None, read: Mapping[str, Channels]) -> tuple[dict[str, Tensor], Tensor]:
@@ -221,7 +233,8 @@ class _Trial:
     def _product(self, weight: Tensor, inputs: Inputs) -> Tensor:
         """The int8 one of a Linear, ranges fitted to what its rows are not from."""
         input_range = likely_range(weight, inputs, self.dtype) if self.scheme.activation == "static" else 1.0
-        int8 = round_nearest(weight, inputs.fitted.absmax, self.scheme, self.dtype, 1.0, input_range)
+        ranges = Ranges(input=input_range)
+        int8 = round_nearest(weight, inputs.fitted.absmax, self.scheme, self.dtype, ranges)
         return product(int8, inputs.rows, self.scheme)
 
     def _carried_error(self, changed: Mapping[str, Tensor]) -> float:
@@ -251,18 +264,13 @@ def round_nearest(
     absmax: Tensor | None,
     scheme: Scheme,
     dtype: torch.dtype,
-    weight_range: float = 1.0,
-    input_range: float = 1.0,
+    ranges: Ranges = FULL_RANGES,
 ) -> Int8Tensors:
-    """A Linear in int8, with these shares of the largest magnitudes as its ranges; scales stored in dtype.
-
-    absmax: [K] of what it reads; None where no scale of it is stored.
-    """
-    assert scheme.weight != "float"
-    codes, scale = quantize_weight(weight, scheme.weight, dtype, scheme.group_size, weight_range)
+    """A Linear in int8; scales stored in dtype. absmax: [K] of what it reads; None where no scale of it is stored."""
+    codes, scale = quantize_weight(weight, ScaleRule.of(scheme, dtype, ranges.weight))
     if absmax is None or scheme.activation != "static":
         return Int8Tensors(codes, scale, None)
-    return Int8Tensors(codes, scale, static_scale(absmax.amax().reshape(1) * input_range, dtype))
+    return Int8Tensors(codes, scale, static_scale(absmax.amax().reshape(1) * ranges.input, dtype))
 
 
 def product(int8: Int8Tensors, rows: Tensor, scheme: Scheme) -> Tensor:
@@ -270,27 +278,27 @@ def product(int8: Int8Tensors, rows: Tensor, scheme: Scheme) -> Tensor:
     return int8.linear(scheme, None)(rows)
 
 
-def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dtype) -> tuple[float, float]:
-    """Shares of the weight's and the input's largest magnitude with the least error of the product on rows held out.
+def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dtype) -> Ranges:
+    """The ranges with the least error of the product on rows held out.
 
     Only a scale that a whole matrix or a whole calibration shares is worth clipping for; others stay at 1.
     """
     if scheme.weight != "tensor" and scheme.activation != "static":
-        return 1.0, 1.0
+        return FULL_RANGES
     wanted = inputs.rows @ weight.T
 
     def error(weight_range: float, input_range: float) -> float:
-        int8 = round_nearest(weight, inputs.fitted.absmax, scheme, dtype, weight_range, input_range)
+        int8 = round_nearest(weight, inputs.fitted.absmax, scheme, dtype, Ranges(weight_range, input_range))
         return _energy(product(int8, inputs.rows, scheme) - wanted, inputs.weights)
 
     weight_range = input_range = 1.0
     if scheme.activation == "static":
         input_range = likely_range(weight, inputs, dtype)
     if scheme.weight == "tensor":
-        weight_range = min((share for share in RANGES if share <= 1), key=lambda share: error(share, input_range))
+        weight_range = min((share for share in RANGE_SHARES if share <= 1), key=lambda share: error(share, input_range))
     if scheme.activation == "static":
-        input_range = min(RANGES, key=lambda share: error(weight_range, share))
-    return weight_range, input_range
+        input_range = min(RANGE_SHARES, key=lambda share: error(weight_range, share))
+    return Ranges(weight_range, input_range)
 
 
 def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype) -> float:
@@ -307,7 +315,7 @@ def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype) -> float:
         off = (rows / scale).round_().clamp_(-CODE_MAX, CODE_MAX).mul_(scale).sub_(rows)
         return float(_weighed(off.square_(), weights).sum(0) @ energies)
 
-    return min(RANGES, key=error)
+    return min(RANGE_SHARES, key=error)
 
 
 def _shares_scales(scheme: Scheme) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import Quantized, ToInt8, quantize_rows, quantize_tensor
-from quant.convert.rounding import quantize_weight
+from quant.convert.rounding import ScaleRule, quantize_weight
 from quant.errors import UnlikeLinears
 from quant.fused import GatedLinear, _in_pairs, fuse, take_rows
 from quant.linear import FloatLinear, InputCodes, Int8Linear
@@ -24,7 +24,7 @@ def int8_linear(
 
 
 def int8(weight, activation="token", bias=None, strategy="channel", input_scale=None, out_dtype=torch.float32):
-    codes, scale = quantize_weight(weight, strategy, torch.float32)
+    codes, scale = quantize_weight(weight, ScaleRule(strategy, torch.float32))
     static = torch.tensor([input_scale]) if input_scale is not None else None
     return int8_linear(codes, scale.reshape(-1), bias, activation, static, out_dtype)
 
@@ -255,7 +255,7 @@ def asymmetric(scale: float, zero_point: int, bias=None, weight_scale: torch.Ten
 
 
 def mixed(n: int = N, threshold: float = 6.0, seed: int = 0) -> Int8Linear:
-    codes, scale = quantize_weight(rand(n, 64, seed=seed), "channel", torch.float32)
+    codes, scale = quantize_weight(rand(n, 64, seed=seed), ScaleRule("channel", torch.float32))
     return int8_linear(codes, scale.reshape(-1), rand(n, seed=1), "token", None, torch.float32, outliers=threshold)
 
 

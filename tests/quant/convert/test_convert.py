@@ -19,7 +19,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.sha256sums import SUMS_NAME, first_damaged
 from quant.convert import layer
 from quant.convert.model import quantize_checkpoint
-from quant.convert.rounding import dequantize, quantize_weight, static_scale
+from quant.convert.rounding import ScaleRule, dequantize, quantize_weight, static_scale
 from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
 from quant.errors import CheckpointError, Unquantizable
 from quant.scheme import PRESETS, Scheme
@@ -38,7 +38,7 @@ DOWN = "model.layers.0.mlp.down_proj"
 def test_rounding_is_within_half_a_code(seed, exponent, dtype, strategy):
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     weight[2] = 0
-    codes, scale = quantize_weight(weight, strategy, dtype, 4 if strategy == "group" else None)
+    codes, scale = quantize_weight(weight, ScaleRule(strategy, dtype, 4 if strategy == "group" else None))
     assert scale.dtype == dtype
     assert scale.shape == {"channel": (6, 1), "tensor": (1,), "group": (6, 2)}[strategy]
     assert int(codes.min()) >= -127
@@ -50,7 +50,7 @@ def test_rounding_is_within_half_a_code(seed, exponent, dtype, strategy):
 
 def test_codes_are_made_with_the_scale_as_stored():
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    codes, scale = quantize_weight(weight, "channel", torch.bfloat16)
+    codes, scale = quantize_weight(weight, ScaleRule("channel", torch.bfloat16))
     assert torch.equal(codes, (weight / scale.float()).round().clamp(-127, 127).to(torch.int8))
     unrounded = (weight / (weight.abs().amax(1, keepdim=True) / 127)).round().to(torch.int8)
     assert (codes != unrounded).float().mean() > 0.02
@@ -58,7 +58,7 @@ def test_codes_are_made_with_the_scale_as_stored():
 
 def test_a_scale_that_does_not_exist_is_refused():
     with pytest.raises(Unquantizable, match="largest magnitude is inf"):
-        quantize_weight(torch.tensor([[1.0, float("inf")]]), "channel", torch.bfloat16)
+        quantize_weight(torch.tensor([[1.0, float("inf")]]), ScaleRule("channel", torch.bfloat16))
     with pytest.raises(Unquantizable, match=r"torch\.float16"):
         static_scale(torch.tensor([1e9]), torch.float16)
     assert static_scale(torch.zeros(1), torch.float16).item() == 1
@@ -76,10 +76,11 @@ def test_what_is_written_is_read_back(tiny, tmp_path, scheme, dtype):
     original = tiny.model.state_dict()
     for name in tiny.linear_names:
         linear = checkpoint.linear(name, *original[f"{name}.weight"].shape, has_bias=False)
-        assert linear.activation == scheme.activation
+        assert linear.input_codes.kind == scheme.activation
         assert linear.weight_scale.ndim == (2 if scheme.weight == "group" else 1)
         if scheme.smoothing is None and scheme.weight != "tensor":
-            codes, scale = quantize_weight(original[f"{name}.weight"], scheme.weight, dtype, linear_group(scheme))
+            rule = ScaleRule(scheme.weight, dtype, linear_group(scheme))
+            codes, scale = quantize_weight(original[f"{name}.weight"], rule)
             assert torch.equal(linear.weight_q, codes), name
             assert torch.equal(linear.weight_scale.flatten(), scale.float().flatten())
     assert (checkpoint.scheme_name, checkpoint.notes["alpha"]) == (scheme.name, scheme.smoothing)
@@ -108,7 +109,7 @@ def test_the_folded_weights_are_the_smoothed_ones(tiny, tmp_path):
             assert torch.equal(out[norm], state[norm].bfloat16())
         for sink in group.sinks:
             if not sink.endswith("up_proj"):  # divided again by the group behind it
-                codes, _ = quantize_weight(state[f"{sink}.weight"], "channel", torch.bfloat16)
+                codes, _ = quantize_weight(state[f"{sink}.weight"], ScaleRule("channel", torch.bfloat16))
                 assert (out[f"{sink}.weight"].int() - codes.int()).abs().max() <= 1, sink
 
 

@@ -8,8 +8,8 @@ import torch
 from quant.convert.distill import Student, distill
 from quant.convert.gptq import round_gptq
 from quant.convert.inputs import Inputs
-from quant.convert.rounding import dequantize, quantize_weight, static_scale
-from quant.convert.search import ALPHAS, BALANCES, RANGES, THRESHOLDS, best_ranges, smooth_layer
+from quant.convert.rounding import ScaleRule, dequantize, quantize_weight, static_scale
+from quant.convert.search import ALPHAS, BALANCES, RANGE_SHARES, THRESHOLDS, best_ranges, smooth_layer
 from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
 from quant.errors import Unquantizable
 from quant.linear import InputCodes, Int8Linear
@@ -65,7 +65,7 @@ def test_a_group_that_no_token_reached_is_left_as_it_is(name, smoothing):
 
 
 def served(weight: torch.Tensor, rows: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    codes, scale = quantize_weight(weight, scheme.weight, torch.float32)
+    codes, scale = quantize_weight(weight, ScaleRule(scheme.weight, torch.float32))
     input_scale = static_scale(rows.abs().amax().reshape(1), torch.float32) if scheme.activation == "static" else None
     input_codes = InputCodes(scheme.activation, input_scale)
     linear = Int8Linear(codes, scale.reshape(-1), input_codes=input_codes, out_dtype=torch.float32)
@@ -88,7 +88,7 @@ def test_ranges_are_clipped_where_it_helps_and_nowhere_else():
     assert best_ranges(weight, inputs, PRESETS["w8a8"], torch.float32) == (1.0, 1.0)
     weight_range, input_range = best_ranges(weight, inputs, PRESETS["w8a8-static"], torch.float32)
     assert weight_range == 1.0
-    assert input_range in RANGES
+    assert input_range in RANGE_SHARES
 
 
 @pytest.mark.parametrize("strategy", ["channel", "tensor", "group"])
@@ -101,8 +101,8 @@ def test_gptq_is_never_worse_than_nearest_by_its_own_measure(strategy, seed):
     def error(codes: torch.Tensor, scale: torch.Tensor) -> float:
         return (rows @ (dequantize(codes, scale) - weight).T).square().sum().item()
 
-    codes, scale = round_gptq(weight, rows.T @ rows, strategy, torch.float32, size)
-    nearest = quantize_weight(weight, strategy, torch.float32, size)
+    codes, scale = round_gptq(weight, rows.T @ rows, ScaleRule(strategy, torch.float32, size))
+    nearest = quantize_weight(weight, ScaleRule(strategy, torch.float32, size))
     assert error(codes, scale) < error(*nearest)
     assert torch.equal(scale, nearest[1])
     assert codes.abs().max() <= 127
@@ -110,9 +110,9 @@ def test_gptq_is_never_worse_than_nearest_by_its_own_measure(strategy, seed):
 
 def test_gptq_refuses_a_gram_matrix_that_does_not_fit():
     with pytest.raises(ValueError, match=r"gram \[3, 3\] must be \[4, 4\]"):
-        round_gptq(torch.ones(2, 4), torch.ones(3, 3), "channel", torch.float32)
+        round_gptq(torch.ones(2, 4), torch.ones(3, 3), ScaleRule("channel", torch.float32))
     with pytest.raises(Unquantizable, match="not finite in float32"):
-        round_gptq(torch.ones(2, 4), torch.full((4, 4), float("inf")), "channel", torch.float32)
+        round_gptq(torch.ones(2, 4), torch.full((4, 4), float("inf")), ScaleRule("channel", torch.float32))
 
 
 def test_distillation_lowers_the_layer_s_error_the_same_way_twice():
@@ -121,7 +121,7 @@ def test_distillation_lowers_the_layer_s_error_the_same_way_twice():
     rows = noise(1, 64, 8, seed=0) @ noise(8, 64, seed=1)
     weight = noise(16, 64, seed=2)
     targets = [rows @ weight.T]
-    students = [Student(weight, None, scheme, torch.float32) for _ in range(2)]
+    students = [Student(weight, None, scheme=scheme, scale_dtype=torch.float32) for _ in range(2)]
     losses = [distill([student], student, [rows], targets) for student in students]
     assert losses[0] == losses[1]
     assert losses[0][1] < losses[0][0]
