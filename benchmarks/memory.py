@@ -23,6 +23,7 @@ from transformers import LlamaConfig
 
 from benchmarks.report import RESULTS, birth_certificate, write
 from quant.convert.decoder_layers import skeleton
+from quant.convert.layer import Recipe
 from quant.convert.model import quantize_checkpoint
 from quant.scheme import PRESETS, Scheme
 from service.models.config import ModelConfig, linear_names, smooth_groups
@@ -95,12 +96,13 @@ def quantize(source: Path, out: Path, scheme: Scheme, num_tokens: int, peaks: li
     quantize_checkpoint(
         source,
         out,
-        scheme,
-        smooth_groups(config),
-        names,
-        config.dtype,
-        {},
-        tokens if scheme.needs_calibration else None,
+        Recipe(
+            scheme=scheme,
+            linear_names=tuple(names),
+            groups=tuple(smooth_groups(config)),
+            dtype=config.dtype,
+            windows=tokens if scheme.needs_calibration else None,
+        ),
         on_progress=note,
     )
     hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]

@@ -116,7 +116,9 @@ def measure(
 ) -> Iterator[Row]:
     """Rows of one model as they are known, the baseline's first."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    windows = windows_from_text(tokenizer, text.read_text(encoding="utf-8"), num_windows, WINDOW_LEN)
+    windows = windows_from_text(
+        tokenizer, text.read_text(encoding="utf-8"), num_windows=num_windows, window_len=WINDOW_LEN
+    )
     calibration = Calibration(text, 0, CALIBRATION_WINDOWS, WINDOW_LEN, offset=num_windows)
     yield from measure_quality(folder, schemes, windows, calibration, settings, questions=questions)
 

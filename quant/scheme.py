@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 from quant.errors import InvalidScheme
@@ -76,6 +76,7 @@ class Scheme:
     name: str
     weight: WeightScale
     activation: ActivationScale
+    _: KW_ONLY
     smoothing: Smoothing | None = None
     outliers: float | None = None
     kv: KVStorage = "float"

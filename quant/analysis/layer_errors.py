@@ -58,7 +58,6 @@ def linear_errors(
     source: Path,
     quantized: Checkpoint,
     groups: Sequence[SmoothGroup],
-    linear_names: Sequence[str],
     windows: Tensor,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[LinearError]:
@@ -78,7 +77,6 @@ def linear_errors(
         source: folder of the float model.
         quantized: the int8 checkpoint made of it, opened in float32 on the device to compute on.
         groups: what the scheme smooths; empty where it does not.
-        linear_names: the Linears that are int8.
         windows: [n, L] int64 token ids.
         on_progress: called after each layer with (done, total).
 
@@ -91,7 +89,7 @@ def linear_errors(
     for index, prefix in enumerate(stream.prefixes):
         layer = stream.load(index)
         modules = {f"{prefix}.{name}": module for name, module in layer.named_modules()}
-        linears = {name: modules[name] for name in linear_names if name in modules}
+        linears = {name: module for name, module in modules.items() if _is_int8(quantized, name, module)}
         int8 = {name: _load(quantized, name, module) for name, module in linears.items()}
         inside = [group for group in groups if group.source.startswith(f"{prefix}.")]
         smoothing = _smoothing(inside, TensorFiles(source), quantized, linears, int8)
@@ -104,6 +102,11 @@ def linear_errors(
     # A Linear that no token reached (an expert) has no error to speak of.
     seen = [LinearError(name, s.error / s.num_tokens) for name, s in sums.items() if s.num_tokens]
     return sorted(seen, key=lambda row: -row.error)
+
+
+def _is_int8(quantized: Checkpoint, name: str, module: nn.Module) -> bool:
+    stored = quantized.quantization
+    return isinstance(module, nn.Linear | Conv1D) and stored is not None and stored.format_of(name) is not None
 
 
 def _load(quantized: Checkpoint, name: str, module: nn.Module) -> FloatLinear | Int8Linear:

@@ -15,7 +15,7 @@ Progress = Callable[[int, int], None]
 
 
 def windows_from_text(
-    tokenizer: PreTrainedTokenizerBase, text: str, num_windows: int, window_len: int, offset: int = 0
+    tokenizer: PreTrainedTokenizerBase, text: str, *, num_windows: int, window_len: int, offset: int = 0
 ) -> Tensor:
     """Disjoint windows of a text, one after the other.
 
@@ -54,7 +54,7 @@ def windows_from_text(
 
 @torch.inference_mode()
 def self_written(
-    model: PreTrainedModel, num_windows: int, window_len: int, seed: int, on_progress: Progress | None = None
+    model: PreTrainedModel, *, num_windows: int, window_len: int, seed: int, on_progress: Progress | None = None
 ) -> Tensor:
     """Windows that the model writes itself, for when there is no text: sampled at temperature 1.
 

@@ -57,6 +57,7 @@ def gather(
     linears: Mapping[str, nn.Module],
     run: Callable[[Tensor], Tensor],
     windows: Sequence[Tensor],
+    *,
     has_gram: bool,
     seed: int,
 ) -> tuple[list[Tensor], dict[str, Inputs]]:
@@ -76,7 +77,7 @@ def gather(
     num_tokens = [0, 0]
     for window, held in zip(windows, is_held_out, strict=True):
         num_tokens[held] += window.shape[1]
-    taps = {name: _Tap(num_tokens, has_gram, seed) for name in linears}
+    taps = {name: _Tap(num_tokens, has_gram=has_gram, seed=seed) for name in linears}
     outputs = []
     with _hooked(linears, taps):
         for window, held in zip(windows, is_held_out, strict=True):
@@ -121,7 +122,7 @@ class _Tap:
         num_tokens: that will come from the windows that are fitted to and from those held out.
     """
 
-    def __init__(self, num_tokens: Sequence[int], has_gram: bool, seed: int) -> None:
+    def __init__(self, num_tokens: Sequence[int], *, has_gram: bool, seed: int) -> None:
         self.is_held_out = False
         self._kinds = [_Gathered(min(1.0, SAMPLED_ROWS / max(1, number))) for number in num_tokens]
         self._has_gram = has_gram

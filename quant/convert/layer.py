@@ -22,25 +22,30 @@ from quant.errors import Unquantizable
 from quant.scheme import Scheme
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Recipe:
-    """What is the same for all layers.
+    """What to quantize of a model, how, and by what.
 
-    linear_names: the Linears to quantize, all layers'.
-    groups: what to smooth, all layers'.
-    dtype: of norms, biases and stored scales.
+    scheme: an int8 scheme; a group size that does not divide every width is halved until it does.
+    linear_names: the Linears to quantize; every other matrix stays float, as lm_head does.
+    groups: what to smooth, if the scheme smooths.
+    dtype: float16, bfloat16 or float32; of norms, embeddings, biases and stored scales.
+    windows: [n, L] int64 token ids to calibrate on; None where the scheme needs no calibration.
+    device: where layers are computed.
     seed: of the choice of tokens that smoothing and ranges are judged by.
     """
 
     scheme: Scheme
-    linear_names: frozenset[str]
+    linear_names: tuple[str, ...]
     groups: tuple[SmoothGroup, ...]
     dtype: torch.dtype
-    seed: int
+    windows: Tensor | None = None
+    device: torch.device | str = "cpu"
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Quantized:
+class QuantizedLayer:
     """A finished layer: its tensors by checkpoint name, what was chosen, and the float layer's outputs."""
 
     tensors: dict[str, Tensor]
@@ -48,7 +53,7 @@ class Quantized:
     hidden: list[Tensor]
 
 
-class Block:
+class LayerQuantizer:
     """One layer, loaded in float32.
 
     Args:
@@ -64,7 +69,8 @@ class Block:
         self.prefix = stream.prefixes[index]
         self.layer = stream.load(index)
         modules = ((f"{self.prefix}.{name}", module) for name, module in self.layer.named_modules())
-        self.linears = {name: module for name, module in modules if name in recipe.linear_names}
+        wanted = set(recipe.linear_names)
+        self.linears = {name: module for name, module in modules if name in wanted}
         self.transposed = {name for name, module in self.linears.items() if isinstance(module, Conv1D)}
         named = ((f"{self.prefix}.{name}", parameter.data) for name, parameter in self.layer.named_parameters())
         # Everywhere but in files and modules of that family a weight is [N, K].
@@ -72,7 +78,7 @@ class Block:
         self.notes: dict[str, Any] = {}
 
     @torch.no_grad()
-    def quantize(self, windows: Sequence[Tensor]) -> Quantized:
+    def quantize(self, windows: Sequence[Tensor]) -> QuantizedLayer:
         """Do all that the scheme asks for.
 
         Args:
@@ -90,12 +96,12 @@ class Block:
             self._distill(windows, hidden)
         int8 = {name: self._rounded(name, inputs.get(name)) for name in self.linears}
         self.notes["error"] = self._error(int8, windows, hidden)
-        return Quantized(self._stored(int8), self.notes, hidden)
+        return QuantizedLayer(self._stored(int8), self.notes, hidden)
 
     def _measure(self, windows: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Inputs]]:
         """The float layer's outputs, and what its Linears read."""
         has_gram = self.recipe.scheme.rounding == "gptq"
-        hidden, inputs = gather(self.linears, self._run, windows, has_gram, self.recipe.seed)
+        hidden, inputs = gather(self.linears, self._run, windows, has_gram=has_gram, seed=self.recipe.seed)
         for name, read in inputs.items():
             if not bool(read.channels.absmax.isfinite().all()):
                 raise Unquantizable(f"the input of {name} is NaN or infinite over the calibration windows")
@@ -103,7 +109,7 @@ class Block:
 
     def _smooth(self, inputs: dict[str, Inputs]) -> None:
         groups = [group for group in self.recipe.groups if self._is_within(group.source)]
-        choices = smooth_layer(self.state, groups, inputs, self.recipe.scheme, self.recipe.dtype)
+        choices = smooth_layer(self.state, groups, inputs, scheme=self.recipe.scheme, dtype=self.recipe.dtype)
         self.notes["alphas"] = {source: choice.note for source, choice in choices.items()}
         splits = {source: choice.split.moved for source, choice in choices.items() if choice.split is not None}
         if splits:

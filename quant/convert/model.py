@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from quant.checkpoint.notes import NOTES_NAME, notes_of
 from quant.checkpoint.safetensors_files import ShardWriter, TensorFiles, cast, read_json
 from quant.checkpoint.sha256sums import write_sums
 from quant.convert.decoder_layers import LayerStream
-from quant.convert.layer import Block, Recipe
+from quant.convert.layer import LayerQuantizer, Recipe
 from quant.convert.resume import PartFolder
-from quant.convert.smoothquant import SmoothGroup
 from quant.errors import CheckpointError, QuantError
 from quant.scheme import Scheme
 
@@ -35,33 +35,22 @@ LayerProgress = Callable[[int, int, str], None]
 def quantize_checkpoint(
     source: Path,
     out: Path,
-    scheme: Scheme,
-    groups: Sequence[SmoothGroup],
-    linear_names: Sequence[str],
-    dtype: torch.dtype,
-    notes: dict[str, Any],
-    windows: Tensor | None = None,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
+    recipe: Recipe,
+    *,
+    notes: dict[str, Any] | None = None,
     on_progress: LayerProgress | None = None,
 ) -> None:
     """Write the int8 checkpoint of a float one. The folder appears whole or not at all.
 
-    One decoder layer is in memory at a time, in float32, with the hidden states of all windows, twice; of its Linears'
-    inputs, `quant.convert.layer.SAMPLED_ROWS` tokens. Layers that are done are kept beside `out`: called again with the
-    same arguments after an interruption, it goes on with the next one and gives the same bytes.
+    One decoder layer is in memory at a time, in float32, with the hidden states of all windows, twice, and
+    `quant.convert.inputs.SAMPLED_ROWS` tokens of its Linears' inputs. Layers that are done are kept beside `out`:
+    called again with the same arguments after an interruption, it goes on with the next one and gives the same bytes.
 
     Args:
         source: folder of a float model that transformers knows: config.json and safetensors, sharded or not.
         out: folder to create; it may exist only if it is empty.
-        scheme: an int8 scheme; a group size that does not divide every width is halved until it does.
-        groups: what to smooth, if the scheme smooths.
-        linear_names: the Linears to quantize; every other matrix stays float and is listed in `ignore`, as is lm_head.
-        dtype: float16, bfloat16 or float32, of norms, embeddings, biases and stored scales.
+        recipe: what to quantize and how; matrices that stay float are listed in `ignore`.
         notes: added to ottava.json beside the scheme and what was chosen for each layer.
-        windows: [n, L] int64 token ids to calibrate on, if the scheme needs calibration.
-        device: where layers are computed.
-        seed: of the choice of tokens that smoothing and ranges are judged by.
 
     Raises:
         CheckpointError: source is not a float checkpoint, or lacks one of the Linears.
@@ -72,32 +61,26 @@ def quantize_checkpoint(
             the Linears.
         OSError: a file cannot be read or written, as on a full disk; the layers that are done are kept.
     """
-    if not scheme.is_int8:
-        raise ValueError(f"scheme {scheme.name!r} is float: there is nothing to quantize; serve the source itself")
-    if scheme.smoothing is not None and not groups:
-        raise ValueError(f"scheme {scheme.name!r} smooths and no groups say what; name them, or set smoothing to None")
-    if scheme.needs_calibration and windows is None:
-        raise ValueError(f"scheme {scheme.name!r} is calibrated and no windows say on what; give calibration windows")
+    _check(recipe)
     refuse_occupied(out)
     config = read_json(source / "config.json")
     if parse(config) is not None:
         raise CheckpointError(f"{source} is quantized already; start from the float model")
-    files = TensorFiles(source)
-    _require_weights(files, linear_names)
-    stream = LayerStream(source, torch.float32, torch.device(device))
-    scheme = scheme.fitted(stream.widths(linear_names))
-    recipe = Recipe(scheme, frozenset(linear_names), tuple(groups), dtype, seed)
-    settings = _fingerprint(files, recipe, windows, notes)
-    ignored = _ignored(files, linear_names)
+    notes, files = notes or {}, TensorFiles(source)
+    _require_weights(files, recipe.linear_names)
+    stream = LayerStream(source, torch.float32, torch.device(recipe.device))
+    recipe = replace(recipe, scheme=recipe.scheme.fitted(stream.widths(recipe.linear_names)))
+    settings = _fingerprint(files, recipe, notes)
+    ignored = _ignored(files, recipe.linear_names)
     # A file that stays open keeps every page that was ever read from it in memory.
     del files
     part = PartFolder(out, settings)
     try:
-        _quantize_layers(stream, part, recipe, windows if scheme.needs_calibration else None, on_progress)
+        _quantize_layers(stream, part, recipe, on_progress)
         with part.whole() as folder:
-            _write_rest(source, folder, part, dtype)
-            _write_json(folder / "config.json", _int8_config(config, scheme, ignored, dtype))
-            _write_json(folder / NOTES_NAME, {**notes_of(scheme), **_layer_notes(part.notes), **notes})
+            _write_rest(source, folder, part, recipe.dtype)
+            _write_json(folder / "config.json", _int8_config(config, recipe.scheme, ignored, recipe.dtype))
+            _write_json(folder / NOTES_NAME, {**notes_of(recipe.scheme), **_layer_notes(part.notes), **notes})
             _copy_companions(source, folder)
             write_sums(folder)
     except OSError as error:
@@ -111,16 +94,26 @@ def quantize_checkpoint(
         raise
 
 
+def _check(recipe: Recipe) -> None:
+    """Raise ValueError unless the recipe holds what its scheme needs."""
+    scheme = recipe.scheme
+    if not scheme.is_int8:
+        raise ValueError(f"scheme {scheme.name!r} is float: there is nothing to quantize; serve the source itself")
+    if scheme.smoothing is not None and not recipe.groups:
+        raise ValueError(f"scheme {scheme.name!r} smooths and no groups say what; name them, or set smoothing to None")
+    if scheme.needs_calibration and recipe.windows is None:
+        raise ValueError(f"scheme {scheme.name!r} is calibrated and no windows say on what; give calibration windows")
+
+
 def refuse_occupied(out: Path) -> None:
     """Raise FileExistsError unless out can be created, or is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty; remove it or name another folder")
 
 
-def _quantize_layers(
-    stream: LayerStream, part: PartFolder, recipe: Recipe, windows: Tensor | None, on_progress: LayerProgress | None
-) -> None:
+def _quantize_layers(stream: LayerStream, part: PartFolder, recipe: Recipe, on_progress: LayerProgress | None) -> None:
     """Every layer that is not done yet, each into the part folder."""
+    windows = recipe.windows if recipe.scheme.needs_calibration else None
     num_layers, num_found = len(stream.prefixes), part.num_done
     hidden: list[Tensor] = []
     if windows is not None and num_found < num_layers:
@@ -129,7 +122,7 @@ def _quantize_layers(
             hidden = [window.to(stream.device) for window in part.carried().values()]
     began = time.monotonic()
     for index in range(num_found, num_layers):
-        done = Block(stream, index, recipe).quantize(hidden)
+        done = LayerQuantizer(stream, index, recipe).quantize(hidden)
         hidden = done.hidden
         tensors = {name: _stored(name, tensor, recipe.dtype) for name, tensor in done.tensors.items()}
         part.add(tensors, done.notes, {f"{number:06d}": window for number, window in enumerate(hidden)})
@@ -158,13 +151,13 @@ def _write_rest(source: Path, folder: Path, part: PartFolder, dtype: torch.dtype
     writer.close()
 
 
-def _fingerprint(files: TensorFiles, recipe: Recipe, windows: Tensor | None, notes: dict[str, Any]) -> str:
+def _fingerprint(files: TensorFiles, recipe: Recipe, notes: dict[str, Any]) -> str:
     """Changes with all that decides the bytes that are written."""
     names = sorted(recipe.linear_names)
     told = (__version__, recipe.scheme, names, recipe.groups, recipe.dtype, recipe.seed, sorted(notes.items()))
     digest = hashlib.sha256(repr(told).encode())
-    if windows is not None:
-        digest.update(windows.numpy().tobytes())
+    if recipe.windows is not None:
+        digest.update(recipe.windows.numpy().tobytes())
     for path in sorted({files.path(name) for name in files.names}):
         status = path.stat()
         digest.update(repr((str(path.resolve()), status.st_size, status.st_mtime_ns)).encode())

@@ -97,6 +97,7 @@ def smooth_layer(
     state: dict[str, Tensor],
     groups: Sequence[SmoothGroup],
     inputs: MutableMapping[str, Inputs],
+    *,
     scheme: Scheme,
     dtype: torch.dtype,
 ) -> dict[str, SmoothingChoice]:
@@ -127,7 +128,7 @@ def smooth_layer(
             # An expert that no calibration token chose: there is nothing to smooth by.
             choices[group.source] = SmoothingChoice(None, 0.0)
             continue
-        trial = _Trial(state, group, inputs, scheme, dtype)
+        trial = _Trial(state, group, inputs, scheme=scheme, dtype=dtype)
         choice = trial.best(strengths)
         if scheme.smoothing == "search" and group.gate is not None and _shares_scales(scheme):
             trial, choice = _split(trial, choice)
@@ -158,6 +159,7 @@ class _Trial:
         state: Mapping[str, Tensor],
         group: SmoothGroup,
         inputs: Mapping[str, Inputs],
+        *,
         scheme: Scheme,
         dtype: torch.dtype,
     ) -> None:

@@ -83,7 +83,7 @@ def text_windows(folder: Path, path: Path | None, num_windows: int, window_len: 
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
     try:
-        return windows_from_text(tokenizer, text, num_windows, window_len, offset)
+        return windows_from_text(tokenizer, text, num_windows=num_windows, window_len=window_len, offset=offset)
     except TextTooShort as error:
         raise InvalidSettings(f"text {path or 'of the standard library'}: {error}") from error
 
@@ -111,10 +111,10 @@ def calibration_windows(
     try:
         return self_written(
             model,
-            calibration.num_windows * calibration.window_len // window_len,
-            window_len,
-            calibration.seed,
-            lambda done, total: on_progress("writing calibration text", done, total),
+            num_windows=calibration.num_windows * calibration.window_len // window_len,
+            window_len=window_len,
+            seed=calibration.seed,
+            on_progress=lambda done, total: on_progress("writing calibration text", done, total),
         )
     except NotFinite as error:
         raise UnsupportedModel(f"{folder} cannot be calibrated: {error}") from error

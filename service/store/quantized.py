@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quant import __version__
 from quant.checkpoint.sha256sums import first_damaged
+from quant.convert.layer import Recipe
 from quant.convert.model import quantize_checkpoint, refuse_occupied
 from quant.errors import InvalidScheme, Unquantizable
 from quant.scheme import Scheme
@@ -54,15 +55,17 @@ def quantize_model(
         quantize_checkpoint(
             source,
             out,
-            scheme,
-            smooth_groups(config),
-            linear_names(config),
-            config.dtype,
-            {"calibration": calibration.describe(source) if scheme.needs_calibration else None},
-            windows,
-            device,
-            calibration.seed,
-            lambda done, total, detail: on_progress("quantizing layers", done, total, detail),
+            Recipe(
+                scheme=scheme,
+                linear_names=tuple(linear_names(config)),
+                groups=tuple(smooth_groups(config)),
+                dtype=config.dtype,
+                windows=windows,
+                device=device,
+                seed=calibration.seed,
+            ),
+            notes={"calibration": calibration.describe(source) if scheme.needs_calibration else None},
+            on_progress=lambda done, total, detail: on_progress("quantizing layers", done, total, detail),
         )
     except (InvalidScheme, Unquantizable) as error:
         raise UnsupportedModel(f"{source} cannot be quantized: {error}") from error

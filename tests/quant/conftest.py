@@ -28,4 +28,6 @@ def tiny(tmp_path_factory) -> Tiny:
     (folder / "tokenizer.json").write_text("{}")
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear_names = [name for name in linears if name != "lm_head"]
-    return Tiny(model, folder, self_written(model, 2, 48, seed=1), llama_groups(NUM_LAYERS), linear_names)
+    return Tiny(
+        model, folder, self_written(model, num_windows=2, window_len=48, seed=1), llama_groups(NUM_LAYERS), linear_names
+    )

@@ -6,7 +6,7 @@ import torch
 
 from quant.analysis.layer_errors import linear_errors
 from quant.checkpoint.reader import Checkpoint
-from service.models.config import ModelConfig, linear_names, smooth_groups
+from service.models.config import ModelConfig, smooth_groups
 from service.store.calibration import Calibration
 
 WINDOWS = torch.randint(340, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -21,4 +21,4 @@ def errors(source, int8, scheme, windows=WINDOWS, on_progress=None):
     config = ModelConfig.load(source)
     groups = smooth_groups(config) if scheme.smoothing is not None else []
     stored = Checkpoint.open(int8, torch.float32, CPU)
-    return linear_errors(source, stored, groups, linear_names(config), windows, on_progress)
+    return linear_errors(source, stored, groups, windows, on_progress)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from quant.convert.layer import Recipe
 from quant.convert.model import quantize_checkpoint
 from quant.convert.smoothquant import SmoothGroup
 from quant.scheme import Scheme
@@ -27,9 +28,15 @@ class Tiny:
     linear_names: list[str]
 
     def quantize(self, out: Path, scheme: Scheme, dtype: torch.dtype = torch.float32, **changes) -> Path:
-        arguments = {"groups": self.groups, "linear_names": self.linear_names, "notes": {}, "windows": self.windows}
-        quantize_checkpoint(self.folder, out, scheme, dtype=dtype, **(arguments | changes))
+        said = {name: changes.pop(name) for name in ("notes", "on_progress") if name in changes}
+        fields = {"groups": self.groups, "linear_names": self.linear_names, "windows": self.windows}
+        quantize_checkpoint(self.folder, out, recipe(scheme=scheme, dtype=dtype, **(fields | changes)), **said)
         return out
+
+
+def recipe(*, linear_names=(), groups=(), **fields) -> Recipe:
+    """A recipe of these fields, names and groups in any order that a test has them."""
+    return Recipe(linear_names=tuple(linear_names), groups=tuple(groups), **fields)
 
 
 def llama_groups(num_layers: int) -> list[SmoothGroup]:

@@ -21,7 +21,7 @@ from quant.errors import InvalidQuestions, NotFinite
 from quant.scheme import Scheme
 from service.errors import InvalidSettings, UnsupportedModel
 from service.models.attention import KVCache, Rows
-from service.models.config import ModelConfig, linear_names, smooth_groups
+from service.models.config import ModelConfig, smooth_groups
 from service.models.decoder import Decoder, Layer, score
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
@@ -253,7 +253,6 @@ def _linear_errors(
         folder,
         stored,
         groups,
-        linear_names(config),
         windows[:LAYER_WINDOWS],
         lambda done, total: on_progress("comparing layers", done, total),
     )

@@ -21,33 +21,35 @@ TEXT = " ".join(str(i) for i in range(1, 31))
 
 
 def test_windows_of_a_text_are_disjoint_and_in_order():
-    first = windows_from_text(word_tokenizer(bos=False), TEXT, 2, 8)
-    rest = windows_from_text(word_tokenizer(bos=False), TEXT, 1, 8, offset=2)
+    first = windows_from_text(word_tokenizer(bos=False), TEXT, num_windows=2, window_len=8)
+    rest = windows_from_text(word_tokenizer(bos=False), TEXT, num_windows=1, window_len=8, offset=2)
     assert first.dtype == torch.int64
     assert first.tolist() == [list(range(1, 9)), list(range(9, 17))]
     assert rest.tolist() == [list(range(17, 25))]
 
 
 def test_each_window_begins_as_a_served_prompt_does():
-    tokens = windows_from_text(word_tokenizer(bos=True), TEXT, 2, 8)
+    tokens = windows_from_text(word_tokenizer(bos=True), TEXT, num_windows=2, window_len=8)
     assert tokens.tolist() == [[0, *range(1, 8)], [0, *range(8, 15)]]
 
 
 def test_a_text_too_short_is_refused_with_both_numbers():
     with pytest.raises(TextTooShort, match="it has 30 tokens and 3 windows of 8 after 1 others take 32"):
-        windows_from_text(word_tokenizer(bos=False), TEXT, 3, 8, offset=1)
+        windows_from_text(word_tokenizer(bos=False), TEXT, num_windows=3, window_len=8, offset=1)
     with pytest.raises(ValueError, match="num_windows = 0"):
-        windows_from_text(word_tokenizer(bos=False), TEXT, 0, 8)
+        windows_from_text(word_tokenizer(bos=False), TEXT, num_windows=0, window_len=8)
 
 
 def test_self_written_text_is_seeded(tiny):
     torch.manual_seed(7)
     state = torch.get_rng_state()
     seen = []
-    one = self_written(tiny.model, 3, 24, seed=5, on_progress=lambda done, total: seen.append((done, total)))
+    one = self_written(
+        tiny.model, num_windows=3, window_len=24, seed=5, on_progress=lambda done, total: seen.append((done, total))
+    )
     torch.manual_seed(8)
-    assert torch.equal(one, self_written(tiny.model, 3, 24, seed=5))
-    assert not torch.equal(one, self_written(tiny.model, 3, 24, seed=6))
+    assert torch.equal(one, self_written(tiny.model, num_windows=3, window_len=24, seed=5))
+    assert not torch.equal(one, self_written(tiny.model, num_windows=3, window_len=24, seed=6))
     assert one.shape == (3, 24)
     assert one.dtype == torch.int64
     assert set(one[:, 0].tolist()) == {tiny.model.config.bos_token_id}
@@ -59,7 +61,7 @@ def test_self_written_text_is_seeded(tiny):
 
 def test_self_written_tokens_are_samples_of_the_model(tiny):
     """The mean log-probability of what was written is near the model's entropy: the cache and the draw are right."""
-    tokens = self_written(tiny.model, 16, 64, seed=0)
+    tokens = self_written(tiny.model, num_windows=16, window_len=64, seed=0)
     with torch.inference_mode():
         logp = tiny.model(tokens).logits[:, 1:-1].double().log_softmax(-1)
     written = logp.gather(-1, tokens[:, 2:, None]).mean()
@@ -69,9 +71,9 @@ def test_self_written_tokens_are_samples_of_the_model(tiny):
 
 def test_self_written_refuses_more_than_the_context(tiny):
     with pytest.raises(ValueError, match=r"window_len = 129.*2 to 128 tokens"):
-        self_written(tiny.model, 1, 129, seed=0)
+        self_written(tiny.model, num_windows=1, window_len=129, seed=0)
     with pytest.raises(ValueError, match="num_windows = 0"):
-        self_written(tiny.model, 0, 16, seed=0)
+        self_written(tiny.model, num_windows=0, window_len=16, seed=0)
 
 
 def test_a_model_that_overflows_cannot_write(tiny):
@@ -80,6 +82,6 @@ def test_a_model_that_overflows_cannot_write(tiny):
     try:
         norm.data[5] = float("nan")
         with pytest.raises(NotFinite, match="logits are not finite"):
-            self_written(tiny.model, 1, 8, seed=0)
+            self_written(tiny.model, num_windows=1, window_len=8, seed=0)
     finally:
         norm.data.copy_(kept)

@@ -23,7 +23,7 @@ from quant.convert.rounding import ScaleRule, dequantize, quantize_weight, stati
 from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
 from quant.errors import CheckpointError, Unquantizable
 from quant.scheme import PRESETS, Scheme
-from tests.support.tiny_llama import tiny_llama
+from tests.support.tiny_llama import recipe, tiny_llama
 
 INT8 = [scheme for scheme in PRESETS.values() if scheme.is_int8]
 DOWN = "model.layers.0.mlp.down_proj"
@@ -205,8 +205,9 @@ def test_biases_and_linears_left_out_stay_float(tmp_path):
 
 def convert(source, out, linear_names, scheme=None, dtype=torch.float16, **changes):
     scheme = scheme or Scheme("plain", "channel", "token")
-    arguments = {"groups": [], "notes": {}} | changes
-    quantize_checkpoint(source, out, scheme, linear_names=linear_names, dtype=dtype, **arguments)
+    said = {name: changes.pop(name) for name in ("notes", "on_progress") if name in changes}
+    how = recipe(scheme=scheme, linear_names=linear_names, dtype=dtype, **changes)
+    quantize_checkpoint(source, out, how, **said)
 
 
 def files_of(folder):
@@ -221,7 +222,7 @@ def test_two_runs_give_the_same_bytes(tiny, tmp_path, scheme):
 
 def interrupt_layer_1(monkeypatch):
     """Interrupt the first try at layer 1; the layers that are begun, in order, as they come."""
-    real, begun = layer.Block.quantize, []
+    real, begun = layer.LayerQuantizer.quantize, []
 
     def interrupted(self, windows):
         begun.append(self.index)
@@ -229,7 +230,7 @@ def interrupt_layer_1(monkeypatch):
             raise KeyboardInterrupt
         return real(self, windows)
 
-    monkeypatch.setattr(layer.Block, "quantize", interrupted)
+    monkeypatch.setattr(layer.LayerQuantizer, "quantize", interrupted)
     return begun
 
 

@@ -115,7 +115,9 @@ def smoothed(scheme: Scheme, has_outlier: bool) -> tuple[float, float, dict[str,
             "up": Inputs(Channels.of(x), Channels.of(x), x, None),
             "down": Inputs(Channels.of(rows), Channels.of(rows), rows, None),
         }
-        choice = smooth_layer(changed, [SmoothGroup("up", ("down",), gate=gate)], inputs, scheme, torch.float32)["up"]
+        choice = smooth_layer(
+            changed, [SmoothGroup("up", ("down",), gate=gate)], inputs, scheme=scheme, dtype=torch.float32
+        )["up"]
         assert choice.strength in (None, *ALPHAS, *THRESHOLDS, *BALANCES)
         assert gate is not None or choice.split is None
         found.append((choice, changed))
@@ -146,7 +148,7 @@ def test_an_alpha_by_hand_splits_nothing():
     rows[:, 3] *= 300
     inputs = {"down": Inputs(Channels.of(rows), Channels.of(rows), rows, None)}
     scheme = PRESETS["smoothquant-o3"].with_alpha(0.5)
-    assert smooth_layer(state, [GROUP], inputs, scheme, torch.float32)["up"].split is None
+    assert smooth_layer(state, [GROUP], inputs, scheme=scheme, dtype=torch.float32)["up"].split is None
 
 
 def test_a_checkpoint_notes_its_splits_and_its_layers_are_compared_around_them(tmp_path):

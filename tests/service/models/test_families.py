@@ -10,6 +10,7 @@ from transformers import GPT2Config, OPTConfig
 
 from kernels import quantize_rows
 from quant.checkpoint.reader import Checkpoint
+from quant.convert.layer import Recipe
 from quant.convert.model import quantize_checkpoint
 from quant.convert.smoothquant import SmoothGroup, divide
 from quant.linear import FloatLinear, InputCodes, Int8Linear
@@ -145,9 +146,9 @@ def test_an_int8_checkpoint_holds_the_named_linears(tiny, name, tmp_path):
     _, folder = tiny(name)
     config = ModelConfig.load(folder)
     names = linear_names(config)
-    quantize_checkpoint(
-        folder, tmp_path / "int8", PRESETS["rtn-token"], smooth_groups(config), names, torch.float32, {}
-    )
+    scheme, groups = PRESETS["rtn-token"], tuple(smooth_groups(config))
+    recipe = Recipe(scheme=scheme, linear_names=tuple(names), groups=groups, dtype=torch.float32)
+    quantize_checkpoint(folder, tmp_path / "int8", recipe)
     ids = ids_of(config)
     with torch.inference_mode():
         expected = score(Decoder(config, State(config, state_of(folder), tuple(names))), ids)
