@@ -11,6 +11,7 @@ import pytest
 from benchmarks import quality, wheels
 from benchmarks.mmlu import parse_subject
 from quant.analysis.choices import Question
+from quant.errors import InvalidScheme
 from quant.scheme import PRESETS
 
 SUBJECT = """The following are multiple choice questions (with answers) about sums.
@@ -44,9 +45,9 @@ def test_schemes_by_name():
     assert quality.parse("w8a8") == PRESETS["w8a8"]
     assert quality.parse(" w8a8:0.5") == PRESETS["w8a8"].with_alpha(0.5)
     assert quality.parse("rtn-token+gptq") == PRESETS["rtn-token"].with_rounding("gptq")
-    with pytest.raises(ValueError, match="choose one of"):
+    with pytest.raises(InvalidScheme, match="choose one of"):
         quality.parse("w4a16")
-    with pytest.raises(ValueError, match="does not smooth"):
+    with pytest.raises(InvalidScheme, match="does not smooth"):
         quality.parse("rtn:0.5")
 
 
