@@ -34,7 +34,7 @@ R = TypeVar("R")
 
 
 def _by_device(on_gpu: Callable[P, R], on_cpu: Callable[P, R]) -> Callable[P, R]:
-    """The op that runs where its first argument lives."""
+    """Returns an op that calls on_gpu or on_cpu, by the device of its first argument."""
 
     @wraps(on_cpu)
     def op(*args: P.args, **kwargs: P.kwargs) -> R:

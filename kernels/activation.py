@@ -1,4 +1,4 @@
-"""Products gated by SiLU or GELU, GELU and ReLU, to float or straight to int8 codes: one kernel each, one pass."""
+"""Products gated by SiLU or GELU, GELU and ReLU, written as floats or as int8 codes: one kernel and one pass each."""
 
 from __future__ import annotations
 
@@ -26,30 +26,19 @@ __all__ = ["gelu", "gelu_mul", "relu", "silu_mul"]
 
 
 def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
-    """Gate the second half of each row by SiLU of the first; `reference.silu_mul`.
-
-    y = silu(gate) * up        silu(g) = g / (1 + exp(-g))
-
-    Args:
-        gate_up: [T, 2F] float, the gate in columns 0..F-1, up in F..2F-1.
-        quantize: None writes [T, F] in gate_up's dtype; `ToInt8` writes codes and scale of the float32 y.
+    """Gate the second half of each row by SiLU of the first. See reference.silu_mul.
 
     Raises:
         ValueError: F is above `MAX_ROW` and each row's scale is to be found.
-
-    Source: GLU variants (arXiv 2002.05202), SwiGLU.
     """
     return _launch(_silu_mul_kernel, gate_up, gate_up.shape[1] // 2, quantize)
 
 
 def gelu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
-    """Gate the second half of each row by GELU, in its tanh form, of the first; `reference.gelu_mul`.
+    """Gate the second half of each row by GELU, in its tanh form, of the first. See reference.gelu_mul.
 
-    y = gelu(gate) * up
-
-    Args and raises: as `silu_mul`.
-
-    Source: GLU variants (arXiv 2002.05202), GEGLU.
+    Raises:
+        ValueError: F is above `MAX_ROW` and each row's scale is to be found.
     """
     return _launch(_gelu_mul_kernel, gate_up, gate_up.shape[1] // 2, quantize)
 
@@ -57,18 +46,16 @@ def gelu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quanti
 def gelu(
     x: Tensor, approximate: Literal["none", "tanh"] = "none", quantize: ToInt8 | None = None
 ) -> Tensor | Quantized:
-    """Apply GELU, x * Phi(x), exactly or by its tanh form; [T, K] as in `silu_mul`; `reference.gelu`.
+    """Apply GELU, exactly or by its tanh form. See reference.gelu.
 
     Raises:
         ValueError: K is above `MAX_BUSY_ROW` and each row's scale is to be found.
-
-    Source: GELU (arXiv 1606.08415), section 2.
     """
     return _launch(_gelu_kernel, x, x.shape[1], quantize, MAX_BUSY_ROW, TANH=approximate == "tanh")
 
 
 def relu(x: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
-    """Apply max(x, 0); [T, K] as in `silu_mul`. NaN stays NaN; `reference.relu`.
+    """Apply max(x, 0). See reference.relu.
 
     Raises:
         ValueError: K is above `MAX_ROW` and each row's scale is to be found.
@@ -79,7 +66,7 @@ def relu(x: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
 def _launch(
     kernel: Any, x: Tensor, num_columns: int, quantize: ToInt8 | None, max_row: int = MAX_ROW, **constants: bool
 ) -> Tensor | Quantized:
-    """Run a kernel of one program a row, or several where nothing sums along it, that writes [T, num_columns]."""
+    """Run a kernel that writes [T, num_columns]: one program per row, or several if no row maximum is needed."""
     x = with_unit_stride(x)
     y, scale = empty_output(x, num_columns, quantize)
     grid, options = row_launch(len(x), num_columns, max_row, one_program=is_dynamic(quantize))
@@ -105,7 +92,7 @@ def _silu_mul_kernel(
 
 @triton.jit
 def _gelu_tanh(x):
-    # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)): no tanh needed, and nothing cancels where x is very negative.
+    # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)): needs no tanh, and nothing cancels for very negative x.
     return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
@@ -155,5 +142,5 @@ def _relu_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < K
     x = load_row(x_ptr + row.to(tl.int64) * stride_t, columns, mask)
-    # Written so that NaN, which no comparison holds for, passes through.
+    # Written so that NaN passes through: no comparison is true for it.
     store_row(tl.where(x < 0.0, 0.0, x), y_ptr, scale_ptr, row, columns, mask, K, STATIC)

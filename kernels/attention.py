@@ -1,8 +1,7 @@
 """Attention over the paged cache: prefill chunks in causal tiles, decodes split along their context.
 
-A request with one query row always goes through the split kernels and one with more always through the tiles, whatever
-else is in the batch; and a split's length follows from its own context alone. So a row's result does not depend on its
-company in the step.
+A request with one query row always runs through the split kernels, one with more rows always through the tiles, and a
+split's length follows from the request's own context. So a row's result does not depend on the rest of the step.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_attention import Step, decode
+from kernels.decode_attention import Operands, decode
 from kernels.dependent import await_inputs, launch_dependents, launch_early
 from kernels.paging import LIFT, codes_of, first_key, fold_keys, load_blocks, lowest_top, paged_layout, scale_of
 from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
-from kernels.tiles import AttentionTile, Gpu, current_gpu, decode_tile, prefill_tile
+from kernels.tiles import AttentionTile, Target, current_gpu, decode_tile, prefill_tile
 
 __all__ = ["paged_attention"]
 
 HOPPER = 90
 MIN_ROWS = 16
-"""Of a tile that a matrix instruction multiplies."""
+"""Fewest rows of a tile that a matrix instruction multiplies."""
 
 
 def paged_attention(
@@ -42,42 +41,19 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Tensor | Quantized:
-    """Attend causally over the paged cache, for prefill chunks and decodes in one batch; `reference.paged_attention`.
+    """Attend causally over the paged cache, prefill chunks and decodes in one batch. See reference.paged_attention.
 
-    Request b owns query rows query_starts[b] .. query_starts[b+1]-1; row i of its n sits at position
-    context_lens[b] - n + i and sees keys 0 .. that position.        y = softmax(q k^T * scale) v
-    With a soft cap c the scores are c tanh(q k^T * scale / c).
-
-    The sums are float32; q k^T and p v multiply in q's dtype, p rounded to it. The scales of an int8 cache multiply
-    q k^T after the product and p before it.
-
-    Args:
-        q: [T, H, D] float.
-        k_cache, v_cache: [num_blocks, block_size, G, D] float, or such int8 codes with a float32 scale
-            [num_blocks, block_size, G]; block_size a power of two, a head's D elements contiguous; H is a multiple of
-            G, and heads h*H/G .. share key head h.
-        block_tables: [B, max_blocks] int32, entries beyond the context never read.
-        query_starts: [B + 1] int32, rising; a request may own no row.
-        context_lens: [B] int32, keys of each request, this step's own included; 0 where it owns no row.
-        max_query_len: the largest number of query rows of one request (a grid size; 1 for a decode step).
-        scale: positive, usually D ** -0.5.
-        quantize: None writes y in q's dtype; `ToInt8` writes codes and scale of y rounded to q's dtype.
-        window: row i sees only the last window keys up to its own position; None for all. At least 1.
-        soft_cap: positive bound of the scores, None for none.
-
-    Returns:
-        y [T, H * D]. Rows outside every request are not defined.
+    A request may have no query row here; its context is then 0. Sums are float32; q k^T and p v multiply in q's dtype,
+    p rounded to it. The scales of an int8 cache multiply q k^T after the product and p before it.
 
     Raises:
         ValueError: H is not a multiple of G, block_size is not a power of two, a cache's heads are not contiguous, or
             H * D is above `quantize.MAX_ROW` and rows are to be quantized.
 
-    Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; Flash-Decoding (Dao et al., 2023); PagedAttention
-    (arXiv 2309.06180); window: Longformer (arXiv 2004.05150), section 3.1; soft cap: Gemma 2 (arXiv 2408.00118),
-    section 2.
+    Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; Flash-Decoding (Dao et al., 2023).
     """
     layout = paged_layout(q.shape[1], k_cache, v_cache, window, soft_cap)
-    step = Step(
+    step = Operands(
         q.contiguous(),
         codes_of(k_cache),
         codes_of(v_cache),
@@ -99,11 +75,8 @@ def paged_attention(
     return quantized(y, quantize)
 
 
-def _prefill_tile(gpu: Gpu, step: Step) -> AttentionTile:
-    """Half as many rows where int8 codes and a window's mask share the registers: at full height they spill.
-
-    Hopper alone has room for both.
-    """
+def _prefill_tile(gpu: Target, step: Operands) -> AttentionTile:
+    """The tile of a step; half as many rows if int8 codes and a window's mask would spill. Only Hopper holds both."""
     layout = step.layout
     tile = prefill_tile(gpu, layout.BLOCK_D, step.q.element_size(), step.k.element_size())
     is_crowded = step.k_scale is not None and (layout.WINDOW is not None or layout.SOFT_CAP is not None)
@@ -112,8 +85,8 @@ def _prefill_tile(gpu: Gpu, step: Step) -> AttentionTile:
     return replace(tile, block_m=tile.block_m // 2)
 
 
-def _prefill(step: Step, tile: AttentionTile, y: Tensor, max_query_len: int) -> None:
-    """Launch the tiles of every request with more than one query row."""
+def _prefill(step: Operands, tile: AttentionTile, y: Tensor, max_query_len: int) -> None:
+    """Launches the tiles of every request with more than one query row."""
     block_m = max(tile.block_m, triton.next_power_of_2(step.layout.GROUP))
     grid = (triton.cdiv(max_query_len, block_m // step.layout.GROUP), step.k.shape[2], len(step.context_lens))
     _paged_attention_kernel[grid](
@@ -141,7 +114,7 @@ def _paged_attention_kernel(
     BLOCK_N: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One tile of queries of one request; the GROUP query heads of one key head share its rows."""
+    """One tile of queries of one request. The GROUP query heads of one key head share its rows."""
     await_inputs(DEPENDENT)
     D: tl.constexpr = LAYOUT.D
     GROUP: tl.constexpr = LAYOUT.GROUP
@@ -151,7 +124,7 @@ def _paged_attention_kernel(
     kv_head, request = tl.program_id(1), tl.program_id(2)
     query_start = tl.load(query_starts_ptr + request)
     num_queries = tl.load(query_starts_ptr + request + 1) - query_start
-    # Last tile first: it sees the most keys.
+    # The last tile runs first: it sees the most keys.
     first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     if (num_queries < 2) | (first_query >= num_queries):
         return
@@ -178,7 +151,7 @@ def _paged_attention_kernel(
     first_visible = context - num_queries + first_query + 1
     last = tl.minimum(context, first_visible + QUERIES - 1)
     first = first_key(first_visible, WINDOW, BLOCK_N)
-    # Keys that even the first query sees need no mask. Under a window later rows do not see them: all tiles take one.
+    # Keys that every query sees need no mask. With a window later rows do not see them, so every tile is masked.
     middle = first_visible // BLOCK_N * BLOCK_N if WINDOW is None else first
     blocks = load_blocks(table_ptr, first, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
     if WINDOW is None:

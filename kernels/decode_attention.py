@@ -15,27 +15,27 @@ from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import AttentionTile
 
-__all__ = ["Step", "decode"]
+__all__ = ["Operands", "decode"]
 
 MAX_SPLITS = 16
 MIN_SPLIT = 128
-"""Keys below which a context is not split further. Sixteen splits of 8 key heads fill a GPU at one request."""
+"""Fewest keys of a split. With one request, sixteen splits of 8 key heads fill a GPU."""
 
 ENOUGH_PROGRAMS = 512
-"""Programs beyond which each takes several splits of its request one after the other: a longer stream of keys. H100, 32
-requests at context 512: 34 us, where 2048 take 37 and one split a program 43."""
+"""With more programs than this, each takes several splits of its request one after the other. H100, 32 requests at
+context 512: 34 us; with 2048 instead it takes 37, with one split per program 43."""
 
 SUM_HEADS = 4
-"""Heads that one program sums. All 32, so that it could find the row's scale and write its codes, took 10 us at one
-request where these and `quantize_rows` take 3."""
+"""Heads that one program sums. With all 32 a program could find the row's scale and write its codes, but that took 10
+us at one request, where these and `quantize_rows` take 3."""
 
 SUM_STAGES = 5
 
 MIN_KEYS = tl.constexpr(MIN_SPLIT)
 
 
-class Step(NamedTuple):
-    """The operands of attention in one step; `scale` counts in powers of two."""
+class Operands(NamedTuple):
+    """The operands of attention; `scale` includes log2(e), since the softmax is computed in powers of two."""
 
     q: Tensor
     k: Tensor
@@ -49,8 +49,8 @@ class Step(NamedTuple):
     layout: Layout
 
 
-def decode(step: Step, tile: AttentionTile, quantize: ToInt8 | None, y: Tensor | None = None) -> Tensor | Quantized:
-    """Attend for every request with one query row; other rows of y [T, H * D] are left alone."""
+def decode(step: Operands, tile: AttentionTile, quantize: ToInt8 | None, y: Tensor | None = None) -> Tensor | Quantized:
+    """Attend for every request with one query row; other rows of y [T, H * D] are not written."""
     q, layout = step.q, step.layout
     (B, max_blocks), (_, H, D) = step.block_tables.shape, q.shape
     max_keys = max_blocks * layout.BLOCK_SIZE
@@ -68,8 +68,8 @@ def decode(step: Step, tile: AttentionTile, quantize: ToInt8 | None, y: Tensor |
     return quantized(y, quantize)
 
 
-def _launch_splits(step: Step, tile: AttentionTile, part: Tensor, lse: Tensor | None) -> None:
-    """Launch the splits; each writes its part, or without lse the one split of each request writes the output."""
+def _launch_splits(step: Operands, tile: AttentionTile, part: Tensor, lse: Tensor | None) -> None:
+    """Launches the splits. Each writes its part; without lse each request has one split, which writes the output."""
     layout, (B, max_blocks), G = step.layout, step.block_tables.shape, step.k.shape[2]
     num_splits = 1 if lse is None else lse.shape[1]
     per_program = max(1, min(num_splits, num_splits * G * B // ENOUGH_PROGRAMS))
@@ -81,8 +81,8 @@ def _launch_splits(step: Step, tile: AttentionTile, part: Tensor, lse: Tensor | 
     )  # fmt: skip
 
 
-def _launch_sum(step: Step, tile: AttentionTile, part: Tensor, lse: Tensor, out: Tensor) -> None:
-    """Launch the sum over each request's splits."""
+def _launch_sum(step: Operands, tile: AttentionTile, part: Tensor, lse: Tensor, out: Tensor) -> None:
+    """Launches the sum over each request's splits."""
     B, num_splits, H, D = part.shape
     heads, block_d = min(SUM_HEADS, triton.next_power_of_2(H)), step.layout.BLOCK_D
     _paged_decode_sum_kernel[(B, triton.cdiv(H, heads))](
@@ -94,7 +94,7 @@ def _launch_sum(step: Step, tile: AttentionTile, part: Tensor, lse: Tensor, out:
 
 @triton.jit
 def _split_len(num_keys, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys of one split of num_keys: whole tiles, the same for every split of a request but the last."""
+    """Keys of one split of num_keys: whole tiles, the same for all splits of a request except the last."""
     return tl.maximum(MIN_KEYS, tl.cdiv(tl.cdiv(num_keys, SPLITS), BLOCK_N) * BLOCK_N)
 
 
@@ -121,7 +121,8 @@ def _paged_decode_kernel(
 ):
     """per_program splits of one request's context for the GROUP query heads of one key head.
 
-    Of each split its softmax, and log2 of its sum. With lse_ptr None there is one split, and part_ptr is the output.
+    Writes each split's softmax times v and log2 of its sum. With lse_ptr None there is one split and part_ptr is the
+    output.
     """
     launch_dependents(DEPENDENT)
     await_inputs(DEPENDENT)
@@ -158,7 +159,7 @@ def _paged_decode_kernel(
     blocks = load_blocks(table_ptr, first, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
     for start in range(first, last, BLOCK_N):
         next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
-        # A split starts from the lowest, which also shrinks what the split before it has left to nothing.
+        # A split starts from the lowest maximum, which also scales what the split before left to 0.
         top = tl.where((start - window_start) % split_len == 0, lowest_top(WINDOW), top)
         top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
                                     last, num_visible, scale, True, LAYOUT, BLOCK_N)  # fmt: skip
@@ -171,7 +172,7 @@ def _paged_decode_kernel(
                 tl.store(part_ptr + part[:, None] * D + columns[None, :], y, mask=mask)
                 tl.store(lse_ptr + part, top + tl.math.log2(total), mask=rows < GROUP)
     if lse_ptr is None:
-        # The largest score alone adds 1 to total; less means no key at all (context 0), and y is then 0.
+        # The largest score adds 1 to total. Less than 1 means no key (context 0), and y is then 0.
         total = tl.maximum(total, 1.0)
         y = acc / (total if v_scale_ptr is None else total * LIFT)[:, None]
         tl.store(part_ptr + at, y.to(part_ptr.dtype.element_ty), mask=mask)
@@ -194,7 +195,7 @@ def _paged_decode_sum_kernel(
     WINDOW: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """HEADS heads of one decode: its splits' results, each weighted by its share of the whole softmax sum."""
+    """HEADS heads of one decode: the sum of its splits, each weighted by its share of the softmax sum."""
     launch_dependents(DEPENDENT)
     await_inputs(DEPENDENT)
     request = tl.program_id(0).to(tl.int64)
@@ -210,7 +211,7 @@ def _paged_decode_sum_kernel(
     mask = is_head[:, None] & (columns < D)[None, :]
     row, splits = request * SPLITS * H, tl.arange(0, SPLITS)
     is_split = is_head[:, None] & (splits < num_splits)[None, :]
-    # From a finite floor: a context of 0 has no split, and -inf - -inf is NaN.
+    # A finite lower bound: a context of 0 has no split, and -inf - -inf is NaN.
     tops = tl.load(lse_ptr + row + splits[None, :] * H + heads[:, None], mask=is_split, other=-1e30)
     top = tl.max(tops, axis=1)
     total = tl.zeros([HEADS], tl.float32)

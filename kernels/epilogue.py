@@ -1,4 +1,4 @@
-"""What a Linear does to its int32 accumulator before it stores it: scales, bias, gate, residual."""
+"""What a Linear does with its int32 accumulator: scales, bias, gate, residual, store."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kernels.quantize import magnitude
 __all__ = ["MAX_PIECE", "Epilogue", "dequantize", "finish_tile", "gate_pairs"]
 
 MAX_PIECE = tl.constexpr(128)
-"""Columns of the accumulator that are finished at once: the epilogue of a wider tile would spill."""
+"""Most columns of the accumulator that are finished at once: the epilogue of a wider tile would spill."""
 
 
 class Epilogue(NamedTuple):
-    """The operands of an epilogue, None where not asked for. Without any scale y is the accumulator itself.
+    """The operands of an epilogue, None for those that it lacks. Without scales y is the accumulator itself.
 
     x_scale: float32 [T] (PER_ROW) or [1].      weight_scale: float32 [N] (PER_COLUMN) or [1].
     bias: [N] float.                            residual: float, of y's shape.
@@ -96,7 +96,7 @@ def _store_piece(y, ops, y_ptr, tokens, first, T, N):
     stored = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, stored, mask=mask)
     if ops.row_max is not None:
-        # Of what was stored, since that is what will be quantized.
+        # The maximum of the stored values, which are the ones that will be quantized.
         at_piece = tokens.to(tl.int64) * tl.cdiv(N, y.shape[1]) + first // y.shape[1]
         row_max = tl.max(tl.where(mask, magnitude(stored.to(tl.float32)), 0.0), axis=1)
         tl.store(ops.row_max + at_piece, row_max, mask=(tokens < T) & (first < N))

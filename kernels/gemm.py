@@ -1,6 +1,6 @@
 """int8 x int8 -> int32 matrix product with the whole Linear in its epilogue: scales, bias, gate, residual.
 
-Both operands are stored with the summed index innermost ([T, K] and [N, K]), as the int8 tensor cores want them.
+Both operands are stored with the summed index innermost ([T, K] and [N, K]), which int8 tensor cores require.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ FALLBACKS = {
     "pingpong": Tile("plain", 128, 128, 128, num_warps=8, num_stages=3),
     "stream": Tile("swapped", 32, 64, 256, num_warps=4, num_stages=4),
 }
-"""Where a table asks for a kernel in Gluon and the epilogue is one that it does not have."""
+"""Tiles in place of those of a Gluon kernel, for epilogues and alignments that it does not support."""
 
 
 def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
-    """Multiply int8 by int8 exactly: accumulator [T, N] int32 = x_q [T, K] @ weight_q [N, K]^T.
+    """Multiply int8 by int8 exactly. See reference.int8_matmul.
 
     Raises:
         ValueError: K differs between the two, weight_q is not contiguous, or K is above `MAX_DEPTH`.
@@ -52,8 +52,7 @@ def int8_linear(
 ) -> Tensor:
     """Apply a W8A8 Linear in one kernel. See reference.int8_linear.
 
-    A row of y has the same bits whatever else is in the batch: int32 sums are exact, the rest is per element and in one
-    order.
+    A row of y has the same bits in every batch: int32 sums are exact, and the rest is per element and in one order.
 
     Raises:
         ValueError: K differs between x and weight_q, weight_q is not contiguous, K is above `MAX_DEPTH`, or a scale,
@@ -80,8 +79,8 @@ def int8_gated_linear(
 ) -> Tensor | Quantized:
     """Apply a W8A8 Linear whose outputs are pairs of gate and up, and gate them. See reference.int8_gated_linear.
 
-    The gate is part of the product's epilogue, so the product itself is never written. Scales per row take a second
-    kernel, which reads y once: the first leaves it the largest magnitude of each piece of a row.
+    The gate is part of the product's epilogue, so the product itself is not written. Scales per row take a second
+    kernel, which reads y once; the first writes the largest magnitude of each piece of a row for it.
 
     Raises:
         ValueError: as `int8_linear`, or N is odd.
@@ -114,7 +113,7 @@ def _check_operands(x: Quantized, weight_q: Tensor, weight_scale: Tensor, bias: 
 def launch(
     x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile | None = None, is_gated: bool = False
 ) -> None:
-    """Fill y by the tile given, or else by the one that the table names. Without scales y is the accumulator."""
+    """Fill y with the given tile, or else with the table's. Without scales y is the accumulator."""
     (T, K), N = x_q.shape, len(weight_q)
     if weight_q.shape[1] != K or not weight_q.is_contiguous():
         raise ValueError(f"weight_q {tuple(weight_q.shape)} must be [N, {K}] and contiguous, for x of depth {K}")
@@ -143,7 +142,7 @@ def launch(
 
 
 def pick_tile(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor) -> Tile:
-    """The table's tile, unless its kernel lacks the epilogue."""
+    """The table's tile, or its fallback if its kernel does not support these operands."""
     T, K = x_q.shape
     tile = choose(current_gpu(y.device), len(weight_q), K, T)
     return tile if tile.kernel not in FALLBACKS or can_copy(x_q, weight_q, ops, y) else FALLBACKS[tile.kernel]
@@ -161,7 +160,7 @@ def launch_options(tile: Tile) -> dict[str, int | bool]:
     }
 
 
-# T changes with every step: specialized on its value (1, or a multiple of 16) it would compile three kernels for one.
+# T changes with every step: specialized on its value (1, or a multiple of 16), three kernels would be compiled.
 @triton.jit(do_not_specialize=["T"])
 def _int8_linear_kernel(
     x_ptr,
@@ -190,8 +189,8 @@ def _int8_linear_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     await_inputs(DEPENDENT)
-    # Columns past the end repeat the last one, so that only the store needs a mask. Tokens do not: where T is 1 all
-    # programs would ask for the same line 16 times, and T = 1 took longer than T = 16.
+    # Columns past the end repeat the last one, so that only the store needs a mask. Tokens past the end do not: with
+    # T = 1 all programs would load the same line 16 times, and T = 1 took longer than T = 16.
     is_token = (tokens < T)[:, None]
     x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * K + depth[None, :]
     weight_ptrs = weight_ptr + tl.minimum(columns, N - 1).to(tl.int64)[None, :] * K + depth[:, None]
@@ -243,7 +242,7 @@ def _int8_linear_swapped_kernel(
     weight_ptrs = weight_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + depth[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.int32)
     for start in range(0, K, BLOCK_K):
-        # The weights are read once and would only push the activations out of the L2 cache.
+        # The weights are read once; kept in the L2 cache they would only replace the activations.
         if EVEN_K:
             x = tl.load(x_ptrs, mask=is_token, other=0)
             weight = tl.load(weight_ptrs, eviction_policy="evict_first")

@@ -1,6 +1,6 @@
 """The int8 product of weights whose every row has one scale per group of neighbouring columns.
 
-Such a scale cannot wait for the epilogue: each step of the product lies in one group, and its int32 sum (exact, and
+Such a scale cannot be applied in the epilogue. Each step of the product is within one group; its int32 sum (exact, and
 below 2^24, so exact in float32 too) is scaled and added to a float32 accumulator.
 """
 
@@ -20,7 +20,7 @@ from kernels.tiles import Tile, current_gpu
 __all__ = ["group_tile", "int8_group_linear"]
 
 MAX_STEP = 128
-"""Columns that one step of the product multiplies at most."""
+"""Most columns that one step of the product multiplies."""
 
 MAX_STAGES = 8
 
@@ -35,8 +35,7 @@ def int8_group_linear(
 ) -> Tensor:
     """Apply an int8 Linear whose weights have a scale per group of columns. See reference.int8_group_linear.
 
-    A step multiplies min(group size, 128) columns on the tensor cores. A row of y has the same bits whatever else is in
-    the batch.
+    A step multiplies min(group size, 128) columns on the tensor cores. A row of y has the same bits in every batch.
 
     Raises:
         ValueError: K differs between x and weight_q, weight_q is not contiguous, or a scale, the bias or the residual
@@ -67,9 +66,9 @@ def int8_group_linear(
 
 
 def group_tile(capability: int, t: int, group_size: int) -> Tile:
-    """The tile of a product of t tokens, with steps that stay in their group. capability: 90 for 9.0.
+    """The tile of a product of t tokens, each of whose steps is within one group. capability: 90 for 9.0.
 
-    Few tokens wait for the weights' bytes alone, so their tiles are narrow and have many stages.
+    With few tokens the product is bound by the weights' bytes, so tiles are narrow and have many stages.
     """
     has_room = capability in {80, 90, 100}
     block_k = min(group_size, MAX_STEP)
@@ -82,7 +81,7 @@ def group_tile(capability: int, t: int, group_size: int) -> Tile:
     if capability == 100 and block_t > 32:
         # With more rows, or fewer warps, it spills a few registers.
         block_t, num_warps = 64, 8
-    # Shorter steps, more of them on their way, for as many bytes.
+    # Shorter steps, and more of them in flight, for the same number of bytes.
     num_stages = max(num_stages, min(MAX_STAGES, num_stages * MAX_STEP // block_k))
     return Tile("plain", block_t, block_n, block_k, num_warps, num_stages)
 
@@ -118,7 +117,7 @@ def _int8_group_linear_kernel(
     x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * K + depth
     weight_ptrs = weight_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + depth
     is_scaled = columns < N
-    # In 32 bits: a thread keeps one for each of its many columns, and would spill.
+    # 32 bits: a thread holds one offset for each of its many columns, and would spill with 64.
     scale_at = columns * tl.cdiv(K, GROUP_SIZE)
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     for step in range(tl.cdiv(K, BLOCK_K)):
@@ -126,7 +125,7 @@ def _int8_group_linear_kernel(
         x = tl.load(x_ptrs, mask=is_token[:, None], other=0)
         weight = tl.load(weight_ptrs)
         part = tl.dot(x, tl.trans(weight), out_dtype=tl.int32)
-        # Written as fma, so that no tile and no compiler rounds a row otherwise than another.
+        # Written as fma, so that all tiles and compilers round a row in the same way.
         acc = tl.fma(part.to(tl.float32), tl.expand_dims(scale, 0), acc)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K

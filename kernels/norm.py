@@ -21,24 +21,10 @@ def rms_norm(
     residual: Tensor | None = None,
     quantize: ToInt8 | None = None,
 ) -> tuple[Tensor | Quantized, Tensor]:
-    """Add the residual, then scale each row to unit root mean square; `reference.rms_norm`.
-
-    h = x + residual        y = h / sqrt(mean_k h^2 + eps) * weight
-
-    Args:
-        x: [T, K] float.
-        weight: [K] float.
-        eps: added to the mean square.
-        residual: [T, K] of x's dtype, or None for h = x. The norm reads h as it is stored, in x's dtype.
-        quantize: None writes y in x's dtype; `ToInt8` writes codes and scale of the float32 y.
-
-    Returns:
-        y, and h [T, K] in x's dtype (x itself where there is no residual).
+    """Add the residual, then scale each row to unit root mean square. See reference.rms_norm.
 
     Raises:
-        ValueError: K is above `MAX_BUSY_ROW`.
-
-    Source: RMSNorm (arXiv 1910.07467), equation 4; fusion after ZeroQuant (arXiv 2206.01861), section 4.3.
+        ValueError: K is above `MAX_BUSY_ROW`, or the residual is not of x's shape.
     """
     x, residual, h = _operands(x, residual)
     T, K = x.shape
@@ -59,13 +45,10 @@ def layer_norm(
     residual: Tensor | None = None,
     quantize: ToInt8 | None = None,
 ) -> tuple[Tensor | Quantized, Tensor]:
-    """Add the residual, then shift and scale each row to mean 0 and variance 1; `reference.layer_norm`.
+    """Add the residual, then shift and scale each row to mean 0 and variance 1. See reference.layer_norm.
 
-    h = x + residual        y = (h - mean_k h) / sqrt(var_k h + eps) * weight + bias
-
-    Args, returns and raises: as `rms_norm`, with bias [K] or None.
-
-    Source: layer normalization (arXiv 1607.06450), equation 4.
+    Raises:
+        ValueError: as `rms_norm`.
     """
     x, residual, h = _operands(x, residual)
     T, K = x.shape
@@ -79,7 +62,7 @@ def layer_norm(
 
 
 def _operands(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x and residual as the kernel reads them, and room for h where there is a residual."""
+    """x and residual as the kernel reads them, and an empty h if there is a residual."""
     rows = with_unit_stride(x)
     if residual is None:
         return rows, None, None
@@ -94,7 +77,7 @@ def _row_stride(residual: Tensor | None) -> int:
 
 @triton.jit
 def _load_sum(x_ptr, residual_ptr, h_ptr, row, columns, mask, K, stride_x, stride_residual):
-    """h of one row as float32, rounded to the dtype in which it is stored and the next layer adds to it."""
+    """h of one row as float32, rounded to the dtype that it is stored in."""
     row = row.to(tl.int64)
     h = load_row(x_ptr + row * stride_x, columns, mask)
     if residual_ptr is not None:
@@ -156,7 +139,7 @@ def _layer_norm_kernel(
     mask = columns < K
     h = _load_sum(x_ptr, residual_ptr, h_ptr, row, columns, mask, K, stride_x, stride_residual)
     centred = h - tl.sum(h, axis=0) / K
-    # From the centred values, not as mean of squares minus square of mean: that cancels where |mean| is large.
+    # From the centred values: the mean of squares minus the square of the mean cancels if |mean| is large.
     variance = tl.sum(tl.where(mask, centred * centred, 0.0), axis=0) / K
     y = centred * tl.rsqrt(variance + eps) * load_row(weight_ptr, columns, mask)
     if bias_ptr is not None:

@@ -1,7 +1,7 @@
 """LLM.int8(): an int8 product of most columns of an activation, and a float product of the few with outliers.
 
-Which columns these are is found on the device, in every step, and stays there: the list of them and their count steer
-the float product, so that a step can be captured in a CUDA graph.
+The columns are found on the device in every step. Their list and count stay there and control the float product, so a
+step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["int8_outlier_linear", "split_outliers"]
 
 FEW_ROWS = 16
 FOUND_AT_ONCE, LISTED_AT_ONCE = 32, 4096
-"""Columns of one program that finds outliers (64 bytes of a row), and of one step of the program that lists them."""
+"""Columns of a program that finds outliers (64 bytes of a row), and of an iteration of the program that lists them."""
 
 
 def int8_outlier_linear(
@@ -32,31 +32,13 @@ def int8_outlier_linear(
     out_dtype: torch.dtype = torch.float16,
     threshold: float = 6.0,
 ) -> Tensor:
-    """Apply a Linear in int8 but for the input columns with outliers, in float; `reference.int8_outlier_linear`.
+    """Apply a Linear in int8, its input columns with outliers in float. See reference.int8_outlier_linear.
 
-    O = {k : max_t |x_tk| >= threshold}
-    y_tn = int8_linear(x without O)_tn + weight_scale_n * sum_{k in O} x_tk * weight_q_nk
-
-    What is split is the summed dimension, the features: every token has its outlier features multiplied in float and
-    all others in int8, row-wise scales found without them. The float sum multiplies the codes, exact in x's dtype, with
-    float32 sums, and is added to y as rounded to out_dtype. Where O is empty it costs its launch alone.
-
-    Args:
-        x: [T, K] float, any strides.
-        weight_q: [N, K] int8, contiguous.
-        weight_scale: float32 [N] or [1].
-        bias: [N] float or None.
-        residual: [T, N] float or None.
-        out_dtype: float16, bfloat16 or float32; of y.
-        threshold: positive, in x's units. NaN counts as an outlier.
-
-    Returns:
-        y [T, N]. A row depends on its batch, which decides O.
+    The float product multiplies the weight's codes, which are exact in x's dtype, with float32 sums. Without outliers
+    it costs only its launch.
 
     Raises:
         ValueError: as `split_outliers` and `int8_linear`.
-
-    Source: LLM.int8() (arXiv 2208.07339), section 3.2 and equation 8.
     """
     x = with_unit_stride(x)
     x_q, outliers = split_outliers(x, threshold)
@@ -66,21 +48,10 @@ def int8_outlier_linear(
 
 
 def split_outliers(x: Tensor, threshold: float) -> tuple[Quantized, Outliers]:
-    """Round each row of x to int8 without the columns that hold an outlier, and list these.
-
-    O = {k : max_t |x_tk| >= threshold}        scale_t = max_{k not in O} |x_tk| / 127        codes = 0 in O
-
-    Args:
-        x: [T, K] float, any strides.
-        threshold: positive, in x's units. NaN counts as an outlier.
-
-    Returns:
-        codes [T, K] int8 and scale [T], by the rules of `quantize_rows`, and O.
+    """Round each row of x to int8 without its outlier columns, and list those. See reference.split_outliers.
 
     Raises:
         ValueError: K is above `MAX_ROW`.
-
-    Source: LLM.int8() (arXiv 2208.07339), section 3.2.
     """
     x = with_unit_stride(x)
     T, K = x.shape
@@ -117,7 +88,7 @@ def _add_outliers(y: Tensor, x: Tensor, outliers: Outliers, weight_q: Tensor, we
 def _find_outliers_kernel(
     x_ptr, is_outlier_ptr, T, K, stride_t, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
 ):
-    """BLOCK columns of all rows: 1 where one holds an outlier, else 0."""
+    """BLOCK columns of all rows: 1 for a column that holds an outlier, else 0."""
     launch_dependents(DEPENDENT)
     await_inputs(DEPENDENT)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -132,7 +103,7 @@ def _find_outliers_kernel(
 
 @triton.jit
 def _list_outliers_kernel(is_outlier_ptr, columns_ptr, count_ptr, K, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
-    """One program: the columns with an outlier, in order, and how many they are."""
+    """One program: the columns with an outlier, in order, and their number."""
     launch_dependents(DEPENDENT)
     await_inputs(DEPENDENT)
     count = tl.zeros([], tl.int32)
@@ -178,7 +149,7 @@ def _add_outliers_kernel(
     BLOCK_K: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One tile of y, read and written again: as many steps as the device has listed columns for."""
+    """Adds to one tile of y, in as many iterations as there are listed columns."""
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     launch_dependents(DEPENDENT)

@@ -1,4 +1,4 @@
-"""Where the paged cache keeps a token, and the step of the softmax over it that prefill and decode share."""
+"""Addresses in the paged cache, and the step of the softmax over it that prefill and decode share."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = [
 ]
 
 MAX_NARROW = 2**31
-"""Elements that 32-bit offsets reach; half the address arithmetic of 64-bit ones."""
+"""Number of elements that 32-bit offsets reach; they take half the address arithmetic of 64-bit ones."""
 
-# Lifts p * v_scale out of float16's subnormals. A scale of float16 values is at most 65504 / 127: it stays finite.
+# Keeps p * v_scale out of float16's subnormals. The scale of float16 values is at most 65504 / 127: it stays finite.
 LIFT = tl.constexpr(64.0)
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
-# The byte code + 128 below the byte 0x64 is the float16 1152 + code: five instructions for four codes, where the plain
-# conversion of each runs at an eighth of their rate.
+# A float16 whose high byte is 0x64 and whose low byte is code + 128 is 1152 + code: five instructions for four codes,
+# while the plain conversion of each code runs at an eighth of their rate.
 CODES_TO_HALF = tl.constexpr("""{
     .reg .b32 bytes, ones, bias;
     xor.b32 bytes, $2, 0x80808080;
@@ -49,7 +49,7 @@ CODES_TO_HALF = tl.constexpr("""{
 
 @dataclass(frozen=True, slots=True)
 class Strides:
-    """Elements from one block, one slot and one key head of a cache to the next."""
+    """Distance in elements from one block, one slot and one key head of a cache to the next."""
 
     BLOCK: int
     SLOT: int
@@ -58,10 +58,11 @@ class Strides:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What attention is compiled for: GROUP query heads to a key head, head size D, where the caches keep a slot.
+    """What attention is compiled for: GROUP query heads per key head, head size D, the strides of the caches.
 
-    WINDOW: the keys a query sees, its own the last; None for all before it.
-    SOFT_CAP: what scores stay below, each way; None for no bound.
+    IS_WIDE: whether offsets need 64 bits.
+    WINDOW: number of keys a query sees, its own the last; None for all up to its own.
+    SOFT_CAP: bound of the scores' magnitude; None for none.
     """
 
     GROUP: int
@@ -108,17 +109,17 @@ def paged_layout(
         )
     k_scale, v_scale = scale_of(k_cache), scale_of(v_cache)
     return Layout(
-        num_heads // num_kv_heads,
-        head_size,
-        triton.next_power_of_2(head_size),
-        block_size,
-        _strides_of(codes_of(k_cache)),
-        _strides_of(codes_of(v_cache)),
-        None if k_scale is None else Strides(*k_scale.stride()),
-        None if v_scale is None else Strides(*v_scale.stride()),
-        max(_reach(codes_of(cache)) for cache in (k_cache, v_cache)) > MAX_NARROW,
-        window,
-        soft_cap,
+        GROUP=num_heads // num_kv_heads,
+        D=head_size,
+        BLOCK_D=triton.next_power_of_2(head_size),
+        BLOCK_SIZE=block_size,
+        K=_strides_of(codes_of(k_cache)),
+        V=_strides_of(codes_of(v_cache)),
+        K_SCALE=None if k_scale is None else Strides(*k_scale.stride()),
+        V_SCALE=None if v_scale is None else Strides(*v_scale.stride()),
+        IS_WIDE=max(_reach(codes_of(cache)) for cache in (k_cache, v_cache)) > MAX_NARROW,
+        WINDOW=window,
+        SOFT_CAP=soft_cap,
     )
 
 
@@ -135,13 +136,13 @@ def _strides_of(cache: Tensor) -> Strides:
 
 
 def _reach(cache: Tensor) -> int:
-    """Elements from the first to beyond the last."""
+    """Distance in elements from the first to one past the last."""
     return sum(stride * (size - 1) for stride, size in zip(cache.stride(), cache.shape, strict=True)) + 1
 
 
 @triton.jit
 def key_offsets(blocks, slots, STRIDES: tl.constexpr, IS_WIDE: tl.constexpr):
-    """Elements from the start of a cache to slots of blocks."""
+    """Distance in elements from the start of a cache to slots of blocks."""
     if IS_WIDE:
         blocks = blocks.to(tl.int64)
     return blocks * STRIDES.BLOCK + slots * STRIDES.SLOT
@@ -149,13 +150,13 @@ def key_offsets(blocks, slots, STRIDES: tl.constexpr, IS_WIDE: tl.constexpr):
 
 @triton.jit
 def _load(ptrs, mask, MASKED: tl.constexpr):
-    """A load, 0 where masked."""
+    """A load; 0 where the mask is false."""
     return tl.load(ptrs, mask=mask, other=0) if MASKED else tl.load(ptrs)
 
 
 @triton.jit
 def widen(x, q):
-    """Keys or values in q's dtype; int8 codes to float16 four at a time, exactly."""
+    """Keys or values in q's dtype. int8 codes become float16 four at a time, exactly."""
     if x.dtype == tl.int8 and q.dtype == tl.float16 and not INTERPRETED:
         y = tl.inline_asm_elementwise(CODES_TO_HALF, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
     else:
@@ -165,10 +166,10 @@ def widen(x, q):
 
 @triton.jit
 def load_blocks(table_ptr, start, last, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The blocks of keys start .. start + BLOCK_N - 1, each below last; one number where a block holds them all.
+    """The blocks of keys start .. start + BLOCK_N - 1, each below last; one number if a block holds them all.
 
-    A loop over keys loads them an iteration before it needs them: as loads that others wait for in one iteration, they
-    would halve the tiles of keys that Triton keeps in flight.
+    A loop over keys loads them one iteration ahead: if other loads of the same iteration waited for them, Triton would
+    keep half as many tiles of keys in flight.
     """
     keys = start if BLOCK_SIZE >= BLOCK_N else start + tl.arange(0, BLOCK_N)
     return tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < last, other=0)
@@ -176,15 +177,15 @@ def load_blocks(table_ptr, start, last, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def first_key(num_visible, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first key of the first tile that a query with num_visible keys up to its own has to read."""
+    """The first key of the first tile that a query reads which has num_visible keys up to its own."""
     return 0 if WINDOW is None else tl.maximum(num_visible - WINDOW, 0) // BLOCK_N * BLOCK_N
 
 
 @triton.jit
 def lowest_top(WINDOW: tl.constexpr):
-    """Where a running maximum of scores begins.
+    """The initial value of a running maximum of scores.
 
-    A finite number under a window: a row may see no key of a tile that another row needs, and -inf - -inf is NaN.
+    Finite with a window: a row may see no key of a tile that another row needs, and -inf - -inf is NaN.
     """
     return float("-inf") if WINDOW is None else -1e30
 
@@ -216,12 +217,12 @@ def fold_keys(
     LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Fold keys start .. start + BLOCK_N - 1 into the running softmax of query rows q [BLOCK_M, BLOCK_D].
+    """Add keys start .. start + BLOCK_N - 1 to the running softmax of query rows q [BLOCK_M, BLOCK_D].
 
-    Row m sees its first num_visible[m] keys, or the last WINDOW of them, and without a window each row the first
-    num_unmasked; keys from last on are not read.
-    top: largest score so far (in powers of two), total: sum of exp2(score - top), acc: the same sum weighted by v,
-    times LIFT where v is int8. Without MASKED every row sees every key. start is a multiple of BLOCK_N.
+    Row m sees its first num_visible[m] keys, or the last WINDOW of them. Without a window every row sees the first
+    num_unmasked keys, and without MASKED every key. Keys from `last` on are not read. start is a multiple of BLOCK_N.
+    top: largest score so far (in powers of two); total: sum of exp2(score - top); acc: the same sum weighted by v,
+    times LIFT if v is int8.
     """
     WINDOW: tl.constexpr = LAYOUT.WINDOW
     SOFT_CAP: tl.constexpr = LAYOUT.SOFT_CAP
@@ -231,7 +232,7 @@ def fold_keys(
     V_SCALE: tl.constexpr = LAYOUT.V_SCALE
     columns = tl.arange(0, LAYOUT.BLOCK_D)
     keys = start + tl.arange(0, BLOCK_N)
-    # Masked, since a slot beyond the context may hold anything, NaN included.
+    # Masked: a slot beyond the context may hold anything, NaN included.
     is_key = keys < last
     slots = keys % LAYOUT.BLOCK_SIZE
     k_at = key_offsets(blocks, slots, K, LAYOUT.IS_WIDE)[:, None] + columns[None, :]

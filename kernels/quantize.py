@@ -1,4 +1,4 @@
-"""Float tensors to int8 codes and their scale, and the rounding that every kernel writing int8 shares."""
+"""Float tensors to int8 codes and scales, and the rounding that all kernels share which write int8."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kernels.quantized import CODE_MAX, TINY, Quantized, ToInt8, require_scale
 __all__ = ["MAX_BUSY_ROW", "MAX_ROW", "quantize_rows", "quantize_tensor"]
 
 MAX_ROW = 32768
-"""Longest row, in elements, of an op where one program holds one row: 64 registers a thread at 16 warps."""
+"""Longest row, in elements, of an op whose programs hold one row each: 64 registers a thread at 16 warps."""
 
 MAX_BUSY_ROW = 16384
-"""The same for norms and GELU, which hold twice as much of the row at once; beyond it they spill."""
+"""The same for norms and GELU, which hold twice as much at once; longer rows spill."""
 
 MAX_PARTIALS = 256
 CODE_LIMIT = tl.constexpr(float(CODE_MAX))
@@ -29,23 +29,16 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def quantize_rows(x: Tensor, row_max: Tensor | None = None) -> Quantized:
-    """Round each row of x to int8 with its own scale: `reference.quantize_rows` in one pass.
+    """Round each row of x to int8 with its own scale, in one pass. See reference.quantize_rows.
 
-    scale_t = max_k |x_tk| / 127        codes = rint(x / scale)
+    A row that holds NaN or infinity gets scale infinity.
 
     Args:
-        x: [T, K] float, any strides.
-        row_max: float32 [T, P], whose largest element of a row is max_k |x_tk|, where the op before has found it; a
+        row_max: float32 [T, P], the largest element of whose row t is max_k |x_tk|, if the op before has found it. A
             row may then be of any length and is shared by several programs.
-
-    Returns:
-        codes [T, K] int8 in -127..127 (ties to even) and scale [T] float32. A row that holds NaN or infinity gets
-        scale infinity.
 
     Raises:
         ValueError: K is above `MAX_ROW` and row_max is not given.
-
-    Source: ZeroQuant (arXiv 2206.01861), token-wise quantization.
     """
     x = with_unit_stride(x)
     T, K = x.shape
@@ -61,23 +54,10 @@ def quantize_rows(x: Tensor, row_max: Tensor | None = None) -> Quantized:
 
 
 def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Quantized:
-    """Round all of x to int8 with one scale: one pass where the scale is given, two where it has to be found.
-
-    scale = max |x| / 127 unless given        codes = clamp(rint(x / scale), -127, 127)
-    with a zero point                         codes = clamp(rint(x / scale) + zero_point, -128, 127)
-
-    Args:
-        x: [T, K] float, any strides; K of any length.
-        scale: float32 [1], positive, or None.
-        zero_point: int8 [1], the code of 0, or None; only with a scale that is given.
-
-    Returns:
-        codes [T, K] int8 (ties to even) and scale [1] float32.
+    """Round all of x to int8 with one scale, in one pass, or two to find the scale. See reference.quantize_tensor.
 
     Raises:
         ValueError: a zero point without a scale.
-
-    Source: SmoothQuant (arXiv 2211.10438), table 2; the zero point: Jacob et al. (arXiv 1712.05877), equation 1.
     """
     require_scale(scale, zero_point)
     x = with_unit_stride(x)
@@ -99,7 +79,7 @@ def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor |
 
 
 def quantized(y: Tensor, quantize: ToInt8 | None) -> Tensor | Quantized:
-    """y [T, K] as it is, or its codes and scale.
+    """y [T, K] unchanged, or its codes and scale.
 
     Raises:
         ValueError: K is above `MAX_ROW` and each row's scale is to be found.
@@ -110,16 +90,16 @@ def quantized(y: Tensor, quantize: ToInt8 | None) -> Tensor | Quantized:
 
 
 def with_unit_stride(x: Tensor) -> Tensor:
-    """x [T, K] with neighbouring elements of a row side by side, copied only where they are not."""
+    """x [T, K] with contiguous rows, copied only if they are not."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def row_launch(
     num_rows: int, num_columns: int, max_row: int = MAX_ROW, one_program: bool = True, per_warp: int = 512
 ) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and launch options of a kernel over rows: one program a row, or several where nothing sums along it.
+    """Grid and launch options of a kernel over rows: one program per row, or several if nothing is summed along it.
 
-    per_warp: elements of a long row for each warp. Not chosen by num_rows, on which no sum's order may depend.
+    per_warp: elements of a long row for each warp. It must not depend on num_rows: it decides the order of sums.
 
     Raises:
         ValueError: one program has to hold a row longer than max_row.
@@ -134,7 +114,7 @@ def row_launch(
 
 
 def empty_output(x: Tensor, num_columns: int, quantize: ToInt8 | None) -> tuple[Tensor, Tensor | None]:
-    """Room for [T, num_columns] in x's dtype and no scale, or for int8 codes and the scale to write or to read."""
+    """An empty [T, num_columns] in x's dtype and None, or empty int8 codes and the scale to write or to read."""
     shape = (x.shape[0], num_columns)
     if quantize is None:
         return torch.empty(shape, dtype=x.dtype, device=x.device), None
@@ -156,7 +136,7 @@ def is_dynamic(quantize: ToInt8 | None) -> bool:
 
 @triton.jit
 def to_codes(y, scale):
-    """clamp(rint(y / scale), -127, 127) as int8. NaN becomes 0: the scale of its row already says so."""
+    """clamp(rint(y / scale), -127, 127) as int8. NaN becomes 0; the scale of its row is then not finite."""
     return _to_codes_between(y, scale, -CODE_LIMIT, CODE_LIMIT, 0)
 
 
@@ -174,24 +154,24 @@ def _to_codes_between(y, scale, low, high, shift):
     if INTERPRETED:
         code = tl.div_rn(y, scale)
     else:
-        # IEEE division in three instructions: a quotient from the rounded inverse is corrected by its own remainder
-        # (Markstein, 1990). The division proper takes ten, and would bound the ops that write codes.
+        # IEEE division in three instructions: the quotient by the rounded inverse is corrected by its remainder
+        # (Markstein, 1990). tl.div_rn takes ten, which would limit the ops that write codes.
         inverse = tl.div_rn(1.0, scale)
         code = y * inverse
         code = tl.fma(tl.fma(-code, scale, y), inverse, code)
-    # The sum leaves the code in the low bits of the float.
+    # The code is in the low bits of the sum.
     return tl.where(code == code, (code + ROUNDER).to(tl.int32, bitcast=True) + shift, 0).to(tl.int8)
 
 
 @triton.jit
 def to_scale(absmax):
-    """absmax / 127, or 1 where absmax counts as zero."""
+    """absmax / 127, or 1 if absmax counts as zero."""
     return tl.where(absmax < ZERO_BELOW, 1.0, tl.div_rn(absmax, CODE_LIMIT))
 
 
 @triton.jit
 def magnitude(y):
-    """|y| with NaN as infinity, so that a maximum keeps the fault."""
+    """|y|, infinity for NaN, so that a maximum keeps the fault."""
     return tl.where(y == y, tl.abs(y), float("inf"))
 
 
@@ -203,7 +183,7 @@ def load_row(row_ptr, columns, mask):
 
 @triton.jit
 def store_row(y, y_ptr, scale_ptr, row, columns, mask, K, STATIC: tl.constexpr):
-    """Write one row of float32 y [K], 0 beyond the mask: as it is, or as codes with a scale found here or given."""
+    """Write one row of float32 y [K], 0 beyond the mask: as floats, or as codes with a scale that is found or given."""
     out = y_ptr + row.to(tl.int64) * K + columns
     if scale_ptr is None:
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -228,7 +208,7 @@ def _quantize_rows_kernel(
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """A row, or with row_max_ptr BLOCK columns of it."""
+    """One row, or BLOCK columns of it if row_max_ptr is given."""
     launch_dependents(DEPENDENT)
     await_inputs(DEPENDENT)
     row = tl.program_id(0)

@@ -1,4 +1,4 @@
-"""The one type that passes between ops: int8 codes with their scale, or the request to write them."""
+"""The types that pass between ops: int8 codes with their scale, and the request to write them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = [
 ]
 
 CODE_MAX = 127
-"""Codes live in -127..127. -128 is never written: the range stays symmetric."""
+"""Largest code. Codes are in -127..127: the range is symmetric, so -128 is never written without a zero point."""
 
 MIN_GROUP = 32
-"""Fewest columns of a weight's row that may share a scale of their own: one step of the int8 tensor cores."""
+"""Smallest group of columns with its own scale: one step of the int8 tensor cores."""
 
 TINY = 2.0**-100
-"""A row whose largest magnitude is below this counts as zero: scale 1, codes 0 (no division by zero)."""
+"""A row whose largest magnitude is below this gets scale 1 and codes 0, which avoids a division by zero."""
 
 
 class Quantized(NamedTuple):
@@ -40,15 +40,15 @@ class Quantized(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales together, as `Tensor.nbytes` says it of a float tensor."""
+        """Bytes of codes and scales together, like `Tensor.nbytes`."""
         return self.codes.nbytes + self.scale.nbytes
 
 
 class Outliers(NamedTuple):
     """The columns of an activation [T, K] that a mixed-precision product keeps in float.
 
-    columns: int32 [K]; the first `num_columns` are their indices, rising, the rest is not defined.
-    num_columns: int32 [1], on the device, where nothing waits for the host to read it.
+    columns: int32 [K]; the first `num_columns` are their indices in rising order, the rest is not defined.
+    num_columns: int32 [1], on the device; the host does not read it.
     """
 
     columns: Tensor
@@ -59,8 +59,8 @@ class Outliers(NamedTuple):
 class ToInt8:
     """Asks an op to write `Quantized` instead of float.
 
-    scale: None for one dynamic scale per row (max |y_t| / 127), or a float32 tensor [1]: one static
-    scale for the whole tensor, values beyond 127 scales saturating.
+    scale: None for one dynamic scale per row (max |y_t| / 127), or float32 [1], one static scale for the whole tensor,
+        with which values beyond 127 scales saturate.
     """
 
     scale: Tensor | None = None
@@ -83,10 +83,6 @@ def group_size_of(weight_q: Tensor, weight_scale: Tensor) -> int:
 
 
 def require_scale(scale: Tensor | None, zero_point: Tensor | None) -> None:
-    """Raise unless a zero point comes with the scale that it belongs to.
-
-    Raises:
-        ValueError: a zero point without a scale.
-    """
+    """Raise ValueError for a zero point without a scale."""
     if zero_point is not None and scale is None:
         raise ValueError("a zero point belongs to a scale that is given: a scale found in max |x| is symmetric")

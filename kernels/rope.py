@@ -29,34 +29,11 @@ def rope_and_cache(
     k_weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Rotate queries and keys by their positions; write keys and values into the cache; `reference.rope_and_cache`.
-
-    For i < R/2, with c, s = cos_sin[position, i], cos_sin[position, R/2 + i]:
-        out_i = x_i c - x_{i+R/2} s        out_{i+R/2} = x_{i+R/2} c + x_i s        (columns from R on unchanged)
-    With weights each head of q and k is first scaled to unit root mean square: x / sqrt(mean_d x^2 + eps) * weight.
-
-    Args:
-        qkv: [T, (H + 2G) D] float: queries, then keys, then values, head by head.
-        positions: [T] int32, row of cos_sin.
-        slots: [T] int32, block * block_size + offset; -1 writes nothing (a padding row).
-        cos_sin: [P, R] float32, contiguous, R even and at most D; 0 turns nothing.
-        k_cache, v_cache: [num_blocks, block_size, G, D], written in place; block_size a power of two, a head's D
-            elements contiguous. Either may be `Quantized`, int8 codes with a float32 scale [num_blocks, block_size, G]:
-            each token's head is then rounded with a scale of its own, by the rules of `quantize_rows`, the key after
-            its rotation in float32.
-        num_heads: H.
-        q_weight, k_weight: [D] float, of the norms of queries and keys; both or neither.
-        eps: added to the mean square.
-
-    Returns:
-        q [T, H, D] in qkv's dtype, rotated.
+    """Rotate queries and keys by their positions, write keys and values into the cache. See reference.rope_and_cache.
 
     Raises:
         ValueError: qkv's width is not (H + 2G) D, H is not a multiple of G, block_size is not a power of two, a
             cache's heads are not contiguous, or only one of the two weights is given.
-
-    Source: RoFormer (arXiv 2104.09864), equation 34, with halves instead of neighbours paired; PagedAttention
-    (arXiv 2309.06180); norms of queries and keys: arXiv 2302.05442, section 2.
     """
     if (q_weight is None) != (k_weight is None):
         raise ValueError("queries and keys are normed both or neither: give q_weight and k_weight, or none")
@@ -80,7 +57,7 @@ def rope_and_cache(
 @triton.jit
 def _write_heads(y, cache_ptr, scale_ptr, slot, head, mask, STRIDES: tl.constexpr, SCALE: tl.constexpr,
                  LAYOUT: tl.constexpr):  # fmt: skip
-    """Write float32 heads y [HEADS, BLOCK_D] of one token into its slot, as they are or as codes and scales."""
+    """Write float32 heads y [HEADS, BLOCK_D] of one token into its slot, as floats or as codes and scales."""
     block, inside = slot // LAYOUT.BLOCK_SIZE, slot % LAYOUT.BLOCK_SIZE
     columns = tl.arange(0, LAYOUT.BLOCK_D)
     ptrs = cache_ptr + key_offsets(block, inside, STRIDES, True) + head[:, None] * STRIDES.HEAD + columns[None, :]
@@ -138,7 +115,7 @@ def _rope_and_cache_kernel(
     at = heads * D + columns[None, :]
     is_here = (heads < H + 2 * G) & (columns < D)[None, :]
 
-    # Each column reads its partner too: one load from the L1 cache instead of a shuffle of halves.
+    # Each column also loads its partner: a load from the L1 cache instead of a shuffle of the halves.
     is_low, is_turned = columns < R // 2, columns < R
     partners = tl.where(is_low, columns + R // 2, columns - R // 2)
     angles = tl.where(is_low, columns, columns - R // 2)

@@ -27,7 +27,7 @@ import torch
 __all__ = [
     "BUCKETS",
     "AttentionTile",
-    "Gpu",
+    "Target",
     "Tile",
     "bucket",
     "choose",
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
-"""The largest T of each bucket; narrow ones from 65 to 512 tokens, where one row of tiles more is much of the work."""
+"""The largest T of each bucket; narrow ones from 65 to 512 tokens, where one more row of tiles is much of the work."""
 
 MIN_BUCKET = BUCKETS[0]
 FOLDER = Path(__file__).parent / "tiles"
@@ -60,11 +60,11 @@ logger = logging.getLogger(__name__)
 class Tile:
     """How one GEMM is cut into programs.
 
-    kernel: "plain" keeps tokens on the matrix instruction's M side; "swapped" puts the weight's rows there, so that
-        8 tokens need no padding to 64 (or 16) rows; Hopper's own are "stream", for few tokens, and "pingpong", for
-        many, with block_n at most 128.
+    kernel: "plain" has tokens on the matrix instruction's M side; "swapped" has the weight's rows there, so that 8
+        tokens need no padding to 64 (or 16) rows. "stream", for few tokens, and "pingpong", for many and with block_n
+        at most 128, run on Hopper only.
     block_t, block_n, block_k: tokens, output columns and depth of one program's tile; powers of two.
-    group: token tiles that run next to each other over the same weights, to find them in the L2 cache.
+    group: number of token tiles that run one after the other over the same weights, which are then in the L2 cache.
     """
 
     kernel: Kernel
@@ -78,7 +78,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """How attention is cut: query rows (positions x the heads of one key head) and keys of one step of the softmax."""
+    """How attention is cut: query rows (positions x heads per key head) and keys of one step of the softmax."""
 
     block_m: int
     block_n: int
@@ -86,40 +86,40 @@ class AttentionTile:
     num_stages: int
 
 
-class Gpu(NamedTuple):
-    """The name that finds a table, the compute capability (90 for 9.0) that finds the defaults, and the size."""
+class Target(NamedTuple):
+    """A GPU: its name, which finds a table, its compute capability (90 for 9.0), which finds the defaults, its size."""
 
     name: str
     capability: int
     num_sms: int = 1
 
 
-INTERPRETER = Gpu("interpreter", 80, 4)
+INTERPRETER = Target("interpreter", 80, 4)
 
 
 def bucket(t: int) -> int:
-    """The smallest of `BUCKETS` that holds t tokens; larger t count as the last."""
+    """The smallest of `BUCKETS` that is at least t, or else the last."""
     return BUCKETS[min(bisect_left(BUCKETS, t), len(BUCKETS) - 1)]
 
 
-def choose(gpu: Gpu, n: int, k: int, t: int) -> Tile:
-    """The tile for a product of [t, k] with [n, k]^T: tuned where a table has it, else the architecture's default."""
+def choose(gpu: Target, n: int, k: int, t: int) -> Tile:
+    """The tile for a product of [t, k] with [n, k]^T: tuned if a table has it, else the architecture's default."""
     return _choose(gpu, n, k, bucket(t))
 
 
-def current_gpu(device: torch.device) -> Gpu:
-    """The GPU behind a device; the CPU stands for Triton's interpreter."""
+def current_gpu(device: torch.device) -> Target:
+    """The GPU of a device; for the CPU, Triton's interpreter."""
     return INTERPRETER if device.type == "cpu" else _gpu(device)
 
 
 def defaults(capability: int, n: int, k: int, bucket_t: int) -> Tile:
     """The tile of an architecture without a tuned table.
 
-    Decode is bound by the weights' bytes: deep tiles, and for narrow N the plain kernel with 16 columns, whose many
-    programs fill the chip. Where the swapped kernel wins, it does because its tile reads 256 bytes of 64 rows at once.
+    Decode is bound by the weights' bytes: it takes deep tiles, and for narrow N the plain kernel with 16 columns, whose
+    many programs fill the GPU. Where the swapped kernel is faster, its tile reads 256 bytes of 64 rows at once.
     """
     if k % 16:
-        # Rows that do not start on 16 bytes are read byte by byte; a deep tile of such reads spills registers.
+        # Rows that are not aligned to 16 bytes are read byte by byte; a deep tile of such reads spills registers.
         return Tile("plain", 32, 32, 32, num_warps=4, num_stages=2)
     if bucket_t == MIN_BUCKET and n <= 4096 and capability in {80, 90, 100}:
         return Tile("plain", 16, 16, 512, num_warps=2, num_stages=4)
@@ -135,7 +135,7 @@ def _hopper(bucket_t: int) -> Tile:
     if bucket_t == 64:
         return Tile("swapped", 64, 64, 256, num_warps=4, num_stages=4)
     if bucket_t <= 256:
-        # H100, 128 tokens: the plain kernel with 64 x 64 x 256 took 1.4 times as long as what the tuner found.
+        # H100, 128 tokens: the plain kernel with 64 x 64 x 256 took 1.4 times as long as the tuned tile.
         return Tile("pingpong", 64, 128, 128, num_warps=4, num_stages=7)
     return Tile("pingpong", 128, 128, 128, num_warps=4, num_stages=4)
 
@@ -150,7 +150,7 @@ def _large_smem(bucket_t: int) -> Tile:
 
 
 def _small_smem(bucket_t: int) -> Tile:
-    """mma.sync with 99 KB of shared memory: sm_86, sm_89, sm_120, and any architecture not known here."""
+    """mma.sync with 99 KB of shared memory: sm_86, sm_89, sm_120, and any unknown architecture."""
     if bucket_t <= 16:
         return Tile("swapped", 16, 64, 256, num_warps=4, num_stages=4)
     if bucket_t <= 32:
@@ -160,11 +160,11 @@ def _small_smem(bucket_t: int) -> Tile:
     return Tile("plain", 128, 128, 64, num_warps=8, num_stages=4)
 
 
-def prefill_tile(gpu: Gpu, block_d: int, element_bytes: int, cache_bytes: int) -> AttentionTile:
+def prefill_tile(gpu: Target, block_d: int, element_bytes: int, cache_bytes: int) -> AttentionTile:
     """The tile of prefill attention; block_d is the head size rounded up to a power of two.
 
-    float32 runs without tensor cores, exactly; its tiles are small because their products live in registers. The codes
-    of an int8 cache pass through registers on their way to the tensor cores, which leaves less room for the tile.
+    float32 runs exactly, without tensor cores; its tiles are small because their products are in registers. The codes
+    of an int8 cache are converted in registers, which leaves less room for the tile.
     """
     if gpu == INTERPRETER:
         return AttentionTile(16, 16, num_warps=4, num_stages=1)
@@ -172,7 +172,7 @@ def prefill_tile(gpu: Gpu, block_d: int, element_bytes: int, cache_bytes: int) -
         return AttentionTile(16, 16, num_warps=8, num_stages=1)
     is_int8 = cache_bytes == 1
     if block_d > 128:
-        # Hopper alone has room for 128 rows of 256 columns and three tiles of keys.
+        # Only Hopper has room for 128 rows of 256 columns and three tiles of keys.
         rows, num_stages = (128, 3) if gpu.capability == 90 and not is_int8 else (64, 2)
         return AttentionTile(rows, 32, num_warps=8, num_stages=num_stages)
     if gpu.capability in {90, 100}:
@@ -181,14 +181,14 @@ def prefill_tile(gpu: Gpu, block_d: int, element_bytes: int, cache_bytes: int) -
     return AttentionTile(64 if is_int8 else 128, 32, num_warps=8, num_stages=3)
 
 
-def decode_tile(gpu: Gpu, block_d: int, element_bytes: int, cache_bytes: int) -> AttentionTile:
-    """The tile of decode attention, bound by the bytes of the cache; block_m follows from the heads of a key head."""
+def decode_tile(gpu: Target, block_d: int, element_bytes: int, cache_bytes: int) -> AttentionTile:
+    """The tile of decode attention, bound by the cache's bytes; block_m follows from the heads per key head."""
     if gpu == INTERPRETER:
         return AttentionTile(16, 16, num_warps=4, num_stages=1)
     if element_bytes == 4:
         return AttentionTile(16, 16, num_warps=8, num_stages=2)
     if gpu.capability in {90, 100} and block_d <= 128:
-        # H100, 32 requests at context 8192: 379 us; int8 238, where 64 keys take 275: fewer bytes a tile are in flight.
+        # H100, 32 requests at context 8192: 379 us; int8 238, with 64 keys 275, since fewer bytes are in flight.
         return AttentionTile(16, 128, num_warps=4, num_stages=3 if cache_bytes == 1 else 2)
     return AttentionTile(16, 64 if block_d <= 128 else 32, num_warps=4, num_stages=3)
 
@@ -235,7 +235,7 @@ def _file_name(gpu_name: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _choose(gpu: Gpu, n: int, k: int, bucket_t: int) -> Tile:
+def _choose(gpu: Target, n: int, k: int, bucket_t: int) -> Tile:
     tuned = _tuned(gpu.name).get((n, k, bucket_t))
     return tuned or defaults(gpu.capability, n, k, bucket_t)
 
@@ -274,6 +274,6 @@ def _checked(tile: Tile) -> Tile:
 
 
 @lru_cache(maxsize=16)
-def _gpu(device: torch.device) -> Gpu:
+def _gpu(device: torch.device) -> Target:
     found = torch.cuda.get_device_properties(device)
-    return Gpu(found.name, 10 * found.major + found.minor, found.multi_processor_count)
+    return Target(found.name, 10 * found.major + found.minor, found.multi_processor_count)

@@ -20,8 +20,8 @@ from kernels.quantized import CODE_MAX, Quantized
 from kernels.tiles import (
     BUCKETS,
     UNREADABLE,
-    Gpu,
     Table,
+    Target,
     Tile,
     current_gpu,
     defaults,
@@ -32,20 +32,20 @@ from kernels.tiles import (
 )
 
 ROTATION_BYTES = 256 * 2**20
-"""Weights are rotated through this much memory, so that no run finds them in the L2 cache (50 MB on an H100)."""
+"""Bytes of copies of the weights that runs take in turn, so that none finds them in the L2 cache (50 MB on an H100)."""
 
 HOPPER = 90
 SHARED_BYTES = 227 * 1024
 """Shared memory of one program on Hopper."""
 
 MAX_STREAMED = 256
-"""Above it the products are bound by the tensor cores, which the streaming kernel leaves idle in its epilogue."""
+"""Largest bucket of the streaming kernel, which leaves the tensor cores idle in its epilogue."""
 
 MAX_SMALL_BUCKET = 512
-"""Above it a tile more or less is a small part of the work."""
+"""Above this bucket one tile more or less is a small part of the work."""
 
 MIN_GAIN = 0.98
-"""A tile replaces the default only where it takes less than this share of its time: the rest is noise."""
+"""A tile replaces the default only if it takes less than this share of its time; the rest is noise."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +67,15 @@ def tune(
     path: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[TileChoice]:
-    """Measure every candidate for every shape and bucket of T and write the winners, after each, into a table.
+    """Measure every candidate for every shape and bucket of T; write the fastest into a table, product by product.
 
-    What the table already holds is kept and not measured again, so an interrupted run goes on where it was; what the
-    package's table holds is not measured either, unless path names a table of its own.
+    What the table already holds is not measured again, so an interrupted run continues where it stopped. Nor is what
+    the package's table holds, unless `path` is given.
 
     Args:
         shapes: (N, K) of the Linears.
         path: the table; None for this GPU's `user_table`, the only one that is read.
-        on_progress: told (products done, products in all).
+        on_progress: called with (products done, products in all).
 
     Raises:
         RuntimeError: a candidate's product differs from the exact one, or there is no CUDA GPU.
@@ -108,7 +108,7 @@ def _begun(path: Path) -> Table:
         return {"tiles": {}}
 
 
-def best_tile(gpu: Gpu, n: int, k: int, bucket: int) -> TileChoice:
+def best_tile(gpu: Target, n: int, k: int, bucket: int) -> TileChoice:
     """The fastest correct tile for [T, k] x [n, k]^T at the ends of the bucket."""
     product = Product(n, k, bucket)
     default = defaults(gpu.capability, n, k, bucket)
@@ -126,7 +126,7 @@ def best_tile(gpu: Gpu, n: int, k: int, bucket: int) -> TileChoice:
 
 
 def candidates(capability: int, k: int, bucket: int) -> Iterator[Tile]:
-    """Tiles worth trying."""
+    """The tiles that are tried."""
     if bucket <= 64:
         yield from _few_tokens(k, bucket)
     elif bucket <= MAX_SMALL_BUCKET:
@@ -167,7 +167,7 @@ def _many_tokens() -> Iterator[Tile]:
 
 
 def _streams(bucket: int) -> Iterator[Tile]:
-    """All tokens in one tile, or in more where the weights alone give too few programs."""
+    """All tokens in one tile, or in several if the weights give too few programs."""
     sizes = {max(16, bucket // 2), bucket} if bucket <= 64 else {64, 128}
     for block_t, block_n, stages in itertools.product(sorted(sizes), (64, 128), (4, 6, 8, 12, 20)):
         if block_n + block_t <= 192 and stages * (block_t + block_n) * 128 < SHARED_BYTES:
@@ -175,7 +175,7 @@ def _streams(bucket: int) -> Iterator[Tile]:
 
 
 def _pingpongs(bucket: int) -> Iterator[Tile]:
-    """About as many stages as there is room for."""
+    """About as many stages as fit."""
     is_small = bucket <= MAX_SMALL_BUCKET
     sizes = ((64, 64), (64, 128), (128, 64), (128, 128)) if is_small else ((128, 128),)
     for (block_t, block_n), group in itertools.product(sizes, (8,) if is_small else (4, 8, 16)):
@@ -185,7 +185,7 @@ def _pingpongs(bucket: int) -> Iterator[Tile]:
 
 
 def token_counts(bucket: int) -> tuple[int, ...]:
-    """What a bucket is measured at: both its ends, so that no tile shines at one and stumbles at the other."""
+    """The numbers of tokens that a bucket is measured with: both its ends, so that no tile is slow at one of them."""
     if bucket > MAX_SMALL_BUCKET:
         return (bucket,)
     index = BUCKETS.index(bucket)
@@ -193,7 +193,7 @@ def token_counts(bucket: int) -> tuple[int, ...]:
 
 
 class Product:
-    """Random operands of one GEMM, in enough copies of the weights that none stays in the cache."""
+    """Random operands of one GEMM, with so many copies of the weights that none stays in the cache."""
 
     def __init__(self, n: int, k: int, bucket: int) -> None:
         self.token_counts = token_counts(bucket)
@@ -202,7 +202,7 @@ class Product:
         self.weight_scale = torch.rand(n, device="cuda")
         self.inputs = {t: Quantized(_codes(t, k), torch.rand(t, device="cuda")) for t in self.token_counts}
         self.outputs = {t: torch.empty((t, n), dtype=torch.float16, device="cuda") for t in self.token_counts}
-        # Codes of -1, 0 and 1, whose sums are exact even in the float16 that a Linear writes.
+        # Codes of -1, 0 and 1: their sums are exact even in the float16 that a Linear writes.
         self.few = torch.randint(-1, 2, (bucket, k), dtype=torch.int8, device="cuda")
         self.weight_few = torch.randint(-1, 2, (n, k), dtype=torch.int8, device="cuda")
         self.exact = (self.few[-64:].float() @ self.weight_few.float().T).half()
@@ -225,7 +225,7 @@ class Product:
         """Median time of one product, the mean of its token counts, over replays of a graph of all the weights."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            # Weight by weight the second token count would find its weights in the L2 cache.
+            # With the loops exchanged the second token count would find its weights in the L2 cache.
             for t, weight_q in itertools.product(self.token_counts, self.weights):
                 self._run(tile, t, weight_q)
         graph.replay()

@@ -1,1 +1,1 @@
-"""Hopper's own kernels, in Gluon: Triton's explicit dialect."""
+"""Kernels for Hopper only, in Gluon, Triton's explicit dialect."""

@@ -1,4 +1,4 @@
-"""What the kernels in Gluon (Triton's explicit dialect) share: what Hopper's copy engine asks for, and the epilogue."""
+"""What the kernels in Gluon share: tensor descriptors for Hopper's copy engine, and the epilogue."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ GL_TYPES = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.b
 
 
 def can_copy(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor) -> bool:
-    """Whether these kernels have this epilogue, and every row starts on the 16 bytes that the copy engine asks for."""
+    """Whether these kernels support this epilogue, and every row has the copy engine's alignment of 16 bytes."""
     has_scales = ops.weight_scale is not None and ops.residual is None
     rows = x_q.shape[1], 2 * y.shape[1], x_q.data_ptr(), weight_q.data_ptr()
     return has_scales and y.dtype in GL_TYPES and all(place % 16 == 0 for place in rows)
 
 
 def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """What the copy engine is told of a tensor that it moves in blocks of rows x columns."""
+    """The copy engine's descriptor of a tensor that it moves in pieces of rows x columns."""
     return TensorDescriptor.from_tensor(tensor, [rows, columns], _shared_layout(rows, columns, tensor.dtype))
 
 
 @lru_cache(maxsize=256)
 def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    # Found anew it would be a third of the time a launch takes.
+    # Cached: finding it takes a third of the time of a launch.
     return gl.NVMMASharedLayout.get_default_for([rows, columns], GL_TYPES[dtype])
 
 
 @gluon.jit
 def first_token(tile_t, T, BLOCK_T: gl.constexpr):
-    """Where a tile starts. The last one ends with the last token, and repeats some of the tile before it.
+    """Where a tile starts. The last one ends with the last token and overlaps the tile before it.
 
-    So the copy engine has no rows to fill with zeros: with them 65 tokens took 16.8 us where 128 took 13.7.
+    So the copy engine fills no rows with zeros: with such rows 65 tokens took 16.8 us and 128 tokens 13.7.
     """
     return gl.maximum(gl.minimum(tile_t * BLOCK_T, T - BLOCK_T), 0)
 

@@ -1,8 +1,7 @@
 """The int8 product of many tokens on Hopper, in Gluon (Triton's explicit dialect): two warp groups take turns.
 
-One warp does nothing but ask the copy engine for the next operands. Two groups of four warps each own every other tile
-of y: while one multiplies, the other scales, adds, rounds and stores what it has, so the tensor cores never wait for an
-epilogue.
+One warp only issues the copies of the next operands. Two groups of four warps each compute every other tile of y: while
+one multiplies, the other runs its epilogue, so the tensor cores never wait for one.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ __all__ = ["launch_pingpong"]
 WARP_GROUP = 4
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = gl.constexpr(40), gl.constexpr(232)
 MAX_REGISTERS = 168
-"""Per thread at launch: 12 warps share the 65,536 registers of a multiprocessor."""
+"""Registers per thread at launch: 12 warps share the 65,536 registers of a multiprocessor."""
 
 
 def launch_pingpong(
     x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile, num_programs: int, form: dict[str, bool]
 ) -> None:
-    """Fill y from x_q [T, K] and weight_q [N, K] with at most one program on each multiprocessor."""
+    """Fill y from x_q [T, K] and weight_q [N, K], with at most one program per multiprocessor."""
     (T, K), N = x_q.shape, len(weight_q)
     width = tile.block_n // 2 if form["GATED"] else tile.block_n
     _int8_linear_pingpong_kernel[(num_programs,)](
@@ -117,14 +116,14 @@ def _multiply(
     for index in range(gl.program_id(0) + WHO * gl.num_programs(0), num_tiles, 2 * gl.num_programs(0)):
         first_t, first_n = _tile_start(index, T, N, BLOCK_T, BLOCK_N, GROUP)
         acc = gl.zeros([BLOCK_T, BLOCK_N], gl.int32, layout)
-        # A stage's barrier tells its uses apart by parity alone, so no group may look at one more than a use ahead.
+        # A stage's barrier distinguishes its uses by parity only, so no group may be more than one use ahead.
         mbarrier.wait(turns.index(WHO), turn & 1 ^ (1 - WHO))
         for i in range(steps):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
             weight = weight_ring.index(stage).permute((1, 0))
             acc = warpgroup_mma(x_ring.index(stage), weight, acc, is_async=True)
-            # One product stays in flight; the one before it is done with its stage.
+            # One product stays in flight; the one before it no longer needs its stage.
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=i > 0)
             step += 1
@@ -135,13 +134,13 @@ def _multiply(
         step += steps
         y = finish(acc, ops, first_t, first_n, T, N, FORM)
         y = y.to(y_desc.dtype)
-        # The tile before has left its shared memory long ago.
+        # The store of the tile before ended long ago; this only makes sure of it.
         tma.store_wait(0)
         y_tile.store(y)
         fence_async_shared()
         tma.async_copy_shared_to_global(y_desc, [first_t, first_n // BLOCK_N * y_desc.block_type.shape[1]], y_tile)
         if ops.row_max is not None:
-            # Of what was stored, since that is what will be quantized.
+            # The maximum of the stored values, which are the ones that will be quantized.
             row_max = gl.convert_layout(gl.max(magnitude(y.to(gl.float32)), axis=1), gl.SliceLayout(1, layout))
             tokens = first_t + gl.arange(0, BLOCK_T, gl.SliceLayout(1, layout))
             at = tokens.to(gl.int64) * gl.cdiv(N, BLOCK_N) + first_n // BLOCK_N

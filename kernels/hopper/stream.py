@@ -1,8 +1,8 @@
-"""The int8 product of few tokens on Hopper, in Gluon: weights asked for while the kernel before still runs.
+"""The int8 product of few tokens on Hopper, in Gluon: weights are loaded while the kernel before still runs.
 
-One warp does nothing but ask the copy engine for operands. It fills its whole ring with weights, which no kernel
-writes, before it waits for the kernel that writes x, and only then asks for x. So the memory never falls silent between
-the kernels of a step.
+One warp only issues the copies of operands. It fills all its stages with weights, which no kernel writes, before it
+waits for the kernel that writes x, and only then loads x. So memory is read without a pause between the kernels of a
+step.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ __all__ = ["launch_stream"]
 
 LOADER_REGISTERS = gl.constexpr(24)
 MAX_REGISTERS = {16: 128, 32: 128, 64: 128, 128: 168}
-"""Per thread, by tokens of a tile: enough for the sums, and few enough for several programs a multiprocessor."""
+"""Registers per thread, by tokens of a tile: enough for the sums, and few enough to run several programs at once."""
 
 
 def launch_stream(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile, form: dict[str, bool]) -> None:
-    """Fill y from x_q [T, K] and weight_q [N, K], one tile a program; weight_q was written before the last kernel."""
+    """Fill y from x_q [T, K] and weight_q [N, K], one tile per program.
+
+    weight_q must have been written before the last kernel was launched: it is read while that kernel may still run.
+    """
     (T, K), N = x_q.shape, len(weight_q)
     _int8_linear_stream_kernel[(triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n),)](
         described(x_q, tile.block_t, tile.block_k), described(weight_q, tile.block_n, tile.block_k), ops, y, T, N, K,
@@ -44,7 +47,7 @@ def _ask_for(step, desc, row, full, ring):
 
 @gluon.jit
 def _load_operands(x_desc, weight_desc, ops, y_ptr, rings, barriers, first_t, first_n, sizes, FORM: gl.constexpr):
-    """Fill the ring, then refill each stage as it comes free."""
+    """Fill all stages, then refill each when it is free."""
     x_ring, weight_ring = rings
     full, empty = barriers
     STAGES: gl.constexpr = x_ring.type.shape[0]
@@ -54,7 +57,7 @@ def _load_operands(x_desc, weight_desc, ops, y_ptr, rings, barriers, first_t, fi
     for step in range(at_once):
         mbarrier.expect(full.index(step), STAGE_BYTES)
         _ask_for(step, weight_desc, first_n, full, weight_ring)
-    # The next kernel may start: where it streams too, its weights fill what memory rate this one leaves.
+    # The next kernel may start: if it streams too, it loads its weights with the memory bandwidth that is left.
     gdc_launch_dependents()
     gdc_wait()
     for step in range(at_once):
@@ -69,7 +72,7 @@ def _load_operands(x_desc, weight_desc, ops, y_ptr, rings, barriers, first_t, fi
 
 @gluon.jit
 def _multiply(x_desc, weight_desc, ops, y_ptr, rings, barriers, first_t, first_n, sizes, FORM: gl.constexpr):
-    """y^T = weight x^T, so that the weight's rows fill the 64 of the instruction; then the epilogue on y."""
+    """y^T = weight x^T, so that the weight's rows fill the instruction's 64; then the epilogue on y."""
     x_ring, weight_ring = rings
     full, empty = barriers
     T, N, K = sizes
@@ -84,13 +87,13 @@ def _multiply(x_desc, weight_desc, ops, y_ptr, rings, barriers, first_t, first_n
         mbarrier.wait(full.index(stage), step // STAGES & 1)
         x = x_ring.index(stage).permute((1, 0))
         acc = warpgroup_mma(weight_ring.index(stage), x, acc, is_async=True)
-        # One product stays in flight; the one before it is done with its stage.
+        # One product stays in flight; the one before it no longer needs its stage.
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    # These threads wait themselves: that the loader has seen the scales of x says nothing of what they see.
+    # These threads must wait too: that the loading warp waited does not make the scales of x visible to them.
     gdc_wait()
-    # Neighbouring columns in one thread, which gates them, and a row's side by side for the store.
+    # Neighbouring columns are in one thread, which gates them, and a row's columns are contiguous for the store.
     by_row: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
     y = finish(gl.convert_layout(gl.permute(acc, (1, 0)), by_row), ops, first_t, first_n, T, N, FORM)
     GATE: gl.constexpr = 2 if FORM[2] else 1
@@ -99,7 +102,7 @@ def _multiply(x_desc, weight_desc, ops, y_ptr, rings, barriers, first_t, first_n
 
 @gluon.jit
 def _store(y, ops, y_ptr, first_t, first, T, N):
-    """Store float32 y in y_ptr's dtype, and its rows' maxima where asked for; N is the width of y as stored."""
+    """Store float32 y in y_ptr's dtype, and its rows' maxima if wanted; N is the width of y as stored."""
     layout: gl.constexpr = y.type.layout
     tokens = first_t + gl.arange(0, y.shape[0], gl.SliceLayout(1, layout))
     columns = first + gl.arange(0, y.shape[1], gl.SliceLayout(0, layout))
@@ -107,7 +110,7 @@ def _store(y, ops, y_ptr, first_t, first, T, N):
     stored = y.to(y_ptr.dtype.element_ty)
     gl.store(y_ptr + tokens[:, None] * N + columns[None, :], stored, mask=mask)
     if ops.row_max is not None:
-        # Of what was stored, since that is what will be quantized.
+        # The maximum of the stored values, which are the ones that will be quantized.
         row_max = gl.max(gl.where(mask, magnitude(stored.to(gl.float32)), 0.0), axis=1)
         at = tokens * gl.cdiv(N, y.shape[1]) + first // y.shape[1]
         gl.store(ops.row_max + at, row_max, mask=(tokens < T) & (first < N))
@@ -127,7 +130,7 @@ def _int8_linear_stream_kernel(
     GATED: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One tile of y. Tiles of the same weights run side by side."""
+    """One tile of y. Tiles that read the same weights are neighbours."""
     BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
     x_ring = gl.allocate_shared_memory(gl.int8, [STAGES] + x_desc.block_type.shape, x_desc.layout)

@@ -12,7 +12,7 @@ from kernels.quantized import Quantized, ToInt8
 from kernels.reference.common import quantize_rows, store
 
 VECTOR = 16
-"""float32 values in the widest vector register."""
+"""Number of float32 values in the widest vector register."""
 
 
 def rope_and_cache(
@@ -31,16 +31,17 @@ def rope_and_cache(
 
     For i < R/2, with c, s = cos_sin[position, i], cos_sin[position, R/2 + i]:
         out_i = x_i c - x_{i+R/2} s        out_{i+R/2} = x_{i+R/2} c + x_i s        (columns from R on unchanged)
-    With weights each head of q and k is first scaled to unit root mean square: x / sqrt(mean_d x^2 + eps) * weight.
+    With weights each head of q and k is first normed: x / sqrt(mean_d x^2 + eps) * weight.
 
     Args:
         qkv: [T, (H + 2G) D] float: queries, then keys, then values, head by head.
         positions: [T] int32, row of cos_sin.
         slots: [T] int32, block * block_size + offset; -1 writes nothing (a padding row).
-        cos_sin: [P, R] float32, R even and at most D; 0 turns nothing.
-        k_cache, v_cache: [num_blocks, block_size, G, D], written in place. Either may be `Quantized`, int8 codes with
-            a float32 scale [num_blocks, block_size, G]: each token's head is then rounded with a scale of its own, by
-            the rules of `quantize_rows`, the key after its rotation in float32.
+        cos_sin: [P, R] float32, contiguous, R even and at most D; with R = 0 nothing is rotated.
+        k_cache, v_cache: [num_blocks, block_size, G, D], written in place; block_size a power of two, a head's D
+            elements contiguous. Either may be `Quantized`, int8 codes with a float32 scale [num_blocks, block_size, G]:
+            each token's head is then rounded with its own scale, by the rules of `quantize_rows`, the key after its
+            rotation in float32.
         num_heads: H.
         q_weight, k_weight: [D] float, of the norms of queries and keys; both or neither.
         eps: added to the mean square.
@@ -94,22 +95,25 @@ def paged_attention(
 ) -> Tensor | Quantized:
     """Attend causally over the paged cache, for prefill chunks and decodes in one batch.
 
-    Request b owns query rows query_starts[b] .. query_starts[b+1]-1; row i of its n sits at position
-    context_lens[b] - n + i and sees keys 0 .. that position.        y = softmax(q k^T * scale) v
-    With a soft cap c the scores are c tanh(q k^T * scale / c).
+    y = softmax(q k^T * scale) v
+
+    Request b has the query rows query_starts[b] .. query_starts[b+1]-1. Row i of its n is at position
+    context_lens[b] - n + i and sees the keys 0 .. that position. With a soft cap c the scores are
+    c tanh(q k^T * scale / c).
 
     Args:
         q: [T, H, D] float.
         k_cache, v_cache: [num_blocks, block_size, G, D] float, or such int8 codes with a float32 scale
-            [num_blocks, block_size, G]; H is a multiple of G, and heads h*H/G .. share key head h.
-        block_tables: [B, max_blocks] int32, entries beyond the context never read.
+            [num_blocks, block_size, G]; block_size a power of two, a head's D elements contiguous. H is a multiple of
+            G, and the query heads h*H/G .. (h+1)*H/G - 1 share key head h.
+        block_tables: [B, max_blocks] int32; entries beyond the context are not read.
         query_starts: [B + 1] int32, rising.
         context_lens: [B] int32, keys of each request, this step's own included.
-        max_query_len: the largest number of query rows of one request (a grid size; 1 for a decode step).
+        max_query_len: the largest number of query rows of one request; 1 for a decode step.
         scale: positive, usually D ** -0.5.
         quantize: None writes y in q's dtype; `ToInt8` writes codes and scale of y rounded to q's dtype.
-        window: row i sees only the last window keys up to its own position; None for all. At least 1.
-        soft_cap: positive bound of the scores, None for none.
+        window: a row sees only the last window keys up to its own position, at least 1; None for all.
+        soft_cap: positive bound of the scores; None for none.
 
     Returns:
         y [T, H * D]. Rows outside every request are not defined.
@@ -123,7 +127,7 @@ def paged_attention(
     out = torch.empty_like(q).flatten(1)
     starts, contexts = query_starts.tolist(), context_lens.tolist()
     lengths = [stop - start for start, stop in pairwise(starts)]
-    # A lone row always goes through the batched product: it rounds the same whatever shares its step.
+    # A single row always goes through the batched product, so that it rounds the same in every step.
     decodes = [b for b, length in enumerate(lengths) if length == 1]
     if decodes:
         rows = [starts[b] for b in decodes]
@@ -155,10 +159,10 @@ def _decode_attention(
 ) -> Tensor:
     """`paged_attention` where every request has one query row: one batched product over padded contexts."""
     block_size = (k_cache.codes if isinstance(k_cache, Quantized) else k_cache).shape[1]
-    # In whole vectors and always masked, so that a row is summed in the same order whatever the longest context is.
+    # Whole vectors, always masked: the order of a row's sum must not depend on the longest context.
     longest = -(-int(context_lens.max()) // VECTOR) * VECTOR
     positions = torch.arange(longest, device=q.device)
-    # Beyond a context its last key is read again: a slot never written may hold NaN, and 0 * NaN would pass the mask.
+    # Past the end of a context its last key is read again: a slot never written may hold NaN, and 0 * NaN is NaN.
     inside = torch.minimum(positions, context_lens[:, None] - 1)
     slots = block_tables.gather(1, (inside // block_size).long()) * block_size + inside % block_size
     keys, values = (_gather(cache, slots) for cache in (k_cache, v_cache))

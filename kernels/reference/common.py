@@ -18,7 +18,7 @@ def quantize_rows(x: Tensor) -> Quantized:
 
     Args:
         x: [T, K] float, any strides. A row whose absmax is below 2**-100 gets scale 1 and codes 0. A row that holds
-            NaN or infinity gets a scale that is not finite, so that no fault is hidden by rounding.
+            NaN or infinity gets a scale that is not finite, so that rounding hides no fault.
 
     Returns:
         codes [T, K] int8 in -127..127 (ties to even) and scale [T] float32.
@@ -44,11 +44,11 @@ def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor |
     Args:
         x: [T, K] float, any strides.
         scale: float32 [1], positive: a static scale. None finds the tensor's own, by the rules of `quantize_rows`.
-        zero_point: int8 [1], the code of 0, or None; only with a scale that is given. Then
-            x ~ (codes - zero_point) * scale, and what multiplies the codes has to take the zero point off.
+        zero_point: int8 [1], the code of 0, or None; only if a scale is given. Then x ~ (codes - zero_point) * scale,
+            and what multiplies the codes has to subtract the zero point.
 
     Returns:
-        codes [T, K] int8 (ties to even), in -127..127 where there is no zero point, and scale [1] float32.
+        codes [T, K] int8 (ties to even), in -127..127 without a zero point, and scale [1] float32.
 
     Raises:
         ValueError: a zero point without a scale.
@@ -67,7 +67,7 @@ def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor |
 
 
 def split_outliers(x: Tensor, threshold: float) -> tuple[Quantized, Outliers]:
-    """Round each row of x to int8 without the columns that hold an outlier, and list these.
+    """Round each row of x to int8 without the columns that hold an outlier, and list those columns.
 
     O = {k : max_t |x_tk| >= threshold}        scale_t = max_{k not in O} |x_tk| / 127        codes = 0 in O
 
@@ -80,7 +80,7 @@ def split_outliers(x: Tensor, threshold: float) -> tuple[Quantized, Outliers]:
 
     Source: LLM.int8() (arXiv 2208.07339), section 3.2.
     """
-    # Written so that NaN is one.
+    # Written so that NaN counts as one.
     is_outlier = ~(x.abs() < threshold).all(0)
     columns = is_outlier.nonzero().squeeze(-1).to(torch.int32)
     count = torch.tensor([len(columns)], dtype=torch.int32, device=x.device)
@@ -98,7 +98,7 @@ def row_slices(num_rows: int) -> Iterator[slice]:
 
 
 def joined(parts: list[Tensor | Quantized]) -> Tensor | Quantized:
-    """Slices of rows as one tensor. A static scale is the same in each."""
+    """Slices of rows joined into one tensor. A static scale is the same in each."""
     quantized = [part for part in parts if isinstance(part, Quantized)]
     if not quantized:
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
@@ -111,7 +111,7 @@ def joined(parts: list[Tensor | Quantized]) -> Tensor | Quantized:
 
 
 def store(y: Tensor, dtype: torch.dtype, quantize: ToInt8 | None) -> Tensor | Quantized:
-    """Round a float32 result to what the caller asked for."""
+    """A float32 result in `dtype`, or as codes and scale."""
     if quantize is None:
         return y.to(dtype)
     return quantize_rows(y) if quantize.scale is None else quantize_tensor(y, quantize.scale)

@@ -27,7 +27,7 @@ def rms_norm(
         x: [T, K] float.
         weight: [K] float.
         eps: added to the mean square.
-        residual: [T, K] of x's dtype, or None for h = x. h is rounded to x's dtype before the norm reads it.
+        residual: [T, K] of x's dtype, or None for h = x. h is rounded to x's dtype before it is normed.
         quantize: None writes y in x's dtype; `ToInt8` writes codes and scale of the float32 y.
 
     Returns:
@@ -98,7 +98,12 @@ def gelu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quanti
 def gelu(
     x: Tensor, approximate: Literal["none", "tanh"] = "none", quantize: ToInt8 | None = None
 ) -> Tensor | Quantized:
-    """Apply GELU, x * Phi(x), exactly or by its tanh form; [T, K] as in `silu_mul`.
+    """Apply GELU, x * Phi(x), exactly or by its tanh form.
+
+    Args:
+        x: [T, K] float.
+        approximate: "none" for the exact form.
+        quantize: None writes [T, K] in x's dtype; `ToInt8` writes codes and scale of the float32 y.
 
     Source: GELU (arXiv 1606.08415), section 2.
     """
@@ -106,5 +111,10 @@ def gelu(
 
 
 def relu(x: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
-    """Apply max(x, 0); [T, K] as in `silu_mul`. NaN stays NaN."""
+    """Apply max(x, 0); NaN stays NaN.
+
+    Args:
+        x: [T, K] float.
+        quantize: None writes [T, K] in x's dtype; `ToInt8` writes codes and scale of y.
+    """
     return store(F.relu(x.float()), x.dtype, quantize)

@@ -1,4 +1,4 @@
-"""The int8 products: exact integer sums, and what a Linear does to them."""
+"""The int8 products: exact integer sums, then scales, bias, gate and residual."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def int8_linear(
 
     acc = x_q @ weight_q^T  (int32)        y_tn = acc_tn * x_scale_t * weight_scale_n + bias_n + residual_tn
 
-    Neither scale depends on the summed index k, which is what leaves the sum to the int8 tensor cores.
+    Neither scale depends on the summed index k, so the sum is one integer product.
 
     Args:
         x: codes [T, K], scale [T] or [1].
@@ -112,26 +112,25 @@ def int8_outlier_linear(
     out_dtype: torch.dtype = torch.float16,
     threshold: float = 6.0,
 ) -> Tensor:
-    """Apply a Linear in int8 but for the input columns that hold an outlier, which it multiplies in float.
+    """Apply a Linear in int8, and in float for the input columns that hold an outlier.
 
     O = {k : max_t |x_tk| >= threshold}
     y_tn = int8_linear(x without O)_tn + weight_scale_n * sum_{k in O} x_tk * weight_q_nk
 
-    What is split is the summed dimension, the features: every token has its outlier features multiplied in float and
-    all others in int8, with row scales found without them.
+    The summed dimension k is split: columns in O are multiplied in float for every row, all others in int8, with row
+    scales found without O.
 
     Args:
         x: [T, K] float, any strides.
-        weight_q: [N, K] int8, rows contiguous. In the float part it stands for weight_q * weight_scale: the float
-            weight is not kept.
+        weight_q: [N, K] int8, rows contiguous. The float part uses it too: no float weight is kept.
         weight_scale: float32 [N] or [1].
         bias: [N] float or None.
         residual: [T, N] float or None.
-        out_dtype: float16, bfloat16 or float32; of y, and of the int8 part before the float part is added.
+        out_dtype: float16, bfloat16 or float32; of y. The int8 part is rounded to it before the float part is added.
         threshold: positive, in x's units. NaN counts as an outlier.
 
     Returns:
-        y [T, N]. A row depends on its batch, which decides O.
+        y [T, N]. A row depends on its batch, which determines O.
 
     Source: LLM.int8() (arXiv 2208.07339), section 3.2 and equation 8.
     """
@@ -172,8 +171,8 @@ def int8_gated_linear(
 def _sum_groups(x_q: Tensor, weight_q: Tensor, scales: Tensor, group_size: int) -> Tensor:
     """sum_g (x_q weight_q^T over the columns of group g) * scales[g], float32 [T, N], in the order of g.
 
-    Each group is one int8 product that reads its columns where they lie: two thirds of the time that copies of them
-    would take at one token, half of it at 128 (K = 576 and 1536, 9 to 12 groups).
+    Each group is one int8 product over views of its columns: with copies it takes 1.5 times as long at one token, twice
+    as long at 128 (K = 576 and 1536, 9 to 12 groups).
     """
     acc = scales.new_zeros(len(x_q), len(weight_q))
     for group, scale in enumerate(scales):

@@ -146,5 +146,5 @@ def test_kernels_are_not_specialized_on_tokens() -> None:
 def test_default_tiles_cover_every_bucket() -> None:
     for capability in (80, 86, 89, 90, 100, 120):
         for t in range(1, 9000, 37):
-            tile = tiles.choose(tiles.Gpu("untuned", capability), 4096, 4096, t)
+            tile = tiles.choose(tiles.Target("untuned", capability), 4096, 4096, t)
             assert all(size & (size - 1) == 0 for size in (tile.block_t, tile.block_n, tile.block_k))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kernels import tiles, tune
-from kernels.tiles import Gpu, Tile
+from kernels.tiles import Target, Tile
 from kernels.tune import TileChoice
 
 TUNED = Tile("plain", 16, 32, 512, num_warps=2, num_stages=4)
@@ -29,14 +29,14 @@ def table(*entries: tuple[str, str, Tile]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     """A GPU for which the package has one tuned entry: 4096 x 14336 for 17 to 32 tokens."""
     shipped = tmp_path / "package"
     shipped.mkdir()
     (shipped / FILE).write_text(json.dumps(table(("4096x14336", "32", TUNED))))
     monkeypatch.setattr(tiles, "FOLDER", shipped)
     _forget()
-    yield Gpu("Test GPU (40GB)", 90)
+    yield Target("Test GPU (40GB)", 90)
     _forget()
 
 
@@ -46,7 +46,7 @@ def _forget() -> None:
 
 
 @pytest.fixture
-def user(gpu: Gpu, cache_home: Path) -> Path:
+def user(gpu: Target, cache_home: Path) -> Path:
     """The user's table of that GPU, in a folder that is there."""
     path = cache_home / "ottava" / "tiles" / FILE
     path.parent.mkdir(parents=True)
@@ -61,21 +61,21 @@ def test_bucket(t: int, expected: int) -> None:
     assert tiles.bucket(t) == expected
 
 
-def test_tuned_entry(gpu: Gpu) -> None:
+def test_tuned_entry(gpu: Target) -> None:
     assert tiles.choose(gpu, 4096, 14336, 17) == tiles.choose(gpu, 4096, 14336, 32) == TUNED
 
 
-def test_what_the_table_leaves_out_takes_the_default(gpu: Gpu) -> None:
+def test_what_the_table_leaves_out_takes_the_default(gpu: Target) -> None:
     for n, k, t in ((4096, 14336, 33), (4096, 4096, 32), (28672, 4096, 32)):
         assert tiles.choose(gpu, n, k, t) == tiles.defaults(90, n, k, tiles.bucket(t))
 
 
-def test_the_user_s_table_is_read_first(gpu: Gpu, user: Path) -> None:
+def test_the_user_s_table_is_read_first(gpu: Target, user: Path) -> None:
     user.write_text(json.dumps(table(("4096x14336", "32", OTHER), ("4096x4096", "16", OTHER))))
     assert tiles.choose(gpu, 4096, 14336, 32) == tiles.choose(gpu, 4096, 4096, 1) == OTHER
 
 
-def test_the_package_s_table_is_used_where_the_user_s_has_no_entry(gpu: Gpu, user: Path) -> None:
+def test_the_package_s_table_is_used_where_the_user_s_has_no_entry(gpu: Target, user: Path) -> None:
     user.write_text(json.dumps(table(("4096x4096", "16", OTHER))))
     assert tiles.choose(gpu, 4096, 14336, 32) == TUNED
 
@@ -99,7 +99,7 @@ def test_the_package_s_table_is_used_where_the_user_s_has_no_entry(gpu: Gpu, use
     ],
 )
 def test_a_broken_file_is_told_once_and_the_package_s_table_used(
-    gpu: Gpu, user: Path, content: str, caplog: pytest.LogCaptureFixture
+    gpu: Target, user: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     user.write_bytes(content.encode("utf-8", "surrogatepass"))
     with caplog.at_level(logging.WARNING):
@@ -122,11 +122,11 @@ def test_without_xdg_the_cache_is_in_the_home_folder(
 
 
 @pytest.fixture
-def measured(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+def measured(gpu: Target, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """A GPU for `tune` on which OTHER always wins; what was measured on it."""
     done: list[tuple[int, int, int]] = []
 
-    def best_tile(on: Gpu, n: int, k: int, bucket: int) -> TileChoice:
+    def best_tile(on: Target, n: int, k: int, bucket: int) -> TileChoice:
         assert on == gpu
         done.append((n, k, bucket))
         return TileChoice(n, k, bucket, OTHER, 1.0, 2.0)
@@ -138,7 +138,7 @@ def measured(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, 
     return done
 
 
-def test_tune_writes_where_choose_reads(gpu: Gpu, cache_home: Path, measured: list[tuple[int, int, int]]) -> None:
+def test_tune_writes_where_choose_reads(gpu: Target, cache_home: Path, measured: list[tuple[int, int, int]]) -> None:
     progress: list[tuple[int, int]] = []
     choices = tune.tune([(4096, 14336)], on_progress=lambda done, total: progress.append((done, total)))
     # The package has the bucket of 32.
@@ -152,7 +152,7 @@ def test_tune_writes_where_choose_reads(gpu: Gpu, cache_home: Path, measured: li
 
 
 def test_tune_into_a_file_measures_what_the_file_lacks(
-    gpu: Gpu, cache_home: Path, tmp_path: Path, measured: list[tuple[int, int, int]]
+    gpu: Target, cache_home: Path, tmp_path: Path, measured: list[tuple[int, int, int]]
 ) -> None:
     path = tmp_path / "somewhere" / "mine.json"
     tune.tune([(4096, 14336)], path)
@@ -186,6 +186,6 @@ def test_an_interrupted_write_leaves_the_table_before(user: Path, monkeypatch: p
 
 
 def test_few_tokens_use_swapped_operands() -> None:
-    hopper = Gpu("untuned", 90)
+    hopper = Target("untuned", 90)
     assert tiles.choose(hopper, 28672, 4096, 1).kernel == "swapped"
     assert tiles.choose(hopper, 28672, 4096, 4096).kernel == "pingpong"

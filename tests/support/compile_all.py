@@ -190,7 +190,7 @@ def record() -> list[Launch]:
 
     JITFunction.run = note
     for module in (gemm, groups, attention, dependent):
-        module.current_gpu = lambda _: tiles.Gpu("untuned", capability, num_sms=100)
+        module.current_gpu = lambda _: tiles.Target("untuned", capability, num_sms=100)
     for capability in ARCHITECTURES:
         rows()
         linears()
