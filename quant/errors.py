@@ -1,4 +1,4 @@
-"""What can be wrong with what quant is given, as one tree. A wrong argument of our own code is a ValueError instead.
+"""Every error of quant that a user can cause, as one tree. A wrong argument of our own code is a ValueError instead.
 
 QuantError
  + CheckpointError     a checkpoint folder that cannot be read or is not served

@@ -1,4 +1,4 @@
-"""Several Linears as one product: qkv, and gate and up with the gate behind them."""
+"""Several Linears as one product: q, k and v; gate and up, with the gating."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from quant.errors import UnlikeLinears
 from quant.linear import FloatLinear, InputCodes, Int8Linear
 
 LOWEST_CODE = -128
-"""Of activations with a zero point, whose range need not be symmetric."""
+"""Lowest code of an activation with a zero point, whose range need not be symmetric."""
 
 
 class GatedLinear:
-    """y = act(gate(x)) * up(x), in the form that the Linear after it eats.
+    """y = act(gate(x)) * up(x), in the form that the next Linear reads.
 
-    On a GPU int8 parts become one product with the gate in its epilogue, and their rows lie in pairs for it. Float
-    parts, group scales, outliers, another function than SiLU, and a CPU, which reads halves faster than pairs, take
-    one product and then `product`.
+    On a GPU int8 parts become one product with the gate in its epilogue, for which their rows are stored in pairs.
+    Float parts, group scales, outliers, other functions than SiLU, and a CPU, which reads halves faster than pairs,
+    take one product and then `product`.
 
     Args:
         gate, up: Linears of one kind and shape.
@@ -86,12 +86,12 @@ def take_rows(linear: FloatLinear | Int8Linear, rows: Tensor) -> FloatLinear | I
 
 
 def fuse(linears: Sequence[FloatLinear | Int8Linear]) -> FloatLinear | Int8Linear:
-    """One Linear whose output is the parts' outputs side by side: qkv, gate and up.
+    """One Linear whose output is the concatenation of the parts' outputs, such as q, k and v, or gate and up.
 
-    Channel and group scales are concatenated, tensor scales first expanded to one per channel; biases are
-    concatenated, zeros where a part has none; a static input scale is the largest of the parts, so that no part
-    saturates. Where parts have zero points, scale and zero point are those of the union of the parts' ranges: they
-    read one input, and the weights do not depend on how it is rounded.
+    Channel and group scales are concatenated, tensor scales first expanded to one per channel; biases are concatenated,
+    with zeros for a part that has none. A static input scale is the largest of the parts, so that no part saturates.
+    With zero points, scale and zero point are those of the union of the parts' ranges: the parts read one input, and
+    the weights do not depend on how it is rounded.
 
     Args:
         linears: at least one; all float or all int8 with one activation kind, one K, one dtype, one threshold of
@@ -143,13 +143,13 @@ def _fuse_int8(parts: list[Int8Linear]) -> Int8Linear:
 
 
 def _common_codes(parts: list[InputCodes]) -> InputCodes:
-    """The codes of one input of parts of the same kind, whose static range holds the range of every part."""
+    """The codes of an input that parts of one kind share; a static range includes the range of every part."""
     scale, zero_point = _common_range(parts)
     return replace(parts[0], scale=scale, zero_point=zero_point)
 
 
 def _common_range(parts: list[InputCodes]) -> tuple[Tensor | None, Tensor | None]:
-    """The static scale and zero point that hold the range of every part, from lowest to highest code."""
+    """The static scale and zero point whose range, from lowest to highest code, includes that of every part."""
     scales = [part.scale for part in parts if part.scale is not None]
     if not scales:
         return None, None

@@ -1,4 +1,4 @@
-"""The Linear classes of the decoder: float, and int8 with its scales. Plain objects that serve and never train."""
+"""The Linear classes of the decoder, float and int8: plain objects for inference only."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class FloatLinear:
     """
 
     input_format: ToInt8 | None = None
-    """What the op before should write: a float tensor."""
+    """What the op before has to write: a float tensor."""
 
     is_row_independent = True
-    """Whether a row's result is free of what else is in the step."""
+    """Whether a row's result does not depend on the other rows of the step."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         _check_shapes(weight, bias)
@@ -45,7 +45,7 @@ class FloatLinear:
         """Apply to x [T, K] float; residual [T, N] or None.
 
         Raises:
-            TypeError: x is `Quantized`: a float Linear asked for a float tensor.
+            TypeError: x is `Quantized`.
         """
         if isinstance(x, Quantized):
             raise TypeError("a FloatLinear takes a float tensor, got Quantized; obey its input_format")
@@ -108,10 +108,10 @@ class InputCodes:
 
     @property
     def reads_float(self) -> bool:
-        """Whether the codes can only be made here.
+        """Whether x has to be a float tensor, since the op before cannot write these codes.
 
-        Dynamic per tensor needs every row before the first code, and outliers every row before the first scale: no op
-        before can write them. Codes with a zero point no op but `quantize_tensor` writes.
+        A dynamic scale per tensor needs every row before the first code, outliers need every row before the first
+        scale, and only `quantize_tensor` writes codes with a zero point.
         """
         return self.kind == "tensor" or self.outliers is not None or self.zero_point is not None
 
@@ -123,12 +123,12 @@ class InputCodes:
 class Int8Linear:
     """y_tn = x_scale_t * sum_k (x_q_tk - zero_point) * weight_q_nk * weight_scale_nk + bias_n (+ residual_tn).
 
-    weight_scale_nk is one per matrix or row, and leaves the sum, or one per row and group of columns, and leaves the
-    group's. A zero point leaves it too, as a part of the bias that is known beforehand:
+    weight_scale_nk is one per matrix or row, and is applied to the sum, or one per row and group of columns, and is
+    applied to the group's sum. A zero point becomes part of the bias:
     -x_scale * zero_point * sum_k weight_q_nk * weight_scale_nk.
 
     Args:
-        weight_q: [N, K] int8. Codes of -128, which other tools write, are multiplied like any other.
+        weight_q: [N, K] int8. Codes of -128, which other tools write, are multiplied like others.
         weight_scale: float32 [N] (per output channel), [1] (per tensor) or [N, K / group size] (per group of columns,
             the group size a power of two from 32).
         bias: [N] float or None.
@@ -179,7 +179,7 @@ class Int8Linear:
         return product(self.quantized(x), *operands)
 
     def quantized(self, x: Tensor | Quantized) -> Quantized:
-        """x as this Linear eats it, where it eats codes alone."""
+        """x as codes and scale, for a Linear without outliers."""
         codes = self.input_codes
         if codes.zero_point is not None:
             return quantize_tensor(self._float(x), codes.scale, codes.zero_point)
@@ -195,7 +195,7 @@ class Int8Linear:
         return x
 
     def _bias_without_zero_point(self) -> Tensor | None:
-        """The bias less what a zero point adds to every product: float32 [N], or the bias as it is."""
+        """The bias minus what a zero point adds to every product, float32 [N]; the bias itself without one."""
         scale, zero_point = self.input_codes.scale, self.input_codes.zero_point
         if scale is None or zero_point is None:
             return self.bias
@@ -217,12 +217,12 @@ class Int8Linear:
 
     @property
     def is_row_independent(self) -> bool:
-        """Whether a row's result does not depend on its step, in which one scale or the outliers are found for all."""
+        """Whether a row's result does not depend on the other rows of the step: no scale and no outliers are shared."""
         return self.input_codes.kind != "tensor" and self.input_codes.outliers is None
 
     @property
     def has_gated_kernel(self) -> bool:
-        """Whether `int8_gated_linear` computes its product: all scales in the epilogue, nothing in float."""
+        """Whether `int8_gated_linear` can compute its product: all scales in the epilogue, no float part."""
         return self.weight_scale.ndim == 1 and self.input_codes.outliers is None
 
     def to(self, device: torch.device | str) -> Int8Linear:

@@ -1,4 +1,4 @@
-"""What is quantized and how: a few knobs, whose named settings are the methods of the literature."""
+"""What is quantized and how: a few knobs, and presets of them after the methods of the literature."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KVStorage = Literal["float", "int8"]
 Rounding = Literal["nearest", "gptq"]
 
 MIN_GROUP_SIZE = 32
-"""One step of an int8 matrix instruction along K: a smaller group would leave part of it idle."""
+"""Depth of one int8 matrix instruction: a smaller group would not use all of it."""
 
 _WEIGHTS = {
     "float": "float weights",
@@ -44,22 +44,20 @@ _ROUNDING = {
 class Scheme:
     """How the Linears of a decoder, and its keys and values, are quantized.
 
-    A scale must not vary along the summed index k, or the product leaves the integer GEMM; hence scales per row of
-    the activation (token), per row of the weight (channel), or per tensor. Groups of k have scales of their own
-    because each is a product of its own, summed in float. A key's scale leaves q k^T as a row's does, and a value's
-    multiplies its probability; both are found as the token is written, so int8 keys and values need no calibration and
-    add nothing to the weights.
+    A scale must not vary along the summed index k, or the product is no integer GEMM; hence scales per row of the
+    activation (token), per row of the weight (channel), or per tensor. A group of k may have its own scale because it
+    is a product of its own, summed in float. A key's scale multiplies q k^T as a row's does, a value's its probability;
+    both are found when the token is written, so int8 keys and values need no calibration and no weights.
 
     Args:
-        name: what it is called in tables and on the command line.
+        name: its name in tables and on the command line.
         weight: "float", "tensor" (one scale per matrix), "channel" (one per output channel) or "group" (one per output
             channel and group of inputs).
         activation: "float", "static" (one calibrated scale per tensor), "tensor" (one per tensor and step) or
             "token" (one per row and step).
         smoothing: alpha in 0..1 of SmoothQuant's migration, "search" for the best alpha of each group on calibration
             data, or None for no smoothing.
-        outliers: LLM.int8()'s threshold: input columns with a larger magnitude are multiplied in float; None for no
-            such columns.
+        outliers: LLM.int8()'s threshold: input columns with a larger magnitude are multiplied in float; None for none.
         kv: the KV cache: "float", or "int8" (one scale per token and head).
         rounding: of weights, "nearest" or "gptq".
         group_size: inputs that share a scale, a power of two from 32, with weight "group"; None otherwise.
@@ -162,7 +160,7 @@ class Scheme:
 
     @classmethod
     def preset(cls, name: str, alpha: float | None = None) -> Scheme:
-        """The preset of that name, its smoothing alpha replaced where one is given.
+        """The preset of that name, with this alpha if one is given.
 
         Raises:
             InvalidScheme: no preset has that name, alpha is outside 0..1, or the preset does not smooth.
@@ -180,7 +178,7 @@ class Scheme:
         return replace(scheme, smoothing=alpha)
 
     def with_alpha(self, alpha: float | None) -> Scheme:
-        """The same scheme with this alpha, where one is given and the scheme smooths.
+        """The same scheme with this alpha, if one is given and the scheme smooths.
 
         Raises:
             InvalidScheme: alpha is outside 0..1.
@@ -188,11 +186,11 @@ class Scheme:
         return self if alpha is None or self.smoothing is None else replace(self, smoothing=alpha)
 
     def with_kv(self, kv: KVStorage | None) -> Scheme:
-        """The same scheme with another storage of keys and values, where one is given and the scheme is int8."""
+        """The same scheme with another storage of keys and values, if one is given and the scheme is int8."""
         return self if kv is None or not self.is_int8 else replace(self, kv=kv)
 
     def with_rounding(self, rounding: Rounding | None) -> Scheme:
-        """The same scheme with another rounding of weights, where one is given and the scheme is int8.
+        """The same scheme with another rounding of weights, if one is given and the scheme is int8.
 
         Raises:
             InvalidScheme: the scheme is distilled, which needs rounding to nearest.
@@ -221,7 +219,7 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """The name, and what the preset of that name does not have: for rows of a table."""
+        """The name and what differs from the preset of that name, for rows of a table."""
         preset = PRESETS.get(self.name, self)
         extras = []
         if self.smoothing != preset.smoothing:
@@ -234,7 +232,7 @@ class Scheme:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether quantizing takes calibration data: for static scales, smoothing, GPTQ's rounding, distillation."""
+        """Whether quantizing needs calibration data: for static scales, smoothing, GPTQ's rounding or distillation."""
         is_data_driven = self.rounding == "gptq" or self.is_distilled
         return self.activation == "static" or self.smoothing is not None or is_data_driven
 
@@ -260,7 +258,7 @@ def _require(knob: str, value: object, served: dict[str, str]) -> None:
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
-    # bool is an int to Python, and True would pass for 1.
+    # In Python bool is an int, so True would count as 1.
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 

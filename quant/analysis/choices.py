@@ -1,4 +1,4 @@
-"""Multiple choice without generation: the answer whose text a model finds likeliest after the question."""
+"""Multiple choice without generation: the answer is the choice whose text is likeliest after the question."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIN_CHOICES = 2
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A text, the choices of how it goes on, and the index of the right one."""
+    """A text, its possible continuations, and the index of the right one."""
 
     question: str
     choices: tuple[str, ...]
@@ -30,7 +30,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """Token ids of a question and one of its choices; the choice's begin at `start`.
+    """Token ids of a question and one of its choices, which begins at `start`.
 
     num_bytes: of the choice as UTF-8.
     """
@@ -42,7 +42,7 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceQuality:
-    """accuracy: share of questions answered right. agreement: share answered as the baseline does. Both 0..1."""
+    """accuracy: share of questions answered right; agreement: share answered like the baseline. Both 0..1."""
 
     accuracy: float
     agreement: float
@@ -92,7 +92,7 @@ def _question(line: str) -> Question:
         raise InvalidQuestions(f"choices = {choices!r} must be {MIN_CHOICES} texts or more, none of them blank")
     if len(set(choices)) < len(choices):
         raise InvalidQuestions(f"choices = {choices!r} names a choice twice")
-    # bool is an int to Python, and true would pass for 1.
+    # In Python bool is an int, so true would count as 1.
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise InvalidQuestions(f"answer = {answer!r} must be the index of a choice, 0 to {len(choices) - 1}")
     return Question(text, tuple(choices), answer)
@@ -103,9 +103,9 @@ def _is_text(value: Any) -> bool:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, question: Question, max_len: int) -> list[Continuation]:
-    """Each choice behind the question and a space, tokenized as one text; BOS before it where prompts have one.
+    """The question, a space and each choice, tokenized as one text, after BOS if prompts begin with it.
 
-    A choice's tokens begin where its text's tokens first differ from those of the question alone.
+    A choice begins where the tokens first differ from those of the question alone.
 
     Args:
         max_len: the longest text in tokens.
@@ -145,8 +145,8 @@ def pick(logits_of: LogitsOf, continuations: Sequence[Continuation]) -> int:
 
     score = (sum_{t >= start} log p(id_t | id_0..t-1)) / num_bytes
 
-    Divided by the bytes of its text, a long choice has no handicap, and tokenizers can be compared. Choices of one
-    token take one pass, since what precedes them is the same.
+    The division by the bytes of its text makes long choices and different tokenizers comparable. Choices of one token
+    take one pass, since the tokens before them are the same.
 
     Raises:
         ValueError: logits are not [L, V].
@@ -164,7 +164,7 @@ def pick(logits_of: LogitsOf, continuations: Sequence[Continuation]) -> int:
 
 
 def _log_probs(logits_of: LogitsOf, ids: Sequence[int], start: int) -> Tensor:
-    """Of the token at `start` and of each after it, float64 on the CPU: row t of the logits predicts token t + 1."""
+    """Log-probabilities of the tokens from `start` on, float64 on the CPU: row t of the logits predicts token t + 1."""
     logits = logits_of(torch.tensor(ids))
     if logits.ndim != 2 or logits.shape[0] != len(ids):
         raise ValueError(f"logits {list(logits.shape)} for {len(ids)} tokens; expected [L, V]")
@@ -179,7 +179,7 @@ def picks(
     questions: Sequence[Sequence[Continuation]],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[int]:
-    """What `pick` gives for each question. on_progress: called after each with (done, total)."""
+    """The result of `pick` for each question. on_progress: called after each with (done, total)."""
     found = []
     for continuations in questions:
         found.append(pick(logits_of, continuations))

@@ -1,4 +1,4 @@
-"""Whether a scheme that somebody writes by hand is practical: whether one integer GEMM still does the product.
+"""Whether a scheme written by hand is practical: whether one integer GEMM can compute its product.
 
 Source: "How Quantization Works: From a Matrix Multiplication Perspective" (2024), sections on the basic methods and on
 hardware; SmoothQuant (arXiv 2211.10438), section 3; ZeroQuant (arXiv 2206.01861), group-wise quantization.
@@ -14,7 +14,7 @@ ALIASES = {
     "weight": {"row": "channel"},
     "activation": {"row": "token", "channel": "input-channel", "static": "tensor"},
 }
-"""Other words for one idea: a row of x is a token, a row of w an output channel, a channel of x an input channel."""
+"""Synonyms: a row of x is a token, a row of w an output channel, a channel of x an input channel."""
 
 WORDS = {
     "weight": ("float", "tensor", "channel", "group", "input-channel", "element"),
@@ -50,10 +50,11 @@ class Verdict:
 
 
 def explain(weight: str, activation: str) -> Verdict:
-    """Say whether y_tn = sum_k x_tk w_nk stays one integer GEMM when x and w carry scales of this granularity.
+    """Say whether y_tn = sum_k x_tk w_nk stays one integer GEMM when x and w have scales of this granularity.
 
-    With codes x_tk, w_nk: a scale that is free of k leaves the sum, y_tn = a_t b_n sum_k x_tk w_nk. One that varies
-    with k does not. Groups along k leave one sum per group, y_tn = sum_j a_tj b_nj (sum_(k in group j) x_tk w_nk).
+    With codes x_tk, w_nk: a scale that does not depend on k can be taken out of the sum,
+    y_tn = a_t b_n sum_k x_tk w_nk. One that varies with k cannot. Groups along k give one sum per group,
+    y_tn = sum_j a_tj b_nj (sum_(k in group j) x_tk w_nk).
 
     Args:
         weight: float, tensor, channel (or row), group, input-channel or element.

@@ -1,4 +1,4 @@
-"""Roofs of GPUs: memory and tensor cores by data sheet, and the copy rate where it was measured."""
+"""Roofs of GPUs: memory and tensor cores by data sheet, and the copy rate if it was measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quant.errors import UnknownBandwidth
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Roofs of a GPU, in bytes and dense operations per second. copy_bytes_per_s: read + written, where measured."""
+    """Roofs of a GPU, in bytes and dense operations per second. copy_bytes_per_s: read + written, if measured."""
 
     name: str
     bytes_per_s: float
@@ -38,8 +38,8 @@ class Gpu:
         return replace(self, bytes_per_s=1e12 * tb_per_s)
 
 
-# NVIDIA's data sheets, dense: those that print rates with sparsity are halved. fp16 accumulates in float32, as torch
-# does, which GeForce cards do at half rate.
+# NVIDIA's data sheets, dense: rates that are printed with sparsity are halved. fp16 accumulates in float32, as torch
+# does; GeForce cards do that at half rate.
 GPUS = {
     gpu.name: gpu
     for gpu in (

@@ -1,4 +1,4 @@
-"""Which Linear a scheme hurts most: each one's int8 product beside the float product of the same input."""
+"""The error of each Linear of a scheme: its int8 product compared with the float product of the same input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from quant.linear import FloatLinear, Int8Linear
 
 @dataclass(frozen=True, slots=True)
 class LinearError:
-    """||y_int8 - y_float|| / ||y_float|| of one Linear, the mean over the tokens that reached it."""
+    """||y_int8 - y_float|| / ||y_float|| of one Linear, the mean over the tokens that it read."""
 
     name: str
     error: float
@@ -32,11 +32,11 @@ class LinearError:
 
 @dataclass(slots=True)
 class _Smoothing:
-    """What was done to Linears, by name.
+    """How Linears were smoothed, by name.
 
     columns: what they were multiplied by, [K].   rows: what they were divided by, [N].
-    read, written: which channel of the float model each column reads and each row writes, [K] and [N], where channels
-    were split.
+    read, written: which channel of the float model each column reads and each row writes, [K] and [N], for those whose
+    channels were split.
     """
 
     columns: dict[str, Tensor] = field(default_factory=dict)
@@ -65,18 +65,18 @@ def linear_errors(
 
     error = mean_t ||s_out * int8(x_t / s_in) - (W x_t + b)|| / ||W x_t + b||
 
-    Token by token, since a few tokens (the first of a text) have activations a thousand times as large as the others'.
-    x is what the Linear reads in the float model, so no error is another Linear's; int8 is the product that is served,
-    weights, scales and rounding of the input as the checkpoint has them. Smoothing is undone around it: s_in and s_out
-    are 1 where the scheme does not smooth. A norm's s is exact. A Linear source's is the ratio of its rows before and
-    after, which the rounding of its weights leaves exact to about 0.5 % / sqrt(K).
+    The error is relative per token, since a few tokens (the first of a text) have activations a thousand times as large
+    as the others'. x is what the Linear reads in the float model, so no error comes from another Linear; int8 is the
+    product that is served, with the checkpoint's weights, scales and rounding of the input. Smoothing is undone around
+    it: s_in and s_out are 1 if the scheme does not smooth. A norm's s is exact. A Linear's is the ratio of its rows
+    before and after, which the rounding of its weights changes by about 0.5 % / sqrt(K).
 
     One float layer is in memory at a time, and the hidden states of all windows.
 
     Args:
         source: folder of the float model.
         quantized: the int8 checkpoint made of it, opened in float32 on the device to compute on.
-        groups: what the scheme smooths; empty where it does not.
+        groups: what the scheme smooths; empty if it does not.
         windows: [n, L] int64 token ids.
         on_progress: called after each layer with (done, total).
 
@@ -99,7 +99,7 @@ def linear_errors(
         stream.drop(index)
         if on_progress is not None:
             on_progress(index + 1, len(stream.prefixes))
-    # A Linear that no token reached (an expert) has no error to speak of.
+    # A Linear that read no token (of an expert) has no error.
     seen = [LinearError(name, s.error / s.num_tokens) for name, s in sums.items() if s.num_tokens]
     return sorted(seen, key=lambda row: -row.error)
 
@@ -116,7 +116,7 @@ def _load(quantized: Checkpoint, name: str, module: nn.Module) -> FloatLinear | 
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """[N, K], whichever way round the module has it."""
+    """The weight as [N, K]; Conv1D stores [K, N]."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(module, Conv1D) else weight
@@ -129,7 +129,7 @@ def _smoothing(
     linears: Mapping[str, nn.Module],
     int8: Mapping[str, FloatLinear | Int8Linear],
 ) -> _Smoothing:
-    """What the groups of one layer did, in the order in which they were folded."""
+    """How the groups of one layer were smoothed, in the order in which they were folded."""
     found = _Smoothing()
     for group in groups:
         if group.source in linears:
@@ -152,10 +152,10 @@ def _smoothing(
 
 
 def _ratio(before: Tensor, after: Tensor) -> Tensor:
-    """s [N] with before_n ~ s_n after_n, row by row; 1 where a row is gone.
+    """s [N] with before_n ~ s_n after_n, row by row; 1 for a row of zeros.
 
-    By projection, in which rounding errors cancel, and by length where the rows hardly resemble each other: what is
-    wrong with them then shows in their own output, not in what reads it.
+    By projection, in which rounding errors cancel. By length if the rows hardly resemble each other: their fault then
+    shows in their own output and not in what reads it.
     """
     common, lengths = (before * after).sum(1).abs(), before.norm(dim=1)
     is_alike = common > 0.5 * lengths * after.norm(dim=1)
@@ -164,7 +164,7 @@ def _ratio(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _stored_weight(linear: FloatLinear | Int8Linear) -> Tensor:
-    """What the codes stand for, [N, K]."""
+    """The weight that the codes represent, [N, K]."""
     if isinstance(linear, FloatLinear):
         return linear.weight
     scale = linear.weight_scale if linear.weight_scale.numel() == 1 else linear.weight_scale.view(linear.shape[0], -1)
@@ -178,7 +178,7 @@ def _watched(
     smoothing: _Smoothing,
     sums: Mapping[str, _Sums],
 ) -> Iterator[None]:
-    """Every call of a Linear adds to its sums, for as long as the context lasts."""
+    """While the context lasts, every call of a Linear adds to its sums."""
 
     def watch(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         x, y = args[0].flatten(0, -2), output.flatten(0, -2)
@@ -188,7 +188,7 @@ def _watched(
             y = y[:, smoothing.written[name]]
         found = int8[name](x / smoothing.columns.get(name, 1.0)) * smoothing.rows.get(name, 1.0)
         norms = y.double().norm(dim=1)
-        # An output of zeros has no relative error.
+        # A row of zeros has no relative error.
         ratios = ((found - y).double().norm(dim=1) / norms)[norms > 0]
         sums[name].error += ratios.sum().item()
         sums[name].num_tokens += len(ratios)

@@ -1,4 +1,4 @@
-"""What quantization costs in quality: perplexity, KL divergence and top-1 agreement against the baseline."""
+"""The quality of a quantized model: perplexity, KL divergence and top-1 agreement against the baseline."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LogitsOf = Callable[[Tensor], Tensor]
 """Token ids [L] int64 -> logits [L, V] float, row t predicting token t + 1."""
 
 _ROWS_AT_ONCE = 128
-"""Positions compared together: bounds the float32 copies to 128 x V x 4 bytes each (25 MB at V = 49152)."""
+"""Positions that are compared together: limits each float32 copy to 128 x V x 4 bytes (25 MB at V = 49152)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """One row of the quality table, over all windows; positions t = 0..L-2 of each, those with a token to predict.
+    """One row of the quality table, over all windows and their positions t = 0..L-2, which have a next token.
 
     scheme: its name.
     perplexity: exp(mean_t -log p(token_{t+1} | token_0..t)), p the candidate's softmax.
@@ -59,9 +59,9 @@ def evaluate(
     windows: Tensor,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Quality]:
-    """A row for the baseline (its own KL 0 and agreement 1), then one per candidate in the order given.
+    """A row for the baseline (its KL 0 and agreement 1), then one per candidate in the order given.
 
-    Logits of one window are held at a time: the baseline's and one candidate's.
+    Only the logits of one window are in memory: the baseline's and one candidate's.
 
     Args:
         baseline: name and logits of the float model.

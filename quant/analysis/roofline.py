@@ -1,8 +1,8 @@
 """Operations and bytes of a model's Linears and of its whole step, from its shapes alone, and the time they predict.
 
 Three dataflows are counted: `fp16`; `int8`, whose activations are fp16 between the ops; `dataflow`, whose activations
-are int8 between the ops. A multiply-add is two operations, whatever its type. Prediction is a floor: each operand moves
-once, kernels reach their roof, launches and gaps cost nothing.
+are int8 between the ops. A multiply-add is two operations of any type. A prediction is a lower bound: each operand
+moves once, kernels reach their roof, launches and gaps take no time.
 
 Source: roofline (Williams, Waterman, Patterson, CACM 52(4), 2009); "How Quantization Works: From a Matrix
 Multiplication Perspective" (2024), section Performance analysis, called the table below; ZeroQuant (arXiv 2206.01861).
@@ -23,12 +23,12 @@ FLOWS: dict[Flow, str] = {"fp16": "FP16", "int8": "INT8, FP16 I/O", "dataflow": 
 
 FP16_BYTES, INT8_BYTES = 2, 1
 SCALE_BYTES = 2
-"""Of one scale, as in the table; ottava's are float32, which adds 2(T + N) bytes to a Linear."""
+"""Bytes of one scale, as in the table. ottava's are float32, which adds 2(T + N) bytes to a Linear."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Operations of each type and bytes moved, of one kernel or of a sum of them."""
+    """Operations of each type and bytes moved, of one kernel or of several."""
 
     fp16_operations: float
     int8_operations: float
@@ -36,7 +36,7 @@ class Work:
 
     @property
     def operations(self) -> float:
-        """Of both types together."""
+        """Operations of both types."""
         return self.fp16_operations + self.int8_operations
 
     @property
@@ -50,7 +50,7 @@ class Work:
         return self.fp16_operations + self.int8_operations / 2
 
     def compute_s(self, gpu: Gpu) -> float:
-        """fp16 / rate_fp16 + int8 / rate_int8: the operations of one kernel share its cores."""
+        """fp16 / rate_fp16 + int8 / rate_int8: the operations of a kernel share the cores."""
         return self.fp16_operations / gpu.fp16_per_s + self.int8_operations / gpu.int8_per_s
 
     def memory_s(self, gpu: Gpu) -> float:
@@ -62,12 +62,12 @@ class Work:
         return max(self.compute_s(gpu), self.memory_s(gpu))
 
     def bound(self, gpu: Gpu) -> Bound:
-        """Which of the two is larger."""
+        """Which of the two times is larger."""
         return "compute" if self.compute_s(gpu) > self.memory_s(gpu) else "memory"
 
 
 def fp16_linear(t: int, n: int, k: int) -> Work:
-    """Work of y [T, N] = x [T, K] w [N, K]^T with everything in fp16.
+    """Work of y [T, N] = x [T, K] w [N, K]^T, all in fp16.
 
     operations = 2TNK        bytes = 2(TK + NK + TN)        intensity = 1 / (1/T + 1/N + 1/K)
 
@@ -83,7 +83,7 @@ def int8_linear(t: int, n: int, k: int) -> Work:
     bytes = 2TK + NK + 2TN + 2(T + N)
     intensity, normalized = (1 + 2/N + 4/K) / (1/T + 2/N + 2/K + 2/(TK) + 2/(NK))
 
-    A scale per token needs its whole row first, so a quantization apart from the product moves 2TK bytes more.
+    A scale per token needs its whole row first, so a separate quantization moves 2TK bytes more.
 
     Source: the table, column INT8. It prints 2/T + 1/K for 1/T + 2/K in the intensity: coefficients exchanged.
     """
@@ -97,7 +97,7 @@ def dataflow_linear(t: int, n: int, k: int) -> Work:
     operations = 2TNK in int8 + 4TN (two scales per sum) + 2TN (quantize y for the next op) in fp16
     bytes = TK + NK + TN + 2(T + N)
 
-    Ottava writes gate_up so, and fp16 where a float is needed next: qkv for attention, o and down for the residual.
+    Ottava writes gate_up so, and fp16 for what is read as float: qkv for attention, o and down for the residual.
 
     Source: ZeroQuant (arXiv 2206.01861), section 4.3; bytes as the article's section on ZeroQuant has them.
     """
@@ -118,7 +118,7 @@ def linear_work(flow: Flow, t: int, n: int, k: int) -> Work:
 
 
 def crossover_tokens(flow: Flow, n: int, k: int, gpu: Gpu) -> float:
-    """Tokens above which a Linear is bound by operations; infinite where it never is.
+    """Number of tokens above which a Linear is bound by operations; infinite if it never is.
 
     Both times are linear in T: compute = aT, memory = b + cT, so T* = b / (a - c).
     """
@@ -141,7 +141,7 @@ class ModelShape:
     vocab_size: int
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of a layer's Linears as they run: q, k, v as one, gate and up as one."""
+        """(N, K) of a layer's Linears as they run: q, k and v as one, gate and up as one."""
         hidden, inner = self.hidden_size, self.intermediate_size
         return {
             "qkv": ((self.num_heads + 2 * self.num_kv_heads) * self.head_size, hidden),
@@ -164,11 +164,12 @@ SHAPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What one forward pass computes.
+class StepShape:
+    """The size of one forward pass.
 
-    tokens: rows of the batch. context: tokens in the cache of each request that decodes, or the longest prompt.
-    is_prefill: whole prompts without a past; otherwise every token is a request that decodes.
+    tokens: rows of the batch.
+    context: tokens in the cache of each request that decodes, or the longest prompt.
+    is_prefill: whole prompts with an empty cache; otherwise each token is of another request that decodes.
     """
 
     tokens: int
@@ -184,18 +185,18 @@ class Step:
         return -(-self.tokens // self.prompt_len)
 
     def describe(self) -> str:
-        """In words."""
+        """The step in words."""
         requests = f"{self.num_requests} {'prompt' if self.is_prefill else 'request'}{'s' * (self.num_requests > 1)}"
         if self.is_prefill:
             return f"{requests} of {self.prompt_len} tokens"
         return f"{requests} decoding, {self.context} tokens in the cache{' of each' * (self.num_requests > 1)}"
 
 
-def attention_work(flow: Flow, shape: ModelShape, step: Step) -> Work:
+def attention_work(flow: Flow, shape: ModelShape, step: StepShape) -> Work:
     """Work of one layer's attention over an fp16 cache.
 
     operations = 4HD x pairs, pairs = T(C + 1) in decode, T(P + 1)/2 in prefill of prompts of P
-    bytes = 2GD x 2 slots + 2THD + out, slots = T(C + 1) or T: each key and value once; out in fp16, or int8 codes
+    bytes = 2GD x 2 slots + 2THD + out, slots = T(C + 1) or T: each key and value once; out is fp16 or int8 codes
     """
     width = shape.num_heads * shape.head_size
     seen = step.tokens * (step.context + 1)
@@ -210,7 +211,7 @@ def elementwise_work(flow: Flow, shape: ModelShape, tokens: int) -> Work:
     """Work of one layer's two (add +) norms, rope with the write of k and v, and SiLU(gate) * up.
 
     bytes = 2T hidden (2e + 4) + T(H + 2G)D(e + 2) + 3eTI, e bytes per activation: 2 in fp16, 1 in int8
-    The residual, q, k and v are fp16. Operations count as none: a few per byte, where the ridge is at hundreds.
+    The residual, q, k and v are fp16. Operations are not counted: they are a few per byte, the ridge is at hundreds.
     """
     e = _activation_bytes(flow)
     norms = 2 * tokens * shape.hidden_size * (2 * e + 2 * FP16_BYTES)
@@ -232,23 +233,23 @@ class Part:
     size: tuple[int, int] | None = None
 
 
-def step_parts(flow: Flow, shape: ModelShape, step: Step) -> Iterator[Part]:
-    """Every kernel of a step: the Linears, attention and elementwise ops of each layer, and the head, which is fp16."""
+def step_parts(flow: Flow, shape: ModelShape, step: StepShape) -> Iterator[Part]:
+    """Every kernel of a step: the Linears, attention and elementwise ops of each layer, and the fp16 head."""
     layers = shape.num_layers
     for name, (n, k) in shape.linears().items():
         yield Part(name, linear_work(flow, step.tokens, n, k), layers, (n, k))
     yield Part("attention", attention_work(flow, shape, step), layers)
     yield Part("elementwise", elementwise_work(flow, shape, step.tokens), layers)
-    # Only the last row of a prompt is sampled from.
+    # Only the last row of a prompt needs logits.
     size = shape.vocab_size, shape.hidden_size
     yield Part("head", fp16_linear(step.num_requests, *size), 1, size)
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A row of the result: one call of a part, or the step, whose time is the sum over its kernels.
+    """A row of the result: one call of a part, or the whole step, whose time is the sum over its kernels.
 
-    speedup: fp16's time over this one.
+    speedup: time in fp16 / time_s.
     """
 
     tokens: int
@@ -262,8 +263,8 @@ class Prediction:
     speedup: float
 
 
-def predict(shape: ModelShape, step: Step, gpu: Gpu) -> list[Prediction]:
-    """Every part under every dataflow, part by part; the whole step comes last."""
+def predict(shape: ModelShape, step: StepShape, gpu: Gpu) -> list[Prediction]:
+    """Every part under every dataflow, part by part, then the whole step."""
     flows = {flow: [*step_parts(flow, shape, step)] for flow in FLOWS}
     rows = []
     for index in range(len(flows["fp16"])):
@@ -273,12 +274,12 @@ def predict(shape: ModelShape, step: Step, gpu: Gpu) -> list[Prediction]:
             time_s = part.work.time_s(gpu)
             fields = step.tokens, part.name, flow, part.count, part.size, part.work
             rows.append(Prediction(*fields, part.work.bound(gpu), time_s, base_s / time_s))
-    base_s = _total(flows["fp16"], "fp16", step, gpu, None).time_s
-    return rows + [_total(parts, flow, step, gpu, base_s) for flow, parts in flows.items()]
+    base_s = _total(flows["fp16"], "fp16", step, gpu, base_s=None).time_s
+    return rows + [_total(parts, flow, step, gpu, base_s=base_s) for flow, parts in flows.items()]
 
 
-def _total(parts: list[Part], flow: Flow, step: Step, gpu: Gpu, base_s: float | None) -> Prediction:
-    """The whole step; bound is what more than half of its time waits for."""
+def _total(parts: list[Part], flow: Flow, step: StepShape, gpu: Gpu, *, base_s: float | None) -> Prediction:
+    """The whole step; it is bound by what bounds kernels of more than half of its time."""
     work = Work(
         sum(part.count * part.work.fp16_operations for part in parts),
         sum(part.count * part.work.int8_operations for part in parts),

@@ -1,1 +1,1 @@
-"""Checkpoint folders: read, described, written."""
+"""Reads, describes and writes checkpoint folders."""

@@ -1,8 +1,8 @@
-"""The `quantization_config` of compressed-tensors: which Linears are int8 and how. What is not served is refused.
+"""The `quantization_config` of compressed-tensors: which Linears are int8 and how. Anything not served is refused.
 
-Accepted: formats int-quantized and naive-quantized, for the whole or per group; int8 weights, symmetric, per tensor,
-per channel or per group of inputs; int8 input activations, symmetric, per token, dynamic per tensor or static per
-tensor, the last also asymmetric.
+Accepted: formats int-quantized and naive-quantized, of the whole model or per group; int8 weights, symmetric, per
+tensor, per channel or per group of inputs; int8 input activations, symmetric, per token, dynamic per tensor or static
+per tensor, the last also asymmetric.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _METHODS = {
     "fp8": "float8 weights and activations",
     "gptq": "packed weights with float activations",
 }
-# Presets that a group may be named after in place of its values, and that are served.
+# Presets whose name may stand in place of a group's values, and that are served.
 _W8A8 = ("W8A8", "INT8")
 _W8A8_VALUES = {"weights": {"strategy": "channel"}, "input_activations": {"strategy": "token", "dynamic": True}}
 
-# Every key that is read here, or says nothing of how a Linear is computed. Another key may change the numbers.
+# Every key that is read here or does not affect how a Linear is computed. Any other key might change results.
 _TOP_KEYS = frozenset(
     (
         "config_groups",
@@ -67,7 +67,7 @@ _ARGS_KEYS = frozenset(
 
 
 def parse(config: Mapping[str, Any]) -> Quantization | None:
-    """The quantization of a model's config.json; None where it is a float model.
+    """The quantization of a model's config.json; None for a float model.
 
     Raises:
         CheckpointError: it is quantized in a way that is not served; the message says what was found and the remedy.
@@ -96,9 +96,9 @@ def parse(config: Mapping[str, Any]) -> Quantization | None:
 
 
 def render(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` that describes a scheme's checkpoint, every key of it known to compressed-tensors.
+    """The `quantization_config` of a scheme's checkpoint, with keys that compressed-tensors knows.
 
-    It says nothing of the KV cache: a kv_cache_scheme means calibrated float8 scales to those that serve it.
+    It does not describe the KV cache: servers take a kv_cache_scheme for calibrated float8 scales.
 
     Args:
         scheme: an int8 scheme.
@@ -132,7 +132,7 @@ def _check_top_level(quantization: dict[str, Any]) -> None:
         raise _refused(f"quant_method {method!r}{f' ({known})' if known else ''}")
     _refuse_unknown("quantization_config", quantization, _TOP_KEYS)
     sparsity = quantization.get("sparsity_config") or {}
-    # "dense" only reports the share of zeros that the tool measured; nothing is packed.
+    # "dense" only reports the share of zeros; nothing is packed.
     if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
         raise _refused(f"sparse weights (sparsity_config {sparsity!r})")
     if quantization.get("moe_sparsity_config") is not None:
@@ -145,7 +145,7 @@ def _check_top_level(quantization: dict[str, Any]) -> None:
 
 
 def _values(where: str, name: str, group: object) -> dict[str, Any]:
-    """A group's values, also where it is a preset's name with a list of targets."""
+    """A group's values; a group may also be a preset's name with a list of targets."""
     if isinstance(group, list) and name.upper() in _W8A8:
         return {"targets": group, **_W8A8_VALUES}
     if not isinstance(group, dict):
@@ -190,7 +190,7 @@ def _int8_args(where: str, args: object) -> dict[str, Any]:
 
 
 def _weight_scale(where: str, weights: dict[str, Any]) -> tuple[Literal["tensor", "channel", "group"], int | None]:
-    """How the scales lie, and the group size where they lie in groups."""
+    """The granularity of the scales, and the group size if they are per group."""
     strategy, size = _strategy(weights), weights.get("group_size")
     if strategy == "group":
         if not isinstance(size, int) or isinstance(size, bool) or size < MIN_GROUP_SIZE or size & (size - 1):
@@ -219,7 +219,7 @@ def _activation(where: str, inputs: dict[str, Any]) -> InputKind:
 
 
 def _strategy(args: dict[str, Any]) -> str:
-    """The strategy, by compressed-tensors' rule where it is missing: group_size none -> tensor, -1 -> channel."""
+    """The strategy; if it is missing, by compressed-tensors' rule: group_size None -> tensor, -1 -> channel."""
     strategy, group_size = args.get("strategy"), args.get("group_size")
     if strategy is not None:
         return str(strategy).lower()

@@ -1,7 +1,7 @@
-"""ottava.json, our own notes beside config.json: the scheme by name, and what leaves no trace in config.json.
+"""ottava.json, our own notes beside config.json: the scheme's name, and what config.json cannot express.
 
-Readers of compressed-tensors allow no extra keys, and those that serve refuse a kv_cache_scheme of int8: with one in
-config.json vLLM would not load the folder.
+Readers of compressed-tensors allow no extra keys, and servers refuse a kv_cache_scheme of int8: with one in config.json
+vLLM would not load the folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NOTES_NAME = "ottava.json"
 
 
 def notes_of(scheme: Scheme) -> dict[str, Any]:
-    """What the notes say of a scheme and of the version that wrote them."""
+    """The notes about a scheme, and the version that writes them."""
     return {
         "version": __version__,
         "scheme": scheme.name,
@@ -31,7 +31,7 @@ def notes_of(scheme: Scheme) -> dict[str, Any]:
 
 
 def schemes_of(quantization: Quantization | None, notes: dict[str, Any]) -> tuple[Scheme, ...]:
-    """One scheme for each format of the config, with what the notes add to it.
+    """One scheme for each format of the config, completed by the notes.
 
     Raises:
         InvalidScheme: the notes have a value that no scheme of that format takes.

@@ -1,4 +1,4 @@
-"""A model folder opened for serving: float tensors and Linears by name, int8 or float as its config.json says."""
+"""A model folder opened for serving: float tensors, and Linears by name, int8 or float according to config.json."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Checkpoint:
     """One folder: config.json, safetensors, and perhaps our notes.
 
     config: config.json.
-    quantization: what its quantization_config says; None for a float model.
-    notes: ottava.json; empty where the folder is not ours.
-    schemes: one for each way in which Linears are stored; empty for a float model. Its scales are what config.json
-        says. What leaves no trace there (smoothing, rounding) is from our notes, so a folder written by another tool is
-        named after its scales, "int8 channel/token", never after a method.
-    dtype, device: what tensors are cast and moved to.
+    quantization: its quantization_config; None for a float model.
+    notes: ottava.json; empty if there is none.
+    schemes: one for each way in which Linears are stored; empty for a float model. Scales are as config.json says. What
+        config.json cannot express (smoothing, rounding) is from the notes, so a folder written by another tool is named
+        after its scales, "int8 channel/token", and not after a method.
+    dtype, device: of the tensors that are returned.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Checkpoint:
         Args:
             folder: config.json and safetensors, sharded or one file.
             dtype: float16, bfloat16 or float32, of all float tensors and of the Linears' outputs.
-            device: where tensors go.
+            device: of all tensors.
 
         Raises:
             CheckpointError: not a model folder, pickled weights, a corrupt or missing file, a quantization that is
@@ -82,12 +82,12 @@ class Checkpoint:
 
     @property
     def kv(self) -> KVStorage:
-        """What keys and values are stored in unless the user says otherwise; "float" where the notes do not say."""
+        """The default storage of keys and values; "float" if the notes do not say."""
         return self.schemes[0].kv if self.schemes else "float"
 
     @property
     def outliers(self) -> float | None:
-        """The threshold beyond which an input column is multiplied in float; None for none."""
+        """The threshold above which an input column is multiplied in float; None for none."""
         return self.schemes[0].outliers if self.schemes else None
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -109,9 +109,9 @@ class Checkpoint:
     ) -> FloatLinear | Int8Linear:
         """The Linear of that module name, weight [out_features, in_features]: int8 if targeted and not ignored.
 
-        Every tensor stored under the name is used or refused: no scale is left unread. Zero points of a symmetric
-        scheme, which older tools store, must be all zero. Codes of -128, written by tools whose scale is
-        absmax / 127.5, are kept as they are.
+        Every tensor stored under the name is used or refused, so that no scale is missed. Zero points of a symmetric
+        scheme, which older tools store, must be all zero. Codes of -128, from tools whose scale is absmax / 127.5, are
+        kept.
 
         Args:
             is_transposed: the weight, codes too, is stored [in_features, out_features], as GPT-2's is.
@@ -159,7 +159,7 @@ class Checkpoint:
         return codes.to(self.device)
 
     def _scale_shape(self, name: str, shape: tuple[int, int], linear_format: LinearFormat) -> tuple[int, ...]:
-        """[1] per tensor, [out, 1] per channel, [out, groups] where every group_size inputs share a scale."""
+        """[1] per tensor, [out, 1] per channel, [out, groups] per group."""
         out_features, in_features = shape
         if linear_format.weight == "tensor":
             return (1,)
@@ -172,7 +172,7 @@ class Checkpoint:
         return out_features, in_features // size
 
     def _scale(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A scale as float32 [n], or [n, groups] of several groups; dimensions of 1 may be stored or left out."""
+        """A scale as float32 [n], or [n, groups] for several groups; dimensions of 1 need not be stored."""
         stored = self.files.get(name)
         if [size for size in stored.shape if size > 1] != [size for size in shape if size > 1] or not stored.numel():
             raise CheckpointError(
@@ -187,7 +187,7 @@ class Checkpoint:
         return scale.to(self.device)
 
     def _zero_point(self, name: str) -> Tensor:
-        """The code that stands for 0 in an asymmetric activation, int8 [1]."""
+        """The code of 0 of an asymmetric activation, int8 [1]."""
         stored = self.files.get(name)
         if stored.dtype != torch.int8 or stored.numel() != 1:
             raise CheckpointError(
@@ -196,7 +196,7 @@ class Checkpoint:
         return stored.reshape(1).to(self.device)
 
     def _idle_zero_points(self, name: str, linear_format: LinearFormat) -> set[str]:
-        """Names of the stored zero points of what is symmetric: they must be all zero."""
+        """Names of the zero points that are stored for symmetric tensors; they must be all zero."""
         is_symmetric = linear_format.activation == "static" and not linear_format.has_zero_point
         suffixes = ["weight_zero_point"] + (["input_zero_point"] if is_symmetric else [])
         stored = [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in self.files]
@@ -220,7 +220,7 @@ class Checkpoint:
 def _matrix(
     read: Callable[[str, tuple[int, ...]], Tensor], name: str, shape: tuple[int, int], is_transposed: bool
 ) -> Tensor:
-    """A weight of that shape, whichever way round it is stored."""
+    """A weight of that shape, stored so or transposed."""
     return read(name, shape[::-1]).t().contiguous() if is_transposed else read(name, shape)
 
 

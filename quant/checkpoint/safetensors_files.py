@@ -1,4 +1,4 @@
-"""Files of a checkpoint folder: safetensors read by tensor name, sharded or not, and written in shards."""
+"""Files of a checkpoint folder: reads safetensors by tensor name, sharded or not, and writes them in shards."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 BARE = {"wte.weight": "transformer."}
-"""A tensor that shows a checkpoint to be of the base model alone, and what the whole model's names have before it."""
+"""A tensor that only a checkpoint of the base model has, and the prefix of the whole model's names."""
 
 
 class TensorFiles:
-    """The tensors of a folder by name; each is read when asked for, from a memory-mapped file.
+    """The tensors of a folder by name. Each is read on demand from a memory-mapped file.
 
-    Names are those of the whole language model, also where the base model was saved alone, as the first GPT-2 was.
+    Names are those of the whole language model, even if only the base model was saved, as for the first GPT-2.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,7 +98,7 @@ class TensorFiles:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one safetensors file. Transposed and shared views are written out.
+    """Write one safetensors file. Transposed and shared views are copied.
 
     Raises:
         OSError: it cannot be written, as on a full disk.
@@ -111,7 +111,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 class ShardWriter:
-    """Writes tensors into numbered safetensors files of bounded size, and the index that joins them."""
+    """Writes tensors into numbered safetensors files of limited size, and their index."""
 
     def __init__(self, folder: Path, max_bytes: int = 2**30) -> None:
         self.folder = folder
@@ -122,7 +122,7 @@ class ShardWriter:
         self._total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor; written when its shard is full."""
+        """Add a tensor. It is written when its shard is full."""
         num_bytes = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + num_bytes > self.max_bytes:
             self._flush()
@@ -131,7 +131,7 @@ class ShardWriter:
         self._total_bytes += num_bytes
 
     def close(self) -> None:
-        """Write what is left; one shard is named model.safetensors, several get their index."""
+        """Write the last shard. A single shard is named model.safetensors; several get an index."""
         self._flush()
         num_shards = len(self._shards)
         if num_shards == 1:
@@ -170,7 +170,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name; empty where the folder has one unsharded file."""
+    """Tensor name -> file name; empty for one unsharded file."""
     path = folder / INDEX_NAME
     if (folder / WEIGHTS_NAME).is_file() or not path.is_file():
         return {}
@@ -203,7 +203,7 @@ def _weight_files(folder: Path, index: dict[str, str]) -> list[Path]:
 
 
 def _open(path: Path) -> Any:
-    """A memory-mapped safetensors file. Its header is checked against its length here, so truncation shows."""
+    """A memory-mapped safetensors file. Its header is compared with its length, which detects truncation."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What the files of a folder were when they were written: SHA256SUMS, which `sha256sum --check` reads too."""
+"""Checksums of the files of a folder: SHA256SUMS, which `sha256sum --check` reads too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ READ = (".safetensors", ".json")
 
 
 def write_sums(folder: Path) -> None:
-    """Write the sums of all files of a folder, those of its subfolders too, beside them."""
+    """Write the sums of all files of a folder and its subfolders into the folder."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
         sums = pool.map(_sum, (folder / name for name in names))
@@ -20,9 +20,9 @@ def write_sums(folder: Path) -> None:
 
 
 def first_damaged(folder: Path) -> str | None:
-    """The first file of a folder that is not what was written, missing ones too; None where all are.
+    """The first file of a folder that is missing, changed, or added and of a kind that models are read from, or None.
 
-    Reads every byte once, files side by side. Files that came later count where a model is read from such.
+    Reads every byte once, several files at a time.
     """
     try:
         lines = (folder / SUMS_NAME).read_text(encoding="utf-8").splitlines()
@@ -41,7 +41,7 @@ def first_damaged(folder: Path) -> str | None:
 
 
 def _sum(path: Path) -> str | None:
-    """The sum of a file in hexadecimal; None where there is none to be read."""
+    """The sum of a file in hexadecimal; None if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Which Linears of a checkpoint are int8, and how each is stored: targets and what they leave out."""
+"""Which Linears of a checkpoint are int8 and how each is stored: targets and exceptions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from quant.linear import InputKind
 
-# Classes of a Linear in PyTorch, which is what a class-name target is compared with.
+# Names of a Linear's classes in PyTorch, with which a class-name target is compared.
 _LINEAR_CLASSES = ("Linear", "Module")
 
 
@@ -19,7 +19,7 @@ class LinearFormat:
 
     weight: one scale per "tensor", per output "channel", or per output channel and "group" of group_size inputs.
     activation: the kind of its input's scale.
-    has_zero_point: whether the input's codes are asymmetric; with a static activation only.
+    has_zero_point: whether the input's codes are asymmetric; only with a static activation.
     """
 
     weight: Literal["tensor", "channel", "group"]
@@ -29,28 +29,28 @@ class LinearFormat:
 
     @property
     def name(self) -> str:
-        """What it is called where no scheme is known: a file cannot say how its codes were found."""
+        """A name for a checkpoint without notes: its files do not say how the codes were found."""
         groups = f" of {self.group_size}" if self.weight == "group" else ""
         return f"int8 {self.weight}{groups}/{self.activation}{' asymmetric' if self.has_zero_point else ''}"
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What a checkpoint says of itself: targets (name, `re:` pattern or class) -> format, and what to leave out."""
+    """The quantization of a checkpoint: targets (name, `re:` pattern or class) -> format, and targets to ignore."""
 
     targets: Mapping[str, LinearFormat]
     ignore: tuple[str, ...]
 
     @property
     def formats(self) -> tuple[LinearFormat, ...]:
-        """Each format once, in the order of the groups."""
+        """The distinct formats, in the order of the groups."""
         return tuple(dict.fromkeys(self.targets.values()))
 
     def format_of(self, name: str) -> LinearFormat | None:
         """How the Linear of that module name is stored; None for float.
 
-        The most specific target decides: the exact name, then a pattern (in alphabetical order, as compressed-tensors
-        has it), then a class.
+        The most specific target decides: the exact name, then a pattern (in alphabetical order, as in
+        compressed-tensors), then a class.
         """
         if any(_matches(name, entry) for entry in self.ignore):
             return None
@@ -62,7 +62,7 @@ class Quantization:
 
 
 def _matches(name: str, entry: str) -> bool:
-    """Whether a Linear's module name meets one target or ignore entry."""
+    """Whether a Linear's module name matches one entry of the targets or of the list to ignore."""
     if entry.startswith("re:"):
         return re.match(entry.removeprefix("re:"), name) is not None
     return entry == name or entry in _LINEAR_CLASSES

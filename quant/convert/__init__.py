@@ -1,1 +1,1 @@
-"""A float checkpoint in, an int8 checkpoint out, layer by layer."""
+"""Turns a float checkpoint into an int8 one, layer by layer."""

@@ -1,4 +1,4 @@
-"""The tokens that a scheme is fitted to: a user's text, or text that the model writes itself."""
+"""The tokens that a scheme is calibrated on: a user's text, or text that the model writes itself."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def windows_from_text(
 ) -> Tensor:
     """Disjoint windows of a text, one after the other.
 
-    The text is tokenized once, without special tokens, and cut into consecutive pieces. Where the tokenizer begins a
-    prompt with a BOS token, each window begins with it too, as each served prompt does.
+    The text is tokenized once, without special tokens, and cut into consecutive pieces. If the tokenizer begins prompts
+    with a BOS token, each window begins with it, as each served prompt does.
 
     Args:
         num_windows, window_len: n and L, both at least 1.
-        offset: number of windows skipped at the start; calibration and evaluation windows taken from one text with
-            offsets at least num_windows apart share no token.
+        offset: number of windows that are skipped at the start. Windows of one text with offsets at least num_windows
+            apart share no token.
 
     Returns:
         [n, L] int64.
@@ -56,15 +56,14 @@ def windows_from_text(
 def self_written(
     model: PreTrainedModel, *, num_windows: int, window_len: int, seed: int, on_progress: Progress | None = None
 ) -> Tensor:
-    """Windows that the model writes itself, for when there is no text: sampled at temperature 1.
+    """Windows that the model writes itself, sampled at temperature 1, for use without a text.
 
-    Each window begins with BOS (where the model has one) and one random token, so that windows differ from the start;
-    an end-of-text token is kept and writing goes on, as in training data. The same model, seed and machine give the
-    same windows.
+    Each window begins with BOS (if the model has one) and one random token, so that windows differ. An end-of-text
+    token is kept and writing goes on, as in training data. The same model, seed and machine give the same windows.
 
     Args:
         num_windows, window_len: n and L; L at most the model's context.
-        seed: of a generator of its own; the global one is not touched.
+        seed: of a separate generator; the global one is not used.
         on_progress: called with (tokens written per window, L).
 
     Returns:
@@ -99,7 +98,7 @@ def self_written(
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row of logits [n, V], drawn on the CPU so that every device draws from the same stream."""
+    """One token per row of logits [n, V], drawn on the CPU so that all devices use the same random numbers."""
     cumulative = logits.float().softmax(-1).cpu().double().cumsum(-1)
     total = cumulative[:, -1:]
     if not bool(total.isfinite().all()):

@@ -1,4 +1,4 @@
-"""Any decoder of transformers, one layer's floats in memory at a time."""
+"""Runs any decoder of transformers with the float weights of one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from quant.errors import Unquantizable
 
 
 class _LayersPassed(Exception):
-    """Ends a forward pass behind the last layer: what follows is not needed and has no weights."""
+    """Ends a forward pass after the last layer: what follows is not needed and has no weights."""
 
 
 @dataclass(slots=True)
 class _Call:
-    """What the model passes to a layer beside the hidden states: masks, positions, angles."""
+    """The arguments of a layer beside the hidden states: masks, positions, angles."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class _Recorder(nn.Module):
-    """Stands in a layer's place, keeps what it is called with, and hands the hidden states on unchanged."""
+    """Replaces a layer: keeps its arguments and returns the hidden states unchanged."""
 
     def __init__(self, layer: nn.Module, is_last: bool) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _Recorder(nn.Module):
         self.call = _Call((), {})
 
     def __getattr__(self, name: str) -> Any:
-        # Some models ask a layer for its kind before they call it.
+        # Some models read a layer's attributes before they call it.
         attributes = self.__dict__.get("attributes", {})
         return attributes[name] if name in attributes else super().__getattr__(name)
 
@@ -60,13 +60,13 @@ class _Recorder(nn.Module):
 class LayerStream:
     """The layers of a float checkpoint, loaded and run one after the other.
 
-    The model is built without values. Beside the hidden states only embeddings (the rows in use) and one layer at a
-    time have any.
+    The model is built without values. Beside the hidden states, only the embeddings (the rows in use) and one layer at
+    a time are in memory.
 
     Args:
         folder: config.json and safetensors, sharded or not.
-        dtype: what layers are computed in.
-        device: where.
+        dtype: of the layers' computation.
+        device: of the layers' computation.
 
     Attributes:
         prefixes: module name of each layer, in order.
@@ -89,7 +89,7 @@ class LayerStream:
     def embed(self, windows: Tensor) -> list[Tensor]:
         """Hidden states [1, L, hidden] that enter the first layer, one per window of windows [n, L] int64.
 
-        It also keeps, once for all windows, what the model passes to each of its layers.
+        It also keeps the other arguments of each layer, which are the same for all windows.
         """
         recorders = [_Recorder(layer, layer is self._layers[-1]) for layer in self._layers]
         base, name = self.model.base_model, self._layers_name
@@ -106,7 +106,7 @@ class LayerStream:
         return hidden
 
     def _load_embeddings(self, windows: Tensor) -> Tensor:
-        """Give all outside the layers its values, of the token embedding only rows in use; windows renumbered so."""
+        """Load all weights outside the layers, of the token embedding only rows in use; windows renumbered."""
         files = TensorFiles(self.folder)
         used, renumbered = torch.unique(windows, return_inverse=True)
         token_embedding = self.model.get_input_embeddings()
@@ -128,7 +128,7 @@ class LayerStream:
         Raises:
             CheckpointError: a tensor of it is missing.
         """
-        # Opened anew: a file that stays open keeps every page that was ever read from it in memory.
+        # Opened for each layer: an open file keeps every page that was read from it in memory.
         files = TensorFiles(self.folder)
         layer, prefix = self._layers[index], self.prefixes[index]
         state = {name: self._parameter(files.get(f"{prefix}.{name}")) for name, _ in layer.named_parameters()}
@@ -136,7 +136,7 @@ class LayerStream:
         return layer.to(self.device).eval()
 
     def drop(self, index: int) -> None:
-        """Let go of a layer and its values for good."""
+        """Free a layer and its values."""
         self._layers[index] = nn.Identity()
 
     def widths(self, names: Iterable[str]) -> list[int]:
@@ -147,21 +147,21 @@ class LayerStream:
         return [_width(modules[name]) for name in names]
 
     def run(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Apply a layer to hidden states [1, L, hidden], called as the model calls layer `index`."""
+        """Apply a layer to hidden states [1, L, hidden], with the arguments that the model gives layer `index`."""
         call = self._calls[index]
         y = layer(hidden, *call.args, **call.kwargs)
         output: Tensor = y[0] if isinstance(y, tuple) else y
         return output
 
     def _parameter(self, tensor: Tensor) -> nn.Parameter:
-        # A copy: what is read lies in the file's pages, which should not stay.
+        # A copy: the tensor is in the file's memory-mapped pages, which should be freed.
         return nn.Parameter(tensor.to(self.device, self.dtype, copy=True), requires_grad=False)
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
     """The model of a folder's config.json: parameters without values, buffers with theirs.
 
-    Experts that transformers stacks are separated, so that modules are named as checkpoints name their tensors.
+    Stacked experts are separated, so that modules have the names that checkpoints give their tensors.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with _valueless_parameters():
@@ -172,7 +172,7 @@ def skeleton(folder: Path) -> PreTrainedModel:
 
 
 def _width(linear: nn.Module) -> int:
-    # Conv1D, a Linear of GPT-2's time, stores its weight [K, N].
+    # Conv1D, GPT-2's Linear, stores its weight [K, N].
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.shape[0 if isinstance(linear, Conv1D) else 1]
@@ -180,7 +180,7 @@ def _width(linear: nn.Module) -> int:
 
 @contextmanager
 def _valueless_parameters() -> Iterator[None]:
-    """Parameters made inside lie on the meta device; buffers, which no checkpoint stores, are computed as usual."""
+    """Within the context parameters are on the meta device; buffers, which no checkpoint stores, are computed."""
 
     def drop_values(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)

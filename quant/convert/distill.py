@@ -1,4 +1,4 @@
-"""ZeroQuant's layer-by-layer distillation: a layer's weights learn to give the float layer's output once rounded."""
+"""ZeroQuant's layer-by-layer distillation: trains a layer's weights to give the float layer's output when rounded."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Run = Callable[[Tensor], Tensor]
 
 
 class Student(nn.Module):
-    """A Linear that multiplies as its int8 product will, with gradients that pass straight through the rounding.
+    """A Linear that computes like its int8 product, with gradients that ignore the rounding.
 
     Args:
         weight: [N, K] float32.
         bias: [N] or None.
         scheme: an int8 scheme with dynamic activations.
-        scale_dtype: what the weight's scales will be stored in.
+        scale_dtype: of the weight's scales.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, scheme: Scheme, scale_dtype: torch.dtype) -> None:
@@ -56,18 +56,18 @@ class Student(nn.Module):
 def distill(
     students: Sequence[Student], run: Run, windows: Sequence[Tensor], targets: Sequence[Tensor]
 ) -> tuple[float, float]:
-    """Train the students of one layer, in place, to give what the float layer gave.
+    """Train the students of one layer, in place, to give the output of the float layer.
 
     loss = mean_t ||run(h)_t - target_t||^2 / ||target_t||^2
 
-    No labels and no other layer take part. Windows are taken in turn and nothing is drawn at random, so the same layer
-    gives the same weights. Weights that do not lower the loss are put back.
+    No labels and no other layer are needed. Windows are taken in turn and nothing is random, so the same layer gives
+    the same weights. If training does not lower the loss, the weights are restored.
 
     Args:
         students: the Linears of the layer that are trained.
-        run: applies the layer that holds them.
+        run: applies the layer that contains them.
         windows: hidden states [1, L, hidden] that enter the layer.
-        targets: what the float layer gives for each.
+        targets: the float layer's output for each.
 
     Returns:
         The loss over all windows before and after.
@@ -106,7 +106,7 @@ def _loss(run: Run, windows: Sequence[Tensor], targets: Sequence[Tensor]) -> flo
 
 
 def _distance(output: Tensor, target: Tensor) -> Tensor:
-    # Per token, since a few tokens (the first of a text) have states a thousand times as large as the others'.
+    # Relative per token: a few tokens (the first of a text) have states a thousand times as large as the others'.
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-30)).mean()
 
 

@@ -1,4 +1,4 @@
-"""Experts as checkpoints store them: a Linear each, where transformers stacks all of a layer's into one tensor."""
+"""Experts as checkpoints store them, one Linear per projection; transformers stacks a layer's experts in one tensor."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Expert(nn.Module):
         return y
 
 
-class Experts(nn.ModuleList):
-    """The experts of one layer, called as transformers calls its stacked ones."""
+class SeparateExperts(nn.ModuleList):
+    """The experts of one layer, with the signature of transformers' stacked ones."""
 
     def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """sum_e weights_te expert_e(x_t) over the experts chosen for each token.
@@ -32,7 +32,7 @@ class Experts(nn.ModuleList):
         Args:
             x: [T, K] float.
             expert_ids: [T, E] int64, the experts of each token.
-            weights: [T, E] float, their shares.
+            weights: [T, E] float, their weights.
         """
         y = torch.zeros_like(x)
         for index in torch.unique(expert_ids).tolist():
@@ -43,7 +43,7 @@ class Experts(nn.ModuleList):
 
 
 def separate_experts(model: nn.Module) -> None:
-    """Replace, in place, every stack of gated experts by one Linear per projection; parameters come without values."""
+    """Replace, in place, every stack of gated experts by one Linear per projection, with parameters without values."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             stacked = getattr(child, "gate_up_proj", None)
@@ -51,4 +51,4 @@ def separate_experts(model: nn.Module) -> None:
                 num_experts, twice_inner, hidden = stacked.shape
                 act: Callable[[Tensor], Tensor] = child.act_fn  # type: ignore[assignment]
                 experts = (Expert(hidden, twice_inner // 2, act) for _ in range(num_experts))
-                setattr(parent, name, Experts(experts))
+                setattr(parent, name, SeparateExperts(experts))

@@ -1,4 +1,4 @@
-"""GPTQ's rounding: what each column's rounding gets wrong is made good in the columns that are rounded after it."""
+"""GPTQ's rounding: the rounding error of each column is compensated in the columns that are rounded after it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from quant.convert.rounding import ScaleRule, per_element, weight_scale
 from quant.errors import Unquantizable
 
 DAMPING = 0.01
-"""Share of the mean diagonal that is added to it: keeps columns that calibration hardly saw from taking up errors."""
+"""Share of the mean diagonal that is added to it, so that columns with hardly any calibration data take no errors."""
 
 COLUMNS_AT_ONCE = 128
 """Columns whose errors are spread together over all columns after them."""
 
 
 def round_gptq(weight: Tensor, gram: Tensor, rule: ScaleRule) -> tuple[Tensor, Tensor]:
-    """Round a weight matrix to int8 so that its outputs, not its elements, come out near.
+    """Round a weight matrix to int8 so that its outputs, not its elements, are close to the original.
 
     Minimizes ||X W^T - X (codes scale)^T||^2 greedily, column by column: with U the upper Cholesky factor of
     (X^T X + damping)^-1, the error e = (w_k - codes_k scale) / U_kk of column k changes each later column j by -e U_kj.
 
     Args:
         weight: [N, K] float.
-        gram: [K, K] float32, X^T X of the calibration inputs as the Linear reads them.
+        gram: [K, K] float32, X^T X of the Linear's calibration inputs.
         rule: as for `quantize_weight`, which also gives the scale.
 
     Returns:
@@ -43,7 +43,7 @@ def round_gptq(weight: Tensor, gram: Tensor, rule: ScaleRule) -> tuple[Tensor, T
         raise Unquantizable("its inputs are too large: sums of their squares are not finite in float32")
     weight = weight.float()
     scale = weight_scale(weight, rule)
-    # Large columns first: the many that come after can make good what they get wrong.
+    # Large columns first: many columns after them can compensate their errors.
     order = gram.diagonal().argsort(descending=True, stable=True)
     scales = per_element(scale, width).expand_as(weight)[:, order]
     codes = _round_columns(weight[:, order], scales, _spread(gram[order][:, order]))
@@ -51,7 +51,7 @@ def round_gptq(weight: Tensor, gram: Tensor, rule: ScaleRule) -> tuple[Tensor, T
 
 
 def _spread(gram: Tensor) -> Tensor:
-    """U, upper triangular float32, with U^T U = (gram + damping)^-1. In float64: gram is all but singular."""
+    """U, upper triangular float32, with U^T U = (gram + damping)^-1. In float64: gram is nearly singular."""
     h = gram.double()
     mean = h.diagonal().mean()
     h.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)

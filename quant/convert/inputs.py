@@ -1,7 +1,7 @@
-"""What the Linears of one layer read over the calibration windows: ranges, a sample of rows, and second moments.
+"""The inputs of one layer's Linears over the calibration windows: ranges, a sample of rows, and second moments.
 
-A range does not hold on tokens that it was not taken from, and a choice judged by the tokens that it was fitted to
-looks better than it is. So every fourth window is held out: ranges are fitted to the others, and judged by it.
+Other tokens exceed a range that was measured on these, and a choice judged by the tokens that it was fitted to looks
+too good. So every fourth window is held out: ranges are fitted to the others and judged by it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from quant.convert.smoothquant import Channels
 from quant.convert.split import Split
 
 SAMPLED_ROWS = 1024
-"""Tokens by which choices are judged: of one layer's inputs that many are kept in float32."""
+"""Number of tokens by which choices are judged: so many rows of a layer's inputs are kept in float32."""
 
 HELD_OUT_EVERY = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The input X [T, K] of one Linear, T counted over all windows.
+    """The input X [T, K] of one Linear, T tokens of all windows.
 
     channels: over all tokens.
-    fitted: over those of the windows that no row is from; over all where there is but one window.
+    fitted: over the tokens of the windows that are not held out; over all tokens if there is one window.
     rows: float32 [R, K], rows of X drawn at random from the windows held out.
-    gram: float32 [K, K], X^T X; None where it is not needed.
-    weights: float32 [R, 1], how much the error of each row's product counts; None where all count alike.
+    gram: float32 [K, K], X^T X; None if it is not needed.
+    weights: float32 [R, 1], the weight of each row's error; None if all are equal.
     """
 
     channels: Channels
@@ -46,7 +46,7 @@ class Inputs:
         return Inputs(self.channels.over(s), self.fitted.over(s), self.rows / s, gram, self.weights)
 
     def split(self, split: Split) -> Inputs:
-        """The input of a Linear whose columns are split."""
+        """The input of the Linear after its columns were split."""
         origins = split.origins
         gram = None if self.gram is None else self.gram[origins][:, origins]
         channels, fitted = self.channels.at(origins), self.fitted.at(origins)
@@ -61,14 +61,14 @@ def gather(
     has_gram: bool,
     seed: int,
 ) -> tuple[list[Tensor], dict[str, Inputs]]:
-    """Run a layer on all windows and gather what its Linears read.
+    """Run a layer on all windows and gather the inputs of its Linears.
 
     Args:
         linears: of the layer, by name.
         run: the layer.
         windows: hidden states [1, L, hidden] that enter it, one or more.
         has_gram: whether X^T X is summed.
-        seed: of the choice of rows: the same for each Linear, so that readers of one activation keep the same rows.
+        seed: of the choice of rows; the same for each Linear, so that readers of one activation keep the same rows.
 
     Returns:
         The layer's outputs, and the inputs of each Linear that ran (an expert that no token chose did not).
@@ -94,7 +94,7 @@ def _is_held_out(index: int, num_windows: int) -> bool:
 
 @dataclass(slots=True)
 class _Gathered:
-    """From the windows of one kind; share: of the rows that are kept, 0..1."""
+    """What was gathered from the windows of one kind. share: of the rows that are kept, 0..1."""
 
     share: float
     absmax: list[Tensor] = field(default_factory=list)
@@ -119,7 +119,7 @@ class _Tap:
     """A hook that gathers the input of one Linear, call by call.
 
     Args:
-        num_tokens: that will come from the windows that are fitted to and from those held out.
+        num_tokens: of the windows that are fitted to, and of those held out.
     """
 
     def __init__(self, num_tokens: Sequence[int], *, has_gram: bool, seed: int) -> None:
@@ -140,7 +140,7 @@ class _Tap:
             self._gram = gram if self._gram is None else self._gram.add_(gram)
 
     def inputs(self) -> Inputs | None:
-        """What was gathered; None where the Linear never ran. Where one kind of window is all it saw, it is both."""
+        """What was gathered; None if the Linear never ran. If it saw one kind of window, that serves as both."""
         seen = [kind for kind in self._kinds if kind.rows]
         if not seen:
             return None

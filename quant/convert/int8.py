@@ -1,4 +1,4 @@
-"""One Linear in int8: codes and scales as they are stored, and the product that they make."""
+"""One Linear in int8: its codes and scales as stored, and its product."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Int8Tensors:
     input_scale: Tensor | None
 
     def stored(self, name: str, is_transposed: bool) -> dict[str, Tensor]:
-        """By checkpoint name; is_transposed: codes [K, N], as the family stores its weights."""
+        """The tensors by checkpoint name. is_transposed: codes are stored [K, N], as the family stores its weights."""
         tensors = {f"{name}.weight": self.codes.T if is_transposed else self.codes, f"{name}.weight_scale": self.scale}
         return tensors if self.input_scale is None else tensors | {f"{name}.input_scale": self.input_scale}
 
     def linear(self, scheme: Scheme, bias: Tensor | None) -> Int8Linear:
-        """The Linear that will be served, with outputs in float32."""
+        """The Linear that is served, but with float32 outputs."""
         assert scheme.activation != "float"
         scale = self.scale.float()
         scale = scale if scheme.weight == "group" else scale.reshape(-1)
@@ -35,7 +35,7 @@ class Int8Tensors:
 
 
 class Int8Module(nn.Module):
-    """An `Int8Linear` in the place of a module's Linear: x [..., K] -> [..., N], in x's dtype."""
+    """An `Int8Linear` that replaces a module's Linear: x [..., K] -> [..., N], in x's dtype."""
 
     def __init__(self, linear: Int8Linear) -> None:
         super().__init__()

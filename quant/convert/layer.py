@@ -1,4 +1,4 @@
-"""One decoder layer on its way to int8: smoothed, distilled, rounded, and held against what it was."""
+"""Quantizes one decoder layer: smoothing, distillation, rounding, and the error against the float layer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
-    """A finished layer: its tensors by checkpoint name, what was chosen, and the float layer's outputs."""
+    """A finished layer: its tensors by checkpoint name, the choices made, and the float layer's outputs."""
 
     tensors: dict[str, Tensor]
     notes: dict[str, Any]
@@ -73,16 +73,16 @@ class LayerQuantizer:
         self.linears = {name: module for name, module in modules if name in wanted}
         self.transposed = {name for name, module in self.linears.items() if isinstance(module, Conv1D)}
         named = ((f"{self.prefix}.{name}", parameter.data) for name, parameter in self.layer.named_parameters())
-        # Everywhere but in files and modules of that family a weight is [N, K].
+        # Weights are [N, K] here; only files and modules of some families have them transposed.
         self.state = {name: tensor.T if self._is_transposed(name) else tensor for name, tensor in named}
         self.notes: dict[str, Any] = {}
 
     @torch.no_grad()
     def quantize(self, windows: Sequence[Tensor]) -> QuantizedLayer:
-        """Do all that the scheme asks for.
+        """Do all steps of the scheme.
 
         Args:
-            windows: hidden states [1, L, hidden] that enter the layer; none where the scheme needs no calibration.
+            windows: hidden states [1, L, hidden] that enter the layer; none if the scheme needs no calibration.
 
         Raises:
             Unquantizable: a weight or an activation is not finite, or a Linear whose range is needed never ran.
@@ -99,7 +99,7 @@ class LayerQuantizer:
         return QuantizedLayer(self._stored(int8), self.notes, hidden)
 
     def _measure(self, windows: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Inputs]]:
-        """The float layer's outputs, and what its Linears read."""
+        """The float layer's outputs, and the inputs of its Linears."""
         has_gram = self.recipe.scheme.rounding == "gptq"
         hidden, inputs = gather(self.linears, self._run, windows, has_gram=has_gram, seed=self.recipe.seed)
         for name, read in inputs.items():
@@ -117,7 +117,7 @@ class LayerQuantizer:
         self._put_back()
 
     def _put_back(self) -> None:
-        """Give the module the values of `state`."""
+        """Load `state` into the module."""
         values = {
             name.removeprefix(f"{self.prefix}."): tensor.T if self._is_transposed(name) else tensor
             for name, tensor in self.state.items()
@@ -156,9 +156,9 @@ class LayerQuantizer:
             raise Unquantizable(f"{name}.weight cannot be quantized: {error}") from error
 
     def _error(self, int8: dict[str, Int8Tensors], windows: Sequence[Tensor], hidden: Sequence[Tensor]) -> float:
-        """How far off the int8 layer is on the first window, as a share of its output, the mean over tokens.
+        """The relative error of the int8 layer's output on the first window, the mean over tokens.
 
-        Without windows it is how far off the weights are.
+        Without windows it is the mean relative error of the weights.
         """
         if not windows:
             off = [

@@ -1,4 +1,4 @@
-"""A float checkpoint in, an int8 checkpoint out: layer after layer, in compressed-tensors' layout."""
+"""Turns a float checkpoint into an int8 one in compressed-tensors' layout, layer by layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "N
 _EMBEDDINGS = ("embed_tokens", "embed_positions", "embed_in", "wte", "wpe")
 
 LayerProgress = Callable[[int, int, str], None]
-"""Called with (layers done, total, what came of the last one)."""
+"""Called with (layers done, total, a note about the last one)."""
 
 
 def quantize_checkpoint(
@@ -40,7 +40,7 @@ def quantize_checkpoint(
     notes: dict[str, Any] | None = None,
     on_progress: LayerProgress | None = None,
 ) -> None:
-    """Write the int8 checkpoint of a float one. The folder appears whole or not at all.
+    """Write the int8 checkpoint of a float one. The folder appears complete or not at all.
 
     One decoder layer is in memory at a time, in float32, with the hidden states of all windows, twice, and
     `quant.convert.inputs.SAMPLED_ROWS` tokens of its Linears' inputs. Layers that are done are kept beside `out`:
@@ -48,7 +48,7 @@ def quantize_checkpoint(
 
     Args:
         source: folder of a float model that transformers knows: config.json and safetensors, sharded or not.
-        out: folder to create; it may exist only if it is empty.
+        out: folder to create; if it exists, it must be empty.
         recipe: what to quantize and how; matrices that stay float are listed in `ignore`.
         notes: added to ottava.json beside the scheme and what was chosen for each layer.
 
@@ -56,7 +56,7 @@ def quantize_checkpoint(
         CheckpointError: source is not a float checkpoint, or lacks one of the Linears.
         InvalidScheme: not even the smallest group size divides every width.
         Unquantizable: the model has no list of decoder layers, or a weight or an activation has no finite scale.
-        FileExistsError: out is there and not empty.
+        FileExistsError: out exists and is not empty.
         ValueError: the scheme is float, smooths without groups, or is calibrated without windows; or lm_head is among
             the Linears.
         OSError: a file cannot be read or written, as on a full disk; the layers that are done are kept.
@@ -72,7 +72,7 @@ def quantize_checkpoint(
     recipe = replace(recipe, scheme=recipe.scheme.fitted(stream.widths(recipe.linear_names)))
     settings = _fingerprint(files, recipe, notes)
     ignored = _ignored(files, recipe.linear_names)
-    # A file that stays open keeps every page that was ever read from it in memory.
+    # Closed: an open file keeps every page that was read from it in memory.
     del files
     part = PartFolder(out, settings)
     try:
@@ -89,7 +89,7 @@ def quantize_checkpoint(
             f"{part.folder.name} beside it: make room, or mend what it says, and start again"
         ) from error
     except (ValueError, QuantError):
-        # It would fail again.
+        # It would fail again, so nothing is kept.
         part.remove()
         raise
 
@@ -112,7 +112,7 @@ def refuse_occupied(out: Path) -> None:
 
 
 def _quantize_layers(stream: LayerStream, part: PartFolder, recipe: Recipe, on_progress: LayerProgress | None) -> None:
-    """Every layer that is not done yet, each into the part folder."""
+    """Quantize every layer that is not done yet into the part folder."""
     windows = recipe.windows if recipe.scheme.needs_calibration else None
     num_layers, num_found = len(stream.prefixes), part.num_done
     hidden: list[Tensor] = []
@@ -137,7 +137,7 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write_rest(source: Path, folder: Path, part: PartFolder, dtype: torch.dtype) -> None:
-    """The layers' tensors joined, and behind them all that no layer holds."""
+    """Write the layers' tensors and then all others."""
     writer = ShardWriter(folder)
     written = set()
     for tensors in part.layers():
@@ -152,7 +152,7 @@ def _write_rest(source: Path, folder: Path, part: PartFolder, dtype: torch.dtype
 
 
 def _fingerprint(files: TensorFiles, recipe: Recipe, notes: dict[str, Any]) -> str:
-    """Changes with all that decides the bytes that are written."""
+    """A digest of everything that determines the bytes that are written."""
     names = sorted(recipe.linear_names)
     told = (__version__, recipe.scheme, names, recipe.groups, recipe.dtype, recipe.seed, sorted(notes.items()))
     digest = hashlib.sha256(repr(told).encode())
@@ -165,7 +165,7 @@ def _fingerprint(files: TensorFiles, recipe: Recipe, notes: dict[str, Any]) -> s
 
 
 def _layer_notes(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was chosen by group, by Linear and by layer, for the whole model."""
+    """The choices by group, Linear and layer, of the whole model."""
     joined: dict[str, Any] = {"alphas": {}, "ranges": {}, "splits": {}, "errors": [note["error"] for note in notes]}
     for note in notes:
         for kind in ("alphas", "ranges", "splits"):
@@ -175,7 +175,7 @@ def _layer_notes(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _ignored(files: TensorFiles, linear_names: Sequence[str]) -> list[str]:
-    """lm_head, and every other matrix left float that a reader could take for a Linear."""
+    """lm_head, and every other float matrix that a reader could take for a Linear."""
     quantized = set(linear_names)
     matrices = [
         name.removesuffix(".weight")
@@ -186,7 +186,7 @@ def _ignored(files: TensorFiles, linear_names: Sequence[str]) -> list[str]:
 
 
 def _int8_config(config: dict[str, Any], scheme: Scheme, ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
-    """config.json with the quantization and the dtype of what stays float, under both names that readers use."""
+    """config.json with the quantization, and the dtype of float tensors under both names that readers use."""
     stored = str(dtype).removeprefix("torch.")
     names = {"dtype": stored} | ({"torch_dtype": stored} if "torch_dtype" in config else {})
     return {**config, **names, "quantization_config": render(scheme, ignore)}
@@ -201,7 +201,7 @@ def _require_weights(files: TensorFiles, linear_names: Sequence[str]) -> None:
 
 
 def _copy_companions(source: Path, out: Path) -> None:
-    """Tokenizer, generation settings, chat templates, licence: everything a server needs beside the weights."""
+    """Copy what a server needs beside the weights: tokenizer, generation settings, chat templates, licence."""
     left_out = {"config.json", NOTES_NAME}
     for path in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
         if path.is_file() and path.name not in left_out and not path.name.endswith(".index.json"):

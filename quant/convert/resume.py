@@ -1,4 +1,4 @@
-"""A checkpoint being written: layers that are done are kept, so that an interrupted run goes on where it stopped."""
+"""Keeps the finished layers of a checkpoint being written, so that an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ STATE_NAME = "state.json"
 
 
 class PartFolder:
-    """The folder `.NAME.part` beside where the checkpoint NAME will stand.
+    """The folder `.NAME.part` beside the future checkpoint NAME.
 
-    Each layer is a safetensors file; `state.json` names the settings and says how many layers are whole, what was noted
-    of each, and which file has what the next layer starts from. It is replaced in one step when a layer is complete.
+    Each finished layer is a safetensors file, and another has the hidden states that enter the next layer. `state.json`
+    has the settings and the notes of each finished layer; it is replaced atomically when a layer is complete.
 
     Args:
-        out: where the checkpoint will stand.
-        settings: identifies source, scheme and calibration. A folder begun with others is begun anew.
+        out: the future checkpoint.
+        settings: identifies source, scheme and calibration. A folder with other settings is cleared.
 
     Attributes:
         notes: one object per finished layer.
@@ -51,15 +51,15 @@ class PartFolder:
 
     @property
     def num_done(self) -> int:
-        """Layers that are whole."""
+        """Number of finished layers."""
         return len(self.notes)
 
     def carried(self) -> dict[str, Tensor]:
-        """What the last finished layer handed on. Raises CheckpointError where its file is damaged."""
+        """What was kept for the next layer. Raises CheckpointError if its file is damaged."""
         return _load(self._carried_path(self.num_done))
 
     def add(self, tensors: Mapping[str, Tensor], note: dict[str, Any], carried: dict[str, Tensor]) -> None:
-        """Keep a finished layer: its tensors, a note of it, and what the next layer starts from."""
+        """Keep a finished layer: its tensors, a note about it, and what the next layer starts from."""
         save_tensors(tensors, self._layer_path(self.num_done))
         save_tensors(carried, self._carried_path(self.num_done + 1))
         self.notes.append(note)
@@ -67,13 +67,13 @@ class PartFolder:
         self._carried_path(self.num_done - 1).unlink(missing_ok=True)
 
     def layers(self) -> Iterator[dict[str, Tensor]]:
-        """The tensors of each finished layer, one layer at a time. Raises CheckpointError where a file is damaged."""
+        """The tensors of each finished layer, one layer at a time. Raises CheckpointError if a file is damaged."""
         for index in range(self.num_done):
             yield _load(self._layer_path(index))
 
     @contextmanager
     def whole(self) -> Iterator[Path]:
-        """An empty folder, which takes its place at `out` when the context ends without an exception."""
+        """An empty folder, which is moved to `out` when the context ends without an exception."""
         folder = self.folder / "whole"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o755)
@@ -82,7 +82,7 @@ class PartFolder:
         shutil.rmtree(self.folder)
 
     def remove(self) -> None:
-        """Forget all that was done."""
+        """Delete all that was kept."""
         shutil.rmtree(self.folder)
 
     def _save_state(self) -> None:

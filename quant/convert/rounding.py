@@ -1,4 +1,4 @@
-"""Weights rounded to int8 codes and their scales, and the scale of a calibrated activation."""
+"""Rounds weights to int8 codes and scales, and finds the scale of a calibrated activation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def quantize_weight(weight: Tensor, rule: ScaleRule) -> tuple[Tensor, Tensor]:
 
     scale = round(clip absmax / 127 to the rule's dtype)        codes = clamp(rint(weight / scale), -127, 127)
 
-    The scale is rounded first: codes made with the unrounded scale would stand for other values once it is stored.
+    The scale is rounded first: codes made with the unrounded scale would represent other values when it is stored.
 
     Args:
         weight: [N, K] float.
@@ -50,7 +50,7 @@ def quantize_weight(weight: Tensor, rule: ScaleRule) -> tuple[Tensor, Tensor]:
 
     Returns:
         codes [N, K] int8 in -127..127 and scale [N, 1] (channel), [N, K // group_size] (group) or [1] (tensor) in
-        the rule's dtype, positive. Where all that share a scale is 0, it is 1.
+        the rule's dtype, positive. The scale of zeros only is 1.
 
     Raises:
         Unquantizable: the weight is NaN or infinite, or its scale overflows the rule's dtype.
@@ -76,22 +76,22 @@ def weight_scale(weight: Tensor, rule: ScaleRule) -> Tensor:
 
 
 def per_element(scale: Tensor, width: int) -> Tensor:
-    """A weight's scale in float32, so shaped that it multiplies codes [N, width]: [1], [N, 1] or [N, width]."""
+    """A weight's scale in float32, in a shape that multiplies codes [N, width]: [1], [N, 1] or [N, width]."""
     if scale.ndim == 1 or scale.shape[1] == 1:
         return scale.float()
     return scale.float().repeat_interleave(width // scale.shape[1], dim=1)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """What codes [N, K] with a scale of `quantize_weight` stand for, float32."""
+    """The values of codes [N, K] with a scale of `quantize_weight`, float32."""
     return codes.float() * per_element(scale, codes.shape[1])
 
 
 def static_scale(absmax: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """The scale absmax / 127 in scale_dtype, such that absmax is at most half a code beyond 127.
 
-    Where absmax is 0 the scale is 1. Where rounding down loses more than that (float16's subnormals), the next value
-    up is taken.
+    If absmax is 0 the scale is 1. If rounding down would lose more than that (float16's subnormals), the next larger
+    value is taken.
 
     Raises:
         Unquantizable: absmax is NaN or infinite, or absmax / 127 overflows scale_dtype.
@@ -100,7 +100,7 @@ def static_scale(absmax: Tensor, scale_dtype: torch.dtype) -> Tensor:
     if not bool(scale.isfinite().all()):
         raise Unquantizable(f"its largest magnitude is {absmax.max().item():g}: no finite scale in {scale_dtype}")
     saturates = absmax.float() > (CODE_MAX + 0.5) * scale.float()
-    # Positive floats are ordered as their bits are, so one more is the next value up, in any float type.
+    # Positive floats are ordered like their bits, so adding 1 gives the next larger value in any float type.
     bits = scale.view(torch.int16 if scale.element_size() == 2 else torch.int32)
     scale = torch.where(saturates, (bits + 1).view(scale_dtype), scale)
     return torch.where(absmax == 0, torch.ones_like(scale), scale)

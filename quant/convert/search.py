@@ -2,8 +2,8 @@
 
     error = sum_t w_t ||x_t W^T - int8(x_t / s) int8(W s)^T||^2
 
-over a sample of the calibration tokens, with weights rounded as they will be stored and the product computed by the
-`Int8Linear` that will be served. w_t is 1, or less for a token of much output; see LOUDNESS.
+over a sample of the calibration tokens, with weights rounded as they are stored and the product computed by the
+`Int8Linear` that is served. w_t is 1, or less for a token with large outputs; see LOUDNESS.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from quant.scheme import Scheme
 ALPHAS = tuple(step / 10 for step in range(11))
 THRESHOLDS = tuple(Threshold(2.0**-octave) for octave in range(1, 11))
 BALANCES = tuple(Balance(2.0 ** (-half_octave / 2)) for half_octave in range(16))
-"""What "search" tries, beside no smoothing at all."""
+"""What "search" tries, beside no smoothing."""
 
 LIKELY_ROWS = 256
-"""Rows of a sample that a range is first guessed by, for every strength that is tried."""
+"""Rows of a sample by which a range is estimated for every strength that is tried."""
 
 SPLIT_STRENGTHS: tuple[Strength, ...] = (0.7, Threshold(2.0**-4), Balance(1.0), Balance(0.5))
-"""What it tries with split channels, beside what was best without: splitting takes away what the others are for."""
+"""What "search" tries with split channels, beside the best strength without: splitting removes the need for others."""
 
 WORTH_SPLITTING = 0.9
-"""Share of the error before that has to be left for another share of channels to be split."""
+"""Largest share of the error so far at which a split of more channels is taken."""
 
 LOUDNESS = 1 / 3
-"""The power of a token's output energy that its error is divided by, where tokens share a scale and a Linear's input is
+"""The power of a token's output energy by which its error is divided, if tokens share a scale and a Linear's input is
 not normed: in the inputs of o and down, tokens differ by a factor of a thousand.
 
-With 0 the one token of a text whose outputs are a thousand times the others' decides alone; with 1 it counts like any
-other, though all that come after attend to it. See benchmarks/NOTES.md for what both cost.
+With 0 a single token of a text, whose outputs are a thousand times the others', decides; with 1 it counts like any
+other, though all tokens after it attend to it. See benchmarks/NOTES.md for the quality of both.
 """
 
 RANGE_SHARES = (2.0, 1.5, 1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
-"""Shares of the largest magnitude at which a scale that many values share is tried.
+"""Shares of the largest magnitude that are tried for a scale that many values share.
 
-Below 1 a few clip and the rest rounds finer; above 1 is room for tokens that reach further than those fitted to.
+Below 1 a few values clip and the rest is rounded finer; above 1 leaves room for tokens with larger values.
 """
 
 
@@ -71,16 +71,16 @@ class Ranges(NamedTuple):
 
 
 FULL_RANGES = Ranges()
-"""What is not clipped."""
+"""Ranges without clipping."""
 
 
 @dataclass(frozen=True, slots=True)
 class SmoothingChoice:
-    """What was chosen for a group.
+    """The choice for a group.
 
-    strength: None: not smoothed.
+    strength: None for no smoothing.
     error: as a share of the product's energy.
-    split: None: no channel has copies.
+    split: None if no channel has copies.
     """
 
     strength: Strength | None
@@ -101,20 +101,20 @@ def smooth_layer(
     scheme: Scheme,
     dtype: torch.dtype,
 ) -> dict[str, SmoothingChoice]:
-    """Smooth the groups of one layer in place, each with the scheme's alpha or with the strength of the least error.
+    """Smooth the groups of one layer in place, each with the scheme's alpha or with the strength of the smallest error.
 
-    Groups are taken in the order given; a Linear that is the sink of one and the source of another (up_proj) counts in
-    the later one as the earlier one left it.
+    Groups are smoothed in the order given. A Linear that is the sink of one and the source of another (up_proj) enters
+    the second one with the changes of the first.
 
     Args:
         state: float tensors by checkpoint name, weights [N, K]; those of a group are replaced.
         groups: what to smooth.
         inputs: of the Linears that will be quantized, by name; replaced by the smoothed ones.
         scheme: one that smooths.
-        dtype: what norms and scales will be stored in.
+        dtype: of stored norms and scales.
 
     Returns:
-        The choice by source; a group whose sinks never ran is left as it is.
+        The choice by source; a group whose sinks never ran is left unchanged.
 
     Raises:
         ValueError: a tensor of a group is missing, or widths do not agree.
@@ -125,7 +125,7 @@ def smooth_layer(
     choices = {}
     for group in groups:
         if not any(sink in inputs for sink in group.sinks):
-            # An expert that no calibration token chose: there is nothing to smooth by.
+            # An expert that no calibration token chose: no range is known.
             choices[group.source] = SmoothingChoice(None, 0.0)
             continue
         trial = _Trial(state, group, inputs, scheme=scheme, dtype=dtype)
@@ -141,7 +141,7 @@ def smooth_layer(
 
 
 def _split(whole: _Trial, choice: SmoothingChoice) -> tuple[_Trial, SmoothingChoice]:
-    """The group with as many channels split as is worth it, and the choice for it."""
+    """The group with the number of split channels that pays, and the choice for it."""
     trial, strengths = whole, tuple(dict.fromkeys((choice.strength, *SPLIT_STRENGTHS)))
     for share in SHARES:
         narrower = whole.split(round(share * whole.width))
@@ -152,7 +152,7 @@ def _split(whole: _Trial, choice: SmoothingChoice) -> tuple[_Trial, SmoothingCho
 
 
 class _Trial:
-    """One group, smoothed with one strength after the other; nothing is changed."""
+    """Tries strengths on one group without changing it."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Trial:
         names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
         self.tensors = {name: state[name] for name in names if name in state}
         self.group = group
-        # Others read the activation too, a router for one, and stay float: they have no error.
+        # Other readers of the activation, such as a router, stay float and have no error.
         self.sinks = [sink for sink in group.sinks if sink in inputs]
         self.inputs = {name: inputs[name] for name in (group.source, *self.sinks) if name in inputs}
         self.scheme = scheme
@@ -180,11 +180,11 @@ class _Trial:
 
     @property
     def width(self) -> int:
-        """Number of channels that the sinks read."""
+        """The number of channels that the sinks read."""
         return self.inputs[self.sinks[0]].rows.shape[1]
 
     def split(self, num_places: int) -> _Trial:
-        """The same group with so many places given to copies, judged by the products of the whole one."""
+        """The same group with num_places copies, judged by the products of the group without copies."""
         sink = self.sinks[0]
         narrower = copy(self)
         narrower.tensors = dict(self.tensors)
@@ -200,31 +200,31 @@ class _Trial:
         return narrower
 
     def _token_weights(self, y: Tensor) -> Tensor | None:
-        """How much the error of each row of a sink's product y [R, N] counts, [R, 1]: ||y_t||^(-2 LOUDNESS)."""
+        """The weight of the error of each row of a sink's product y [R, N], [R, 1]: ||y_t||^(-2 LOUDNESS)."""
         source = self.tensors.get(f"{self.group.source}.weight")
         if source is None or source.ndim == 1 or not _shares_scales(self.scheme):
             return None
         energies = y.square().sum(1, keepdim=True)
-        # A token of all but no output would count for all the others.
+        # Without a lower bound a token with almost no output would outweigh all others.
         return energies.clamp_min(TINY + 1e-6 * float(energies.mean())).pow(-LOUDNESS)
 
     def best(self, strengths: Sequence[Strength | None]) -> SmoothingChoice:
-        """The strength with the least error."""
+        """The strength with the smallest error."""
         choices = [SmoothingChoice(strength, self.error(strength), self.channels_split) for strength in strengths]
         return min(choices, key=lambda choice: choice.error)
 
     def smoothed(self, strength: Strength | None, read: Mapping[str, Channels]) -> tuple[dict[str, Tensor], Tensor]:
-        """The group's tensors smoothed for these ranges of its sinks' input, and s of their columns [K]."""
+        """The group's tensors, smoothed for these ranges of its sinks' input, and s of their columns [K]."""
         changed = dict(self.tensors)
         if strength is None:
             return changed, torch.ones_like(read[self.sinks[0]].absmax)
         return changed, divide(changed, self.group, group_migration(changed, self.group, read, strength), self.dtype)
 
     def error(self, strength: Strength | None) -> float:
-        """On the rows held out, fitted to the others."""
+        """The error on the rows held out, with ranges fitted to the others."""
         changed, s = self.smoothed(strength, {sink: self.inputs[sink].fitted for sink in self.sinks})
         error = sum(self._error(sink, changed[f"{sink}.weight"], self.inputs[sink].divided(s)) for sink in self.sinks)
-        # Dividing rows leaves scales per row or group as good as they were; a scale for all rows it does not.
+        # Dividing rows does not affect scales per row or group, but it does affect one scale for all rows.
         if self.scheme.weight == "tensor" and self.group.source in self.inputs:
             error += self._carried_error(changed)
         return error / max(self.energy, TINY)
@@ -233,17 +233,17 @@ class _Trial:
         return _energy(self._product(weight, inputs) - self.products[name], self.weights[name])
 
     def _product(self, weight: Tensor, inputs: Inputs) -> Tensor:
-        """The int8 one of a Linear, ranges fitted to what its rows are not from."""
+        """The int8 product of a Linear on the rows held out, with ranges fitted to the others."""
         input_range = likely_range(weight, inputs, self.dtype) if self.scheme.activation == "static" else 1.0
         ranges = Ranges(input=input_range)
         int8 = round_nearest(weight, inputs.fitted.absmax, self.scheme, self.dtype, ranges)
         return product(int8, inputs.rows, self.scheme)
 
     def _carried_error(self, changed: Mapping[str, Tensor]) -> float:
-        """What the source Linear's own rounding adds to the sinks' outputs.
+        """The error that the rounding of the source Linear adds to the sinks' outputs.
 
-        A channel of its output that is off by a share r of its energy leaves the sink's input, which is linear in it,
-        off by that share too: sum_k r_k ||x_k||^2 ||w_k||^2. Copies of a channel are off alike, and c of them by c^2.
+        If a channel of its output has an error of a share r of its energy, the sink's input, which is linear in it, has
+        the same share: sum_k r_k ||x_k||^2 ||w_k||^2. The errors of c copies of a channel are equal: they count c^2.
         """
         name = self.group.source
         before, after = self.tensors[f"{name}.weight"], changed[f"{name}.weight"]
@@ -256,7 +256,7 @@ class _Trial:
         return sum(float(self._channel_energies(sink) @ share) for sink in self.sinks)
 
     def _channel_energies(self, sink: str) -> Tensor:
-        """What each input channel of a sink contributes to its output, as if the others were 0: [K]."""
+        """The energy that each input channel of a sink alone contributes to its output: [K]."""
         weight, rows = self.tensors[f"{sink}.weight"], self.inputs[sink].rows
         return _weighed(rows.square(), self.weights[sink]).sum(0) * weight.square().sum(0)
 
@@ -268,7 +268,7 @@ def round_nearest(
     dtype: torch.dtype,
     ranges: Ranges = FULL_RANGES,
 ) -> Int8Tensors:
-    """A Linear in int8; scales stored in dtype. absmax: [K] of what it reads; None where no scale of it is stored."""
+    """A Linear in int8, with scales in dtype. absmax: [K] of its input; None if no input scale is stored."""
     codes, scale = quantize_weight(weight, ScaleRule.of(scheme, dtype, ranges.weight))
     if absmax is None or scheme.activation != "static":
         return Int8Tensors(codes, scale, None)
@@ -276,14 +276,14 @@ def round_nearest(
 
 
 def product(int8: Int8Tensors, rows: Tensor, scheme: Scheme) -> Tensor:
-    """What the Linear that will be served makes of rows [R, K]: [R, N] float32."""
+    """The product of rows [R, K] by the Linear that is served: [R, N] float32."""
     return int8.linear(scheme, None)(rows)
 
 
 def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dtype) -> Ranges:
-    """The ranges with the least error of the product on rows held out.
+    """The ranges with the smallest error of the product on the rows held out.
 
-    Only a scale that a whole matrix or a whole calibration shares is worth clipping for; others stay at 1.
+    Only scales per matrix, and static ones, gain from clipping; others are not clipped.
     """
     if scheme.weight != "tensor" and scheme.activation != "static":
         return FULL_RANGES
@@ -304,9 +304,9 @@ def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dty
 
 
 def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype) -> float:
-    """The share of the input's largest magnitude with the least error of the product, were its columns orthogonal.
+    """The share of the input's largest magnitude with the smallest error if the weight's columns were orthogonal.
 
-    sum_tk w_t (int8(x_tk) - x_tk)^2 ||w_k||^2 over some of the rows: no product is computed.
+    error = sum_tk w_t (int8(x_tk) - x_tk)^2 ||w_k||^2 over some of the rows, without a matrix product.
     """
     energies = weight.square().sum(0)
     step = max(1, len(inputs.rows) // LIKELY_ROWS)
@@ -321,7 +321,7 @@ def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype) -> float:
 
 
 def _shares_scales(scheme: Scheme) -> bool:
-    """Whether all rows of a weight, or all tokens, have one scale."""
+    """Whether all rows of a weight, or all tokens, share one scale."""
     return scheme.weight == "tensor" or scheme.activation != "token"
 
 

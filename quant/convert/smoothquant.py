@@ -1,4 +1,4 @@
-"""SmoothQuant: outlier channels of an activation divided away, and multiplied into the weights that read them.
+"""SmoothQuant: divides an activation's outlier channels and multiplies the weights that read them.
 
     Y = X W^T = (X diag(1/s)) (W diag(s))^T
 
@@ -16,26 +16,26 @@ from torch import Tensor
 from quant.errors import Unquantizable
 
 MIN_S, MAX_S = 1e-5, 1e5
-"""Bounds of one channel's migration. Beyond them a folded norm weight leaves what float16 holds well."""
+"""Bounds of a channel's s. Beyond them a folded norm weight leaves float16's range of full precision."""
 
 TINY = 1e-30
-"""Divided by in place of 0."""
+"""Divisor in place of 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class SmoothGroup:
-    """One smoothed activation: who writes it and who reads it.
+    """One smoothed activation: the module that writes it and the Linears that read it.
 
     source: module whose output channels are divided by s: a norm (its weight [K] and bias), or a Linear (its rows and
-        bias), as up_proj is for down_proj because SiLU(gate) * up is linear in up, and v_proj for o_proj because
+        bias), such as up_proj for down_proj, since SiLU(gate) * up is linear in up, and v_proj for o_proj, since
         attention's output is linear in the values.
-    sinks: every Linear that reads that output; their input columns are multiplied by s. A reader left out would see
+    sinks: every Linear that reads that output; their input columns are multiplied by s. One that is left out would read
         a changed activation.
-    num_copies, head_size: of v -> o, where each source head of head_size channels is read num_copies times side by
-        side (grouped queries); the copies then share their s. head_size matters only where num_copies is above 1.
-    offset: a norm multiplies by weight + offset, as Gemma's does with 1.
-    gate: module whose output, behind an activation, multiplies the source's channel by channel, as gate_proj's does
-        up_proj's; None where none does. Such channels can be split (`quant.convert.split`).
+    num_copies, head_size: of v -> o with grouped queries, where each source head of head_size channels is read
+        num_copies times in a row; the copies then share their s. head_size matters only if num_copies is above 1.
+    offset: a norm multiplies by weight + offset; Gemma's offset is 1.
+    gate: module whose output, after an activation function, multiplies the source's channel by channel, as gate_proj's
+        does up_proj's; None for none. Such channels can be split (`quant.convert.split`).
     """
 
     source: str
@@ -48,7 +48,7 @@ class SmoothGroup:
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """share: of an activation's largest magnitude, in (0, 1]; channels that reach beyond it are divided down to it."""
+    """share: of an activation's largest magnitude, in (0, 1]; channels with larger values are divided down to it."""
 
     share: float
 
@@ -85,29 +85,29 @@ class Channels:
         return cls(rows.abs().amax(0), rows.square().mean(0).sqrt())
 
     def at(self, places: Tensor) -> Channels:
-        """Of the rows' columns at these places, int64, which may be repeated."""
+        """The channels at these places, int64, which may be repeated."""
         return Channels(self.absmax[places], self.rms[places])
 
     def over(self, s: Tensor) -> Channels:
-        """Of the same rows divided by s [K]."""
+        """The channels of the same rows divided by s [K]."""
         return Channels(self.absmax / s, self.rms / s)
 
 
 def migration(x: Channels, w: Channels, strength: Strength) -> Tensor:
-    """How far to divide each channel of an activation.
+    """The divisor s of each channel of an activation.
 
     s_k = max|x_k|^alpha / max|w_k|^(1 - alpha)            with an alpha
     s_k = max(1, max|x_k| / (share max_j max|x_j|))        with a threshold
     `balance`                                              with a balance
 
     Args:
-        x: of the activation over the calibration tokens.
-        w: of the columns of all weights that read it.
-        strength: alpha, 0 (all difficulty stays with the activation) to 1 (all goes to the weights), a threshold, or a
+        x: the activation's channels over the calibration tokens.
+        w: the columns of all weights that read it.
+        strength: alpha, from 0 (outliers stay in the activation) to 1 (they move to the weights), a threshold, or a
             balance.
 
     Returns:
-        s [K] float32 in MIN_S..MAX_S. A channel that is dead on either side (absmax 0) has nothing to balance: s = 1.
+        s [K] float32 in MIN_S..MAX_S; 1 for a channel that is 0 on either side.
 
     Raises:
         ValueError: alpha is outside 0..1 or a share outside (0, 1], or the shapes differ.
@@ -127,7 +127,7 @@ def migration(x: Channels, w: Channels, strength: Strength) -> Tensor:
         if not bool(((values >= 0) & values.isfinite()).all()):
             raise Unquantizable(f"the absmax of {name} holds a value that is negative or not finite")
     is_dead = (x.absmax == 0) | (w.absmax == 0)
-    # Float64: 0.5 powers of tiny columns would otherwise lose digits to float32's subnormals.
+    # Float64: powers of tiny columns would lose digits to float32's subnormals.
     x, w = (Channels(side.absmax.double(), side.rms.double()) for side in (x, w))
     if isinstance(strength, Balance):
         s = balance(x, w, strength.share)
@@ -139,23 +139,23 @@ def migration(x: Channels, w: Channels, strength: Strength) -> Tensor:
 
 
 def balance(x: Channels, w: Channels, share: float = 1.0) -> Tensor:
-    """The division with the least rounding error where one scale spans all of X / s and one all of W s.
+    """The divisor with the smallest rounding error if one scale covers all of X / s and one all of W s.
 
     With ranges A = max_k max|x_k| / s_k and B = max_k max|w_k| s_k, the steps are A / 127 and B / 127, and the energy
     of the error is in proportion to
 
         A^2 sum_k ||w_k||^2 s_k^2 + B^2 sum_k ||x_k||^2 / s_k^2
 
-    Only the product A B counts, since s may be multiplied by any number. Held fixed, channel k adds least at
-    s_k^2 = (B / A) ||x_k|| / ||w_k||, and stays within both ranges in max|x_k| / A .. B / max|w_k|. Every channel does
-    where A B is at least P = max_k max|x_k| max|w_k|: the least product, and the finest steps, without clipping.
+    Only the product A B matters, since s may be multiplied by any number. With it fixed, channel k adds least at
+    s_k^2 = (B / A) ||x_k|| / ||w_k||, and is within both ranges for s_k in max|x_k| / A .. B / max|w_k|. All channels
+    are if A B is at least P = max_k max|x_k| max|w_k|, the smallest product, with the finest steps, without clipping.
 
     Args:
         x, w: float64.
-        share: A B = share P. Below 1 the few channels above it reach beyond the activation's range.
+        share: A B = share P. Below 1 a few channels exceed the activation's range.
 
     Returns:
-        s [K] float64, its geometric mean over living channels 1.
+        s [K] float64, with a geometric mean of 1 over the channels that are not 0 on either side.
     """
     product = float((x.absmax * w.absmax).amax()) * share
     s = (product * x.rms / w.rms.clamp_min(TINY)).sqrt()
@@ -167,11 +167,11 @@ def balance(x: Channels, w: Channels, share: float = 1.0) -> Tensor:
 def group_migration(
     state: Mapping[str, Tensor], group: SmoothGroup, read: Mapping[str, Channels], strength: Strength
 ) -> Tensor:
-    """How far a group's channels are divided: `migration` over all its sinks, and over all copies of a channel.
+    """The divisor of a group's channels: `migration` over all its sinks and all copies of a channel.
 
     Args:
         state: tensors by checkpoint name.
-        read: what each sink reads, by name; a sink without one (a float router) reads what the others read.
+        read: the input channels of each sink, by name; a sink without them (a float router) reads what the others read.
 
     Returns:
         s [N] float32, N the source's channels.
@@ -188,11 +188,11 @@ def divide(state: dict[str, Tensor], group: SmoothGroup, s: Tensor, norm_dtype: 
 
     Args:
         state: tensors by checkpoint name; those of the group are replaced by float32 ones.
-        norm_dtype: what norm weights will be stored in. They are rounded to it here and s is taken from the rounded
-            weight, so that storing them moves no channel away from what its sinks were multiplied by.
+        norm_dtype: of stored norm weights. They are rounded to it here and s is taken from the rounded weight, so that
+            it is exactly what the sinks are multiplied by.
 
     Returns:
-        What the sinks' columns were multiplied by, [K] float32.
+        The factor of the sinks' columns, [K] float32.
 
     Raises:
         ValueError: a tensor is missing, or source and sinks do not have as many channels as s.
@@ -215,14 +215,14 @@ def _joined(channels: Channels, group: SmoothGroup) -> Channels:
 
 
 def copied(channels: Tensor, group: SmoothGroup) -> Tensor:
-    """A value of each source channel at all its copies: [N] -> [K]."""
+    """The value of each source channel, repeated for its copies: [N] -> [K]."""
     if group.num_copies == 1:
         return channels
     return channels.view(-1, 1, group.head_size).expand(-1, group.num_copies, -1).flatten()
 
 
 def divide_source(state: dict[str, Tensor], group: SmoothGroup, s: Tensor, norm_dtype: torch.dtype) -> Tensor:
-    """Divide the source's weight and bias by s [N], in place; the s that was truly applied, after a norm's rounding."""
+    """Divide the source's weight and bias by s [N], in place; returns the s after the rounding of a norm's weight."""
     weight = _float_weight(state, group.source, group)
     if weight.shape[0] != s.shape[0]:
         raise _uneven(group, weight.shape[0], s.shape[0])
@@ -230,7 +230,7 @@ def divide_source(state: dict[str, Tensor], group: SmoothGroup, s: Tensor, norm_
         factor = weight + group.offset
         stored = (factor / s - group.offset).to(norm_dtype).float()
         divided = stored + group.offset
-        # A factor of 0, or one that rounds to 0 or infinity, gives no ratio: such a channel is not smoothed.
+        # A factor that is 0, or rounds to 0 or infinity, has no ratio: such a channel is not smoothed.
         is_usable = (divided != 0) & divided.isfinite() & (factor != 0)
         state[f"{group.source}.weight"] = torch.where(is_usable, stored, weight)
         s = torch.where(is_usable, factor / divided, 1.0)
@@ -250,7 +250,7 @@ def _float_weight(state: Mapping[str, Tensor], module: str, group: SmoothGroup) 
 
 
 def _read(read: Mapping[str, Channels], group: SmoothGroup) -> Channels:
-    """What the sinks of a group read."""
+    """The input channels of a group's sinks."""
     known = [read[sink] for sink in group.sinks if sink in read]
     if not known:
         missing = ", ".join(group.sinks) or "any sink"
@@ -262,7 +262,7 @@ def _read(read: Mapping[str, Channels], group: SmoothGroup) -> Channels:
 
 
 def _widest(channels: Sequence[Channels]) -> Channels:
-    """The largest of each channel."""
+    """The largest values of each channel."""
     absmax = torch.stack([side.absmax.float() for side in channels]).amax(0)
     return Channels(absmax, torch.stack([side.rms.float() for side in channels]).amax(0))
 

@@ -1,11 +1,10 @@
-"""Outlier channels of a gated activation in several copies, each with its share, in the places of channels that matter
-least.
+"""Splits outlier channels of a gated activation into copies, which replace the channels that matter least.
 
     y = sum_k x_k w_k        x_j = silu(gate_j) up_j:        x_j w_j = sum of c times (x_j / c) w_j
 
-A migration s moves a channel's range from the activation to the weight, and where one scale spans all of a matrix both
-sides pay for it. A copy has less of it on either. It costs nothing at run time and changes no shape: the copies take
-the places of channels of the least energy, whose loss is part of the error that a split is judged by.
+Smoothing moves a channel's range from the activation to the weight, and if one scale covers a whole matrix both become
+coarser. Copies reduce the range on both sides. They cost nothing at run time and change no shape: they replace the
+channels of the least energy, whose loss is part of the error by which a split is judged.
 """
 
 from __future__ import annotations
@@ -19,28 +18,28 @@ from torch import Tensor
 from quant.convert.smoothquant import Channels, SmoothGroup, divide_source
 
 SHARES = (1 / 96, 1 / 48, 1 / 24, 1 / 12)
-"""Of the K channels, how many may give their place to copies; each is tried."""
+"""Shares of the K channels that are replaced by copies; each is tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
     """Which channel each place holds.
 
-    origins: int64 [K]; origins[k] = k where a channel stayed or was split, another number where k holds a copy.
+    origins: int64 [K]; origins[k] = k if the channel is still in its place, another number if place k has a copy.
     """
 
     origins: Tensor
 
     @classmethod
     def of(cls, x: Channels, w: Channels, num_places: int) -> Split:
-        """Give num_places places to copies of the channels whose two ranges have the largest product.
+        """Use num_places places for copies of the channels whose two ranges have the largest product.
 
-        The places are those of the channels with the least energy, rms(x_k) rms(w_k). One after the other goes to the
-        channel with the largest max|x_k| max|w_k| / copies, until they are given away.
+        The places are those of the channels with the least energy, rms(x_k) rms(w_k). Each goes to the channel that
+        then has the largest max|x_k| max|w_k| / copies.
 
         Args:
-            x: of the activation over the calibration tokens.
-            w: of the columns of the weight that reads it.
+            x: the activation's channels over the calibration tokens.
+            w: the columns of the weight that reads it.
             num_places: 0 to K - 1.
 
         Source: outlier channel splitting (arXiv 1901.09504), which widens the layer instead.
@@ -60,18 +59,18 @@ class Split:
 
     @property
     def copies(self) -> Tensor:
-        """How many places hold what this place holds: float32 [K]."""
+        """The number of copies of each place's channel: float32 [K]."""
         return torch.bincount(self.origins, minlength=len(self.origins))[self.origins].float()
 
     @property
     def moved(self) -> dict[str, int]:
-        """The places that hold another channel, as JSON holds them."""
+        """The places that have another channel, in a form for JSON."""
         origins = self.origins.tolist()
         return {str(place): origin for place, origin in enumerate(origins) if place != origin}
 
     @classmethod
     def read(cls, moved: dict[str, int], width: int) -> Split:
-        """What `moved` tells, of K = width channels."""
+        """The split of K = width channels that `moved` describes."""
         origins = torch.arange(width)
         for place, origin in moved.items():
             origins[int(place)] = origin

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from quant.analysis.gpus import GPUS, Gpu
-from quant.analysis.roofline import FLOWS, SHAPES, Flow, ModelShape, Prediction, Step, crossover_tokens, predict
+from quant.analysis.roofline import FLOWS, SHAPES, Flow, ModelShape, Prediction, StepShape, crossover_tokens, predict
 from quant.errors import UnknownBandwidth
 from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel, first_line
 from service.models.config import ModelConfig
@@ -36,7 +36,7 @@ class Report:
 
     shape: ModelShape
     gpu: Gpu
-    steps: Sequence[Step]
+    steps: Sequence[StepShape]
     measured: dict[Key, float] = field(default_factory=dict)
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -118,7 +118,7 @@ def find_gpu(name: str, bandwidth: str) -> Gpu:
         raise InvalidSettings(str(error)) from error
 
 
-def read_steps(tokens: str, context: int, max_num_requests: int) -> list[Step]:
+def read_steps(tokens: str, context: int, max_num_requests: int) -> list[StepShape]:
     """Steps of "1,16,4096" tokens: up to max_num_requests, requests that decode; above, prompts.
 
     Raises:
@@ -127,10 +127,10 @@ def read_steps(tokens: str, context: int, max_num_requests: int) -> list[Step]:
     words = [word.strip() for word in tokens.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise InvalidSettings(f"tokens {tokens!r} is not a list of positive numbers such as 1,16,256,4096")
-    return [Step(t, context, is_prefill=t > max_num_requests) for t in sorted({int(word) for word in words})]
+    return [StepShape(t, context, is_prefill=t > max_num_requests) for t in sorted({int(word) for word in words})]
 
 
-def read_measured(paths: Sequence[Path], shape: ModelShape, gpu: Gpu, steps: Sequence[Step]) -> dict[Key, float]:
+def read_measured(paths: Sequence[Path], shape: ModelShape, gpu: Gpu, steps: Sequence[StepShape]) -> dict[Key, float]:
     """Times of results of `benchmarks.kernels` and `benchmarks.serving` for these steps.
 
     Linears are matched by size and tokens; a step by the model that the result's command names, its batch and prompt.
@@ -168,7 +168,7 @@ def _linear_times(rows: list[dict[str, Any]]) -> dict[Key, float]:
     }
 
 
-def _step_times(rows: list[dict[str, Any]], steps: Sequence[Step]) -> dict[Key, float]:
+def _step_times(rows: list[dict[str, Any]], steps: Sequence[StepShape]) -> dict[Key, float]:
     found: dict[Key, float] = {}
     for row in rows:
         if row["what"] not in ("decode", "prefill") or row["variant"] not in MEASURED_AS:

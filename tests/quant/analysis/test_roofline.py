@@ -14,7 +14,7 @@ from quant.analysis.roofline import (
     FLOWS,
     SHAPES,
     ModelShape,
-    Step,
+    StepShape,
     Work,
     attention_work,
     crossover_tokens,
@@ -118,7 +118,7 @@ def test_a_linear_s_work_is_what_counting_gives(flow, size):
 
 @pytest.mark.parametrize(("context", "is_prefill"), [(6, False), (4, True), (100, True)])
 def test_attention_s_work_is_what_counting_gives(context, is_prefill):
-    step = Step(8, context, is_prefill)
+    step = StepShape(8, context, is_prefill)
     operations = slots = 0
     if is_prefill:
         length = min(context, 8)
@@ -177,7 +177,7 @@ def test_a_linear_too_narrow_for_the_ridge_never_turns():
 def test_one_step_of_llama_3_1_8b_takes_what_its_bytes_take():
     """7.50e9 weights of the layers and head, 2 bytes each, or 1 byte in the layers, at the measured copy rate."""
     gpu = H100.with_bandwidth("measured")
-    rows = {row.flow: row for row in predict(SHAPES["llama-3.1-8b"], Step(1, 1, False), gpu) if row.part == "step"}
+    rows = {row.flow: row for row in predict(SHAPES["llama-3.1-8b"], StepShape(1, 1, False), gpu) if row.part == "step"}
     head, layers = 128256 * 4096, 32 * (6144 * 4096 + 4096 * 4096 + 3 * 4096 * 14336)
     assert rows["fp16"].time_s == pytest.approx(2 * (layers + head) / 3.02e12, rel=2e-3)
     assert rows["dataflow"].time_s == pytest.approx((layers + 2 * head) / 3.02e12, rel=2e-3)
@@ -185,7 +185,7 @@ def test_one_step_of_llama_3_1_8b_takes_what_its_bytes_take():
 
 
 def test_the_step_is_the_sum_of_its_parts():
-    step = Step(16, 4, True)
+    step = StepShape(16, 4, True)
     rows = predict(TINY, step, H100)
     assert [row.part for row in rows[::3]] == [
         "qkv",

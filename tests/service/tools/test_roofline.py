@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from benchmarks.roofline import draw
 from quant.analysis.gpus import GPUS
-from quant.analysis.roofline import SHAPES, Step, predict
+from quant.analysis.roofline import SHAPES, StepShape, predict
 from service.cli import app
 from service.errors import UnsupportedModel
 from service.tools.roofline import find_shape
@@ -90,7 +90,7 @@ def test_the_json_has_a_row_for_every_part_and_dataflow(roofline, tmp_path):
     keys = {"tokens", "part", "n", "k", "calls", "flow", "operations", "bytes", "normalized_operations", "intensity"}
     assert {tuple(sorted(row)) for row in found["rows"]} == {tuple(sorted(keys | {"bound", "us", "speedup"}))}
     gpu = GPUS["h100"].with_bandwidth("measured")
-    wanted = predict(SHAPES["llama-3.1-8b"], Step(16, 512, False), gpu)
+    wanted = predict(SHAPES["llama-3.1-8b"], StepShape(16, 512, False), gpu)
     assert [row["us"] for row in found["rows"][:24]] == pytest.approx([1e6 * row.time_s for row in wanted])
 
 
