@@ -7,7 +7,7 @@ table. A file named with --table is read by no server: it is for comparing, or f
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,8 +29,15 @@ Examples:
   $ ottava tune --table my-gpu.json            # all shapes anew, into a file
 """
 
-configs, resolve = Later("service.models.config"), Later("service.store.resolve")
-torch, tuning = Later("torch"), Later("kernels.tune")
+if TYPE_CHECKING:
+    import torch
+
+    from kernels import tune as tuning
+    from service.models import config as configs
+    from service.store import resolve
+else:
+    configs, resolve = Later("service.models.config"), Later("service.store.resolve")
+    torch, tuning = Later("torch"), Later("kernels.tune")
 
 
 @takes_settings("cache_dir", "config")

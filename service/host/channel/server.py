@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from quant.errors import CheckpointError
+from quant.errors import QuantError
 from service.engine.api import HostInfo, Reloaded, Stage
 from service.engine.grammar import Grammars
 from service.engine.messages import Command, Fault, Finish, News, Sink, Submit, fault_of
@@ -31,7 +31,7 @@ from service.host.channel.messages import (
 from service.process import start_thread
 from service.store.progress import Progress
 
-USERS = (StartupError, CheckpointError, OSError, torch.OutOfMemoryError)
+USERS = (StartupError, QuantError, OSError, torch.OutOfMemoryError)
 """What opening raises where the user can mend it: told in one line."""
 
 logger = logging.getLogger(__name__)
