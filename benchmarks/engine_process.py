@@ -19,14 +19,14 @@ from benchmarks.paced import PacedRunner, made_tokenizer, paced_engine
 from benchmarks.shapes import SHAPES
 from quant.scheme import PRESETS
 from service.engine.api import HostInfo, OneToken
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.host.channel.messages import Open, ToEngine
-from service.host.channel.server import HostServer
 from service.host.channel.socket import ThreadEnd
 from service.host.engine_process import run
 from service.host.memory import cache_budget
 from service.host.model_host import nothing_to_reload
+from service.host.server import HostServer
 from service.host.variants import Loaded, start_variant
 from service.models.config import ModelConfig
 from service.models.devices import pick_device, pick_dtype
@@ -43,7 +43,7 @@ VARIANT = "w8a8"
 
 
 class OneEngine:
-    """A host of one engine; see `service.host.channel.server.ServedHost`."""
+    """A host of one engine; see `service.host.server.ServedHost`."""
 
     grammars = None
     reload = staticmethod(nothing_to_reload)

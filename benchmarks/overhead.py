@@ -54,11 +54,11 @@ from service.engine.inbox import Inbox
 from service.engine.messages import News, Submit
 from service.engine.scheduler import Scheduler, StepResults
 from service.engine.supervision import FaultLimits
+from service.host.channel.client import HostClient, Link
 from service.host.channel.messages import ToEngine
+from service.host.channel.process import ProcessLink
 from service.host.channel.socket import ThreadEnd, pair
-from service.host.client import HostClient, Link
 from service.host.local import LocalLink
-from service.host.process import ProcessLink
 from service.measures import percentile
 from service.settings import Settings
 from service.store.calibration import calibration_text

@@ -24,8 +24,8 @@ from benchmarks.report import RESULTS, birth_certificate, quantiles, write
 from benchmarks.shapes import SHAPES
 from quant.scheme import PRESETS
 from service.engine.api import SamplingParams
+from service.engine.device.runner import Runner
 from service.engine.request import Request
-from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.host.memory import cache_budget
 from service.models.config import ModelConfig

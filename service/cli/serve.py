@@ -59,7 +59,7 @@ def serve(model: Model = None, **flags: Any) -> None:
 
 
 class StartUp:
-    """Shows how far the start is, and what is served once that is known; see `service.host.client.Watch`."""
+    """Shows how far the start is, and what is served once that is known; see `service.host.channel.client.Watch`."""
 
     def __init__(self, settings: Settings, bars: ExitStack) -> None:
         self.app: FastAPI | None = None

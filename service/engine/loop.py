@@ -15,7 +15,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from service.engine.api import EngineStats, SamplingParams
 from service.engine.client import EngineClient
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
 from service.engine.grammar import Grammars
 from service.engine.inbox import Inbox
 from service.engine.messages import Command, News, Sink
@@ -38,7 +38,7 @@ class Handle(Protocol):
 
 
 class StepRunner(Protocol):
-    """What the loop needs of a runner: `service.engine.runner.Runner`, or a fake in tests.
+    """What the loop needs of a runner: `service.engine.device.runner.Runner`, or a fake in tests.
 
     is_async: `execute` returns before the device is done, so the next step can be planned meanwhile.
     """

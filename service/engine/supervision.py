@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from service.engine.device_thread import DEVICE_THREAD
+from service.engine.device.device_thread import DEVICE_THREAD
 from service.engine.scheduler import Step
 
 POISON = ("CUDA error", "Triton Error [CUDA]")

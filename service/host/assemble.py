@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from service.engine.supervision import FaultLimits
-from service.host.client import HostClient, Link, Watch
-from service.host.process import ProcessLink
+from service.host.channel.client import HostClient, Link, Watch
+from service.host.channel.process import ProcessLink
 from service.later import Later
 from service.settings import Settings
 from service.text.tokenizer import Tokenizer

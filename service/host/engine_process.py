@@ -15,10 +15,10 @@ from typing import NoReturn
 import msgspec
 
 from service.host.channel.messages import Open, ToEngine
-from service.host.channel.server import HostServer
 from service.host.channel.socket import ThreadEnd
 from service.host.machine import quiet_libraries
 from service.host.reloader import open_host
+from service.host.server import HostServer
 from service.process import end_process, settle, start_thread
 from service.settings import load_settings
 from service.telemetry.logs import configure_logging

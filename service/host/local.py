@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Callable
 
 from service.host.channel.messages import ToEngine, ToWeb
-from service.host.channel.server import HostServer, ServedHost
+from service.host.server import HostServer, ServedHost
 from service.process import start_thread
 from service.store.progress import Progress
 
 
 class LocalLink:
-    """See `service.host.client.Link`. open_host: loads the engines, on a thread of its own."""
+    """See `service.host.channel.client.Link`. open_host: loads the engines, on a thread of its own."""
 
     can_renew = False
 

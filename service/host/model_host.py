@@ -9,7 +9,7 @@ import torch
 
 from quant.scheme import PRESETS
 from service.engine.api import HostInfo, Reloaded
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.errors import InvalidSettings, ReloadFailed, SelfCheckFailed

@@ -16,8 +16,8 @@ from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError, QuantError, UnlikeLinears
 from quant.scheme import Scheme
 from service.engine.api import Reloaded
-from service.engine.device_thread import DeviceThread
-from service.engine.runner import Runner
+from service.engine.device.device_thread import DeviceThread
+from service.engine.device.runner import Runner
 from service.errors import EngineFailed, ReloadFailed, StartupError, first_line
 from service.host.memory import cache_blocks
 from service.host.model_host import ModelHost, open_model

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
 from service.errors import SelfCheckFailed
 from service.models.decoder import Decoder, score
 from service.text.protocols import TokenizerLike

@@ -13,10 +13,10 @@ import torch
 from quant.checkpoint.reader import Checkpoint
 from quant.scheme import Scheme
 from service.engine.api import VariantInfo
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
+from service.engine.device.runner import Runner
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
-from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
 from service.errors import InvalidSettings

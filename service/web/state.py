@@ -28,7 +28,7 @@ STOPPING = "the server is stopping"
 
 
 class Host(Protocol):
-    """The engines of one model as the web sees them; `service.host.client.HostClient`.
+    """The engines of one model as the web sees them; `service.host.channel.client.HostClient`.
 
     engines: by variant, the default one first.
     stage: what their start-up is at; None once they serve.

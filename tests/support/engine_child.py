@@ -15,14 +15,14 @@ import time
 
 import msgspec
 
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
 from service.host.channel.messages import Open, ToEngine
-from service.host.channel.server import HostServer
 from service.host.channel.socket import ThreadEnd
 from service.host.engine_process import run
+from service.host.server import HostServer
 from service.settings import load_settings
 from tests.support.fake_engine import FakeHost
 from tests.support.scripted_runner import Hang, ScriptedRunner, raising

@@ -7,9 +7,9 @@ import asyncio
 import torch
 
 from service.engine.api import SamplingParams, Token
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
+from service.engine.device.runner import Runner
 from service.engine.loop import EngineLoop
-from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from tests.support.grammars import REGISTRY
 

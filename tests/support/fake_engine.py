@@ -161,7 +161,7 @@ class FakeEngine:
         self.client = client
         client.max_waiting = self._max_waiting
 
-    # What `service.host.channel.server` asks of an engine.
+    # What `service.host.server` asks of an engine.
 
     def put(self, command: Command) -> None:
         _loop().call_soon_threadsafe(self._take, command)
@@ -333,7 +333,7 @@ class FreeGrammar:
 
 @dataclass
 class FakeHost:
-    """What `service.host.channel.server` asks of a host, over fake engines."""
+    """What `service.host.server` asks of a host, over fake engines."""
 
     engines: Mapping[str, FakeEngine]
     check: Callable[[], Mapping[str, str]] = dict

@@ -19,11 +19,11 @@ from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.engine.messages import News
 from service.engine.supervision import FaultLimits
+from service.host.channel.client import HostClient, Link
 from service.host.channel.messages import ToEngine, ToWeb
-from service.host.channel.server import HostServer, ServedHost
 from service.host.channel.socket import LoopEnd, ThreadEnd, pair
-from service.host.client import HostClient, Link
 from service.host.model_host import nothing_to_reload
+from service.host.server import HostServer, ServedHost
 from service.process import start_thread
 from service.settings import Settings
 from service.web.app import create_app

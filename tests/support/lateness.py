@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
+from service.engine.device.runner import Runner
 from service.engine.loop import EngineLoop
-from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.models.decoder import Decoder
 from tests.support.grammars import REGISTRY

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import httpx
 
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits

@@ -9,8 +9,8 @@ from statistics import median
 import torch
 
 from service.engine.api import SamplingParams
+from service.engine.device.runner import Runner
 from service.engine.request import Request
-from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler, Step
 from service.models.decoder import Decoder
 

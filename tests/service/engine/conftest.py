@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits

@@ -12,9 +12,9 @@ import torch
 from benchmarks.chain import Moved
 from quant.scheme import PRESETS
 from service.engine.api import FinishReason, SamplingParams
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
+from service.engine.device.runner import Runner
 from service.engine.loop import EngineLoop
-from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.models.config import ModelConfig, linear_names
 from service.models.decoder import Decoder, score

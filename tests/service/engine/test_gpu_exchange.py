@@ -10,9 +10,9 @@ import torch
 
 from quant.scheme import PRESETS
 from service.engine.api import SamplingParams
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
+from service.engine.device.runner import Runner
 from service.engine.loop import EngineLoop
-from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.models.config import ModelConfig
 from service.models.random_weights import random_decoder

@@ -13,7 +13,7 @@ import torch
 
 from quant.scheme import PRESETS
 from service.engine.api import FinishReason, SamplingParams
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.errors import QueueFull

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from service.engine.api import SamplingParams
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
 from service.engine.inbox import Inbox
 from service.engine.loop import EngineLoop
 from service.engine.messages import Submit

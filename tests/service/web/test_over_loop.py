@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from service.engine.device_thread import DeviceThread
+from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.messages import Logprob
 from service.engine.scheduler import Scheduler, StepResults

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from service.engine.device.token_mask import TokenMask
 from service.engine.scheduler import Chunk
-from service.engine.token_mask import TokenMask
 
 
 @dataclass(frozen=True, slots=True)

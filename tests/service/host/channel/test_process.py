@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.host.process import ProcessLink
+from service.host.channel.process import ProcessLink
 from service.settings import Settings
 from service.web.app import create_app
 from tests.support.harness import events_of, host_of, metrics_of, server_of, total, until
@@ -159,7 +159,7 @@ def test_the_start_can_be_watched():
 WEB = """
 import asyncio, json, sys
 from service.web import server
-from tests.service.host.test_process import app_of
+from tests.service.host.channel.test_process import app_of
 from service.settings import Settings
 
 app = app_of({"step_s": 0.01}, variants="w8a8", port=%d)

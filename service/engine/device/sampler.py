@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from service.engine.sampling import SamplingBatch
+from service.engine.device.sampling import SamplingBatch
 
 
 class Fault(IntEnum):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from quant.scheme import PRESETS
-from service.engine import prompt_logprobs
 from service.engine.api import FinishReason, SamplingParams
-from service.engine.runner import Runner
+from service.engine.device import prompt_logprobs
+from service.engine.device.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.models.config import ModelConfig
 from service.models.loader import load_decoder

@@ -12,11 +12,11 @@ import torch
 
 from quant.scheme import PRESETS
 from service.engine.api import FinishReason, SamplingParams
+from service.engine.device.sampler import Fault, sample
+from service.engine.device.sampling import SamplingBatch
+from service.engine.device.token_mask import TokenMask
 from service.engine.request import Request
-from service.engine.sampler import Fault, sample
-from service.engine.sampling import SamplingBatch
 from service.engine.scheduler import Chunk
-from service.engine.token_mask import TokenMask
 from service.errors import EngineFailed
 from service.models.config import ModelConfig
 from service.models.random_weights import random_decoder

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from service.engine.api import SamplingParams
+from service.engine.device.sampler import sample
+from service.engine.device.sampling import SamplingBatch, uniform
 from service.engine.request import Request
-from service.engine.sampler import sample
-from service.engine.sampling import SamplingBatch, uniform
 from service.engine.scheduler import Chunk
 
 CPU = torch.device("cpu")

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from kernels.tiles import BUCKETS
-from service.engine.batch import Batch, BatchBuilder
+from service.engine.device.batch import Batch, BatchBuilder
+from service.engine.device.prompt_logprobs import Scores, score_prompts
+from service.engine.device.sampler import Choice, Fault, sample
+from service.engine.device.sampling import SamplingBatch
 from service.engine.messages import Logprob
-from service.engine.prompt_logprobs import Scores, score_prompts
 from service.engine.request import Request
-from service.engine.sampler import Choice, Fault, sample
-from service.engine.sampling import SamplingBatch
 from service.engine.scheduler import Chunk, Step, StepResults
 from service.errors import EngineFailed
 from service.models.attention import KVCache

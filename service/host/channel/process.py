@@ -23,7 +23,7 @@ EXIT_S = 1.0
 
 
 class ProcessLink:
-    """See `service.host.client.Link`.
+    """See `service.host.channel.client.Link`.
 
     Args:
         settings: of the engines.
