@@ -19,7 +19,7 @@ from service.settings import Settings
 from service.web.app import create_app
 from tests.support.harness import events_of, host_of, metrics_of, server_of, total, until
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def app_of(options: dict | None = None, **settings: object):
