@@ -105,7 +105,11 @@ def calibration_windows(
         window_len = min(calibration.window_len, config.max_model_len)
         return text_windows(folder, calibration.text, calibration.num_windows, window_len, calibration.offset)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=pick_dtype("auto", config, device), device_map=str(device), trust_remote_code=False
+        folder,
+        dtype=pick_dtype("auto", config, device),
+        device_map=str(device),
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     window_len = min(calibration.window_len, SELF_WRITTEN_TOKENS, config.max_model_len)
     try:
