@@ -80,7 +80,12 @@ def paced_engine(variant: str, runner: PacedRunner, max_model_len: int, settings
     """A started engine, with room for every request it may run."""
     rows, block_size = settings.max_num_requests, settings.block_size
     num_blocks = rows * -(-max_model_len // block_size)
-    scheduler = Scheduler(num_blocks, block_size, rows, settings.step_tokens("cpu"))
+    scheduler = Scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_requests=rows,
+        max_batched_tokens=settings.step_tokens("cpu"),
+    )
     return EngineLoop(
         variant,
         scheduler,

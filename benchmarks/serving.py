@@ -109,9 +109,20 @@ class Bench:
         block_size = Settings().block_size
         block_bytes = block_size * decoder.kv_bytes_per_token
         num_blocks = cache_budget(decoder.embedding.device, num_sharing) // block_bytes
-        limits = num_blocks, block_size, self.rows, args.max_batched_tokens
-        self.runner = Runner(decoder, *limits, use_graphs=not args.no_graphs)
-        self.scheduler = Scheduler(*limits)
+        self.runner = Runner(
+            decoder,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_requests=self.rows,
+            max_tokens=args.max_batched_tokens,
+            use_graphs=not args.no_graphs,
+        )
+        self.scheduler = Scheduler(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_requests=self.rows,
+            max_batched_tokens=args.max_batched_tokens,
+        )
         started = time.perf_counter()
         self.runner.warm_up()
         print(f"{variant}: warmed up in {time.perf_counter() - started:.1f} s", file=sys.stderr)

@@ -73,6 +73,7 @@ class Scheduler:
 
     def __init__(
         self,
+        *,
         num_blocks: int,
         block_size: int,
         max_num_requests: int,

@@ -151,12 +151,12 @@ class Reloader:
         runner = device_thread.run(
             Runner,
             decoder,
-            num_blocks,
-            settings.block_size,
-            settings.max_num_requests,
-            settings.step_tokens(decoder.embedding.device.type),
-            settings.cuda_graphs,
-            old.runner.caches if fits else None,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            max_requests=settings.max_num_requests,
+            max_tokens=settings.step_tokens(decoder.embedding.device.type),
+            use_graphs=settings.cuda_graphs,
+            caches=old.runner.caches if fits else None,
         )
         pieces = runner.warming()
         while device_thread.run(next, pieces, None) is not None:

@@ -77,12 +77,25 @@ def start_variant(
     """
     decoder, block_size = loaded.decoder, settings.block_size
     num_blocks = cache_blocks(name, decoder, settings, kv_cache_bytes)
-    limits = settings.max_num_requests, settings.step_tokens(decoder.embedding.device.type)
-    runner = Runner(decoder, num_blocks, block_size, *limits, use_graphs=settings.cuda_graphs)
+    max_requests, max_tokens = settings.max_num_requests, settings.step_tokens(decoder.embedding.device.type)
+    runner = Runner(
+        decoder,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_requests=max_requests,
+        max_tokens=max_tokens,
+        use_graphs=settings.cuda_graphs,
+    )
     runner.warm_up(lambda done, total: on_progress(f"capturing {name}", done, total))
     engine = EngineLoop(
         name,
-        Scheduler(num_blocks, block_size, *limits, eos_ids),
+        Scheduler(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_requests=max_requests,
+            max_batched_tokens=max_tokens,
+            eos_ids=eos_ids,
+        ),
         runner,
         device_thread=device_thread,
         max_model_len=decoder.config.max_model_len,

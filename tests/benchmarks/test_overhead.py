@@ -101,7 +101,10 @@ def test_a_stream_that_is_not_whole_is_no_measurement(body):
 
 
 def test_a_paced_step_takes_its_time_from_the_end_of_the_one_before():
-    scheduler, runner = Scheduler(8, 16, 2, 64), PacedRunner([5, 6, 7], 0.02)
+    scheduler, runner = (
+        Scheduler(num_blocks=8, block_size=16, max_num_requests=2, max_batched_tokens=64),
+        PacedRunner([5, 6, 7], 0.02),
+    )
     for number in range(2):
         scheduler.add(Request(str(number), [1, 2], SamplingParams(3, ignore_eos=True), 0.0, 0))
     started_s = time.perf_counter()

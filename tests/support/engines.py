@@ -20,8 +20,14 @@ PROMPTS = [[(7 * i * j + 3 * j + i) % 250 + 3 for j in range(2 + 5 * i)] for i i
 
 
 def make_engine(decoder, num_blocks=200, block_size=16, rows=16, budget=64, **kwargs) -> EngineLoop:
-    runner = Runner(decoder, num_blocks, block_size, rows, budget)
-    plan = Scheduler(num_blocks, block_size, rows, budget, frozenset(kwargs.pop("eos_ids", ())))
+    runner = Runner(decoder, num_blocks=num_blocks, block_size=block_size, max_requests=rows, max_tokens=budget)
+    plan = Scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_requests=rows,
+        max_batched_tokens=budget,
+        eos_ids=frozenset(kwargs.pop("eos_ids", ())),
+    )
     return EngineLoop(
         "w8a8",
         plan,

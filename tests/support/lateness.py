@@ -22,8 +22,16 @@ class LateRunner:
 
 
 def start_late(decoder: Decoder, num_blocks=200, block_size=16, rows=16, budget=64, eos_ids=()) -> EngineLoop:
-    runner = LateRunner(Runner(decoder, num_blocks, block_size, rows, budget))
-    plan = Scheduler(num_blocks, block_size, rows, budget, frozenset(eos_ids))
+    runner = LateRunner(
+        Runner(decoder, num_blocks=num_blocks, block_size=block_size, max_requests=rows, max_tokens=budget)
+    )
+    plan = Scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_requests=rows,
+        max_batched_tokens=budget,
+        eos_ids=frozenset(eos_ids),
+    )
     return EngineLoop(
         "w8a8",
         plan,

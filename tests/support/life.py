@@ -35,7 +35,7 @@ class Life:
         self.engines = {
             name: EngineLoop(
                 name,
-                Scheduler(200, 4, 8, 64),
+                Scheduler(num_blocks=200, block_size=4, max_num_requests=8, max_batched_tokens=64),
                 runner,
                 device_thread=device_thread,
                 max_model_len=1024,

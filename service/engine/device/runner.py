@@ -110,6 +110,7 @@ class Runner:
     def __init__(
         self,
         decoder: Decoder,
+        *,
         num_blocks: int,
         block_size: int,
         max_requests: int,

@@ -27,8 +27,10 @@ def decode_tokens_per_s(decoder: Decoder) -> float:
     prompt_len = min(PROMPT_LEN, context // 2)
     num_steps = min(NUM_STEPS, context - prompt_len)
     num_blocks = -(-(prompt_len + num_steps) // BLOCK_SIZE) + 1
-    limits = num_blocks, BLOCK_SIZE, 1, prompt_len
-    runner, scheduler = Runner(decoder, *limits), Scheduler(*limits)
+    runner = Runner(decoder, num_blocks=num_blocks, block_size=BLOCK_SIZE, max_requests=1, max_tokens=prompt_len)
+    scheduler = Scheduler(
+        num_blocks=num_blocks, block_size=BLOCK_SIZE, max_num_requests=1, max_batched_tokens=prompt_len
+    )
     runner.warm_up()
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(decoder.config.vocab_size, (prompt_len,), generator=generator).tolist()

@@ -15,7 +15,7 @@ def engine_of():
     engines = []
 
     def start(runner, rows=4, num_blocks=64, block_size=4, device_thread=None, **limits):
-        plan = Scheduler(num_blocks, block_size, rows, 64)
+        plan = Scheduler(num_blocks=num_blocks, block_size=block_size, max_num_requests=rows, max_batched_tokens=64)
         made = EngineLoop(
             "w8a8",
             plan,

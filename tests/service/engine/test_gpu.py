@@ -30,10 +30,16 @@ PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
 
 
 def generate(decoder: Decoder, use_graphs: bool, num_blocks: int = 200, one_by_one: bool = False) -> list[list[int]]:
-    runner = Runner(decoder, num_blocks, 16, 16, 64, use_graphs)
+    runner = Runner(
+        decoder, num_blocks=num_blocks, block_size=16, max_requests=16, max_tokens=64, use_graphs=use_graphs
+    )
     runner.warm_up()
     engine = EngineLoop(
-        "w8a8", Scheduler(num_blocks, 16, 16, 64), runner, device_thread=DeviceThread(), max_model_len=256
+        "w8a8",
+        Scheduler(num_blocks=num_blocks, block_size=16, max_num_requests=16, max_batched_tokens=64),
+        runner,
+        device_thread=DeviceThread(),
+        max_model_len=256,
     ).start()
 
     async def run():
@@ -90,7 +96,9 @@ def test_captured_steps_give_the_tokens_of_plain_ones(scheme):
 def test_steps_of_a_family(name):
     """Captured and plain steps give the same tokens; experts are never captured."""
     decoder = random_decoder(ModelConfig.of(make_model(name).config), PRESETS["w8a8"], torch.float16, CUDA)
-    assert Runner(decoder, 20, 16, 4, 64).use_graphs == (name != "qwen3_moe")
+    assert Runner(decoder, num_blocks=20, block_size=16, max_requests=4, max_tokens=64).use_graphs == (
+        name != "qwen3_moe"
+    )
     assert generate(decoder, use_graphs=True) == generate(decoder, use_graphs=False)
 
 
@@ -104,11 +112,11 @@ def test_int8_tokens_do_not_depend_on_the_batch(scheme):
 def test_answers_held_to_a_grammar(use_graphs):
     """Beside captured steps that know of no grammar; the neighbours' tokens stay as they are."""
     decoder = random_decoder(ModelConfig.of(make_model("qwen2").config), PRESETS["w8a8"], torch.float16, CUDA)
-    runner = Runner(decoder, 200, 16, 16, 64, use_graphs)
+    runner = Runner(decoder, num_blocks=200, block_size=16, max_requests=16, max_tokens=64, use_graphs=use_graphs)
     runner.warm_up()
     engine = EngineLoop(
         "w8a8",
-        Scheduler(200, 16, 16, 64, frozenset({EOS})),
+        Scheduler(num_blocks=200, block_size=16, max_num_requests=16, max_batched_tokens=64, eos_ids=frozenset({EOS})),
         runner,
         device_thread=DeviceThread(),
         max_model_len=256,
@@ -136,10 +144,14 @@ def test_answers_held_to_a_grammar(use_graphs):
 def test_log_probabilities_of_prompts():
     """Against those of the whole prompt in one chunk; rows that a step shares round as the tiles of its size do."""
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CUDA)
-    runner = Runner(decoder, 200, 16, 16, 64)
+    runner = Runner(decoder, num_blocks=200, block_size=16, max_requests=16, max_tokens=64)
     runner.warm_up()
     engine = EngineLoop(
-        "w8a8", Scheduler(200, 16, 16, 64), runner, device_thread=DeviceThread(), max_model_len=256
+        "w8a8",
+        Scheduler(num_blocks=200, block_size=16, max_num_requests=16, max_batched_tokens=64),
+        runner,
+        device_thread=DeviceThread(),
+        max_model_len=256,
     ).start()
     params = SamplingParams(8, ignore_eos=True, prompt_logprobs=3)
 

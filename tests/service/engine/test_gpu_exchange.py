@@ -31,17 +31,31 @@ def warm(runner: Runner, device_thread: DeviceThread) -> Runner:
 
 
 def start(name: str, runner: Runner, device_thread: DeviceThread) -> EngineLoop:
-    return EngineLoop(name, Scheduler(200, 16, 16, 64), runner, device_thread=device_thread, max_model_len=256).start()
+    return EngineLoop(
+        name,
+        Scheduler(num_blocks=200, block_size=16, max_num_requests=16, max_batched_tokens=64),
+        runner,
+        device_thread=device_thread,
+        max_model_len=256,
+    ).start()
 
 
 def test_weights_are_exchanged_between_the_steps_of_two_engines():
     config, cuda, device_thread = ModelConfig.of(make_model("llama").config), torch.device("cuda"), DeviceThread()
     old, new = (random_decoder(config, PRESETS["w8a8"], torch.float16, cuda, seed) for seed in (1, 2))
     baseline = random_decoder(config, PRESETS["fp16"], torch.float16, cuda, 3)
-    runner = warm(Runner(old, 200, 16, 16, 64), device_thread)
+    runner = warm(Runner(old, num_blocks=200, block_size=16, max_requests=16, max_tokens=64), device_thread)
     engine = start("w8a8", runner, device_thread)
-    other = start("fp16", warm(Runner(baseline, 200, 16, 16, 64), device_thread), device_thread)
-    fresh = start("fresh", warm(Runner(new, 200, 16, 16, 64), device_thread), device_thread)
+    other = start(
+        "fp16",
+        warm(Runner(baseline, num_blocks=200, block_size=16, max_requests=16, max_tokens=64), device_thread),
+        device_thread,
+    )
+    fresh = start(
+        "fresh",
+        warm(Runner(new, num_blocks=200, block_size=16, max_requests=16, max_tokens=64), device_thread),
+        device_thread,
+    )
 
     async def go():
         before = await collect_all(engine, PROMPTS, PARAMS)
@@ -56,7 +70,10 @@ def test_weights_are_exchanged_between_the_steps_of_two_engines():
         await asyncio.sleep(0)  # both have submitted
         num_steps = engine.stats().num_steps
         replacement = await asyncio.to_thread(
-            lambda: warm(Runner(new, 200, 16, 16, 64, caches=runner.caches), device_thread)
+            lambda: warm(
+                Runner(new, num_blocks=200, block_size=16, max_requests=16, max_tokens=64, caches=runner.caches),
+                device_thread,
+            )
         )
         num_meanwhile = engine.stats().num_steps - num_steps
         await asyncio.wrap_future(engine.exchange(replacement, 200, new.weight_bytes))

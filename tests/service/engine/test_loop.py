@@ -167,7 +167,12 @@ def test_two_hundred_requests_a_third_of_them_cut_off(engine_of):
 def test_a_full_queue_refuses_and_loses_nothing():
     runner = ScriptedRunner(step_s=0.002)
     engine = EngineLoop(
-        "w8a8", Scheduler(64, 16, 2, 64), runner, device_thread=DeviceThread(), max_model_len=256, max_waiting=3
+        "w8a8",
+        Scheduler(num_blocks=64, block_size=16, max_num_requests=2, max_batched_tokens=64),
+        runner,
+        device_thread=DeviceThread(),
+        max_model_len=256,
+        max_waiting=3,
     ).start()
 
     async def run():

@@ -27,7 +27,13 @@ class Anything:
 
 
 def scheduler(num_blocks=64, block_size=4, rows=8, budget=32) -> Scheduler:
-    return Scheduler(num_blocks, block_size, rows, budget, frozenset({EOS}))
+    return Scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_requests=rows,
+        max_batched_tokens=budget,
+        eos_ids=frozenset({EOS}),
+    )
 
 
 def tokens_of(step, first_id=1000) -> StepResults:

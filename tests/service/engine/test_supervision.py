@@ -242,7 +242,7 @@ async def refusal(stream) -> str:
 
 def test_who_was_put_back_while_its_token_was_lost_is_lost_too():
     """It waits, but nobody can say what its next token was to be; one that waits with all its tokens stays."""
-    plan, told = Scheduler(64, 4, 4, 64), []
+    plan, told = Scheduler(num_blocks=64, block_size=4, max_num_requests=4, max_batched_tokens=64), []
     inbox = Inbox("w8a8", plan, grammars=None, sink=told.append, read_others=lambda: (0, 0, 0))
     for handle, name in enumerate(("lost", "kept", "runs")):
         inbox.put(Submit("w8a8", handle + 1, handle, name, [1, 2], SamplingParams(max_tokens=9), 0.0, 0))

@@ -52,7 +52,7 @@ def engines(request):
     engines = {
         variant: EngineLoop(
             variant,
-            Scheduler(60, 16, 16, 64, frozenset({0})),
+            Scheduler(num_blocks=60, block_size=16, max_num_requests=16, max_batched_tokens=64, eos_ids=frozenset({0})),
             AlphabetRunner(request.param),
             device_thread=device_thread,
             max_model_len=256,

@@ -94,7 +94,10 @@ def test_those_who_do_not_ask_pay_nothing():
     decoder = random_decoder(config, PRESETS["fp16"], torch.float32, CPU)
     sizes, head = [], decoder.head
     decoder.head = lambda hidden: sizes.append(len(hidden)) or head(hidden)
-    plan, runner = Scheduler(64, 4, 4, 16), Runner(decoder, 64, 4, 4, 16)
+    plan, runner = (
+        Scheduler(num_blocks=64, block_size=4, max_num_requests=4, max_batched_tokens=16),
+        Runner(decoder, num_blocks=64, block_size=4, max_requests=4, max_tokens=16),
+    )
     plan.add(new_request("a", 40, 5))
     expected = [sum(chunk.samples for chunk in step.chunks) for step, _ in drive(plan, runner)]
     assert sizes == expected
@@ -105,7 +108,10 @@ def test_neighbours_are_not_touched():
     decoder = random_decoder(config, PRESETS["w8a8"], torch.float32, CPU)
     found = []
     for asked in (None, 5):
-        plan, runner = Scheduler(64, 16, 8, 64), Runner(decoder, 64, 16, 8, 64)
+        plan, runner = (
+            Scheduler(num_blocks=64, block_size=16, max_num_requests=8, max_batched_tokens=64),
+            Runner(decoder, num_blocks=64, block_size=16, max_requests=8, max_tokens=64),
+        )
         neighbour = new_request("n", 20, 12, temperature=1.0, logprobs=2)
         plan.add(new_request("a", 90, 3, prompt_logprobs=asked))
         plan.add(neighbour)
