@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from service.engine.device.staging import Staging
 from service.engine.messages import Logprob
 from service.engine.request import Request
 from service.engine.scheduler import Chunk
@@ -55,13 +57,13 @@ class Scores:
         return found
 
 
-def score_prompts(decoder: Decoder, hidden: Tensor, chunks: Sequence[Chunk]) -> Scores | None:
+def score_prompts(decoder: Decoder, hidden: Tensor, chunks: Sequence[Chunk], staging: Staging) -> Scores | None:
     """What the chunks of a step say of their prompts, from its hidden states [T, hidden_size]; None if nobody asked."""
     scoring = [chunk for chunk in chunks if chunk.scored]
     if not scoring:
         return None
     num_top = max(chunk.request.params.prompt_logprobs or 0 for chunk in scoring)
-    rows, targets = (_on_device(values, hidden.device) for values in (_rows(chunks), _targets(scoring)))
+    rows, targets = _on_device(chunks, staging)
     size = max(1, SLICE_LOGITS // decoder.config.vocab_size)
     parts = (slice(start, start + size) for start in range(0, len(rows), size))
     slices = [_score(decoder.logits(hidden.index_select(0, rows[part])), targets[part], num_top) for part in parts]
@@ -78,19 +80,16 @@ def _score(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tenso
     return logprobs.masked_fill(~total.isfinite(), math.nan), top.indices, top.values - total[:, None]
 
 
-def _rows(chunks: Sequence[Chunk]) -> list[int]:
-    """The rows of the step that are scored."""
-    rows, start = [], 0
+def _on_device(chunks: Sequence[Chunk], staging: Staging) -> Tensor:
+    """[2, R] int64: the rows of the step that are scored, and the tokens that followed there."""
+    taken = staging.take(16 * sum(len(chunk.scored) for chunk in chunks))
+    rows, targets = taken.view(torch.int64).view(2, -1).numpy()
+    start = place = 0
     for chunk in chunks:
-        rows.extend([start + position - chunk.start for position in chunk.scored])
-        start += chunk.length
-    return rows
-
-
-def _targets(scoring: Sequence[Chunk]) -> list[int]:
-    return [chunk.request.prompt_ids[position + 1] for chunk in scoring for position in chunk.scored]
-
-
-def _on_device(values: list[int], device: torch.device) -> Tensor:
-    tensor = torch.tensor(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        scored, end = chunk.scored, place + len(chunk.scored)
+        if scored:
+            first = start + scored.start - chunk.start
+            rows[place:end] = np.arange(first, first + len(scored))
+            targets[place:end] = chunk.request.prompt_ids[scored.start + 1 : scored.stop + 1]
+        start, place = start + chunk.length, end
+    return staging.send(taken).view(torch.int64).view(2, -1)

@@ -17,7 +17,8 @@ from kernels.tiles import BUCKETS
 from service.engine.device.batch import Batch, BatchBuilder
 from service.engine.device.prompt_logprobs import Scores, score_prompts
 from service.engine.device.sampler import Choice, Fault, sample
-from service.engine.device.sampling import SamplingBatch
+from service.engine.device.sampling import SamplingBuilder
+from service.engine.device.staging import Staging
 from service.engine.messages import Logprob
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step, StepResults
@@ -128,6 +129,8 @@ class Runner:
         max_blocks = -(-decoder.config.max_model_len // block_size)
         self.builder = BatchBuilder(max_tokens, max_requests, max_blocks, block_size, self.device)
         self.caches = decoder.new_caches(num_blocks, block_size) if caches is None else caches
+        self._sampling = SamplingBuilder(max_requests, self.device)
+        self._scored = Staging(self.device)
         self._last_ids = torch.zeros(max_requests, dtype=torch.int64, device=self.device)
         self._seen: Tensor | None = None
         self._seen_owner: list[tuple[Request | None, int]] = [(None, 0)] * max_requests
@@ -150,7 +153,7 @@ class Runner:
             return self._send(self._sample(logits[: len(chunks)], batch, chunks), None, chunks)
         hidden = self._hidden(batch)
         choice = self._sample(self._logits(hidden, batch), batch, chunks)
-        return self._send(choice, score_prompts(self.decoder, hidden, step.chunks), chunks)
+        return self._send(choice, score_prompts(self.decoder, hidden, step.chunks, self._scored), chunks)
 
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every kernel that a request can need, and capture the decode steps."""
@@ -208,7 +211,7 @@ class Runner:
         return self.decoder.logits(hidden)
 
     def _sample(self, logits: Tensor, batch: Batch, chunks: list[Chunk]) -> Choice:
-        sampling = SamplingBatch.build(chunks, self.device)
+        sampling = self._sampling.build(chunks)
         rows = batch.sample_rows.long()
         seen = self._seen_rows(chunks, rows) if sampling.is_penalized else None
         choice = sample(logits, sampling, seen)

@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from service.engine.device.sampling import SamplingBatch
+from service.engine.device.sampling import RowParams, SamplingBatch
 
 
 class Fault(IntEnum):
@@ -50,7 +50,10 @@ def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None) -> Choice:
         batch: how each row is sampled.
         seen: [S, V] bool, the tokens of each row's prompt and output; needed where a row is penalized.
     """
-    chosen = logits if not batch.is_penalized else penalize(logits, seen, batch.repetition_penalty)
+    chosen = logits
+    if batch.is_penalized:
+        assert batch.params is not None
+        chosen = penalize(logits, seen, batch.params.repetition_penalty)
     # The largest logit of a row is NaN or infinite if any is NaN or plus infinity: a tenth of looking at each.
     faults = torch.where(logits.amax(-1).isfinite(), Fault.NONE, Fault.NOT_FINITE)
     if batch.constraint is not None:
@@ -59,8 +62,9 @@ def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None) -> Choice:
         faults = torch.where(is_stuck, Fault.NONE_ALLOWED, faults)
     ids = chosen.argmax(-1)
     if batch.is_random:
-        drawn = _draw(chosen, batch)
-        ids = torch.where(batch.temperature > 0, drawn, ids)
+        assert batch.params is not None
+        drawn = _draw(chosen, batch.params, batch.is_filtered)
+        ids = torch.where(batch.params.temperature > 0, drawn, ids)
     if batch.num_top_logprobs is None:
         return Choice(ids, faults)
     logprobs = logits.log_softmax(-1)
@@ -78,31 +82,31 @@ def penalize(logits: Tensor, seen: Tensor | None, penalty: Tensor) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
+def _draw(logits: Tensor, params: RowParams, is_filtered: bool) -> Tensor:
     """Invert each row's cumulative distribution at its uniform number."""
     # Greedy rows pass through here with temperature 1; their draw is not used.
-    temperature = torch.where(batch.temperature > 0, batch.temperature, 1.0)
+    temperature = torch.where(params.temperature > 0, params.temperature, 1.0)
     probs = (logits / temperature[:, None]).softmax(-1)
-    drawn = _invert(probs, batch.uniform)
-    if not batch.is_filtered:
+    drawn = _invert(probs, params.uniform)
+    if not is_filtered:
         return drawn
     probs, ids = probs.sort(dim=-1, descending=True, stable=True)
-    kept = ids.gather(-1, _invert(_filter(probs, batch), batch.uniform)[:, None])[:, 0]
+    kept = ids.gather(-1, _invert(_filter(probs, params), params.uniform)[:, None])[:, 0]
     # A row without filters keeps the vocabulary's order, so that its draw does not depend on its neighbours' filters.
-    is_filtered = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
-    return torch.where(is_filtered, kept, drawn)
+    has_filter = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
+    return torch.where(has_filter, kept, drawn)
 
 
-def _filter(probs: Tensor, batch: SamplingBatch) -> Tensor:
+def _filter(probs: Tensor, params: RowParams) -> Tensor:
     """Zero what top-k, then top-p of the rest, then min-p exclude. probs [S, V] descending; the first always stays."""
     rank = torch.arange(probs.shape[-1], device=probs.device)
-    top_k = torch.where(batch.top_k > 0, batch.top_k, probs.shape[-1])
+    top_k = torch.where(params.top_k > 0, params.top_k, probs.shape[-1])
     probs = probs.masked_fill(rank >= top_k[:, None], 0.0)
-    top_p = batch.top_p[:, None]
+    top_p = params.top_p[:, None]
     total = probs.sum(-1, keepdim=True)
     before = probs.cumsum(-1, dtype=torch.float64) - probs
     probs = probs.masked_fill((before >= top_p * total) & (rank > 0) & (top_p < 1), 0.0)
-    return probs.masked_fill(probs < batch.min_p[:, None] * probs[:, :1], 0.0)
+    return probs.masked_fill(probs < params.min_p[:, None] * probs[:, :1], 0.0)
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:

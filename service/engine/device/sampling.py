@@ -10,18 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from service.engine.device.staging import Staging
 from service.engine.device.token_mask import TokenMask
 from service.engine.scheduler import Chunk
 
+ROW_BYTES = 32
+"""Of what is told to the device of a row: two numbers of 64 bits and four of 32."""
+
+LARGEST_TOP_K = 2**62
+
 
 @dataclass(frozen=True, slots=True)
-class SamplingBatch:
-    """How each of S rows is sampled, on the device. float32 [S] unless said.
+class RowParams:
+    """The parameters of S sampling rows, on the device. float32 [S] unless said.
 
-    uniform: in [0, 1), drawn from the request's seed and the index of the token, so that a request's randomness does
-        not depend on its neighbours, on chunking or on preemption.
-    top_k: int64 [S], 0 for off.   num_top_logprobs: None where no row wants log-probabilities.
-    constraint: None where no row has a grammar.
+    top_k: int64, 0 for off.
+    uniform: float64 in [0, 1), drawn from the request's seed and the index of the token, so that a request's randomness
+        does not depend on its neighbours, on chunking or on preemption.
     """
 
     temperature: Tensor
@@ -30,42 +35,83 @@ class SamplingBatch:
     min_p: Tensor
     repetition_penalty: Tensor
     uniform: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How each of S rows is sampled.
+
+    params: None where every row takes its likeliest token: then none of these is looked at.
+    num_top_logprobs: None where no row wants log-probabilities.
+    constraint: None where no row has a grammar.
+    """
+
+    params: RowParams | None
     is_random: bool
     is_filtered: bool
     is_penalized: bool
     num_top_logprobs: int | None
     constraint: TokenMask | None
 
-    @classmethod
-    def build(cls, chunks: Sequence[Chunk], device: torch.device) -> SamplingBatch:
-        """Collect the parameters of the chunks that sample."""
-        params = [chunk.request.params for chunk in chunks]
-        is_random = any(p.temperature > 0 for p in params)
-        columns = [
+
+class SamplingBuilder:
+    """Collects how the rows of a step are sampled, of at most max_requests."""
+
+    def __init__(self, max_requests: int, device: torch.device) -> None:
+        self._table = Staging(device, max_requests * ROW_BYTES)
+        # Made when the first grammar comes: most engines see none, and a row takes 16 KiB.
+        self._mask = Staging(device)
+
+    def build(self, chunks: Sequence[Chunk]) -> SamplingBatch:
+        """The parameters of the chunks that sample; steps of greedy rows alone copy nothing to the device."""
+        is_random = is_filtered = is_penalized = is_constrained = False
+        num_top_logprobs = -1
+        for chunk in chunks:
+            request = chunk.request
+            p = request.params
+            if p.temperature > 0:
+                is_random = True
+                is_filtered = is_filtered or p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+            if p.repetition_penalty != 1:
+                is_penalized = True
+            if p.logprobs is not None:
+                num_top_logprobs = max(num_top_logprobs, p.logprobs)
+            if request.matcher is not None:
+                is_constrained = True
+        return SamplingBatch(
+            params=self._params(chunks) if is_random or is_penalized else None,
+            is_random=is_random,
+            is_filtered=is_filtered,
+            is_penalized=is_penalized,
+            num_top_logprobs=None if num_top_logprobs < 0 else num_top_logprobs,
+            constraint=TokenMask.build(chunks, self._mask) if is_constrained else None,
+        )
+
+    def _params(self, chunks: Sequence[Chunk]) -> RowParams:
+        """One copy for all of them, each in its own type: to cast them there would be a kernel each."""
+        params, size = [chunk.request.params for chunk in chunks], len(chunks)
+        taken = self._table.take(size * ROW_BYTES)
+        uniforms, top_k, singles = _columns(taken, size)
+        uniforms.numpy()[:] = [
+            uniform(c.request.seed, c.index) if c.request.params.temperature > 0 else 0 for c in chunks
+        ]
+        # A client may name any number, and one beyond the vocabulary is as good as another.
+        top_k.numpy()[:] = [min(p.top_k, LARGEST_TOP_K) for p in params]
+        singles.numpy()[:] = [
             [p.temperature for p in params],
-            [p.top_k for p in params],
             [p.top_p for p in params],
             [p.min_p for p in params],
             [p.repetition_penalty for p in params],
-            [uniform(c.request.seed, c.index) if c.request.params.temperature > 0 else 0.0 for c in chunks],
         ]
-        table = torch.tensor(columns, dtype=torch.float64)
-        if device.type == "cuda":
-            table = table.pin_memory().to(device, non_blocking=True)
-        wanted = [p.logprobs for p in params if p.logprobs is not None]
-        return cls(
-            temperature=table[0].float(),
-            top_k=table[1].long(),
-            top_p=table[2].float(),
-            min_p=table[3].float(),
-            repetition_penalty=table[4].float(),
-            uniform=table[5],
-            is_random=is_random,
-            is_filtered=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params if p.temperature > 0),
-            is_penalized=any(p.repetition_penalty != 1 for p in params),
-            num_top_logprobs=max(wanted) if wanted else None,
-            constraint=TokenMask.build(chunks, device),
-        )
+        uniforms, top_k, singles = _columns(self._table.send(taken), size)
+        temperature, top_p, min_p, repetition_penalty = singles.unbind()
+        return RowParams(temperature, top_k, top_p, min_p, repetition_penalty, uniforms)
+
+
+def _columns(table: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of [32 S] uint8: float64 [S], int64 [S], float32 [4, S]."""
+    uniforms, top_k, singles = table.tensor_split([8 * size, 16 * size])
+    return uniforms.view(torch.float64), top_k.view(torch.int64), singles.view(torch.float32).view(4, size)
 
 
 def uniform(seed: int, index: int) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from service.engine.device.staging import Staging
 from service.engine.scheduler import Chunk
 
 
@@ -22,17 +24,17 @@ class TokenMask:
     bits: Tensor
 
     @classmethod
-    def build(cls, chunks: Sequence[Chunk], device: torch.device) -> TokenMask | None:
+    def build(cls, chunks: Sequence[Chunk], staging: Staging) -> TokenMask | None:
         """Ask the grammars of the chunks that sample; None where none has one."""
         matchers = [(row, c.request.matcher) for row, c in enumerate(chunks) if c.request.matcher is not None]
         if not matchers:
             return None
-        rows = torch.tensor([row for row, _ in matchers])
-        words = torch.frombuffer(bytearray().join(matcher.allowed() for _, matcher in matchers), dtype=torch.uint8)
-        bits = words.view(len(matchers), -1)
-        if device.type == "cuda":
-            rows, bits = (t.pin_memory().to(device, non_blocking=True) for t in (rows, bits))
-        return cls(rows, bits)
+        allowed = [np.frombuffer(matcher.allowed(), dtype=np.uint8) for _, matcher in matchers]
+        taken = staging.take(len(matchers) * (8 + len(allowed[0])))
+        rows, bits = _split(taken, len(matchers))
+        rows.numpy()[:] = [row for row, _ in matchers]
+        np.stack(allowed, out=bits.numpy())
+        return cls(*_split(staging.send(taken), len(matchers)))
 
     def apply(self, logits: Tensor) -> Tensor:
         """logits [S, V] with minus infinity for what is not allowed; rows without a grammar keep their bits."""
@@ -42,3 +44,9 @@ class TokenMask:
         width = allowed.shape[-1]
         masked[:, :width] = torch.where(allowed, logits[self.rows, :width], masked[:, :width])
         return logits.index_copy(0, self.rows, masked)
+
+
+def _split(table: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Of uint8: int64 [num_rows] and the rest, uint8 [num_rows, W]."""
+    rows, bits = table.tensor_split([8 * num_rows])
+    return rows.view(torch.int64), bits.view(num_rows, -1)

@@ -7,7 +7,7 @@ import torch
 
 from service.engine.api import SamplingParams
 from service.engine.device.sampler import sample
-from service.engine.device.sampling import SamplingBatch, uniform
+from service.engine.device.sampling import SamplingBuilder, uniform
 from service.engine.request import Request
 from service.engine.scheduler import Chunk
 
@@ -18,7 +18,7 @@ def draw(logits, *params: SamplingParams, seeds=None, index=0, seen=None):
     seeds = seeds or range(len(params))
     requests = [Request(str(i), [1], p, 0.0, seed) for i, (p, seed) in enumerate(zip(params, seeds, strict=True))]
     chunks = [Chunk(request, 0, 1, True, index) for request in requests]
-    return sample(logits, SamplingBatch.build(chunks, CPU), seen)
+    return sample(logits, SamplingBuilder(len(chunks), CPU).build(chunks), seen)
 
 
 def frequencies(logits, params: SamplingParams, num_draws=4000) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 from quant.scheme import PRESETS
 from service.engine.api import FinishReason, SamplingParams
 from service.engine.device.sampler import Fault, sample
-from service.engine.device.sampling import SamplingBatch
+from service.engine.device.sampling import SamplingBuilder
+from service.engine.device.staging import Staging
 from service.engine.device.token_mask import TokenMask
 from service.engine.request import Request
 from service.engine.scheduler import Chunk
@@ -28,7 +29,8 @@ from tests.support.tiny_models import make_model
 
 def choose(logits, *params: SamplingParams, seen=None):
     requests = [Request(str(i), [1], p, 0.0, i, matcher=matcher_of(p)) for i, p in enumerate(params)]
-    return sample(logits, SamplingBatch.build([Chunk(r, 0, 1, True, 0) for r in requests], CPU), seen)
+    chunks = [Chunk(r, 0, 1, True, 0) for r in requests]
+    return sample(logits, SamplingBuilder(len(chunks), CPU).build(chunks), seen)
 
 
 SETTINGS = [
@@ -69,7 +71,7 @@ def test_rows_without_a_grammar_keep_their_bits():
         Chunk(Request(str(i), [1], SamplingParams(), 0.0, 0, matcher=Only({9}) if i in {1, 4} else None), 0, 1, True, 0)
         for i in range(5)
     ]
-    constraint = TokenMask.build(chunks, CPU)
+    constraint = TokenMask.build(chunks, Staging(CPU))
     assert constraint is not None
     masked = constraint.apply(logits)
     for row in (0, 2, 3):
@@ -77,12 +79,12 @@ def test_rows_without_a_grammar_keep_their_bits():
     for row in (1, 4):
         assert masked[row].isfinite().nonzero().flatten().tolist() == [9]
         assert masked[row, 9] == logits[row, 9]
-    assert TokenMask.build(chunks[2:4], CPU) is None
+    assert TokenMask.build(chunks[2:4], Staging(CPU)) is None
 
 
 def test_tokens_beyond_the_bits_are_not_allowed():
     chunk = Chunk(Request("a", [1], SamplingParams(), 0.0, 0, matcher=Only(set(range(320)))), 0, 1, True, 0)
-    constraint = TokenMask.build([chunk], CPU)
+    constraint = TokenMask.build([chunk], Staging(CPU))
     assert constraint is not None
     masked = constraint.apply(torch.zeros(1, 330))
     assert masked[0, :320].eq(0).all()
