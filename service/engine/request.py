@@ -68,7 +68,9 @@ class Request:
         """Its grammar cannot say what may come next before the host has read the last token."""
         return self.matcher is not None and self.num_pending > 0
 
-    def token_id(self, index: int) -> int:
-        """The token at a position the host knows."""
+    def known_ids(self, start: int, stop: int) -> list[int]:
+        """The tokens at positions start .. stop - 1, without those that the host has not read."""
         num_prompt = len(self.prompt_ids)
-        return self.prompt_ids[index] if index < num_prompt else self.output_ids[index - num_prompt]
+        if stop <= num_prompt:
+            return self.prompt_ids[start:stop]
+        return self.prompt_ids[start:] + self.output_ids[max(0, start - num_prompt) : stop - num_prompt]

@@ -22,6 +22,7 @@ from service.engine.device.staging import Staging
 from service.engine.messages import Logprob
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step, StepResults
+from service.engine.step_table import StepTableBuilder, TableLayout
 from service.errors import EngineFailed
 from service.models.attention import KVCache
 from service.models.decoder import Decoder
@@ -127,7 +128,9 @@ class Runner:
         self.max_requests = max_requests
         self.max_tokens = max_tokens
         max_blocks = -(-decoder.config.max_model_len // block_size)
-        self.builder = BatchBuilder(max_tokens, max_requests, max_blocks, block_size, self.device)
+        layout = TableLayout(max_tokens=max_tokens, max_requests=max_requests, max_blocks=max_blocks)
+        self._tables = StepTableBuilder(layout, block_size)
+        self._batches = BatchBuilder(layout, self.device)
         self.caches = decoder.new_caches(num_blocks, block_size) if caches is None else caches
         self._sampling = SamplingBuilder(max_requests, self.device)
         self._scored = Staging(self.device)
@@ -144,7 +147,7 @@ class Runner:
     def execute(self, step: Step) -> Sampled:
         """Launch a step. The result's tokens reach the host when it is read."""
         bucket = self._bucket(step)
-        batch = self.builder.build(step, bucket)
+        batch = self._batches.build(self._tables.build(step, self._batches.numbers(), bucket))
         chunks = [chunk for chunk in step.chunks if chunk.samples]
         if bucket:
             # A decode step scores no prompt: the last token of one is never scored.
@@ -173,14 +176,14 @@ class Runner:
         captured = buckets if self.use_graphs else []
         total = len(shapes) + len(captured)
         for done, (num_requests, query_len) in enumerate(shapes):
-            self._forward(self.builder.blank(num_requests, query_len), is_decode=query_len == 1)
+            self._forward(self._batches.blank(num_requests, query_len), is_decode=query_len == 1)
             torch.cuda.synchronize()
             yield done + 1, total
         pool = torch.cuda.graph_pool_handle()
         graphs = {}
         # Largest first, so that the smaller graphs reuse its memory.
         for done, bucket in enumerate(reversed(captured)):
-            batch = self.builder.blank(bucket)
+            batch = self._batches.blank(bucket)
             graph = torch.cuda.CUDAGraph()
             # Other engines' threads wait for events of theirs meanwhile, which the default mode forbids.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

@@ -1,0 +1,192 @@
+"""The numbers of a step on the host: where each token sits, which blocks its request owns, which rows are sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine.request import Request
+from service.engine.scheduler import Chunk, Step
+
+Ints: TypeAlias = NDArray[np.int32]
+
+PER_TOKEN = ("token_ids", "from_row", "positions", "slots")
+PER_REQUEST = ("context_lens", "sample_index", "sample_rows")
+
+
+class TableLayout:
+    """Where the numbers of the largest step lie in the one array that crosses the bus.
+
+    A column's place does not depend on the step, so that a captured graph finds it. Block tables come last: what lies
+    behind those of a step need not be sent.
+    """
+
+    def __init__(self, *, max_tokens: int, max_requests: int, max_blocks: int) -> None:
+        self.max_requests = max_requests
+        self.max_blocks = max_blocks
+        sizes = dict.fromkeys(PER_TOKEN, max_tokens) | {"query_starts": max_requests + 1}
+        sizes |= dict.fromkeys(PER_REQUEST, max_requests) | {"block_tables": max_requests * max_blocks}
+        self.starts: dict[str, int] = {}
+        self.size = 0
+        for name, size in sizes.items():
+            self.starts[name] = self.size
+            self.size += size
+
+    def table(
+        self,
+        numbers: Ints,
+        *,
+        num_tokens: int,
+        num_requests: int,
+        num_samples: int,
+        num_tables: int,
+        width: int,
+        max_query_len: int,
+    ) -> StepTable:
+        """The array as a step of these sizes, whatever it holds."""
+        tables = self.starts["block_tables"]
+        used = numbers[: tables + num_tables * width]
+
+        def column(name: str, count: int) -> Ints:
+            return used[self.starts[name] : self.starts[name] + count]
+
+        return StepTable(
+            numbers=used,
+            token_ids=column("token_ids", num_tokens),
+            from_row=column("from_row", num_tokens),
+            positions=column("positions", num_tokens),
+            slots=column("slots", num_tokens),
+            query_starts=column("query_starts", num_requests + 1),
+            context_lens=column("context_lens", num_requests),
+            sample_index=column("sample_index", num_samples),
+            sample_rows=column("sample_rows", num_samples),
+            block_tables=used[tables:].reshape(num_tables, width),
+            max_query_len=max_query_len,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepTable:
+    """A step of T token rows for B requests, S of which sample; padding counts in T and B. int32 throughout.
+
+    numbers: the array of a `TableLayout`, as far as the step fills it; all others are views of it.
+    token_ids: [T], read where from_row is -1.
+    from_row: [T], the request row whose last sampled id is this token, or -1.
+    positions: [T], of the token in its request.   slots: [T], its place in the cache, or -1 for none.
+    query_starts: [B + 1], the first token row of each request.   context_lens: [B], the keys its last token sees.
+    sample_index: [S], token row that yields a sample.   sample_rows: [S], its request's row.
+    block_tables: [R, W] of the R requests that are no padding; W is the most blocks that one of them owns.
+    max_query_len: the largest number of token rows of one request.
+    """
+
+    numbers: Ints
+    token_ids: Ints
+    from_row: Ints
+    positions: Ints
+    slots: Ints
+    query_starts: Ints
+    context_lens: Ints
+    sample_index: Ints
+    sample_rows: Ints
+    block_tables: Ints
+    max_query_len: int
+
+
+class StepTableBuilder:
+    """Writes steps as numbers. It remembers the blocks of each request and learns only those that a step added."""
+
+    def __init__(self, layout: TableLayout, block_size: int) -> None:
+        self._layout = layout
+        self._block_size = block_size
+        # These three by request row.
+        self._blocks = np.zeros((layout.max_requests, layout.max_blocks), dtype=np.int32)
+        self._num_blocks = np.zeros(layout.max_requests, dtype=np.int32)
+        self._owner: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * layout.max_requests
+
+    def build(self, step: Step, numbers: Ints, bucket: int | None = None) -> StepTable:
+        """Write a step into an array of the layout's size; with a bucket, pad a decode step to that many requests."""
+        chunks = step.chunks
+        requests = [chunk.request for chunk in chunks]
+        self._learn_blocks(requests)
+        # Lists first: one by one, numbers take ten times as long to get into an array.
+        rows, starts, lengths, num_known, samples = np.array(
+            [
+                [request.row for request in requests],
+                [chunk.start for chunk in chunks],
+                [chunk.length for chunk in chunks],
+                [len(request.prompt_ids) + len(request.output_ids) for request in requests],
+                [chunk.samples for chunk in chunks],
+            ],
+            dtype=np.int32,
+        )
+        num_requests, ends, sampling = len(chunks), lengths.cumsum(dtype=np.int32), samples.nonzero()[0]
+        num_tokens = int(ends[-1])
+        table = self._layout.table(
+            numbers,
+            num_tokens=bucket or num_tokens,
+            num_requests=bucket or num_requests,
+            num_samples=len(sampling),
+            num_tables=num_requests,
+            width=int(self._num_blocks[rows].max()),
+            max_query_len=int(lengths.max()),
+        )
+        table.query_starts[0] = 0
+        table.query_starts[1 : num_requests + 1] = ends
+        table.context_lens[:num_requests] = starts + lengths
+        table.sample_index[:] = ends[sampling] - 1
+        table.sample_rows[:] = rows[sampling]
+        table.block_tables[:] = self._blocks[rows, : table.block_tables.shape[1]]
+        known_ids = _known_ids([chunks[place] for place in (starts < num_known).nonzero()[0].tolist()])
+        if num_tokens > num_requests:
+            rows, num_known = rows.repeat(lengths), num_known.repeat(lengths)
+            starts = (starts - ends + lengths).repeat(lengths) + np.arange(num_tokens, dtype=np.int32)
+        self._write_tokens(table, rows, starts, starts < num_known, known_ids)
+        if bucket:
+            _pad(table, num_requests)
+        return table
+
+    def _write_tokens(
+        self, table: StepTable, rows: Ints, positions: Ints, is_known: NDArray[np.bool_], known_ids: list[int]
+    ) -> None:
+        """All that is said of each token, from its request row and position; known_ids of those whose id is known."""
+        num_tokens = len(positions)
+        blocks, offsets = np.divmod(positions, self._block_size)
+        table.positions[:num_tokens] = positions
+        table.slots[:num_tokens] = self._blocks[rows, blocks] * self._block_size + offsets
+        table.from_row[:num_tokens] = np.where(is_known, -1, rows)
+        table.token_ids[:num_tokens] = 0
+        if known_ids:
+            table.token_ids[:num_tokens][is_known] = known_ids
+
+    def _learn_blocks(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            owner, num_preemptions, num_blocks = self._owner[request.row]
+            is_known = owner is request and num_preemptions == request.num_preemptions
+            if is_known and num_blocks == len(request.blocks):
+                continue
+            first, stop = num_blocks if is_known else 0, len(request.blocks)
+            self._blocks[request.row, first:stop] = request.blocks[first:]
+            self._num_blocks[request.row] = stop
+            self._owner[request.row] = request, request.num_preemptions, stop
+
+
+def _known_ids(chunks: Sequence[Chunk]) -> list[int]:
+    """The ids of the chunks' tokens, one after the other, without those that the host has not read."""
+    ids: list[int] = []
+    for chunk in chunks:
+        ids += chunk.request.known_ids(chunk.start, chunk.start + chunk.length)
+    return ids
+
+
+def _pad(table: StepTable, num_requests: int) -> None:
+    """Rows that read no key and write no slot, behind those of a decode step."""
+    table.token_ids[num_requests:] = 0
+    table.from_row[num_requests:] = -1
+    table.positions[num_requests:] = 0
+    table.slots[num_requests:] = -1
+    table.query_starts[num_requests + 1 :] = num_requests
+    table.context_lens[num_requests:] = 0

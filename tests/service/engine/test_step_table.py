@@ -1,0 +1,153 @@
+"""The numbers of a step against a plain reference, over steps as a scheduler makes them."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from service.engine.api import FinishReason
+from service.engine.scheduler import Scheduler, Step, StepResults
+from service.engine.step_table import StepTable, StepTableBuilder, TableLayout
+from tests.support.requests import new_request
+
+BLOCK_SIZE = 4
+MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS = 24, 6, 16
+LAYOUT = TableLayout(max_tokens=MAX_TOKENS, max_requests=MAX_REQUESTS, max_blocks=MAX_BLOCKS)
+COLUMNS = (
+    "token_ids",
+    "from_row",
+    "positions",
+    "slots",
+    "query_starts",
+    "context_lens",
+    "sample_index",
+    "sample_rows",
+)
+
+
+def expected_columns(step: Step, bucket: int | None = None) -> dict[str, list[int]]:
+    """Token by token."""
+    columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
+    columns["query_starts"].append(0)
+    for chunk in step.chunks:
+        request = chunk.request
+        known = request.prompt_ids + request.output_ids
+        for position in range(chunk.start, chunk.start + chunk.length):
+            columns["token_ids"].append(known[position] if position < len(known) else 0)
+            columns["from_row"].append(-1 if position < len(known) else request.row)
+            columns["positions"].append(position)
+            columns["slots"].append(request.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+        columns["query_starts"].append(len(columns["token_ids"]))
+        columns["context_lens"].append(chunk.start + chunk.length)
+        if chunk.samples:
+            columns["sample_index"].append(len(columns["token_ids"]) - 1)
+            columns["sample_rows"].append(request.row)
+    for _ in range(len(step.chunks), bucket or 0):
+        for name, value in {"token_ids": 0, "from_row": -1, "positions": 0, "slots": -1, "context_lens": 0}.items():
+            columns[name].append(value)
+        columns["query_starts"].append(len(step.chunks))
+    return columns
+
+
+def poisoned() -> np.ndarray:
+    return np.full(LAYOUT.size, -77, dtype=np.int32)
+
+
+def check(step: Step, table: StepTable, bucket: int | None = None) -> None:
+    for name, values in expected_columns(step, bucket).items():
+        assert getattr(table, name).tolist() == values, name
+    assert table.max_query_len == max(chunk.length for chunk in step.chunks)
+    owned = [chunk.request.blocks for chunk in step.chunks]
+    assert table.block_tables.shape == (len(owned), max(map(len, owned)))
+    for row, blocks in zip(table.block_tables.tolist(), owned, strict=True):
+        assert row[: len(blocks)] == blocks
+
+
+def plan_of(num_blocks: int = 200) -> Scheduler:
+    return Scheduler(
+        num_blocks=num_blocks, block_size=BLOCK_SIZE, max_num_requests=MAX_REQUESTS, max_batched_tokens=MAX_TOKENS
+    )
+
+
+def commit(plan: Scheduler, step: Step, rng: random.Random) -> None:
+    plan.commit(step, StepResults(0.0, [rng.randrange(1000) for chunk in step.chunks if chunk.samples]))
+
+
+@pytest.mark.parametrize("num_in_flight", [0, 1], ids=["sync", "async"])
+@pytest.mark.parametrize("num_blocks", [200, 20], ids=["roomy", "preempting"])
+def test_random_steps(num_blocks, num_in_flight):
+    """Mixtures of prompts in chunks and decodes, rows that change hands, preemption, aborts, a step in flight."""
+    kinds, num_preemptions = set(), 0
+    for seed in range(12):
+        rng, plan, builder = random.Random(seed), plan_of(num_blocks), StepTableBuilder(LAYOUT, BLOCK_SIZE)
+        requests = [new_request(str(i), rng.randint(1, 40), rng.randint(1, 20)) for i in range(14)]
+        arrivals, in_flight = list(requests), []
+        while arrivals or not plan.is_idle or in_flight:
+            for _ in range(rng.choice([0, 0, 1, 3])):
+                if arrivals:
+                    plan.add(arrivals.pop())
+            if plan.running and rng.random() < 0.03:
+                plan.finish(rng.choice(plan.running), FinishReason.ABORT, 0.0)
+            step = plan.schedule(0.0)
+            if step is not None:
+                kinds.add((step.is_decode, len({chunk.length for chunk in step.chunks}) > 1))
+                buckets = [None, len(step.chunks), MAX_REQUESTS] if step.is_decode else [None]
+                for bucket in buckets:
+                    check(step, builder.build(step, poisoned(), bucket), bucket)
+                in_flight.append(step)
+            if in_flight and (len(in_flight) > num_in_flight or step is None):
+                commit(plan, in_flight.pop(0), rng)
+        num_preemptions += plan.num_preemptions
+    assert kinds == {(True, False), (False, False), (False, True)}
+    assert (num_preemptions > 0) == (num_blocks == 20)
+
+
+def test_one_array_holds_all_and_nothing_is_written_behind_it():
+    plan, numbers = plan_of(), poisoned()
+    for i in range(3):
+        plan.add(new_request(str(i), 5))
+    table = StepTableBuilder(LAYOUT, BLOCK_SIZE).build(plan.schedule(0.0), numbers)
+    assert all(np.shares_memory(getattr(table, name), numbers) for name in (*COLUMNS, "block_tables", "numbers"))
+    assert len(table.numbers) == LAYOUT.starts["block_tables"] + 3 * 2
+    assert (numbers[len(table.numbers) :] == -77).all()
+    assert numbers.dtype == table.slots.dtype == np.int32
+
+
+def test_the_largest_step_fits():
+    plan = plan_of()
+    for i in range(MAX_REQUESTS):
+        plan.add(new_request(str(i), MAX_TOKENS // MAX_REQUESTS))
+    step = plan.schedule(0.0)
+    assert (step.num_tokens, len(step.chunks)) == (MAX_TOKENS, MAX_REQUESTS)
+    check(step, StepTableBuilder(LAYOUT, BLOCK_SIZE).build(step, poisoned()))
+
+
+def test_blocks_are_learnt_anew_after_a_preemption():
+    """The same request in the same row, with as many blocks as before, but others."""
+    plan, rng, builder = plan_of(), random.Random(0), StepTableBuilder(LAYOUT, BLOCK_SIZE)
+    request = new_request("a", 9, 8)
+    plan.add(request)
+    step = plan.schedule(0.0)
+    before = builder.build(step, poisoned()).block_tables.tolist()
+    commit(plan, step, rng)
+    row = request.row
+    plan._preempt(request)
+    plan.pool.allocate(2)
+    step = plan.schedule(0.0)
+    after = builder.build(step, poisoned()).block_tables.tolist()
+    assert request.row == row
+    assert len(after[0]) == len(before[0])
+    assert after == [request.blocks] != before
+    check(step, builder.build(step, poisoned()))
+
+
+def test_a_row_that_changes_hands_brings_the_blocks_of_its_new_owner():
+    plan, rng, builder = plan_of(), random.Random(0), StepTableBuilder(LAYOUT, BLOCK_SIZE)
+    for name in ("a", "b"):
+        plan.add(new_request(name, 9, 1))
+        step = plan.schedule(0.0)
+        check(step, builder.build(step, poisoned()))
+        commit(plan, step, rng)
+        plan.pool.allocate(1)
