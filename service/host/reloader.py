@@ -118,6 +118,8 @@ class Reloader:
             loaded_at=datetime.now(UTC),
         )
         self._host.variants[name] = new
+        # On the thread that computes, like all that touches the device.
+        self._host.device_thread.run(old.runner.close)
         return Reloaded(name, folder.name, new.generation, new.loaded_at, pause_s - start_s, end_s - pause_s)
 
     def _load(self, old: Variant, folder: Path) -> tuple[Checkpoint, Decoder]:

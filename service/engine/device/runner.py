@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from service.engine.device.prompt_logprobs import Scores, score_prompts
 from service.engine.device.sampler import Choice, Fault, sample
 from service.engine.device.sampling import SamplingBuilder
 from service.engine.device.staging import Staging
+from service.engine.graphs import DecodeGraphs
 from service.engine.messages import Logprob
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step, StepResults
@@ -26,9 +28,6 @@ from service.engine.step_table import StepTableBuilder, TableLayout
 from service.errors import EngineFailed
 from service.models.attention import KVCache
 from service.models.decoder import Decoder
-
-GRAPH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-"""Batch sizes of captured decode steps; a batch runs in the smallest that holds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +131,12 @@ class Runner:
         self._tables = StepTableBuilder(layout, block_size)
         self._batches = BatchBuilder(layout, self.device)
         self.caches = decoder.new_caches(num_blocks, block_size) if caches is None else caches
+        self._graphs = DecodeGraphs(max_requests)
         self._sampling = SamplingBuilder(max_requests, self.device)
-        self._scored = Staging(self.device)
+        self._score_staging = Staging(self.device)
         self._last_ids = torch.zeros(max_requests, dtype=torch.int64, device=self.device)
         self._seen: Tensor | None = None
         self._seen_owner: list[tuple[Request | None, int]] = [(None, 0)] * max_requests
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -145,18 +144,23 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, step: Step) -> Sampled:
-        """Launch a step. The result's tokens reach the host when it is read."""
-        bucket = self._bucket(step)
-        batch = self._batches.build(self._tables.build(step, self._batches.numbers(), bucket))
+        """Launch a step. The result's tokens reach the host when it is read.
+
+        Of the steps before, only the last may be unread: see `Staging`.
+        """
+        bucket = self._graphs.bucket_of(step)
+        table = self._tables.build(step, self._batches.numbers(), bucket)
+        batch = self._batches.build(table)
         chunks = [chunk for chunk in step.chunks if chunk.samples]
         if bucket:
-            # A decode step scores no prompt: the last token of one is never scored.
-            graph, logits = self._graphs[bucket]
-            graph.replay()
-            return self._send(self._sample(logits[: len(chunks)], batch, chunks), None, chunks)
-        hidden = self._hidden(batch)
-        choice = self._sample(self._logits(hidden, batch), batch, chunks)
-        return self._send(choice, score_prompts(self.decoder, hidden, step.chunks, self._scored), chunks)
+            hidden, logits = None, self._graphs.replay(bucket)[: len(chunks)]
+        else:
+            hidden = self._hidden(batch)
+            logits = self._logits(hidden, batch)
+        choice = self._sample(logits, batch, chunks)
+        # A decode step scores no prompt: the last token of one is never scored.
+        scores = None if hidden is None else score_prompts(self.decoder, hidden, step.chunks, self._score_staging)
+        return self._send(choice, scores, chunks)
 
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every kernel that a request can need, and capture the decode steps."""
@@ -169,34 +173,24 @@ class Runner:
         """`warm_up` in pieces, so that another runner's steps can come between: each yields (done, total)."""
         if not self.is_async:
             return
-        buckets = [bucket for bucket in GRAPH_BUCKETS if bucket <= self.max_requests]
         longest = min(self.max_tokens, self.decoder.config.max_model_len)
+        buckets = self._graphs.buckets
         shapes = [(bucket, 1) for bucket in buckets]
         shapes += [(1, length) for length in sorted({min(length, longest) for length in (2, 4, 8, *BUCKETS)})]
-        captured = buckets if self.use_graphs else []
-        total = len(shapes) + len(captured)
-        for done, (num_requests, query_len) in enumerate(shapes):
+        total = len(shapes) + (len(buckets) if self.use_graphs else 0)
+        for done, (num_requests, query_len) in enumerate(shapes, 1):
             self._forward(self._batches.blank(num_requests, query_len), is_decode=query_len == 1)
             torch.cuda.synchronize()
-            yield done + 1, total
-        pool = torch.cuda.graph_pool_handle()
-        graphs = {}
-        # Largest first, so that the smaller graphs reuse its memory.
-        for done, bucket in enumerate(reversed(captured)):
-            batch = self._batches.blank(bucket)
-            graph = torch.cuda.CUDAGraph()
-            # Other engines' threads wait for events of theirs meanwhile, which the default mode forbids.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self._forward(batch, is_decode=True)
-            graphs[bucket] = graph, logits
-            yield len(shapes) + done + 1, total
-        self._graphs = dict(sorted(graphs.items()))
-        torch.cuda.synchronize()
+            yield done, total
+        if self.use_graphs:
+            captured = self._graphs.capture(self._batches.blank, partial(self._forward, is_decode=True))
+            for done, _ in enumerate(captured, len(shapes) + 1):
+                yield done, total
+            torch.cuda.synchronize()
 
-    def _bucket(self, step: Step) -> int | None:
-        if not self._graphs or not step.is_decode:
-            return None
-        return next((bucket for bucket in self._graphs if bucket >= len(step.chunks)), None)
+    def close(self) -> None:
+        """Destroy the captured steps, once none of them runs; the caches may serve another runner."""
+        self._graphs.destroy()
 
     def _forward(self, batch: Batch, is_decode: bool = False) -> Tensor:
         """Logits of the rows that sample; in a decode step those are all rows, in order."""

@@ -171,6 +171,30 @@ def test_log_probabilities_of_prompts():
         assert all(len(token.top_logprobs) == 3 for token in request.prompt_logprobs)
 
 
+def test_a_closed_runner_computes_the_same_without_its_graphs():
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float16, CUDA)
+    runner = Runner(decoder, num_blocks=200, block_size=16, max_requests=16, max_tokens=64)
+    runner.warm_up()
+    answers, freed_bytes = [], []
+    for _ in range(2):
+        engine = EngineLoop(
+            "w8a8",
+            Scheduler(num_blocks=200, block_size=16, max_num_requests=16, max_batched_tokens=64),
+            runner,
+            device_thread=DeviceThread(),
+            max_model_len=256,
+        ).start()
+        try:
+            answers.append(asyncio.run(collect_all(engine, PROMPTS, PARAMS)))
+        finally:
+            engine.stop()
+        allocated_bytes = torch.cuda.memory_allocated()
+        runner.close()
+        freed_bytes.append(allocated_bytes - torch.cuda.memory_allocated())
+    assert answers[0] == answers[1]
+    assert freed_bytes[0] > freed_bytes[1] == 0, "the logits of every bucket, once"
+
+
 def test_preemption_with_a_step_in_flight_loses_nothing():
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CUDA)
     assert generate(decoder, use_graphs=True, num_blocks=18) == generate(decoder, use_graphs=True)
