@@ -115,7 +115,6 @@ class Scheduler:
         """Plan the next step and move the lengths as if it were done; None where nothing can run."""
         self.admitted = []
         chunks: list[Chunk] = []
-        scheduled: set[Request] = set()
         budget = self.max_batched_tokens
         is_starved = False
         num_preemptions = self.num_preemptions
@@ -125,11 +124,10 @@ class Scheduler:
             length = min(request.num_tokens - request.num_computed, budget)
             if length == 0:
                 break
-            if not self._grow(request, length, scheduled):
+            if not self._grow(request, length, chunks):
                 is_starved = True
                 continue
             chunks.append(self._advance(request, length))
-            scheduled.add(request)
             budget -= length
         may_admit = not is_starved and self.num_preemptions == num_preemptions
         while may_admit and self.waiting and budget and self._can_admit(self.waiting[0]):
@@ -208,14 +206,19 @@ class Scheduler:
         request.num_pending += samples
         return chunk
 
-    def _grow(self, request: Request, length: int, scheduled: set[Request]) -> bool:
+    def _grow(self, request: Request, length: int, chunks: Sequence[Chunk]) -> bool:
         """Give the request the blocks for length more tokens, preempting the youngest that is not in this step."""
         missing = self._num_blocks(request.num_computed + length) - len(request.blocks)
-        while missing > self.pool.num_free:
-            victims = [r for r in self.running if r not in scheduled and r is not request]
-            if not victims:
-                return False
-            self._preempt(victims[-1])
+        if not missing:
+            return True
+        if missing > self.pool.num_free:
+            # Rare, and the only one that has to know who is in the step already.
+            kept = {request, *(chunk.request for chunk in chunks)}
+            victims = [r for r in self.running if r not in kept]
+            while missing > self.pool.num_free:
+                if not victims:
+                    return False
+                self._preempt(victims.pop())
         request.blocks.extend(self.pool.allocate(missing))
         return True
 
