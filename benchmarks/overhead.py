@@ -439,7 +439,12 @@ def channel_rows() -> list[dict[str, Any]]:
     far = ThreadEnd(theirs, msgspec.msgpack.Decoder(News))
     reader = threading.Thread(target=far.read_all, args=(lambda _: None,), daemon=True)
     reader.start()
-    scheduler = Scheduler(CHANNEL_REQUESTS * 40, 64, CHANNEL_REQUESTS, 4 * CHANNEL_REQUESTS)
+    scheduler = Scheduler(
+        num_blocks=CHANNEL_REQUESTS * 40,
+        block_size=64,
+        max_num_requests=CHANNEL_REQUESTS,
+        max_batched_tokens=4 * CHANNEL_REQUESTS,
+    )
     inbox = Inbox(VARIANT, scheduler, grammars=None, sink=end.send, read_others=lambda: (0, 8 << 30, 8 << 30))
     params = SamplingParams(CHANNEL_STEPS + 16, ignore_eos=True)
     for handle in range(CHANNEL_REQUESTS):

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from kernels.tiles import BUCKETS
 from service.engine.device.batch import Batch, BatchBuilder
+from service.engine.device.graphs import DecodeGraphs
 from service.engine.device.prompt_logprobs import Scores, score_prompts
 from service.engine.device.sampler import Choice, Fault, sample
 from service.engine.device.sampling import SamplingBuilder
 from service.engine.device.staging import Staging
-from service.engine.graphs import DecodeGraphs
 from service.engine.messages import Logprob
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step, StepResults

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 
-import jsonschema
 import pytest
 import torch
 
@@ -111,6 +110,7 @@ def test_int8_tokens_do_not_depend_on_the_batch(scheme):
 @pytest.mark.parametrize("use_graphs", [True, False])
 def test_answers_held_to_a_grammar(use_graphs):
     """Beside captured steps that know of no grammar; the neighbours' tokens stay as they are."""
+    jsonschema = pytest.importorskip("jsonschema")
     decoder = random_decoder(ModelConfig.of(make_model("qwen2").config), PRESETS["w8a8"], torch.float16, CUDA)
     runner = Runner(decoder, num_blocks=200, block_size=16, max_requests=16, max_tokens=64, use_graphs=use_graphs)
     runner.warm_up()

@@ -6,7 +6,6 @@ import asyncio
 import json
 from dataclasses import replace
 
-import jsonschema
 import pytest
 import torch
 
@@ -118,6 +117,7 @@ def test_answers_parse_and_validate_and_neighbours_stay_as_they_are(start, limit
 
     Not where requests are preempted, since others are then, and what is computed again rounds differently.
     """
+    jsonschema = pytest.importorskip("jsonschema")
     engine = engine_and_decoder(start, **limits)
     free = [SamplingParams(40, temperature=1.0, seed=i, logprobs=1) for i in range(len(PROMPTS))]
     settings = [{"temperature": 1.0}, {}, {"temperature": 1.0, "repetition_penalty": 1.3, "top_p": 0.9}]

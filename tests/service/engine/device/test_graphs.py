@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from service.engine.graphs import DecodeGraphs
+from service.engine.device.graphs import DecodeGraphs
 from service.engine.scheduler import Chunk, Step
 from tests.support.requests import new_request
 
