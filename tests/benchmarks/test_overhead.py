@@ -137,7 +137,6 @@ def test_the_whole_in_small():
     try:
         rows = asyncio.run(measured(rig, args))
     finally:
-        rig.engine.stop()
         # What serving left out of collections is other tests' too.
         gc.unfreeze()
     assert [row["way"] for row in rows if row["what"] == "streams"] == ["engine alone", "/generate", "/v1/completions"]
