@@ -16,6 +16,8 @@ Ints: TypeAlias = NDArray[np.int32]
 
 PER_TOKEN = ("token_ids", "from_row", "positions", "slots")
 PER_REQUEST = ("context_lens", "sample_index", "sample_rows")
+ALIGNMENT = 4
+"""Of columns, in numbers."""
 
 
 class TableLayout:
@@ -34,7 +36,8 @@ class TableLayout:
         self.size = 0
         for name, size in sizes.items():
             self.starts[name] = self.size
-            self.size += size
+            # Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes.
+            self.size += -(-size // ALIGNMENT) * ALIGNMENT
 
     def table(
         self,

@@ -115,6 +115,12 @@ def test_one_array_holds_all_and_nothing_is_written_behind_it():
     assert numbers.dtype == table.slots.dtype == np.int32
 
 
+def test_columns_begin_at_multiples_of_16_bytes():
+    layout = TableLayout(max_tokens=13, max_requests=5, max_blocks=3)
+    assert all(4 * start % 16 == 0 for start in layout.starts.values())
+    assert layout.size >= 4 * 13 + 3 * 5 + 6 + 5 * 3
+
+
 def test_the_largest_step_fits():
     plan = plan_of()
     for i in range(MAX_REQUESTS):
