@@ -162,8 +162,8 @@ def test_log_probabilities_of_prompts():
         requests = [request for request, _ in asyncio.run(run())]
     finally:
         engine.stop()
-    for request in requests:
-        ids = torch.tensor(request.prompt_ids)
+    for prompt, request in zip(PROMPTS, requests, strict=True):
+        ids = torch.tensor(prompt)
         with torch.inference_mode():
             expected = score(decoder, ids).log_softmax(-1)[:-1].gather(-1, ids[1:, None].cuda())[:, 0]
         found = torch.tensor([token.logprob for token in request.prompt_logprobs])
