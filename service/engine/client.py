@@ -130,19 +130,28 @@ class EngineClient:
     def lost(self, error: OttavaError) -> None:
         """The engine is gone, and a new one will take its place: tell those that ran; the others wait for it."""
         self._drop([s for s in self._streams.values() if s.first_scheduled_s is not None or s.is_closed], error)
-        before, gauges = self._before, self._gauges
-        self._before = Gauges(
-            num_preemptions=before.num_preemptions + gauges.num_preemptions,
-            num_restarts=before.num_restarts + gauges.num_restarts + 1,
-        )
-        self._gauges = Gauges()
-        self._num_sent = len(self._streams)
+        self._start_over(num_restarts=1)
+
+    def reopen(self) -> None:
+        """The engine was closed, and a new one will take its place."""
+        self.failure = None
+        self._start_over(num_restarts=0)
 
     def resume(self) -> None:
         """Send those that wait to the engine that has taken the place of the one that is gone."""
         for number, stream in enumerate(self._streams.values(), 1):
             stream.command = msgspec.structs.replace(stream.command, number=number)
             self._post(stream.command)
+
+    def _start_over(self, num_restarts: int) -> None:
+        """What the next engine tells adds to what this one has told."""
+        before, gauges = self._before, self._gauges
+        self._before = Gauges(
+            num_preemptions=before.num_preemptions + gauges.num_preemptions,
+            num_restarts=before.num_restarts + gauges.num_restarts + num_restarts,
+        )
+        self._gauges = Gauges()
+        self._num_sent = len(self._streams)
 
     @property
     def _num_waiting(self) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -120,8 +120,19 @@ class HostClient:
             raise self._not_ready()
         return self._tokenizer
 
-    async def run(self) -> None:
-        """Open the engines and check them, again where they die; returns once they are closed or failed for good."""
+    def run(self) -> Coroutine[Any, Any, None]:
+        """Open the engines and check them, again where they die; done once they are closed or failed for good.
+
+        An application can be started again after it has ended, and so can its host.
+        """
+        if self._is_closing:
+            self._is_closing, self.failure = False, None
+            self.failed.clear()
+            for engine in self.engines.values():
+                engine.reopen()
+        return self._run()
+
+    async def _run(self) -> None:
         is_first = True
         while not self.closes():
             try:
@@ -151,7 +162,10 @@ class HostClient:
         """End the engines; requests that are still there get the error. Idempotent."""
         if not self._is_closing:
             self._is_closing = True
-            self._drop(error)
+            for engine in self.engines.values():
+                # Who asks from here on is refused, since nobody would answer.
+                engine.fail("it was closed", error)
+            self._fail_calls(error)
             await self._link.close(STOP_S)
             if self._gone is not None and not self._gone.done():
                 self._gone.set_result("it was closed")
@@ -254,11 +268,6 @@ class HostClient:
     def _fail_for_good(self, error: OttavaError) -> None:
         self.failure = self.failure or error
         self.failed.set()
-
-    def _drop(self, error: OttavaError) -> None:
-        for engine in self.engines.values():
-            engine.drop(error)
-        self._fail_calls(error)
 
     def _fail_calls(self, error: OttavaError) -> None:
         calls, self._calls = self._calls, {}
