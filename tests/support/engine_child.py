@@ -51,7 +51,9 @@ def main() -> None:
                 runner.on_read = Hang(options["hang_at"])
             if "poison_at" in options:
                 runner.on_read = raising(RuntimeError("CUDA error: secret"), options["poison_at"])
-            scheduler = Scheduler(2000, 4, options.get("rows", 64), 256)
+            scheduler = Scheduler(
+                num_blocks=2000, block_size=4, max_num_requests=options.get("rows", 64), max_batched_tokens=256
+            )
             engines[name] = EngineLoop(
                 name, scheduler, runner, device_thread=device_thread, max_model_len=4096, limits=limits
             ).start()
