@@ -27,13 +27,14 @@ serve: $(READY) ## prepare the demo model and serve it, W8A8 beside its baseline
 # Test files are shared out among processes, so that what a file compiles and loads is made once.
 JOBS ?= 2
 GPU_JOBS ?= 12
+QUICK_TESTS := $(addprefix tests/service/,engine comparison settings telemetry text) tests/test_docs.py
 GPU_TESTS := tests/kernels tests/quant tests/service/engine
 
 test: $(READY) ## run the tests that need no GPU
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-test-quick: $(READY) ## the tests that take no more than moments, for the edit loop
-	$(PY) -m pytest -n $(JOBS) --dist loadfile -m 'not gpu and not slow' $(ARGS)
+test-quick: $(READY) ## the tests of the engine and of what needs no model, for the edit loop
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(QUICK_TESTS) $(ARGS)
 
 coverage: $(READY) ## run the tests, and show which lines they reach
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --cov=kernels --cov=quant --cov=service --cov-report=term $(ARGS)
