@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from service.settings import Settings
 from service.text.tokenizer import Tokenizer
@@ -51,7 +50,7 @@ def tokenizer(request):
     if request.param == DEMO:
         return _demo()
     backend = byte_level_backend() if request.param == "byte-level" else byte_fallback_backend()
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
+    return Tokenizer(backend, frozenset())
 
 
 def ids_of(tokenizer, text):
@@ -123,13 +122,13 @@ def test_names_of_tokens(tokenizer):
 
 def test_special_tokens_are_named():
     backend = byte_level_backend()
-    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
+    tokenizer = Tokenizer(backend, frozenset())
     end = backend.token_to_id("<|end|>")
     assert (tokenizer.token_text(end), tokenizer.token_bytes(end)) == ("<|end|>", b"<|end|>")
 
 
 def test_a_first_llama_keeps_the_space_of_a_continuation_alone():
-    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=byte_fallback_backend()), frozenset())
+    tokenizer = Tokenizer(byte_fallback_backend(), frozenset())
     prompt, answer = ids_of(tokenizer, "hello"), ids_of(tokenizer, "hello world")[len(ids_of(tokenizer, "hello")) :]
     assert "".join(pieces(tokenizer, answer, prompt)) == " world"
     assert "".join(pieces(tokenizer, answer)) == "world"

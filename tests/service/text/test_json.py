@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from service.errors import InvalidRequest, QueueFull
 from service.text.json.compiler import MAX_COMPILING, JsonCompiler, JsonMatcher
@@ -397,7 +396,7 @@ def test_too_many_at_once_are_told_to_come_again():
 @pytest.mark.parametrize("backend", [byte_level_backend, byte_fallback_backend])
 def test_over_a_real_vocabulary(backend):
     """The text that the decoder makes of the tokens parses; special tokens never come, whatever they are called."""
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend())
+    fast = backend()
     tokenizer = Tokenizer(fast, frozenset({0}))
     special = [i for i, t in fast.backend_tokenizer.get_added_tokens_decoder().items() if t.special]
     for seed in range(12):
@@ -423,6 +422,6 @@ def test_over_a_real_vocabulary(backend):
 
 
 def test_a_model_without_an_end_token_is_told():
-    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=byte_level_backend()), frozenset())
+    tokenizer = Tokenizer(byte_level_backend(), frozenset())
     with pytest.raises(InvalidRequest, match="names no end token"):
         tokenizer.grammar(None)
