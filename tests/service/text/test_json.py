@@ -64,7 +64,7 @@ def accepts(schema, text: bytes) -> bool:
 
 def walk(schema, seed: int, max_tokens: int = 400) -> bytes | None:
     """A text drawn token by token, None if it does not end; wherever it may end, it is checked."""
-    matcher, rng, text = JSON.compile(schema).matcher(), random.Random(seed), b""
+    matcher, rng, text = JSON.compile(json_grammar(schema)).matcher(), random.Random(seed), b""
     for _ in range(max_tokens):
         allowed = allowed_by(matcher)
         assert allowed.any(), f"nothing may follow {text!r}"
@@ -229,7 +229,7 @@ def test_formats(name, parse):
 )  # fmt: skip
 def test_what_is_refused(schema, why):
     with pytest.raises(InvalidRequest, match=why) as raised:
-        JSON.compile(schema)
+        JSON.compile(json_grammar(schema))
     assert raised.value.param == "response_format"
 
 
