@@ -43,7 +43,7 @@ PIECES = [
     "e9",
 ]
 TOKENS = [b"", b"", *(bytes([byte]) for byte in range(256)), *(piece.encode() for piece in PIECES)]
-JSON = JsonCompiler(TOKENS, frozenset({EOS}))
+JSON = JsonCompiler(lambda: TOKENS, frozenset({EOS}))
 # Ends are likely, so that most texts are short; bytes beyond ASCII are there, broken characters among them.
 WEIGHTS = np.array(
     [60.0 if t == b"" else 25.0 if t in (b'"', b"}", b"]") else 3.0 if t.isalnum() else 0.7 for t in TOKENS]
@@ -369,7 +369,7 @@ def test_matchers_of_one_schema_do_not_share_their_place():
 
 
 def test_too_many_at_once_are_told_to_come_again():
-    compiler = JsonCompiler(TOKENS, frozenset({EOS}))
+    compiler = JsonCompiler(lambda: TOKENS, frozenset({EOS}))
     began = threading.Barrier(MAX_COMPILING + 1)
 
     def ask() -> None:
