@@ -48,7 +48,7 @@ class Tokenizer:
         """
         path = folder / FILE
         if not path.is_file():
-            raise UnsupportedModel(f"{folder} has no {FILE}: convert its tokenizer to one")
+            raise UnsupportedModel(f"{folder}: no usable tokenizer: it has no {FILE}; convert its tokenizer to one")
         try:
             backend = Backend.from_file(str(path))
         except Exception as error:  # The library raises nothing narrower.

@@ -44,6 +44,12 @@ PIECES = [
 ]
 TOKENS = [b"", b"", *(bytes([byte]) for byte in range(256)), *(piece.encode() for piece in PIECES)]
 JSON = JsonCompiler(lambda: TOKENS, frozenset({EOS}))
+
+
+def compiled(schema, compiler: JsonCompiler = JSON):
+    return compiler.compile(json_grammar(schema))
+
+
 # Ends are likely, so that most texts are short; bytes beyond ASCII are there, broken characters among them.
 WEIGHTS = np.array(
     [60.0 if t == b"" else 25.0 if t in (b'"', b"}", b"]") else 3.0 if t.isalnum() else 0.7 for t in TOKENS]
@@ -64,7 +70,7 @@ def accepts(schema, text: bytes) -> bool:
 
 def walk(schema, seed: int, max_tokens: int = 400) -> bytes | None:
     """A text drawn token by token, None if it does not end; wherever it may end, it is checked."""
-    matcher, rng, text = JSON.compile(json_grammar(schema)).matcher(), random.Random(seed), b""
+    matcher, rng, text = compiled(schema).matcher(), random.Random(seed), b""
     for _ in range(max_tokens):
         allowed = allowed_by(matcher)
         assert allowed.any(), f"nothing may follow {text!r}"
@@ -153,12 +159,12 @@ def test_reach():
     optional = {tuple(json.loads(text)) for text in ends_of(SERVED["optional"], 150)}
     assert optional == {("b",), ("a", "b"), ("b", "c"), ("a", "b", "c")}
     lists = [json.dumps(["a"] * count) for count in range(5)]
-    assert [lets_through(JSON.compile(SERVED["items"]).matcher(), text) for text in lists] == [0, 0, 1, 1, 0]
+    assert [lets_through(compiled(SERVED["items"]).matcher(), text) for text in lists] == [0, 0, 1, 1, 0]
     value = {"a": ["é😀\n", {"b": [None, True, -1.5e-7, {}], "a": 0}], "": [[], "/"]}
     for indent in (None, 0, 4, "\t"):
         text = json.dumps(value, indent=indent, ensure_ascii=False)
-        assert lets_through(JSON.compile(None).matcher(), text)
-        assert not lets_through(JSON.compile(None).matcher(), text[:-1])
+        assert lets_through(compiled(None).matcher(), text)
+        assert not lets_through(compiled(None).matcher(), text[:-1])
 
 
 @pytest.mark.parametrize(
@@ -229,7 +235,7 @@ def test_formats(name, parse):
 )  # fmt: skip
 def test_what_is_refused(schema, why):
     with pytest.raises(InvalidRequest, match=why) as raised:
-        JSON.compile(json_grammar(schema))
+        compiled(schema)
     assert raised.value.param == "response_format"
 
 
@@ -345,7 +351,7 @@ def test_numbers_are_those_between_the_bounds(low, size, millis, is_high, exclud
 
 
 def test_control_characters_and_broken_characters_are_not_let_through():
-    matcher = JSON.compile(STR).matcher()
+    matcher = compiled(STR).matcher()
     matcher.accept(2 + ord('"'))
     allowed = allowed_by(matcher)
     assert not allowed[2 : 2 + 0x20].any()
@@ -357,11 +363,11 @@ def test_control_characters_and_broken_characters_are_not_let_through():
 
 def test_a_token_that_may_not_come_is_named():
     with pytest.raises(ValueError, match="token 99 may not come here"):
-        JSON.compile(INT).matcher().accept(99)
+        compiled(INT).matcher().accept(99)
 
 
 def test_matchers_of_one_schema_do_not_share_their_place():
-    grammar = JSON.compile(SERVED["properties"])
+    grammar = compiled(SERVED["properties"])
     first, second = grammar.matcher(), grammar.matcher()
     start = second.allowed()
     first.accept(2 + ord("{"))
@@ -374,7 +380,7 @@ def test_too_many_at_once_are_told_to_come_again():
 
     def ask() -> None:
         began.wait()
-        compiler.compile(STR)
+        compiled(STR, compiler)
 
     threads = [threading.Thread(target=ask) for _ in range(MAX_COMPILING)]
     with compiler._turn:
@@ -384,24 +390,25 @@ def test_too_many_at_once_are_told_to_come_again():
         while compiler._room._value:
             pass
         with pytest.raises(QueueFull, match=f"{MAX_COMPILING} JSON schemas are being compiled"):
-            compiler.compile(STR)
+            compiled(STR, compiler)
     for thread in threads:
         thread.join()
-    compiler.compile(STR)
+    compiled(STR, compiler)
     with pytest.raises(InvalidRequest):
-        compiler.compile({"not": STR})
+        compiled({"not": STR}, compiler)
     assert compiler._room._value == MAX_COMPILING
 
 
 @pytest.mark.parametrize("backend", [byte_level_backend, byte_fallback_backend])
 def test_over_a_real_vocabulary(backend):
     """The text that the decoder makes of the tokens parses; special tokens never come, whatever they are called."""
-    fast = backend()
-    tokenizer = Tokenizer(fast, frozenset({0}))
-    special = [i for i, t in fast.backend_tokenizer.get_added_tokens_decoder().items() if t.special]
+    made = backend()
+    tokenizer = Tokenizer(made, frozenset({0}))
+    special = [i for i, t in made.get_added_tokens_decoder().items() if t.special]
+    compiler = JsonCompiler(tokenizer.vocabulary, tokenizer.eos_ids)
     for seed in range(12):
         rng, decoder, text = random.Random(seed), tokenizer.detokenizer(), ""
-        matcher = tokenizer.grammar(SERVED["properties"]).matcher()
+        matcher = compiled(SERVED["properties"], compiler).matcher()
         for _ in range(300):
             bits = np.unpackbits(np.frombuffer(matcher.allowed(), np.uint8), bitorder="little")[: tokenizer.vocab_size]
             assert not bits[[i for i in special if i != 0]].any()
@@ -424,4 +431,4 @@ def test_over_a_real_vocabulary(backend):
 def test_a_model_without_an_end_token_is_told():
     tokenizer = Tokenizer(byte_level_backend(), frozenset())
     with pytest.raises(InvalidRequest, match="names no end token"):
-        tokenizer.grammar(None)
+        compiled(None, JsonCompiler(tokenizer.vocabulary, tokenizer.eos_ids))

@@ -5,7 +5,6 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from service.errors import InvalidRequest, UnsupportedModel
 from service.text.tokenizer import Tokenizer
@@ -28,7 +27,7 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module", params=[byte_level_backend, byte_fallback_backend])
 def any_tokenizer(request):
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=request.param()), frozenset())
+    return Tokenizer(request.param(), frozenset())
 
 
 def decoded(tokenizer, ids):
