@@ -30,6 +30,7 @@ class EngineClient:
         compile: see `Engine.compile`.
         max_waiting: requests that may queue.
         max_model_len, dtype: see `Engine`.
+        is_open: an engine takes commands already; else requests wait for `resume`.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class EngineClient:
         max_waiting: int,
         max_model_len: int = 0,
         dtype: str = "",
+        is_open: bool = True,
     ) -> None:
         self.variant = variant
         self.max_model_len = max_model_len
@@ -53,6 +55,7 @@ class EngineClient:
         self._gauges = Gauges()
         self._before = Gauges()
         self._num_sent = 0
+        self._is_open = is_open
         self._step_batch_sizes: list[int] = []
 
     def submit(
@@ -70,7 +73,8 @@ class EngineClient:
         self._num_sent += 1
         stream = RequestStream(command, self._finish, asyncio.get_running_loop())
         self._streams[command.handle] = stream
-        self._post(command)
+        if self._is_open:
+            self._post(command)
         return stream
 
     async def compile(self, rules: str) -> None:
@@ -138,7 +142,8 @@ class EngineClient:
         self._start_over(num_restarts=0)
 
     def resume(self) -> None:
-        """Send those that wait to the engine that has taken the place of the one that is gone."""
+        """Send those that wait to the engine, which takes commands from now on."""
+        self._is_open = True
         for number, stream in enumerate(self._streams.values(), 1):
             stream.command = msgspec.structs.replace(stream.command, number=number)
             self._post(stream.command)
@@ -152,14 +157,22 @@ class EngineClient:
         )
         self._gauges = Gauges()
         self._num_sent = len(self._streams)
+        self._is_open = False
 
     @property
     def _num_waiting(self) -> int:
         return self._gauges.num_waiting + self._num_sent - self._gauges.num_taken
 
     def _finish(self, stream: RequestStream, reason: FinishReason) -> None:
-        if stream.command.handle in self._streams:
-            self._post(Finish(self.variant, stream.command.handle, reason))
+        handle = stream.command.handle
+        if handle not in self._streams:
+            return
+        if self._is_open:
+            self._post(Finish(self.variant, handle, reason))
+        else:
+            del self._streams[handle]
+            self._num_sent -= 1
+            stream.release()
 
     def _count_step(self, num_requests: int) -> None:
         sizes = self._step_batch_sizes

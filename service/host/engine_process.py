@@ -6,6 +6,7 @@ whatever its engines are at, and with it the memory that it held.
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import sys
@@ -25,6 +26,8 @@ from service.telemetry.logs import configure_logging
 
 STOP_S = 1.0
 """For a step to end; one that takes longer ends with the process."""
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> NoReturn:
@@ -62,7 +65,12 @@ def run(server: HostServer, channel: ThreadEnd[ToEngine]) -> NoReturn:
 
 
 def _read(channel: ThreadEnd[ToEngine], server: HostServer) -> None:
-    channel.read_all(server.receive)
+    try:
+        channel.read_all(server.receive)
+    except Exception:
+        # Deaf, it would hold its requests for ever; dead, it is replaced.
+        logger.exception("the engine cannot take what the web sends")
+        end_process(1)
     end_process(0)
 
 

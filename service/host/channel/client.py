@@ -83,7 +83,8 @@ class HostClient:
         watch: Watch | None = None,
     ) -> None:
         self.engines: Mapping[str, EngineClient] = {
-            name: EngineClient(name, self._post, self._compile, max_waiting=max_waiting) for name in variants
+            name: EngineClient(name, self._post, self._compile, max_waiting=max_waiting, is_open=False)
+            for name in variants
         }
         self.stage: Stage | None = STARTING
         self.refused: Mapping[str, str] = {}

@@ -100,6 +100,50 @@ def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told():
     assert total(samples, "ottava_step_batch_size_count") > 0
 
 
+def test_a_client_that_leaves_while_the_engine_is_started_again_costs_nobody():
+    """Two run and three wait; one of these goes while there is no engine, which the next one must not hear of."""
+
+    async def go():
+        app = app_of({"step_s": 0.02, "rows": 2, "start_s": 0.5}, variants="w8a8")
+        async with server_of(app) as port, client_at(port) as client:
+            running = [asyncio.ensure_future(told(client, body_of(2000))) for _ in range(2)]
+            engine = app.state.serving.engines["w8a8"]
+            await until(lambda: engine.stats().num_running == 2)
+            waiting = [asyncio.ensure_future(client.post("/generate", json=body_of(5))) for _ in range(3)]
+            await until(lambda: engine.stats().num_waiting == 3)
+            old = engine_pid(app)
+            os.kill(old, signal.SIGKILL)
+            await asyncio.gather(*running)
+            await until(lambda: engine_pid(app) != old)
+            await asyncio.sleep(0.2)
+            waiting[0].cancel()
+            await until(lambda: engine.stats().num_waiting == 2)
+            assert not app.state.serving.is_ready
+            served = await asyncio.gather(*waiting[1:])
+            return served, await client.post("/generate", json=body_of(5)), await metrics_of(client)
+
+    served, after, samples = asyncio.run(go())
+    assert [response.json()["text"] for response in [*served, after]] == ["ABCDE"] * 3
+    assert samples["ottava_requests_total", "outcome=abort", "variant=w8a8"] == 1
+    assert samples["ottava_num_requests_waiting", "variant=w8a8"] == 0
+
+
+def test_an_engine_that_cannot_read_what_it_is_sent_is_replaced():
+    async def go():
+        app = app_of(variants="w8a8")
+        async with server_of(app) as port, client_at(port) as client:
+            old = engine_pid(app)
+            app.state.serving.host._link.send({"no": "message"})
+            await until(lambda: not app.state.serving.is_ready)
+            await until(lambda: app.state.serving.is_ready)
+            return old, engine_pid(app), await client.post("/generate", json=body_of(5))
+
+    old, new, response = asyncio.run(go())
+    assert old != new
+    assert is_gone(old)
+    assert response.json()["text"] == "ABCDE"
+
+
 def test_it_is_started_again_as_often_as_the_settings_allow_and_then_fails_for_good():
     async def go():
         app = app_of(variants="w8a8", engine_restarts=1)
