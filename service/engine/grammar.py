@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from service.errors import InvalidRequest
+
 
 class Matcher(Protocol):
     """How far one answer has come in its grammar."""
@@ -36,3 +38,14 @@ class Grammars(Protocol):
             QueueFull: as many grammars are being compiled as may be.
         """
         ...
+
+
+def compiled(grammars: Grammars | None, rules: str) -> Grammar:
+    """The grammar of these rules; see `Grammars.compile`, which also has its errors.
+
+    Raises:
+        InvalidRequest: there is nothing that compiles.
+    """
+    if grammars is None:
+        raise InvalidRequest("this engine takes no grammar", "response_format")
+    return grammars.compile(rules)

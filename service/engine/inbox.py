@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from service.engine.api import FinishReason
-from service.engine.grammar import Grammar, Grammars
+from service.engine.grammar import Grammar, Grammars, compiled
 from service.engine.messages import Command, Ended, Fault, Gauges, News, Scored, Sink, Submit, fault_of
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
-from service.errors import InvalidRequest, OttavaError
+from service.errors import OttavaError
 
 
 class Inbox:
@@ -134,10 +134,8 @@ class Inbox:
     def _grammar(self, rules: str | None) -> Grammar | Fault | None:
         if rules is None:
             return None
-        if self._grammars is None:
-            return fault_of(InvalidRequest("this engine takes no grammar", "response_format"))
         try:
-            return self._grammars.compile(rules)
+            return compiled(self._grammars, rules)
         except OttavaError as error:
             return fault_of(error)
 

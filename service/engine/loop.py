@@ -16,14 +16,14 @@ from typing import ParamSpec, Protocol, TypeVar
 from service.engine.api import EngineStats, SamplingParams
 from service.engine.client import EngineClient
 from service.engine.device.device_thread import DeviceThread
-from service.engine.grammar import Grammars
+from service.engine.grammar import Grammars, compiled
 from service.engine.inbox import Inbox
 from service.engine.messages import Command, News, Sink
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
 from service.engine.stream import RequestStream
 from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, Watchdog, describe, is_poison, stacks
-from service.errors import EngineFailed, InvalidRequest, OttavaError, QueueFull, ReloadFailed
+from service.errors import EngineFailed, OttavaError, QueueFull, ReloadFailed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -226,9 +226,7 @@ class EngineLoop:
             event_loop.call_soon_threadsafe(self._client.receive, news)
 
     async def _compile(self, rules: str) -> None:
-        if self._grammars is None:
-            raise InvalidRequest("this engine takes no grammar", "response_format")
-        await asyncio.to_thread(self._grammars.compile, rules)
+        await asyncio.to_thread(compiled, self._grammars, rules)
 
     def _read_restarts_and_bytes(self) -> tuple[int, int, int]:
         return self._restarts.total, self._weight_bytes, self._runner.kv_cache_bytes

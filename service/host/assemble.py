@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from service.engine.supervision import FaultLimits
 from service.host.channel.client import HostClient, Link, Watch
 from service.host.channel.process import ProcessLink
+from service.host.limits import fault_limits
 from service.later import Later
 from service.settings import Settings
 from service.text.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def assemble(settings: Settings, watch: Watch | None = None) -> FastAPI:
         settings.variants,
         link,
         load_tokenizer=Tokenizer.from_folder,
-        limits=FaultLimits(settings.engine_restarts, settings.engine_restart_window_s, settings.step_timeout_s),
+        limits=fault_limits(settings),
         max_waiting=settings.max_waiting,
         watch=watch,
     )

@@ -12,10 +12,10 @@ import torch
 
 from quant.errors import QuantError
 from service.engine.api import HostInfo, Reloaded, Stage
-from service.engine.grammar import Grammars
+from service.engine.grammar import Grammars, compiled
 from service.engine.messages import Command, Fault, Finish, News, Sink, Submit, fault_of
 from service.engine.supervision import StepStuck, describe
-from service.errors import InvalidRequest, OttavaError, StartupError
+from service.errors import OttavaError, StartupError
 from service.host.channel.messages import (
     Call,
     EngineFacts,
@@ -163,7 +163,5 @@ def _done(host: ServedHost, call: Call) -> Returned:
     if call.kind == "reload":
         reloaded = host.reload(call.argument)
         return Returned(call.number, reloaded=reloaded, info=host.info())
-    if host.grammars is None:
-        raise InvalidRequest("this engine takes no grammar", "response_format")
-    host.grammars.compile(call.argument or "")
+    compiled(host.grammars, call.argument or "")
     return Returned(call.number)

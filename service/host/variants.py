@@ -18,8 +18,8 @@ from service.engine.device.runner import Runner
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
-from service.engine.supervision import FaultLimits
 from service.errors import InvalidSettings
+from service.host.limits import fault_limits
 from service.host.memory import cache_blocks
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
@@ -102,7 +102,7 @@ def start_variant(
         max_waiting=settings.max_waiting,
         dtype=str(decoder.dtype).removeprefix("torch."),
         weight_bytes=decoder.weight_bytes,
-        limits=FaultLimits(settings.engine_restarts, settings.engine_restart_window_s, settings.step_timeout_s),
+        limits=fault_limits(settings),
         grammars=grammars,
     )
     return Variant(engine.start(), decoder, runner, loaded.notes, loaded.folder, kv_cache_bytes)

@@ -19,7 +19,8 @@ CPU = torch.device("cpu")
 PROMPTS = [[(7 * i * j + 3 * j + i) % 250 + 3 for j in range(2 + 5 * i)] for i in range(12)]
 
 
-def make_engine(decoder, num_blocks=200, block_size=16, rows=16, budget=64, **kwargs) -> EngineLoop:
+def make_engine(decoder, num_blocks=200, block_size=16, rows=16, budget=64, wrap=None, **kwargs) -> EngineLoop:
+    """wrap: makes another runner of the one that computes."""
     runner = Runner(decoder, num_blocks=num_blocks, block_size=block_size, max_requests=rows, max_tokens=budget)
     plan = Scheduler(
         num_blocks=num_blocks,
@@ -31,7 +32,7 @@ def make_engine(decoder, num_blocks=200, block_size=16, rows=16, budget=64, **kw
     return EngineLoop(
         "w8a8",
         plan,
-        runner,
+        runner if wrap is None else wrap(runner),
         device_thread=DeviceThread(),
         max_model_len=decoder.config.max_model_len,
         grammars=REGISTRY,

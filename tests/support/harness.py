@@ -18,10 +18,10 @@ from service.engine.api import HostInfo, Reloaded
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.engine.messages import News
-from service.engine.supervision import FaultLimits
 from service.host.channel.client import HostClient, Link
 from service.host.channel.messages import ToEngine, ToWeb
 from service.host.channel.socket import LoopEnd, ThreadEnd, pair
+from service.host.limits import fault_limits
 from service.host.model_host import nothing_to_reload
 from service.host.server import HostServer, ServedHost
 from service.process import start_thread
@@ -115,7 +115,7 @@ def host_of(link: Link, engines: Mapping[str, object], settings: Settings, token
         tuple(engines),
         link,
         load_tokenizer=lambda _: tokenizer or ByteTokenizer(),
-        limits=FaultLimits(settings.engine_restarts, settings.engine_restart_window_s, settings.step_timeout_s),
+        limits=fault_limits(settings),
         max_waiting=settings.max_waiting,
     )
     for name, engine in engines.items():

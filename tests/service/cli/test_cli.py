@@ -29,13 +29,7 @@ PROGRESS = re.compile(r"(ottava: |\S+ \S+ INFO web service\.cli\.serve: ).*\n")
 """How far a command is, where stderr is no terminal."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """A tiny model gains nothing from a second thread, and on a busy machine waits for it at every op."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -34,13 +34,7 @@ TEXT = Calibration(num_windows=2, window_len=32)
 PROMPTS = [f"{'hello world ' * (n % 5)}{n}" for n in range(12)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """A tiny model gains nothing from a second thread, and on a busy machine waits for it at every op."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quantized(source: Path, out: Path, scheme: str = "w8a8", kv: str = "float") -> Path:
