@@ -1,5 +1,6 @@
 """Triton reads TRITON_INTERPRET when a kernel is defined, so it is set before anything imports one."""
 
+import logging
 import os
 
 import pytest
@@ -11,6 +12,18 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Processes share the cores already; tiny models gain nothing from more threads.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before():
+    """What a server or a command sets of the loggers of this process ends with its test."""
+    loggers = [logging.getLogger(name) for name in ("", "uvicorn", "uvicorn.error", "uvicorn.access")]
+    before = [(logger, logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, level, propagate, handlers in before:
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.engine.api import OneToken, VariantInfo
+from service.web.uvicorn_config import server_config
 from tests.support.fake_engine import INFO, FakeEngine
 from tests.support.harness import app_of
 
@@ -62,7 +63,9 @@ def page_app(engines: Mapping[str, FakeEngine], **settings: object) -> FastAPI:
 def served(app: FastAPI) -> Iterator[str]:
     """The app on a loopback port, in a thread: the browser's driver wants this one for itself."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", http="h11", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        server_config(app, app.state.serving.settings, log_level="error", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     end = time.monotonic() + START_S

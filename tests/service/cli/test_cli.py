@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import re
 import subprocess
@@ -41,11 +40,10 @@ def _own_process_state(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    verbosity, handlers = transformers_logging.get_verbosity(), list(logging.getLogger().handlers)
+    verbosity = transformers_logging.get_verbosity()
     yield
     transformers_logging.set_verbosity(verbosity)
     transformers_logging.enable_progress_bar()
-    logging.getLogger().handlers[:] = handlers
 
 
 @pytest.fixture

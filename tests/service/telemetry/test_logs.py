@@ -3,7 +3,6 @@
 import asyncio
 import io
 import json
-import logging
 
 import pytest
 
@@ -18,12 +17,8 @@ SECRET = "tell nobody that the cake is a lie"
 
 @pytest.fixture
 def stream():
-    """Where configure_logging writes; the loggers are put back as they were afterwards."""
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield io.StringIO()
-    root.handlers[:] = before
-    root.setLevel(level)
+    """Where configure_logging writes."""
+    return io.StringIO()
 
 
 def served(stream, requests, engines=None, tokenizer=None, **settings):

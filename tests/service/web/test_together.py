@@ -1,6 +1,7 @@
 """Tokens that go out together say what they would one by one, and an event that is filled in what pydantic says."""
 
 import asyncio
+import math
 
 import h11
 import pytest
@@ -154,9 +155,10 @@ def test_tokens_of_one_event_have_no_time_between_them():
 @pytest.mark.parametrize("more", [{}, {"n": 2}, {"stream_options": {"include_usage": True}}], ids=["", "n", "usage"])
 def test_a_stream_of_filled_in_events_is_that_of_built_ones(path, more, monkeypatch):
     def events() -> list[dict]:
-        # What is of one request alone; the order of the answers is that of their tasks.
+        # What is of one request alone; in which order two answers come is the event loop's to say.
         own = ("id", "created")
         plain = [{k: v for k, v in each.items() if k not in own} for each in streamed(path, 1, **more)[0]]
+        plain.sort(key=lambda each: each["choices"][0]["index"] if each["choices"] else math.inf)
         for choice in (choice for each in plain for choice in each["choices"]):
             choice.pop("metrics", None)
         return plain
