@@ -3,7 +3,7 @@
     python -m benchmarks.faults --cases crowd,sigkill        some of them
     python -m benchmarks.faults --model demo                 a real small model, which takes long
 
-Each case starts `ottava serve` in a process of its own, with both variants on the int8 and float paths that are served
+Each case starts `ottava serve` with its two processes, with both variants on the int8 and float paths that are served
 everywhere, on loopback. Whoever is answered in it must get the tokens of a quiet run. What is expected of a case stands
 in it; where it does not hold, the case fails and with it the script, with exit code 1.
 """
@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, Run]] = {
     "raise-always": ("a kernel raises always", engines.raising_always),
     "blocks": ("out of KV blocks", crowds.out_of_blocks),
     "sigterm": ("SIGTERM under load", lives.terminated),
+    "engine": ("SIGKILL of the engine", lives.engine_killed),
     "sigkill": ("SIGKILL under load", lives.killed),
     "disk": ("disk full while quantizing", disks.full_disk),
     "cache": ("corrupted cache", disks.damaged_cache),

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Sequence
 
-from benchmarks.faults.bench import LONG_TOKENS, Bench, ask_all, questions
+from benchmarks.faults.bench import LONG_TOKENS, PROMPTS, VARIANTS, Bench, ask_all, questions
 from benchmarks.faults.case import Case
 from benchmarks.faults.clients import Kind, Question, Seen, ask
-from benchmarks.faults.server import Server
+from benchmarks.faults.server import POLL_S, Server, is_running
 
 QUANTIZING = "quantizing layers"
+ORPHAN_S = 5.0
+"""For an engine to end once the web is gone."""
+
+TOLD_S = 1.0
+"""For every client to be told that its engine is gone."""
 
 
 async def terminated(bench: Bench, case: Case) -> None:
@@ -53,22 +59,14 @@ async def killed(bench: Bench, case: Case) -> None:
     with bench.serve(*arguments, models=models) as server:
         await case.checked(server)
         answers = await _own_answers(server)
-        num_begun = asyncio.Semaphore(0)
-
-        async def one(question: Question) -> tuple[Question, Seen]:
-            def has_begun(received: bytes) -> bool:
-                if received.count(b"data: ") >= 3 and question not in begun:
-                    begun.add(question)
-                    num_begun.release()
-                return False
-
-            return question, await ask(server.port, question, leaves=has_begun)
-
-        begun: set[Question] = set()
-        asking = asyncio.gather(*(one(question) for question in asked))
-        for _ in range(20):
-            await num_begun.acquire()
+        begun = Begun()
+        asking = asyncio.gather(*(begun.ask(server.port, question) for question in asked))
+        await begun.wait(20)
+        engine = server.engine_pid
         server.signal(signal.SIGKILL)
+        gone_s = await _gone_within(engine, ORPHAN_S)
+        case.expect(gone_s is not None, f"the engine outlives the web by {ORPHAN_S:g} s")
+        case.told.append(f"the engine is gone within {max(gone_s or ORPHAN_S, 0.1):.1f} s")
         allowed = (Kind.ANSWERED, Kind.CUT)
         seen = case.take(await asking, answers, allowed)
         case.expect(seen["cut off"] > 0, "nobody was cut off")
@@ -79,6 +77,68 @@ async def killed(bench: Bench, case: Case) -> None:
             case.expect(QUANTIZING not in server.said, "the cache was made anew")
             case.take(await ask_all(server.port, _of(answers)), answers)
             case.told.append(f"the next one is ready after {took_s:.1f} s and quantizes nothing")
+
+
+async def engine_killed(bench: Bench, case: Case) -> None:
+    """SIGKILL of the engine alone: those who run are told at once, another one starts, and serves those who wait."""
+    running = [Question(PROMPTS[n % len(PROMPTS)], LONG_TOKENS, VARIANTS[n % 2], stream=True) for n in range(50)]
+    after = questions(50, 24)
+    case.done = f"SIGKILL of the engine while {len(running)} streams run; {len(after)} requests once it is ready again"
+    with bench.serve() as server:
+        async with case.watching(server):
+            begun = Begun()
+            asking = asyncio.gather(*(begun.ask(server.port, question) for question in running))
+            await begun.wait(len(running))
+            old = server.engine_pid
+            os.kill(old, signal.SIGKILL)
+            killed_s = time.perf_counter()
+            seen = case.take(await asking, bench.answers, (Kind.FAILED,))
+            told_s = time.perf_counter() - killed_s
+            case.expect(told_s <= TOLD_S, f"the last client was told after {told_s:.2f} s, the limit is {TOLD_S:g}")
+            case.expect(set(seen) == {"200, then engine_failed"}, f"clients saw {dict(seen)}")
+            case.expect_equal((await server.get("/health")).status_code, 200, "/health")
+            await case.checked(server)
+            ready_s = time.perf_counter() - killed_s
+            case.expect(not is_running(old), "the killed process is still there")
+            case.take(await ask_all(server.port, after), bench.answers)
+            case.expect_equal(await server.total("ottava_engine_restarts_total"), len(VARIANTS), "restarts")
+            await case.expect_counted(server, {"length": len(after), "error": len(running), "abort": 0})
+            case.told.append(f"all are told within {told_s:.2f} s; /health 200; ready again after {ready_s:.1f} s")
+
+
+class Begun:
+    """Asks, and tells how many answers have begun."""
+
+    def __init__(self) -> None:
+        self._count = asyncio.Semaphore(0)
+
+    async def ask(self, port: int, question: Question) -> tuple[Question, Seen]:
+        """See `clients.ask`."""
+        has_begun = False
+
+        def look(received: bytes) -> bool:
+            nonlocal has_begun
+            if not has_begun and received.count(b"data: ") >= 3:
+                has_begun = True
+                self._count.release()
+            return False
+
+        return question, await ask(port, question, leaves=look)
+
+    async def wait(self, count: int) -> None:
+        """Until so many have brought their third event."""
+        for _ in range(count):
+            await self._count.acquire()
+
+
+async def _gone_within(pid: int, limit_s: float) -> float | None:
+    """After how long a process is gone; None where it is not."""
+    start_s = time.perf_counter()
+    while is_running(pid):
+        if time.perf_counter() - start_s > limit_s:
+            return None
+        await asyncio.sleep(POLL_S)
+    return time.perf_counter() - start_s
 
 
 async def _own_answers(server: Server) -> dict[tuple[str, str], tuple[int, ...]]:

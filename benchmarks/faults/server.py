@@ -51,11 +51,16 @@ class Server:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     @property
+    def engine_pid(self) -> int:
+        """The process of its engines, its only child."""
+        pid = self.process.pid
+        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+        return int(child)
+
+    @property
     def rss_mb(self) -> float:
-        """Resident memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
-        line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-        return int(line.split()[1]) / 1024
+        """Resident memory of both processes."""
+        return _rss_mb(self.process.pid) + _rss_mb(self.engine_pid)
 
     async def get(self, path: str) -> httpx.Response:
         """One GET on a connection of its own."""
@@ -83,7 +88,7 @@ class Server:
                 ready = await self.get("/ready")
             except httpx.TransportError:
                 ready = None
-            if ready is not None and "self-check is still running" not in ready.text:
+            if ready is not None and not _is_starting(ready):
                 return ready
             await asyncio.sleep(POLL_S)
         raise RuntimeError(f"the server was not ready within {START_S:g} s: {self.said[-500:]}")
@@ -126,6 +131,27 @@ class Server:
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, one that has ended and is not yet waited for aside."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _rss_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def _is_starting(ready: httpx.Response) -> bool:
+    """What /ready says during the start is the same of every variant; a variant that was refused says its own."""
+    if ready.status_code == 200:
+        return False
+    reasons = list(ready.json()["variants"].values())
+    return len(reasons) == 2 and reasons[0] == reasons[1]
 
 
 def environment() -> dict[str, str]:
