@@ -39,4 +39,7 @@ def assemble(settings: Settings, watch: Watch | None = None) -> FastAPI:
         max_waiting=settings.max_waiting,
         watch=watch,
     )
-    return create_app(host, settings)
+    app = create_app(host, settings)
+    # Now, while no client waits, and not within the first request for it.
+    app.openapi()
+    return app

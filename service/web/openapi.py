@@ -57,11 +57,21 @@ def generation(description: str, *events: type[BaseModel]) -> Responses:
 
 
 def document_events(app: FastAPI, *events: type[BaseModel]) -> None:
-    """Put the models of events, which no route answers with as a whole, among the components of the app's OpenAPI."""
-    _, found = models_json_schema([(model, "serialization") for model in events], ref_template=REFERENCE)
-    components = app.openapi()["components"]["schemas"]
-    for name, schema in found["$defs"].items():
-        components.setdefault(name, schema)
+    """Add the models of events, which no route answers with as a whole, to the components of the app's OpenAPI.
+
+    The document is built at the first call of `app.openapi`, which takes about 130 ms.
+    """
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            components = FastAPI.openapi(app)["components"]["schemas"]
+            _, found = models_json_schema([(model, "serialization") for model in events], ref_template=REFERENCE)
+            for name, schema in found["$defs"].items():
+                components.setdefault(name, schema)
+        document: dict[str, Any] = FastAPI.openapi(app)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _reference(model: type[BaseModel]) -> dict[str, str]:
