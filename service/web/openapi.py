@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of answers that FastAPI cannot see: failures, and the events of streams."""
+"""OpenAPI descriptions that FastAPI cannot infer: error responses, and the events of streams."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 REFERENCE = "#/components/schemas/{model}"
 EVERY_ROUTE = (413, 421, 500)
-"""What stands around the routes can answer these anywhere."""
+"""Statuses that the middleware may answer on any route."""
 
 _MEANINGS = {
     400: "A value outside its range: the message names field, value, limit and remedy.",
@@ -32,13 +32,13 @@ _MEANINGS = {
 
 
 def failures(*statuses: int) -> Responses:
-    """The failures of a route: these, and those of every route."""
+    """The error responses of a route: these statuses, plus those of every route."""
     wanted = sorted({*statuses, *EVERY_ROUTE})
     return {status: {"model": ErrorResponse, "description": _MEANINGS[status]} for status in wanted}
 
 
 def generation(description: str, *events: type[BaseModel]) -> Responses:
-    """The answers of a route that generates, as a whole or as a stream of these events."""
+    """The responses of a generation route, which answers as a whole or as a stream of these events."""
     models: tuple[type[BaseModel], ...] = (*events, ErrorResponse)
     data = {
         "anyOf": [
@@ -50,14 +50,14 @@ def generation(description: str, *events: type[BaseModel]) -> Responses:
             },
         ]
     }
-    # One event; OpenAPI 3.1 has no word for the items of a stream.
+    # Describes one event, because OpenAPI 3.1 cannot describe the items of a stream.
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     ok = {"description": description, "content": {"text/event-stream": {"schema": event}}}
     return {200: ok, **failures(400, 401, 404, 422, 429, 503, 504)}
 
 
 def document_events(app: FastAPI, *events: type[BaseModel]) -> None:
-    """Put the models of events, which no route answers with as a whole, among the components of the app's OpenAPI."""
+    """Add the models of events to the components of the app's OpenAPI, since no route returns them directly."""
     _, found = models_json_schema([(model, "serialization") for model in events], ref_template=REFERENCE)
     components = app.openapi()["components"]["schemas"]
     for name, schema in found["$defs"].items():
