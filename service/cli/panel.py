@@ -78,7 +78,7 @@ def _routes(paths: Paths, method: str, besides: str = "") -> list[str]:
 
 def _keys(settings: Settings, has_keys: bool) -> str:
     if is_loopback(settings.host):
-        return "on" if has_keys else f"off: whoever uses this machine is served; nobody else reaches {settings.host}"
+        return "on" if has_keys else f"off: every client on this machine is served; others cannot reach {settings.host}"
     where = escape(f"listening on {settings.host}, which other machines may reach")
     if has_keys:
         return f"on; {where}: keys and texts cross the network in the clear unless a proxy adds TLS"

@@ -44,7 +44,7 @@ def roofline(
     bandwidth: Annotated[
         str,
         typer.Option(
-            help="data-sheet, measured (a copy; h100 alone), or TB/s.",
+            help="data-sheet, measured (by a copy; h100 only), or TB/s.",
             autocompletion=complete(["data-sheet", "measured"]),
         ),
     ] = "data-sheet",

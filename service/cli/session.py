@@ -44,12 +44,9 @@ class Session:
         self._url = url
         self._out = Console()
         self._commands: dict[str, tuple[str, Callable[[str], None]]] = {
-            "/reset": ("forget the conversation", self._reset),
-            "/variant": ("NAME: let another variant answer; without a name, the default", self._set_variant),
-            "/compare": (
-                "on or off: let the fp16 baseline answer too; without a word, the other way",
-                self._set_compare,
-            ),
+            "/reset": ("clear the conversation", self._reset),
+            "/variant": ("NAME: ask another variant; without a name, the default", self._set_variant),
+            "/compare": ("on or off: also ask the fp16 baseline; without a word, toggle it", self._set_compare),
             "/help": ("list the commands", self._help),
             "/quit": ("leave, as Ctrl-D does", self._quit),
         }
@@ -101,7 +98,7 @@ class Session:
 
     def _reset(self, _: str) -> None:
         self._chat.reset()
-        self._note("the conversation starts anew")
+        self._note("the conversation is cleared")
 
     def _set_variant(self, name: str) -> None:
         self._chat.variant = name or None

@@ -1,4 +1,4 @@
-"""The thread-safe door to an engine's scheduler: commands go in, news comes out."""
+"""Thread-safe access to an engine's scheduler: takes commands from any thread and sends news."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ class EngineLoop:
         )
 
     def news(self) -> News:
-        """News that hold only the current gauges."""
+        """News with nothing but the current gauges."""
         return News(self.variant, self._inbox.gauges())
 
     def _deliver(self, news: News) -> None:
@@ -245,7 +245,7 @@ class EngineLoop:
                     self.is_exhausted = not is_poison(fault)
                     self._fail(fault)
         except Exception as error:
-            logger.exception("engine %s cannot go on after a fault", self.variant)
+            logger.exception("engine %s cannot continue after a fault", self.variant)
             self._fail(error)
         finally:
             self._watchdog.stop()
@@ -255,7 +255,7 @@ class EngineLoop:
         try:
             while self._wait_for_work():
                 self._turn()
-        except Exception as error:  # noqa: BLE001 (whatever a step raises is a fault, which `_run` logs)
+        except Exception as error:  # noqa: BLE001 (any exception of a step is a fault, which `_run` logs)
             return error
         return None
 
@@ -339,7 +339,7 @@ class EngineLoop:
             try:
                 self._settle()
             except Exception:
-                logger.exception("engine %s: a step in flight is lost with the one that raised", self.variant)
+                logger.exception("engine %s: another step in flight is lost as well", self.variant)
         lost, self._lost = self._lost, set()
         return lost
 

@@ -93,7 +93,7 @@ class Reloader:
             why = f"{folder} is not served, the old weights are: {first_line(error)}"
             raise ReloadFailed(why, "model") from error.with_traceback(None)
         except Exception as error:
-            log.exception("reload of %s", folder)
+            log.exception("the reload of %s failed", folder)
             raise error.with_traceback(None) from None
         # The old weights were frozen out of garbage collection; in a reference cycle they would never be freed.
         settle()

@@ -58,11 +58,11 @@ def check_tracing(environment: Mapping[str, str] = os.environ) -> ModuleType | N
         return None
     for name in PROTOCOLS:
         if environment.get(name, SPOKEN) != SPOKEN:
-            raise InvalidSettings(f"{name} is {environment[name]!r}; traces are sent as {SPOKEN} alone: unset it")
+            raise InvalidSettings(f"{name} is {environment[name]!r}; traces are sent only as {SPOKEN}: unset it")
     try:
         return import_module("service.telemetry.spans")
     except ModuleNotFoundError as error:
         raise InvalidSettings(
-            f"traces are asked for by {' or '.join(ENDPOINTS)}, but {error.name} is not installed: "
+            f"traces are enabled by {' or '.join(ENDPOINTS)}, but {error.name} is not installed: "
             "pip install 'ottava[otel]', or unset the variable"
         ) from error

@@ -46,7 +46,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise UnsupportedModel(f"the model's chat template is no valid template: {error}") from error
+            raise UnsupportedModel(f"the model's chat template is not valid: {error}") from error
 
     def render(self, messages: Sequence[Mapping[str, str]], is_open: bool = True) -> str:
         """The text of a conversation.

@@ -18,16 +18,16 @@ EVERY_ROUTE = (413, 421, 500)
 
 _MEANINGS = {
     400: "A value outside its range: the message names field, value, limit and remedy.",
-    401: "No API key, or one that is not known; only where keys are set.",
+    401: "No API key, or an unknown one; only if keys are set.",
     404: "A model or variant that is not served here.",
-    409: "Nothing has changed, and why; or a reload is running.",
+    409: "The reload failed and changed nothing, or another one is running.",
     413: "A body above the limit.",
-    421: "A Host header that is no name of this server.",
-    422: "A body of another shape: unknown field, wrong type, missing field, not JSON.",
+    421: "A Host header that names another server.",
+    422: "A body of the wrong shape: unknown field, wrong type, missing field, not JSON.",
     429: "Too many requests of this API key; see Retry-After.",
     500: "The engine, or the server, failed.",
-    503: "Not ready, too many requests waiting, or waited too long; see Retry-After.",
-    504: "Not done within the request's time.",
+    503: "Not ready, stopping, too many requests queued, or queued too long; see Retry-After.",
+    504: "Not done within the request's timeout.",
 }
 
 

@@ -114,7 +114,7 @@ class Server(uvicorn.Server):
 
     def _on_end(self, number: signal.Signals) -> None:
         if self._is_told:
-            log.warning("%s: ending at once", number.name)
+            log.warning("%s again: exiting at once", number.name)
             end_process(FORCED + number)
         self._is_told = True
         self._drain(self._settings.drain_timeout_s, number.name)

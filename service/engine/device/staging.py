@@ -32,7 +32,7 @@ class Staging:
         return self._sets[self._turn][:num_bytes]
 
     def send(self, taken: Tensor) -> Tensor:
-        """Launch the copy to the device and return it there. On a CPU, returns taken, valid for two more steps."""
+        """Launch the copy to the device and return it there. On a CPU, returns taken, valid until the next but one."""
         return taken if self._device.type == "cpu" else taken.to(self._device, non_blocking=True)
 
     def _memory(self, num_bytes: int) -> Tensor:

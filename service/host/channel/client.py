@@ -205,7 +205,7 @@ class HostClient:
             self.refused = returned.refused or {}
         except OttavaError as error:
             if not self._gone.done():
-                log.error("the self-check raised: no variant becomes ready")  # noqa: TRY400 (its trace is the engine's)
+                log.error("the self-check raised: no variant becomes ready")  # noqa: TRY400 (the engine logs the trace)
                 self.refused = dict.fromkeys(self.engines, f"the self-check raised: {error.message}")
         for variant, reason in self.refused.items():
             log.error("variant %s refused by the self-check: %s", variant, reason)
