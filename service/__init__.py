@@ -1,1 +1,1 @@
-"""The server: engine, models and HTTP."""
+"""The server: engine, models, HTTP and command line."""

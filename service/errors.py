@@ -1,35 +1,35 @@
-"""Every error a user can meet, as one tree. A leaf maps to one HTTP status or to one line and a non-zero exit.
+"""Every error a user can see, as one tree. A leaf maps to one HTTP status or to one line and a non-zero exit.
 
 OttavaError
- + RequestError               the client can mend it
+ + RequestError               the client can fix it
  |  + InvalidRequest     400   a value out of its range
  |  + PromptTooLong      400   more tokens than the context holds
- |  + Unauthorized       401   no API key, or one that is not known
- |  + UnknownVariant     404   no such variant here
- |  + UnknownModel       404   no such model here
+ |  + Unauthorized       401   no API key, or an unknown one
+ |  + UnknownVariant     404   a variant that is not served
+ |  + UnknownModel       404   a model that is not served
  |  + TooLarge           413   a body above the limit
  |  + UnknownHost        421   a Host header with another name than this server's
- |  + Malformed          422   the body has another shape
- |  + DeadlineExceeded   504   not done within the request's time
+ |  + Malformed          422   a body of the wrong shape
+ |  + DeadlineExceeded   504   not done within the request's timeout
  |  + ReloadFailed       409   the new checkpoint is not served; the old one still is
  + CapacityError              the client can try again
  |  + RateLimited        429   too many requests of one API key
- |  + QueueFull          503   too many requests waiting
- |  + QueueTimeout       503   waited too long for the first step
+ |  + QueueFull          503   too many requests queued
+ |  + QueueTimeout       503   queued too long
  |  + NotReady           503   starting, or refused by the self-check
  |  + Draining           503   the server is stopping
- + EngineError                ours
+ + EngineError                the server is at fault
  |  + EngineFailed       500   a step raised; the request is lost
  + ChatError                  `ottava chat`: no server answers, or it refused; one line, exit code 1
- + StartupError               told in one line at start, exit code 1
+ + StartupError               shown in one line at start, exit code 1
     + ModelNotFound            neither a folder nor a model that can be fetched
-    + UnsupportedModel         a family or a feature of it that is not served
+    + UnsupportedModel         a family, or a feature of it, that is not served
     + UnsafeCheckpoint         pickled weights
     + InvalidSettings          an unknown or impossible setting
-    + SelfCheckFailed          a variant whose output is not finite or disagrees wildly with the baseline
+    + SelfCheckFailed          a variant whose output is not finite or far from the baseline's
 
-`quant.errors` is a tree of its own (a corrupt checkpoint, a model that cannot be quantized), since quant knows no
-service; the command line shows its errors as start-up errors.
+`quant.errors` is a separate tree (a corrupt checkpoint, a model that cannot be quantized), because quant does not
+import service; the command line shows its errors like start-up errors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from collections.abc import Iterator, Mapping
 
 
 class OttavaError(Exception):
-    """Root of the tree. `param` names the field at fault, where there is one; `headers` go out with the answer."""
+    """Root of the tree. `param` names the field that caused it, or is None; `headers` are sent with the answer."""
 
     status = 500
     type = "server_error"
@@ -55,14 +55,14 @@ class OttavaError(Exception):
 
 
 class RequestError(OttavaError):
-    """The request cannot be served as it stands."""
+    """The request cannot be served unless the client changes it."""
 
     status = 400
     type = "invalid_request_error"
 
 
 class InvalidRequest(RequestError):
-    """A value lies outside its range."""
+    """A value is out of its range."""
 
     code = "invalid_value"
 
@@ -74,7 +74,7 @@ class PromptTooLong(RequestError):
 
 
 class Unauthorized(RequestError):
-    """The request brings no API key, or none that is known here."""
+    """The request has no API key, or an unknown one."""
 
     status = 401
     type = "authentication_error"
@@ -86,35 +86,35 @@ class Unauthorized(RequestError):
 
 
 class UnknownVariant(RequestError):
-    """The variant asked for is not served here."""
+    """The requested variant is not served."""
 
     status = 404
     code = "variant_not_found"
 
 
 class UnknownModel(RequestError):
-    """The model asked for is not served here."""
+    """The requested model is not served."""
 
     status = 404
     code = "model_not_found"
 
 
 class TooLarge(RequestError):
-    """The body is longer than the server takes."""
+    """The body is longer than the server accepts."""
 
     status = 413
     code = "body_too_large"
 
 
 class UnknownHost(RequestError):
-    """The request was sent to a name that is not this server's."""
+    """The Host header names another server."""
 
     status = 421
     code = "unknown_host"
 
 
 class DeadlineExceeded(RequestError):
-    """The request was not done within its time; what it held is freed."""
+    """The request exceeded its timeout; what it held is freed."""
 
     status = 504
     type = "timeout_error"
@@ -129,14 +129,14 @@ class Malformed(RequestError):
 
 
 class ReloadFailed(RequestError):
-    """A reload that changed nothing: what was served before still is."""
+    """A reload failed and changed nothing: the old checkpoint is still served."""
 
     status = 409
     code = "reload_failed"
 
 
 class CapacityError(OttavaError):
-    """The same request can succeed later. `retry_after_s`, whole seconds, goes out as Retry-After."""
+    """The same request can succeed later. `retry_after_s`, in whole seconds, is sent as Retry-After."""
 
     status = 503
     type = "overloaded_error"
@@ -151,7 +151,7 @@ class CapacityError(OttavaError):
 
 
 class RateLimited(CapacityError):
-    """One API key sends more requests than it may."""
+    """An API key has exceeded one of its limits."""
 
     status = 429
     type = "rate_limit_error"
@@ -159,25 +159,25 @@ class RateLimited(CapacityError):
 
 
 class QueueFull(CapacityError):
-    """As many requests wait as the queue holds."""
+    """The queue of requests is full."""
 
     code = "queue_full"
 
 
 class QueueTimeout(CapacityError):
-    """The request waited in the queue for longer than a request may."""
+    """The request was queued for too long."""
 
     code = "queue_timeout"
 
 
 class NotReady(CapacityError):
-    """The service is starting, or was refused by its self-check."""
+    """The server is starting, or the variant was refused by the self-check."""
 
     code = "not_ready"
 
 
 class Draining(CapacityError):
-    """The server is stopping and takes no new requests; another one, or the next, will."""
+    """The server is stopping and accepts no new requests."""
 
     code = "draining"
 
@@ -205,7 +205,7 @@ class StartupError(OttavaError):
 
 
 class ModelNotFound(StartupError):
-    """The model is neither a folder nor a fetchable id."""
+    """The model is neither a folder nor an id that can be fetched."""
 
 
 class UnsupportedModel(StartupError):
@@ -213,7 +213,7 @@ class UnsupportedModel(StartupError):
 
 
 class UnsafeCheckpoint(StartupError):
-    """The checkpoint would have to be unpickled."""
+    """The checkpoint has only pickled weights, which are not loaded."""
 
 
 class InvalidSettings(StartupError):
@@ -221,11 +221,11 @@ class InvalidSettings(StartupError):
 
 
 class SelfCheckFailed(StartupError):
-    """A variant's output is not finite or disagrees wildly with the baseline's."""
+    """A variant's output is not finite or is far from the baseline's."""
 
 
 def leaves() -> Iterator[type[OttavaError]]:
-    """Every class of the tree, the root among them."""
+    """Every class of the tree, including the root."""
     found = [OttavaError]
     while found:
         kind = found.pop()
@@ -234,5 +234,5 @@ def leaves() -> Iterator[type[OttavaError]]:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception told in one line."""
+    """The first line of an exception's message, or its class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Modules that are imported at their first use."""
+"""Modules that are imported on first use."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Later:
-    """A module that is imported when something of it is first asked for.
+    """A module that is imported when one of its attributes is first accessed.
 
-    torch and transformers take seconds to import, for which help, a completed word and `ottava chat` must not wait, and
-    the web does without them. Where one is used, a type checker is shown the module itself:
+    torch and transformers take seconds to import, which must not delay help, shell completion and `ottava chat`, and
+    the web never imports them. Use it so that type checkers see the module itself:
 
         if TYPE_CHECKING:
             from service.store import resolve

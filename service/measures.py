@@ -1,4 +1,4 @@
-"""Times and ratios of a run: pure functions of times on the monotonic clock, and the models that carry them."""
+"""Times and ratios of a run: their models, and pure functions of times on the monotonic clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Spread(BaseModel):
 
 
 class RunMetrics(BaseModel):
-    """Times of one run on a monotonic clock; null where there is nothing to measure."""
+    """Times of one run on a monotonic clock; null if there is nothing to measure."""
 
     queue_ms: float | None = Field(description="From the request's arrival to its first step.")
     prefill_ms: float | None = Field(description="From its first step to its first token.")
@@ -33,11 +33,11 @@ class RunMetrics(BaseModel):
     generated_tokens: int
     cached_tokens: int = Field(description="Prompt tokens found in the cache.")
     tokens_per_s: float | None = Field(description="generated / e2e.")
-    batch_size_mean: float = Field(description="Mean number of requests in the steps of this one.")
+    batch_size_mean: float = Field(description="Mean number of requests per step, over this request's steps.")
 
 
 class Speedup(BaseModel):
-    """How many times better this variant did than the baseline; above 1 is better in every field."""
+    """This variant's speedup over the baseline; above 1 is better in every field."""
 
     ttft: float | None
     tpot: float | None
@@ -46,10 +46,10 @@ class Speedup(BaseModel):
 
 
 class Agreement(BaseModel):
-    """How alike the two answers are."""
+    """How well two answers agree."""
 
     common_prefix_tokens: int = Field(description="Tokens before the first difference.")
-    match_ratio: float = Field(description="Places with the same token / tokens of the longer answer.")
+    match_ratio: float = Field(description="Positions with the same token / tokens of the longer answer.")
     logprob_delta_mean: float | None = Field(
         description="Mean over the common prefix of |log-probability here - on the baseline|; null without a prefix."
     )
@@ -78,11 +78,11 @@ def measure(
     ttft = sent_0 - received        e2e = sent_{n-1} - received        tpot = (e2e - ttft) / (n - 1)
 
     Args:
-        progress: the engine's side: when it was first scheduled, how full its steps were.
+        progress: the engine's snapshot of the request.
         tokens: the n tokens that were sent; may be fewer than the engine generated.
         num_prompt: tokens of the prompt.
-        received_s: when the request came in.
-        sent_s: [n], when each token went out.
+        received_s: when the request arrived.
+        sent_s: [n], when each token was sent.
     """
     scheduled_s = progress.first_scheduled_s
     ttft_s = sent_s[0] - received_s if sent_s else None

@@ -1,4 +1,4 @@
-"""The process itself: work on threads of its own, garbage collection, and leaving at once."""
+"""Process-wide helpers: threads, garbage collection and exit."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ R = TypeVar("R")
 
 
 def start_thread(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-    """What the function returns or raises, once it has.
+    """Run a function on a new daemon thread. Returns a future of its result or exception.
 
-    Unlike an executor's, the thread ends with its work: no pool of OpenMP threads stays behind, see `DeviceThread`.
+    Unlike an executor's thread, this one ends with its work and leaves no pool of OpenMP threads; see `DeviceThread`.
     """
     done: Future[R] = Future()
-    # From here on it cannot be cancelled: whoever waits for it may leave, the work goes on.
+    # The future can no longer be cancelled: the work continues even if the waiting caller is.
     done.set_running_or_notify_cancel()
 
     def work() -> None:
         try:
             done.set_result(function(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 (handed to whoever waits for it)
+        except BaseException as error:  # noqa: BLE001 (passed to the caller)
             done.set_exception(error)
 
     threading.Thread(target=work, name=name, daemon=True).start()
@@ -35,11 +35,11 @@ def start_thread(name: str, function: Callable[P, R], *args: P.args, **kwargs: P
 
 
 def settle() -> None:
-    """Collect garbage once, and leave all that is alive now out of later collections.
+    """Collect garbage once, and exclude all live objects from later collections.
 
-    A full collection looks at every object. With torch and transformers imported that takes a quarter of a second, in
-    which no thread of this process moves, and 64 streams bring one about every five seconds. What has been loaded
-    stays anyway. Called again, as after a reload, it looks at everything once more: what was let go since is freed.
+    A full collection visits every object. With torch and transformers imported that takes a quarter of a second, during
+    which no thread of this process runs, and 64 streams trigger one about every five seconds. Loaded objects stay alive
+    anyway. A second call, as after a reload, visits everything once more and frees what has been released since.
     """
     gc.unfreeze()
     gc.collect()
@@ -47,7 +47,7 @@ def settle() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit at once with what was logged written, whatever other threads are at."""
+    """Flush logs and output, and exit at once, whatever other threads are doing."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -16,13 +16,13 @@ Start here: two terminals, no GPU and no model needed.
   $ ottava chat --compare     # INT8 and FP16 answer in turn
 
 Then your own model:
-  $ ottava evaluate FOLDER --schemes w8a8,rtn     # what each scheme costs
+  $ ottava evaluate FOLDER --schemes w8a8,rtn     # compare schemes' quality
   $ ottava quantize FOLDER OUT --scheme w8a8      # a checkpoint to keep
   $ ottava serve OUT --baseline FOLDER
-  $ ottava roofline llama-3.1-8b --gpu h100       # what a GPU could gain
+  $ ottava roofline llama-3.1-8b --gpu h100       # predict the speedup
 
 `ottava COMMAND --help` shows a command's options with examples;
-`ottava --install-completion` lets the shell complete them.
+`ottava --install-completion` enables shell completion.
 """
 
 app = typer.Typer(
@@ -54,6 +54,6 @@ def version(
 
 def main() -> None:
     """Entry point of the `ottava` command."""
-    # No fork may deadlock tokenizers.
+    # Otherwise tokenizers' thread pool could deadlock after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app(prog_name="ottava")

@@ -1,4 +1,4 @@
-"""`ottava chat`: questions and answers in the terminal, each with its times."""
+"""`ottava chat`: a conversation in the terminal, with the speed of each answer."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ def chat(
     question: Annotated[
         str | None,
         typer.Argument(
-            help="Ask this alone; left out: a conversation, or one question from a pipe.", metavar="QUESTION"
+            help="Ask only this; left out: a conversation, or one question from a pipe.", metavar="QUESTION"
         ),
     ] = None,
-    url: Annotated[str, typer.Option(help="Where the server is.", envvar="OTTAVA_URL")] = URL,
+    url: Annotated[str, typer.Option(help="Address of the server.", envvar="OTTAVA_URL")] = URL,
     variant: Annotated[
         str | None,
         typer.Option(
-            help="Which variant answers.", show_default="the server's first", autocompletion=complete(["w8a8", "fp16"])
+            help="Variant to ask.", show_default="the server's first", autocompletion=complete(["w8a8", "fp16"])
         ),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Let the fp16 baseline answer too, and compare.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also ask the fp16 baseline, and compare.")] = False,
     system: Annotated[str | None, typer.Option(help="System message before the conversation.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token.", show_default="0")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     api_key: Annotated[
         str | None,
         typer.Option(
-            help="Key that the server asks for; as a flag, every user of this machine can read it.",
+            help="API key of the server; if given as a flag, every user of this machine can read it.",
             envvar="OTTAVA_API_KEY",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Talk to a running server; under each answer, how fast it was.
+    """Talk to a running server, and show the speed of each answer.
 
     From a pipe, or with QUESTION, one answer goes to stdout and its times to stderr.
     """

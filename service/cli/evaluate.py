@@ -1,4 +1,4 @@
-"""`ottava evaluate`: what schemes cost in quality, and what they bring."""
+"""`ottava evaluate`: measures the quality and speed of quantization schemes."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ def evaluate(
     kv_cache: Annotated[
         str | None,
         typer.Option(
-            help="Keys and values of int8 schemes: auto (what the scheme says), float, int8, or both in turn.",
+            help="Storage of int8 schemes' keys and values: auto (as in the scheme), float, int8, or both in turn.",
             show_default="auto",
             autocompletion=complete(["auto", "float", "int8", "both"]),
         ),
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows measured.")] = 20,
-    window_len: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File to write run and rows to.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 20,
+    window_len: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to draw; needs matplotlib.")] = None,
     **settings: Any,
 ) -> None:
-    """Measure what schemes cost in quality against the float model, and what they bring, on the int8 path."""
+    """Compare the quality and speed of schemes with the float model's, on the int8 path."""
     with told_in_one_line():
         machine.quiet_libraries()
         chosen = load_settings(model=model, kv_cache=None if kv_cache == "both" else kv_cache, **settings)
@@ -82,5 +82,5 @@ def evaluate(
         )
         with progress() as on_progress:
             run, rows = asked.run(chosen.model, chosen, on_progress, ["ottava", *sys.argv[1:]])
-    # A pipe has no width; a scheme's name and eight columns take up to 120.
+    # A pipe has no width, and a scheme's name and eight columns take up to 120 characters.
     evaluation.show(run, rows, Console() if sys.stdout.isatty() else Console(width=120))

@@ -1,4 +1,4 @@
-"""Flags derived from the settings: each field is written once, and is a flag of every command that takes it."""
+"""Flags derived from the settings: a field is defined once, and is a flag of every command that uses it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from service.settings.fields import choices_of, is_list, is_secret, leaves, pane
 
 FIELDS = Settings.model_fields
 FLAGS = tuple(name for name, field in FIELDS.items() if not is_secret(field))
-"""Every user of a machine can read the flags of its processes, so a secret is a variable or a key of the file alone."""
+"""Secrets have no flag, because every user of a machine can read its processes' flags; use a variable or the file."""
 
 PANELS = panels(FIELDS)
 SECRETS = tuple(name for name, field in FIELDS.items() if is_secret(field))
 
 
 def complete(words: Iterable[str]) -> Callable[[str], list[str]]:
-    """A shell's completion of one of the words."""
+    """A completion function for one of the words."""
     known = list(words)
     return lambda incomplete: [word for word in known if word.startswith(incomplete)]
 
 
 def complete_list(words: Iterable[str]) -> Callable[[str], list[str]]:
-    """A shell's completion of words separated by commas, each taken once."""
+    """A completion function for words separated by commas, each used once."""
     known = list(words)
 
     def completed(incomplete: str) -> list[str]:
@@ -50,7 +50,7 @@ RoundingOfWeights = Annotated[
     str | None,
     typer.Option(
         "--rounding",
-        help="Of weights: nearest or gptq.",
+        help="Rounding of weights: nearest or gptq.",
         show_default="the scheme's",
         autocompletion=complete(["nearest", "gptq"]),
     ),
@@ -58,7 +58,7 @@ RoundingOfWeights = Annotated[
 
 
 def takes_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the flags of these settings, which reach it in its `**settings`; None where one is left out."""
+    """Add the flags of these settings to a command, which gets them in its `**settings`; None if left out."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
@@ -80,10 +80,10 @@ def takes_settings(*names: str) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def scheme_of(name: str, alpha: float | None, rounding: str | None) -> Scheme:
-    """A preset; alpha replaces the presets' own where they smooth, rounding where they are int8.
+    """A preset; alpha replaces its own if it smooths, and rounding if it is int8.
 
     Raises:
-        InvalidSettings: there is no such preset, or it cannot be had so.
+        InvalidSettings: there is no such preset, or it does not support these options.
     """
     try:
         return Scheme.preset(name.strip()).with_alpha(alpha).with_rounding(cast("Rounding | None", rounding))
@@ -92,7 +92,7 @@ def scheme_of(name: str, alpha: float | None, rounding: str | None) -> Scheme:
 
 
 def _parameters(name: str) -> Iterator[inspect.Parameter]:
-    """The flag of a setting. Of a switch two, one for each way; help shows the one that changes something."""
+    """The flag of a setting. A switch has two, on and off, and help shows the one that changes the default."""
     field, flag = FIELDS[name], name.replace("_", "-")
     if _kind(field) is bool:
         yield _parameter(name, f"--{flag}", bool, hidden=field.default is True)
@@ -126,7 +126,7 @@ def _help(field: FieldInfo) -> str:
 
 
 def _kind(field: FieldInfo) -> type:
-    """What the command line checks: numbers, paths and switches. All else, and every limit, is for the settings."""
+    """The type that the command line checks: numbers, paths and switches. The settings check all else, and limits."""
     kinds = set(leaves(field.annotation)) & {int, float, bool, Path}
     return kinds.pop() if len(kinds) == 1 and not is_list(field) else str
 

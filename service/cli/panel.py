@@ -1,4 +1,4 @@
-"""What `ottava serve` says once it is up: what is served, where, to whom."""
+"""The panel that `ottava serve` shows once it serves: model, addresses and API keys."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from service.settings import Settings
 from service.web.keys import is_loopback
 
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared with, not listened on)
-"""An address that is listened on and cannot be called -> where this machine calls it."""
+"""Wildcard address to listen on -> address to call it from this machine."""
 
 Paths = Mapping[str, Iterable[str]]
-"""Route -> its methods in lower case, as OpenAPI lists them."""
+"""Route -> its methods in lower case, as in OpenAPI."""
 
 
 def startup_panel(info: HostInfo, paths: Paths, settings: Settings, has_keys: bool) -> Panel:
-    """The panel: model, device, variants, what they should gain, endpoints, keys.
+    """The panel: model, device, variants, expected gain, endpoints, keys.
 
     Args:
         info: what is served.
-        has_keys: clients need an API key.
+        paths: the app's routes.
+        has_keys: whether clients need an API key.
     """
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
@@ -35,7 +36,7 @@ def startup_panel(info: HostInfo, paths: Paths, settings: Settings, has_keys: bo
 
 
 def url_of(settings: Settings) -> str:
-    """Where this machine finds the service; the port stays open where the system chooses it."""
+    """The server's URL on this machine, with a placeholder if the system chooses the port."""
     host = EVERYWHERE.get(settings.host, settings.host)
     port = settings.port or "PORT"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -77,7 +78,7 @@ def _routes(paths: Paths, method: str, besides: str = "") -> list[str]:
 
 def _keys(settings: Settings, has_keys: bool) -> str:
     if is_loopback(settings.host):
-        return "on" if has_keys else f"off: whoever uses this machine is served; nobody else reaches {settings.host}"
+        return "on" if has_keys else f"off: every client on this machine is served; others cannot reach {settings.host}"
     where = escape(f"listening on {settings.host}, which other machines may reach")
     if has_keys:
         return f"on; {where}: keys and texts cross the network in the clear unless a proxy adds TLS"

@@ -1,4 +1,4 @@
-"""`ottava quantize`: a float model in, an int8 checkpoint out."""
+"""`ottava quantize`: converts a float model to an int8 checkpoint."""
 
 from __future__ import annotations
 

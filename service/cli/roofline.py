@@ -1,4 +1,4 @@
-"""`ottava roofline`: what a GPU could do at best."""
+"""`ottava roofline`: predicts the best possible speed on a GPU."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def roofline(
     gpu: Annotated[str, typer.Option(help="One of: " + ", ".join(GPUS), autocompletion=complete(GPUS))] = "h100",
     tokens: Annotated[str, typer.Option(help="Tokens of a step, separated by commas.")] = "1,16,256,4096",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache of each request, or of a prompt.")] = 512,
-    decodes: Annotated[int, typer.Option(min=0, help="Steps up to this size decode; larger ones read prompts.")] = 256,
+    decodes: Annotated[int, typer.Option(min=0, help="Steps up to this size decode; larger ones prefill.")] = 256,
     bandwidth: Annotated[
         str,
         typer.Option(
-            help="data-sheet, measured (a copy; h100 alone), or TB/s.",
+            help="data-sheet, measured (by a copy; h100 only), or TB/s.",
             autocompletion=complete(["data-sheet", "measured"]),
         ),
     ] = "data-sheet",
     scheme: Annotated[
-        str | None, typer.Option(help="Say whether a scheme is practical, such as weight=channel,activation=token.")
+        str | None, typer.Option(help="Check that a scheme is practical, such as weight=channel,activation=token.")
     ] = None,
     measured: Annotated[
-        list[Path] | None, typer.Option(help="Result of benchmarks.kernels or benchmarks.serving to set beside.")
+        list[Path] | None, typer.Option(help="Result of benchmarks.kernels or benchmarks.serving to compare with.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the rows to.")] = None,
 ) -> None:
-    """Predict the time of MODEL's Linears and steps in FP16 and INT8 from operations and bytes alone."""
+    """Predict the times of MODEL's Linears and steps in FP16 and INT8 from operations and bytes."""
     with told_in_one_line():
         _refuse_impractical(scheme)
         shape, roofs = reports.find_shape(model), reports.find_gpu(gpu, bandwidth)
@@ -64,7 +64,7 @@ def roofline(
         report = reports.Report(shape, roofs, steps, reports.read_measured(measured or [], shape, roofs, steps))
         if json_file is not None:
             json_file.write_text(report.as_json(), encoding="utf-8")
-    # A pipe has no width; with measured times beside the predicted ones a line takes 94 columns.
+    # A pipe has no width, and a line with measured times takes 94 columns.
     console = Console() if sys.stdout.isatty() else Console(width=100)
     for table in reports.tables(report):
         console.print(table)
@@ -72,7 +72,7 @@ def roofline(
 
 
 def _refuse_impractical(scheme: str | None) -> None:
-    """Say why a scheme written by hand is practical, or why not and exit with 2."""
+    """Print why a scheme is practical, or print why not and exit with 2."""
     if scheme is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""`ottava serve`: the model over HTTP."""
+"""`ottava serve`: serves a model over HTTP."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ else:
     logs, tracing = Later("service.telemetry.logs"), Later("service.telemetry.tracing")
 
 EXAMPLES = f"""
-Every flag is also a variable, and a key of the file that --config names:
+Every flag is also a variable, and a key of the file given by --config:
   --max-model-len 4096    OTTAVA_MAX_MODEL_LEN=4096    max_model_len = 4096
-A flag beats a variable, a variable the file, the file the default.
+Flags override variables, variables override the file.
 Secrets have no flag, which every user of the machine could read: {", ".join(map(variable_of, SECRETS))}.
 
 Examples:
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @takes_settings(*FLAGS)
 def serve(model: Model = None, **flags: Any) -> None:
-    """Serve MODEL over HTTP, W8A8 beside its baseline."""
+    """Serve MODEL over HTTP, W8A8 next to its baseline."""
     with told_in_one_line(), ExitStack() as bars:
         settings = load_settings(model=model, **flags)
         tracing.check_tracing()
@@ -59,7 +59,7 @@ def serve(model: Model = None, **flags: Any) -> None:
 
 
 class StartUp:
-    """Shows how far the start is, and what is served once that is known; see `service.host.channel.client.Watch`."""
+    """Shows the progress of start-up, then what is served. Implements `service.host.channel.client.Watch`."""
 
     def __init__(self, settings: Settings, bars: ExitStack) -> None:
         self.app: FastAPI | None = None
@@ -68,17 +68,17 @@ class StartUp:
         self._on_progress = bars.enter_context(progress(log.info))
 
     def on_stage(self, stage: Stage) -> None:
-        """Show a stage; after the first start, when no bar is drawn any more, as a line."""
+        """Show a stage; as a log line after the first start, when no bars are drawn any more."""
         self._on_progress(stage.name, stage.done, stage.total, stage.detail)
 
     def on_open(self, info: HostInfo) -> None:
-        """Say what is served, and where."""
+        """Show what is served, and where."""
         self._bars.close()
         self._on_progress = Lines(log.info)
         assert self.app is not None
         has_keys = not self.app.state.serving.keys.is_empty
         if self._settings.log_format == "json":
-            # A box of text among JSON lines would break their reader.
+            # A text panel between JSON lines would break their parser.
             extra = {"info": asdict(info), "needs_key": has_keys}
             log.info("serving %s at %s", info.model, url_of(self._settings), extra=extra)
         else:

@@ -1,4 +1,4 @@
-"""A conversation at the terminal: lines in, streams out, commands between."""
+"""An interactive conversation in the terminal, with commands."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PROMPT, MORE = "> ", ". "
 QUOTES = '"""'
 HISTORY_LINES = 1000
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells count it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 def ask_once(chat: Chat, question: str) -> None:
-    """One answer to stdout, its times to stderr. Raises ChatError."""
+    """Write one answer to stdout, and its times to stderr. Raises ChatError as `Chat.ask`."""
     try:
         answer = _stream(chat, question, shows_baseline=False)
     except KeyboardInterrupt as error:
@@ -44,19 +44,16 @@ class Session:
         self._url = url
         self._out = Console()
         self._commands: dict[str, tuple[str, Callable[[str], None]]] = {
-            "/reset": ("forget the conversation", self._reset),
-            "/variant": ("NAME: let another variant answer; without a name, the default", self._set_variant),
-            "/compare": (
-                "on or off: let the fp16 baseline answer too; without a word, the other way",
-                self._set_compare,
-            ),
+            "/reset": ("clear the conversation", self._reset),
+            "/variant": ("NAME: ask another variant; without a name, the default", self._set_variant),
+            "/compare": ("on or off: also ask the fp16 baseline; without a word, toggle it", self._set_compare),
             "/help": ("list the commands", self._help),
             "/quit": ("leave, as Ctrl-D does", self._quit),
         }
         self._is_over = False
 
     def run(self) -> None:
-        """Talk until /quit or the end of input. Raises ChatError where no server answers at the start."""
+        """Run until /quit or the end of input. Raises ChatError if no server answers at the start."""
         info = self._chat.info()
         self._note(f"{info['model']} at {self._url}: {', '.join(info['variants'])}. /help lists the commands.")
         with _history():
@@ -101,7 +98,7 @@ class Session:
 
     def _reset(self, _: str) -> None:
         self._chat.reset()
-        self._note("the conversation starts anew")
+        self._note("the conversation is cleared")
 
     def _set_variant(self, name: str) -> None:
         self._chat.variant = name or None
@@ -127,7 +124,7 @@ class Session:
 
 
 def read_question(read: Callable[[str], str]) -> str:
-    """A line, or all between two lines with three double quotes. Raises EOFError where the input ends."""
+    """Read a line, or several lines between three double quotes. Raises EOFError at the end of input."""
     line = read(PROMPT).strip()
     if not line.startswith(QUOTES):
         return line
@@ -139,9 +136,9 @@ def read_question(read: Callable[[str], str]) -> str:
 
 
 def _stream(chat: Chat, question: str, shows_baseline: bool) -> GenerateResponse:
-    """Write an answer to stdout as it comes; each under its variant's name, where there are two."""
+    """Write an answer to stdout as it arrives, with the variant's name above each if there are two."""
     speaker = ""
-    # Closed at once where the user cancels: the server then stops too.
+    # Closed at once if the user cancels, so that the server stops generating.
     with closing(chat.ask(question)) as items:  # type: ignore[type-var]
         for item in items:
             if isinstance(item, GenerateResponse):
@@ -170,7 +167,7 @@ def _said_of(answer: GenerateResponse) -> Iterator[str]:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """The lines typed in earlier conversations, in a file that its owner alone can read."""
+    """Keep the input history of all conversations in a file that only its owner can read."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     path = state / "ottava" / "chat-history"
     try:

@@ -1,4 +1,4 @@
-"""What every command says on stderr: errors in one line, and how far it is."""
+"""The commands' output on stderr: errors in one line, and progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service.errors import ChatError, StartupError
 from service.later import Later
 
 LINE_EVERY_S = 10.0
-"""Between two lines of one stage where no bar can be drawn."""
+"""Seconds between two lines of one stage if no bars can be drawn."""
 
 OnProgress = Callable[..., None]
 
@@ -27,18 +27,18 @@ torch = Later("torch")
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Turn an error that the user can mend into one line on stderr and exit code 1."""
+    """Turn an error that the user can fix into one line on stderr and exit code 1."""
     try:
         yield
     except (StartupError, ChatError, QuantError, OSError) as error:
         raise _told(error) from error
-    # Looked up only for an error that is none of the above, which torch may have raised.
+    # Evaluated, and torch imported, only for an error that is none of the above.
     except torch.OutOfMemoryError as error:
         raise _told(error) from error
 
 
 def say_error(message: str) -> None:
-    """One line on stderr. Brackets in it are text, not markup, and a library's message can have several lines."""
+    """Print an error in one line on stderr: markup is escaped, and lines of a library's message are joined."""
     line = escape(" ".join(part.strip() for part in message.splitlines()))
     err.print(f"[bold red]error:[/] {line}", highlight=False, soft_wrap=True)
 
@@ -50,9 +50,9 @@ def _told(error: BaseException) -> typer.Exit:
 
 @contextmanager
 def progress(say: Callable[[str], None] | None = None) -> Iterator[OnProgress]:
-    """A `Progress` to report to: bars on a terminal, elsewhere lines.
+    """A `Progress` that shows bars on a terminal, and lines elsewhere.
 
-    say: takes the lines; None for stderr, each behind the program's name.
+    say: called with each line; None prints to stderr, prefixed with the program's name.
     """
     if not sys.stderr.isatty():
         yield Lines(say or _print)
@@ -79,7 +79,7 @@ def _bars() -> Progress:
 
 
 class Bars:
-    """A bar per stage; a stage without a length pulses until the next begins."""
+    """Shows a bar per stage; one without a known length pulses until the next stage begins."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
@@ -100,7 +100,7 @@ class Bars:
 
 
 class Lines:
-    """A line where a stage begins, and one every LINE_EVERY_S while it lasts."""
+    """Prints a line when a stage begins, and one every LINE_EVERY_S while it lasts."""
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._say = say

@@ -1,7 +1,7 @@
-"""`ottava tune`: the GEMM tiles of this GPU, chosen by measurement.
+"""`ottava tune`: chooses the GEMM tiles of this GPU by measurement.
 
-They go to $XDG_CACHE_HOME/ottava/tiles/<gpu>.json (~/.cache/ottava/tiles), which a server reads before the package's
-table. A file named with --table is read by no server: it is for comparing, or for kernels/tiles/ of a checkout.
+They are written to $XDG_CACHE_HOME/ottava/tiles/<gpu>.json (~/.cache/ottava/tiles), which a server prefers to the
+package's table. No server reads a file given by --table: it is for comparing, or for kernels/tiles/ of a checkout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EXAMPLES = """
 Examples:
   $ ottava tune                                # once on a GPU without a table
   $ ottava tune FOLDER                         # for one model's shapes
-  $ ottava tune --table my-gpu.json            # all shapes anew, into a file
+  $ ottava tune --table my-gpu.json            # measure all shapes, into a file
 """
 
 if TYPE_CHECKING:
@@ -44,17 +44,17 @@ else:
 def tune(
     model: Annotated[
         str | None,
-        typer.Argument(help="Model whose Linears are measured; left out: shapes of 7B to 13B models.", metavar="MODEL"),
+        typer.Argument(help="Model whose Linears to measure; left out: shapes of 7B to 13B models.", metavar="MODEL"),
     ] = None,
     table: Annotated[
         Path | None,
         typer.Option(
-            help="Table to write instead of the one that servers read.", show_default="~/.cache/ottava/tiles/GPU.json"
+            help="File to write instead of the one that servers read.", show_default="~/.cache/ottava/tiles/GPU.json"
         ),
     ] = None,
     **settings: Any,
 ) -> None:
-    """Choose the GEMM tiles of this GPU by measurement; what is tuned already is kept, and not measured again."""
+    """Choose the GEMM tiles of this GPU by measurement; shapes that are tuned already are not measured again."""
     with told_in_one_line():
         chosen = load_settings(**settings)
         if not torch.cuda.is_available():
@@ -70,7 +70,7 @@ def tune(
 
 
 def _linear_shapes(folder: Path) -> list[tuple[int, int]]:
-    """(N, K) of the Linears of a model as the decoder fuses them."""
+    """(N, K) of a model's Linears as fused by the decoder."""
     config = configs.ModelConfig.load(folder)
     hidden, size = config.hidden_size, config.head_size
     inner = config.intermediate_size if config.experts is None else config.experts.intermediate_size

@@ -1,4 +1,4 @@
-"""What is said of an answer: its times, and how it compares with the baseline's."""
+"""Lines about an answer: its times, and the comparison with the baseline."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from unicodedata import category
 from service.web.schemas.generate import Answer, GenerateResponse
 
 AROUND_CHARS = 32
-"""Shown of each text from where two of them part."""
+"""Characters of each text to show from where they differ."""
 
 NOTHING = "-"
 
 
 def metrics_line(answer: Answer) -> str:
-    """TTFT, tokens/s, tokens, and why it ended where that was not by itself."""
+    """TTFT, tokens/s, tokens, and the finish reason unless it is stop."""
     metrics = answer.metrics
     ttft = NOTHING if metrics.ttft_ms is None else f"{metrics.ttft_ms:.0f} ms"
     rate = NOTHING if metrics.tokens_per_s is None else f"{metrics.tokens_per_s:.1f}"
@@ -24,7 +24,7 @@ def metrics_line(answer: Answer) -> str:
 
 
 def comparison_lines(answer: GenerateResponse) -> Iterator[str]:
-    """Speed-up, agreement, and where the texts part; nothing without a comparison."""
+    """Speedup, agreement, and where the texts differ; empty without a comparison."""
     if answer.baseline is None or answer.speedup is None or answer.agreement is None:
         return
     faster, alike = answer.speedup, answer.agreement
@@ -45,7 +45,7 @@ def comparison_lines(answer: GenerateResponse) -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, by which a model could steer the terminal."""
+    """The text without control characters, with which a model could control the terminal."""
     return "".join(char if char in "\n\t" or category(char) != "Cc" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
@@ -54,6 +54,6 @@ def _times(ratio: float | None) -> str:
 
 
 def _excerpt(text: str, place: int) -> str:
-    """The text from place on, quoted, in one line."""
+    """The text from place on, quoted, on one line."""
     end = place + AROUND_CHARS
     return repr(text[place:end]) + ("..." if len(text) > end else "")

@@ -1,1 +1,1 @@
-"""INT8 beside its baseline: what two runs amount to, and replays on the idle baseline."""
+"""Compares INT8 with its baseline: metrics of two runs, and replays on the idle baseline."""

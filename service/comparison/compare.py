@@ -1,4 +1,4 @@
-"""What a run's times and two runs' answers amount to: pure functions of `perf_counter` times and tokens."""
+"""Speedup and agreement of two runs, as pure functions of their times and tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.measures import Agreement, RunMetrics, Speedup
 
 
 def speedup(this: RunMetrics, baseline: RunMetrics) -> Speedup:
-    """How many times better this run did; None where either side is missing or zero.
+    """How many times faster this run was; a field is None if either side is missing or zero.
 
     baseline / this for times        this / baseline for tokens_per_s
     """
@@ -23,11 +23,11 @@ def speedup(this: RunMetrics, baseline: RunMetrics) -> Speedup:
 
 
 def agreement(this: Sequence[Token], baseline: Sequence[Token]) -> Agreement:
-    """How far two answers go together, token by token. Two empty answers agree.
+    """How well two answers agree, token by token. Two empty answers agree.
 
     match_ratio = |{i : this_i = baseline_i}| / max(len)        delta = mean_{i < prefix} |logprob_i - baseline_i|
 
-    After the first difference the two models read different texts, so log-probabilities are compared before it alone.
+    After the first difference the two models read different texts, so log-probabilities are compared only before it.
     """
     same = [a.id == b.id for a, b in zip(this, baseline, strict=False)]
     prefix = next((place for place, is_same in enumerate(same) if not is_same), len(same))

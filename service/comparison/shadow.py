@@ -1,4 +1,4 @@
-"""Shadow mode: a share of live requests run again on the idle baseline, after their answer, for the metrics alone."""
+"""Shadow mode: replays a share of answered requests on the idle baseline, only for the metrics."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 class Sample:
     """A live request that has been answered.
 
-    params: with the seed that it drew, so that a sampled answer can agree too.
-    stop: its stop strings.   context: tokens that its text continues.   tokens: what it was sent.
-    submitted_s: when the engine got it.   is_contended: it had company.
+    params: with the seed that was used, so that a sampled answer can agree too.
+    stop: its stop strings.   context: tokens that its text continues.   tokens: those sent to the client.
+    submitted_s: when it was submitted to the engine.   is_contended: other requests ran at the same time.
     """
 
     request_id: str
@@ -46,24 +46,26 @@ class Sample:
 
 
 def engine_times(progress: Progress, tokens: Sequence[Token], num_prompt: int, submitted_s: float) -> RunMetrics:
-    """A run's metrics from submission to when the engine read each token: no network, no reader, no tokenizer in it."""
+    """A run's metrics up to when the engine read each token, without network, client and tokenizer."""
     sent_s = [token.time_s for token in tokens]
     return measure(progress, tokens, num_prompt=num_prompt, received_s=submitted_s, sent_s=sent_s)
 
 
 class Shadow:
-    """Replays samples one by one while nothing else runs.
+    """Replays samples one at a time while nothing else runs.
 
-    A live request has precedence: the replay that it meets is abandoned at once and not tried again. So long answers
+    Live requests have precedence: when one arrives, the current replay is abandoned and not retried. So long answers
     are abandoned more often than short ones, and a server that is never idle replays nothing.
 
     Args:
         engines: variant -> engine.
-        baseline: the variant that replays.
-        tokenizer: of the model, once it is loaded.
-        rate: share of the requests offered that is taken, 0 to 1.
-        max_waiting: samples that may wait; the next is dropped.
-        draw: uniform in [0, 1).
+        baseline: the variant to replay on.
+        tokenizer: returns the model's tokenizer; called for each replay.
+        traffic: counts the live requests.
+        comparisons, metrics: receive the results.
+        rate: share of finished requests to sample, 0 to 1.
+        max_waiting: most queued samples; further ones are dropped.
+        draw: returns a uniform number in [0, 1).
     """
 
     def __init__(
@@ -104,11 +106,11 @@ class Shadow:
         return len(self._samples)
 
     def wants(self, variant: str) -> bool:
-        """Draw whether a finished request of this variant is to be offered."""
+        """Draw whether to offer a finished request of this variant."""
         return self.is_on and variant != self._baseline and self._draw() < self._rate
 
     def offer(self, sample: Sample) -> None:
-        """Queue a sample, or drop it where the queue is full."""
+        """Queue a sample, or drop it if the queue is full."""
         if len(self._samples) >= self._max_waiting:
             self._metrics.shadowed(sample.variant, DROPPED)
             return
@@ -116,14 +118,14 @@ class Shadow:
         self._has_samples.set()
 
     def yield_device(self) -> None:
-        """Abandon the replay in progress, before the step after the one that runs."""
+        """Abandon the current replay; the device is free after the step in flight."""
         if self._replaying is not None:
             if self._stream is not None:
                 self._stream.finish(FinishReason.ABORT)
             self._replaying.cancel()
 
     async def run(self) -> None:
-        """Replay until cancelled; then what waits and what runs is abandoned, so a shutdown waits for no replay."""
+        """Replay until cancelled, then abandon all samples, so that a shutdown does not wait for replays."""
         try:
             while True:
                 await self._until_idle()
@@ -140,7 +142,7 @@ class Shadow:
             self._samples.clear()
 
     async def _until_idle(self) -> None:
-        """Return with a sample waiting, no client's request here and nothing in the engines."""
+        """Wait until a sample is queued, no client's request is active and the engines are empty."""
         while True:
             if not self._samples:
                 self._has_samples.clear()
@@ -175,7 +177,7 @@ class Shadow:
     def _settle(self, sample: Sample, replay: asyncio.Task[None]) -> None:
         error = None if replay.cancelled() else replay.exception()
         if error is not None:
-            # A fault of the baseline must not end shadow mode, nor a request: nobody waits for this answer.
+            # A fault of the baseline must not end shadow mode, and no client waits for this answer.
             log.error("the replay of %s failed: %s", sample.request_id, error, exc_info=error)
         is_done = not replay.cancelled() and error is None
         self._metrics.shadowed(sample.variant, REPLAYED if is_done else ABANDONED)

@@ -1,4 +1,4 @@
-"""What all comparisons with the baseline come to: fed to the metrics one by one, summed up over the latest."""
+"""Records comparisons with the baseline: each in the metrics, and a summary of the latest."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from service.measures import Agreement, Speedup
 from service.telemetry.metrics import HOWS, How, ServiceMetrics
 
 WINDOW = 1000
-"""Comparisons that a summary covers: enough for a median, recent enough to show a change of load or checkpoint."""
+"""Comparisons in a summary: enough for a median, recent enough to show a change of load or checkpoint."""
 
 
 class ComparisonSummary(BaseModel):
-    """The latest comparisons of one origin with the baseline, a thousand at most."""
+    """A summary of at most a thousand latest comparisons of one origin with the baseline."""
 
     count: int = Field(description="Comparisons since the start.")
-    contended: int = Field(description="Of these, how many had company: their times are left out of the speed-up.")
-    speedup_median: Speedup = Field(description="Of the clean ones; above 1 is better; null where there is none.")
-    agreement_mean: float | None = Field(description="Mean share of places with the baseline's token; null: none yet.")
+    contended: int = Field(description="Of these, how many ran beside other requests; left out of the speed-up.")
+    speedup_median: Speedup = Field(description="Of those that ran alone; above 1 is better; null if there are none.")
+    agreement_mean: float | None = Field(description="Mean share of tokens equal to the baseline's; null: none yet.")
     identical_ratio: float | None = Field(description="Share of answers that equal the baseline's token by token.")
 
 
@@ -57,10 +57,10 @@ class _Tally:
 
 
 class Comparisons:
-    """Every comparison of this process, by origin: asked for with `compare`, or replayed in shadow mode.
+    """All comparisons of this process by origin: requested with `compare`, or replayed in shadow mode.
 
-    Agreement counts always: the clock has no part in it. Speed-up counts where both runs had the device to themselves:
-    the baseline runs alone, so a run that shared its steps would be blamed for its company.
+    Agreement always counts, as it does not depend on time. Speedup counts only if both runs had the device to
+    themselves: the baseline runs alone, so a run that shared its steps would look too slow.
     """
 
     def __init__(self, metrics: ServiceMetrics) -> None:
@@ -68,12 +68,12 @@ class Comparisons:
         self._tallies = {how: _Tally() for how in HOWS}
 
     def add(self, how: How, variant: str, speedup: Speedup, agreement: Agreement, is_contended: bool) -> None:
-        """Take in one comparison of a variant with the baseline."""
+        """Add a comparison of a variant with the baseline."""
         self._metrics.compared(how, variant, None if is_contended else speedup, agreement)
         self._tallies[how].add(speedup, agreement, is_contended)
 
     def summary(self) -> dict[How, ComparisonSummary]:
-        """Medians and means over the last WINDOW of each origin."""
+        """Medians and means over the last WINDOW comparisons of each origin."""
         return {how: tally.summary() for how, tally in self._tallies.items()}
 
 

@@ -1,4 +1,4 @@
-"""Who is in the house: requests of clients now and ever, and whether one of them had the device to itself."""
+"""Counts active requests, and detects whether a request had the device to itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.engine.api import Engine
 
 @dataclass(slots=True)
 class Traffic:
-    """Requests that this process is running: how many now, how many ever. on_enter: called as each arrives."""
+    """Counts clients' requests, active and in total. on_enter: called when one arrives."""
 
     num_active: int = 0
     num_entered: int = 0
@@ -27,9 +27,9 @@ class Traffic:
 
 
 class Visit:
-    """One client's request among the others, from its arrival until it leaves. It may run on several variants.
+    """One client's request, from arrival to end; it may run on several variants.
 
-    is_contended: another request was there when it came, or at the end of one of its runs had come meanwhile.
+    is_contended: another request was active when this one arrived, or had arrived by the end of one of its runs.
     """
 
     def __init__(self, traffic: Traffic, engines: Iterable[Engine]) -> None:
@@ -41,18 +41,18 @@ class Visit:
         self._num_entered = traffic.num_entered
 
     def note(self, num_own: int) -> None:
-        """Look around at the end of a run, when the engines still hold num_own requests of this visit."""
+        """Update `is_contended` at the end of a run. num_own: requests of this visit that the engines still hold."""
         has_company = self._traffic.num_entered != self._num_entered or num_in(self._engines) > num_own
         self.is_contended = self.is_contended or has_company
 
     def leave(self) -> None:
-        """End the visit. A second call changes nothing."""
+        """End the visit. Idempotent."""
         if not self._has_left:
             self._has_left = True
             self._traffic.leave()
 
 
 def num_in(engines: Iterable[Engine]) -> int:
-    """Requests that the engines hold, running or waiting."""
+    """Number of running and queued requests in the engines."""
     stats = [engine.stats() for engine in engines]
     return sum(reading.num_running + reading.num_waiting for reading in stats)

@@ -1,1 +1,1 @@
-"""The engine: which tokens run in which step, and the step itself."""
+"""The engine: schedules requests into steps and runs the steps."""

@@ -1,4 +1,4 @@
-"""All that the web sees of an engine: what it is asked, what it answers, the protocols between. No torch."""
+"""The engine's interface to the web: protocols and the frozen values they exchange. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. The service validates the ranges; the engine trusts them.
+    """How the next token is chosen. The service validates the ranges; the engine does not check them again.
 
-    temperature 0 is greedy: the other filters then change nothing but the repetition penalty.
-    top_k 0 and min_p 0 and top_p 1 switch their filter off. seed None draws a fresh one.
-    logprobs: None for none, n for the chosen token's log-probability and the n likeliest (0..20).
-    prompt_logprobs: the same of every prompt token but the first.
-    grammar: the rules that the answer must match, as `Engine.compile` takes them; None for any text. The end token
-        ends a constrained answer even under ignore_eos.
+    temperature: 0 is greedy, and then only the repetition penalty still has an effect.
+    top_k, min_p, top_p: 0, 0 and 1 switch the filter off.
+    seed: None draws a new one.
+    logprobs: None for none, n for the chosen token's log-probability and those of the n likeliest (0..20).
+    prompt_logprobs: the same for every prompt token but the first.
+    grammar: the rules that the answer must match, as passed to `Engine.compile`; None for any text. The end token ends
+        a constrained answer even with ignore_eos.
     """
 
     max_tokens: int = 128
@@ -42,7 +43,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token as the engine publishes it. time_s is on the monotonic clock of `time.perf_counter`."""
+    """One generated token. time_s is read from `time.perf_counter`."""
 
     id: int
     time_s: float
@@ -52,15 +53,15 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an engine has come with a request, at one moment. Times are those of `time.perf_counter`.
+    """A snapshot of a request's progress. Times are read from `time.perf_counter`.
 
     first_scheduled_s: when its first step was planned.
-    finish_reason, finished_s: set once the engine has ended it.
-    num_generated: tokens that were published.
+    finish_reason, finished_s: set once the engine has ended the request.
+    num_generated: tokens published so far.
     num_cached: prompt tokens whose keys and values were in the cache on arrival.
-    batch_size_mean: mean number of requests in the steps that this one took part in.
-    prompt_logprobs: where asked for, one entry for each prompt token but the first; there with the first token.
-    is_released: the engine holds nothing of it any more.
+    batch_size_mean: mean number of requests per step, over the steps that this request took part in.
+    prompt_logprobs: if requested, one entry for each prompt token but the first; complete with the first output token.
+    is_released: the engine has freed everything that the request held.
     """
 
     first_scheduled_s: float | None = None
@@ -75,7 +76,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One reading of an engine for /metrics and /info. Counters only rise."""
+    """One reading of an engine for /metrics and /info. Counters never decrease."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -86,9 +87,9 @@ class EngineStats:
     weight_bytes: int = 0
     kv_cache_bytes: int = 0
     step_batch_sizes: tuple[int, ...] = ()
-    """Entry n counts the steps that n requests took part in."""
+    """Entry n counts the steps with n requests."""
     num_restarts: int = 0
-    """Times the engine went on after a fault: within its process, or in a new one."""
+    """How often the engine continued after a fault, in the same process or in a new one."""
 
     @property
     def kv_cache_usage_ratio(self) -> float:
@@ -96,12 +97,12 @@ class EngineStats:
 
 
 class Stream(Protocol):
-    """A submitted request seen from the event loop.
+    """A submitted request, as used from the event loop.
 
-    Iterating yields the new tokens, of a step or of as many as have passed meanwhile, and ends when the request has
-    finished; if the engine fails, or this request alone, it raises `EngineFailed`. `finish` ends the request early
-    (idempotent, from the event loop's thread) and frees what it held: with STOP when the caller saw a stop string, with
-    ABORT when the client is gone. Tokens that have not been read by then are dropped.
+    Iterating yields lists of new tokens, those of all steps since the last read, and stops when the request has
+    finished. It raises `EngineFailed` if the engine or this request fails. `finish` ends the request early and frees
+    what it held: STOP if the caller found a stop string, ABORT if the client has disconnected. Unread tokens are then
+    dropped. `finish` is idempotent; call it on the event loop's thread.
     """
 
     @property
@@ -109,7 +110,7 @@ class Stream(Protocol):
 
     @property
     def seed(self) -> int:
-        """What its tokens are drawn with: the one asked for, or the one that was drawn for it."""
+        """The seed of its random numbers: the requested one, or the one drawn for it."""
         ...
 
     def __aiter__(self) -> AsyncIterator[list[Token]]: ...
@@ -117,14 +118,14 @@ class Stream(Protocol):
     def finish(self, reason: FinishReason) -> None: ...
 
     async def released(self) -> None:
-        """Return once the engine holds nothing of the request, which after a `finish` is a step later."""
+        """Return once the engine has freed what the request held, which is one step after `finish`."""
         ...
 
 
 class Engine(Protocol):
-    """One variant of the model, seen from the event loop: in this process or behind a channel.
+    """One variant of the model, as used from the event loop; it runs in this process or behind a channel.
 
-    dtype: float type of the activations, e.g. "bfloat16". It and max_model_len are known once the host is open.
+    dtype: float type of the activations, e.g. "bfloat16". dtype and max_model_len are set once the host is open.
     """
 
     variant: str
@@ -134,15 +135,20 @@ class Engine(Protocol):
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, request_id: str, arrival_s: float | None = None
     ) -> Stream:
-        """Queue a request; called from a running event loop. Raises `QueueFull` or `EngineFailed`."""
+        """Queue a request. Call it from a running event loop.
+
+        Raises:
+            QueueFull: the queue is at its limit.
+            EngineFailed: the engine has failed for good.
+        """
         ...
 
     async def compile(self, rules: str) -> None:
-        """Make a grammar ready for requests that will name it.
+        """Compile a grammar ahead of the requests that will use it.
 
         Raises:
             InvalidRequest: the rules cannot be compiled for this vocabulary.
-            QueueFull: as many grammars are being compiled as may be.
+            QueueFull: too many grammars are being compiled.
         """
         ...
 
@@ -150,13 +156,13 @@ class Engine(Protocol):
 
     @property
     def failure(self) -> str | None:
-        """What stopped the engine for good, or None while it runs."""
+        """The fault that stopped the engine for good, or None while it runs."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What the start-up of an engine is at: done of total, total 0 where the length is not known."""
+    """A stage of an engine's start-up: done of total, with total 0 if unknown."""
 
     name: str
     done: int = 0
@@ -172,9 +178,9 @@ class Stage:
 class VariantInfo:
     """One precision of the model as it is served.
 
-    scheme, description, alpha, calibration: how it was quantized; null where the checkpoint does not say.
+    scheme, description, alpha, calibration: how it was quantized; null if the checkpoint does not say.
     checkpoint: name of its folder; null for random weights.
-    generation: how many weights it has had, 1 at start.   loaded_at: in ISO 8601, of these weights.
+    generation: 1 at start, increased by every reload.   loaded_at: when these weights were loaded, in ISO 8601.
     """
 
     scheme: str | None
@@ -193,11 +199,11 @@ class VariantInfo:
 
 @dataclass(frozen=True, slots=True)
 class OneToken:
-    """What a step of one token must read, and what that allows at best.
+    """The bytes that a step of one token must read, and the speedup that they allow at best.
 
     weight_bytes: by variant.
     speedup_at_best: by variant, the baseline's bytes over its own; null unless this device's roofs are known and both
-        steps are bound by memory there.
+        steps are bound by memory on it.
     text: both in a sentence.
     """
 
@@ -208,7 +214,7 @@ class OneToken:
 
 @dataclass(frozen=True, slots=True)
 class HostInfo:
-    """What is served: GET /info."""
+    """The answer to GET /info."""
 
     model: str
     family: str
@@ -225,8 +231,8 @@ class Reloaded:
     """A reload that succeeded.
 
     generation: of the weights, 1 at start.
-    load_s: of reading, checking and warming up beside the old weights.
-    pause_s: for which no request could start.
+    load_s: time to read, check and warm up the new weights while the old ones still served.
+    pause_s: time during which no request could start.
     """
 
     variant: str

@@ -1,10 +1,10 @@
-"""The pool of KV blocks: who holds what is a stack of free block numbers."""
+"""The pool of KV blocks: a stack of free block numbers."""
 
 from __future__ import annotations
 
 
 class BlockPool:
-    """Hands out the numbers 0..num_blocks-1, each to one holder at a time."""
+    """Allocates the block numbers 0..num_blocks-1, each to one request at a time."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -15,12 +15,12 @@ class BlockPool:
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """Take count blocks. The caller has checked `num_free`."""
+        """Take count blocks. The caller must have checked `num_free`."""
         assert count <= len(self._free), f"{count} blocks asked for, {len(self._free)} free"
         return [self._free.pop() for _ in range(count)]
 
     def release(self, blocks: list[int]) -> None:
-        """Give blocks back and empty the caller's list, so that no block can be given back twice."""
+        """Free the blocks and empty the caller's list, so that no block can be freed twice."""
         self._free.extend(reversed(blocks))
         blocks.clear()
 

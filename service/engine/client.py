@@ -1,4 +1,4 @@
-"""An engine seen from the event loop: requests go out as commands, and its news come back to their streams."""
+"""The event loop's side of an engine: sends requests as commands and passes the engine's news to their streams."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from service.errors import EngineFailed, OttavaError, QueueFull
 Compile = Callable[[str], Awaitable[None]]
 
 _handles = itertools.count(1)
-"""One for each request of this process: an engine may be started anew, its requests' handles never come again."""
+"""Handles are unique within this process, so that a restarted engine never reuses one."""
 
 
 class EngineClient:
-    """An `Engine`, wherever the engine itself runs. Everything here happens on the event loop's thread.
+    """Implements `Engine`, wherever the engine itself runs. Use it on the event loop's thread only.
 
     Args:
-        variant: its name.
-        post: takes a command to the engine; must not wait.
+        variant: name of the variant.
+        post: sends a command to the engine; must not block.
         compile: see `Engine.compile`.
-        max_waiting: requests that may queue.
+        max_waiting: most requests that may queue.
         max_model_len, dtype: see `Engine`.
-        is_open: an engine takes commands already; else requests wait for `resume`.
+        is_open: whether the engine accepts commands already; if not, requests are held until `resume`.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class EngineClient:
         )
 
     def refuse_if_failed(self) -> None:
-        """Raise EngineFailed where the engine has failed for good."""
+        """Raise EngineFailed if the engine has failed for good."""
         if self.failure is not None:
             raise EngineFailed(f"the engine of variant {self.variant!r} has stopped")
 
     def receive(self, news: News) -> None:
-        """Hand out what the engine tells."""
+        """Pass the engine's news to the streams, in order."""
         self._gauges = news.gauges
         if news.num_requests:
             self._count_step(news.num_requests)
@@ -122,34 +122,34 @@ class EngineClient:
                 stream.release()
 
     def fail(self, failure: str, error: OttavaError) -> None:
-        """The engine has failed for good: tell everyone who waits for it."""
+        """Mark the engine as failed for good and end all requests with the error."""
         if self.failure is None:
             self.failure = failure
         self.drop(error)
 
     def drop(self, error: OttavaError) -> None:
-        """Tell everyone who waits for the engine."""
+        """End all requests with the error."""
         self._drop(list(self._streams.values()), error)
 
     def lost(self, error: OttavaError) -> None:
-        """The engine is gone, and a new one will take its place: tell those that ran; the others wait for it."""
+        """End the started requests with the error after the engine died; keep the queued ones for the next engine."""
         self._drop([s for s in self._streams.values() if s.first_scheduled_s is not None or s.is_closed], error)
         self._start_over(num_restarts=1)
 
     def reopen(self) -> None:
-        """The engine was closed, and a new one will take its place."""
+        """Prepare for a new engine after the old one was closed."""
         self.failure = None
         self._start_over(num_restarts=0)
 
     def resume(self) -> None:
-        """Send those that wait to the engine, which takes commands from now on."""
+        """Send the queued requests to the engine, which accepts commands from now on."""
         self._is_open = True
         for number, stream in enumerate(self._streams.values(), 1):
             stream.command = msgspec.structs.replace(stream.command, number=number)
             self._post(stream.command)
 
     def _start_over(self, num_restarts: int) -> None:
-        """What the next engine tells adds to what this one has told."""
+        """Keep this engine's counters, to which the next engine's are added."""
         before, gauges = self._before, self._gauges
         self._before = Gauges(
             num_preemptions=before.num_preemptions + gauges.num_preemptions,
@@ -181,7 +181,7 @@ class EngineClient:
         sizes[num_requests] += 1
 
     def _hand_out(self, news: News) -> None:
-        """Give each stream its token."""
+        """Pass each stream its token."""
         logprobs, time_s, streams = dict(news.logprobs), news.time_s, self._streams
         for place, (handle, token_id) in enumerate(zip(news.handles, news.token_ids, strict=True)):
             stream = streams.get(handle)

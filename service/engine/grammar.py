@@ -1,4 +1,4 @@
-"""What constrains an answer to a grammar: protocols that `service.text.json` implements."""
+"""Protocols for constraining an answer to a grammar; `service.text.json` implements them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from service.errors import InvalidRequest
 
 
 class Matcher(Protocol):
-    """How far one answer has come in its grammar."""
+    """The position of one answer in its grammar."""
 
     def allowed(self) -> bytes:
-        """A bit for each token id, the lowest of a byte first: whether the token may come next; ids beyond may not."""
+        """One bit per token id, lowest bit first: whether the token may come next. Ids beyond the last bit may not."""
         ...
 
     def accept(self, token_id: int) -> None:
-        """Move on by a token that may come."""
+        """Advance by a token, which must be allowed."""
         ...
 
 
 class Grammar(Protocol):
-    """What an answer must match, compiled for a vocabulary; shared by the requests that ask for it."""
+    """A grammar compiled for a vocabulary; shared by all requests that use it."""
 
     def matcher(self) -> Matcher:
         """A matcher at the start of an answer."""
@@ -28,23 +28,24 @@ class Grammar(Protocol):
 
 
 class Grammars(Protocol):
-    """What makes grammars of rules, and keeps those it made."""
+    """A cache of grammars that compiles rules on first use."""
 
     def compile(self, rules: str) -> Grammar:
-        """Takes up to seconds for rules that are new, and may be called from any thread.
+        """The grammar of these rules. May take seconds for new rules; thread-safe.
 
         Raises:
             InvalidRequest: the rules cannot be compiled for this vocabulary.
-            QueueFull: as many grammars are being compiled as may be.
+            QueueFull: too many grammars are being compiled.
         """
         ...
 
 
 def compiled(grammars: Grammars | None, rules: str) -> Grammar:
-    """The grammar of these rules; see `Grammars.compile`, which also has its errors.
+    """The grammar of these rules.
 
     Raises:
-        InvalidRequest: there is nothing that compiles.
+        InvalidRequest: grammars is None, or as `Grammars.compile`.
+        QueueFull: as `Grammars.compile`.
     """
     if grammars is None:
         raise InvalidRequest("this engine takes no grammar", "response_format")

@@ -1,4 +1,4 @@
-"""The way into an engine's scheduler for those outside, and the news of it on the way back."""
+"""Thread-safe access to an engine's scheduler: takes commands from any thread and sends news."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from service.errors import OttavaError
 
 
 class Inbox:
-    """Everyone's requests of one engine, from their arrival to their last token or an error.
+    """All requests of one engine, from arrival to last token or error.
 
-    wake: held for whatever the engine's thread and others both change, the scheduler above all, and never while a step
-        is launched or read; notified when there is something to do.
-    sink: takes the news, in order, with `wake` held.
+    wake: guards all state that the engine's thread shares with others, above all the scheduler. Never held while a
+        step is launched or read; notified when there is work.
+    sink: called with each piece of news, in order, while `wake` is held.
 
     Args:
-        variant: the engine's name.
-        scheduler: of the engine.
-        grammars: compiles what requests are constrained by; None where none may be.
-        read_others: restarts, weight bytes and KV cache bytes, which the scheduler does not know.
+        variant: name of the engine's variant.
+        scheduler: the engine's scheduler.
+        grammars: compiles the grammars of requests; None if the engine accepts none.
+        read_others: returns restarts, weight bytes and KV cache bytes, which the scheduler does not have.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Inbox:
 
     @property
     def has_word(self) -> bool:
-        """Something came since `take_in`."""
+        """Whether a command has arrived since `take_in`."""
         return bool(self._arrived)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait, those included that have not been taken in."""
+        """Number of queued requests, including those not yet passed to the scheduler."""
         return len(self._scheduler.waiting) + self._num_unseen
 
     @property
@@ -69,8 +69,8 @@ class Inbox:
         return self._closed is not None
 
     def put(self, command: Command) -> None:
-        """Take a command, from any thread. After `close` a request is told at once what the others were told."""
-        # Compiled here, since on the engine's thread a step would wait for it.
+        """Queue a command; thread-safe. After `close`, a request ends at once with the error given to `close`."""
+        # Compiled on the caller's thread, because on the engine's thread it would delay a step.
         grammar = self._grammar(command.params.grammar) if isinstance(command, Submit) else None
         with self.wake:
             self._arrived.append((command, grammar))
@@ -81,7 +81,7 @@ class Inbox:
             self.wake.notify()
 
     def take_in(self) -> None:
-        """Tell the scheduler who came and who left."""
+        """Pass new requests and early ends to the scheduler."""
         arrived, self._arrived = self._arrived, deque()
         self._num_unseen = 0
         for command, grammar in arrived:
@@ -92,19 +92,19 @@ class Inbox:
                 self._released.append(command.handle)
 
     def note_scheduled(self, requests: Sequence[Request]) -> None:
-        """Tell that these run from now on."""
+        """Record in the next news that these requests have started."""
         for request in requests:
             if request.first_scheduled_s is not None:
                 self._scheduled.append((request.handle, request.first_scheduled_s, request.num_cached))
 
     def commit(self, step: Step, results: StepResults) -> None:
-        """Hand out what a step brought."""
+        """Apply a step's results to the scheduler and publish them."""
         with self.wake:
             took = self._scheduler.commit(step, results)
             self.publish(self.news(len(step.chunks), took, results))
 
     def fail_running(self, was_lost: set[Request], error: OttavaError) -> None:
-        """End the requests that run, and of those that wait the ones whose results were lost. The others stay."""
+        """End all running requests, and the queued ones in was_lost, with the error. Other queued requests stay."""
         with self.wake:
             waiting = [request for request in self._scheduler.waiting if request in was_lost]
             self._drop([*self._scheduler.running, *waiting], fault_of(error))
@@ -112,7 +112,7 @@ class Inbox:
             self.publish()
 
     def close(self, error: OttavaError) -> None:
-        """Take nobody more, and tell everyone who is here. Idempotent: the first error stays."""
+        """Accept no more requests and end all present ones with the error. Idempotent: the first error is kept."""
         with self.wake:
             self._closed = self._closed or fault_of(error)
             self.take_in()
@@ -120,7 +120,7 @@ class Inbox:
             self.publish()
 
     def publish(self, news: News | None = None) -> None:
-        """Tell what a step brought, and what happened since the last news; nothing where nothing did."""
+        """Send the news of a step, if given, plus everything since the last news. Sends nothing if nothing happened."""
         if news is None:
             if not (self._scheduled or self._released or self._ended or self._num_told != self._num_taken):
                 return
@@ -159,7 +159,7 @@ class Inbox:
         self._scheduler.add(request)
 
     def news(self, num_requests: int, took: Sequence[tuple[int, Request]], results: StepResults) -> News:
-        """What a step brought. The loops over all requests do next to nothing: 256 may share a step."""
+        """The results of a step as news. The loops over all requests are kept minimal: a step may hold 256."""
         news = News(self._variant, self.gauges(), num_requests, results.time_s)
         told = [pair for pair in took if pair[0] not in results.faults] if results.faults else took
         news.handles = [request.handle for _, request in told]
@@ -177,7 +177,7 @@ class Inbox:
         return news
 
     def _end(self, request: Request, error: Exception | None) -> None:
-        """Note that a step has ended a request."""
+        """Record that a step has ended a request."""
         assert request.finish_reason is not None
         assert request.finished_s is not None
         fault = None if error is None else fault_of(error)
@@ -185,7 +185,7 @@ class Inbox:
         del self._requests[request.handle]
 
     def gauges(self) -> Gauges:
-        """One reading, from any thread."""
+        """One reading of the engine; thread-safe."""
         scheduler = self._scheduler
         num_restarts, weight_bytes, kv_cache_bytes = self._read_others()
         return Gauges(

@@ -1,4 +1,4 @@
-"""The thread that turns steps: schedule, execute, read, commit, publish."""
+"""The engine's main loop on a thread: schedule, execute, read, commit, publish."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ logger = logging.getLogger(__name__)
 
 
 class Handle(Protocol):
-    """A launched step: `read` waits for what it yields."""
+    """A launched step; `read` waits for its results."""
 
     def read(self) -> StepResults: ...
 
 
 class StepRunner(Protocol):
-    """What the loop needs of a runner: `service.engine.device.runner.Runner`, or a fake in tests.
+    """Runs steps: `service.engine.device.runner.Runner`, or a fake in tests.
 
-    is_async: `execute` returns before the device is done, so the next step can be planned meanwhile.
+    is_async: `execute` returns before the device has finished, so that the next step can be planned meanwhile.
     """
 
     is_async: bool
@@ -53,7 +53,7 @@ class StepRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A runner that is to take the place of the present one. done: once it has, or why it will not."""
+    """A pending replacement of the runner. done: resolves once it is in place, or to the error that prevented it."""
 
     runner: StepRunner
     num_blocks: int
@@ -62,23 +62,24 @@ class Exchange:
 
 
 class EngineLoop:
-    """Runs one variant's requests on a thread of its own.
+    """Runs one variant's requests on its own thread.
 
-    A step that raises fails the requests that run; those that wait stay, and the engine goes on as often as its limits
-    say. One fault too many, or a step that does not end, fails everyone and the engine for good: see `failed`.
+    A step that raises fails all running requests; queued ones stay, and the engine continues as often as its limits
+    allow. One fault too many, or a step that hangs, fails all requests and the engine for good: see `failed`.
 
-    It is an `Engine` for the process that it runs in; `put` and `sink` serve one that is asked from another process.
+    It implements `Engine` for callers in the same process; `put` and `serve` are for callers in another process.
 
     Args:
-        variant: its name.
-        scheduler, runner: the plan and the device.
+        variant: name of the variant.
+        scheduler: plans the steps.
+        runner: runs the steps on the device.
         device_thread: shared by the engines of one device, so that one step runs at a time.
-        max_model_len: tokens a request may hold.
-        max_waiting: requests that may queue.
+        max_model_len: most tokens of a request.
+        max_waiting: most requests that may queue.
         dtype: name of the activations' float type.
-        weight_bytes: of the model, for the metrics.
-        limits: what it bears before it stays failed.
-        grammars: compiles what answers are constrained by; None where nothing is.
+        weight_bytes: size of the weights, for the metrics.
+        limits: the faults it tolerates before it fails for good.
+        grammars: compiles the grammars of requests; None if the engine accepts none.
     """
 
     def __init__(
@@ -99,9 +100,9 @@ class EngineLoop:
         self.max_model_len = max_model_len
         self.dtype = dtype
         self.failed: Future[Exception] = Future()
-        """What stopped the engine for good, once it has."""
+        """Resolves to the fault that stopped the engine for good."""
         self.is_exhausted = False
-        """It failed because it had gone on after faults as often as it may."""
+        """Whether it failed because it had used up its restarts."""
         self._scheduler = scheduler
         self._runner = runner
         self._device_thread = device_thread
@@ -115,7 +116,7 @@ class EngineLoop:
             variant,
             self.put,
             self._compile,
-            # The queue is looked at here, where its length is known to the last request.
+            # `submit` below checks the limit itself, because the inbox has the exact length of the queue.
             max_waiting=sys.maxsize,
             max_model_len=max_model_len,
             dtype=dtype,
@@ -138,7 +139,7 @@ class EngineLoop:
         return self
 
     def stop(self, timeout_s: float = 10.0, error: OttavaError | None = None) -> None:
-        """End the thread after the step in flight; requests that are still here get the error. Idempotent."""
+        """End the thread after the step in flight; unfinished requests get the error. Idempotent."""
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
@@ -152,7 +153,7 @@ class EngineLoop:
 
     @property
     def is_alive(self) -> bool:
-        """Its thread runs; after `stop`, because a step does not end."""
+        """Whether its thread runs. If so after `stop`, a step hangs."""
         return self._thread.is_alive()
 
     def submit(
@@ -161,7 +162,7 @@ class EngineLoop:
         """Queue a request; called from a running event loop.
 
         Raises:
-            QueueFull: max_waiting requests wait already.
+            QueueFull: max_waiting requests are queued.
             EngineFailed: the engine's thread has ended.
         """
         if self._inbox.is_closed:
@@ -176,15 +177,18 @@ class EngineLoop:
         await self._compile(rules)
 
     def put(self, command: Command) -> None:
-        """Take a command, from any thread; what comes of it goes to the sink."""
+        """Queue a command; its results go to the sink. Thread-safe."""
         self._inbox.put(command)
 
     def serve(self, sink: Sink) -> None:
-        """Tell the news to this sink from now on, before anything is submitted."""
+        """Send all news to this sink. Call it before the first request."""
         self._inbox.sink = sink
 
     def exchange(self, runner: StepRunner, num_blocks: int, weight_bytes: int) -> Future[None]:
-        """Go on with another runner once the requests that run now have finished; those that wait, wait for it.
+        """Replace the runner once all running requests have finished; queued requests start on the new one.
+
+        Returns:
+            A future that resolves when the new runner is in place; ReloadFailed if the engine ends before that.
 
         Raises:
             EngineFailed: the engine's thread has ended.
@@ -198,7 +202,7 @@ class EngineLoop:
         return exchange.done
 
     def stats(self) -> EngineStats:
-        """See `Engine.stats`; from any thread."""
+        """See `Engine.stats`. Thread-safe."""
         gauges = self._inbox.gauges()
         return EngineStats(
             num_running=gauges.num_running,
@@ -214,11 +218,11 @@ class EngineLoop:
         )
 
     def news(self) -> News:
-        """A reading of the engine, without any result."""
+        """News with nothing but the current gauges."""
         return News(self.variant, self._inbox.gauges())
 
     def _deliver(self, news: News) -> None:
-        """Give news to the client on its event loop's thread."""
+        """Pass news to the client on its event loop's thread."""
         event_loop = self._event_loop
         if event_loop is None or event_loop.is_closed():
             self._client.receive(news)
@@ -241,22 +245,22 @@ class EngineLoop:
                     self.is_exhausted = not is_poison(fault)
                     self._fail(fault)
         except Exception as error:
-            logger.exception("engine %s cannot go on after a fault", self.variant)
+            logger.exception("engine %s cannot continue after a fault", self.variant)
             self._fail(error)
         finally:
             self._watchdog.stop()
 
     def _turn_steps(self) -> Exception | None:
-        """Turn steps until the engine is to stop, or one raises: what it raised."""
+        """Run steps until the engine is stopped (returns None) or one raises (returns what it raised)."""
         try:
             while self._wait_for_work():
                 self._turn()
-        except Exception as error:  # noqa: BLE001 (whatever a step raises is a fault, told by `_run`)
+        except Exception as error:  # noqa: BLE001 (any exception of a step is a fault, which `_run` logs)
             return error
         return None
 
     def _wait_for_work(self) -> bool:
-        """Take in what arrived; sleep while there is nothing to do. False when the engine is to stop."""
+        """Sleep until there is work, then take in new commands. False if the engine is to stop."""
         with self._wake:
             while not (self._inbox.has_word or self._is_stopping or self._exchange or self._has_work):
                 self._scheduler.check_integrity()
@@ -281,7 +285,7 @@ class EngineLoop:
         exchange.done.set_result(None)
 
     def _turn(self) -> None:
-        """Launch a step. On an asynchronous device the step before is read while this one runs."""
+        """Launch a step and read a finished one: the previous one if the device is asynchronous, else the same."""
         num_before = len(self._unread)
         with self._wake:
             step = self._scheduler.schedule(time.perf_counter())
@@ -295,7 +299,7 @@ class EngineLoop:
             self._settle()
 
     def _settle(self) -> None:
-        """Read the oldest step's results and publish them. Once some are lost, those after them have no place."""
+        """Read the oldest step's results and publish them, unless those of an earlier step were lost."""
         step, handle = self._unread.popleft()
         is_placed = False
         try:
@@ -308,7 +312,7 @@ class EngineLoop:
             self._inbox.commit(step, results)
 
     def _watched(self, doing: str, step: Step, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call under the eye of the watchdog. Raises StepStuck where it has given the step up meanwhile."""
+        """Call a function under the watchdog. Raises StepStuck if the watchdog has given up the step meanwhile."""
         self._in_hand = InHand(doing, step, time.perf_counter())
         try:
             result = function(*args, **kwargs)
@@ -320,7 +324,7 @@ class EngineLoop:
         return result
 
     def _fail_running(self, fault: Exception) -> None:
-        """Tell the requests that run, one of which may be the cause, and free what they held."""
+        """End the running requests, any of which may be the cause, and free what they held."""
         self._inbox.fail_running(
             self._salvage(),
             EngineFailed(
@@ -330,17 +334,17 @@ class EngineLoop:
         )
 
     def _salvage(self) -> set[Request]:
-        """Publish what the steps before the fault brought, and wait for those after it: whose results are lost."""
+        """Publish the results of steps before the fault and wait for those after it. Returns the requests that lost."""
         while self._unread:
             try:
                 self._settle()
             except Exception:
-                logger.exception("engine %s: a step in flight is lost with the one that raised", self.variant)
+                logger.exception("engine %s: another step in flight is lost as well", self.variant)
         lost, self._lost = self._lost, set()
         return lost
 
     def _give_up(self, in_hand: InHand) -> bool:
-        """Called by the watchdog: the step will not end, so nobody may go on waiting for it."""
+        """Called by the watchdog: fail the engine, because the step will not end. False if it has ended after all."""
         with self._wake:
             if self._in_hand is not in_hand:
                 return False
@@ -350,7 +354,7 @@ class EngineLoop:
         return True
 
     def _fail(self, fault: Exception) -> None:
-        """Stay failed, unless it is failed already."""
+        """Fail the engine for good. Idempotent."""
         if not self.failed.done():
             self.failed.set_result(fault)
             self._end(EngineFailed(f"the engine of variant {self.variant!r} failed: {type(fault).__name__}"))

@@ -1,7 +1,7 @@
-"""What passes between an engine's thread and whoever submits to it: commands in, one piece of news a step out.
+"""The messages of an engine: commands in, one piece of news per step out.
 
-The same structs pass within a process and, encoded as MessagePack, between two (`service.host.channel`). Requests go by
-a handle, a number that whoever submits has chosen.
+The same structs are used within a process and, encoded as MessagePack, between two (`service.host.channel`). A request
+is identified by its handle, a number chosen by the submitter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from service.errors import EngineFailed, OttavaError, leaves
 
 
 class Submit(msgspec.Struct, array_like=True, frozen=True, tag="submit"):
-    """Queue a request. number: it is the n-th that this engine is sent, counted from 1; seed: in 0 .. 2^63 - 1."""
+    """Queue a request. number: its position among the requests sent to this engine, from 1; seed: 0 .. 2^63 - 1."""
 
     variant: str
     number: int
@@ -39,7 +39,7 @@ Command = Submit | Finish
 
 
 class Fault(msgspec.Struct, array_like=True, frozen=True):
-    """An error of `service.errors` on its way: its class by name, its message, and the field at fault."""
+    """An error of `service.errors` in a message: class name, message, and the field that caused it."""
 
     kind: str
     message: str
@@ -47,14 +47,14 @@ class Fault(msgspec.Struct, array_like=True, frozen=True):
 
 
 def fault_of(error: Exception) -> Fault:
-    """An error as it is sent. What is none of ours becomes an EngineFailed that names its class alone."""
+    """Encode an error. Any that is not an OttavaError becomes an EngineFailed that names only its class."""
     if isinstance(error, OttavaError):
         return Fault(type(error).__name__, error.message, error.param)
     return Fault(EngineFailed.__name__, f"the engine raised {type(error).__name__}")
 
 
 def error_of(fault: Fault) -> OttavaError:
-    """The error that was sent."""
+    """Decode an error; an unknown class becomes EngineFailed."""
     return _LEAVES.get(fault.kind, EngineFailed)(fault.message, fault.param)
 
 
@@ -62,7 +62,7 @@ _LEAVES = {leaf.__name__: leaf for leaf in leaves()}
 
 
 class Gauges(msgspec.Struct, array_like=True, frozen=True):
-    """One reading of an engine; see `EngineStats`. num_taken: the number of the last `Submit` that it counts."""
+    """One reading of an engine; see `EngineStats`. num_taken: number of the last `Submit` that is counted in it."""
 
     num_taken: int = 0
     num_running: int = 0
@@ -76,14 +76,14 @@ class Gauges(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Logprob(msgspec.Struct, array_like=True, frozen=True):
-    """The log-probability of a token, and the likeliest tokens at its place with theirs."""
+    """The log-probability of a token, and the likeliest tokens at its position with theirs."""
 
     logprob: float
     top: list[tuple[int, float]] = []
 
 
 class Scored(msgspec.Struct, array_like=True, frozen=True):
-    """The log-probabilities of a prompt's own tokens, all but the first, before the request's first token."""
+    """The log-probabilities of all prompt tokens but the first; sent no later than the request's first output token."""
 
     handle: int
     time_s: float
@@ -91,9 +91,9 @@ class Scored(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Ended(msgspec.Struct, array_like=True, frozen=True):
-    """A request that is over, behind its last token; the engine holds nothing of it any more.
+    """A request that has ended, sent after its last token; the engine has freed what it held.
 
-    fault: what ended it instead of a reason of its own.
+    fault: the error that ended it, or None if it finished normally.
     """
 
     handle: int
@@ -103,15 +103,15 @@ class Ended(msgspec.Struct, array_like=True, frozen=True):
 
 
 class News(msgspec.Struct, array_like=True, tag="news"):
-    """All that a step of one engine brought, or what happened between two steps.
+    """The results of one step of an engine, and what happened since the last news.
 
-    num_requests: that took part in the step whose results these are; 0 where there is none.
-    time_s: when its results were read.
+    num_requests: requests in the step; 0 if the news holds no step.
+    time_s: when the step's results were read.
     handles, token_ids: the requests that got a token, and the tokens.
-    logprobs: (place in `handles`, its log-probabilities), of those that asked for them.
-    scheduled: (handle, time of its first step, cached prompt tokens), before any of its tokens.
-    counted: (handle, steps so far, requests in them so far), of requests whose steps were not all told by `handles`.
-    released: requests that were ended by `Finish` and hold nothing any more.
+    logprobs: (index into `handles`, log-probabilities), for the requests that want them.
+    scheduled: (handle, time of its first step, cached prompt tokens), sent before the request's first token.
+    counted: (handle, steps so far, requests in them so far), for requests that took part in steps without a token.
+    released: requests that a `Finish` has ended and whose resources are freed.
     """
 
     variant: str
@@ -129,4 +129,4 @@ class News(msgspec.Struct, array_like=True, tag="news"):
 
 
 Sink = Callable[[News], None]
-"""Takes an engine's news, on the engine's thread; must not wait."""
+"""Receives an engine's news on the engine's thread; must not block."""

@@ -1,4 +1,4 @@
-"""How far the engine has come with what a client asked for: a few integers and their order."""
+"""The engine's state of one request."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Request:
     being written by the step in flight); num_tokens counts the prompt, the tokens the host has read, and the
     num_pending tokens that steps in flight will yield and the host has not yet read (at most 2).
 
-    handle: the number by which whoever submitted it is told of it.
-    matcher: how far the output has come in its grammar; None where it has none.
+    handle: identifies the request in messages; chosen by the submitter.
+    matcher: position of the output in its grammar; None without a grammar.
     output_ids: the tokens the host has read.
     row: the request's place in the runner's per-request state while it runs, else -1.
-    num_steps, num_batch_rows: the finished steps it took part in, and the requests in them.
-    is_uncounted: not all of its steps since its last token have yielded one.
+    num_steps, num_batch_rows: finished steps it took part in, and the sum of the requests in them.
+    is_uncounted: the news must send its step counts, since a step after its last token may have yielded none.
     num_cached: prompt tokens whose keys and values were already in the cache on arrival.
-    prompt_logprobs: where asked for, entry i belongs to prompt token i + 1; complete with the first output token.
-    num_scored: entries of prompt_logprobs, those included that steps in flight will bring.
+    prompt_logprobs: if requested, entry i belongs to prompt token i + 1; complete with the first output token.
+    num_scored: entries of prompt_logprobs, including those that steps in flight will add.
     """
 
     id: str
@@ -65,11 +65,11 @@ class Request:
 
     @property
     def is_behind(self) -> bool:
-        """Its grammar cannot say what may come next before the host has read the last token."""
+        """Whether its grammar must wait for the host to read the last token before it can constrain the next."""
         return self.matcher is not None and self.num_pending > 0
 
     def known_ids(self, start: int, stop: int) -> list[int]:
-        """The tokens at positions start .. stop - 1, without those that the host has not read."""
+        """The tokens at positions start .. stop - 1 that the host has read."""
         num_prompt = len(self.prompt_ids)
         if stop <= num_prompt:
             return self.prompt_ids[start:stop]

@@ -1,8 +1,8 @@
 """Which tokens of which requests run in the next step.
 
 A step is a list of chunks: a decode is a chunk of one token, a prefill a chunk of as many as the token budget leaves.
-Decodes come first, so that a long prompt never stalls the requests that are already speaking. The scheduler counts
-lengths, never values: it can plan the step after the one in flight before that one's tokens have reached the host.
+Decodes come first, so that a long prompt never stalls requests that are already generating. The scheduler uses lengths
+only, never token values, so it can plan the next step before the tokens of the one in flight have reached the host.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Chunk:
 
     samples: the chunk reaches the request's last token, so its last row yields the next one.
     index: which generated token that is, counted from 0.
-    scored: positions of it whose next token, one of the prompt, gets its log-probability; empty unless asked for.
+    scored: its positions whose next token is a prompt token that gets its log-probability; empty unless requested.
     """
 
     request: Request
@@ -46,19 +46,19 @@ class Step:
 
     @property
     def is_decode(self) -> bool:
-        """Every request brings one token, and each yields one."""
+        """Whether every request computes one token and samples one."""
         return all(chunk.length == 1 and chunk.samples for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResults:
-    """What a step yields. Places count the chunks that sample, in order.
+    """The results of a step. A place is an index into the chunks that sample, in order.
 
-    time_s: when it was read, by `time.perf_counter`.
-    token_ids: one for each place.
-    faults: place -> why the request there is lost; its token id means nothing.
-    logprobs: place -> the log-probability of its token, where asked for.
-    scored: requests with the log-probabilities of their prompts' next tokens.
+    time_s: when the results were read, from `time.perf_counter`.
+    token_ids: one per place.
+    faults: place -> the error that ends its request, whose token id is then meaningless.
+    logprobs: place -> the log-probability of its token, if requested.
+    scored: requests with the log-probabilities of the prompt tokens that this step scored.
     """
 
     time_s: float
@@ -89,9 +89,9 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.admits_new = True
-        """False lets nobody start who has not run yet, until `is_drained`."""
+        """False holds back requests that have not started yet; see `is_drained`."""
         self.admitted: list[Request] = []
-        """Those that the last `schedule` let start for the first time."""
+        """The requests that the last `schedule` started for the first time."""
         self._free_rows = list(range(max_num_requests - 1, -1, -1))
 
     @property
@@ -100,11 +100,11 @@ class Scheduler:
 
     @property
     def is_drained(self) -> bool:
-        """Nobody runs, nor waits to go on."""
+        """Whether no request is running or preempted."""
         return not self.running and not (self.waiting and self.waiting[0].first_scheduled_s is not None)
 
     def replace_pool(self, num_blocks: int) -> None:
-        """Go on with a KV cache of so many blocks, all free; nobody may run."""
+        """Replace the pool by one of num_blocks free blocks. No request may be running."""
         assert not self.running
         self.pool = BlockPool(num_blocks)
 
@@ -112,7 +112,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self, now_s: float) -> Step | None:
-        """Plan the next step and move the lengths as if it were done; None where nothing can run."""
+        """Plan the next step and advance the requests' lengths as if it had run. None if no request can run."""
         self.admitted = []
         chunks: list[Chunk] = []
         budget = self.max_batched_tokens
@@ -120,7 +120,7 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed > 1):
             if request.row < 0 or request.is_behind or request.num_generated >= request.params.max_tokens:
-                continue  # preempted a moment ago, or waiting for its last token to be read
+                continue  # preempted by this very call, or waiting for its last token to be read
             length = min(request.num_tokens - request.num_computed, budget)
             if length == 0:
                 break
@@ -139,9 +139,9 @@ class Scheduler:
         return Step(chunks) if chunks else None
 
     def commit(self, step: Step, results: StepResults) -> list[tuple[int, Request]]:
-        """Hand out the results of a finished step: the requests that took one, each with its place.
+        """Apply the results of a finished step. Returns (place, request) for each request that got a token or a fault.
 
-        A fault ends its request and no other. Results of requests that ended meanwhile are dropped.
+        A fault ends its request only. Results of requests that have ended meanwhile are dropped.
         """
         took: list[tuple[int, Request]] = []
         num_requests, place = len(step.chunks), 0
@@ -166,7 +166,7 @@ class Scheduler:
         return took
 
     def finish(self, request: Request, reason: FinishReason, now_s: float) -> None:
-        """End a request wherever it stands and free what it holds. A second call changes nothing."""
+        """End a running or queued request and free what it holds. Idempotent."""
         if request.is_finished:
             return
         request.finish_reason, request.finished_s = reason, now_s
@@ -177,7 +177,7 @@ class Scheduler:
             self.waiting.remove(request)
 
     def check_integrity(self) -> None:
-        """Assert that blocks and rows add up."""
+        """Assert that every block and row is either free or owned by one running request."""
         self.pool.check_integrity([block for request in self.running for block in request.blocks])
         assert not any(request.blocks or request.row >= 0 for request in self.waiting)
         assert len({request.row for request in self.running} | set(self._free_rows)) == len(self.running) + len(
@@ -207,12 +207,12 @@ class Scheduler:
         return chunk
 
     def _grow(self, request: Request, length: int, chunks: Sequence[Chunk]) -> bool:
-        """Give the request the blocks for length more tokens, preempting the youngest that is not in this step."""
+        """Allocate blocks for length more tokens, preempting the newest requests not in this step. False if too few."""
         missing = self._num_blocks(request.num_computed + length) - len(request.blocks)
         if not missing:
             return True
         if missing > self.pool.num_free:
-            # Rare, and the only one that has to know who is in the step already.
+            # This set is needed only here, which is rare, so it is built here.
             kept = {request, *(chunk.request for chunk in chunks)}
             victims = [r for r in self.running if r not in kept]
             while missing > self.pool.num_free:
@@ -223,7 +223,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Free a request's blocks and put it first in the queue: its tokens are computed again later."""
+        """Free a request's blocks and put it first in the queue; its tokens are recomputed later."""
         self.running.remove(request)
         self._release(request)
         request.num_computed = 0
@@ -232,7 +232,7 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _can_admit(self, request: Request) -> bool:
-        """A row is free, the host knows all its tokens, and its whole prompt fits now."""
+        """Whether a row is free, the host has read all its tokens, and all of them fit into the free blocks."""
         fits = self._num_blocks(request.num_tokens + 1) <= self.pool.num_free or not self.running
         may_start = self.admits_new or request.first_scheduled_s is not None
         return bool(self._free_rows) and request.num_pending == 0 and fits and may_start
@@ -253,7 +253,7 @@ class Scheduler:
 
 
 def _scored(request: Request, stop: int) -> range:
-    """Positions below stop that have yet to be scored: a prompt computed again was scored the first time."""
+    """Prompt positions below stop not scored yet; after a preemption, those scored before are left out."""
     if request.params.prompt_logprobs is None:
         return range(0)
     return range(request.num_scored, max(request.num_scored, min(stop, len(request.prompt_ids) - 1)))

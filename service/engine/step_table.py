@@ -1,4 +1,4 @@
-"""The numbers of a step on the host: where each token sits, which blocks its request owns, which rows are sampled."""
+"""The inputs of a step as integer arrays on the host: positions, cache slots, block tables, sampling rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Ints: TypeAlias = NDArray[np.int32]
 PER_TOKEN = ("token_ids", "from_row", "positions", "slots")
 PER_REQUEST = ("context_lens", "sample_index", "sample_rows")
 ALIGNMENT = 4
-"""Of columns, in numbers."""
+"""Each column starts at a multiple of this many int32."""
 
 
 class TableLayout:
-    """Where the numbers of the largest step lie in the one array that crosses the bus.
+    """Column offsets in the one array that is copied to the device, sized for the largest step.
 
-    A column's place does not depend on the step, so that a captured graph finds it. Block tables come last: what lies
-    behind those of a step need not be sent.
+    Offsets do not depend on the step, so that a captured graph reads the right addresses. Block tables come last, so
+    that the copy can stop after those of the step.
     """
 
     def __init__(self, *, max_tokens: int, max_requests: int, max_blocks: int) -> None:
@@ -36,7 +36,7 @@ class TableLayout:
         self.size = 0
         for name, size in sizes.items():
             self.starts[name] = self.size
-            # Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes.
+            # Triton recompiles a kernel for a pointer that is not a multiple of 16 bytes.
             self.size += -(-size // ALIGNMENT) * ALIGNMENT
 
     def table(
@@ -50,7 +50,7 @@ class TableLayout:
         width: int,
         max_query_len: int,
     ) -> StepTable:
-        """The array as a step of these sizes, whatever it holds."""
+        """View the array as a step of these sizes, without writing to it."""
         tables = self.starts["block_tables"]
         used = numbers[: tables + num_tables * width]
 
@@ -76,13 +76,13 @@ class TableLayout:
 class StepTable:
     """A step of T token rows for B requests, S of which sample; padding counts in T and B. int32 throughout.
 
-    numbers: the array of a `TableLayout`, as far as the step fills it; all others are views of it.
+    numbers: the part of a `TableLayout`'s array that the step uses; all other arrays are views of it.
     token_ids: [T], read where from_row is -1.
     from_row: [T], the request row whose last sampled id is this token, or -1.
-    positions: [T], of the token in its request.   slots: [T], its place in the cache, or -1 for none.
-    query_starts: [B + 1], the first token row of each request.   context_lens: [B], the keys its last token sees.
+    positions: [T], of the token in its request.   slots: [T], of the token in the cache, or -1 for none.
+    query_starts: [B + 1], the first token row of each request.   context_lens: [B], keys its last token attends to.
     sample_index: [S], token row that yields a sample.   sample_rows: [S], its request's row.
-    block_tables: [R, W] of the R requests that are no padding; W is the most blocks that one of them owns.
+    block_tables: [R, W] of the R requests that are not padding; W is the most blocks that one of them owns.
     max_query_len: the largest number of token rows of one request.
     """
 
@@ -100,22 +100,22 @@ class StepTable:
 
 
 class StepTableBuilder:
-    """Writes steps as numbers. It remembers the blocks of each request and learns only those that a step added."""
+    """Writes steps into arrays. It keeps the blocks of each request row and copies only those added since."""
 
     def __init__(self, layout: TableLayout, block_size: int) -> None:
         self._layout = layout
         self._block_size = block_size
-        # These three by request row.
+        # Indexed by request row.
         self._blocks = np.zeros((layout.max_requests, layout.max_blocks), dtype=np.int32)
         self._num_blocks = np.zeros(layout.max_requests, dtype=np.int32)
         self._owner: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * layout.max_requests
 
     def build(self, step: Step, numbers: Ints, bucket: int | None = None) -> StepTable:
-        """Write a step into an array of the layout's size; with a bucket, pad a decode step to that many requests."""
+        """Write a step into an array of the layout's size. A bucket pads a decode step to that many requests."""
         chunks = step.chunks
         requests = [chunk.request for chunk in chunks]
         self._learn_blocks(requests)
-        # Lists first: one by one, numbers take ten times as long to get into an array.
+        # One conversion of whole lists: writing the numbers one by one takes ten times as long.
         rows, starts, lengths, num_known, samples = np.array(
             [
                 [request.row for request in requests],
@@ -155,7 +155,7 @@ class StepTableBuilder:
     def _write_tokens(
         self, table: StepTable, rows: Ints, positions: Ints, is_known: NDArray[np.bool_], known_ids: list[int]
     ) -> None:
-        """All that is said of each token, from its request row and position; known_ids of those whose id is known."""
+        """Fill the per-token columns. known_ids holds the ids of the tokens in is_known, in order."""
         num_tokens = len(positions)
         blocks, offsets = np.divmod(positions, self._block_size)
         table.positions[:num_tokens] = positions
@@ -178,7 +178,7 @@ class StepTableBuilder:
 
 
 def _known_ids(chunks: Sequence[Chunk]) -> list[int]:
-    """The ids of the chunks' tokens, one after the other, without those that the host has not read."""
+    """The concatenated ids of the chunks' tokens that the host has read."""
     ids: list[int] = []
     for chunk in chunks:
         ids += chunk.request.known_ids(chunk.start, chunk.start + chunk.length)
@@ -186,7 +186,7 @@ def _known_ids(chunks: Sequence[Chunk]) -> list[int]:
 
 
 def _pad(table: StepTable, num_requests: int) -> None:
-    """Rows that read no key and write no slot, behind those of a decode step."""
+    """Pad a decode step with rows that read no key and write no slot."""
     table.token_ids[num_requests:] = 0
     table.from_row[num_requests:] = -1
     table.positions[num_requests:] = 0

@@ -1,4 +1,4 @@
-"""A submitted request as its client's coroutine sees it."""
+"""A submitted request, as iterated by a coroutine on the event loop."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from service.engine.api import FinishReason, Progress, Token
 from service.engine.messages import Submit
 
 MAX_TOGETHER = 32
-"""Tokens; what a slow client has let pile up goes out in parts, and none of them keeps the event loop for long."""
+"""Most tokens per iteration. The backlog of a slow client is split, so that no part blocks the event loop for long."""
 
 Item = list[Token] | Exception | None
-"""New tokens, what ended the request instead, or None after its last token."""
+"""New tokens, the error that ended the request, or None after its last token."""
 
 
 @dataclass(slots=True, eq=False)
 class RequestStream:
-    """See `service.engine.api.Stream`. Made and changed on the event loop's thread alone.
+    """Implements `service.engine.api.Stream`. Created and changed on the event loop's thread only.
 
-    command: what was sent to the engine.
-    on_finish: tells the engine of a request that ends early.
-    num_steps, num_rows: the steps it took part in, and the requests in them.
+    command: the message sent to the engine.
+    on_finish: notifies the engine that the request ends early.
+    num_steps, num_rows: steps it took part in, and the sum of the requests in them.
     """
 
     command: Submit
@@ -70,14 +70,14 @@ class RequestStream:
         if self._tokens:
             tokens, self._tokens = self._tokens[:MAX_TOGETHER], self._tokens[MAX_TOGETHER:]
             return tokens
-        # Raised, an exception knows the frames that it passed: kept, it would keep them and this stream in a cycle.
+        # A raised exception refers to its frames, and they to this stream; storing it here would close the cycle.
         error, self._error = self._error, None
         if error is not None:
             raise error
         raise StopAsyncIteration
 
     def put(self, item: Item) -> None:
-        """Take in what the engine tells; what comes behind the end, or after `finish`, is dropped."""
+        """Add an item from the engine. Items after the end, or after `finish`, are dropped."""
         if self._is_over:
             return
         if isinstance(item, list):
@@ -87,20 +87,20 @@ class RequestStream:
         self._wake()
 
     def finish(self, reason: FinishReason) -> None:
-        """End the request early; a second call, or one after its last token, changes nothing."""
+        """End the request early. Idempotent; has no effect on a request that has finished."""
         if not self.is_closed:
             self.is_closed = True
             self._tokens, self._is_over, self._error = [], True, None
-            # Whoever waits for the next step would wait for ever: none comes any more.
+            # No more tokens will arrive, so a pending `__anext__` has to be woken here.
             self._wake()
             self.on_finish(self, reason)
 
     async def released(self) -> None:
-        """Return once the engine holds nothing of the request."""
+        """Return once the engine has freed what the request held."""
         await self._released.wait()
 
     def release(self) -> None:
-        """Note that the engine holds nothing of the request."""
+        """Record that the engine has freed what the request held."""
         self._released.set()
 
     def _wake(self) -> None:

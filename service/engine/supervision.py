@@ -1,4 +1,4 @@
-"""What an engine does about a step that raises or does not end: how often it goes on, and who watches the clock."""
+"""Limits on an engine's restarts after faults, and the watchdog for steps that hang."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from service.engine.device.device_thread import DEVICE_THREAD
 from service.engine.scheduler import Step
 
 POISON = ("CUDA error", "Triton Error [CUDA]")
-"""In the message of an error after which no call of the process reaches the GPU any more."""
+"""Texts in the message of an error after which the process can no longer use the GPU."""
 
 MAX_NAMED = 8
-"""Requests of a stuck step that the log names."""
+"""Most requests of a stuck step that are named in the log."""
 
 logger = logging.getLogger(__name__)
 
 
 class StepStuck(RuntimeError):
-    """A step has not ended within its time, and may never."""
+    """A step has exceeded its time limit and may never end."""
 
 
 @dataclass(frozen=True, slots=True)
 class FaultLimits:
-    """What an engine bears before it stays failed.
+    """The faults that an engine tolerates before it fails for good.
 
-    max_restarts: times that it goes on after a step has raised, within window_s seconds.
-    step_timeout_s: after which a step that has not ended is stuck.
+    max_restarts: how often within window_s seconds it continues after a step has raised.
+    step_timeout_s: time after which a step counts as stuck.
     """
 
     max_restarts: int = 3
@@ -49,7 +49,7 @@ class Restarts:
         self.total = 0
 
     def allows(self, fault: Exception, now_s: float) -> bool:
-        """Take note of a fault: True where the engine may go on."""
+        """Record a fault. Returns whether the engine may continue, which counts as a restart."""
         while self._times_s and now_s - self._times_s[0] >= self._limits.window_s:
             self._times_s.popleft()
         if is_poison(fault) or len(self._times_s) >= self._limits.max_restarts:
@@ -60,19 +60,19 @@ class Restarts:
 
 
 def is_poison(fault: BaseException) -> bool:
-    """Whether the GPU is lost to this process: every later call would raise the same."""
+    """Whether the process can no longer use the GPU, so that every later call would raise the same."""
     is_accelerators = any(kind.__name__ == "AcceleratorError" for kind in type(fault).__mro__)
     return is_accelerators or (isinstance(fault, RuntimeError) and any(text in str(fault) for text in POISON))
 
 
 def describe(fault: BaseException) -> str:
-    """A fault in a word and a line."""
+    """Class and message of a fault, for logs."""
     return f"{type(fault).__name__}: {fault}"
 
 
 @dataclass(frozen=True, slots=True)
 class InHand:
-    """A step that a thread waits for. doing: "launching" or "reading"; since_s: by `time.perf_counter`."""
+    """A step that the engine's thread is waiting for. doing: "launching" or "reading"; since_s: `time.perf_counter`."""
 
     doing: str
     step: Step
@@ -89,16 +89,16 @@ class InHand:
 
 
 class Watchdog:
-    """A thread that notices a step which does not end.
+    """A thread that detects a step which hangs.
 
-    It sleeps until the step in hand would be late, or for the whole limit where there is none: a step that begins
-    while it sleeps cannot be late before it wakes. So it costs a step nothing.
+    It sleeps until the current step would exceed the limit, or for the whole limit if there is no step. A step that
+    begins meanwhile cannot exceed the limit before the thread wakes, so steps need not notify it and it costs nothing.
 
     Args:
-        name: of the engine.
-        timeout_s: after which a step is stuck.
-        look: what is in hand, from any thread.
-        give_up: called once with what is stuck; False if that ended meanwhile after all.
+        name: name of the engine.
+        timeout_s: time after which a step counts as stuck.
+        look: returns the current step; thread-safe.
+        give_up: called with a stuck step; returns False if the step has ended meanwhile, and watching continues.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Watchdog:
 
 
 def stacks(*names: str) -> str:
-    """Where the threads of these names, and the one that computes, stand now."""
+    """The current stack traces of the named threads and the device thread."""
     frames = sys._current_frames()
     found = [thread for thread in threading.enumerate() if thread.name in (*names, DEVICE_THREAD)]
     return "\n".join(

@@ -1,1 +1,1 @@
-"""The model behind the web: loaded, given its memory, checked, exchanged."""
+"""The model host: loads, checks and reloads the variants, and connects them to the web."""

@@ -1,4 +1,4 @@
-"""From settings to an application that serves: `assemble`."""
+"""Builds the application from its settings: `assemble`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from service.web.app import create_app
 if TYPE_CHECKING:
     from service.host import in_process
 else:
-    # It loads models in this process, and with them torch.
+    # Imports torch, which the web process does without unless the engines run in it.
     in_process = Later("service.host.in_process")
 
 
 def assemble(settings: Settings, watch: Watch | None = None) -> FastAPI:
-    """The application of these settings. Its engines start with it, in a process of their own unless told otherwise.
+    """The application for these settings. Its engines start with it, in their own process unless `in_process` is set.
 
     Args:
-        watch: is told how their start goes.
+        watch: notified of the progress of start-up.
 
     Raises:
-        InvalidSettings: of the API keys or the traces.
+        InvalidSettings: the settings of API keys or traces are invalid.
     """
     link: Link = in_process.link(settings) if settings.in_process else ProcessLink(settings)
     host = HostClient(

@@ -1,7 +1,7 @@
-"""The process of the engines: `python -m service.host.engine_process N`, N the number of its end of the channel.
+"""The engines' process: `python -m service.host.engine_process N`, where N is the descriptor of its end of the channel.
 
-It lives as long as the web that started it: once the other end of the channel is closed, it is gone within moments,
-whatever its engines are at, and with it the memory that it held.
+It exits at once when the other end of the channel is closed, whatever its engines are doing, so that no GPU memory
+stays allocated after the web has died.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from service.settings import load_settings
 from service.telemetry.logs import configure_logging
 
 STOP_S = 1.0
-"""For a step to end; one that takes longer ends with the process."""
+"""Time for the current step to end before the process exits anyway."""
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> NoReturn:
-    """Serve the web at the other end until it wants an end, or is gone."""
-    # A terminal sends Ctrl-C to both processes, a supervisor its SIGTERM: what they mean for the engines, the web says.
+    """Serve the web at the other end of the channel until it sends `Stop` or exits."""
+    # A terminal sends Ctrl-C, and a supervisor SIGTERM, to both processes: the web decides when the engines stop.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     serve(socket.socket(fileno=int(sys.argv[1])))
 
 
 def serve(end: socket.socket) -> NoReturn:
-    """Open what the first message names, and serve it."""
+    """Load the settings of the first message, which must be `Open`, and serve them."""
     channel = ThreadEnd(end, msgspec.msgpack.Decoder(ToEngine), on_gone=lambda: end_process(1))
     opening = channel.read_one()
     if not isinstance(opening, Open):
@@ -52,10 +52,10 @@ def serve(end: socket.socket) -> NoReturn:
 
 
 def run(server: HostServer, channel: ThreadEnd[ToEngine]) -> NoReturn:
-    """Open the server's host, and serve it until the other end wants an end, or is gone."""
+    """Open the server's host and serve it until the web sends `Stop` or exits."""
     start_thread("channel", _read, channel, server)
     if not server.open():
-        # What was said must be read before the end of the stream is.
+        # The web must read why before it reads the end of the stream, so wait for its `Stop`.
         server.stopped.result()
         end_process(1)
     settle()
@@ -68,8 +68,8 @@ def _read(channel: ThreadEnd[ToEngine], server: HostServer) -> None:
     try:
         channel.read_all(server.receive)
     except Exception:
-        # Deaf, it would hold its requests for ever; dead, it is replaced.
-        logger.exception("the engine cannot take what the web sends")
+        # Unable to read, the engine would never end its requests; after an exit it is restarted.
+        logger.exception("the engine cannot read the web's messages")
         end_process(1)
     end_process(0)
 

@@ -1,4 +1,4 @@
-"""The engines of some settings in this process: for debugging."""
+"""Runs the engines in the web's process, for debugging."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from service.settings import Settings
 
 
 def link(settings: Settings) -> LocalLink:
-    """A way to engines that are loaded here."""
+    """A link to engines that are loaded in this process."""
     quiet_libraries()
     return LocalLink(partial(open_host, settings))

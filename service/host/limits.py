@@ -1,4 +1,4 @@
-"""What the settings say of faults, as the engines and whoever replaces their process take it."""
+"""The fault limits of the settings, used by the engines and by the web that restarts their process."""
 
 from __future__ import annotations
 

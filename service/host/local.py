@@ -1,4 +1,4 @@
-"""Engines in the process of the web, for debugging and for tests: without a channel, and without another try."""
+"""Engines in the web's process, for debugging and tests: no channel, and no restart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.store.progress import Progress
 
 
 class LocalLink:
-    """See `service.host.channel.client.Link`. open_host: loads the engines, on a thread of its own."""
+    """Implements `service.host.channel.client.Link`. open_host: loads the engines; called on its own thread."""
 
     can_renew = False
 
@@ -21,7 +21,7 @@ class LocalLink:
         self._server: HostServer | None = None
 
     async def open(self, receive: Callable[[ToWeb], None], on_gone: Callable[[str], None]) -> None:  # noqa: ARG002
-        """Load the engines."""
+        """Load the engines on a thread."""
         loop = asyncio.get_running_loop()
 
         def send(message: ToWeb) -> None:
@@ -32,11 +32,11 @@ class LocalLink:
         start_thread("open", self._server.open)
 
     def send(self, message: ToEngine) -> None:
-        """Give a message to the engines."""
+        """Pass a message to the engines."""
         if self._server is not None:
             self._server.receive(message)
 
     async def close(self, timeout_s: float) -> None:
-        """End the engines; a step that takes longer is left behind."""
+        """Stop the engines; a step that runs longer than timeout_s is abandoned."""
         if self._server is not None:
             await asyncio.to_thread(self._server.stop, timeout_s)

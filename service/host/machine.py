@@ -1,4 +1,4 @@
-"""What a result must carry to be repeated: the machine, the versions, the command and the date."""
+"""What is needed to repeat a measurement: machine, versions, command and date."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quant import __version__
 
 
 def versions() -> dict[str, str]:
-    """Of ottava and of what it computes with."""
+    """The versions of ottava, its main libraries and Python, by name."""
     return {
         "ottava": __version__,
         "torch": str(torch.__version__),
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor as the kernel names it."""
+    """The GPU's name, or the processor's name from /proc/cpuinfo."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -50,6 +50,6 @@ def birth_certificate(device: torch.device, command: Sequence[str]) -> dict[str,
 
 
 def quiet_libraries() -> None:
-    """Let transformers draw no bars of its own: how far things are, we say."""
+    """Silence transformers' warnings and progress bars, since ottava reports progress itself."""
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

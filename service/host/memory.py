@@ -1,4 +1,4 @@
-"""How the memory of a device is shared out among the KV caches."""
+"""Sizes the KV caches from a device's free memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from service.models.decoder import Decoder
 from service.settings import Settings
 
 CPU_CACHE_BYTES = 2**30
-"""KV cache of one variant on a CPU unless set."""
+"""Default size of one variant's KV cache on a CPU."""
 
 
 GPU_MEMORY_SHARE = 0.9
-"""Share of the free GPU memory, after the weights, that the KV caches take; the rest is for activations."""
+"""Share of the GPU memory free after loading weights that the KV caches take; the rest is for activations."""
 
 
 def cache_blocks(name: str, decoder: Decoder, settings: Settings, kv_cache_bytes: int) -> int:
-    """Blocks of a KV cache of so many bytes: at most what max_num_requests can fill.
+    """Number of blocks of a KV cache of kv_cache_bytes, at most what max_num_requests can fill.
 
     Raises:
-        InvalidSettings: it would not hold one request of max_model_len tokens.
+        InvalidSettings: the cache would not hold one request of max_model_len tokens.
     """
     max_model_len = decoder.config.max_model_len
     block_bytes = settings.block_size * decoder.kv_bytes_per_token
@@ -35,7 +35,7 @@ def cache_blocks(name: str, decoder: Decoder, settings: Settings, kv_cache_bytes
 
 
 def cache_budget(device: torch.device, num_variants: int, room: int = 0) -> int:
-    """Bytes for the next KV cache, where num_variants still have to get theirs and room bytes stay free."""
+    """Bytes for the next KV cache if num_variants still need one and room bytes are to stay free."""
     if device.type == "cpu":
         return CPU_CACHE_BYTES
     num_free = torch.cuda.mem_get_info(device)[0] - room

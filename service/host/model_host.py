@@ -1,4 +1,4 @@
-"""Every variant of one model behind engines of this process: found, quantized, loaded, checked, exchanged."""
+"""Loads all variants of one model into engines of this process."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from service.text.json.compiler import JsonCompiler
 from service.text.tokenizer import Tokenizer
 
 Reload = Callable[[str | None], Reloaded]
-"""Serve the checkpoint of a folder, None for the present one's. Blocks until it is served; raises ReloadFailed."""
+"""Reloads from a checkpoint folder, or from the present one if None. Blocks until done; raises ReloadFailed."""
 
 
 def nothing_to_reload(_model: str | None) -> Reloaded:
-    """A `Reload` for engines without a checkpoint."""
+    """A `Reload` that always fails, for engines without a checkpoint."""
     raise ReloadFailed("the engines of this server hold no checkpoint that could be reloaded")
 
 
 class ModelHost:
-    """Every variant of one model. Their engines are started; `stop` ends them.
+    """All variants of one model, with running engines; `stop` stops them.
 
     Args:
-        name: what the model is called.
+        name: the model's name.
         tokenizer: shared by all variants.
-        folder: of the tokenizer's files.
-        device_thread: on which all variants compute.
-        grammars: compiles what answers are constrained by.
+        folder: contains the tokenizer's files.
+        device_thread: the thread on which all variants compute.
+        grammars: compiles the grammars of requests; None if the engines accept none.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ModelHost:
             variant.engine.stop(timeout_s)
 
     def info(self) -> HostInfo:
-        """What /info answers."""
+        """The answer to GET /info."""
         first = next(iter(self.variants.values()))
         device = first.runner.device
         decoders = {name: variant.decoder for name, variant in self.variants.items()}
@@ -90,7 +90,7 @@ class ModelHost:
         )
 
     def self_check(self) -> dict[str, str]:
-        """Run a few fixed prompts through every variant: {variant: reason} of those that must not serve."""
+        """Run a few fixed prompts through every variant. Returns {variant: reason} for those that must not serve."""
         refused: dict[str, str] = {}
         for name, variant in self.variants.items():
             try:
@@ -100,31 +100,31 @@ class ModelHost:
         return refused
 
     def check(self, name: str, decoder: Decoder) -> None:
-        """Raise SelfCheckFailed unless a decoder may serve as this variant."""
+        """Run the self-check on a decoder that is to serve as this variant. Raises SelfCheckFailed."""
         baseline = self.variants.get(BASELINE) if name != BASELINE else None
         prompts = check_prompts(self.tokenizer, decoder.config.max_model_len)
         check(decoder, baseline.decoder if baseline else None, prompts, self.device_thread)
 
 
 def open_model(settings: Settings, on_progress: Progress = silent) -> ModelHost:
-    """Load what the settings name.
+    """Load the model of the settings and start its engines.
 
     Raises:
-        StartupError: any leaf of it, with a message that says what to change.
-        CheckpointError: the weights are corrupt or quantized in a way that is not served.
+        StartupError: any subclass, with a message that says what to change.
+        CheckpointError: the weights are corrupt, or quantized in an unsupported way.
     """
     device_thread = DeviceThread()
     return device_thread.run(_open, settings, device_thread, on_progress)
 
 
 def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress) -> ModelHost:
-    """`open_model` on the thread that computes."""
+    """`open_model`, on the device thread."""
     device = pick_device(settings.device)
     if settings.scheme not in PRESETS or not PRESETS[settings.scheme].is_int8:
         served = ", ".join(name for name, scheme in PRESETS.items() if scheme.is_int8)
         raise InvalidSettings(f"scheme = {settings.scheme!r} is not an int8 scheme; choose one of {served}")
     folder = resolve_model(settings.model, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
-    # Known before minutes of quantizing, not after them.
+    # Fails on an unsupported model before minutes of quantizing rather than after.
     ModelConfig.load(folder, settings.max_model_len)
     tokens_folder = tokenizer_folder(folder, settings.cache_dir)
     tokenizer = Tokenizer.from_folder(tokens_folder)

@@ -1,4 +1,4 @@
-"""What a step of one token must read, and what that allows at best: the roofline of a model that is loaded."""
+"""The roofline of a loaded model for a step of one token: bytes that it must read, and the best speedup."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.models.decoder import Decoder, Layer
 from service.models.mlp import Experts
 from service.models.weights import Linear
 
-# As the driver names the boards whose roofs are known; others of the same chip have other memory.
+# Keyed by the driver's name of the board, because boards with the same chip may have different memory.
 BOARDS = {
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
@@ -25,7 +25,7 @@ BOARDS = {
 
 
 def step_work(decoder: Decoder) -> Work:
-    """Multiply-adds and weight bytes of one token's step: every Linear once, of experts those it visits, the head."""
+    """Operations and weight bytes of a step of one token: every Linear, the head, and only the experts it visits."""
     linears = [linear for layer in decoder.layers for linear in _visited(layer)] + [decoder.head]
     in_int8 = sum(_operations(linear) for linear in linears if isinstance(linear, Int8Linear))
     in_float = sum(_operations(linear) for linear in linears) - in_int8
@@ -33,7 +33,7 @@ def step_work(decoder: Decoder) -> Work:
 
 
 def describe_one_token(decoders: Mapping[str, Decoder], baseline: str, device: str) -> OneToken:
-    """Bytes of each variant, the speed-up that they allow, and both in a sentence."""
+    """Weight bytes of each variant, the speedup that they allow on this device, and a sentence with both."""
     work = {name: step_work(decoder) for name, decoder in decoders.items()}
     gpu = GPUS.get(BOARDS.get(device, ""))
     slow = work.get(baseline)
@@ -50,7 +50,7 @@ def describe_one_token(decoders: Mapping[str, Decoder], baseline: str, device: s
 def _visited(layer: Layer) -> Iterator[Linear]:
     yield from layer.attention.linears
     if isinstance(layer.mlp, Experts):
-        # Experts of a layer are of one size, so the first stand for those that a token visits.
+        # All experts of a layer have the same size, so the first ones stand for those that a token visits.
         yield layer.mlp.router
         for expert in layer.mlp.experts[: layer.mlp.per_token]:
             yield from expert.linears

@@ -1,4 +1,4 @@
-"""Exchanges the int8 checkpoint of a host for a newly quantized one, while requests run: `Reloader`."""
+"""Replaces a host's int8 checkpoint while requests run: `Reloader`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class InTurns:
-    """Weights that are read and moved tensor by tensor on the thread that computes, so that steps come between."""
+    """Reads weights one tensor at a time on the device thread, so that engine steps can run in between."""
 
     def __init__(self, weights: Weights, device_thread: DeviceThread) -> None:
         self._weights = weights
@@ -62,11 +62,11 @@ class InTurns:
 
 
 class Reloader:
-    """A `service.host.model_host.Reload`; one call at a time, on a thread of its own.
+    """Implements `service.host.model_host.Reload`. Call it on its own thread, one call at a time.
 
-    The new weights are read beside the old ones, checked against the baseline, and warmed up on the KV cache that is in
-    use, all between the steps of the engines. Only then does the engine stop to start requests, lets those that run
-    finish, and goes on with the new weights. Whatever fails before has changed nothing.
+    The new weights are loaded next to the old ones, checked against the baseline, and warmed up on the KV cache in use,
+    all in between the engines' steps. Only then does the engine stop starting requests, finish the running ones, and
+    continue with the new weights. If anything fails before that, nothing has changed.
     """
 
     def __init__(self, host: ModelHost, settings: Settings) -> None:
@@ -74,7 +74,7 @@ class Reloader:
         self._settings = settings
 
     def __call__(self, model: str | None) -> Reloaded:
-        """Serve the checkpoint of a folder, None for the one that is served, read again.
+        """Serve the checkpoint of a folder, or re-read the present one if None.
 
         Raises:
             ReloadFailed: no int8 variant is served or its engine has failed; the folder is missing, corrupt, not
@@ -86,16 +86,16 @@ class Reloader:
         folder = _folder(self._host.variants[name], model)
         try:
             reloaded = self._serve(name, folder)
-        # The frames of a traceback hold the new weights: whoever kept the error would keep their memory.
+        # A traceback's frames refer to the new weights, so an error that is kept would keep their memory.
         except ReloadFailed as error:
             raise error.with_traceback(None) from None
         except REFUSALS as error:
             why = f"{folder} is not served, the old weights are: {first_line(error)}"
             raise ReloadFailed(why, "model") from error.with_traceback(None)
         except Exception as error:
-            log.exception("reload of %s", folder)
+            log.exception("the reload of %s failed", folder)
             raise error.with_traceback(None) from None
-        # The old weights were left out of collections: were they part of a cycle, they would stay for ever.
+        # The old weights were frozen out of garbage collection; in a reference cycle they would never be freed.
         settle()
         return reloaded
 
@@ -118,12 +118,12 @@ class Reloader:
             loaded_at=datetime.now(UTC),
         )
         self._host.variants[name] = new
-        # On the thread that computes, like all that touches the device.
+        # Everything that touches the device runs on the device thread.
         self._host.device_thread.run(old.runner.close)
         return Reloaded(name, folder.name, new.generation, new.loaded_at, pause_s - start_s, end_s - pause_s)
 
     def _load(self, old: Variant, folder: Path) -> tuple[Checkpoint, Decoder]:
-        """The decoder of a folder, which can take the place of the old one."""
+        """Load the decoder of a folder; raises if it cannot replace the old one."""
         refuse_unsafe(folder)
         if not is_quantized(folder):
             raise ReloadFailed(
@@ -144,7 +144,7 @@ class Reloader:
             raise CheckpointError(f"{folder}: {error}") from error
 
     def _warm(self, name: str, old: Variant, decoder: Decoder) -> tuple[int, Runner]:
-        """A runner of the decoder on the old one's KV cache, or on one of the same budget where that does not fit."""
+        """A warmed-up runner for the decoder, and its blocks. It takes over the old KV cache if the type matches."""
         settings, device_thread = self._settings, self._host.device_thread
         fits = (decoder.kv, decoder.kv_dtype) == (old.decoder.kv, old.decoder.kv_dtype)
         num_blocks = old.engine.stats().num_blocks
@@ -178,7 +178,7 @@ class Reloader:
 
 
 def open_host(settings: Settings, on_progress: Progress = silent) -> ModelHost:
-    """Load what the settings name, with a checkpoint that can be exchanged. Raises as `open_model` does."""
+    """`open_model`, with a host that can be reloaded. Raises as `open_model`."""
     host = open_model(settings, on_progress)
     host.reload = Reloader(host, settings)
     return host
@@ -196,7 +196,7 @@ def _folder(old: Variant, model: str | None) -> Path:
 
 
 def _refuse_other_architecture(folder: Path, config: ModelConfig, served: ModelConfig) -> None:
-    """The dtype that a model was saved in is no part of its architecture."""
+    """Raise ReloadFailed if the configs differ in more than the dtype in which the model was saved."""
     for field in fields(ModelConfig):
         new, old = getattr(config, field.name), getattr(served, field.name)
         if field.compare and field.name != "dtype" and new != old:

@@ -1,4 +1,4 @@
-"""Whether a variant may serve: its output on a few fixed prompts is finite, and near the baseline's."""
+"""The start-up self-check: a variant's output on fixed prompts must be finite and close to the baseline's."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def check_prompts(tokenizer: TokenizerLike, max_len: int) -> list[Tensor]:
 
 
 def check(decoder: Decoder, baseline: Decoder | None, prompts: Sequence[Tensor], device_thread: DeviceThread) -> None:
-    """Run the prompts through a decoder and the baseline, one prompt a turn, so that steps can come between.
+    """Compare a decoder with the baseline on the prompts, one device call per prompt, so that steps run in between.
 
     Args:
-        baseline: None where there is none, or where it is what is checked: then for finiteness alone.
+        baseline: None to check only that the logits are finite.
 
     Raises:
-        SelfCheckFailed: logits are not finite, or KL(baseline, decoder) is above MAX_KL in the mean of all positions.
+        SelfCheckFailed: logits are not finite, or KL(baseline, decoder) averaged over all positions is above MAX_KL.
     """
     total = sum(
         device_thread.run(_divergence, decoder, baseline, place, token_ids) for place, token_ids in enumerate(prompts)

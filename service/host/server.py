@@ -1,4 +1,4 @@
-"""The engines' side of the channel: opens a host, hands it what comes, and tells what it says."""
+"""The engines' side of the channel: opens a host, passes it the web's messages, and sends its answers."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from service.process import start_thread
 from service.store.progress import Progress
 
 USERS = (StartupError, QuantError, OSError, torch.OutOfMemoryError)
-"""What opening raises where the user can mend it: told in one line."""
+"""Errors of opening that the user can fix; reported in one line without a traceback."""
 
 logger = logging.getLogger(__name__)
 
 
 class ServedEngine(Protocol):
-    """What the server needs of an engine: `service.engine.loop.EngineLoop`, or a fake in tests."""
+    """The engine's interface used here: `service.engine.loop.EngineLoop`, or a fake in tests."""
 
     variant: str
     max_model_len: int
@@ -56,7 +56,7 @@ class ServedEngine(Protocol):
 
 
 class ServedHost(Protocol):
-    """What the server needs of a host: `service.host.model_host.ModelHost`, or a fake in tests."""
+    """The host's interface used here: `service.host.model_host.ModelHost`, or a fake in tests."""
 
     @property
     def engines(self) -> Mapping[str, ServedEngine]: ...
@@ -81,8 +81,8 @@ class HostServer:
     """Serves one host to one web.
 
     Args:
-        open_host: loads it; called by `open`.
-        send: takes a message to the web; must not wait.
+        open_host: loads the host; called by `open`.
+        send: sends a message to the web; must not block.
     """
 
     def __init__(self, open_host: Callable[[Progress], ServedHost], send: Callable[[ToWeb], None]) -> None:
@@ -90,10 +90,10 @@ class HostServer:
         self._send = send
         self._host: ServedHost | None = None
         self.stopped: Future[None] = Future()
-        """Set once the web wants an end."""
+        """Set when the web sends `Stop`."""
 
     def open(self) -> bool:
-        """Load the host and tell of it; False where that failed, which is told too."""
+        """Load the host and send `Opened`. If that fails, send `Refused` and return False."""
         try:
             host = self._open_host(self._on_progress)
         except USERS as error:
@@ -114,7 +114,7 @@ class HostServer:
         return True
 
     def receive(self, message: ToEngine) -> None:
-        """Take a message of the web, on the thread that reads them; must not wait."""
+        """Handle a message of the web without blocking. Called on the thread that reads them."""
         if isinstance(message, Stop):
             if not self.stopped.done():
                 self.stopped.set_result(None)
@@ -126,7 +126,7 @@ class HostServer:
             self._host.engines[message.variant].put(message)
 
     def stop(self, timeout_s: float) -> None:
-        """End the engines."""
+        """Stop the engines."""
         if self._host is not None:
             self._host.stop(timeout_s)
 
@@ -140,7 +140,7 @@ class HostServer:
             self._send(Returned(call.number, fault_of(error)))
         except Exception as error:
             logger.exception("%s failed", call.kind)
-            # A client may see what a reload raised; what the self-check did, whoever runs the server.
+            # Clients may see the error of a reload or a grammar, but only operators that of the self-check.
             said = describe(error) if call.kind == "check" else "internal error; the engine's log has it"
             self._send(Returned(call.number, Fault(OttavaError.__name__, said)))
 
@@ -150,14 +150,14 @@ class HostServer:
 
 
 def fault_told(error: BaseException) -> Fault:
-    """An error of opening as it is sent: what is none of ours counts as a start-up error."""
+    """Encode an error of opening; any that is not a StartupError becomes one."""
     if isinstance(error, StartupError):
         return fault_of(error)
     return Fault("StartupError", str(error))
 
 
 def _done(host: ServedHost, call: Call) -> Returned:
-    """Do what is called for. Raises what it raises."""
+    """Run a call; its exceptions propagate."""
     if call.kind == "check":
         return Returned(call.number, refused=dict(host.self_check()))
     if call.kind == "reload":

@@ -1,4 +1,4 @@
-"""One precision of a model: its weights found, quantized and loaded, and put behind an engine."""
+"""Loads one precision of a model, quantizing it if needed, and starts its engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from service.store.resolve import is_quantized, resolve_model
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A decoder, what is known of how it was quantized, and the folder it is from; None for random weights."""
+    """A decoder, notes on how it was quantized, and its checkpoint folder (None for random weights)."""
 
     decoder: Decoder
     notes: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Loaded:
 class Variant:
     """One precision of the model, loaded and running.
 
-    cache_budget_bytes: what its KV cache may take.   generation: how many weights it has had.
+    cache_budget_bytes: limit of its KV cache.   generation: 1 at start, increased by every reload.
     """
 
     engine: EngineLoop
@@ -70,7 +70,7 @@ def start_variant(
     grammars: Grammars | None = None,
     on_progress: Progress = silent,
 ) -> Variant:
-    """Give a decoder its KV cache, warm it up, and start its engine.
+    """Allocate a decoder's KV cache, warm it up, and start its engine.
 
     Raises:
         InvalidSettings: the cache would not hold one request of max_model_len tokens.
@@ -116,7 +116,7 @@ def load_variant(name: str, folder: Path, settings: Settings, device: torch.devi
         dtype = pick_dtype(settings.dtype, config, device)
         notes = {"scheme": scheme.name, "description": scheme.describe(), "calibration": "random weights"}
         return Loaded(random_decoder(config, scheme, dtype, device, settings.seed), notes, None)
-    # A folder that is quantized already says for itself what the settings leave open.
+    # A quantized folder itself determines what the settings leave open.
     kv = settings.kv if name != BASELINE and is_quantized(folder) else scheme.kv
     if name == BASELINE:
         folder = _baseline_folder(folder, settings, on_progress)
@@ -132,7 +132,7 @@ def load_variant(name: str, folder: Path, settings: Settings, device: torch.devi
 
 
 def variant_notes(checkpoint: Checkpoint, decoder: Decoder, scheme: Scheme) -> dict[str, Any]:
-    """What a checkpoint says of itself: the settings' scheme is another where it was quantized elsewhere."""
+    """The checkpoint's own notes on its quantization; if made elsewhere, its scheme may differ from the settings'."""
     schemes = [stored.with_kv(decoder.kv) for stored in checkpoint.schemes] or [scheme]
     names = {"scheme": checkpoint.scheme_name or scheme.name, "description": " ".join(s.describe() for s in schemes)}
     return {**checkpoint.notes, **names}
@@ -150,7 +150,7 @@ def _baseline_folder(folder: Path, settings: Settings, on_progress: Progress) ->
 
 
 def describe(variant: Variant) -> VariantInfo:
-    """What /info says of a variant."""
+    """The variant's part of GET /info."""
     notes = variant.notes
     return VariantInfo(
         scheme=notes.get("scheme"),

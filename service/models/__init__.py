@@ -1,1 +1,1 @@
-"""The models: one table of families, one decoder."""
+"""The models: a table of families and one decoder for all."""

@@ -1,4 +1,4 @@
-"""Attention over the paged cache: from the normed rows of a step to what o_proj adds to the residual stream."""
+"""Attention over the paged cache: QKV projection, rotation, attention and output projection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from service.models.weights import Linear, Weights, norm_weight
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Where the T token rows of a step sit. int32 tensors on the device.
+    """The positions and cache locations of a step's T token rows. int32 tensors on the device.
 
     positions, slots: [T].   query_starts: [B + 1].   context_lens: [B].   block_tables: [B, W].
     max_query_len: the largest number of rows of one request.
@@ -32,9 +32,9 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of one layer, each [num_blocks, block_size, G, D] float.
+    """Keys and values of one layer.
 
-    Or codes of that shape with scales [num_blocks, block_size, G].
+    Each is [num_blocks, block_size, G, D] float, or codes of that shape with scales [num_blocks, block_size, G].
     """
 
     k: Tensor | Quantized
@@ -77,7 +77,7 @@ class Attention:
     def __call__(
         self, y: Tensor | Quantized, rows: Rows, cos_sin: Tensor, cache: KVCache, residual: Tensor | None = None
     ) -> Tensor:
-        """[T, hidden_size], plus the residual where it is given; keys and values go to the cache."""
+        """Returns [T, hidden_size], with the residual added if given. Writes keys and values to the cache."""
         q = kernels.rope_and_cache(
             self.qkv(y),
             rows.positions,
@@ -107,7 +107,7 @@ class Attention:
 
 
 def _qkv(config: ModelConfig, weights: Weights, index: int) -> Linear:
-    """One Linear whose rows are all queries, then all keys, then all values, head by head."""
+    """Load one Linear whose rows are all queries, then all keys, then all values, head by head."""
     family, head_size = config.layout, config.head_size
     heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
     sizes = [num * head_size for num in heads]

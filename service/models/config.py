@@ -1,4 +1,4 @@
-"""What the decoder needs to know of a model, read from its config.json."""
+"""A model's configuration, read from its config.json."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from service.models.smoothing import layer_groups, layer_linears
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What the decoder needs to know of a model.
+    """A model's configuration, as the decoder uses it.
 
     scale: multiplies q k^T.   soft_cap, logit_cap: bounds of the scores and of the logits, or None.
-    windows: of each layer the keys that a token sees, or None for all.
-    experts: None where no layer has any.
-    num_positions: that the model was made for.
-    rope: [max_model_len, R] float32, cosines then sines by position, R 0 where positions are learned.
-    local_rope: the same for layers with a window where these turn otherwise, else None.
+    windows: for each layer, the number of keys that a token attends to, or None for all.
+    experts: None if no layer has any.
+    num_positions: positions that the model was made for.
+    rope: [max_model_len, R] float32, cosines then sines by position; R is 0 for learned positions.
+    local_rope: the same for layers with a window if their angles differ, else None.
     """
 
     family: str
@@ -62,11 +62,11 @@ class ModelConfig:
         """Read config.json of a model folder.
 
         Args:
-            folder: holds config.json.
+            folder: contains config.json.
             max_model_len: positions to serve; None for as many as the model was made for, at most 8192.
 
         Raises:
-            UnsupportedModel: no config.json, a family outside the table, or a feature of it that is not served.
+            UnsupportedModel: there is no config.json, or the family or one of its features is not served.
         """
         if not (folder / "config.json").is_file():
             raise UnsupportedModel(f"{folder} is not a model folder: it has no config.json")
@@ -78,7 +78,7 @@ class ModelConfig:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, max_model_len: int | None = None) -> ModelConfig:
-        """Map a Hugging Face configuration; raises UnsupportedModel as `load` does."""
+        """Convert a Hugging Face configuration. Raises UnsupportedModel as `load`."""
         family = FAMILIES.get(config.model_type)
         if family is None:
             raise UnsupportedModel(
@@ -123,27 +123,27 @@ class ModelConfig:
 
     @property
     def layout(self) -> Family:
-        """Its family's row."""
+        """The entry of its family in `FAMILIES`."""
         return FAMILIES[self.family]
 
     @property
     def cache_elements_per_token(self) -> int:
-        """Key and value elements that one token adds, over all layers."""
+        """Key and value elements of one token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_size
 
     def num_experts(self, index: int) -> int:
-        """Of a layer; 0 where it has one MLP for all tokens."""
+        """Number of experts of a layer; 0 if it has one MLP for all tokens."""
         return self.experts.count if self.experts is not None and index in self.experts.layers else 0
 
 
 def linear_names(config: ModelConfig) -> list[str]:
-    """The Linears that a scheme quantizes: all but the head and routers."""
+    """The Linears that a scheme quantizes: all except the head and routers."""
     layers = range(config.num_layers)
     return [name for i in layers for name in layer_linears(config.layout, i, config.num_experts(i))]
 
 
 def smooth_groups(config: ModelConfig) -> list[SmoothGroup]:
-    """Where a migration can be folded without a trace; see `layer_groups`."""
+    """The groups into which smoothing can be folded exactly; see `layer_groups`."""
     is_up_linear = config.layout.is_gated or config.activation == "relu"
     heads = config.num_heads // config.num_kv_heads, config.head_size
     layers = range(config.num_layers)
@@ -160,5 +160,5 @@ def _served_len(config: PreTrainedConfig, max_model_len: int | None) -> int:
 
 
 def _first(config: PreTrainedConfig, *keys: str) -> Any:
-    """The first of these that the configuration sets."""
+    """The value of the first key that the configuration sets."""
     return next((value for key in keys if (value := getattr(config, key, None)) is not None), None)

@@ -1,4 +1,4 @@
-"""One decoder for every family and every precision: the Linears it is given decide what flows between its ops."""
+"""One decoder for all families and precisions: its Linears decide whether floats or codes flow between the ops."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from service.models.weights import Linear, Norm, Weights
 
 
 class Layer:
-    """Attention and MLP, each behind its norm, both added to one residual stream.
+    """Attention and MLP, each after its norm, both added to one residual stream.
 
-    What a branch gives is added where the next norm reads it, so a layer hands on two tensors: the residual stream
-    without its last branch, and that branch.
+    A branch's output is added by the next norm, which is fused with the addition. So a layer returns two tensors: its
+    last branch's output, and the residual stream without it.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
@@ -54,7 +54,7 @@ class Layer:
 
 
 def _normed(x: Tensor, norm: Norm | None) -> Tensor:
-    """What a branch adds, through the norm that some families put there."""
+    """Apply the norm that some families have after a branch."""
     if norm is None:
         return x
     y, _ = norm(x, None)
@@ -63,12 +63,12 @@ def _normed(x: Tensor, norm: Norm | None) -> Tensor:
 
 
 class Decoder:
-    """Token ids in, hidden states out; the same code for `fp16` and `w8a8`.
+    """Maps token ids to hidden states and logits; the same code for `fp16` and `w8a8`.
 
     Args:
-        config: of the model.
-        weights: of the model.
-        kv: what its caches store keys and values in.
+        config: the model's configuration.
+        weights: the model's weights.
+        kv: storage type of the KV caches.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, kv: KVStorage = "float") -> None:
@@ -78,7 +78,7 @@ class Decoder:
         vocabulary = (config.vocab_size, config.hidden_size)
         self.embedding = weights.tensor(f"{names.embedding}.weight", vocabulary)
         self.position_embedding = _position_embedding(config, weights)
-        # Rounded to the dtype first, as the models were trained.
+        # Rounded to the dtype first, as in the models' training.
         scale = torch.tensor(config.hidden_size**0.5).to(self.embedding.dtype).item()
         self.embedding_scale = scale if family.has_scaled_embedding else None
         self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
@@ -97,28 +97,28 @@ class Decoder:
 
     @property
     def is_row_independent(self) -> bool:
-        """Whether a token's result is free of what else is in the step: that of every Linear is."""
+        """Whether a token's result does not depend on the other tokens of the step, as decided by the Linears."""
         return all(linear.is_row_independent for layer in self.layers for linear in layer.linears)
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether a step never waits for the host, so that a CUDA graph can hold it: with experts it does."""
+        """Whether a step can be captured in a CUDA graph; not with experts, which wait for the host."""
         return not any(isinstance(layer.mlp, Experts) for layer in self.layers)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of every Linear, the embeddings and the head, a tied one once."""
+        """Bytes of all Linears, the embeddings and the head; a tied head counts once."""
         linears = sum(linear.weight_bytes for layer in self.layers for linear in layer.linears)
         head = 0 if self.config.is_tied else self.head.weight_bytes
         positions = 0 if self.position_embedding is None else self.position_embedding.nbytes
         return linears + head + self.embedding.nbytes + positions
 
     def __call__(self, token_ids: Tensor, rows: Rows, caches: list[KVCache]) -> Tensor:
-        """Run T tokens through every layer: hidden states [T, hidden_size], normed; keys and values go to caches."""
+        """Run T tokens through all layers. Returns normed hidden states [T, hidden_size]; writes to the caches."""
         x = F.embedding(token_ids, self.embedding)
         if self.embedding_scale is not None:
             x *= self.embedding_scale
-        # Learned positions are added where the first norm reads them.
+        # Learned positions are passed as the residual, which the first norm adds.
         table = self.position_embedding
         residual = None if table is None else F.embedding(rows.positions, table)
         for layer, cos_sin, cache in zip(self.layers, self.cos_sin, caches, strict=True):
@@ -128,24 +128,24 @@ class Decoder:
         return y
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[S, hidden_size] -> [S, V] float32."""
+        """Logits [S, V] float32 of hidden states [S, hidden_size]."""
         logits, cap = self.head(hidden).float(), self.config.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """Of the elements of its caches; `cache_dtype` says which float."""
+        """Element type of its caches; see `cache_dtype` for float caches."""
         return torch.int8 if self.kv == "int8" else cache_dtype(self)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one token adds to the caches of all layers: keys, values and, of int8, a float32 scale a head."""
+        """Bytes of one token in all caches: keys, values and, for int8, a float32 scale per head."""
         elements = self.config.cache_elements_per_token
         num_scales = elements // self.config.head_size if self.kv == "int8" else 0
         return elements * self.kv_dtype.itemsize + num_scales * torch.float32.itemsize
 
     def new_caches(self, num_blocks: int, block_size: int) -> list[KVCache]:
-        """Zeroed caches, one a layer."""
+        """Zeroed caches, one per layer."""
         shape = (num_blocks, block_size, self.config.num_kv_heads, self.config.head_size)
         return [KVCache(self._zeros(shape), self._zeros(shape)) for _ in self.layers]
 
@@ -156,7 +156,7 @@ class Decoder:
 
 
 def _position_embedding(config: ModelConfig, weights: Weights) -> Tensor | None:
-    """The row of every served position, [max_model_len, hidden_size]; None where positions are rotary."""
+    """The embeddings of all served positions, [max_model_len, hidden_size]; None for rotary positions."""
     name, offset = config.layout.names.positions, config.layout.position_offset
     if name is None:
         return None
@@ -183,8 +183,5 @@ def score(decoder: Decoder, token_ids: Tensor) -> Tensor:
 
 
 def cache_dtype(decoder: Decoder) -> torch.dtype:
-    """Of float caches.
-
-    The model's own dtype on a GPU. float32 on the CPU, where torch's attention is ten times slower in bf16.
-    """
+    """dtype of float caches: the model's on a GPU; float32 on a CPU, where torch's attention is 10x slower in bf16."""
     return torch.float32 if decoder.embedding.device.type == "cpu" else decoder.dtype

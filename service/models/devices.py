@@ -1,4 +1,4 @@
-"""Where a model runs, and in which float type."""
+"""Chooses the device and the float type of a model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from service.models.config import ModelConfig
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to serve on: "auto" is CUDA where there is one.
+    """The device to serve on; "auto" is CUDA if available.
 
     Raises:
-        InvalidSettings: CUDA is asked for and there is none.
+        InvalidSettings: CUDA is requested but not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,7 +24,7 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     """The float type to serve in.
 
-    "auto": the model's own on a GPU; on a CPU bfloat16 where it has bf16 instructions, else float32.
+    "auto" is the model's own on a GPU; on a CPU it is bfloat16 if the CPU has bf16 instructions, else float32.
     """
     if name != "auto":
         return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]

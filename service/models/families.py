@@ -1,4 +1,4 @@
-"""The families served, as one table. A family is a row: what differs from Llama, and what it cannot do here."""
+"""The table of served families: how each differs from Llama, and which of its features are not served."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 def qwen3_experts(config: PreTrainedConfig) -> ExpertShape:
-    """Experts in every so many layers, but in those named."""
+    """Experts in every decoder_sparse_step-th layer, except those in mlp_only_layers."""
     is_sparse = [(i + 1) % config.decoder_sparse_step == 0 for i in range(config.num_hidden_layers)]
     layers = frozenset(i for i, sparse in enumerate(is_sparse) if sparse and i not in config.mlp_only_layers)
     shape = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size

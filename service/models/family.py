@@ -1,4 +1,4 @@
-"""What a row of the table of families can say: names of the checkpoint's modules, and the ways to differ from Llama."""
+"""The columns of the table of families: names of the checkpoint's modules, and differences from Llama."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What a family's checkpoint calls its modules; names within a layer follow `layers`.{index}.
+    """The names of modules in a family's checkpoint; those of a layer are appended to `layers`.{index}.
 
     positions: the table of learned positions; None for rotary ones.
-    qkv: query, key and value, or the one Linear that holds all three.
+    qkv: query, key and value, or the one Linear that contains all three.
     head_norms: the norms of a head's queries and of its keys.
-    post_attention_norm, post_mlp_norm: norms of what a branch adds to the residual stream.
-    mlp: what precedes `up`, `down`, `gate` (the router) and `experts.{number}`.
-    up: gate and up, the one Linear that holds both, or where the MLP is not gated its first Linear.
+    post_attention_norm, post_mlp_norm: norms of a branch's output.
+    mlp: prefix of `up`, `down`, `gate` (the router) and `experts.{number}`.
+    up: gate and up, or the one Linear that contains both; if the MLP is not gated, its first Linear.
     """
 
     embedding: str = "model.embed_tokens"
@@ -41,7 +41,7 @@ class Names:
         return f"{self.layers}.{index}"
 
     def mlps(self, index: int, num_experts: int) -> list[str]:
-        """What precedes `up` and `down` of each expert of a layer, or of its one MLP."""
+        """The prefixes of `up` and `down`, one for each expert of a layer, or one for its only MLP."""
         mlp = f"{self.layer(index)}.{self.mlp}"
         return [f"{mlp}experts.{number}." for number in range(num_experts)] or [mlp]
 
@@ -51,8 +51,9 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """Of the layers that have experts: how many, of what width, and how many a token visits.
+    """The experts of the layers that have them.
 
+    per_token: experts that a token visits.   intermediate_size: of one expert.
     is_renormalized: whether the shares of a token's experts are scaled to sum to 1.
     """
 
@@ -65,21 +66,21 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How a family differs from Llama. What varies within it is asked of the Hugging Face configuration.
+    """How a family differs from Llama. Differences within a family are functions of the Hugging Face configuration.
 
     norm: RMSNorm, or LayerNorm with a bias.
     norm_offset: added to every RMSNorm's weight.
     is_gated: whether the MLP multiplies two projections.
-    has_head_major_qkv: the fused rows go head by head, each its query, key and value.
+    has_head_major_qkv: the fused rows are ordered by head, each with its query, key and value.
     is_transposed: weights are stored [in, out].
-    position_offset: row of the table of learned positions that position 0 reads.
-    has_window: honours the configuration's sliding window.
-    has_partial_rope: honours the configuration's partial_rotary_factor.
+    position_offset: row of position 0 in the table of learned positions.
+    has_window: applies the configuration's sliding window.
+    has_partial_rope: applies the configuration's partial_rotary_factor.
     has_scaled_embedding: embeddings are multiplied by sqrt(hidden_size).
-    qkv_bias, o_bias, mlp_bias: whether the projections carry a bias.
+    qkv_bias, o_bias, mlp_bias: whether the projections have a bias.
     is_parallel: attention and MLP read the same residual.
-    experts: None where no layer has any.
-    unserved: what of a configuration is not served, and why; None where all is.
+    experts: returns None if no layer has any.
+    unserved: returns which feature of the configuration is not served, and why; None if all are.
     """
 
     names: Names = Names()

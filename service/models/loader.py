@@ -1,4 +1,4 @@
-"""From a model folder, or from nothing but its shapes, to a decoder."""
+"""Loads a decoder from a model folder."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def load_decoder(
     """Read a float or int8 model folder.
 
     Args:
-        folder: config.json and safetensors.
-        dtype: of everything float; None for the model's own.
+        folder: contains config.json and safetensors.
+        dtype: of all float tensors; None for the model's own.
         max_model_len: positions to serve; None for the model's own, at most 8192.
-        kv: what keys and values are stored in; None for what the folder says.
+        kv: storage type of keys and values; None for the checkpoint's own.
 
     Raises:
-        ModelNotFound: no such folder.
-        UnsupportedModel: see `ModelConfig.of`.
+        ModelNotFound: the folder does not exist.
+        UnsupportedModel: as `ModelConfig.load`.
         UnsafeCheckpoint: the weights are pickled.
-        CheckpointError: a tensor is missing, corrupt, of another shape, or quantized in a way that is not served.
+        CheckpointError: a tensor is missing, corrupt, of another shape, or quantized in an unsupported way.
     """
     refuse_unsafe(folder)
     config = ModelConfig.load(folder, max_model_len)
@@ -44,10 +44,10 @@ def decoder_of(config: ModelConfig, checkpoint: Checkpoint, kv: KVStorage | None
     """The decoder of an open checkpoint.
 
     Args:
-        kv: what keys and values are stored in; None for what the checkpoint says.
+        kv: storage type of keys and values; None for the checkpoint's own.
 
     Raises:
-        CheckpointError: see `load_decoder`; also Linears that are computed as one, but quantized in different ways.
+        CheckpointError: as `load_decoder`, or Linears to be fused are quantized in different ways.
     """
     try:
         with torch.inference_mode():
@@ -57,7 +57,7 @@ def decoder_of(config: ModelConfig, checkpoint: Checkpoint, kv: KVStorage | None
 
 
 def refuse_unsafe(folder: Path) -> None:
-    """Raise unless the folder exists and holds safetensors."""
+    """Raise ModelNotFound if the folder does not exist, UnsafeCheckpoint if it has only pickled weights."""
     if not folder.is_dir():
         raise ModelNotFound(f"{folder} is neither a folder nor the id of a model that can be fetched")
     has_safetensors = any(folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""The second branch of a layer: a gated MLP, a plain one, or experts of which each token visits a few."""
+"""The MLP of a layer: gated, plain, or a mixture of experts."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ class PlainMLP:
 class Experts:
     """sum_e share_te expert_e(x_t) over the experts with the largest shares of each token.
 
-    share_t = softmax(router(x_t)), scaled to sum to 1 over those chosen where is_renormalized.
+    share_t = softmax(router(x_t)), scaled to sum to 1 over the chosen experts if is_renormalized.
 
-    The host waits to learn how many tokens each expert gets, so no step can be captured in a CUDA graph. The router
-    reads floats; int8 experts round the rows that come to them.
+    The host waits to read how many tokens each expert gets, so no step can be captured in a CUDA graph. The router
+    reads floats; int8 experts quantize the rows that they get.
 
     Source: Mixtral (arXiv 2401.04088), section 2.1.
     """
@@ -86,9 +86,9 @@ class Experts:
         return self.router, *(linear for expert in self.experts for linear in expert.linears)
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
-        assert isinstance(x, Tensor)  # as input_format asks
+        assert isinstance(x, Tensor)  # because input_format is None
         shares, chosen = self._route(x)
-        # Rows in the order of their experts, then back: sums in the order of a token's choice, the same in every run.
+        # Rows are sorted by expert and then back, so that a token sums its experts in the order of its choice each run.
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         pieces = torch.split(x[order // self.per_token], counts)
@@ -104,7 +104,7 @@ class Experts:
 
 
 def load_mlp(config: ModelConfig, weights: Weights, index: int) -> GatedMLP | PlainMLP | Experts:
-    """The MLP of a layer, or its experts."""
+    """Load the MLP or the experts of a layer."""
     names, shape = config.layout.names, config.experts
     num_experts = config.num_experts(index)
     width = shape.intermediate_size if shape is not None and num_experts else config.intermediate_size

@@ -1,4 +1,4 @@
-"""Rotary angles of every position, as tables: what is served are types whose angles do not depend on the request."""
+"""Tables of rotary angles by position. Served are rotary types whose angles do not depend on the request."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from service.errors import UnsupportedModel
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "longrope")
-"""Rotary types whose angles do not depend on the length of the request. Those of longrope change beyond the positions
-of its pretraining: it is served up to there, by its short factors."""
+"""Rotary types whose angles do not depend on the length of the request. longrope's change beyond the positions of its
+pretraining, so it is served up to those, with its short factors."""
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
-"""What Hugging Face calls a layer without and with a window."""
+"""Hugging Face's names of layers without and with a window."""
 
 
 def rope_parameters(config: PreTrainedConfig) -> dict[str | None, dict[str, Any]]:
-    """The rotary parameters by kind of layer; by None where all layers share them, empty for learned positions."""
+    """The rotary parameters by type of layer; keyed by None if all layers share them, empty for learned positions."""
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:
         return {}
@@ -29,7 +29,7 @@ def rope_parameters(config: PreTrainedConfig) -> dict[str | None, dict[str, Any]
 
 
 def refuse_rope(parameters: dict[str, Any], has_partial: bool, head_size: int) -> None:
-    """Raise UnsupportedModel where the angles cannot be a table, or turn a part of a head that the family does not."""
+    """Raise UnsupportedModel for a dynamic rotary type or a partial rotary factor that is not served."""
     rope_type = parameters.get("rope_type", "default")
     if rope_type not in STATIC_ROPE:
         raise UnsupportedModel(f"rope type {rope_type!r} is not served; the types are {', '.join(STATIC_ROPE)}")
@@ -44,7 +44,7 @@ def refuse_rope(parameters: dict[str, Any], has_partial: bool, head_size: int) -
 
 
 def max_positions(config: PreTrainedConfig) -> int:
-    """The positions that a model was made for and whose angles are served."""
+    """Number of positions that the model was made for and whose angles are served."""
     limits = [
         int(parameters["original_max_position_embeddings"])
         for parameters in rope_parameters(config).values()
@@ -54,9 +54,9 @@ def max_positions(config: PreTrainedConfig) -> int:
 
 
 def rope_tables(config: PreTrainedConfig, head_size: int, length: int) -> tuple[Tensor, Tensor | None]:
-    """cos and sin by position, [length, R] float32, of global layers, and of local ones where these turn otherwise.
+    """cos and sin by position, [length, R] float32, of global layers, and of local ones if different, else None.
 
-    R is 0 where positions are learned.
+    R is 0 for learned positions.
     """
     parameters = rope_parameters(config)
     if not parameters:

@@ -1,4 +1,4 @@
-"""Weights of a model's shapes without its values, for tests of speed."""
+"""Random weights of a model's shapes, for measuring speed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from service.models.decoder import Decoder
 
 
 class RandomWeights:
-    """Weights of a model's shapes without its values: speed does not depend on them as long as they are random.
+    """Random weights of a model's shapes; speed does not depend on the values as long as they are random.
 
     Args:
-        scheme: which Linears are int8, and how.
-        int8_names: the Linears a scheme quantizes.
-        dtype: of everything float.
-        seed: of the numbers.
+        scheme: the quantization of the int8 Linears.
+        int8_names: the Linears that the scheme quantizes.
+        dtype: of all float tensors.
+        seed: of the random numbers.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class RandomWeights:
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A norm's weight, the only one of one dimension, about 1; anything else about 0, spread 1 / sqrt(columns)."""
+        """Norm weights, the only ones of one dimension, around 1; all others around 0, with std 1 / sqrt(columns)."""
         noise = torch.randn(shape, dtype=self.dtype, device=self.device, generator=self._generator)
         return 1 + 0.1 * noise if name.endswith(".weight") and len(shape) == 1 else noise.mul_(shape[-1] ** -0.5)
 
@@ -42,7 +42,7 @@ class RandomWeights:
         out_features: int,
         in_features: int,
         has_bias: bool,
-        is_transposed: bool = False,  # noqa: ARG002 (random numbers are stored in no order)
+        is_transposed: bool = False,  # noqa: ARG002 (random numbers have no layout)
     ) -> FloatLinear | Int8Linear:
         bias = self.tensor(name + ".bias", (out_features,)) if has_bias else None
         activation = self.scheme.activation
@@ -51,7 +51,7 @@ class RandomWeights:
         codes = torch.randint(
             -CODE_MAX, CODE_MAX + 1, (out_features, in_features), device=self.device, generator=self._generator
         )
-        # Uniform codes have the standard deviation 127 / sqrt(3): this scale gives real weights 1 / sqrt(K) of it.
+        # Uniform codes have the standard deviation 127 / sqrt(3); with this scale, real weights have 1 / sqrt(K).
         spread = 3**0.5 / CODE_MAX * in_features**-0.5
         scale = torch.full(self._scale_shape(out_features, in_features), spread, device=self.device)
         input_scale = torch.full((1,), 4.0 / CODE_MAX, device=self.device) if activation == "static" else None
@@ -68,6 +68,6 @@ class RandomWeights:
 def random_decoder(
     config: ModelConfig, scheme: Scheme, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Decoder:
-    """A decoder of a model's shapes with random weights."""
+    """A decoder with a model's shapes and random weights."""
     with torch.inference_mode():
         return Decoder(config, RandomWeights(scheme, linear_names(config), dtype, device, seed), scheme.kv)

@@ -1,4 +1,4 @@
-"""What of a configuration is served, or refused by name: activations, windows, head sizes, and each family's own."""
+"""Checks whether a configuration is served: activations, windows, head sizes, and features of each family."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from service.models.positions import GLOBAL, LOCAL
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
-"""Head sizes the attention kernels are tested for."""
+"""Head sizes that the attention kernels are tested for."""
 
 GATED: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""Hugging Face's names of what gates, and the op that it is."""
+"""Hugging Face's name of a gated MLP's activation -> op."""
 
 PLAIN: dict[str, Activation] = {
     "relu": "relu",
@@ -23,11 +23,11 @@ PLAIN: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-"""The same where nothing is gated."""
+"""The same for MLPs that are not gated."""
 
 
 def activation_of(config: PreTrainedConfig, is_gated: bool) -> Activation:
-    """The op between the two products of an MLP."""
+    """The activation of the MLP. Raises UnsupportedModel if it is not served."""
     served = GATED if is_gated else PLAIN
     keys = ("hidden_activation", "hidden_act", "activation_function")
     key = next(key for key in keys if getattr(config, key, None) is not None)
@@ -40,7 +40,7 @@ def activation_of(config: PreTrainedConfig, is_gated: bool) -> Activation:
 
 
 def windows_of(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Of each layer the keys that a token sees, its own included, or None for all."""
+    """For each layer, the number of keys that a token attends to, including its own, or None for all."""
     window = getattr(config, "sliding_window", None) or None
     kinds = getattr(config, "layer_types", None) or [LOCAL] * config.num_hidden_layers
     for kind in kinds:

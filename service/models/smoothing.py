@@ -1,4 +1,4 @@
-"""Of one layer: the Linears that a scheme quantizes, and where a migration can be folded without a trace."""
+"""The Linears of one layer that a scheme quantizes, and the groups into which smoothing can be folded exactly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from service.models.family import Family
 
 
 def layer_linears(family: Family, index: int, num_experts: int) -> list[str]:
-    """All Linears of a layer but a router."""
+    """All Linears of a layer except a router."""
     names = family.names
     attention = [f"{names.layer(index)}.{part}" for part in (*names.qkv, names.o)]
     return attention + [f"{mlp}{part}" for mlp in names.mlps(index, num_experts) for part in (*names.up, names.down)]
@@ -20,13 +20,13 @@ def layer_groups(
 ) -> list[SmoothGroup]:
     """The groups of a layer, in the order in which activations flow.
 
-    Norms go into the Linears that read them; all experts and their router read one norm, so they share one s. v goes
-    into o, since attention's output is linear in v, and up into down. Neither does where v or up is a slice of a fused
-    Linear. A norm between o and the residual divides by what it reads, so nothing is folded into it.
+    Norms pair with the Linears that read them; all experts and their router read one norm, so they share one s. v pairs
+    with o, since attention's output is linear in v, and up with down; neither does if v or up is a slice of a fused
+    Linear. A norm between o and the residual normalizes its input, so nothing can be folded into it.
 
     Args:
         is_up_linear: whether down's input is proportional to up's output.
-        num_copies: query heads that read one value head, of head_size channels.
+        num_copies: query heads that share one value head, of head_size channels.
     """
     names, layer = family.names, family.names.layer(index)
     mlps = names.mlps(index, num_experts)

@@ -1,4 +1,4 @@
-"""Where a decoder takes its tensors from, and the norm that it makes of some of them."""
+"""The source of a decoder's tensors, and its norms."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Weights(Protocol):
 
 
 class Norm:
-    """Residual add and RMSNorm, or LayerNorm where there is a bias; writes what the Linear after it eats."""
+    """Residual add and RMSNorm, or LayerNorm if there is a bias; outputs the input format of the next Linear."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, eps: float, quantize: ToInt8 | None) -> None:
         self.weight = weight
@@ -35,7 +35,7 @@ class Norm:
 
     @classmethod
     def load(cls, config: ModelConfig, weights: Weights, name: str, quantize: ToInt8 | None = None) -> Norm:
-        """The norm of that name over the hidden states."""
+        """Load a norm over the hidden states by name."""
         bias = weights.tensor(f"{name}.bias", (config.hidden_size,)) if config.layout.norm == "layer" else None
         return cls(norm_weight(config, weights, name, config.hidden_size), bias, config.norm_eps, quantize)
 
@@ -46,6 +46,6 @@ class Norm:
 
 
 def norm_weight(config: ModelConfig, weights: Weights, name: str, width: int) -> Tensor:
-    """What a norm multiplies by, [width]; in float32 where an offset is added, which bfloat16 would round away."""
+    """A norm's weight [width] plus the family's offset, then in float32, as bfloat16 would round it away."""
     weight, offset = weights.tensor(f"{name}.weight", (width,)), config.layout.norm_offset
     return weight.float() + offset if offset else weight

@@ -1,4 +1,4 @@
-"""How the service is set up: flags, variables and keys of a TOML file, all from one class."""
+"""The server's settings: flags, environment variables and keys of a TOML file, all from one class."""
 
 from service.settings.settings import (
     BASELINE,

@@ -1,4 +1,4 @@
-"""What a field of the settings says of itself: its panel in help, its words, its types, whether it is a secret."""
+"""Metadata of the settings' fields: panel in help, choices, types, and whether a field is a secret."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def _host_name(value: str) -> str:
 Origin = Annotated[str, AfterValidator(_origin)]
 """Scheme and host of a page, or * for all."""
 HostName = Annotated[str, AfterValidator(_host_name)]
-"""What a Host header names, in small letters and without a port, or * for any."""
+"""A host name as in a Host header, in lower case and without a port, or * for any."""
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Heads a group of fields in help: the one that it annotates and those after it, up to the next heading."""
+    """The title of a group of fields in help: the annotated field and those after it, up to the next title."""
 
     title: str
 
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """Words that help lists and a shell completes for a field that is no Literal."""
+    """Values to list in help and to complete in a shell, for a field that is not a Literal."""
 
     words: tuple[str, ...]
 
 
 def panels(fields: Fields) -> dict[str, str]:
-    """The panel of every field: its own heading, or that of the field before it."""
+    """The panel of every field by name: its own title, or that of the field before it."""
     title, found = "", {}
     for name, field in fields.items():
         title = next((mark.title for mark in field.metadata if isinstance(mark, Panel)), title)
@@ -58,7 +58,7 @@ def panels(fields: Fields) -> dict[str, str]:
 
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
-    """The words that a field, or an entry of its list, can be; empty where it is free."""
+    """The values that a field, or an entry of its list, may have; empty if any."""
     literals = [
         str(word) for leaf in leaves(field.annotation) if get_origin(leaf) is Literal for word in get_args(leaf)
     ]
@@ -67,7 +67,7 @@ def choices_of(field: FieldInfo) -> tuple[str, ...]:
 
 
 def leaves(annotation: Any) -> list[Any]:
-    """The types that an annotation is made of, lists and unions opened; a Literal is a leaf, None is left out."""
+    """The types inside an annotation's lists and unions; a Literal is one type, None is left out."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return leaves(get_args(annotation)[0])
@@ -85,5 +85,5 @@ def is_secret(field: FieldInfo) -> bool:
 
 
 def shown(value: object, field: FieldInfo) -> str:
-    """A value as messages show it; a secret stays out of them, whatever is wrong with it."""
+    """The repr of a value for messages; a placeholder if it is a secret."""
     return HIDDEN if is_secret(field) else repr(value)

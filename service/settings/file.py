@@ -1,4 +1,4 @@
-"""The TOML file of settings, and what is said of names and values that cannot be, wherever they were set."""
+"""The TOML file of settings, and error messages for invalid names and values from any source."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from service.settings.fields import Fields, is_list, leaves, shown
 
 ENV_PREFIX = "OTTAVA_"
 CHAT_VARIABLES = ("OTTAVA_URL", "OTTAVA_API_KEY")
-"""What `ottava chat` reads; no setting of a server."""
+"""Variables of `ottava chat`, which are not settings of the server."""
 
 _TOML_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "a list"}
 
 
 class SettingsFile(PydanticBaseSettingsSource):
-    """The keys of the TOML file that `config` names: below a flag or a variable, above a default."""
+    """Settings from the TOML file named by `config`; flags and variables override it."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
         return self().get(field_name), field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        """Every key and its value; empty where no file is named. Raises InvalidSettings as `read_file` does."""
+        """All keys and values; empty if no file is named. Raises InvalidSettings as `read_file`."""
         path = self.current_state.get("config")
         return read_file(Path(path), self.settings_cls.model_fields) if path else {}
 
@@ -38,7 +38,7 @@ def read_file(path: Path, fields: Fields) -> dict[str, Any]:
     """The settings in a TOML file.
 
     Raises:
-        InvalidSettings: the file cannot be read, or holds an unknown key or a value of another type.
+        InvalidSettings: the file cannot be read, or contains an unknown key or a value of another type.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def read_file(path: Path, fields: Fields) -> dict[str, Any]:
 
 
 def unknown_variable(fields: Fields) -> str | None:
-    """Says which variable has our prefix and sets nothing: pydantic-settings reads only those that it knows."""
+    """An error message for an unknown variable with our prefix, which pydantic-settings would ignore; None if none."""
     known = [variable_of(name) for name in fields]
     for name in os.environ:
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in (*known, *CHAT_VARIABLES):
@@ -70,7 +70,7 @@ def unknown_variable(fields: Fields) -> str | None:
 
 
 def complaint(name: str, value: object, message: str, fields: Fields, given: Mapping[str, object]) -> str:
-    """One line on a setting: its value, what is wrong, where it was set, what it means. given: what flags set."""
+    """An error message for a setting: value, error, where it was set, and description. given: values of flags."""
     if name not in fields:
         return f"unknown setting {name!r}; the nearest known one is {nearest(name, fields)!r}"
     field = fields[name]
@@ -86,7 +86,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _toml_types(field: FieldInfo) -> set[type]:
-    """What TOML may write for a field; true is no integer there, though it is one in Python."""
+    """The Python types of a field's TOML values; bool is not accepted as int, although it is one in Python."""
     numbers: dict[Any, set[type]] = {int: {int}, float: {int, float}, bool: {bool}}
     allowed = {kind for leaf in leaves(field.annotation) for kind in numbers.get(leaf, {str})}
     return allowed | {list} if is_list(field) else allowed

@@ -1,6 +1,6 @@
-"""How the service is set up: one class whose fields are flags, variables and keys of a TOML file alike.
+"""The server's settings: one class whose fields are flags, environment variables and keys of a TOML file.
 
-A flag beats a variable, a variable the file, the file a default; an unknown name is an error wherever it stands.
+Flags override variables, variables override the file. An unknown name in any of them is an error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _default_cache_dir() -> Path:
 class Settings(BaseSettings):
     """Every setting of `ottava serve`: flag --some-field, variable OTTAVA_SOME_FIELD, key some_field.
 
-    A new field stands beside its kin, in whose panel of the help it then appears; lists are split at commas.
+    The order determines a field's panel in help, so put a new one next to related ones. Lists are split at commas.
     """
 
     model_config = SettingsConfigDict(
@@ -38,14 +38,14 @@ class Settings(BaseSettings):
     )
 
     config: Annotated[Path | None, Panel("Settings file")] = Field(
-        None, description="TOML file with a key per setting, named as here with _ for -; no file is read unless named."
+        None, description="TOML file with a key per setting, named as here with _ instead of -; none: no file is read."
     )
 
     model: Annotated[str | None, Panel("Model")] = Field(
         None, description="Folder or Hugging Face id of the model; none: the demo model."
     )
     baseline: str | None = Field(
-        None, description="Folder or id of the float weights, where `model` is a quantized checkpoint."
+        None, description="Folder or id of the float weights, if `model` is a quantized checkpoint."
     )
     variants: tuple[Variant, ...] = Field(
         ("w8a8", "fp16"), min_length=1, description="Variants to serve, separated by commas; the first is the default."
@@ -58,19 +58,22 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="SmoothQuant migration strength: 0 keeps activations as is; none: the scheme's own.",
+        description="SmoothQuant migration strength: 0 leaves activations unchanged; none: the scheme's own.",
     )
     calibration: Path | None = Field(
         None, description="Text file for the activation ranges; none: the model writes its own."
     )
     calibration_windows: int = Field(
-        8, ge=1, le=4096, description="Windows of 512 tokens read to calibrate; static scales gain by 32."
+        8, ge=1, le=4096, description="Windows of 512 tokens for calibration; static scales are better with 32."
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of calibration text and random weights.")
     random_weights: bool = Field(False, description="Random weights of the model's shapes, for speed tests only.")
-    cache_dir: Path = Field(default_factory=_default_cache_dir, description="Downloaded and converted models.")
+    cache_dir: Path = Field(
+        default_factory=_default_cache_dir, description="Folder for downloaded and converted models."
+    )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
-        "auto", description="Float type of activations and of the baseline; auto: the fastest here that is accurate."
+        "auto",
+        description="Float type of activations and of the baseline; auto: the fastest accurate one here.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto: a GPU if present.")
 
@@ -82,34 +85,37 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=1 << 17,
-        description="Tokens computed per step: long prompts are cut into chunks of this; none: 2048 on a GPU, 512 on a "
-        "CPU, and no fewer than max_num_requests.",
+        description="Most tokens computed per step; longer prompts are split. None: 2048 on a GPU, 512 on a CPU, "
+        "and no fewer than max_num_requests.",
     )
     kv_cache: Literal["auto", "float", "int8"] = Field(
         "auto",
-        description="What the w8a8 variant stores keys and values in, the baseline always float; "
-        "auto: what the quantized model says, else the scheme.",
+        description="Storage type of the w8a8 variant's keys and values, the baseline's are always float; "
+        "auto: as stated by the quantized model, else by the scheme.",
     )
     kv_cache_bytes: int | None = Field(
-        None, ge=1, description="Memory of one variant's KV cache; none: from the memory that is free."
+        None, ge=1, description="Memory of one variant's KV cache; none: derived from the free memory."
     )
     block_size: int = Field(64, ge=1, le=256, description="Tokens per block of the KV cache; a power of two.")
-    cuda_graphs: bool = Field(True, description="Replay decode steps as CUDA graphs; off eases debugging.")
+    cuda_graphs: bool = Field(True, description="Replay decode steps as CUDA graphs; off makes debugging easier.")
     reload_room: bool = Field(
         True,
         description="Keep GPU memory free for a second copy of the w8a8 weights, which a reload needs; "
-        "off: a larger KV cache, and a reload fails where memory is short.",
+        "off: a larger KV cache, and a reload fails if memory is short.",
     )
 
     max_prompt_tokens: Annotated[int | None, Panel("Limits of a request")] = Field(
-        None, ge=1, description="Longest prompt in tokens; none: whatever the context holds."
+        None, ge=1, description="Longest prompt in tokens; none: limited only by the context."
     )
     max_tokens_limit: int | None = Field(
-        None, ge=1, description="Most tokens a request may ask for; none: whatever the context leaves."
+        None, ge=1, description="Most tokens a request may generate; none: limited only by the context."
     )
-    max_waiting: int = Field(1024, ge=1, description="Requests that may wait per variant; the next gets 503.")
+    max_waiting: int = Field(1024, ge=1, description="Requests that may queue per variant; the next gets 503.")
     queue_timeout_s: float = Field(
-        300.0, gt=0, allow_inf_nan=False, description="Seconds a request may wait for its first step; then it gets 503."
+        300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds a request may queue for its first step; then it gets 503.",
     )
     request_timeout_s: float = Field(
         600.0,
@@ -119,7 +125,7 @@ class Settings(BaseSettings):
     )
 
     host: Annotated[str, Panel("HTTP")] = Field(
-        "127.0.0.1", min_length=1, description="Address to listen on; this machine alone unless changed."
+        "127.0.0.1", min_length=1, description="Address to listen on; the default is reachable from this machine only."
     )
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 lets the system choose.")
     max_body_bytes: int = Field(
@@ -129,43 +135,45 @@ class Settings(BaseSettings):
         16 << 10, ge=1024, le=1 << 20, description="Largest request line and headers together; longer ones get 431."
     )
     max_connections: int = Field(
-        4096, ge=1, description="Connections held at once; the next gets 503 and is closed. Each is an open file."
+        4096, ge=1, description="Most open connections; the next gets 503 and is closed. Each is an open file."
     )
     receive_timeout_s: float = Field(
-        30.0, gt=0, allow_inf_nan=False, description="Seconds a client has to send its request; then it is cut off."
+        30.0, gt=0, allow_inf_nan=False, description="Seconds a client has to send its request before it is cut off."
     )
     send_timeout_s: float = Field(
-        30.0, gt=0, allow_inf_nan=False, description="Seconds a client may leave sent bytes unread; then it is cut off."
+        30.0, gt=0, allow_inf_nan=False, description="Seconds a client may leave bytes unread before it is cut off."
     )
     keep_alive_s: int = Field(30, ge=1, description="Seconds a connection may stay open between two requests.")
     allowed_hosts: tuple[HostName, ...] = Field(
         (),
-        description="Names in the Host header that are answered beside this machine's own, separated by commas; * for "
-        "any. None: any, but on loopback without API keys this machine's own alone, against DNS rebinding.",
+        description="Accepted names in the Host header besides this machine's own, separated by commas; * for any. "
+        "None: any, but on loopback without API keys only this machine's own, against DNS rebinding.",
     )
     cors_origins: tuple[Origin, ...] = Field(
-        (), description="Origins whose pages may call, as https://example.org, separated by commas; * for all."
+        (),
+        description="Origins whose pages may call the server, such as https://example.org, separated by commas; "
+        "* for all.",
     )
 
     api_keys: Annotated[SecretStr | None, Panel("API keys")] = Field(
-        None, description="API keys that clients send as Bearer token, `key` or `name:key`, separated by commas."
+        None, description="API keys that clients send as Bearer token: `key` or `name:key`, separated by commas."
     )
     api_keys_file: Path | None = Field(
         None,
         description="File of API keys, one `key` or `name:key` per line, # before a comment; read again on reload.",
     )
     allow_anonymous: bool = Field(
-        False, description="Listen beyond this machine although no API key is set: everybody who gets there is served."
+        False, description="Allow other machines to connect although no API key is set; every client is served."
     )
     public_routes: tuple[PublicRoute, ...] = Field(
         ("page", "docs"),
-        description="What needs no API key, of page, docs, info and metrics; /health and /ready never need one.",
+        description="Routes without an API key, of page, docs, info and metrics; /health and /ready never need one.",
     )
     max_concurrent_per_key: int | None = Field(
-        None, ge=1, description="Requests of one API key at a time, the next gets 429; clients without a key share one."
+        None, ge=1, description="Concurrent requests per API key; more get 429. Clients without a key share one limit."
     )
     max_requests_per_minute: int | None = Field(
-        None, ge=1, description="Requests per minute of one API key, a minute's worth of them at once; more get 429."
+        None, ge=1, description="Requests per minute and API key, which may all come at once; more get 429."
     )
 
     shadow_rate: Annotated[float, Panel("Comparison")] = Field(
@@ -173,10 +181,10 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="Share of live requests that the idle baseline runs again, after their answer, for the metrics.",
+        description="Share of live requests replayed on the idle baseline after their answer, for the metrics.",
     )
     shadow_queue: int = Field(
-        64, ge=1, le=1 << 16, description="Answered requests that may wait for their replay; the next is dropped."
+        64, ge=1, le=1 << 16, description="Answered requests that may queue for replay; the next is dropped."
     )
 
     drain_timeout_s: Annotated[float, Panel("Life and faults")] = Field(
@@ -184,35 +192,37 @@ class Settings(BaseSettings):
         ge=0,
         allow_inf_nan=False,
         description="Seconds that running requests may still take after SIGTERM; then they are ended with 503. "
-        "Below the supervisor's own patience.",
+        "Keep it below the supervisor's timeout.",
     )
     engine_restarts: int = Field(
-        3, ge=0, description="Times an engine starts again after a step raised, within engine_restart_window_s."
+        3, ge=0, description="Restarts of an engine after a fault, within engine_restart_window_s."
     )
     engine_restart_window_s: float = Field(
-        600.0, gt=0, allow_inf_nan=False, description="Seconds after which a restart of an engine counts no more."
+        600.0, gt=0, allow_inf_nan=False, description="Seconds after which a restart of an engine no longer counts."
     )
     in_process: bool = Field(
         False,
-        description="Run the engine in the process of the web, which eases debugging: slower under load, and an engine "
-        "that dies takes the server with it.",
+        description="Run the engine in the web's process, for debugging; it is slower under load, and a crash of the "
+        "engine also ends the server.",
     )
     exit_on_failure: bool = Field(
-        True, description="Exit with an error once an engine has failed for good, for the supervisor; off: answer 500."
+        True,
+        description="Exit with an error once an engine has failed for good, so that a supervisor restarts the server; "
+        "off: answer 500.",
     )
     step_timeout_s: float = Field(
         120.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds after which a step that has not ended is stuck and its engine failed. Far above the "
-        "longest step: a large model on a CPU takes tens of seconds for max_batched_tokens.",
+        description="Seconds after which a step counts as stuck and its engine fails. Keep it far above the longest "
+        "step: a large model on a CPU takes tens of seconds for max_batched_tokens.",
     )
 
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Panel("Logs")] = Field(
         "info", description="Least severe level logged."
     )
-    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or one JSON object each.")
-    log_prompts: bool = Field(False, description="Put the text of prompts and answers into the access log.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines as readable text or as JSON objects.")
+    log_prompts: bool = Field(False, description="Include the text of prompts and answers in the access log.")
 
     @classmethod
     def settings_customise_sources(
@@ -223,13 +233,13 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Highest first."""
+        """The sources of settings, in order of precedence."""
         return init_settings, env_settings, SettingsFile(settings_cls)
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_variables(cls, values: Any) -> Any:
-        """pydantic-settings reads only the variables it knows: a misspelt one would be silently without effect."""
+        """Refuse misspelt variables, which pydantic-settings would silently ignore."""
         said = unknown_variable(cls.model_fields)
         if said is not None:
             raise ValueError(said)
@@ -284,9 +294,9 @@ class Settings(BaseSettings):
         return self
 
     def step_tokens(self, device_type: str) -> int:
-        """`max_batched_tokens`, or what it is on such a device ("cuda" or "cpu") where it is left open.
+        """`max_batched_tokens`, or its default on a device of this type ("cuda" or "cpu").
 
-        An H100 takes 42 ms to launch a step of 16 tokens as of 512: prompts in small steps wait for launches.
+        An H100 takes 42 ms to launch a step of 16 as of 512 tokens, so prompts in small steps wait for launches.
         """
         if self.max_batched_tokens is not None:
             return self.max_batched_tokens
@@ -294,15 +304,15 @@ class Settings(BaseSettings):
 
     @property
     def kv(self) -> KVStorage | None:
-        """`kv_cache` where it decides; None leaves it to the checkpoint or the scheme."""
+        """`kv_cache`, or None for auto, which leaves it to the checkpoint or the scheme."""
         return None if self.kv_cache == "auto" else self.kv_cache
 
 
 def load_settings(**overrides: object) -> Settings:
-    """Settings from the overrides that are not None, then the environment, then the file that `config` names.
+    """Settings from the overrides that are not None, then the environment, then the file named by `config`.
 
     Raises:
-        InvalidSettings: an unknown name or an impossible value; the message is one line with name, value and limit.
+        InvalidSettings: a name is unknown or a value invalid; the message is one line with name, value and limit.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
@@ -313,7 +323,7 @@ def load_settings(**overrides: object) -> Settings:
 
 
 def without_secrets(settings: Settings) -> dict[str, Any]:
-    """The settings that another process of this server may know, as JSON types: `load_settings` takes them."""
+    """The settings without secrets, as JSON types, for another process's `load_settings`."""
     secrets = {name for name, field in Settings.model_fields.items() if is_secret(field)}
     return settings.model_dump(mode="json", exclude=secrets)
 

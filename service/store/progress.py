@@ -1,4 +1,4 @@
-"""How far a long stage is: the protocol of who is told."""
+"""The callback for the progress of a long stage."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told how far a stage is; total is 0 where its length is not known."""
+    """Called with the progress of a stage; total is 0 if unknown."""
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "", /) -> None:
-        """detail: what came of the last part, and the seconds left, where a stage says so."""
+        """detail: the result of the last part and the seconds left, or empty."""
 
 
 def silent(_stage: str, _done: int, _total: int, _detail: str = "", /) -> None:
-    """A `Progress` that shows nothing."""
+    """A `Progress` that does nothing."""

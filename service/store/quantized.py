@@ -1,4 +1,4 @@
-"""The int8 checkpoint of a float model: quantized once, kept in the cache, checked at each start."""
+"""Creates the int8 checkpoint of a float model, keeps it in the cache, and verifies it at each start."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def quantize_model(
     on_progress: Progress = silent,
     windows: Tensor | None = None,
 ) -> None:
-    """Write the int8 checkpoint of a float model folder. Interrupted and called again, it goes on where it stopped.
+    """Write the int8 checkpoint of a float model folder. After an interruption, a second call resumes.
 
     Args:
-        windows: what `calibration_windows` gave, where it is known already.
+        windows: the result of `calibration_windows`, if known already.
 
     Raises:
-        UnsupportedModel: the source is quantized already, not of a served family, or holds values that are not finite.
+        UnsupportedModel: the source is quantized already, not of a served family, or has values that are not finite.
         FileExistsError: out exists and is not empty.
     """
-    # Known before minutes of calibration, not after them.
+    # Fails before minutes of calibration rather than after.
     refuse_occupied(out)
     if is_quantized(source):
         raise UnsupportedModel(f"{source} is quantized already; start from the float model")
@@ -79,10 +79,10 @@ def quantized_folder(
     device: torch.device,
     on_progress: Progress = silent,
 ) -> Path:
-    """The int8 checkpoint of a float model in the cache, made on the first call for these weights and settings.
+    """The cached int8 checkpoint of a float model, created on the first call for these weights and settings.
 
-    What keys and values are stored in changes none of its tensors: one folder serves both, and says "float". A folder
-    with a file that is not what was written is made anew: a flipped bit of a weight shows nowhere else.
+    The storage type of keys and values changes no tensor, so one folder, marked "float", serves both. A folder with a
+    damaged file is created again, because a flipped bit in a weight would not be noticed anywhere else.
     """
     scheme = scheme.with_kv("float")
     key = _fingerprint(source, scheme, calibration)
@@ -90,7 +90,7 @@ def quantized_folder(
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):
         if out.is_dir() and (name := first_damaged(out)) is not None:
-            logger.warning("%s is not what was written; %s is quantized anew", out / name, source)
+            logger.warning("%s is not what was written; quantizing %s again", out / name, source)
             shutil.rmtree(out)
         if not out.is_dir():
             quantize_model(source, out, scheme, calibration, device, on_progress)
@@ -98,7 +98,7 @@ def quantized_folder(
 
 
 def _fingerprint(source: Path, scheme: Scheme, calibration: Calibration) -> str:
-    """Changes with the weights' files, the scheme, the calibration and the version that quantized."""
+    """A hash of the weights' files, the scheme, the calibration and ottava's version."""
     digest = hashlib.sha256(repr((__version__, scheme, calibration)).encode())
     if calibration.text is not None and calibration.text.is_file():
         digest.update(calibration.text.read_bytes())

@@ -1,4 +1,4 @@
-"""From what the user named to a model folder: the demo model, a local folder, or one that is fetched."""
+"""Resolves a model's name to a folder: the demo model, a local folder, or a download."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from service.models.loader import refuse_unsafe
 from service.store.demo import prepare_demo_model
 
 FETCHED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
-"""What is downloaded of a model: never pickled weights, never code."""
+"""The files of a model to download: never pickled weights, never code."""
 
 
 def resolve_model(name: str | None, cache: Path, on_stage: Callable[[str], None] = lambda _: None) -> Path:
-    """The folder of a model: the demo model where none is named, a local folder, or a Hugging Face id, fetched.
+    """The folder of a model. name: a local folder, a Hugging Face id to download, or None for the demo model.
 
     Raises:
-        ModelNotFound: neither a folder nor an id that can be fetched.
-        UnsafeCheckpoint: its weights are pickled.
+        ModelNotFound: name is neither a folder nor an id that can be fetched.
+        UnsafeCheckpoint: the weights are pickled.
     """
     if name is None:
         return prepare_demo_model(cache, on_stage)
@@ -46,7 +46,7 @@ def _fetch(name: str, on_stage: Callable[[str], None]) -> Path:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether a model folder names a quantization in its config.json.
+    """Whether a model folder's config.json has a quantization_config.
 
     Raises:
         CheckpointError: config.json is not a JSON object.

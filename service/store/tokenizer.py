@@ -1,4 +1,4 @@
-"""A tokenizer.json for every model: the folder's own, or one that is made of its older files once."""
+"""Finds a model's tokenizer.json, or creates one from its older tokenizer files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from service.errors import UnsupportedModel, first_line
 FILE = "tokenizer.json"
 OLDER = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer_config.json")
 COMPANIONS = ("generation_config.json", "config.json", "chat_template.jinja", "chat_template.json")
-"""Files of a model folder that `service.text.tokenizer.Tokenizer` reads beside those that are made."""
+"""Files that `service.text.tokenizer.Tokenizer` also reads, to be copied if the conversion has not written them."""
 
 logger = logging.getLogger(__name__)
 
 
 def tokenizer_folder(folder: Path, cache: Path) -> Path:
-    """The folder whose tokenizer.json a model is served with: its own, or where it has none, one in the cache.
+    """The folder with a model's tokenizer.json: its own, or if it has none, a converted one in the cache.
 
     Raises:
-        UnsupportedModel: the folder has no tokenizer, or none that the `tokenizers` library runs.
+        UnsupportedModel: the folder has no tokenizer, or none that the `tokenizers` library supports.
     """
     if (folder / FILE).is_file():
         return folder
@@ -44,7 +44,7 @@ def _convert(folder: Path, out: Path) -> None:
         raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModel(f"{folder}: {type(tokenizer).__name__} has no fast form; convert it to a {FILE}")
-    logger.info("%s has no %s; one is made of its older files", folder, FILE)
+    logger.info("%s has no %s; converting its older tokenizer files", folder, FILE)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         made = Path(scratch) / "made"
         tokenizer.save_pretrained(made)
@@ -55,7 +55,7 @@ def _convert(folder: Path, out: Path) -> None:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Changes with the files that a tokenizer is made of."""
+    """A hash of the files that a tokenizer is converted from."""
     digest = hashlib.sha256()
     for name in (*OLDER, *COMPANIONS):
         path = folder / name

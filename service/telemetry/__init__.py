@@ -1,1 +1,1 @@
-"""What is told of the work: metrics, logs, traces, the last requests."""
+"""Telemetry: metrics, logs, traces and the last requests."""

@@ -1,4 +1,4 @@
-"""Log lines: for people or as JSON, each with the id of the request it belongs to, and one for every request served."""
+"""Logging as text or JSON, with the id of the request that a line belongs to, and the access log."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from service.telemetry.record import RequestRecord, current
 
 TEXT_FORMAT = "%(asctime)s %(levelname)s {process} %(name)s: %(message)s"
 QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})
-"""Asked every few seconds by machines: their lines are for debugging unless something is wrong."""
+"""Polled every few seconds by machines, so they are logged at debug level unless the status is not 200."""
 
 access = logging.getLogger("ottava.access")
 
 
 def configure_logging(settings: Settings, stream: TextIO = sys.stderr, process: str = "web") -> None:
-    """Send all loggers, the HTTP server's own among them, to one stream in the format that the settings name.
+    """Send all loggers, including the HTTP server's, to one stream in the format of the settings.
 
-    The two processes of a server write to the same stream, a line at a time; each line names its process.
+    The two processes of a server write to the same stream, one line at a time; each line names its process.
     """
     handler = logging.StreamHandler(stream)
     handler.addFilter(_add_request_id)
@@ -42,7 +42,7 @@ def configure_logging(settings: Settings, stream: TextIO = sys.stderr, process: 
 
 
 def log_request(record: RequestRecord) -> None:
-    """Write the access line of a request that is over. Text of prompts and answers only where the record holds it."""
+    """Write the access line of a finished request. It contains prompts and answers only if the record has them."""
     fields = access_fields(record)
     is_quiet = record.route in QUIET_ROUTES and record.status == 200
     line = " ".join(f"{name}={_shown(value)}" for name, value in fields.items() if name not in _IN_FRONT)
@@ -51,9 +51,9 @@ def log_request(record: RequestRecord) -> None:
 
 
 def access_fields(record: RequestRecord) -> dict[str, object]:
-    """What the access line says: of a generation the tokens of all its runs, and variant and times of the first.
+    """The fields of the access line: for a generation, the tokens of all its runs, and variant and times of the first.
 
-    status is None where the client left before an answer began. Times are in milliseconds.
+    status is None if the client disconnected before an answer began. Times are in milliseconds.
     """
     fields: dict[str, object] = {
         "method": record.method,
@@ -84,12 +84,12 @@ _IN_FRONT = frozenset({"method", "route", "status"})
 
 
 def _shown(value: object) -> str:
-    """A value as one word: what a client chose must not look like another field, or another line."""
+    """A value as one word, so that text from a client cannot look like another field or line."""
     return str(value) if isinstance(value, (int, float)) or _WORD.fullmatch(str(value)) else json.dumps(value)
 
 
 def _add_request_id(line: logging.LogRecord) -> bool:
-    """Mark a line with the request that its task serves. Lines of engine threads and of the start have none."""
+    """Add the current request's id to a line. Lines of engine threads and of start-up have none."""
     record = current.get()
     if record is not None and not hasattr(line, "request_id"):
         line.request_id = record.id

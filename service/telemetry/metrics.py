@@ -1,4 +1,4 @@
-"""Prometheus series of one app, in its own registry: runs are observed here, engines are read at each scrape."""
+"""Prometheus metrics of one app, in its own registry: runs are observed here, engines are read at each scrape."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AGREEMENT_BUCKETS = (0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .99, 1)
 # fmt: on
 
 How = Literal["compare", "shadow"]
-"""Where a comparison comes from: a request that asked for it, or shadow mode."""
+"""The origin of a comparison: a request with `compare`, or shadow mode."""
 
 ERROR, REJECTED, TIMEOUT = "error", "rejected", "timeout"
 OUTCOMES = (*FinishReason, ERROR, REJECTED, TIMEOUT)
@@ -35,11 +35,11 @@ HOWS: tuple[How, ...] = ("compare", "shadow")
 REPLAYED, DROPPED, ABANDONED = "replayed", "dropped", "abandoned"
 RELOADED, FAILED = "reloaded", "failed"
 NO_VARIANT = "none"
-"""Label of a request whose body could not be read, or which asked for a variant that is not served."""
+"""Label of a request with an unreadable body, or with a variant that is not served."""
 
 
 class ServiceMetrics:
-    """What the HTTP side counts. Label `variant` everywhere."""
+    """The metrics of the web and, read from `Engine.stats`, of the engines. All but reloads have a label `variant`."""
 
     def __init__(self, engines: Mapping[str, Engine], info: Callable[[], HostInfo]) -> None:
         self._registry = CollectorRegistry()
@@ -83,12 +83,12 @@ class ServiceMetrics:
         return generate_latest(self._registry)
 
     def count(self, variant: str, outcome: str) -> None:
-        """Count a run (or a request that did not get that far) that ended."""
+        """Count the outcome of a run, or of a request that was refused before it had one."""
         self._requests.labels(variant, outcome).inc()
 
     @contextmanager
     def counting_refusals(self, variant: str) -> Iterator[None]:
-        """Count a request that is refused inside, as `rejected` or, where we are to blame, as `error`."""
+        """Count an exception inside as `rejected`, or as `error` if the server is at fault."""
         try:
             yield
         except (RequestError, CapacityError):
@@ -99,14 +99,14 @@ class ServiceMetrics:
             raise
 
     def first_token(self, variant: str, num_prompt: int, num_cached: int, ttft_s: float) -> None:
-        """Observe the first token of a run: of its prompt tokens, num_cached were found in the cache."""
+        """Observe the first token of a run. num_cached: its prompt tokens that were found in the cache."""
         self._ttft.labels(variant).observe(ttft_s)
         self._prompt_tokens.labels(variant).inc(num_prompt)
         self._cached.labels(variant).inc(num_cached)
 
     def tokens_sent(self, variant: str, sent_s: Sequence[float], new: int) -> None:
         """Observe the last `new` of the tokens sent so far."""
-        # Looking both up by label takes 3 us, a twentieth of what a token costs.
+        # Looking both up by label takes 3 us, a twentieth of the cost of a token.
         found = self._per_token.get(variant)
         if found is None:
             found = self._per_token[variant] = self._tokens.labels(variant), self._itl.labels(variant)
@@ -116,7 +116,7 @@ class ServiceMetrics:
             gaps.observe(sent_s[place] - sent_s[place - 1])
 
     def finished(self, variant: str, times: RunMetrics, tokens: Sequence[Token]) -> None:
-        """Observe a run that came to its own end: neither cut off nor failed."""
+        """Observe a run that finished normally, neither cut off nor failed."""
         self._prompt_length.labels(variant).observe(times.prompt_tokens)
         self._length.labels(variant).observe(times.generated_tokens)
         for histogram, value_ms in (
@@ -131,7 +131,7 @@ class ServiceMetrics:
             self._decode.labels(variant).observe(tokens[-1].time_s - tokens[0].time_s)
 
     def compared(self, how: How, variant: str, speedup: Speedup | None, agreement: Agreement) -> None:
-        """Observe one comparison with the baseline; speedup is None where the times are not clean."""
+        """Observe one comparison with the baseline; speedup is None if other requests ran meanwhile."""
         for measure in ("ttft", "tpot", "e2e"):
             ratio = getattr(speedup, measure, None)
             if ratio is not None:
@@ -139,11 +139,11 @@ class ServiceMetrics:
         self._agreement.labels(variant, how).observe(agreement.match_ratio)
 
     def shadowed(self, variant: str, outcome: str) -> None:
-        """Count what became of a request that shadow mode drew: replayed, dropped or abandoned."""
+        """Count the outcome of a request sampled by shadow mode: replayed, dropped or abandoned."""
         self._shadow.labels(variant, outcome).inc()
 
     def reloaded(self, outcome: str) -> None:
-        """Count a reload that ended: reloaded, or failed with the old weights still serving."""
+        """Count a finished reload: reloaded, or failed with the old weights still in use."""
         self._reloads.labels(outcome).inc()
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
@@ -155,18 +155,18 @@ class ServiceMetrics:
 
 
 class _EngineCollector(Collector):
-    """Series that mirror `Engine.stats()`: read when Prometheus asks, so that they cannot lag behind."""
+    """Metrics from `Engine.stats()`, read at each scrape so that they are always current."""
 
     def __init__(self, engines: Mapping[str, Engine], info: Callable[[], HostInfo]) -> None:
         self._engines = engines
         self._info = info
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: an engine need not be readable while the registry is built."""
+        """Returns nothing, because an engine need not be readable while the registry is built."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """One reading of every engine."""
+        """Read every engine once."""
         stats = {variant: engine.stats() for variant, engine in self._engines.items()}
         for name, text, read in _GAUGES:
             gauge = GaugeMetricFamily(f"ottava_{name}", text, labels=["variant"])
@@ -186,7 +186,7 @@ class _EngineCollector(Collector):
         yield self._info_family()
 
     def _info_family(self) -> Metric:
-        """One series per variant; its labels are the texts of /info, so numbers that change make no new series."""
+        """One series per variant, labelled only with constant texts of /info, as a changed label makes a new series."""
         family = InfoMetricFamily("ottava", "What is served", labels=["variant"])
         try:
             info = self._info()

@@ -1,4 +1,4 @@
-"""The last requests that finished: when, how fast and how long, and nothing of what they said."""
+"""Times and lengths of the last finished requests, without their text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_RECENT = 100
 
 
 class RecentRequest(BaseModel):
-    """One of the last runs that finished; what it said is not kept."""
+    """One of the last finished runs, without its text."""
 
     id: str
     variant: str
@@ -32,7 +32,7 @@ class RecentRequest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """One run that came to its own end. finished_s: on the clock of `time.perf_counter`."""
+    """A run that finished normally. finished_s: from `time.perf_counter`."""
 
     id: str
     variant: str
@@ -43,18 +43,18 @@ class Finished:
 
 
 class Recent:
-    """The last hundred runs that finished; those cut off or failed are not among them."""
+    """The last hundred finished runs, without those that were cut off or failed."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._finished: deque[Finished] = deque(maxlen=MAX_RECENT)
 
     def add(self, run_id: str, variant: str, route: str, reason: FinishReason, metrics: RunMetrics) -> None:
-        """Note a run as finished now."""
+        """Record a run as finished now."""
         self._finished.append(Finished(run_id, variant, route, reason, metrics, self._clock()))
 
     def rows(self) -> list[RecentRequest]:
-        """Oldest first."""
+        """The recorded runs, oldest first."""
         now_s = self._clock()
         return [_row(finished, now_s) for finished in self._finished]
 

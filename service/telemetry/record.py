@@ -1,4 +1,4 @@
-"""What is known of one HTTP request while it is served: filled on its way, read by the access log and the traces."""
+"""The record of one HTTP request, filled while it is served and read by the access log and the traces."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from service.engine.api import SamplingParams
 from service.measures import RunMetrics
 
 ANONYMOUS = "anonymous"
-"""Name of every client where no keys are set, or where a route needs none."""
+"""Key name of clients if no keys are set, or on a route that needs none."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """One run that ended. outcome: as `requests_total` counts it. prompt, output: only with log_prompts."""
+    """A run that has ended. outcome: its label in `requests_total`. prompt, output: only with log_prompts."""
 
     id: str
     variant: str
@@ -30,13 +30,13 @@ class RunRecord:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """A request, from its arrival until its answer has gone out.
+    """A request, from its arrival until its answer has been sent.
 
-    received_s, ended_s: on the clock of `time.perf_counter`; epoch_ns is what `time.time_ns` said at received_s.
-    status: None until an answer has started, and for good where the client left before.
-    server: address and port that it came to.
-    route: the template of its path, which unlike the path itself takes few values.
-    trace: its headers `traceparent` and `tracestate`, where it has them.
+    received_s, ended_s: from `time.perf_counter`; epoch_ns is `time.time_ns` at received_s.
+    status: None until an answer has started; stays None if the client disconnects before.
+    server: address and port that it was sent to.
+    route: the template of its path, which has few values, unlike the path itself.
+    trace: its headers `traceparent` and `tracestate`, if present.
     """
 
     id: str
@@ -55,4 +55,4 @@ class RequestRecord:
 
 
 current: ContextVar[RequestRecord | None] = ContextVar("current_request", default=None)
-"""The request that this task serves; None outside of any."""
+"""The request that the current task serves, or None."""

@@ -1,6 +1,6 @@
-"""Spans of a served request: one for HTTP, and inside it one for each generation, by OpenTelemetry's conventions.
+"""OpenTelemetry spans of a request: one for HTTP, and inside it one for each generation.
 
-A span is made when its request is over, from the times in the record, so that tracing takes nothing from the request.
+Spans are created from the times in the record after the request has ended, so that tracing does not slow it down.
 
 Source: OpenTelemetry semantic conventions, HTTP server spans and GenAI inference spans.
 """
@@ -25,10 +25,10 @@ PROVIDER = "ottava"
 
 
 class SpanTracer:
-    """Makes the spans of requests of one model and hands them to a processor."""
+    """Creates the spans of requests of one model and passes them to a processor."""
 
     def __init__(self, model: Callable[[], str], processor: SpanProcessor) -> None:
-        # Resource.create reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, which win.
+        # Resource.create reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, which take precedence.
         resource = Resource({SERVICE_NAME: PROVIDER, "service.version": __version__}).merge(Resource.create())
         self._model = model
         self._provider = TracerProvider(resource=resource)
@@ -37,7 +37,7 @@ class SpanTracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def trace(self, record: RequestRecord) -> None:
-        """Make the spans of a request that is over, as part of the caller's trace where it sent `traceparent`."""
+        """Create the spans of a finished request, as part of the caller's trace if it sent `traceparent`."""
         span = self._tracer.start_span(
             f"{record.method} {record.route}",
             context=self._propagator.extract(record.trace),
@@ -62,7 +62,7 @@ class SpanTracer:
         span.end(_epoch_ns(record, record.ended_s))
 
     def close(self) -> None:
-        """Send what is still queued, and stop."""
+        """Send all queued spans and stop."""
         self._provider.shutdown()
 
     def _run_attributes(self, run: RunRecord, operation: str) -> dict[str, AttributeValue]:
@@ -97,7 +97,7 @@ class SpanTracer:
 
 
 def exporting_tracer(model: Callable[[], str]) -> SpanTracer:
-    """A tracer that sends batches over OTLP, as the OTEL_EXPORTER_OTLP_* variables say."""
+    """A tracer that sends batches over OTLP, configured by the OTEL_EXPORTER_OTLP_* variables."""
     return SpanTracer(model, BatchSpanProcessor(OTLPSpanExporter()))
 
 
@@ -127,5 +127,5 @@ def _operation(record: RequestRecord) -> str:
 
 
 def _epoch_ns(record: RequestRecord, time_s: float) -> int:
-    """A time of the monotonic clock as nanoseconds since 1970."""
+    """Convert a monotonic time to nanoseconds since 1970."""
     return record.epoch_ns + round((time_s - record.received_s) * 1e9)

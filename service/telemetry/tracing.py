@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, where the standard variables name an endpoint; otherwise nothing of it is imported."""
+"""Enables OpenTelemetry traces if the standard variables name an endpoint; otherwise does not import the library."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ SPOKEN = "http/protobuf"
 
 
 class Tracer(Protocol):
-    """What makes spans of requests that are over; `service.telemetry.spans.SpanTracer`."""
+    """Creates the spans of finished requests; implemented by `service.telemetry.spans.SpanTracer`."""
 
     def trace(self, record: RequestRecord) -> None: ...
 
     def close(self) -> None:
-        """Send what is still queued, and stop."""
+        """Send all queued spans and stop."""
         ...
 
 
 def is_traced(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment asks for traces."""
+    """Whether the environment enables traces."""
     is_off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
     return not is_off and any(environment.get(name) for name in ENDPOINTS)
 
 
 def open_tracer(model: Callable[[], str], environment: Mapping[str, str] = os.environ) -> Tracer | None:
-    """A tracer that exports to the endpoint of the environment, or None where it names none.
+    """A tracer that exports to the endpoint in the environment, or None without one.
 
     Args:
-        model: its name, asked for when a generation is over.
+        model: returns the model's name; called when a generation has ended.
 
     Raises:
         InvalidSettings: as `check_tracing`.
@@ -49,21 +49,20 @@ def open_tracer(model: Callable[[], str], environment: Mapping[str, str] = os.en
 
 
 def check_tracing(environment: Mapping[str, str] = os.environ) -> ModuleType | None:
-    """`service.telemetry.spans` where the environment asks for traces, else None; sends nothing.
+    """Import `service.telemetry.spans` if the environment enables traces, else return None. Sends nothing.
 
     Raises:
-        InvalidSettings: the environment asks for traces, and the extra `otel` is not installed or the protocol is not
-            http/protobuf.
+        InvalidSettings: traces are enabled, but the extra `otel` is not installed or the protocol is not http/protobuf.
     """
     if not is_traced(environment):
         return None
     for name in PROTOCOLS:
         if environment.get(name, SPOKEN) != SPOKEN:
-            raise InvalidSettings(f"{name} is {environment[name]!r}; traces are sent as {SPOKEN} alone: unset it")
+            raise InvalidSettings(f"{name} is {environment[name]!r}; traces are sent only as {SPOKEN}: unset it")
     try:
         return import_module("service.telemetry.spans")
     except ModuleNotFoundError as error:
         raise InvalidSettings(
-            f"traces are asked for by {' or '.join(ENDPOINTS)}, but {error.name} is not installed: "
+            f"traces are enabled by {' or '.join(ENDPOINTS)}, but {error.name} is not installed: "
             "pip install 'ottava[otel]', or unset the variable"
         ) from error

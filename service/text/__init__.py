@@ -1,1 +1,1 @@
-"""Text in and out of a model: tokenizers, stop strings, JSON grammars."""
+"""Text processing: tokenizers, stop strings, JSON grammars."""

@@ -1,6 +1,6 @@
-"""A model's chat template: a conversation in, the text that the model continues out.
+"""Renders a conversation with the model's chat template.
 
-The variables and filters are those that templates of the Hugging Face Hub are written for.
+The variables and filters are those that templates of the Hugging Face Hub expect.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 
 class ChatTemplate:
-    """A Jinja template in a sandbox: it is part of a model that somebody else made.
+    """A Jinja template in a sandbox, because it is part of an untrusted model.
 
     Args:
-        source: the template.
+        source: the template's text.
         special_tokens: name -> text of the special tokens that it may use, such as `bos_token`.
 
     Raises:
-        UnsupportedModel: the source is no template.
+        UnsupportedModel: the source is not a valid template.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -46,22 +46,22 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise UnsupportedModel(f"the model's chat template is no valid template: {error}") from error
+            raise UnsupportedModel(f"the model's chat template is not valid: {error}") from error
 
     def render(self, messages: Sequence[Mapping[str, str]], is_open: bool = True) -> str:
         """The text of a conversation.
 
         Args:
-            messages: at least one `role` and `content`.
-            is_open: end where the assistant goes on: with a new message, or if the last one is the assistant's, with
-                that one.
+            messages: at least one, each with `role` and `content`.
+            is_open: end the text inside the assistant's turn: at the start of a new message or, if the last one is the
+                assistant's, at the end of its content.
 
         Raises:
             InvalidRequest: the template refuses these messages.
         """
         shown = [dict(message) for message in messages]
         continues = is_open and shown[-1]["role"] == "assistant"
-        # Where the last message ends in the text is found by a word that no message holds.
+        # A random mark shows where the last message ends in the rendered text.
         mark = f"<{secrets.token_hex(16)}>"
         if continues:
             shown[-1]["content"] += mark
@@ -74,7 +74,7 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            # A template is a program: whatever it does with messages that it is not written for.
+            # A template is a program, and may raise any of these for messages that it does not expect.
             raise _refusal(str(error) or type(error).__name__) from error
         if not continues:
             return text
@@ -85,10 +85,10 @@ class ChatTemplate:
 
 
 def read_template(folder: Path) -> ChatTemplate | None:
-    """The template of a model folder; None where it has none.
+    """The template of a model folder, or None if it has none.
 
     Raises:
-        UnsupportedModel: a file of it cannot be read, or the template is not valid.
+        UnsupportedModel: a file of the folder cannot be read, or the template is not valid.
     """
     config = read_object(folder / "tokenizer_config.json")
     source = _source(folder, config)
@@ -96,10 +96,10 @@ def read_template(folder: Path) -> ChatTemplate | None:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Name -> text of the special tokens that a model folder names.
+    """Name -> text of a model folder's special tokens.
 
     Raises:
-        UnsupportedModel: a file of it cannot be read.
+        UnsupportedModel: a file of the folder cannot be read.
     """
     named = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
     found = {name: _text(named.get(name)) for name in SPECIAL_NAMES}
@@ -107,10 +107,10 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no file.
+    """The JSON object in a file; empty if the file does not exist.
 
     Raises:
-        UnsupportedModel: it cannot be read.
+        UnsupportedModel: the file cannot be read.
     """
     if not path.is_file():
         return {}
@@ -124,7 +124,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template's text: a file of its own comes before the tokenizer's configuration."""
+    """The template's text, from its own file if there is one, else from the tokenizer's configuration."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -159,12 +159,12 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes characters of HTML."""
+    """Replaces Jinja's own filter, which escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks what an assistant said for training: here its content alone."""
+    """`{% generation %}`, which marks the assistant's text for training; here only its content is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's)
 

@@ -1,4 +1,4 @@
-"""What the HTTP side needs of a tokenizer, and stop strings: text only, no tokenizer library."""
+"""The interface of tokenizers, which imports no tokenizer library."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Protocol
 
 
 class DetokenizerLike(Protocol):
-    """The text of one request's tokens, as they come."""
+    """Decodes one request's tokens incrementally."""
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is still in parts."""
+        """Add a token and return the text that it completes; empty while a character is incomplete."""
         ...
 
     def flush(self) -> str:
-        """What is left at the end: a character that stayed incomplete comes as U+FFFD."""
+        """The rest of the text, after the last token; an incomplete character becomes U+FFFD."""
         ...
 
 
 class TokenizerLike(Protocol):
-    """`service.text.tokenizer.Tokenizer` in production, something smaller in tests."""
+    """Implemented by `service.text.tokenizer.Tokenizer`, and by a fake in tests."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -27,20 +27,21 @@ class TokenizerLike(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def apply_chat(self, messages: Sequence[dict[str, str]], is_open: bool = True) -> list[int]:
-        """Token ids of a conversation; is_open: up to where the assistant goes on, with a new message or its last one.
+        """Token ids of a conversation; is_open ends it inside the assistant's turn, see `ChatTemplate.render`.
 
-        Raises InvalidRequest where the model has no chat template or the template refuses the messages.
+        Raises:
+            InvalidRequest: the model has no chat template, or it refuses the messages.
         """
         ...
 
     def token_text(self, token_id: int) -> str:
-        """A token by name: its text, or where that is part of a character `bytes:` and the bytes in hexadecimal."""
+        """A token's text, or `bytes:` and the bytes in hexadecimal if it is part of a character."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the UTF-8 of a text; of a special token, its name."""
+        """The UTF-8 bytes that a token adds to a text; for a special token, its name."""
         ...
 
     def detokenizer(self, context: Sequence[int] = ()) -> DetokenizerLike:
-        """For one request; context: the tokens that its text continues."""
+        """A detokenizer for one request; context: the tokens that its text continues."""
         ...

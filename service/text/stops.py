@@ -1,4 +1,4 @@
-"""The text of one answer as its tokens come, cut at the first stop string."""
+"""The text of an answer, cut at the first stop string."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from service.text.protocols import DetokenizerLike
 
 
 class Output:
-    """The text of one answer as its tokens come, cut at the first stop string."""
+    """Decodes one answer incrementally, up to the first stop string."""
 
     def __init__(self, decoder: DetokenizerLike, stops: Sequence[str]) -> None:
         self._decoder = decoder
@@ -16,11 +16,11 @@ class Output:
 
     @property
     def is_stopped(self) -> bool:
-        """A stop string is complete."""
+        """Whether a stop string is complete."""
         return self._stops.found is not None
 
     def take(self, token_ids: Sequence[int]) -> tuple[str, int]:
-        """The text that can go out now, and how many of the tokens were taken: those up to a stop string's last."""
+        """Add tokens. Returns the text to send and the number of tokens taken: those up to a stop string's last."""
         text = ""
         for place, token_id in enumerate(token_ids):
             text += self._stops.push(self._decoder.push(token_id))
@@ -29,15 +29,15 @@ class Output:
         return text, len(token_ids)
 
     def flush(self) -> str:
-        """What is left after the last token."""
+        """The rest of the text, after the last token."""
         return self._stops.push(self._decoder.flush()) + self._stops.flush()
 
 
 class StopStrings:
-    """Lets text pass up to the first stop string, which may arrive in parts.
+    """Passes text through up to the first stop string, which may arrive in parts.
 
-    The first is the one that is complete first, as if the text came character by character; of two complete at the
-    same character, the longer. So the cut does not depend on how the text was split into tokens.
+    The first one is the one that would be complete first if the text came character by character; of two complete at
+    the same character, the longer. So the cut does not depend on how the text was split into tokens.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -46,7 +46,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """The text that can go out now. Text that may be the start of a stop string is held back."""
+        """Add text and return the text to send. Text that may be the start of a stop string is held back."""
         if not self._stops:
             return text
         if self.found is not None:
@@ -62,12 +62,12 @@ class StopStrings:
         return text[: len(text) - num_held]
 
     def flush(self) -> str:
-        """What was held back and turned out to be no stop string."""
+        """The text that was held back but is not a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _num_held(self, text: str) -> int:
-        """Length of the longest end of the text that is the start of a stop string."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=0)
         for length in range(min(len(text), longest - 1), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):

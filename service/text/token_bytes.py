@@ -1,4 +1,4 @@
-"""What single tokens are called: their bytes and a readable text, for the log-probabilities of an answer."""
+"""The bytes and a readable text of single tokens, for the log-probabilities of an answer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 class TokenBytes:
     """The bytes and the text of each token of one tokenizer.
 
-    Three kinds of vocabulary: byte-level (each character of a token stands for a byte), byte-fallback (a token such as
-    <0x0A> stands for a byte), and plain text. What an added token, special or not, adds to a text is its name.
+    There are three kinds of vocabulary: byte-level (each character of a token stands for a byte), byte-fallback (a
+    token such as <0x0A> stands for a byte), and plain text. The text of an added token, special or not, is its name.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -25,11 +25,11 @@ class TokenBytes:
         self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
         self._is_byte_level = "ByteLevel" in kinds
         self._has_byte_tokens = "ByteFallback" in kinds
-        # A token's space may depend on standing in the middle of a text, so it is read behind another one.
+        # A leading space may be dropped at the start of a text, so a token is decoded after another one.
         self._before: list[int] = list(backend.encode("a", add_special_tokens=False).ids)
 
     def text(self, token_id: int) -> str:
-        """The token's text; `bytes:` and hexadecimal where it is part of a character; the id where it is unknown."""
+        """The token's text; `bytes:` and hexadecimal if it is part of a character; the id if it is unknown."""
         given = self.bytes(token_id)
         if not given and self._backend.id_to_token(token_id) is None:
             return f"token_id:{token_id}"
@@ -39,7 +39,7 @@ class TokenBytes:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in given)
 
     def bytes(self, token_id: int) -> bytes:
-        """What the token adds to the UTF-8 of a text; empty for an id that the vocabulary does not hold."""
+        """The UTF-8 bytes that the token adds to a text; empty for an unknown id."""
         added, token = self._added.get(token_id), self._backend.id_to_token(token_id)
         if added is not None or token is None:
             return (added or "").encode()
@@ -54,7 +54,7 @@ class TokenBytes:
 
 
 def _kinds(decoder: Any) -> Iterator[str]:
-    """The types of a decoder and of what it is made of."""
+    """The types of a decoder and its parts."""
     if isinstance(decoder, dict):
         yield decoder["type"]
         for part in decoder.get("decoders", ()):

@@ -1,6 +1,6 @@
 """A model's tokenizer: chat template, encoding, and decoding one token at a time.
 
-What tokenizer.json says is the truth; no code of a library's model classes, nor of the model's own, stands in between.
+It is defined by tokenizer.json alone; no model class of a library and no code of the model is involved.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Tokenizer:
     """The tokenizer of a model folder.
 
     Args:
-        backend: of the `tokenizers` library.
+        backend: tokenizer of the `tokenizers` library.
         eos_ids: tokens that end an answer.
-        template: None where the model has none.
+        template: None if the model has no chat template.
     """
 
     def __init__(self, backend: Backend, eos_ids: frozenset[int], template: ChatTemplate | None = None) -> None:
         self._backend = backend
-        # A tokenizer.json may carry its training set-up: a prompt must be neither cut nor padded in silence.
+        # A tokenizer.json may contain settings from training, which would silently cut or pad prompts.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._names = TokenBytes(self._backend)
@@ -43,8 +43,8 @@ class Tokenizer:
         """Load tokenizer, chat template and end tokens.
 
         Raises:
-            UnsupportedModel: the folder has no tokenizer.json that the `tokenizers` library reads, or another file of
-                it cannot be read.
+            UnsupportedModel: the folder has no tokenizer.json that the `tokenizers` library can read, or another file
+                cannot be read.
         """
         path = folder / FILE
         if not path.is_file():
@@ -57,7 +57,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids run from 0 to vocab_size - 1, added tokens included."""
+        """Token ids run from 0 to vocab_size - 1, including added tokens."""
         return self._vocab_size
 
     def encode(self, text: str) -> list[int]:
@@ -65,9 +65,9 @@ class Tokenizer:
         return self._encode(text, add_special_tokens=True)
 
     def apply_chat(self, messages: Sequence[dict[str, str]], is_open: bool = True) -> list[int]:
-        """Token ids of a conversation by the model's own chat template; see `ChatTemplate.render`.
+        """Token ids of a conversation in the model's chat template; see `ChatTemplate.render`.
 
-        A developer's message is shown as the system's to a template that does not know developers.
+        The role developer becomes system if the template does not have it.
 
         Raises:
             InvalidRequest: the model has no chat template, or its template refuses these messages.
@@ -79,30 +79,30 @@ class Tokenizer:
         return self._encode(self._template.render(messages, is_open), add_special_tokens=False)
 
     def detokenizer(self, context: Sequence[int] = ()) -> Detokenizer:
-        """A detokenizer for one request; context: the tokens that its text continues, where a leading space counts."""
+        """A detokenizer for one request; context: the tokens that its text continues, to keep a leading space."""
         return Detokenizer(self._backend, context)
 
     def vocabulary(self) -> list[bytes]:
-        """What each token adds to the UTF-8 of a text: nothing where it is special. Takes seconds for 256,000."""
+        """The UTF-8 bytes of each token, empty for special ones. Takes seconds for 256,000 tokens."""
         special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         return [b"" if i in special else self.token_bytes(i) for i in range(self.vocab_size)]
 
     def token_text(self, token_id: int) -> str:
-        """A token by name, see `TokenBytes.text`."""
+        """See `TokenBytes.text`."""
         return self._names.text(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the UTF-8 of a text, see `TokenBytes.bytes`."""
+        """See `TokenBytes.bytes`."""
         return self._names.bytes(token_id)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # Only the batch calls let other threads run meanwhile: a prompt of 1 MB takes 0.4 s. The fast one leaves out
-        # where in the text each token is, which nobody reads: 0.42 instead of 0.53 ms for 512 tokens.
+        # Only the batch calls release the interpreter lock, and a prompt of 1 MB takes 0.4 s. The fast one omits each
+        # token's offset in the text, which is not used: 0.42 instead of 0.53 ms for 512 tokens.
         return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
 
 def _eos_ids(folder: Path, backend: Backend) -> frozenset[int]:
-    """End tokens by generation_config.json, config.json and the tokenizer together."""
+    """The union of the end tokens in generation_config.json, config.json and the tokenizer."""
     own = special_tokens(folder).get("eos_token")
     own_id = None if own is None else backend.token_to_id(own)
     ids = set() if own_id is None else {own_id}

@@ -1,4 +1,4 @@
-"""A conversation with a running server, over HTTP: what `ottava chat` speaks."""
+"""The HTTP client of `ottava chat`: a conversation with a running server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service.web.schemas.generate import Delta, GenerateResponse
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 660.0
-"""Above the 600 s that a server gives a request unless told otherwise: its own answer says more than our silence."""
+"""Above the server's default timeout of 600 s, because the server's error says more than a timeout here."""
 
 DATA = "data: "
 END = "[DONE]"
@@ -25,25 +25,25 @@ MAX_SHOWN = 200
 
 
 def open_client(url: str, api_key: str | None) -> httpx.Client:
-    """A client of the server at url.
+    """An HTTP client for the server at url.
 
     Raises:
-        ChatError: url is no http or https address.
+        ChatError: url is not an http or https address.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ChatError(f"url {url!r} is no address of a server; write it as http://127.0.0.1:8000")
     headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
     timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S)
-    # A proxy of the environment does not see this machine's loopback.
+    # A proxy from the environment cannot reach this machine's loopback.
     return httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=not is_loopback(parts.hostname))
 
 
 class Chat:
-    """One conversation. variant: None for the server's default. Only whole answers become part of it."""
+    """One conversation. variant: None for the server's default. Only complete answers are added to it."""
 
     def __init__(self, client: httpx.Client, system: str | None, variant: str | None, compare: bool, **sampling: Any):
-        """sampling: fields of POST /generate; None where the server's default holds."""
+        """sampling: fields of POST /generate; None for the server's default."""
         self.variant = variant
         self.compare = compare
         self._client = client
@@ -52,11 +52,11 @@ class Chat:
         self._turns: list[dict[str, str]] = []
 
     def reset(self) -> None:
-        """Forget what was said; the system message stays."""
+        """Remove all turns; the system message stays."""
         self._turns.clear()
 
     def info(self) -> dict[str, Any]:
-        """What the server serves. Raises ChatError as `ask` does."""
+        """The answer to GET /info. Raises ChatError as `ask`."""
         with _reachable(self._client):
             response = self._client.get("/info")
             _refuse(response)
@@ -64,10 +64,10 @@ class Chat:
         return served
 
     def ask(self, question: str) -> Iterator[Delta | GenerateResponse]:
-        """The pieces of an answer as they come, then, where asked for, the baseline's, and last the whole.
+        """Yield the pieces of an answer, then the baseline's if comparing, and last the whole answer.
 
         Raises:
-            ChatError: no server answers, it refuses the request, or its answer breaks off.
+            ChatError: no server answers, it refuses the request, or its answer is cut off.
         """
         turns = [*self._turns, {"role": "user", "content": question}]
         with (
@@ -103,7 +103,7 @@ def _reachable(client: httpx.Client) -> Iterator[None]:
 
 
 def _refuse(response: httpx.Response) -> None:
-    """Raise ChatError with the server's own words unless it answered."""
+    """Raise ChatError with the server's message if the response is an error."""
     if response.is_success:
         return
     text = response.read().decode(errors="replace")
@@ -114,12 +114,12 @@ def _message(text: str) -> str:
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        # Not ottava, or a proxy before it.
+        # Not an ottava server, or a proxy in front of it.
         return f"{text[:MAX_SHOWN]!r}, which is no answer of ottava; is --url right?"
 
 
 def _events(response: httpx.Response) -> Iterator[str]:
-    """The data of each server-sent event, up to the end that says the answer is whole."""
+    """The data of each server-sent event, up to the one that marks the answer as complete."""
     for line in response.iter_lines():
         if line == DATA + END:
             return

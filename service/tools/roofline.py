@@ -1,4 +1,4 @@
-"""`ottava roofline`: what a GPU could do at best for a model, as tables and as JSON, beside what was measured."""
+"""`ottava roofline`: a GPU's best possible times for a model, next to measured ones, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.errors import InvalidSettings, ModelNotFound, UnsupportedModel, fir
 from service.models.config import ModelConfig
 
 MEASURED_AS: dict[str, Flow] = {"fp16": "fp16", "torchao": "int8", "w8a8": "dataflow"}
-"""Which dataflow a variant of a benchmark runs: torchao's time of a Linear includes the quantization of its input."""
+"""Benchmark variant -> dataflow. torchao's time of a Linear includes quantizing its input."""
 
 PARTS_IN_TABLE = ("qkv", "o", "gate_up", "down", "step")
 HEADINGS = ("GOP", "MB", "op/byte", "bound", "us", "speed-up")
@@ -32,7 +32,7 @@ Key = tuple[str, int, Flow]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Predictions of one model on one GPU. measured: microseconds by `Key`, where a result was given."""
+    """Predictions of one model on one GPU. measured: microseconds by `Key`, from given results."""
 
     shape: ModelShape
     gpu: Gpu
@@ -40,7 +40,7 @@ class Report:
     measured: dict[Key, float] = field(default_factory=dict)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every part under every dataflow as a row of JSON, step by step."""
+        """JSON rows of every part under every dataflow, step by step."""
         for step in self.steps:
             for row in predict(self.shape, step, self.gpu):
                 n, k = row.size or (None, None)
@@ -52,24 +52,24 @@ class Report:
                 yield found | ({} if us is None else {"measured_us": us, "measured_speedup": speedup})
 
     def measured_of(self, row: Prediction) -> tuple[float | None, float | None]:
-        """Microseconds measured for a row, and fp16's over them."""
+        """The measured microseconds of a row, and the measured speedup over fp16; None if not measured."""
         name = row.part if row.size is None else f"{row.size[0]}x{row.size[1]}"
         us, base = (self.measured.get((name, row.tokens, flow)) for flow in (row.flow, "fp16"))
         return us, base / us if us and base else None
 
     def as_json(self) -> str:
-        """One object: the model, the GPU's roofs, and the rows."""
+        """A JSON object of the model, the GPU's roofs, the steps and the rows."""
         steps = [asdict(step) | {"num_requests": step.num_requests} for step in self.steps]
         found = {"model": asdict(self.shape), "gpu": asdict(self.gpu), "steps": steps, "rows": [*self.rows()]}
         return json.dumps(found, indent=1) + "\n"
 
 
 def find_shape(name: str) -> ModelShape:
-    """The sizes of a known model, of a folder with a config.json, or of a Hugging Face id, whose config is fetched.
+    """The sizes of a known model, a folder with a config.json, or a Hugging Face id, whose config is downloaded.
 
     Raises:
-        ModelNotFound: none of these.
-        UnsupportedModel: its family is not served.
+        ModelNotFound: name is none of these.
+        UnsupportedModel: the family is not served, or its MLP is not gated or has experts.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -105,10 +105,10 @@ def _fetch_config(name: str) -> Path:
 
 
 def find_gpu(name: str, bandwidth: str) -> Gpu:
-    """A GPU of the table, with the memory roof that was asked for.
+    """A GPU of the table, with the given memory bandwidth.
 
     Raises:
-        InvalidSettings: it is not in the table, or bandwidth is not known.
+        InvalidSettings: the GPU is not in the table, or the bandwidth is unknown.
     """
     if name not in GPUS:
         raise InvalidSettings(f"gpu {name!r} is not known; choose one of {', '.join(GPUS)}")
@@ -119,7 +119,7 @@ def find_gpu(name: str, bandwidth: str) -> Gpu:
 
 
 def read_steps(tokens: str, context: int, max_num_requests: int) -> list[StepShape]:
-    """Steps of "1,16,4096" tokens: up to max_num_requests, requests that decode; above, prompts.
+    """The steps of a list such as "1,16,4096" tokens: decode steps up to max_num_requests, prefill steps above.
 
     Raises:
         InvalidSettings: tokens is not a list of positive integers.
@@ -131,10 +131,10 @@ def read_steps(tokens: str, context: int, max_num_requests: int) -> list[StepSha
 
 
 def read_measured(paths: Sequence[Path], shape: ModelShape, gpu: Gpu, steps: Sequence[StepShape]) -> dict[Key, float]:
-    """Times of results of `benchmarks.kernels` and `benchmarks.serving` for these steps.
+    """The times in results of `benchmarks.kernels` and `benchmarks.serving` for these steps.
 
-    Linears are matched by size and tokens; a step by the model that the result's command names, its batch and prompt.
-    A decode step of a result reads half an answer more than its prompt on average.
+    Linears are matched by size and tokens; steps by batch, prompt and the model in the result's command. On average, a
+    measured decode step reads half an answer more than its prompt.
 
     Raises:
         InvalidSettings: a file is not such a result, or was measured on another GPU.
@@ -178,7 +178,7 @@ def _step_times(rows: list[dict[str, Any]], steps: Sequence[StepShape]) -> dict[
                 continue
             key = "step", step.tokens, MEASURED_AS[row["variant"]]
             if step.is_prefill:
-                # A rate over many steps; a step of any size is charged at it.
+                # A rate over many steps, applied to a step of any size.
                 found[key] = 1e6 * step.tokens / row["tokens_per_s"]
             elif step.tokens == row["batch"]:
                 found[key] = 1e3 * row["itl_ms_p50"]
@@ -186,7 +186,7 @@ def _step_times(rows: list[dict[str, Any]], steps: Sequence[StepShape]) -> dict[
 
 
 def tables(report: Report) -> Iterator[Table]:
-    """One table a step: its Linears, then the whole."""
+    """One table per step: its Linears, then the whole step."""
     for step in report.steps:
         rows = [row for row in predict(report.shape, step, report.gpu) if row.part in PARTS_IN_TABLE]
         is_measured = any(report.measured_of(row)[0] is not None for row in rows)
@@ -207,18 +207,18 @@ def tables(report: Report) -> Iterator[Table]:
 
 
 def _label(row: Prediction) -> str:
-    """A part's name beside its first dataflow, N x K beside its second."""
+    """The first column: a part's name in its fp16 row, NxK in its int8 row, else empty."""
     size = "" if row.size is None else f"{row.size[0]}x{row.size[1]}"
     return {"fp16": row.part, "int8": size}.get(row.flow, "")
 
 
 def _short(value: float) -> str:
-    """Four digits, or all of a larger whole number."""
+    """Four significant digits, or all digits of a larger integer part."""
     return f"{value:.{max(0, 4 - len(str(int(value))))}f}"
 
 
 def summary(report: Report) -> str:
-    """Where INT8 pays and where not, in words."""
+    """A paragraph on where INT8 is faster, and where the Linears become compute-bound."""
     turns = {flow: _crossovers(report, flow) for flow in FLOWS}
     predicted = [predict(report.shape, step, report.gpu) for step in report.steps]
     said = ", ".join(f"{rows[-1].speedup:.2f}x at {rows[-1].tokens}" for rows in predicted)
@@ -236,7 +236,7 @@ def summary(report: Report) -> str:
 
 
 def _crossovers(report: Report, flow: Flow) -> str:
-    """Where the first and the last Linear turn."""
+    """The range of tokens at which the Linears become compute-bound."""
     ends = sorted(crossover_tokens(flow, n, k, report.gpu) for n, k in report.shape.linears().values())
     return _between(ends[0], ends[-1])
 
@@ -246,6 +246,6 @@ def _between(low: float, high: float) -> str:
 
 
 def _float_share(rows: list[Prediction]) -> float:
-    """Share of attention and head in the time of a step of the INT8 dataflow."""
+    """The share of attention and head in a step's time in the INT8 dataflow."""
     ours = [row for row in rows if row.flow == "dataflow"]
     return sum(row.count * row.time_s for row in ours if row.part in ("attention", "head")) / ours[-1].time_s

@@ -1,1 +1,1 @@
-"""HTTP over any engines: no torch in this process."""
+"""The HTTP server over the engines. Imports no torch."""

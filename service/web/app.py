@@ -1,4 +1,4 @@
-"""The HTTP application over any engines: `create_app`."""
+"""Builds the HTTP application over the engines: `create_app`."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ DESCRIPTION = "INT8 W8A8 language-model server, measured live against its FP16 b
 
 
 def create_app(host: Host, settings: Settings) -> FastAPI:
-    """The application that serves these engines. It opens them as it starts, and closes them as it ends.
+    """The application that serves these engines. Its lifespan opens and closes them.
 
     Raises:
-        InvalidSettings: of the API keys or the traces; see `Keyring` and `open_tracer`.
+        InvalidSettings: the settings of API keys or traces are invalid; see `Keyring` and `open_tracer`.
     """
     serving = Serving.over(host, settings)
     tracer = open_tracer(lambda: serving.models.name)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # Beside the server and not before it: /health and /ready answer from the first moment.
+        # Runs as a task rather than before the server starts, so that /health and /ready answer at once.
         tasks = [asyncio.create_task(host.run()), asyncio.create_task(serving.shadow.run())]
         yield
         await host.close(Draining("the server has stopped"))

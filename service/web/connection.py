@@ -1,4 +1,4 @@
-"""HTTP/1.1 over one connection, with an end to everything a client can be slow at or send too much of."""
+"""HTTP/1.1 over one connection, with limits on slow clients and on the number of connections."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from service.web.schemas.failure import ErrorDetail, ErrorResponse
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """How long and how many.
+    """Limits of a connection.
 
     receive_timeout_s: from a request's first byte, or from connecting, to the last byte of its body, answered or not.
-    send_timeout_s: for which bytes that were sent may stay unread.
-    max_connections: that one server holds.
+    send_timeout_s: how long sent bytes may stay unread.
+    max_connections: most connections of one server.
     """
 
     receive_timeout_s: float
@@ -31,25 +31,25 @@ class ConnectionLimits:
 
 
 class GentleTransport:
-    """A transport whose `close` is carried out by its owner, and which counts as closing from then on.
+    """A transport that delegates `close` to its owner, and reports `is_closing` from then on.
 
     Args:
-        inner: the transport itself, which does everything else.
-        hang_up: what `close` does.
+        inner: the transport that does everything else.
+        hang_up: called by `close`.
     """
 
     def __init__(self, inner: asyncio.Transport, hang_up: Callable[[], None]) -> None:
         self._inner = inner
         self._hang_up = hang_up
         self._is_hung_up = False
-        # Called for every event; found as an attribute of its own, it is not looked for first.
+        # Called for every event; as an instance attribute it is found without `__getattr__`.
         self.write = inner.write
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     def close(self) -> None:
-        """Hang up. A second call changes nothing."""
+        """Hang up. Idempotent."""
         if not self.is_closing():
             self._is_hung_up = True
             self._hang_up()
@@ -59,12 +59,12 @@ class GentleTransport:
 
 
 class QuickConnection(h11.Connection):
-    """h11's, but for the chunks of a body: there nothing is left to decide, and they are framed at once."""
+    """h11's connection with a fast path that frames the chunks of a body directly."""
 
     _is_chunked = False
 
     def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
-        """What `send` calls."""
+        """Overrides what h11's `send` calls."""
         if type(event) is h11.Data and event.data and self._is_chunked and self.our_state is h11.SEND_BODY:
             return [b"%x\r\n" % len(event.data), event.data, b"\r\n"]
         parts = super().send_with_data_passthrough(event)
@@ -74,17 +74,17 @@ class QuickConnection(h11.Connection):
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol over h11, with what it leaves to a proxy: slow clients, too many of them, and error bodies.
+    """uvicorn's h11 protocol plus what it leaves to a proxy: timeouts, a connection limit, and JSON error bodies.
 
-    A transport buffers what the kernel does not take, and `pause_writing` tells when that is more than the high-water
-    mark. The mark here is 0. So a pause means that a client has left the kernel's buffers full; the next `send` of
-    the application waits from then on, and no more than one event is held in memory; and whoever does not catch up
-    within send_timeout_s is cut off. Then the application's `receive` says http.disconnect, which frees the request.
-    `close` would not do: it waits for the client to read.
+    A transport buffers what the kernel does not accept, and calls `pause_writing` when that exceeds the high-water
+    mark, here 0. So a pause means that the client has left the kernel's buffers full. From then on the application's
+    next `send` waits, so at most one event is held in memory, and a client that does not catch up within
+    send_timeout_s is aborted: the application's `receive` then returns http.disconnect, which frees the request.
+    `close` would not work here, because it waits for the client to read.
 
-    Nor would it do for whoever is answered before the request is here to its end: a socket that is closed while bytes
-    wait in it resets the connection, and a client that is still sending finds that in place of its answer. So our side
-    alone ends, and what still comes is dropped until the client closes too, or receive_timeout_s is over.
+    Nor would it work for a client that is answered before it has sent its whole request: closing a socket with unread
+    bytes resets the connection, and a client that is still sending sees the reset instead of its answer. So only our
+    sending side is closed, and further bytes are dropped until the client closes too or receive_timeout_s has passed.
     """
 
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ class BoundedProtocol(H11Protocol):
         super().on_response_complete()
         if self.transport.is_closing():
             return
-        # Between two requests uvicorn's own clock runs, unless the next one has begun or this one goes on.
+        # Between requests uvicorn's keep-alive timer runs; ours runs if this request or the next one is incomplete.
         if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
             self._watch_receiving()
         else:
@@ -141,14 +141,14 @@ class BoundedProtocol(H11Protocol):
         self._stop_sending()
 
     def shutdown(self) -> None:
-        """The server ends: it does not wait for clients that go on sending after their answer."""
+        """Close on server shutdown, without waiting for clients that still send after their answer."""
         if self.transport.is_closing():
             self._socket.close()
         else:
             super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, or has too long a head, in the one shape of errors."""
+        """Answer invalid HTTP, or headers that are too long, with a JSON error."""
         error = sys.exception()
         status = HTTPStatus(error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400)
         reason = f"invalid HTTP request: {str(error or msg).lower()}"
@@ -158,7 +158,7 @@ class BoundedProtocol(H11Protocol):
         self._refuse(status, reason, "invalid_request_error", [])
 
     def _watch_receiving(self) -> None:
-        """Let the clock run until the request is here to its last byte."""
+        """Run the receive timer while a request is incomplete."""
         is_on_its_way = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
         if self.transport.is_closing():
             return
@@ -184,11 +184,11 @@ class BoundedProtocol(H11Protocol):
             self._sending = None
 
     def _hang_up(self) -> None:
-        """Close; where the client is still sending, our side alone."""
+        """Close the connection, or only our sending side if the client is still sending."""
         if self.conn.their_state in (h11.SEND_BODY, h11.ERROR) and self._socket.can_write_eof():
             self._socket.write_eof()
             self._socket.resume_reading()
-            # The clock of the request goes on: whoever never stops sending is cut off by it.
+            # Bounds how long the client may go on sending.
             self._start_receiving()
         else:
             self._socket.close()
@@ -198,7 +198,7 @@ class BoundedProtocol(H11Protocol):
         self.transport.abort()
 
     def _refuse(self, status: HTTPStatus, message: str, kind: str, headers: list[tuple[bytes, bytes]]) -> None:
-        """Answer without the application, and close; an answer that has begun can only be cut off."""
+        """Answer without the application, and close. Aborts if a response has already begun."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return

@@ -1,4 +1,4 @@
-"""How a server is emptied before it ends, whatever serves it."""
+"""Drains the server before it stops."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from service.errors import Draining
 from service.web.state import Serving
 
 FAREWELL_S = 5.0
-"""For the clients to read what their requests ended with."""
+"""Time for clients to read the end of their answers."""
 
 log = logging.getLogger(__name__)
 
 
 async def drain(serving: Serving, timeout_s: float, why: str) -> None:
-    """Take no more requests, give those that run timeout_s to finish, and end those that are left."""
+    """Accept no new requests, give active ones timeout_s to finish, and end the rest with Draining."""
     lifecycle = serving.lifecycle
     lifecycle.drain(timeout_s)
     log.info("%s: draining, %d requests have up to %g s to finish", why, lifecycle.num_inside, timeout_s)

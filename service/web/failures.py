@@ -1,4 +1,4 @@
-"""Every failure in one JSON shape: what is wrong, the value, the limit, and how to mend it."""
+"""Error responses: one JSON shape, with a message that names the value, the limit and the remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from service.web.state import serving_of
 
 log = logging.getLogger(__name__)
 
-# pydantic's names of errors in a value; every other one is an error in the shape.
+# pydantic's error types for values out of range (400); every other type is an error of the body's shape (422).
 _VALUE_ERRORS = {
     "finite_number": "which is not a finite number; send one",
     "greater_than": "which is not above the limit of {gt}; send more than {gt}",
@@ -50,7 +50,7 @@ _LONG_NUMBER = re.compile(rf"\d{{{_MAX_SHOWN + 1},}}")
 
 
 class CountedRoute(APIRoute):
-    """A generation route: a request whose body cannot be read is counted as rejected."""
+    """A generation route that counts requests with an unreadable body as rejected."""
 
     def get_route_handler(self) -> Callable[[HTTPRequest], Awaitable[Response]]:  # type: ignore[override]
         handler = super().get_route_handler()
@@ -66,47 +66,47 @@ class CountedRoute(APIRoute):
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer every exception that reaches the app in the one shape."""
+    """Install the handlers that answer exceptions with an `ErrorResponse`."""
     app.add_exception_handler(OttavaError, _on_ottava_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
 
 
 def error_body(error: OttavaError) -> ErrorResponse:
-    """The body for one of our own errors. Of a number with more digits than anybody reads it shows a few."""
+    """The body for an OttavaError. Numbers of more than 80 digits in its message are shortened."""
     message = _LONG_NUMBER.sub(_cut_digits, error.message)
     return ErrorResponse(error=ErrorDetail(message=message, type=error.type, param=error.param, code=error.code))
 
 
 def internal_error() -> ErrorResponse:
-    """The body for a fault of ours, which tells nothing of our insides."""
+    """The body for an unexpected exception, which reveals no internals."""
     message = "internal error; the server's log has it under this answer's x-request-id"
     return error_body(OttavaError(message))
 
 
 def answer(status: int, body: ErrorResponse, headers: Mapping[str, str] | None = None) -> Response:
-    """A response in the one shape."""
-    # ASCII only: a message may quote a field name that is no valid Unicode.
+    """A JSON response with this body."""
+    # ASCII only, because a message may quote a field name that is not valid Unicode.
     return Response(json.dumps(body.model_dump()), status, headers, "application/json")
 
 
 def refusal(error: OttavaError) -> Response:
-    """The response for one of our own errors."""
+    """The response for an OttavaError."""
     return answer(error.status, error_body(error), error.headers)
 
 
 def describe(errors: Sequence[Mapping[str, Any]]) -> RequestError:
-    """One error for all that pydantic found: the first wrong shape, or else the first wrong value."""
+    """The one error to report of all that pydantic found: the first error of shape, else the first of value."""
     first = next((error for error in errors if error["type"] not in _VALUE_ERRORS), errors[0])
     kind = first["type"]
     path = [part for part in first["loc"] if part != "body"]
-    # Of a body that is no JSON, the path is a place in it.
+    # For invalid JSON, the path is a character position rather than a field.
     name = path[0] if path and kind != "json_invalid" else first.get("ctx", {}).get("name")
     param = None if name is None else str(name)
     if kind in _VALUE_ERRORS:
         reason = _VALUE_ERRORS[kind].format(**first.get("ctx", {}), message=first["msg"])
         return InvalidRequest(f"`{_dotted(path) or 'body'}` is {_shown(first['input'])}, {reason}", param)
-    # OpenAI answers 400 to a parameter that it does not know.
+    # OpenAI answers 400 to an unknown parameter.
     refusal = InvalidRequest if kind == "unknown_parameter" else Malformed
     return refusal(_shape_message(kind, path, first), param)
 
@@ -129,7 +129,7 @@ def _shape_message(kind: str, path: list[Any], error: Mapping[str, Any]) -> str:
 
 
 def _unreadable(cause: BaseException | None) -> BaseException | None:
-    """The cause, or what it says of the body where Python's JSON reader gave up on it."""
+    """The cause of an HTTPException; an InvalidRequest if Python's JSON reader could not read the body."""
     if isinstance(cause, RecursionError):
         return InvalidRequest(
             "the lists and objects of the body lie too deep inside each other to be read; send fewer levels"

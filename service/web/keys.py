@@ -1,4 +1,4 @@
-"""API keys: where they come from, and whose a request is. Only their hashes are kept."""
+"""API keys: reads them from the settings and authenticates requests. Only their hashes are kept."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from service.settings import Settings
 from service.telemetry.record import ANONYMOUS
 
 MIN_KEY_CHARS = 8
-"""At ten thousand guesses a second, eight random letters and digits last for seven hundred years."""
+"""Guessing eight random letters and digits takes seven hundred years at ten thousand guesses a second."""
 
-# A # within a key is part of it.
+# A # inside a key is part of the key, not the start of a comment.
 _COMMENT = re.compile(r"(^|\s)#.*")
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _KEY = re.compile(rf"[!-~]{{{MIN_KEY_CHARS},512}}")
@@ -24,19 +24,19 @@ _KEY = re.compile(rf"[!-~]{{{MIN_KEY_CHARS},512}}")
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key as it is kept: its name for logs and limits, and its SHA-256. Two keys may share a name, and its limits."""
+    """A key's name, used in logs and limits, and its SHA-256. Keys with the same name share their limits."""
 
     name: str
     digest: bytes = field(repr=False)
 
 
 class Keyring:
-    """The keys that open this server.
+    """The API keys that this server accepts.
 
     Raises:
-        InvalidSettings: the file cannot be read or holds no key; a key is too short, holds a space, is there twice, or
-            has a malformed name; or there is no key at all, the server listens beyond this machine, and
-            allow_anonymous is not set. No message shows a key.
+        InvalidSettings: the file cannot be read or holds no key; a key is too short, contains a space, is duplicated,
+            or has a malformed name; or there is no key at all, the server listens beyond this machine, and
+            allow_anonymous is not set. No message contains a key.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -45,18 +45,18 @@ class Keyring:
 
     @property
     def is_empty(self) -> bool:
-        """Nobody needs a key."""
+        """Whether the server accepts requests without a key."""
         return not self._keys
 
     def reload(self) -> None:
-        """Read the keys again. Raises InvalidSettings as above, and then the old ones stay."""
+        """Read the keys again. Raises InvalidSettings as above and keeps the old keys then."""
         self._keys = _read(self._settings)
 
     def name_of(self, authorization: str | None) -> str:
-        """The name of the key that an Authorization header brings; ANONYMOUS where none is needed.
+        """The name of the key in an Authorization header; ANONYMOUS if the server has no keys.
 
         Raises:
-            Unauthorized: there is no such header, it is not `Bearer KEY`, or the key is not known.
+            Unauthorized: the header is missing or not `Bearer KEY`, or the key is unknown.
         """
         if self.is_empty:
             return ANONYMOUS
@@ -64,7 +64,7 @@ class Keyring:
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthorized("this server needs an API key; send the header `Authorization: Bearer KEY`")
         digest, found = _digest(key.strip()), None
-        # Every key is compared, and hashes of one length: the time says nothing of how near a guess came.
+        # Compares hashes, and with every key, so that the time does not reveal how close a guess was.
         for known in self._keys:
             if hmac.compare_digest(known.digest, digest):
                 found = known.name
@@ -74,7 +74,7 @@ class Keyring:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on host."""
+    """Whether a server that listens on host is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

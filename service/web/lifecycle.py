@@ -1,4 +1,4 @@
-"""Whether the server still takes requests, and how many it owes an answer."""
+"""Whether the server accepts requests, and how many are active."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.errors import Draining
 
 
 class Lifecycle:
-    """Counts the generations inside, streams until their last byte, and closes the door behind them."""
+    """Counts active generations, streams until their last byte, and refuses new ones while draining."""
 
     def __init__(self) -> None:
         self.num_inside = 0
@@ -24,11 +24,11 @@ class Lifecycle:
 
     @property
     def retry_after_s(self) -> int:
-        """When this process is gone at the latest, and another may listen in its place."""
+        """Seconds until this process has exited at the latest and another may have taken its place."""
         return 1 if self._until_s is None else max(1, math.ceil(self._until_s - time.monotonic()))
 
     def refuse_if_draining(self) -> None:
-        """Raise Draining where the server is stopping."""
+        """Raise Draining if the server is stopping."""
         if self.is_draining:
             seconds = self.retry_after_s
             raise Draining(
@@ -37,22 +37,22 @@ class Lifecycle:
             )
 
     def enter(self) -> None:
-        """A generation comes in; it must `leave`."""
+        """Count a generation as active, until `leave`."""
         self.num_inside += 1
         self._is_empty.clear()
 
     def leave(self) -> None:
-        """A generation has its answer, or its client is gone."""
+        """Count a generation as done: it was answered, or its client disconnected."""
         self.num_inside -= 1
         if not self.num_inside:
             self._is_empty.set()
 
     def drain(self, timeout_s: float) -> None:
-        """Take no more. Those inside have timeout_s left."""
+        """Refuse new generations from now on; active ones have timeout_s left."""
         self._until_s = time.monotonic() + timeout_s
 
     async def emptied(self, timeout_s: float) -> bool:
-        """Wait until nobody is inside; False after timeout_s."""
+        """Wait until no generation is active. False after timeout_s."""
         try:
             await asyncio.wait_for(self._is_empty.wait(), timeout_s)
         except TimeoutError:

@@ -1,4 +1,4 @@
-"""How much one API key may ask for, and how long whoever is refused should wait."""
+"""Limits per API key, and how long a refused client should wait."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACE_WEIGHT = 0.1
 
 
 class TokenBucket:
-    """At most `capacity` tokens, of which `rate_per_s` come back every second, on a monotonic clock."""
+    """A token bucket: holds at most `capacity` tokens and refills by `rate_per_s` every second."""
 
     def __init__(self, capacity: float, rate_per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._capacity = capacity
@@ -25,7 +25,7 @@ class TokenBucket:
         self._filled_s = clock()
 
     def take(self) -> float:
-        """Take one token and return 0; or take none and return the seconds until there is one."""
+        """Take a token. Returns 0, or if there is none, the seconds until the next one."""
         now_s = self._clock()
         self._tokens = min(self._capacity, self._tokens + (now_s - self._filled_s) * self._rate_per_s)
         self._filled_s = now_s
@@ -36,20 +36,20 @@ class TokenBucket:
 
 
 class Pace:
-    """How long requests of each variant have run of late, an exponentially weighted mean from first step to end."""
+    """An exponentially weighted mean, per variant, of how long requests run from first step to end."""
 
     def __init__(self) -> None:
         self._run_s: dict[str, float] = {}
 
     def add(self, variant: str, run_s: float) -> None:
-        """Note that a request ended run_s after its first step."""
+        """Add a request that ended run_s after its first step."""
         self._run_s[variant] = _moved(self._run_s.get(variant, run_s), run_s)
 
     def retry_after_s(self, variant: str, stats: EngineStats) -> int:
-        """Whole seconds until a request that came now would start.
+        """Whole seconds until a request that arrived now would start.
 
-        Of r running requests that take run_s each, one ends every run_s / r seconds. So the last of w waiting ones,
-        and then the next, start after
+        Of r running requests that take run_s each, one ends every run_s / r seconds. So a request behind w queued ones
+        starts after
 
             (w + 1) * run_s / max(r, 1)        rounded up, from 1 to MAX_RETRY_AFTER_S.
         """
@@ -58,9 +58,9 @@ class Pace:
 
 
 class KeyLimits:
-    """Requests of each API key: how many at a time, and how many a minute. None: no limit.
+    """Limits the requests of each API key: how many at a time, and how many per minute. None is no limit.
 
-    A minute's worth may come at once; then one is free every 60 / per_minute seconds.
+    A whole minute's requests may come at once; after that one is allowed every 60 / per_minute seconds.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class KeyLimits:
         """Count a request of the key as running until `leave`.
 
         Raises:
-            RateLimited: as many run already as may, or there were too many within the minute. Nothing is counted.
+            RateLimited: the key has reached one of its limits. Nothing is counted.
         """
         if self._max_concurrent is not None and self._num_active[name] >= self._max_concurrent:
             raise RateLimited(
                 f"{self._num_active[name]} requests of this API key are running; the limit is "
                 f"{self._max_concurrent} at a time; wait for one to end",
-                # Of n that last mean_s each, one ends every mean_s / n.
+                # Of n running requests that last mean_s each, one ends every mean_s / n.
                 retry_after_s=whole_seconds(self._mean_s / self._num_active[name]),
             )
         if self._per_minute is not None:
@@ -100,7 +100,7 @@ class KeyLimits:
         self._num_active[name] += 1
 
     def leave(self, name: str, took_s: float) -> None:
-        """A request that entered has ended, took_s after it came."""
+        """Count a request of the key as ended, took_s after it arrived."""
         self._mean_s = _moved(self._mean_s or took_s, took_s)
         self._num_active[name] -= 1
         if not self._num_active[name]:
@@ -112,5 +112,5 @@ def _moved(mean: float, value: float) -> float:
 
 
 def whole_seconds(seconds: float) -> int:
-    """Rounded up, from 1 to MAX_RETRY_AFTER_S: what Retry-After can say."""
+    """Seconds for Retry-After: rounded up and clamped to 1 .. MAX_RETRY_AFTER_S."""
     return min(max(math.ceil(seconds), 1), MAX_RETRY_AFTER_S)

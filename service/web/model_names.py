@@ -1,4 +1,4 @@
-"""The names that `model` may be in OpenAI's routes, and the fingerprint of what answers to them."""
+"""The valid values of `model` in OpenAI's routes, and the system fingerprint of each."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ MAX_SHOWN = 80
 
 
 class ModelNames:
-    """NAME is the first variant of the model that is served, NAME:VARIANT and VARIANT are the one they name.
+    """Maps names to variants: NAME is the first variant; NAME:VARIANT and VARIANT are that variant.
 
     Args:
-        variants: the first answers to NAME.
-        info: what is served; NAME is its `model`. Raises NotReady before that is known, as all that needs it does.
+        variants: names of the variants, the default one first.
+        info: returns what is served; NAME is its `model`. It raises NotReady before start-up is done, and then so do
+            all methods that need it.
     """
 
     def __init__(self, variants: Iterable[str], info: Callable[[], HostInfo]) -> None:
@@ -34,10 +35,10 @@ class ModelNames:
         return self._info().model
 
     def variant_of(self, name: str | None) -> str:
-        """The variant that a name stands for; of None, the first.
+        """The variant of a name; the first one for None.
 
         Raises:
-            UnknownModel: it is none of the names.
+            UnknownModel: it is not one of the names.
         """
         if name is None or name == self.name:
             return self._variants[0]
@@ -51,11 +52,11 @@ class ModelNames:
         return f"{self.name}:{variant}"
 
     def listed(self) -> dict[str, str]:
-        """Name -> variant of those that GET /v1/models lists; the bare variants are left out as short forms."""
+        """Name -> variant, as listed by GET /v1/models; without the bare variants, which are short forms."""
         return {self.name: self._variants[0], **{self.full_name(variant): variant for variant in self._variants}}
 
     def fingerprint(self, variant: str) -> str:
-        """Equal as long as model, checkpoint, device and versions are; read from `info` once, see `refresh`."""
+        """A hash of model, variant, checkpoint, device and versions. Cached until `refresh`."""
         if variant not in self._fingerprints:
             info = self._info()
             own = info.variants.get(variant)
@@ -65,5 +66,5 @@ class ModelNames:
         return self._fingerprints[variant]
 
     def refresh(self) -> None:
-        """Forget the fingerprints: a variant has another checkpoint now."""
+        """Drop the cached fingerprints after a reload."""
         self._fingerprints.clear()

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of answers that FastAPI cannot see: failures, and the events of streams."""
+"""OpenAPI descriptions that FastAPI cannot infer: error responses, and the events of streams."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ Responses = dict[int | str, dict[str, Any]]
 
 REFERENCE = "#/components/schemas/{model}"
 EVERY_ROUTE = (413, 421, 500)
-"""What stands around the routes can answer these anywhere."""
+"""Statuses that the middleware may answer on any route."""
 
 _MEANINGS = {
     400: "A value outside its range: the message names field, value, limit and remedy.",
-    401: "No API key, or one that is not known; only where keys are set.",
+    401: "No API key, or an unknown one; only if keys are set.",
     404: "A model or variant that is not served here.",
-    409: "Nothing has changed, and why; or a reload is running.",
+    409: "The reload failed and changed nothing, or another one is running.",
     413: "A body above the limit.",
-    421: "A Host header that is no name of this server.",
-    422: "A body of another shape: unknown field, wrong type, missing field, not JSON.",
+    421: "A Host header that names another server.",
+    422: "A body of the wrong shape: unknown field, wrong type, missing field, not JSON.",
     429: "Too many requests of this API key; see Retry-After.",
     500: "The engine, or the server, failed.",
-    503: "Not ready, too many requests waiting, or waited too long; see Retry-After.",
-    504: "Not done within the request's time.",
+    503: "Not ready, stopping, too many requests queued, or queued too long; see Retry-After.",
+    504: "Not done within the request's timeout.",
 }
 
 
 def failures(*statuses: int) -> Responses:
-    """The failures of a route: these, and those of every route."""
+    """The error responses of a route: these statuses, plus those of every route."""
     wanted = sorted({*statuses, *EVERY_ROUTE})
     return {status: {"model": ErrorResponse, "description": _MEANINGS[status]} for status in wanted}
 
 
 def generation(description: str, *events: type[BaseModel]) -> Responses:
-    """The answers of a route that generates, as a whole or as a stream of these events."""
+    """The responses of a generation route, which answers as a whole or as a stream of these events."""
     models: tuple[type[BaseModel], ...] = (*events, ErrorResponse)
     data = {
         "anyOf": [
@@ -50,14 +50,14 @@ def generation(description: str, *events: type[BaseModel]) -> Responses:
             },
         ]
     }
-    # One event; OpenAPI 3.1 has no word for the items of a stream.
+    # Describes one event, because OpenAPI 3.1 cannot describe the items of a stream.
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     ok = {"description": description, "content": {"text/event-stream": {"schema": event}}}
     return {200: ok, **failures(400, 401, 404, 422, 429, 503, 504)}
 
 
 def document_events(app: FastAPI, *events: type[BaseModel]) -> None:
-    """Add the models of events, which no route answers with as a whole, to the components of the app's OpenAPI.
+    """Add the models of events to the components of the app's OpenAPI, since no route returns them directly.
 
     The document is built at the first call of `app.openapi`, which takes about 130 ms.
     """

@@ -1,4 +1,4 @@
-"""Reloads of the int8 checkpoint as the web sees them: one at a time, to their end, counted."""
+"""Runs reloads of the int8 checkpoint one at a time, and counts them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Reloads:
         return self._running is not None and not self._running.done()
 
     async def run(self, model: str | None) -> Reloaded:
-        """Reload, and wait for the end of it; it also ends where nobody waits any more.
+        """Reload and wait for it. The reload continues if the caller is cancelled.
 
         Raises:
-            ReloadFailed: with the reason; a reload is running already. The old weights serve on.
+            ReloadFailed: another reload is running, or this one failed. The old weights stay in use.
         """
         if self.is_running:
             raise ReloadFailed("a reload is running already; try again once it has ended")
@@ -41,7 +41,7 @@ class Reloads:
             new = await self._reload(model)
         except OttavaError as error:
             self._metrics.reloaded(FAILED)
-            log.error("the reload failed, the old weights serve on: %s", error.message)  # noqa: TRY400 (told by its message)
+            log.error("the reload failed, the old weights serve on: %s", error.message)  # noqa: TRY400 (its message says why)
             raise
         self._metrics.reloaded(RELOADED)
         said = "%s serves %s, generation %d: loaded in %.3g s, no request could start for %.3g s"

@@ -1,4 +1,4 @@
-"""The process that serves: its signals, and how it ends."""
+"""The server process: signals, draining and exit codes."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ FAILED = os.EX_SOFTWARE
 """Exit code after an engine has failed for good."""
 
 FORCED = 128
-"""Added to a signal's number where it comes a second time, as shells count."""
+"""Exit code after a second signal, plus the signal's number, as in shells."""
 
 SWITCH_INTERVAL_S = 1e-4
-"""With the engine in this process: after which whoever runs Python must let another thread have it. An engine asks for
-it several times in a step of about 6 ms, and would get it from a busy event loop after 5 ms each time by default."""
+"""Python's thread switch interval if the engine runs in this process. An engine acquires the interpreter lock several
+times in a step of about 6 ms, and by default would wait up to 5 ms each time for a busy event loop."""
 
 log = logging.getLogger(__name__)
 
 
 def run(app: FastAPI, settings: Settings) -> int:
-    """Serve the app until a signal, or an engine that failed, ends it: the exit code of the process.
+    """Serve the app until a signal or an engine's failure ends it. Returns the exit code of the process.
 
-    The first SIGTERM or SIGINT drains: new requests get 503, those that run have drain_timeout_s to finish; then 0. A
-    second one ends the process at once. SIGHUP reloads.
+    The first SIGTERM or SIGINT drains: new requests get 503, active ones have drain_timeout_s to finish, and the exit
+    code is 0. A second one ends the process at once. SIGHUP reloads.
 
     Raises:
         StartupError: the engines could not be started.
@@ -52,13 +52,13 @@ def run(app: FastAPI, settings: Settings) -> int:
     if isinstance(failure, StartupError):
         raise failure
     if settings.in_process:
-        # Where a thread is still at work, the interpreter could hang or crash in taking it down.
+        # The interpreter's shutdown could hang or crash if a thread is still computing.
         end_process(server.exit_code)
     return server.exit_code
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our signals."""
+    """uvicorn's server with our signal handlers."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         super().__init__(server_config(app, settings, timeout_graceful_shutdown=math.ceil(FAREWELL_S)))
@@ -70,7 +70,7 @@ class Server(uvicorn.Server):
         self._reloading: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn's."""
+        """See `uvicorn.Server.serve`."""
         settle()
         if self._settings.in_process:
             sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -82,7 +82,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Called by uvicorn around all that it does, on the running event loop."""
+        """Install our signal handlers; uvicorn enters this context for as long as it serves."""
         loop = asyncio.get_running_loop()
         handlers: dict[signal.Signals, Callable[[], None]] = {
             signal.SIGTERM: lambda: self._on_end(signal.SIGTERM),
@@ -98,7 +98,7 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     async def _watch(self) -> None:
-        """Wait for an engine to fail for good, and end the server."""
+        """Wait for an engine to fail for good, and then stop the server."""
         host = self.serving.host
         await host.failed.wait()
         if isinstance(host.failure, StartupError):
@@ -108,13 +108,13 @@ class Server(uvicorn.Server):
             log.error("an engine has failed for good; exit_on_failure is off, so its requests get 500 from now on")
         else:
             self.exit_code = FAILED
-            # Behind a stuck step nothing moves: waiting would bring nobody an answer.
+            # No request can finish behind a stuck step, so there is nothing to wait for.
             timeout_s = 0.0 if host.is_stuck else self._settings.drain_timeout_s
             self._drain(timeout_s, "an engine has failed for good")
 
     def _on_end(self, number: signal.Signals) -> None:
         if self._is_told:
-            log.warning("%s: ending at once", number.name)
+            log.warning("%s again: exiting at once", number.name)
             end_process(FORCED + number)
         self._is_told = True
         self._drain(self._settings.drain_timeout_s, number.name)
@@ -127,14 +127,14 @@ class Server(uvicorn.Server):
         try:
             await self.serving.reload(None)
         except OttavaError as error:
-            log.error("SIGHUP: %s", error.message)  # noqa: TRY400 (told by its message)
+            log.error("SIGHUP: %s", error.message)  # noqa: TRY400 (the message says why)
 
     def _drain(self, timeout_s: float, why: str) -> None:
         if self._draining is None:
             self._draining = asyncio.ensure_future(self._end(timeout_s, why))
 
     async def _end(self, timeout_s: float, why: str) -> None:
-        """Drain, then let uvicorn close what is open."""
+        """Drain, then let uvicorn shut down."""
         try:
             await drain(self.serving, timeout_s, why)
         finally:

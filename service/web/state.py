@@ -1,4 +1,4 @@
-"""What the routes share: the engines and their tokenizer, metrics, who is ready, and who is running."""
+"""The state shared by the routes: engines, tokenizer, metrics, keys, limits and lifecycle."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ STOPPING = "the server is stopping"
 
 
 class Host(Protocol):
-    """The engines of one model as the web sees them; `service.host.channel.client.HostClient`.
+    """The web's interface to the engines of one model; implemented by `service.host.channel.client.HostClient`.
 
     engines: by variant, the default one first.
-    stage: what their start-up is at; None once they serve.
-    refused: variants that the self-check keeps from serving, and why.
-    failure: what ended one of them for good; `failed` is set then.
-    is_stuck: it was a step that does not end.
+    stage: the current stage of start-up; None once they serve.
+    refused: variant -> reason, for those that failed the self-check.
+    failure: the error that ended one of them for good; `failed` is set then.
+    is_stuck: whether that was a step that hangs.
     """
 
     stage: Stage | None
@@ -48,30 +48,30 @@ class Host(Protocol):
 
     @property
     def info(self) -> HostInfo:
-        """What is served. Raises NotReady before that is known."""
+        """What is served. Raises NotReady before the engines are open."""
         ...
 
     @property
     def tokenizer(self) -> TokenizerLike:
-        """Of the model. Raises NotReady before it is loaded."""
+        """The model's tokenizer. Raises NotReady before it is loaded."""
         ...
 
     async def run(self) -> None:
-        """Open the engines and check them, again where they die; returns once they are closed or failed for good."""
+        """Open and check the engines, and restart any that die. Ends when they are closed or have failed for good."""
         ...
 
     async def reload(self, model: str | None) -> Reloaded:
-        """Serve the checkpoint of a folder, None for the present one's. Raises ReloadFailed: the old one serves on."""
+        """Reload from a checkpoint folder, or from the present one if None. Raises ReloadFailed or EngineFailed."""
         ...
 
     async def close(self, error: OttavaError) -> None:
-        """End the engines; requests that are still there get the error. Idempotent."""
+        """Stop the engines; unfinished requests get the error. Idempotent."""
         ...
 
 
 @dataclass(slots=True)
 class Serving:
-    """One app's state."""
+    """The state of one app."""
 
     host: Host
     settings: Settings
@@ -89,7 +89,7 @@ class Serving:
 
     @classmethod
     def over(cls, host: Host, settings: Settings) -> Serving:
-        """The state of a fresh app."""
+        """The initial state of an app."""
         metrics, traffic = ServiceMetrics(host.engines, lambda: host.info), Traffic()
         comparisons = Comparisons(metrics)
         shadow = Shadow(
@@ -123,11 +123,11 @@ class Serving:
 
     @property
     def tokenizer(self) -> TokenizerLike:
-        """Of the model. Raises NotReady before it is loaded."""
+        """The model's tokenizer. Raises NotReady before it is loaded."""
         return self.host.tokenizer
 
     def visit(self) -> Visit:
-        """A client's request comes in; it must `leave`."""
+        """Register a client's request; call `leave` on the result when it ends."""
         return Visit(self.traffic, self.engines.values())
 
     @property
@@ -135,10 +135,10 @@ class Serving:
         return next(iter(self.engines))
 
     def engine(self, variant: str) -> Engine:
-        """The engine of a variant that can take requests.
+        """The engine of a variant that is ready for requests.
 
         Raises:
-            UnknownVariant: no such variant here.
+            UnknownVariant: no such variant is served.
             NotReady: it is still starting, or the self-check refused it.
             EngineFailed: it has failed for good.
         """
@@ -156,10 +156,11 @@ class Serving:
         return engine
 
     async def reload(self, model: str | None) -> Reloaded:
-        """Read the API keys again, then serve a checkpoint: see `Reloads.run`.
+        """Read the API keys again, then reload the checkpoint: see `Reloads.run`.
 
         Raises:
-            ReloadFailed: with the reason; also while the server starts or stops. What was served before still is.
+            ReloadFailed: the keys or the checkpoint cannot be read, or the server is starting or stopping. The old
+                weights stay in use.
         """
         if self.is_draining or self.host.stage is not None:
             raise ReloadFailed(STOPPING if self.is_draining else f"the server is not ready: {self.host.stage}")
@@ -173,20 +174,20 @@ class Serving:
 
     @property
     def is_draining(self) -> bool:
-        """The server is stopping: it takes no new generations."""
+        """Whether the server is stopping and refuses new generations."""
         return self.lifecycle.is_draining
 
     @property
     def is_ready(self) -> bool:
-        """The start-up is over, and its self-check; a variant may have been refused."""
+        """Whether start-up and self-check are done; a variant may still have been refused."""
         return self.host.stage is None
 
     def why_unready(self, variant: str) -> str | None:
-        """What keeps a served variant from being ready, its engine's health aside."""
+        """Why a served variant is not ready, or None; ignores failures of its engine."""
         return self.host.refused.get(variant) if self.is_ready else str(self.host.stage)
 
     def failures(self) -> dict[str, str]:
-        """The engines that have stopped for good, and why."""
+        """Variant -> reason, for the engines that have failed for good."""
         stopped = {variant: engine.failure for variant, engine in self.engines.items()}
         return {variant: why for variant, why in stopped.items() if why is not None}
 

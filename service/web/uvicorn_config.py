@@ -1,4 +1,4 @@
-"""How uvicorn is set up for an app: `server_config`."""
+"""uvicorn's configuration: `server_config`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from service.settings import Settings
 from service.web.connection import BoundedProtocol, ConnectionLimits
 
 OTHER_FILES = 256
-"""Open files beside the connections: the model's, the libraries', and the listeners."""
+"""Open files other than connections: the model's, the libraries' and the listeners."""
 
 
 def server_config(app: ASGIApp, settings: Settings, **others: Any) -> uvicorn.Config:
-    """uvicorn's options for an app under these settings; `others` go to uvicorn as they are and win.
+    """uvicorn's configuration for an app under these settings; `others` override uvicorn's options.
 
-    h11 reads the requests, since only its reader has a limit for the size of a head. Log lines go where
-    `service.telemetry.logs.configure_logging` sends them; the access line is our own.
+    Requests are parsed by h11, because only h11 has a limit for the size of headers. Logs go where
+    `service.telemetry.logs.configure_logging` sends them, which also replaces uvicorn's access log.
     """
     limits = ConnectionLimits(settings.receive_timeout_s, settings.send_timeout_s, settings.max_connections)
     options: dict[str, Any] = {
@@ -39,9 +39,9 @@ def server_config(app: ASGIApp, settings: Settings, **others: Any) -> uvicorn.Co
 
 
 def allow_open_files(max_connections: int) -> int:
-    """Raise this process's limit of open files to what the connections need, as far as it may; returns the limit.
+    """Raise this process's limit of open files to what the connections need, as far as permitted. Returns the limit.
 
-    Many systems start a process with 1024, which a thousand clients use up.
+    The default on many systems is 1024, which a thousand clients use up.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max_connections + OTHER_FILES

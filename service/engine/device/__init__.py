@@ -1,1 +1,1 @@
-"""What an engine does on the device: a step in tensors, the model, sampling."""
+"""The device part of the engine: input tensors, graphs, sampling and the runner."""

@@ -1,4 +1,4 @@
-"""A step on the device: where each token sits, and which blocks its request owns."""
+"""The inputs of a step as device tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Batch:
 
     token_ids: [T], read where from_row is -1.
     from_row: [T], the request row whose last sampled id is this token, or -1.
-    rows: where each token row sits in its request and in the cache.
+    rows: the position of each token row in its request and in the cache.
     sample_index: [S], token row that yields a sample.   sample_rows: [S], its request's row.
     """
 
@@ -30,9 +30,9 @@ class Batch:
 
 
 class BatchBuilder:
-    """Copies steps into device buffers that were allocated once, at their largest size, where a graph reads them.
+    """Copies steps into device buffers, allocated once for the largest step, so that graphs read fixed addresses.
 
-    What it is given is a `StepTable` of its layout, whose numbers lie in the host memory that `numbers` hands out.
+    For each step, write a `StepTable` of the same layout into the memory from `numbers`, then pass it to `build`.
     """
 
     def __init__(self, layout: TableLayout, device: torch.device) -> None:
@@ -43,22 +43,22 @@ class BatchBuilder:
         self._tables = torch.zeros(layout.max_requests, layout.max_blocks, dtype=torch.int32, device=device)
 
     def numbers(self) -> Ints:
-        """Host memory for the numbers of the next step, good until `build`."""
+        """Host memory for the numbers of the next step, valid until `build`."""
         self._host = self._staging.take(4 * self._layout.size).view(torch.int32)
         numbers: Ints = self._host.numpy()
         return numbers
 
     def build(self, table: StepTable) -> Batch:
-        """The step on the device, once the copy that this launches has ended."""
+        """Launch the copy of a step to the device, and return the step there."""
         size, (num_tables, width) = len(table.numbers), table.block_tables.shape
         self._ints[:size].copy_(self._host[:size], non_blocking=True)
-        # Contiguous over the bus, strided on the device: a strided host copy would wait for the device.
+        # One contiguous copy, then a strided one on the device: a strided copy from the host would block.
         tables = self._ints[self._layout.starts["block_tables"] : size].view(num_tables, width)
         self._tables[:num_tables, :width] = tables
         return self.view(len(table.token_ids), len(table.context_lens), len(table.sample_index), table.max_query_len)
 
     def view(self, num_tokens: int, num_requests: int, num_samples: int, max_query_len: int) -> Batch:
-        """The buffers as a step of these sizes, whatever they hold."""
+        """View the buffers as a step of these sizes, without writing to them."""
         starts = self._layout.starts
 
         def column(name: str, count: int) -> Tensor:
@@ -81,9 +81,9 @@ class BatchBuilder:
         )
 
     def blank(self, num_requests: int, query_len: int = 1) -> Batch:
-        """A step of padding rows alone, for warm-up and capture: it writes nothing to the cache and samples nothing.
+        """A step of padding only, for warm-up and capture: it writes nothing to the cache and samples nothing.
 
-        Its requests read query_len keys of block 0, whatever that holds.
+        Each request reads query_len keys of block 0, whose content is arbitrary.
         """
         num_tokens = num_requests * query_len
         batch = self.view(num_tokens, num_requests, 0, query_len)

@@ -1,4 +1,4 @@
-"""The one thread on which every model of a device computes."""
+"""The one thread on which all models of a device run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ DEVICE_THREAD = "device"
 
 
 class DeviceThread:
-    """Runs one piece of work at a time, in the order of arrival, on a thread of its own.
+    """Runs calls one at a time, in order of arrival, on its own thread.
 
-    One engine's step has the device to itself. And it is always the same thread that computes: OpenMP keeps a pool of
-    workers for each thread that ever did, and once the pools together outnumber the cores it stops spinning between
-    parallel regions, which doubles the time of a decode step on a CPU.
+    So only one engine's step uses the device at a time, and the computing thread is always the same: OpenMP keeps a
+    pool of workers for each thread that has ever computed, and once the pools together outnumber the cores it stops
+    spinning between parallel regions, which doubles the time of a decode step on a CPU.
     """
 
     def __init__(self) -> None:
         self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         threading.Thread(target=_turn, args=(self._work,), name=DEVICE_THREAD, daemon=True).start()
-        # The thread holds the queue, not this object: it ends with its last user.
+        # The thread refers to the queue but not to this object, so collecting this object ends the thread.
         weakref.finalize(self, self._work.put, None)
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Wait for the turn and the result; what the function raises is raised here. Not from within a turn."""
+        """Queue a call, and wait for its result or exception. Must not be called on the device thread itself."""
         done: Future[R] = Future()
         self._work.put((done, lambda: function(*args, **kwargs)))
         return done.result()
@@ -40,7 +40,7 @@ def _turn(work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> No
         done, call = item
         try:
             done.set_result(call())
-        except BaseException as error:  # noqa: BLE001 (handed to whoever waits for it)
+        except BaseException as error:  # noqa: BLE001 (passed to the caller)
             done.set_exception(error)
-        # Nothing of this turn may stay alive while the thread sleeps: it may hold the model.
+        # The call may refer to the model, so it must not stay alive while the thread sleeps.
         del item, done, call

@@ -1,4 +1,4 @@
-"""The log-probabilities of a prompt's own tokens, beside the steps that compute it."""
+"""The log-probabilities of prompt tokens, computed in the steps that prefill them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from service.engine.scheduler import Chunk
 from service.models.decoder import Decoder
 
 SLICE_LOGITS = 2**23
-"""Logits computed at once: 32 MiB of float32, however many rows a step scores and however large the vocabulary."""
+"""Most logits computed at once: 32 MiB of float32 for any number of rows and any vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-probabilities of R prompt tokens in the order of the chunks that score them.
+    """Log-probabilities of R prompt tokens, in the order of the chunks that score them.
 
     logprobs: [R] float32, NaN where the model's logits are not finite.
-    top_ids, top_logprobs: [R, n], the likeliest at each place.
+    top_ids, top_logprobs: [R, n], the n likeliest tokens at each position.
     """
 
     chunks: Sequence[Chunk]
@@ -35,12 +35,12 @@ class Scores:
     top_logprobs: Tensor
 
     def to_host(self) -> Scores:
-        """The same on its way to the host."""
+        """Launch the copy to the host, and return the tensors there."""
         logprobs, ids, top = (t.to("cpu", non_blocking=True) for t in (self.logprobs, self.top_ids, self.top_logprobs))
         return replace(self, logprobs=logprobs, top_ids=ids, top_logprobs=top)
 
     def by_request(self) -> list[tuple[Request, list[Logprob]]]:
-        """Each request with the log-probabilities that this step has of its prompt, once they are on the host."""
+        """(request, log-probabilities of its prompt tokens in this step). The tensors must be on the host."""
         rows = zip(self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
         found = []
         for chunk in self.chunks:
@@ -58,7 +58,7 @@ class Scores:
 
 
 def score_prompts(decoder: Decoder, hidden: Tensor, chunks: Sequence[Chunk], staging: Staging) -> Scores | None:
-    """What the chunks of a step say of their prompts, from its hidden states [T, hidden_size]; None if nobody asked."""
+    """Score the prompt tokens of a step from its hidden states [T, hidden_size]; None if no request asks for it."""
     scoring = [chunk for chunk in chunks if chunk.scored]
     if not scoring:
         return None
@@ -72,16 +72,16 @@ def score_prompts(decoder: Decoder, hidden: Tensor, chunks: Sequence[Chunk], sta
 
 
 def _score(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits [R, V]: log softmax at targets [R], and the likeliest num_top."""
+    """From logits [R, V]: log softmax at targets [R], and ids and log softmax of the num_top likeliest, [R, n]."""
     total = logits.logsumexp(-1)
     logprobs = logits.gather(-1, targets[:, None])[:, 0] - total
     top = logits.topk(num_top, dim=-1)
-    # A total that is infinite would make every finite logit -inf, a number that can be right.
+    # With an infinite total every finite logit would become -inf, which is also a valid result; NaN is not.
     return logprobs.masked_fill(~total.isfinite(), math.nan), top.indices, top.values - total[:, None]
 
 
 def _on_device(chunks: Sequence[Chunk], staging: Staging) -> Tensor:
-    """[2, R] int64: the rows of the step that are scored, and the tokens that followed there."""
+    """[2, R] int64: the rows of the step that are scored, and the token that follows each in the prompt."""
     taken = staging.take(16 * sum(len(chunk.scored) for chunk in chunks))
     rows, targets = taken.view(torch.int64).view(2, -1).numpy()
     start = place = 0

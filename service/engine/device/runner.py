@@ -1,6 +1,6 @@
-"""One step on the device: inputs, forward pass, sampling.
+"""Runs a step on the device: inputs, forward pass, sampling.
 
-Nothing in here waits for the device but `Sampled.read`, and a decoder with experts, which `can_be_captured` denies.
+Only `Sampled.read` waits for the device, and the forward pass of a decoder with experts (`can_be_captured` is False).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from service.models.decoder import Decoder
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The tokens of a step, on their way to the host, and what it says of its prompts' own."""
+    """The sampled tokens and prompt scores of a step, being copied to the host until `ready`."""
 
     choice: Choice
     scores: Scores | None
@@ -40,7 +40,7 @@ class Sampled:
     ready: torch.cuda.Event | None
 
     def read(self) -> StepResults:
-        """Wait for the step, and return what it yields."""
+        """Wait for the step and return its results."""
         if self.ready is not None:
             self.ready.synchronize()
         time_s = time.perf_counter()
@@ -48,12 +48,12 @@ class Sampled:
         return StepResults(time_s, self.choice.ids.tolist(), self._faults(scored), self._logprobs(), scored)
 
     def _faults(self, scored: Sequence[tuple[Request, Sequence[Logprob]]]) -> dict[int, EngineFailed]:
-        """The requests that are lost, by place."""
+        """Place -> error, for each request that the step's numbers have failed."""
         faults = {}
         for place, fault in enumerate(self.choice.faults.tolist()):
             if fault:
                 faults[place] = _fault_of(fault, self.chunks[place])
-        # With a first token the log-probabilities of its prompt are complete.
+        # The log-probabilities of a prompt are complete with its first output token, so they are checked then.
         unscored = {request for request, logprobs in scored if any(math.isnan(entry.logprob) for entry in logprobs)}
         for place, chunk in enumerate(self.chunks):
             if chunk.index == 0 and chunk.request.params.prompt_logprobs is not None:
@@ -98,14 +98,14 @@ def _not_finite(where: str) -> EngineFailed:
 
 
 class Runner:
-    """Holds a variant's decoder, its KV cache, and what its requests left on the device.
+    """Runs the steps of a variant: holds its decoder, its KV cache and its requests' state on the device.
 
     Args:
         decoder: the model.
-        num_blocks, block_size: of the KV cache.
-        max_requests, max_tokens: the largest batch a step may bring.
-        use_graphs: capture decode steps in CUDA graphs (`warm_up` does it).
-        caches: those of the runner that this one is to replace, where they fit; None for new ones.
+        num_blocks, block_size: size of the KV cache.
+        max_requests, max_tokens: the largest step.
+        use_graphs: let `warm_up` capture decode steps in CUDA graphs.
+        caches: KV caches to take over from the runner that this one replaces; None allocates new ones.
     """
 
     def __init__(
@@ -144,9 +144,9 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, step: Step) -> Sampled:
-        """Launch a step. The result's tokens reach the host when it is read.
+        """Launch a step; call `read` on the result to wait for it.
 
-        Of the steps before, only the last may be unread: see `Staging`.
+        Of the earlier steps, only the last may still be unread: see `Staging`.
         """
         bucket = self._graphs.bucket_of(step)
         table = self._tables.build(step, self._batches.numbers(), bucket)
@@ -158,7 +158,7 @@ class Runner:
             hidden = self._hidden(batch)
             logits = self._logits(hidden, batch)
         choice = self._sample(logits, batch, chunks)
-        # A decode step scores no prompt: the last token of one is never scored.
+        # A decode step scores no prompt token: what follows a prompt's last token is generated.
         scores = None if hidden is None else score_prompts(self.decoder, hidden, step.chunks, self._score_staging)
         return self._send(choice, scores, chunks)
 
@@ -170,7 +170,7 @@ class Runner:
 
     @torch.inference_mode()
     def warming(self) -> Iterator[tuple[int, int]]:
-        """`warm_up` in pieces, so that another runner's steps can come between: each yields (done, total)."""
+        """`warm_up` as an iterator over (done, total), so that another runner's steps can run in between."""
         if not self.is_async:
             return
         longest = min(self.max_tokens, self.decoder.config.max_model_len)
@@ -189,11 +189,11 @@ class Runner:
             torch.cuda.synchronize()
 
     def close(self) -> None:
-        """Destroy the captured steps, once none of them runs; the caches may serve another runner."""
+        """Destroy the captured graphs; none may be running. The caches stay valid for another runner."""
         self._graphs.destroy()
 
     def _forward(self, batch: Batch, is_decode: bool = False) -> Tensor:
-        """Logits of the rows that sample; in a decode step those are all rows, in order."""
+        """Logits of the sampling rows; in a decode step those are all rows, in order."""
         hidden = self._hidden(batch)
         return self.decoder.logits(hidden) if is_decode else self._logits(hidden, batch)
 
@@ -218,7 +218,7 @@ class Runner:
         return choice
 
     def _send(self, choice: Choice, scores: Scores | None, chunks: list[Chunk]) -> Sampled:
-        """Let the results follow the step to the host."""
+        """Launch the copy of the results to the host."""
         if not self.is_async:
             return Sampled(choice, scores, chunks, None)
         on_host = None if scores is None else scores.to_host()
@@ -228,7 +228,7 @@ class Runner:
         return sampled
 
     def _seen_rows(self, chunks: list[Chunk], rows: Tensor) -> Tensor:
-        """Which tokens each sampling row has seen, [S, V] bool; a request new in its row is entered from the host."""
+        """[S, V] bool: the tokens in each sampling row's prompt and output. A request new to its row is copied in."""
         if self._seen is None:
             shape = (self.max_requests, self.decoder.config.vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self.device)

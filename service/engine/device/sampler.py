@@ -1,4 +1,4 @@
-"""Logits in, token ids out: penalty, grammar, temperature, top-k, top-p, min-p, one uniform number per row."""
+"""Samples token ids from logits: penalty, grammar, temperature, top-k, top-p, min-p, one uniform number per row."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from service.engine.device.sampling import RowParams, SamplingBatch
 
 
 class Fault(IntEnum):
-    """Why the id of a row means nothing."""
+    """Why the sampled id of a row is invalid."""
 
     NONE = 0
     NOT_FINITE = 1
-    """The model's logits hold NaN or plus infinity, or nothing but minus infinity."""
+    """The model's logits contain NaN or plus infinity, or are all minus infinity."""
     NONE_ALLOWED = 2
-    """Every token that the grammar allows has probability 0, or it allows none."""
+    """The grammar allows no token, or only tokens of probability 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The sampled ids [S] int64 and, where asked for, their log-probabilities [S] and the likeliest n of each row.
+    """The sampled tokens of S rows.
 
-    faults: [S] int64, a `Fault` each.
+    ids: [S] int64.   faults: [S] int64, a `Fault` each.
+    logprobs, top_ids, top_logprobs: if requested, of the sampled ids [S] and of the n likeliest [S, n].
     """
 
     ids: Tensor
@@ -35,7 +36,7 @@ class Choice:
     top_logprobs: Tensor | None = None
 
     def to_host(self) -> Choice:
-        """The same on its way to the host."""
+        """Launch the copy to the host, and return the tensors there."""
         tensors = (self.ids, self.faults, self.logprobs, self.top_ids, self.top_logprobs)
         return Choice(*(None if t is None else t.to("cpu", non_blocking=True) for t in tensors))  # type: ignore[arg-type]
 
@@ -43,18 +44,18 @@ class Choice:
 def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None) -> Choice:
     """Choose one token per row.
 
-    Log-probabilities are those of the model itself: before penalty, grammar, temperature and filters.
+    Log-probabilities are the model's own, before penalty, grammar, temperature and filters.
 
     Args:
         logits: [S, V] float32.
-        batch: how each row is sampled.
-        seen: [S, V] bool, the tokens of each row's prompt and output; needed where a row is penalized.
+        batch: the sampling parameters of each row.
+        seen: [S, V] bool, the tokens of each row's prompt and output; required if a row is penalized.
     """
     chosen = logits
     if batch.is_penalized:
         assert batch.params is not None
         chosen = penalize(logits, seen, batch.params.repetition_penalty)
-    # The largest logit of a row is NaN or infinite if any is NaN or plus infinity: a tenth of looking at each.
+    # The maximum of a row is not finite if any logit is NaN or +inf; this costs a tenth of testing every logit.
     faults = torch.where(logits.amax(-1).isfinite(), Fault.NONE, Fault.NOT_FINITE)
     if batch.constraint is not None:
         chosen = batch.constraint.apply(chosen)
@@ -73,7 +74,7 @@ def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None) -> Choice:
 
 
 def penalize(logits: Tensor, seen: Tensor | None, penalty: Tensor) -> Tensor:
-    """Divide the positive and multiply the negative logits of tokens already seen.
+    """Divide the positive and multiply the negative logits of tokens already seen by the penalty [S].
 
     Source: CTRL (arXiv 1909.05858), section 4.1, in the sign-aware form of transformers.
     """
@@ -83,8 +84,8 @@ def penalize(logits: Tensor, seen: Tensor | None, penalty: Tensor) -> Tensor:
 
 
 def _draw(logits: Tensor, params: RowParams, is_filtered: bool) -> Tensor:
-    """Invert each row's cumulative distribution at its uniform number."""
-    # Greedy rows pass through here with temperature 1; their draw is not used.
+    """Draw one id per row by inverting its cumulative distribution at its uniform number: [S] int64."""
+    # Greedy rows are drawn with temperature 1; the caller discards the result.
     temperature = torch.where(params.temperature > 0, params.temperature, 1.0)
     probs = (logits / temperature[:, None]).softmax(-1)
     drawn = _invert(probs, params.uniform)
@@ -92,13 +93,13 @@ def _draw(logits: Tensor, params: RowParams, is_filtered: bool) -> Tensor:
         return drawn
     probs, ids = probs.sort(dim=-1, descending=True, stable=True)
     kept = ids.gather(-1, _invert(_filter(probs, params), params.uniform)[:, None])[:, 0]
-    # A row without filters keeps the vocabulary's order, so that its draw does not depend on its neighbours' filters.
+    # A row without filters is drawn in vocabulary order, so that its draw does not depend on other rows' filters.
     has_filter = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
     return torch.where(has_filter, kept, drawn)
 
 
 def _filter(probs: Tensor, params: RowParams) -> Tensor:
-    """Zero what top-k, then top-p of the rest, then min-p exclude. probs [S, V] descending; the first always stays."""
+    """Zero what top-k, then top-p of the rest, then min-p exclude. probs [S, V] descending; the first is kept."""
     rank = torch.arange(probs.shape[-1], device=probs.device)
     top_k = torch.where(params.top_k > 0, params.top_k, probs.shape[-1])
     probs = probs.masked_fill(rank >= top_k[:, None], 0.0)
@@ -114,6 +115,6 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     target = uniform[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    # uniform < 1 keeps the target below the total; rounding could still reach it, and then the last kept one is meant.
+    # uniform < 1 keeps the target below the total, but rounding could still reach it: then take the last one kept.
     last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)
     return torch.minimum(index, last)

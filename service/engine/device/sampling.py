@@ -1,4 +1,4 @@
-"""How each row of a step is sampled, as tensors."""
+"""The sampling parameters of a step's rows, as tensors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from service.engine.device.token_mask import TokenMask
 from service.engine.scheduler import Chunk
 
 ROW_BYTES = 32
-"""Of what is told to the device of a row: two numbers of 64 bits and four of 32."""
+"""Bytes of a row's parameters on the device: two numbers of 64 bits and four of 32."""
 
 LARGEST_TOP_K = 2**62
 
 
 @dataclass(frozen=True, slots=True)
 class RowParams:
-    """The parameters of S sampling rows, on the device. float32 [S] unless said.
+    """The parameters of S sampling rows, on the device. float32 [S] unless noted.
 
     top_k: int64, 0 for off.
     uniform: float64 in [0, 1), drawn from the request's seed and the index of the token, so that a request's randomness
-        does not depend on its neighbours, on chunking or on preemption.
+        does not depend on other requests, on chunking or on preemption.
     """
 
     temperature: Tensor
@@ -39,11 +39,11 @@ class RowParams:
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """How each of S rows is sampled.
+    """The sampling parameters of S rows.
 
-    params: None where every row takes its likeliest token: then none of these is looked at.
-    num_top_logprobs: None where no row wants log-probabilities.
-    constraint: None where no row has a grammar.
+    params: None if no row is random or penalized.
+    num_top_logprobs: None if no row wants log-probabilities.
+    constraint: None if no row has a grammar.
     """
 
     params: RowParams | None
@@ -55,15 +55,15 @@ class SamplingBatch:
 
 
 class SamplingBuilder:
-    """Collects how the rows of a step are sampled, of at most max_requests."""
+    """Collects the sampling parameters of steps of at most max_requests rows."""
 
     def __init__(self, max_requests: int, device: torch.device) -> None:
         self._table = Staging(device, max_requests * ROW_BYTES)
-        # Made when the first grammar comes: most engines see none, and a row takes 16 KiB.
+        # Grows with the first grammar: most engines see none, and a row takes 16 KiB.
         self._mask = Staging(device)
 
     def build(self, chunks: Sequence[Chunk]) -> SamplingBatch:
-        """The parameters of the chunks that sample; steps of greedy rows alone copy nothing to the device."""
+        """The parameters of the chunks that sample. If all rows are greedy, nothing is copied to the device."""
         is_random = is_filtered = is_penalized = is_constrained = False
         num_top_logprobs = -1
         for chunk in chunks:
@@ -88,14 +88,14 @@ class SamplingBuilder:
         )
 
     def _params(self, chunks: Sequence[Chunk]) -> RowParams:
-        """One copy for all of them, each in its own type: to cast them there would be a kernel each."""
+        # One copy of all parameters, each in its own type: casting them on the device would cost a kernel each.
         params, size = [chunk.request.params for chunk in chunks], len(chunks)
         taken = self._table.take(size * ROW_BYTES)
         uniforms, top_k, singles = _columns(taken, size)
         uniforms.numpy()[:] = [
             uniform(c.request.seed, c.index) if c.request.params.temperature > 0 else 0 for c in chunks
         ]
-        # A client may name any number, and one beyond the vocabulary is as good as another.
+        # A client may send any integer; all above the vocabulary size are equivalent, but must fit int64.
         top_k.numpy()[:] = [min(p.top_k, LARGEST_TOP_K) for p in params]
         singles.numpy()[:] = [
             [p.temperature for p in params],
@@ -109,12 +109,12 @@ class SamplingBuilder:
 
 
 def _columns(table: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of [32 S] uint8: float64 [S], int64 [S], float32 [4, S]."""
+    """Split [32 S] uint8 into float64 [S], int64 [S], float32 [4, S]."""
     uniforms, top_k, singles = table.tensor_split([8 * size, 16 * size])
     return uniforms.view(torch.float64), top_k.view(torch.int64), singles.view(torch.float32).view(4, size)
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that depends on nothing but the request's seed and the token's index."""
+    """A number in [0, 1) that depends only on the request's seed and the token's index."""
     digest = hashlib.blake2b(struct.pack("<Qq", seed & (2**64 - 1), index), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

@@ -1,4 +1,4 @@
-"""Host memory through which the numbers of a step reach the device."""
+"""Host memory from which the numbers of a step are copied to the device."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class Staging:
-    """Two sets of host memory, used in turn: pinned for a GPU, plain on a CPU.
+    """Two sets of host memory, used in turn: pinned for a GPU, plain for a CPU.
 
-    Made once and not for each step, since pinning memory costs more than a step's numbers do. A step may take from it
-    once. Two sets are enough because at most two steps are in flight: the step that used this set last was read before
-    the one now being made could start, so its copy has ended; only the other set's may still be under way.
+    Allocated once rather than per step, because pinning memory costs more than filling it. A step may call `take` once.
+    Two sets are enough because at most two steps are in flight: the step that used this set last has been read before
+    the current one could start, so its copy has ended; only the other set's copy may still be running.
 
     Args:
-        device: where the numbers go.
-        num_bytes: the size of a set at first; one grows when more is asked of it.
+        device: destination of the copies.
+        num_bytes: initial size of a set; it grows on demand.
     """
 
     def __init__(self, device: torch.device, num_bytes: int = 0) -> None:
@@ -24,15 +24,15 @@ class Staging:
         self._turn = 0
 
     def take(self, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8 of the set whose turn it is, whatever it holds."""
+        """[num_bytes] uint8 of the next set, with arbitrary content."""
         self._turn ^= 1
         if num_bytes > len(self._sets[self._turn]):
-            # The allocator keeps pinned memory until the copies from it have ended.
+            # Safe during a copy: the allocator keeps pinned memory until the copies from it have ended.
             self._sets[self._turn] = self._memory(1 << (num_bytes - 1).bit_length())
         return self._sets[self._turn][:num_bytes]
 
     def send(self, taken: Tensor) -> Tensor:
-        """What was taken, on its way to the device; on a CPU itself, good until the step after the next."""
+        """Launch the copy to the device and return it there. On a CPU, returns taken, valid until the next but one."""
         return taken if self._device.type == "cpu" else taken.to(self._device, non_blocking=True)
 
     def _memory(self, num_bytes: int) -> Tensor:

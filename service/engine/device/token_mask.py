@@ -1,4 +1,4 @@
-"""Which tokens the grammars of a step allow, as bits on the device."""
+"""The tokens that the grammars of a step allow, as bits on the device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from service.engine.scheduler import Chunk
 
 @dataclass(frozen=True, slots=True)
 class TokenMask:
-    """The tokens that C of S sampling rows may yield.
+    """The allowed tokens of those C of S sampling rows that have a grammar.
 
-    rows: [C] int64.   bits: [C, W] uint8, bit i % 8 of byte i // 8 for token i; tokens beyond are not allowed.
+    rows: [C] int64.   bits: [C, W] uint8, bit i % 8 of byte i // 8 for token i; tokens from 8 W on are not allowed.
     """
 
     rows: Tensor
@@ -25,7 +25,7 @@ class TokenMask:
 
     @classmethod
     def build(cls, chunks: Sequence[Chunk], staging: Staging) -> TokenMask | None:
-        """Ask the grammars of the chunks that sample; None where none has one."""
+        """Collect the masks of the chunks that sample, and launch their copy; None if no chunk has a grammar."""
         matchers = [(row, c.request.matcher) for row, c in enumerate(chunks) if c.request.matcher is not None]
         if not matchers:
             return None
@@ -37,7 +37,7 @@ class TokenMask:
         return cls(*_split(staging.send(taken), len(matchers)))
 
     def apply(self, logits: Tensor) -> Tensor:
-        """logits [S, V] with minus infinity for what is not allowed; rows without a grammar keep their bits."""
+        """Replace the logits [S, V] of tokens that are not allowed by -inf; other rows keep their exact values."""
         shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
         allowed = (self.bits[:, :, None] >> shifts & 1).flatten(1)[:, : logits.shape[-1]].bool()
         masked = torch.full_like(logits[self.rows], float("-inf"))
@@ -47,6 +47,6 @@ class TokenMask:
 
 
 def _split(table: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Of uint8: int64 [num_rows] and the rest, uint8 [num_rows, W]."""
+    """Split uint8 into int64 [num_rows] and uint8 [num_rows, W]."""
     rows, bits = table.tensor_split([8 * num_rows])
     return rows.view(torch.int64), bits.view(num_rows, -1)

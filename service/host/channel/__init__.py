@@ -1,1 +1,1 @@
-"""The way between the web's process and the engine's: typed messages over a socket that the two share."""
+"""The channel between the web's process and the engines': typed messages over a socket pair."""

@@ -1,4 +1,4 @@
-"""The web's side of the engines, wherever these run: opened, checked, started again where they die."""
+"""The web's side of the channel: opens the engines, checks them, and restarts them if they die."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from service.text.protocols import TokenizerLike
 STARTING = Stage("starting the engine")
 CHECKING = Stage("the start-up self-check is still running")
 STOP_S = 2.0
-"""For the engines to end by themselves; after that they are ended."""
+"""Time for the engines to stop by themselves before they are killed."""
 
 log = logging.getLogger(__name__)
 
 
 class Link(Protocol):
-    """A way to engines, for as long as these live.
+    """A connection to engines that it starts.
 
-    can_renew: once they are gone, others can take their place.
+    can_renew: whether `open` can start new engines after the old ones have died.
     """
 
     can_renew: bool
@@ -39,22 +39,22 @@ class Link(Protocol):
         """Start engines.
 
         Args:
-            receive: takes their messages, on the event loop's thread.
-            on_gone: called there once they are gone, with why.
+            receive: called with each of their messages, on the event loop's thread.
+            on_gone: called on the same thread once they have died, with the reason.
         """
         ...
 
     def send(self, message: ToEngine) -> None:
-        """Must not wait."""
+        """Send a message without blocking."""
         ...
 
     async def close(self, timeout_s: float) -> None:
-        """End the engines; those that have not ended after timeout_s, by force where that can be."""
+        """Stop the engines, by force after timeout_s if the link can do that."""
         ...
 
 
 class Watch(Protocol):
-    """Who is told how the start-up goes."""
+    """Callbacks for the progress of start-up."""
 
     def on_stage(self, stage: Stage) -> None: ...
 
@@ -62,14 +62,15 @@ class Watch(Protocol):
 
 
 class HostClient:
-    """See `service.web.state.Host`.
+    """Implements `service.web.state.Host`.
 
     Args:
-        variants: that are served, the default one first.
-        link: to their engines.
-        load_tokenizer: of a folder; takes up to a second, and is called on a thread.
-        limits: how often engines that died are replaced.
-        max_waiting: requests that may queue for a variant.
+        variants: names of the served variants, the default one first.
+        link: connection to their engines.
+        load_tokenizer: loads the tokenizer of a folder; takes up to a second, so it is called on a thread.
+        limits: how often engines that died are restarted.
+        max_waiting: most requests that may queue for a variant.
+        watch: notified of the progress of start-up.
     """
 
     def __init__(
@@ -104,27 +105,27 @@ class HostClient:
         self._is_closing = False
 
     def closes(self) -> bool:
-        """Whether the engines are to end."""
+        """Whether `close` has been called."""
         return self._is_closing
 
     @property
     def info(self) -> HostInfo:
-        """What is served. Raises NotReady before that is known."""
+        """What is served. Raises NotReady before the engines are open."""
         if self._info is None:
             raise self._not_ready()
         return self._info
 
     @property
     def tokenizer(self) -> TokenizerLike:
-        """Of the model. Raises NotReady before it is loaded."""
+        """The model's tokenizer. Raises NotReady before it is loaded."""
         if self._tokenizer is None:
             raise self._not_ready()
         return self._tokenizer
 
     def run(self) -> Coroutine[Any, Any, None]:
-        """Open the engines and check them, again where they die; done once they are closed or failed for good.
+        """Open and check the engines, and restart them if they die. Ends when they are closed or have failed for good.
 
-        An application can be started again after it has ended, and so can its host.
+        May be called again after `close`, because an application can be started again after its shutdown.
         """
         if self._is_closing:
             self._is_closing, self.failure = False, None
@@ -151,20 +152,25 @@ class HostClient:
             is_first = False
 
     async def reload(self, model: str | None) -> Reloaded:
-        """Serve the checkpoint of a folder, None for the present one's. Raises ReloadFailed: the old one serves on."""
+        """Reload from a checkpoint folder, or from the present one if None.
+
+        Raises:
+            ReloadFailed: the checkpoint cannot be served; the old weights stay in use.
+            EngineFailed: the engine has died.
+        """
         returned = await self._call("reload", model)
         assert returned.reloaded is not None
         self._info = returned.info
-        # It has passed the check that the one before may have failed.
+        # The new weights have passed the self-check, which the old ones may have failed.
         self.refused = {name: why for name, why in self.refused.items() if name != returned.reloaded.variant}
         return returned.reloaded
 
     async def close(self, error: OttavaError) -> None:
-        """End the engines; requests that are still there get the error. Idempotent."""
+        """Stop the engines; unfinished requests get the error. Idempotent."""
         if not self._is_closing:
             self._is_closing = True
             for engine in self.engines.values():
-                # Who asks from here on is refused, since nobody would answer.
+                # Also refuses later requests, which no engine would answer.
                 engine.fail("it was closed", error)
             self._fail_calls(error)
             await self._link.close(STOP_S)
@@ -192,14 +198,14 @@ class HostClient:
         self._set_stage(CHECKING)
 
     async def _watched(self) -> str:
-        """Check the engines, let those that wait go on, and return why they are gone once they are."""
+        """Check the engines, send them the queued requests, and return the reason once they have died."""
         assert self._gone is not None
         try:
             returned = await self._call("check")
             self.refused = returned.refused or {}
         except OttavaError as error:
             if not self._gone.done():
-                log.error("the self-check raised: no variant becomes ready")  # noqa: TRY400 (its trace is the engine's)
+                log.error("the self-check raised: no variant becomes ready")  # noqa: TRY400 (the engine logs the trace)
                 self.refused = dict.fromkeys(self.engines, f"the self-check raised: {error.message}")
         for variant, reason in self.refused.items():
             log.error("variant %s refused by the self-check: %s", variant, reason)
@@ -210,11 +216,11 @@ class HostClient:
         return await self._gone
 
     async def _renew(self, why: str) -> bool:
-        """Tell those that ran, and end what is left of the engines; False where there is no other try."""
+        """Fail the started requests and clean up after the engines died. False if they may not be restarted."""
         fault = EngineFailed(f"the engine's process is gone: {why}")
         is_allowed = self._link.can_renew and self._restarts.allows(fault, time.perf_counter())
-        said = "it is started again" if is_allowed else "it is not started again"
-        log.error("the engine is gone, %s: %s", said, why)
+        said = "restarting it" if is_allowed else "it will not be restarted"
+        log.error("the engine died, %s: %s", said, why)
         self._fail_calls(fault)
         if not is_allowed:
             self._fail(EngineFailed("the engine has failed for good: this request is lost"), why)
@@ -248,7 +254,7 @@ class HostClient:
             self._on_failure(message)
 
     def _on_failure(self, message: Failed) -> None:
-        """An engine has failed for good: with another process it may go on."""
+        """Handle an engine that has failed for good: restart the process if that may help."""
         if message.is_exhausted or not self._link.can_renew:
             engine = self.engines[message.variant]
             self.is_stuck = message.is_stuck
@@ -261,7 +267,7 @@ class HostClient:
             _settle(self._gone, message.failure)
 
     def _fail(self, error: OttavaError, why: str) -> None:
-        """All engines have failed for good: their requests are told the error, whoever runs the server is told why."""
+        """Fail all engines for good: requests get the error; why is what operators see."""
         for engine in self.engines.values():
             engine.fail(why, error)
         self._fail_for_good(error)
@@ -288,7 +294,7 @@ class HostClient:
         await self._call("compile", rules)
 
     async def _call(self, kind: Literal["compile", "check", "reload"], argument: str | None = None) -> Returned:
-        """Wait for what a call comes to. Raises what it raised, and EngineFailed where the engine is gone."""
+        """Send a call and wait for its result. Raises what the call raised, or EngineFailed if the engine has died."""
         if self._gone is None or self._gone.done():
             raise EngineFailed("the engine is gone")
         number = next(self._numbers)

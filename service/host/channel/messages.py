@@ -1,4 +1,4 @@
-"""The messages between the web and the process of the engines, as MessagePack: `encode`, `ToEngine`, `ToWeb`."""
+"""The messages between the web and the engines' process, as MessagePack: `encode`, `ToEngine`, `ToWeb`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from service.engine.messages import Fault, Finish, News, Submit
 
 
 class Open(msgspec.Struct, array_like=True, frozen=True, tag="open"):
-    """Load what these settings name. No secret is among them."""
+    """Load the model of these settings, which contain no secrets."""
 
     settings: dict[str, Any]
 
 
 class Call(msgspec.Struct, array_like=True, frozen=True, tag="call"):
-    """Do something that takes a while and answer with `Returned` of the same number.
+    """Run a slow operation and answer with a `Returned` of the same number.
 
-    compile: argument is the rules of a grammar.   check: none.   reload: a folder, or None for the one that is served.
+    argument: for compile, the rules of a grammar; for reload, a folder, or None for the present one; for check, None.
     """
 
     number: int
@@ -28,17 +28,17 @@ class Call(msgspec.Struct, array_like=True, frozen=True, tag="call"):
 
 
 class Stop(msgspec.Struct, array_like=True, frozen=True, tag="stop"):
-    """End the engines, then the process."""
+    """Stop the engines, then exit."""
 
 
 class Staged(msgspec.Struct, array_like=True, frozen=True, tag="staged"):
-    """What the start-up is at."""
+    """The current stage of start-up."""
 
     stage: Stage
 
 
 class EngineFacts(msgspec.Struct, array_like=True, frozen=True):
-    """What is known of an engine once it runs; see `service.engine.api.Engine`."""
+    """The properties of an engine that are known once it is loaded; see `service.engine.api.Engine`."""
 
     variant: str
     max_model_len: int
@@ -46,7 +46,7 @@ class EngineFacts(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Opened(msgspec.Struct, array_like=True, frozen=True, tag="opened"):
-    """The engines run. tokenizer_folder: of the model that they share."""
+    """The engines are running. tokenizer_folder: files of the tokenizer that they share."""
 
     info: HostInfo
     tokenizer_folder: str
@@ -54,14 +54,14 @@ class Opened(msgspec.Struct, array_like=True, frozen=True, tag="opened"):
 
 
 class Refused(msgspec.Struct, array_like=True, frozen=True, tag="refused"):
-    """Nothing could be opened, and why. is_told: the fault says what to change."""
+    """Start-up failed. is_told: whether the fault says what the user has to change."""
 
     fault: Fault
     is_told: bool
 
 
 class Returned(msgspec.Struct, array_like=True, frozen=True, tag="returned"):
-    """What a `Call` came to: a fault, or of `check` the variants that are refused, or of `reload` what is served."""
+    """The result of a `Call`: a fault; or refused (variant -> reason) of a check; or reloaded and info of a reload."""
 
     number: int
     fault: Fault | None = None
@@ -73,8 +73,8 @@ class Returned(msgspec.Struct, array_like=True, frozen=True, tag="returned"):
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):
     """An engine has failed for good.
 
-    is_exhausted: it went on after faults as often as it may, so a new process would not do better.
-    is_stuck: a step does not end.
+    is_exhausted: it had used up its restarts, so a new process would not help.
+    is_stuck: a step hangs.
     """
 
     variant: str

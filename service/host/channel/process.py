@@ -1,4 +1,4 @@
-"""Engines in a process of their own, as the web starts and ends it."""
+"""Starts and stops the engines' process."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from service.settings.file import ENV_PREFIX
 
 COMMAND = (sys.executable, "-m", "service.host.engine_process")
 EXIT_S = 1.0
-"""For the exit code of a process whose end of the channel is closed."""
+"""Time to wait for the exit code after the process has closed its end of the channel."""
 
 
 class ProcessLink:
-    """See `service.host.channel.client.Link`.
+    """Implements `service.host.channel.client.Link` with a child process.
 
     Args:
-        settings: of the engines.
-        command: starts their process; it gets the number of its end of the channel as one more argument.
+        settings: the engines' settings.
+        command: starts the process; the file descriptor of its end of the channel is appended as an argument.
     """
 
     can_renew = True
@@ -40,7 +40,7 @@ class ProcessLink:
         self._waiting: asyncio.Task[None] | None = None
 
     async def open(self, receive: Callable[[ToWeb], None], on_gone: Callable[[str], None]) -> None:
-        """Start a process. Raises OSError: that is not possible."""
+        """Start a process. Raises OSError if that fails."""
         closed = asyncio.Event()
         ours, theirs = pair()
         with theirs:
@@ -57,12 +57,12 @@ class ProcessLink:
         self._waiting = asyncio.create_task(_tell_end(self._process, closed, on_gone))
 
     def send(self, message: ToEngine) -> None:
-        """Send a message; nothing where the process is gone."""
+        """Send a message. Does nothing if the process has exited."""
         if self._end is not None:
             self._end.send(message)
 
     async def close(self, timeout_s: float) -> None:
-        """End the process, by force after timeout_s."""
+        """Stop the process; kill it after timeout_s."""
         process = self._process
         if process is None:
             return
@@ -80,7 +80,7 @@ class ProcessLink:
 
 
 async def _tell_end(process: asyncio.subprocess.Process, closed: asyncio.Event, on_gone: Callable[[str], None]) -> None:
-    """Tell how the process went, once its end of the channel is closed: that is seen at once, however it went."""
+    """Report how the process exited, once its end of the channel is closed, which any kind of exit does at once."""
     await closed.wait()
     try:
         code = await asyncio.wait_for(process.wait(), EXIT_S)
@@ -93,6 +93,6 @@ async def _tell_end(process: asyncio.subprocess.Process, closed: asyncio.Event, 
 
 
 def _environment() -> dict[str, str]:
-    """Of the process: it finds the same modules, and no setting, since these come by the channel without secrets."""
+    """The environment of the process: the same module path, but no settings, which it gets by the channel."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     return own | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}

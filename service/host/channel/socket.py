@@ -1,7 +1,7 @@
 """Messages over a stream socket: a length, then MessagePack.
 
-The socket is one end of a pair that parent and child share: no name by which others could reach it, and either side
-reads the end of the stream at once when the other is gone, however it went.
+The socket is one end of a pair shared by parent and child. It has no name, so no other process can connect, and either
+side reads the end of the stream at once when the other exits for any reason.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ T = TypeVar("T")
 
 LENGTH = struct.Struct("<I")
 BUFFER_BYTES = 4 << 20
-"""Asked of the kernel, which may grant less: about a second of news from 256 streams."""
+"""Requested from the kernel, which may grant less: about a second of news from 256 streams."""
 
 READ_BYTES = 1 << 18
 MAX_BACKLOG_BYTES = 64 << 20
-"""Of messages that the other side has not read. Beyond it the other side counts as gone."""
+"""Most bytes that the other side may leave unread; beyond that it is treated as dead."""
 
 
 class Frames(Generic[T]):
-    """Messages out of a stream of bytes that arrives in parts of any size."""
+    """Decodes messages from a byte stream that arrives in parts of any size."""
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[T]) -> None:
         self._decoder = decoder
         self._buffer = bytearray()
 
     def push(self, data: bytes) -> list[T]:
-        """The messages that are complete now. Raises msgspec.DecodeError: the other side speaks otherwise."""
+        """Add data and return the messages that are now complete. Raises msgspec.DecodeError if one is not valid."""
         buffer = self._buffer
         buffer += data
         messages, at = [], 0
@@ -54,13 +54,13 @@ class Frames(Generic[T]):
 
 
 def framed(message: object) -> bytes:
-    """A message as it is sent."""
+    """Encode a message with its length."""
     content = encode(message)
     return LENGTH.pack(len(content)) + content
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Two ends of a way between two processes."""
+    """Two connected sockets, one for each process."""
     ends = socket.socketpair()
     for end in ends:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
@@ -68,12 +68,12 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 class ThreadEnd(Generic[T]):
-    """An end for threads: `send` never waits, `read_all` reads on the thread that calls it.
+    """An end of the channel for threads: `send` never blocks, `read_all` reads on the calling thread.
 
     Args:
-        end: of the pair.
-        decoder: of what the other side sends.
-        on_gone: called once, when more is unread than may be.
+        end: one socket of the pair.
+        decoder: decodes the other side's messages.
+        on_gone: called when the other side has left more than MAX_BACKLOG_BYTES unread.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ThreadEnd(Generic[T]):
         self._flusher: threading.Thread | None = None
 
     def send(self, message: object) -> None:
-        """Send a message, or keep it until the other side has read what came before. Nothing where it is gone."""
+        """Send a message, or buffer it until earlier ones have been read. Does nothing if the other side has exited."""
         data = memoryview(framed(message))
         with self._lock:
             if not self._unsent:
@@ -104,7 +104,7 @@ class ThreadEnd(Generic[T]):
                 self._flusher.start()
 
     def read_one(self) -> T | None:
-        """The first message; None where the other side is gone before it. Others must not follow by themselves."""
+        """The first message, or None if the other side exits before. No second one may be sent until it is answered."""
         while True:
             data = self._read()
             if not data:
@@ -113,27 +113,27 @@ class ThreadEnd(Generic[T]):
                 return message
 
     def read_all(self, receive: Callable[[T], None]) -> None:
-        """Give each message to `receive`, until the other side is gone."""
+        """Call `receive` with each message until the other side exits."""
         while data := self._read():
             for message in self._frames.push(data):
                 receive(message)
 
     def close(self) -> None:
-        """Let the other side read the end of the stream."""
+        """Close the connection, so that the other side reads the end of the stream."""
         try:
             self._end.shutdown(socket.SHUT_RDWR)
         except OSError:
             return
 
     def _read(self) -> bytes:
-        """What has come; nothing once the other side is gone."""
+        """The next bytes; empty once the other side has exited."""
         try:
             return self._end.recv(READ_BYTES)
         except OSError:
             return b""
 
     def _try(self, data: memoryview) -> int:
-        """Bytes that could be sent without waiting; all of them where there is nobody to read them."""
+        """Send without blocking. Returns the number of bytes sent; all of them if the other side has exited."""
         try:
             return self._end.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -142,7 +142,7 @@ class ThreadEnd(Generic[T]):
             return len(data)
 
     def _flush(self) -> None:
-        """Send what is left, waiting for the other side; on a thread of its own, which ends with its work."""
+        """Send the buffered bytes, blocking on the other side. Runs on its own thread until nothing is left."""
         while True:
             with self._lock:
                 if not self._unsent:
@@ -162,12 +162,12 @@ class ThreadEnd(Generic[T]):
 
 
 class LoopEnd(asyncio.Protocol, Generic[T]):
-    """An end for an event loop.
+    """An end of the channel for an event loop.
 
     Args:
-        decoder: of what the other side sends.
-        receive: takes each message.
-        on_gone: called once, when the other side is gone.
+        decoder: decodes the other side's messages.
+        receive: called with each message.
+        on_gone: called once, when the other side has exited.
     """
 
     def __init__(
@@ -179,25 +179,25 @@ class LoopEnd(asyncio.Protocol, Generic[T]):
         self._transport: asyncio.Transport | None = None
 
     async def attach(self, end: socket.socket) -> None:
-        """Read and write this socket from now on."""
+        """Start to read and write this socket."""
         end.setblocking(False)
         self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=end)
 
     def send(self, message: object) -> None:
-        """Send a message, or keep it until the other side has read what came before. Nothing where it is gone."""
+        """Send a message, or buffer it until earlier ones have been read. Does nothing if the other side has exited."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(framed(message))
 
     def close(self) -> None:
-        """Close the socket without waiting for what is unsent."""
+        """Close the socket at once and discard unsent messages."""
         if self._transport is not None:
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """See asyncio's."""
+        """See `asyncio.Protocol`."""
         for message in self._frames.push(data):
             self._receive(message)
 
     def connection_lost(self, _: Exception | None) -> None:
-        """See asyncio's."""
+        """See `asyncio.Protocol`."""
         self._on_gone()

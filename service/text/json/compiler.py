@@ -1,4 +1,4 @@
-"""Answers held to JSON: schemas compiled for a vocabulary, and how far each answer has come in its own."""
+"""Compiles JSON schemas for a vocabulary, and matches answers against them."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from service.errors import InvalidRequest, QueueFull
 from service.text.json.keywords import PARAM
 
 MAX_COMPILING = 4
-"""Schemas that may be compiled or wait for it at once: fewer than the threads that other requests need as well."""
+"""Most schemas being compiled or waiting for it, fewer than there are threads, since other requests need some too."""
 
 CACHE_BYTES = 256 << 20
-"""Of compiled schemas; the least recently used go."""
+"""Most bytes of compiled schemas; beyond that the least recently used are dropped."""
 
 
 class JsonMatcher:
-    """How far one answer has come in its grammar; see `service.engine.grammar.Matcher`."""
+    """Implements `service.engine.grammar.Matcher`."""
 
     def __init__(self, grammar: CompiledGrammar, num_tokens: int) -> None:
         self._matcher = GrammarMatcher(grammar)
         self._words = np.zeros((1, -(-num_tokens // 32)), dtype=np.int32)
 
     def allowed(self) -> bytes:
-        """A bit for each token; after the end none."""
+        """One bit per token; none is set after the end."""
         self._words.fill(0)
         if not self._matcher.is_terminated():
             self._matcher.fill_next_token_bitmask(self._words)
         return self._words.astype("<i4", copy=False).tobytes()
 
     def accept(self, token_id: int) -> None:
-        """Move on by a token.
+        """Advance by a token.
 
         Raises:
-            ValueError: the token may not come here.
+            ValueError: the token is not allowed here.
         """
         if not self._matcher.accept_token(token_id):
             raise ValueError(f"token {token_id} may not come here")
 
 
 class JsonGrammar:
-    """A compiled schema; see `service.engine.grammar.Grammar`."""
+    """A compiled schema; implements `service.engine.grammar.Grammar`."""
 
     def __init__(self, grammar: CompiledGrammar, num_tokens: int) -> None:
         self._grammar = grammar
@@ -57,11 +57,11 @@ class JsonGrammar:
 
 
 class JsonCompiler:
-    """Compiles rules for one vocabulary, one at a time, and keeps what it made; see `service.engine.grammar.Grammars`.
+    """Compiles rules for one vocabulary, one at a time, and caches them. Implements `service.engine.grammar.Grammars`.
 
     Args:
-        vocabulary: the bytes that each token adds to a text, empty for those that add none; read at the first use.
-        eos_ids: tokens that end an answer; allowed where the JSON is complete and nowhere else.
+        vocabulary: returns the bytes that each token adds to a text, empty if none; called on first use.
+        eos_ids: tokens that end an answer; allowed only once the JSON is complete.
     """
 
     def __init__(self, vocabulary: Callable[[], Sequence[bytes]], eos_ids: frozenset[int]) -> None:
@@ -75,7 +75,7 @@ class JsonCompiler:
         self._made_lock = threading.Lock()
 
     def compile(self, rules: str) -> JsonGrammar:
-        """What an answer must match, of the rules of `json_grammar`. Takes up to seconds where they are new.
+        """The grammar of rules from `json_grammar`. May take seconds for new rules.
 
         Raises:
             InvalidRequest: the rules cannot be compiled, or the model has no end token.

@@ -1,4 +1,4 @@
-"""Reading a JSON schema's keywords, and refusing what is not served with its place, its limit and a remedy."""
+"""Reads a JSON schema's keywords, and refuses unsupported ones with location, limit and remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.errors import InvalidRequest
 PARAM = "response_format"
 MAX_SHOWN = 60
 MAX_DIGITS = 9
-"""Of a place in a list: one with more is beyond every list that fits in a schema, and Python may refuse to read it."""
+"""Most digits of a list index in a reference: a larger one exceeds any list in a schema, and int() may refuse it."""
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 KEYWORDS: dict[str, set[str]] = {
     "object": {"properties", "required", "additionalProperties"},
@@ -22,7 +22,7 @@ KEYWORDS: dict[str, set[str]] = {
     "boolean": set(),
     "null": set(),
 }
-"""The types, and what each may say of itself."""
+"""The types, and the keywords of each."""
 
 ANNOTATIONS = {
     "$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "examples",
@@ -30,23 +30,23 @@ ANNOTATIONS = {
 }  # fmt: skip
 
 Place = tuple[str, ...]
-"""Where in a schema a part stands: the keys on the way to it."""
+"""The location of a part in a schema: the keys that lead to it."""
 
 
 def refuse(at: Place, complaint: str) -> NoReturn:
-    """Raise InvalidRequest about the part at a place."""
+    """Raise InvalidRequest about the part at a location."""
     shown = "/".join(["#", *at])
     raise InvalidRequest(f"the JSON schema at {shown[:MAX_SHOWN]} {complaint}", PARAM)
 
 
 def shown(value: object) -> str:
-    """A value of the schema, cut to a length that fits in a message."""
+    """The JSON of a value, cut to a length that fits in a message."""
     text = json.dumps(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def json_text(value: object, at: Place) -> str:
-    """The JSON of a value. Refuses NaN, infinity, half a surrogate pair, and what is nested beyond recursion."""
+    """The JSON of a value. Refuses NaN, infinity, half a surrogate pair, and nesting beyond the recursion limit."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
@@ -56,7 +56,7 @@ def json_text(value: object, at: Place) -> str:
 
 
 def resolve(root: dict[str, Any], pointer: object, at: Place) -> tuple[Place, Any]:
-    """The place that a reference names, and what stands there."""
+    """The location that a reference names, and the part there. Refuses a reference to nothing."""
     if not isinstance(pointer, str) or not (pointer == "#" or pointer.startswith("#/")):
         refuse(at, f"is {shown(pointer)}: refer to a part of the same schema, as in '#/$defs/name'")
     part: Any = root
@@ -98,7 +98,7 @@ def is_of(value: object, types: list[str]) -> bool:
 
 
 def range_of(schema: dict[str, Any], what: str, at: Place) -> tuple[int, int | None]:
-    """What `min` and `max` of Length or Items say."""
+    """The values of `min` and `max` followed by what (Length or Items): (least, most), most None if unlimited."""
     least, most = _count(schema, f"min{what}", at), _count(schema, f"max{what}", at)
     if most is not None and (least or 0) > most:
         refuse(at, f"has min{what} {least} above max{what} {most}: swap them")

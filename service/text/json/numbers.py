@@ -1,4 +1,4 @@
-"""Numbers between bounds, as rules over their digits."""
+"""Grammar rules for numbers between bounds."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 MAX_INTEGER = 10**18 - 1
 MAX_WHOLE = 10**9 - 1
-"""Of bounds of numbers with a fraction: 9 digits before the point and 6 behind it are exact as a double."""
+"""Largest bound of numbers with a fraction: 9 digits before the point and 6 after it are exact as a double."""
 
 FRACTION = '("." [0-9]{1,6})?'
 SOME_FRACTION = '"." [0-9]{0,5} [1-9]'
 
 
 def integer_rule(bounds: Mapping[str, Any]) -> str:
-    """Integers that minimum, maximum, exclusiveMinimum and exclusiveMaximum allow, at most 18 digits.
+    """The rule of integers that minimum, maximum, exclusiveMinimum and exclusiveMaximum allow, at most 18 digits.
 
     Raises:
-        ValueError: a bound is no number or beyond 18 digits, or no integer is left.
+        ValueError: a bound is not a number or has more than 18 digits, or no integer is left.
     """
     values = _checked(bounds, MAX_INTEGER)
     low = max(
@@ -38,10 +38,10 @@ def integer_rule(bounds: Mapping[str, Any]) -> str:
 
 
 def number_rule(bounds: Mapping[str, Any]) -> str:
-    """Numbers that the bounds allow, whole ones below 10^9, with at most 6 digits behind the point.
+    """The rule of numbers that the bounds allow, with at most 9 digits before and 6 after the point.
 
     Raises:
-        ValueError: a bound is no whole number or has more than 9 digits, or no number is left.
+        ValueError: a bound is not a whole number or has more than 9 digits, or no number is left.
     """
     values = _checked(bounds, MAX_WHOLE)
     for word, value in values.items():
@@ -60,7 +60,7 @@ def number_rule(bounds: Mapping[str, Any]) -> str:
 
 
 def whole(low: int, high: int) -> str:
-    """The integers low .. high, none of them negative, without leading zeros."""
+    """The rule of the integers low .. high, 0 <= low, without leading zeros."""
     ways = []
     for length in range(len(str(low)), len(str(high)) + 1):
         smallest = 0 if length == 1 else 10 ** (length - 1)
@@ -69,7 +69,7 @@ def whole(low: int, high: int) -> str:
 
 
 def _between(low: str, high: str) -> str:
-    """The numbers low .. high of one length, leading zeros kept."""
+    """The rule of the digit strings low .. high, of the same length, with leading zeros."""
     if not low:
         return '""'
     rest = len(low) - 1
@@ -88,7 +88,7 @@ def _digit(low: str, high: str) -> str:
 
 
 def _magnitudes(low: int, high: int, is_above: bool, is_below: bool) -> str:
-    """Numbers from low to high, 0 <= low; is_above, is_below: that end itself is left out."""
+    """The rule of numbers from low to high, 0 <= low. is_above excludes low itself, is_below excludes high."""
     if low == high:
         return whole(low, low)
     ways = [f"({whole(low, low)}) {SOME_FRACTION if is_above else FRACTION}"]
@@ -109,6 +109,6 @@ def _checked(bounds: Mapping[str, Any], limit: int) -> dict[str, float]:
 def _tighter(
     values: Mapping[str, float], word: str, exclusive: str, default: int, choose: Callable[[list[int]], int]
 ) -> tuple[int, bool]:
-    """The tighter of two bounds, and whether it is itself left out."""
+    """The tighter of two bounds, and whether it is itself excluded."""
     bound = choose([int(values[name]) for name in (word, exclusive) if name in values] or [default])
     return bound, values.get(exclusive) == bound

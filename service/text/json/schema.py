@@ -1,9 +1,9 @@
-"""A JSON schema as the rules of a grammar, whose every text is JSON that the schema accepts.
+"""Turns a JSON schema into the rules of a grammar; every text that matches them is JSON that the schema accepts.
 
-What a keyword means is either in the rules or the schema is refused: nothing is accepted and ignored. The rules may
-allow less than the schema does where the rest is of no use to a model: properties come in the schema's order and no
-others beside them; between values stands nothing, a space, or one line break with its indentation; numbers have at most
-18 digits; and a string with a length holds no escapes.
+A keyword is either expressed in the rules or the schema is refused; none is silently ignored. The rules may allow less
+than the schema if a model does not need the rest: properties come in the schema's order, without additional ones;
+between values there is nothing, a space, or one line break with indentation; numbers have at most 18 digits; and a
+string with a length contains no escapes.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from service.text.json.terminals import CHAR, COMMON, FORMATS, literal, map_of
 
 MAX_SCHEMA_BYTES = 1 << 16
 MAX_DEPTH = 48
-"""Schemas in each other, references followed."""
+"""Most nested schemas, including references."""
 MAX_ITEMS = 1000
 MAX_OPTIONAL = 128
-"""Optional properties in the whole schema: where 100 can come next, finding the allowed tokens takes 2 ms, and of 1000
-100 ms, for which every request in the step waits."""
+"""Most optional properties in the whole schema. If 100 can come next, finding the allowed tokens takes 2 ms, with 1000
+it takes 100 ms, during which every request in the step waits."""
 MAX_LENGTHS = 8
 MAX_LENGTH_SUM = 256
-"""Different lengths of strings, and their sum: a place in such a string takes the compiler 7 ms with 49,152 tokens, and
-where strings of 22 lengths are possible, finding the allowed tokens takes 28 ms."""
+"""Most different lengths of strings, and their sum. A position in such a string takes the compiler 7 ms with 49,152
+tokens, and with 22 possible lengths, finding the allowed tokens takes 28 ms."""
 FREE_DEPTH = 12
-"""Arrays and objects in each other where the schema leaves a value open."""
+"""Most nested arrays and objects in a value that the schema does not restrict."""
 
 ALONE = ("$ref", "anyOf", "allOf", "const", "enum")
 REMEDIES = {
@@ -49,15 +49,15 @@ REMEDIES = {
     "prefixItems": "use an object with a property for each place",
 }
 Needs = Sequence[set[str]]
-"""For each way to write a rule, the rules that it cannot do without."""
+"""For each alternative of a rule, the rules that it requires."""
 
 
 def json_grammar(schema: dict[str, Any] | None) -> str:
-    """The rules, in xgrammar's notation, for texts that the schema accepts; None: any object.
+    """The rules, in xgrammar's notation, for texts that the schema accepts; None accepts any object.
 
     Raises:
-        InvalidRequest: a keyword, or a combination of them, that is not served; a value that the keyword cannot have;
-            more than the limits allow; or a schema that no finite text fulfils.
+        InvalidRequest: a keyword or a combination of keywords is not served, a keyword's value is invalid, a limit is
+            exceeded, or no finite text satisfies the schema.
     """
     schema = {"type": "object"} if schema is None else schema
     size = len(json_text(schema, ()).encode())
@@ -67,28 +67,28 @@ def json_grammar(schema: dict[str, Any] | None) -> str:
 
 
 class _Rules:
-    """The rules of one schema, as its parts are met; `at` is a part's place."""
+    """Collects the rules of one schema; `at` is the location of a part."""
 
     def __init__(self, schema: dict[str, Any]) -> None:
         self._schema = schema
         self._bodies: dict[str, str] = {name: COMMON[name] for name in ("space", "string")}
         self._needs: dict[str, Needs] = {}
         self._references: dict[Place, str] = {}
-        # References since the last property or item: one that comes back to itself would never say anything.
+        # References since the last property or item; one that returns to itself would be an empty recursion.
         self._chain: tuple[Place, ...] = ()
         self._lengths: set[tuple[int, int | None]] = set()
         self._num_optional = 0
         self._depth = 0
 
     def text(self) -> str:
-        """All rules, `root` last."""
+        """All rules, with `root` last."""
         root = self._reference("#", ())
         if not self._can_end(root):
             refuse((), "is fulfilled by no finite text: let what refers to itself be optional, or give it an end")
         return "\n".join(f"{name} ::= {body}" for name, body in {**self._bodies, "root": root}.items()) + "\n"
 
     def _can_end(self, root: str) -> bool:
-        """Whether a finite text fulfils a rule: grow the set of those for which one does, until it stays."""
+        """Whether a finite text satisfies a rule, by growing the set of rules with one until nothing is added."""
         ends: set[str] = set()
         left = dict(self._needs)
         while new := {name for name, ways in left.items() if any(way <= ends for way in ways)}:
@@ -126,7 +126,7 @@ class _Rules:
         return rule
 
     def _lone(self, word: str, schema: dict[str, Any], at: Place) -> str:
-        """The rule of a keyword that says all there is to say."""
+        """The rule of a keyword that must be the only one in its schema."""
         beside = schema.keys() - ANNOTATIONS - {word} - ({"type"} if word in {"const", "enum"} else set())
         if beside:
             refuse(at, f"has `{min(beside)}` beside `{word}`: write both into one schema")
@@ -250,7 +250,7 @@ class _Rules:
         return self._add(f'"{{" space {members} space "}}"', [{rules[name] for name in required}])
 
     def _members(self, rules: dict[str, str], required: set[str]) -> str:
-        """The rule of members in their order, a comma before each but the first that is there."""
+        """The rule of members in order, with a comma before each except the first one present."""
         first = following = self._add('""')
         for name, rule in reversed(rules.items()):
             member = self._add(f'{literal(json_text(name, ()))} ":" space {rule}')
@@ -262,7 +262,7 @@ class _Rules:
         return first
 
     def _map(self, extra: Any, at: Place) -> str:
-        """The rule of an object with any names."""
+        """The rule of an object with arbitrary names."""
         if extra is False:
             return self._add('"{}"')
         if extra is True:

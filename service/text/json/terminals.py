@@ -1,10 +1,10 @@
-"""The rules that every grammar of JSON is made of, in xgrammar's notation."""
+"""The basic rules of JSON grammars, in xgrammar's notation."""
 
 from __future__ import annotations
 
 from service.text.json.numbers import integer_rule
 
-# As ranges, of which the compiler makes whole UTF-8 characters alone.
+# As ranges, because the compiler turns those into complete UTF-8 characters only.
 CHAR = r"[\u0020-\u0021\u0023-\u005b\u005d-\ud7ff\ue000-\U0010ffff]"
 _DATE = (
     '[1-9] [0-9] [0-9] [0-9] "-" (("0" [13578] | "1" [02]) "-" ("0" [1-9] | [12] [0-9] | "3" [01])'
@@ -29,12 +29,12 @@ COMMON = {
 
 
 def map_of(rule: str) -> str:
-    """An object with any names, and values of one rule."""
+    """The rule of an object with arbitrary names and values of one rule."""
     member = f'string ":" space {rule}'
     return f'"{{" space {member} ("," space {member})* space "}}" | "{{}}"'
 
 
 def literal(text: str) -> str:
-    """A text as the grammar spells it."""
+    """A text as a quoted literal of the grammar."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

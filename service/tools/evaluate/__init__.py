@@ -1,1 +1,1 @@
-"""`ottava evaluate`: what schemes cost in quality, and what they bring."""
+"""`ottava evaluate`: measures the quality and speed of quantization schemes."""

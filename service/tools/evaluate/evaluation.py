@@ -1,4 +1,4 @@
-"""The command `ottava evaluate`, from its options to its table and files."""
+"""Runs `ottava evaluate`: checks options, measures, and writes the table and files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from service.tools.evaluate.report import as_json, layer_tables, layer_verdict, 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What to compare, and on what.
+    """The options of an evaluation.
 
-    schemes: the baseline is measured whether it is among them or not.
-    text: measured, in num_windows windows of window_len tokens; None for the standard library's help topics.
+    schemes: to compare; the baseline is always measured too.
+    text: to measure on, in num_windows windows of window_len tokens; None for the standard library's help topics.
     choices: file of questions (`read_questions`), or None.
-    num_calibration_windows: read to calibrate, of the same length.
-    has_layers: list the error of every Linear and layer.
+    num_calibration_windows: windows for calibration, of the same length.
+    has_layers: measure the error of every Linear and layer.
     json_file, plot: files to write, or None.
     """
 
@@ -47,7 +47,7 @@ class Evaluation:
     plot: Path | None
 
     def refuse_outputs(self) -> None:
-        """Raise InvalidSettings where a file could not be written: known before minutes of measuring, not after."""
+        """Raise InvalidSettings if a file cannot be written, before minutes of measuring rather than after."""
         for option, path in (("--json", self.json_file), ("--plot", self.plot)):
             if path is not None and (path.is_dir() or not path.parent.is_dir()):
                 raise InvalidSettings(f"{option} {path} cannot be written: name a file in a folder that exists")
@@ -63,7 +63,7 @@ class Evaluation:
     def run(
         self, model: str | None, settings: Settings, on_progress: Progress, command: Sequence[str]
     ) -> tuple[dict[str, Any], list[Row]]:
-        """Measure, and write the files: the run's certificate, and a row a scheme.
+        """Measure and write the files. Returns the description of the run, and a row per scheme.
 
         Raises:
             StartupError: a file cannot be written or read, or the model cannot be measured.
@@ -92,7 +92,7 @@ class Evaluation:
         return run, rows
 
     def _calibration(self, settings: Settings) -> Calibration:
-        # From one file, calibration reads on where the measured windows end.
+        # If both read the same file, calibration starts where the measured windows end.
         is_shared = self.text is not None and settings.calibration == self.text
         offset = self.num_windows if is_shared else 0
         return Calibration(settings.calibration, settings.seed, self.num_calibration_windows, self.window_len, offset)
@@ -101,18 +101,18 @@ class Evaluation:
         if self.json_file is not None:
             self.json_file.write_text(as_json(run, rows), encoding="utf-8")
         if self.plot is not None:
-            # Imported here alone: matplotlib belongs to an extra, and no other command waits for it.
+            # Imported only here: matplotlib belongs to an extra, and its import must not delay other commands.
             draw = import_module("service.tools.evaluate.plot").draw
             draw(rows, self.plot, f"{Path(run['model']).name}, {run['device']}, {run['dtype']}, torch {run['torch']}")
 
 
 def in_storages(schemes: Sequence[Scheme], storages: Sequence[KVStorage | None]) -> list[Scheme]:
-    """Each scheme with each storage of keys and values, once; a float scheme keeps its own."""
+    """Each scheme with each storage type of keys and values, without duplicates; a float scheme keeps its own."""
     return list(dict.fromkeys(scheme.with_kv(kv) for scheme in schemes for kv in storages))
 
 
 def show(run: dict[str, Any], rows: Sequence[Row], console: Console) -> None:
-    """Print the table and, where they were measured, the Linears and layers of every scheme."""
+    """Print the table and, if measured, the Linears and layers of every scheme."""
     console.print(quality_table(rows, f"{run['device']}, {run['dtype']}"))
     for row in rows:
         if row.linear_errors:

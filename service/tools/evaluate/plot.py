@@ -1,4 +1,4 @@
-"""The plot of `ottava evaluate`: what each scheme costs in quality, and what it brings. Needs matplotlib."""
+"""The plot of `ottava evaluate`: quality and speed of each scheme. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ROW_INCHES = 0.28
 
 
 def draw(rows: Sequence[Row], out: Path, title: str) -> None:
-    """Bars of perplexity, KL divergence, agreement and speed, one a scheme, into a PNG file."""
+    """Draw bars of perplexity, KL divergence, agreement and speed, one per scheme, into a PNG file."""
     figure = Figure(figsize=(14, 1.8 + ROW_INCHES * len(rows)), layout="constrained")
     cost, kl, agreement, speed = figure.subplots(1, 4, sharey=True)
-    # One collapsed scheme would leave the others without length: beyond these the axes are logarithmic.
+    # Beyond these values the axes are logarithmic, because one very bad scheme would make the other bars invisible.
     _bars(cost, rows, lambda row: 100 * (row.perplexity_ratio - 1), "{:+.1f}", "perplexity over float's, %", 1.0)
     _bars(kl, rows, lambda row: row.kl, "{:.4f}", "KL divergence, nats", 0.1)
     _bars(agreement, rows, lambda row: 100 * row.top1_agreement, "{:.1f}", "same likeliest token, %")
@@ -40,7 +40,7 @@ def _bars(
     linear_up_to: float | None = None,
 ) -> None:
     values = [value(row) for row in rows]
-    # An infinite perplexity has no bar, but its label says it.
+    # An infinite perplexity has no bar, only a label.
     widths = [found if math.isfinite(found) else 0.0 for found in values]
     colours = [FLOAT_COLOUR, *[INT8_COLOUR] * (len(rows) - 1)]
     bars = axes.barh(range(len(rows)), widths, color=colours)

@@ -1,4 +1,4 @@
-"""`ottava evaluate`: every scheme quantized, loaded and run as it would be served."""
+"""Measures each scheme for `ottava evaluate`: quantizes, loads and runs it as it would be served."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from service.store.resolve import is_quantized
 from service.tools.evaluate.speed import decode_tokens_per_s
 
 LAYER_WINDOWS = 4
-"""Windows over which Linears and layers are compared: their errors differ little from window to window."""
+"""Windows on which Linears and layers are compared; their errors differ little between windows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one scheme costs and brings.
+    """The quality, memory and speed of one scheme.
 
     perplexity, kl, top1_agreement, num_tokens: see `Quality`.   perplexity_ratio: over the float model's.
     weight_bytes: of Linears, embeddings and head.   kv_bytes_per_token: of all layers' keys and values on this device.
     tokens_per_s: see `service.tools.evaluate.speed.SPEED_OF`.
-    choice_accuracy, choice_agreement: see `ChoiceQuality`; None without questions, of which there are num_questions.
+    choice_accuracy, choice_agreement: see `ChoiceQuality`, over num_questions questions; None without questions.
     linear_errors: of each Linear, the largest first.   hidden_errors: ||h - h_float|| / ||h_float|| of the hidden
-    states after each layer. Both empty where they were not asked for, and of the baseline.
+    states after each layer. Both are empty if not requested, and for the baseline.
     """
 
     scheme: str
@@ -64,7 +64,7 @@ class Row:
     hidden_errors: tuple[float, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The row as an object of JSON, without what was not asked for."""
+        """The row as a JSON object, without empty fields."""
         return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
 
 
@@ -92,25 +92,25 @@ def measure_quality(
 ) -> Iterator[Row]:
     """A row for the float baseline, then one for each int8 scheme, in the order given.
 
-    The baseline and one int8 model are in memory at a time; schemes that follow each other and differ in their keys and
-    values alone share one.
+    Only the baseline and one int8 model are in memory at a time; consecutive schemes that differ only in the storage of
+    keys and values share one.
 
     Args:
         folder: a float model.
-        schemes: what to compare; the baseline is measured whether it is among them or not.
+        schemes: to compare; the baseline is always measured too.
         windows: [n, L] int64 token ids to measure on.
-        calibration: the tokens that schemes are fitted to; the same for all.
-        questions: of multiple choice.
-        has_layers: find the error of every Linear and layer too, on the first LAYER_WINDOWS windows.
+        calibration: the tokens that all schemes are calibrated on.
+        questions: multiple-choice questions.
+        has_layers: also measure the error of every Linear and layer, on the first LAYER_WINDOWS windows.
 
     Raises:
-        UnsupportedModel: the model is quantized already, not of a served family, shorter of context than a window, or
-            its logits are not finite.
+        UnsupportedModel: the model is quantized already, not of a served family, has a context shorter than a window,
+            or has logits that are not finite.
         InvalidSettings: a question is longer than the context.
     """
     if is_quantized(folder):
         raise UnsupportedModel(f"{folder} is quantized already; evaluate the float model and name schemes")
-    # As much context as the model has, at most what is served of it: questions may be longer than windows.
+    # The longest context that is served, because questions may be longer than windows.
     config = ModelConfig.load(folder, max(windows.shape[1], ModelConfig.load(folder).max_model_len))
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, config, device)
@@ -138,14 +138,14 @@ def measure_quality(
                     errors = _linear_errors(folder, stored, config, group[0], windows, on_progress)
                     rows = [replace(row, linear_errors=errors) for row in bench.with_hidden_errors(rows, candidates)]
             yield from rows
-            # Two int8 models would be in memory while the next is loaded.
+            # Otherwise two int8 models would be in memory while the next one is loaded.
             del weights, candidates
     except NotFinite as error:
         raise UnsupportedModel(f"{folder} cannot be measured: {error}") from error
 
 
 class _Bench:
-    """The float model, and all that every scheme is measured on."""
+    """The float model, and the data that every scheme is measured on."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class _Bench:
         return self._row(quality, 1.0, self.baseline, self._picked)
 
     def rows(self, candidates: Mapping[str, Decoder]) -> list[Row]:
-        """One a candidate. The baseline's logits are computed anew: kept, they would take more than a small model."""
+        """One row per candidate. Computes the baseline's logits again: storing them takes more than a small model."""
         first, *others = self._evaluate(candidates)
         return [
             self._row(quality, quality.perplexity / first.perplexity, decoder, self._picks(decoder))
@@ -220,7 +220,7 @@ def _encoded(folder: Path, questions: Sequence[Question], context: int) -> list[
 
 
 def _sharing_weights(schemes: Sequence[Scheme]) -> list[list[Scheme]]:
-    """Schemes in their order, those together that follow each other and store the same weights."""
+    """Group consecutive schemes that store the same weights."""
     groups: list[list[Scheme]] = []
     for scheme in schemes:
         if groups and groups[-1][0].with_kv("float") == scheme.with_kv("float"):
@@ -231,7 +231,7 @@ def _sharing_weights(schemes: Sequence[Scheme]) -> list[list[Scheme]]:
 
 
 def _with_kv(decoder: Decoder, scheme: Scheme) -> Decoder:
-    """The same weights with caches as the scheme has them."""
+    """A decoder with the same weights and the scheme's storage type of keys and values."""
     twin = copy(decoder)
     twin.kv = scheme.kv
     return twin
@@ -261,7 +261,7 @@ def _linear_errors(
 
 @torch.inference_mode()
 def _hidden_errors(baseline: Decoder, candidate: Decoder, windows: Tensor) -> tuple[float, ...]:
-    """||h - h_float|| / ||h_float|| after each layer, per token, the mean over tokens."""
+    """||h - h_float|| / ||h_float|| after each layer, averaged over tokens."""
     found = []
     for window in windows[:LAYER_WINDOWS]:
         pairs = zip(_hidden_states(baseline, window), _hidden_states(candidate, window), strict=True)
@@ -278,7 +278,7 @@ def _hidden_states(decoder: Decoder, window: Tensor) -> list[Tensor]:
 
 
 class _Recorded(Layer):
-    """A layer that notes what the stream is after it."""
+    """A layer that records the residual stream after it."""
 
     def __init__(self, layer: Layer, states: list[Tensor]) -> None:
         self.layer = layer

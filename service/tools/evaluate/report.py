@@ -1,4 +1,4 @@
-"""What `ottava evaluate` shows: one table, the Linears and layers that hurt, JSON."""
+"""The output of `ottava evaluate`: the table of schemes, the worst Linears and layers, and JSON."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from service.tools.evaluate.quality import Row
 from service.tools.evaluate.speed import SPEED_OF
 
 WORST_LINEARS = 20
-"""Rows of the listing of Linears: the rest is in the JSON."""
+"""Most Linears in the table; the JSON contains all."""
 
 
 def quality_table(rows: Sequence[Row], device: str) -> Table:
-    """One row a scheme, the float model first."""
+    """One row per scheme, the float model first."""
     num_tokens, num_questions = rows[0].num_tokens, rows[0].num_questions
     measured = f"{num_tokens} tokens" + (f" and {num_questions} questions" if num_questions else "")
     table = Table(title=f"quality over {measured}; tokens/s on {device}: {SPEED_OF}")
@@ -36,7 +36,7 @@ def quality_table(rows: Sequence[Row], device: str) -> Table:
 
 
 def layer_tables(row: Row) -> Iterator[Table]:
-    """The Linears of one scheme, the worst first, and the hidden states' error layer by layer."""
+    """The Linears of one scheme, the worst first, and the hidden states' error after each layer."""
     shown = row.linear_errors[:WORST_LINEARS]
     table = Table(title=f"{row.scheme}: the {len(shown)} worst of {len(row.linear_errors)} Linears")
     table.add_column("Linear")
@@ -53,7 +53,7 @@ def layer_tables(row: Row) -> Iterator[Table]:
 
 
 def layer_verdict(row: Row) -> str:
-    """Which Linear and which layer hurt most, in two sentences."""
+    """Two sentences on the Linear and the layer with the largest errors."""
     worst = row.linear_errors[0]
     typical = median(linear.error for linear in row.linear_errors)
     steps = list(pairwise((0.0, *row.hidden_errors)))
@@ -67,6 +67,6 @@ def layer_verdict(row: Row) -> str:
 
 
 def as_json(certificate: dict[str, Any], rows: Sequence[Row]) -> str:
-    """One object: the run, with what was measured how, and the rows."""
+    """A JSON object of the run and the rows."""
     run = certificate | {"tokens_per_s": SPEED_OF}
     return json.dumps({"run": run, "rows": [row.as_json() for row in rows]}, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""How fast a decoder speaks: one request through scheduler and runner, as the engine turns its steps."""
+"""Measures the decode speed of one request through scheduler and runner, with the engine's loop."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from service.engine.scheduler import Scheduler, Step
 from service.models.decoder import Decoder
 
 PROMPT_LEN, NUM_STEPS = 64, 32
-"""Of the measurement, where the context holds that many tokens; else a half of it for each."""
+"""Sizes of the measurement, if the context is long enough; else half of the context each."""
 
 SPEED_OF = f"decode of one request behind a prompt of {PROMPT_LEN} tokens, median of {NUM_STEPS} steps"
 BLOCK_SIZE = 64
 
 
 def decode_tokens_per_s(decoder: Decoder) -> float:
-    """Tokens per second of one greedy request, from the median of its steps; random ids, the same each time."""
+    """Tokens per second of one greedy request with fixed random ids, from the median of its steps."""
     context = decoder.config.max_model_len
     prompt_len = min(PROMPT_LEN, context // 2)
     num_steps = min(NUM_STEPS, context - prompt_len)
@@ -40,7 +40,7 @@ def decode_tokens_per_s(decoder: Decoder) -> float:
 
 
 def drive(scheduler: Scheduler, runner: Runner) -> Iterator[tuple[Step, float]]:
-    """Turn steps as the engine does until nothing is left: each step with the seconds since the one before it."""
+    """Run all requests as the engine does. Yields each step with the seconds since the previous one."""
     in_flight = None
     last = time.perf_counter()
     while not scheduler.is_idle or in_flight:

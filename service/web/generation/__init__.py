@@ -1,1 +1,1 @@
-"""One generation, from its plan to its last event; every route is built on it."""
+"""Runs one generation, from its plan to its last event. Every generation route is built on it."""

@@ -1,4 +1,4 @@
-"""The two clocks of a run: how long it may wait for its first step, and how long it may take."""
+"""The two timeouts of a run: until its first step, and until its end."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from service.errors import DeadlineExceeded, OttavaError, QueueTimeout
 
 
 class Deadlines:
-    """Calls `expire` once with the error, if the request is too late; from the event loop that made this.
+    """Calls `expire` with the error on the event loop if the request is too late.
 
-    A timer, and not a limit around whoever awaits the tokens: a client that does not read must not keep its request
-    running.
+    It uses timers rather than a timeout around the code that awaits tokens, because a client that does not read must
+    not keep its request running.
 
     Args:
-        stream: of the request in an engine.
-        received_s: when it arrived, by `time.perf_counter`.
+        stream: the request's stream.
+        received_s: when it arrived, from `time.perf_counter`.
         timeout_s: from arrival to the last token.
         queue_timeout_s: from arrival to the first step.
-        retry_after_s: what a request is told that waited too long.
+        retry_after_s: returns the Retry-After of a request that waited too long.
+        expire: called with DeadlineExceeded or QueueTimeout.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Deadlines:
         )
 
     def cancel(self) -> None:
-        """The run has ended otherwise."""
+        """Stop the timers, once the run has ended."""
         for timer in self._timers:
             timer.cancel()
 

@@ -1,4 +1,4 @@
-"""From a body to what an engine is asked: the checks that every route makes before an engine sees a request."""
+"""Checks a request body and turns it into prompt ids and sampling parameters, for all generation routes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from service.text.protocols import TokenizerLike
 from service.web.schemas.bodies import Sampling
 
 THREAD_CHARS = 4096
-"""Encoding a shorter text takes less time than the way to another thread and back."""
+"""Longer texts are encoded on a thread; encoding a shorter one takes less time than switching threads."""
 
 
 class Room(NamedTuple):
-    """A prompt in a context: its tokens, what the context holds, and the body's fields to blame.
+    """A prompt's length, the context's length, and the body's fields to name in errors.
 
-    prompt: field that the prompt came in. limit: field that asks for a number of tokens.
+    prompt: field of the prompt. limit: field of the number of tokens to generate.
     """
 
     num_prompt: int
@@ -32,7 +32,7 @@ async def text_ids(text: str, tokenizer: TokenizerLike, param: str) -> list[int]
     """Token ids of a text.
 
     Raises:
-        InvalidRequest: there are none.
+        InvalidRequest: the text has no tokens.
     """
     if not text:
         return _some([], param)
@@ -41,10 +41,10 @@ async def text_ids(text: str, tokenizer: TokenizerLike, param: str) -> list[int]
 
 
 async def chat_ids(messages: Sequence[dict[str, str]], tokenizer: TokenizerLike, is_open: bool = True) -> list[int]:
-    """Token ids of a conversation by the model's chat template; is_open as in `TokenizerLike.apply_chat`.
+    """Token ids of a conversation in the model's chat template; is_open as in `TokenizerLike.apply_chat`.
 
     Raises:
-        InvalidRequest: it is empty, or the template refuses it.
+        InvalidRequest: the conversation is empty, or the template refuses it.
     """
     if not messages:
         return _some([], "messages")
@@ -58,10 +58,10 @@ async def chat_ids(messages: Sequence[dict[str, str]], tokenizer: TokenizerLike,
 
 
 def known_ids(ids: list[int], tokenizer: TokenizerLike, param: str) -> list[int]:
-    """The ids as they are.
+    """Check token ids sent by a client and return them.
 
     Raises:
-        InvalidRequest: there are none, or one lies outside the vocabulary.
+        InvalidRequest: ids is empty, or one is outside the vocabulary.
     """
     limit = tokenizer.vocab_size - 1
     for token_id in (min(ids, default=0), max(ids, default=0)):
@@ -73,11 +73,13 @@ def known_ids(ids: list[int], tokenizer: TokenizerLike, param: str) -> list[int]
 
 
 def fitting(asked: int | None, default: int | None, room: Room, settings: Settings) -> int:
-    """How many tokens may be generated: as asked, or else the default, or else (None) all that the context leaves.
+    """The number of tokens to generate: asked, else default, else as many as fit in the context.
+
+    Without asked, the result is also cut to what fits and to max_tokens_limit.
 
     Raises:
-        PromptTooLong: the context leaves no room for a single token, or the prompt is above max_prompt_tokens.
-        InvalidRequest: the context leaves less than was asked for, or max_tokens_limit allows less.
+        PromptTooLong: the prompt fills the context, or is above max_prompt_tokens.
+        InvalidRequest: asked is more than fits in the context or than max_tokens_limit.
     """
     _refuse_above_limits(asked, room, settings)
     num_left = room.max_model_len - room.num_prompt
@@ -100,10 +102,10 @@ def fitting(asked: int | None, default: int | None, room: Room, settings: Settin
 
 
 def allowed_timeout(asked_s: float | None, settings: Settings) -> float:
-    """Seconds that a request may take: as asked, or else the server's limit.
+    """Seconds that a request may take: asked_s, or the server's limit if None.
 
     Raises:
-        InvalidRequest: more was asked for than the limit.
+        InvalidRequest: asked_s is above the limit.
     """
     limit_s = settings.request_timeout_s
     if asked_s is not None and asked_s > limit_s:
@@ -129,11 +131,11 @@ def _refuse_above_limits(asked: int | None, room: Room, settings: Settings) -> N
 
 
 def sampling_params(body: Sampling, tokenizer: TokenizerLike, max_tokens: int) -> SamplingParams:
-    """What the engine is told of the fields that every route shares."""
+    """The engine's parameters from the fields that all routes share."""
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,
-        # A filter that lets every token pass, which saves the sampler a sort.
+        # A top_k of the whole vocabulary filters nothing; 0 saves the sampler a sort.
         top_k=body.top_k if body.top_k < tokenizer.vocab_size else 0,
         top_p=body.top_p,
         min_p=body.min_p,

@@ -1,4 +1,4 @@
-"""How a generation goes out, whole or as a stream: cut short when the client leaves, freed in any case."""
+"""Sends a generation as a whole or as a stream, and frees it in any case, also if the client disconnects."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 def streamed(
     events: Callable[[], AsyncGenerator[BaseModel | bytes, None]], http: HTTPRequest, close: Callable[[], None]
 ) -> Response:
-    """The events as they come, encoded or not, then [DONE]. `close` runs at the end, and where the client leaves."""
+    """A stream of the events, encoded or as models, then [DONE]. Calls `close` at the end or on disconnect."""
     return EventStream(_guarded(events, http.state.request_id), close)
 
 
 async def answered(
     work: Callable[[], Coroutine[object, object, BaseModel]], http: HTTPRequest, close: Callable[[], None]
 ) -> Response:
-    """The answer once it is complete, without fields that were not set. `close` runs as for `streamed`."""
+    """The complete answer as JSON, without unset fields. Calls `close` as `streamed` does."""
     try:
         answer = await unless_disconnected(http.receive, work())
     except ClientGone:
@@ -42,7 +42,7 @@ async def answered(
 async def _guarded(
     events: Callable[[], AsyncGenerator[BaseModel | bytes, None]], request_id: str
 ) -> AsyncIterator[bytes]:
-    """Server-sent events. An error ends them without [DONE], so a cut-off answer shows as such."""
+    """Encode server-sent events. An error ends them without [DONE], so that clients can detect a cut-off answer."""
     try:
         async with aclosing(events()) as items:
             async for item in items:

@@ -1,4 +1,4 @@
-"""One generation on one variant, from submission to its last token; every route is built on it."""
+"""Runs one generation on one variant, from submission to its last token."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A request that has been checked: what to run, with which ids and parameters.
+    """A checked request: variant, prompt ids and parameters.
 
-    shows_logprobs: whether the client asked for what params.logprobs may ask for us.
-    continues: the answer goes on inside the prompt's text, where a leading space counts.
-    route: where it came in.
-    timeout_s: seconds from received_s to the last token; none: as many as the settings allow.
-    is_compared: part of a comparison, so not drawn for shadow mode.
+    shows_logprobs: whether the answer contains log-probabilities; params.logprobs may be set for internal use only.
+    continues: whether the answer continues the prompt's text, so that a leading space matters.
+    route: the route of the request.
+    timeout_s: seconds from received_s to the last token; None for the settings' limit.
+    is_compared: whether it is part of a comparison and so never sampled for shadow mode.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Piece:
-    """What an answer grew by: the text may lag behind the tokens. logprobs: none where the client did not ask."""
+    """New text and tokens of an answer; the text may lag behind. logprobs: None unless the client asked for them."""
 
     text: str
     token_ids: list[int]
@@ -57,16 +57,16 @@ class Piece:
 
 
 class Run:
-    """A plan in an engine. Iterate `pieces`, then read `answer`; `close` in any case, which frees what it held.
+    """A running plan. Iterate `pieces`, then read `answer`; always call `close`, which frees what the run holds.
 
     Its outcome is counted exactly once: stop, length, abort, timeout, error, or rejected at submission or in the queue.
     """
 
     def __init__(self, plan: Plan, serving: Serving, visit: Visit | None = None) -> None:
-        """Submit the plan, as a part of the visit or as one of its own.
+        """Submit the plan as part of a visit, or of a new one if None.
 
         Raises:
-            QueueFull, EngineFailed: by the engine; counted.
+            QueueFull, EngineFailed: as `Engine.submit`; the refusal is counted.
         """
         self.plan = plan
         self.tokens: list[Token] = []
@@ -101,13 +101,14 @@ class Run:
         )
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What each step added, or several, where their tokens came before they could be taken.
+        """Yield what each step added; several steps are merged if their tokens arrived before they were read.
 
-        With the last one `finish_reason` is set and `answer` can be read.
+        With the last piece, `finish_reason` is set and `answer` can be called.
 
         Raises:
-            EngineFailed: a step raised; what was sent before stands.
-            DeadlineExceeded, QueueTimeout: it took or waited too long; likewise.
+            EngineFailed: the engine or this request failed.
+            DeadlineExceeded: the run took too long.
+            QueueTimeout: it was queued too long.
         """
         try:
             async for tokens in self._stream:
@@ -127,7 +128,7 @@ class Run:
             raise
 
     def answer(self) -> Answer:
-        """What came out, once `pieces` has ended."""
+        """The complete answer. Call it after `pieces` has ended."""
         assert self.finish_reason is not None
         num_prompt, num_tokens = len(self.plan.prompt_ids), len(self.tokens)
         return Answer(
@@ -147,24 +148,24 @@ class Run:
 
     @property
     def progress(self) -> Progress:
-        """The engine's side of the run."""
+        """The engine's snapshot of the request."""
         return self._stream.progress
 
     def prompt_logprobs(self) -> list[TokenLogprob]:
-        """Of every prompt token but the first; complete with the first piece of a plan that asks for them."""
+        """The log-probabilities of all prompt tokens but the first, if requested; complete with the first piece."""
         return [_logprob(token) for token in self.progress.prompt_logprobs]
 
     @property
     def time_left_s(self) -> float:
-        """Seconds until the plan's time is over."""
+        """Seconds until the run exceeds its timeout."""
         return self.plan.received_s + self._timeout_s - time.perf_counter()
 
     async def released(self) -> None:
-        """Return once the engine has let go of the request, which after a stop string is a step later."""
+        """Return once the engine has freed what the request held, which after a stop string is one step later."""
         await self._stream.released()
 
     def close(self) -> None:
-        """End the run if it is still going. A second call changes nothing."""
+        """Abort the run if it has not finished. Idempotent."""
         self._leave()
         if self.finish_reason is None:
             self.finish_reason = FinishReason.ABORT
@@ -172,7 +173,7 @@ class Run:
             self._count(FinishReason.ABORT)
 
     def _piece(self, tokens: Sequence[Token]) -> Piece:
-        """Take the tokens that came, up to the one that completes a stop string."""
+        """Add new tokens to the answer, up to the one that completes a stop string."""
         ids = [token.id for token in tokens]
         text, taken = self._output.take(ids)
         new = tokens if taken == len(tokens) else tokens[:taken]
@@ -191,12 +192,12 @@ class Run:
         return Piece(text, ids if new is tokens else ids[:taken], self._logprobs(new))
 
     def _is_complete(self) -> bool:
-        """Every token of a request that came to its own end has been taken."""
+        """Whether the engine has finished the request normally and all its tokens have been read."""
         progress = self._stream.progress
         return progress.finish_reason in _OWN_ENDS and len(self.tokens) >= progress.num_generated
 
     def _flush(self, piece: Piece) -> None:
-        """Give the last piece the text that was held back."""
+        """Append the text that was held back to the last piece."""
         rest = self._output.flush()
         self.text += rest
         piece.text += rest
@@ -205,7 +206,7 @@ class Run:
         return [_logprob(token) for token in tokens] if self.plan.shows_logprobs else None
 
     def _shown_logprobs(self) -> dict[str, Any]:
-        """The field `logprobs`, set only where the client asked for it."""
+        """The field `logprobs`, only if the client asked for it."""
         return {"logprobs": self._logprobs(self.tokens)} if self.plan.shows_logprobs else {}
 
     def _end(self) -> None:
@@ -217,7 +218,7 @@ class Run:
             self._tell(self.finish_reason)
 
     def _tell(self, reason: FinishReason) -> None:
-        """Report the finished run to all who keep a record."""
+        """Report the finished run to metrics, recent runs and shadow mode."""
         plan, serving, metrics = self.plan, self._serving, self.answer().metrics
         serving.metrics.finished(plan.variant, metrics, self.tokens)
         serving.recent.add(plan.id, plan.variant, plan.route, reason, metrics)
@@ -242,7 +243,7 @@ class Run:
         )
 
     def _expire(self, error: OttavaError) -> None:
-        """End the run where its time is over; `pieces` raises the error."""
+        """End a run that exceeded a timeout; `pieces` then raises the error."""
         if self.finish_reason is None and not self._output.is_stopped:
             self._late = error
             self._stream.finish(FinishReason.ABORT)
@@ -270,12 +271,12 @@ class Run:
             self._is_counted = True
             self._metrics.count(self.plan.variant, outcome)
             self._deadlines.cancel()
-            # They know of this run: kept, the two would wait for the garbage collector with all their tokens.
+            # Breaks a reference cycle, so that the run's tokens are freed at once and not by the garbage collector.
             del self._deadlines
             self._note(outcome)
 
     def _note(self, outcome: str) -> None:
-        """Note the end for whoever comes after, and in the record of the HTTP request that this run is part of."""
+        """Add the run to the estimate of waiting times and to the record of its HTTP request."""
         ended_s, first_scheduled_s = time.perf_counter(), self._stream.progress.first_scheduled_s
         if first_scheduled_s is not None:
             self._serving.pace.add(self.plan.variant, ended_s - first_scheduled_s)
@@ -293,7 +294,7 @@ class Run:
 
 
 def _outcome(error: Exception) -> str:
-    """How `requests_total` counts a run that raised."""
+    """The label under which `requests_total` counts a run that raised."""
     if isinstance(error, QueueTimeout):
         return REJECTED
     return TIMEOUT if isinstance(error, DeadlineExceeded) else ERROR

@@ -1,4 +1,4 @@
-"""Server-sent events, and work that stops when its client is gone."""
+"""Server-sent events, and cancellation of work when its client disconnects."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 PAUSE_EVERY = 8
-"""Events; a pause after each would cost a token a turn of the event loop, and most wait for their tokens anyway."""
+"""Events between two yields to the event loop. Yielding after each would cost one loop iteration per token, and most
+events wait for their tokens anyway."""
 
 DONE = b"data: [DONE]\n\n"
 
 MARK = "\0text\0"
-"""For a text that changes, see `Form`."""
+"""A placeholder for text that changes; see `Form`."""
 
 
 class ClientGone(Exception):
-    """The client closed the connection; nobody reads an answer."""
+    """The client has closed the connection."""
 
 
 def event(body: BaseModel) -> bytes:
-    """One event of a stream: the fields that were set, as JSON."""
+    """Encode an event with its set fields as JSON."""
     return b"data: " + body.model_dump_json(exclude_unset=True).encode() + b"\n\n"
 
 
 class Form:
-    """An event that is the same each time but for a few values: encoded once, filled in with those.
+    """A template for events that differ in a few values: encoded once, then only filled in.
 
     Args:
-        body: the event, with marks for the values that change, in the order of its fields.
-        marks: each of them something that the event has nowhere else.
+        body: the event, with a mark in place of each value that changes.
+        marks: the marks in the order of the fields; each must be unique in the event.
 
     Raises:
-        ValueError: a mark is not there exactly once.
+        ValueError: a mark does not occur exactly once.
     """
 
     def __init__(self, body: BaseModel, *marks: object) -> None:
@@ -54,10 +55,10 @@ class Form:
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[object, object, T]) -> T:
-    """The result of work, which is cancelled as soon as the client leaves. The request's body must have been read.
+    """Await work, and cancel it if the client disconnects. The request's body must have been read before.
 
     Raises:
-        ClientGone: the client left first.
+        ClientGone: the client disconnected first.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(receive))
@@ -73,7 +74,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[object, object, 
 
 
 class EventStream(Response):
-    """Sends events as they come. `close` runs in any case, even where the client left before the first event."""
+    """Streams events. `close` is always called, even if the client disconnects before the first event."""
 
     media_type = "text/event-stream"
 
@@ -82,7 +83,7 @@ class EventStream(Response):
         self.background = None
         self._events = events
         self._close = close
-        # Proxies that buffer would turn a stream into one late answer.
+        # Keeps proxies from buffering the stream into one late answer.
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
@@ -99,7 +100,7 @@ class EventStream(Response):
         async for data in self._events:
             await send({"type": "http.response.body", "body": data, "more_body": True})
             num_sent += 1
-            # Events that have piled up would go out without a pause: let the others, and a disconnect, come between.
+            # A backlog of events would be sent without yielding; let other tasks and a disconnect run in between.
             if num_sent % PAUSE_EVERY == 0:
                 await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,4 +1,4 @@
-"""What stands around the routes, from the outside in: envelope, names, CORS, faults, gate."""
+"""The middleware, from the outermost in: envelope, names, CORS, faults, gate."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from service.web.state import Serving
 
 
 def surround(app: FastAPI, serving: Serving, on_end: Sequence[Callable[[RequestRecord], None]]) -> None:
-    """Put the middleware around an app. on_end: what is told of each request when its answer has gone out."""
+    """Add the middleware to an app. on_end: called with the record of each request after its answer was sent."""
     settings = serving.settings
     if not serving.keys.is_empty:
         document_key(app, settings)
     app.add_middleware(Gate, serving=serving)
     app.add_middleware(Faults)
     if settings.cors_origins:
-        # Outside of the gate: a preflight brings no key, and a page must be able to read why it was refused.
+        # Outside the gate, because a preflight has no key, and a page must be able to read a refusal.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,

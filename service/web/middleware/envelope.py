@@ -1,4 +1,4 @@
-"""The outermost layer: a record and an id for every request, and the headers that every answer carries."""
+"""The outermost middleware: a record and an id for every request, and headers for every answer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SECURITY_HEADERS = {
     "content-security-policy": "frame-ancestors 'none'",
     "cross-origin-resource-policy": "same-origin",
 }
-"""Set unless the route has set its own: answers are not to be sniffed, framed, or embedded by other sites."""
+"""Defaults that a route may override; they forbid other sites to sniff, frame or embed answers."""
 
 
 class Envelope:
-    """Around every request: its record, its id in and out, the security headers, and word to `on_end` when it is over.
+    """Creates the record of every request, sets its id and the security headers, and calls `on_end` when it is done.
 
-    A client's own id is kept where it is short and printable, so that one search finds a request in the logs of both.
+    A client's own id is kept if it is short and printable, so that one search finds a request in the logs of both.
     """
 
     def __init__(self, app: ASGIApp, on_end: Sequence[Callable[[RequestRecord], None]]) -> None:
@@ -70,6 +70,6 @@ def _record(scope: Scope) -> RequestRecord:
 
 
 def _request_id(given: str | None) -> str:
-    """The client's id if it is short and printable, or a fresh one."""
+    """The client's id if it is short and printable, or a new one."""
     is_sane = given is not None and 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
     return given if is_sane and given is not None else uuid4().hex

@@ -1,4 +1,4 @@
-"""An answer even to a fault of ours."""
+"""Answers unexpected exceptions with 500."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Faults:
-    """Answers 500 in the one shape where anything inside raised; an answer that has started is cut off."""
+    """Answers an `ErrorResponse` with status 500 if anything inside raises. A response that has begun is cut off."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

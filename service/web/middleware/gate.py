@@ -1,4 +1,4 @@
-"""Who may come in: the API key, its limits, and the size of the body."""
+"""Access control: API key, its limits, and the size of the body."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service.web.failures import refusal
 from service.web.state import Serving
 
 ALWAYS_PUBLIC = frozenset({"/health", "/ready"})
-"""An orchestrator asks these of its own, and they tell nothing."""
+"""Probes of an orchestrator send no key, and the answers reveal nothing."""
 
 PUBLIC_PATHS: dict[PublicRoute, frozenset[str]] = {
     "page": frozenset({"/"}),
@@ -29,10 +29,10 @@ PAGE_FILES = "/page/"
 
 
 class Gate:
-    """Refuses what may not come in, before anything of its body is read.
+    """Refuses requests without a valid key or above a limit, before their body is read.
 
-    Every path needs a key but those that the settings open, so that a new route is closed until somebody opens it.
-    The limits of a key count generations alone.
+    Every path needs a key except those that the settings make public, so a new route is protected by default. The
+    limits of a key count generations only.
     """
 
     def __init__(self, app: ASGIApp, serving: Serving) -> None:
@@ -63,10 +63,10 @@ class Gate:
                 self._serving.limits.leave(record.key, time.perf_counter() - record.received_s)
 
     def _admit(self, scope: Scope, record: RequestRecord, is_generation: bool) -> None:
-        """Name the key of the request and, for a generation, count it as running.
+        """Set the key's name in the record and, for a generation, count it as running.
 
         Raises:
-            Unauthorized, TooLarge, Draining, RateLimited: nothing is counted.
+            Unauthorized, TooLarge, Draining, RateLimited: the request is refused, and nothing is counted.
         """
         headers = Headers(scope=scope)
         is_public = self._is_public(scope["path"])
@@ -84,12 +84,12 @@ class Gate:
 
 
 def public_paths(settings: Settings) -> frozenset[str]:
-    """The paths that need no key under these settings, the page's files aside."""
+    """The paths that need no key under these settings, without the page's files."""
     return ALWAYS_PUBLIC.union(*(PUBLIC_PATHS[route] for route in settings.public_routes))
 
 
 def document_key(app: FastAPI, settings: Settings) -> None:
-    """Say in the app's OpenAPI which requests need a key, so that /docs asks for one and clients know."""
+    """Mark in the app's OpenAPI which requests need a key, so that /docs asks for one."""
     schema = app.openapi()
     schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     schema["security"] = [{"key": []}]
@@ -104,7 +104,7 @@ def _is_generation(scope: Scope) -> bool:
 
 
 def _limited(receive: Receive, max_body_bytes: int) -> Receive:
-    """receive, refusing with 413 as soon as more than max_body_bytes have come: a chunked body does not tell before."""
+    """Wrap receive to refuse with 413 once more than max_body_bytes have arrived: chunked bodies declare no length."""
     num_bytes = 0
 
     async def limited() -> Message:
@@ -112,7 +112,7 @@ def _limited(receive: Receive, max_body_bytes: int) -> Receive:
         message = await receive()
         num_bytes += len(message.get("body", b""))
         if num_bytes > max_body_bytes:
-            # What reads the body lets only HTTPException through.
+            # FastAPI's body reader passes only HTTPException through.
             error = too_large(max_body_bytes, "longer")
             raise HTTPException(error.status, error.message) from error
         return message

@@ -1,4 +1,4 @@
-"""The names that a server answers to: what keeps a web page from reaching it by a name of the page's own."""
+"""Checks the Host header, which protects a local server from DNS rebinding."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PORT = re.compile(r":\d*$")
 
 
 def names_of(settings: Settings, has_keys: bool) -> tuple[str, ...] | None:
-    """The names that a server of these settings answers to, in small letters; None: to every one.
+    """The host names that a server with these settings accepts, in lower case; None if it accepts all.
 
-    A page that gives its own name the address 127.0.0.1 (DNS rebinding) is to a browser the origin of what listens
-    there, so that no rule of origins keeps it from a server that asks for no key. Only the name gives it away.
+    With DNS rebinding, a web page points its own domain at 127.0.0.1. To the browser the local server then has the
+    page's own origin, so CORS does not protect a server without keys. Only the Host header shows the foreign name.
     """
     is_open = ANY in settings.allowed_hosts or (
         not settings.allowed_hosts and (has_keys or not is_loopback(settings.host))
@@ -36,8 +36,8 @@ def names_of(settings: Settings, has_keys: bool) -> tuple[str, ...] | None:
 class KnownNames:
     """Refuses with 421 a request whose Host header names another server.
 
-    Starlette's own middleware for it answers in plain text. A request without the header is let through: no browser
-    sends one, and probes of HTTP/1.0 do.
+    Starlette's TrustedHostMiddleware is not used because it answers in plain text. Requests without the header are
+    accepted: browsers always send it, but HTTP/1.0 probes do not.
     """
 
     def __init__(self, app: ASGIApp, names: tuple[str, ...]) -> None:

@@ -1,1 +1,1 @@
-"""OpenAI's routes: their bodies, plans, choices and answers."""
+"""The OpenAI-compatible routes: bodies, plans, choices and answers."""

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's shapes. What OpenAI does not have is `metrics`, `variant` and `max_model_len`."""
+"""Answers in OpenAI's format, extended by `metrics`, `variant` and `max_model_len`."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ UNLIKELY = -9999.0
 
 
 class PromptTokensDetails(BaseModel):
-    """Of the prompt's tokens, how many needed no computing."""
+    """How many of the prompt's tokens were cached."""
 
     cached_tokens: int = Field(description="Prompt tokens found in the cache.")
 
 
 class OpenAIUsage(Usage):
-    """Tokens of a request: each prompt once, and every answer."""
+    """Tokens of a request: each prompt counted once, and every answer."""
 
     prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(BaseModel):
-    """One entry per token: with `echo` the prompt's first, and those of a stop string and the end token included."""
+    """One entry per token, including stop strings and the end token; with `echo`, the prompt's tokens come first."""
 
-    tokens: list[str] = Field(description="Its text, or `bytes:` and hexadecimal where it is part of a character.")
+    tokens: list[str] = Field(description="Its text, or `bytes:` and hexadecimal if it is part of a character.")
     token_logprobs: list[float | None] = Field(description="Null for the first token of the prompt.")
     top_logprobs: list[dict[str, float] | None] = Field(description="The likeliest tokens, and the token itself.")
-    text_offset: list[int] = Field(description="Where its text begins in the answer's, in characters.")
+    text_offset: list[int] = Field(description="Start of its text in the answer's text, in characters.")
 
 
 class CompletionChoice(BaseModel):
-    """One answer, or in a stream what a step or a few added to it."""
+    """One answer, or in a stream, what one or more steps added to it."""
 
     index: int = Field(description="Number of the prompt times `n`, plus number of the answer.")
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = Field(
-        default=None, description="In a stream null in all but an answer's last event."
+        default=None, description="In a stream, null except in an answer's last event."
     )
-    metrics: RunMetrics | None = Field(
-        default=None, description="This answer's times; in a stream with its last event."
-    )
+    metrics: RunMetrics | None = Field(default=None, description="This answer's times; in a stream, in its last event.")
 
 
 class OpenAIAnswer(BaseModel):
-    """What all answers carry."""
+    """The fields of every answer."""
 
     id: str
-    created: int = Field(description="When the request came in, in Unix seconds.")
+    created: int = Field(description="When the request arrived, in Unix seconds.")
     model: str = Field(description="The variant that answered, as NAME:VARIANT.")
-    system_fingerprint: str = Field(description="Of checkpoint, scheme and versions: same seed, same answer.")
+    system_fingerprint: str = Field(
+        description="Hash of checkpoint, scheme and versions; while it is equal, the same seed gives the same answer."
+    )
 
 
 class Completion(OpenAIAnswer):
@@ -63,31 +63,31 @@ class Completion(OpenAIAnswer):
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
-    usage: OpenAIUsage | None = Field(default=None, description="In a stream only where asked for, in its last event.")
+    usage: OpenAIUsage | None = Field(default=None, description="In a stream, only if requested, in its last event.")
 
 
 class ChatTopLogprob(BaseModel):
-    """A token and its probability."""
+    """A token and its log-probability."""
 
-    token: str = Field(description="Its text, or `bytes:` and hexadecimal where it is part of a character.")
+    token: str = Field(description="Its text, or `bytes:` and hexadecimal if it is part of a character.")
     logprob: float
-    bytes: list[int] = Field(description="Its UTF-8.")
+    bytes: list[int] = Field(description="Its text in UTF-8.")
 
 
 class ChatLogprob(ChatTopLogprob):
-    """The token at one place, and the likeliest there."""
+    """The token at one position, and the likeliest tokens there."""
 
     top_logprobs: list[ChatTopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """One entry per token, those of a stop string and the end token included."""
+    """One entry per token, including stop strings and the end token."""
 
     content: list[ChatLogprob]
 
 
 class AssistantMessage(BaseModel):
-    """What the model said."""
+    """The model's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -113,9 +113,9 @@ class ChatCompletion(OpenAIAnswer):
 
 
 class ChatDelta(BaseModel):
-    """What a step or a few added to a message."""
+    """What one or more steps added to a message."""
 
-    role: Literal["assistant"] | None = Field(default=None, description="With the first step of each answer.")
+    role: Literal["assistant"] | None = Field(default=None, description="Only in the first event of each answer.")
     content: str
 
 
@@ -126,7 +126,7 @@ class ChatChunkChoice(BaseModel):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
-    metrics: RunMetrics | None = Field(default=None, description="This answer's times, with its last event.")
+    metrics: RunMetrics | None = Field(default=None, description="This answer's times, in its last event.")
 
 
 class ChatCompletionChunk(OpenAIAnswer):
@@ -134,11 +134,11 @@ class ChatCompletionChunk(OpenAIAnswer):
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
-    usage: OpenAIUsage | None = Field(default=None, description="Only where asked for, in the last event.")
+    usage: OpenAIUsage | None = Field(default=None, description="Only if requested, in the last event.")
 
 
 class ServedModel(BaseModel):
-    """A name that `model` may be."""
+    """A valid value of `model`."""
 
     id: str
     object: Literal["model"] = "model"

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: conversations answered, in OpenAI's shape."""
+"""POST /v1/chat/completions: answers conversations in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ router = APIRouter(route_class=CountedRoute, tags=["openai"])
     response_model=ChatCompletion,
     summary="Answer a conversation",
     responses=generation(
-        "The answers; with `stream` events, each with what a step or a few added to an answer, then `[DONE]`. An event "
-        "is a `chat.completion.chunk`: it has `delta` for `message`, and `finish_reason` and `metrics` with the last.",
+        "The answers; with `stream`, events with what one or more steps added to an answer, then `[DONE]`. An event is "
+        "a `chat.completion.chunk`, with `delta` for `message`; an answer's last has `finish_reason` and `metrics`.",
         ChatCompletionChunk,
     ),
 )
@@ -81,7 +81,7 @@ class _Dialect:
         return ChatCompletion(**self._head, choices=choices, usage=usage)
 
     def _piece(self, index: int, piece: Piece, end: FinishReason | None) -> ChatChunkChoice:
-        """What is new. The role comes with the first text, so that no event is sent before there is a token."""
+        """A choice of an event. The role is sent with the first text, so that no event precedes the first token."""
         said = (
             ChatDelta(content=piece.text) if index in self._begun else ChatDelta(role="assistant", content=piece.text)
         )

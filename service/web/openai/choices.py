@@ -1,4 +1,4 @@
-"""Several runs as one: the answers to a request of OpenAI's routes, side by side."""
+"""Runs the n answers to a request of OpenAI's routes concurrently."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.web.state import Serving
 
 
 class New(NamedTuple):
-    """What a choice grew by; finish_reason only where that was its last."""
+    """A new piece of a choice; finish_reason is set with its last piece."""
 
     choice: int
     piece: Piece
@@ -26,10 +26,10 @@ class New(NamedTuple):
 
 
 class Choices:
-    """A run for each plan. Iterate `news`; `close` in any case, which frees what they hold."""
+    """One run per plan. Iterate `news`; always call `close`, which frees what the runs hold."""
 
     def __init__(self, plans: Sequence[Plan], serving: Serving) -> None:
-        """Submit all plans, or none. Raises QueueFull or EngineFailed, by the engine."""
+        """Submit all plans, or none. Raises QueueFull or EngineFailed, as `Engine.submit`."""
         self.runs: list[Run] = []
         self._visit = serving.visit()
         try:
@@ -40,7 +40,7 @@ class Choices:
             raise
 
     async def news(self) -> AsyncGenerator[New, None]:
-        """What each choice grew by. Raises what a run raises first."""
+        """Yield the pieces of all choices as they arrive. Raises the first exception of a run."""
         if len(self.runs) == 1:
             run = self.runs[0]
             async for piece in run.pieces():
@@ -63,14 +63,14 @@ class Choices:
             await asyncio.gather(*pumps, return_exceptions=True)
 
     def close(self) -> None:
-        """Free what is still held. A second call changes nothing."""
+        """Free what the runs still hold. Idempotent."""
         self._visit.leave()
         for run in self.runs:
             run.close()
 
 
 async def _pump(index: int, run: Run, news: asyncio.Queue[New | int]) -> None:
-    """Hand over what the run adds, and its number alone at its end, whichever that is."""
+    """Queue the pieces of a run, then its index when it has ended or raised."""
     try:
         async for piece in run.pieces():
             news.put_nowait(New(index, piece, run.finish_reason))
@@ -79,7 +79,7 @@ async def _pump(index: int, run: Run, news: asyncio.Queue[New | int]) -> None:
 
 
 def head_of(id_: str, kind: str, variant: str, models: ModelNames) -> dict[str, Any]:
-    """What all events of an answer have in common."""
+    """The fields shared by all events of an answer."""
     return {
         "id": id_,
         "object": kind,
@@ -90,7 +90,7 @@ def head_of(id_: str, kind: str, variant: str, models: ModelNames) -> dict[str, 
 
 
 class Dialect(Protocol):
-    """How a route writes what came."""
+    """How a route formats events and answers."""
 
     def event(self, news: Sequence[New], **usage: Any) -> OpenAIAnswer: ...
 
@@ -98,10 +98,10 @@ class Dialect(Protocol):
 
 
 class Reply:
-    """The choices on their way out, as events or as a whole.
+    """Formats the choices as events or as a whole answer.
 
     Args:
-        body: of the request; the n choices of a prompt count it once.
+        body: the request; in the usage, a prompt counts once for its n choices.
     """
 
     def __init__(self, choices: Choices, dialect: Dialect, body: OpenAIRequest) -> None:
@@ -114,7 +114,7 @@ class Reply:
         self._forms: dict[int, Form | None] = {}
 
     async def events(self) -> AsyncGenerator[OpenAIAnswer | bytes, None]:
-        """One event for each piece of each choice and, where asked for, one with the usage."""
+        """Yield an event per piece of each choice, then, if requested, one with the usage."""
         usage: dict[str, OpenAIUsage | None] = {"usage": None} if self._options.include_usage else {}
         async with aclosing(self._choices.news()) as news:
             async for new in news:
@@ -134,7 +134,7 @@ class Reply:
         return self._dialect.answer(self._usage())
 
     def _form_of(self, new: New, usage: dict[str, OpenAIUsage | None]) -> Form | None:
-        """For an event that tells no more than a text, as all do but a choice's first and last; None for others."""
+        """The form of an event with nothing but new text, as are all but a choice's first and last; else None."""
         is_first = new.choice not in self._forms
         form = self._forms.setdefault(new.choice, None)
         has_more = new.finish_reason is not None or new.piece.logprobs is not None or usage.get("usage") is not None

@@ -1,4 +1,4 @@
-"""POST /v1/completions: texts continued, in OpenAI's shape."""
+"""POST /v1/completions: continues texts in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ router = APIRouter(route_class=CountedRoute, tags=["openai"])
     response_model=Completion,
     summary="Continue texts",
     responses=generation(
-        "The answers; with `stream` such events, each with what a step or a few added to an answer, then `[DONE]`.",
+        "The answers; with `stream`, such events with what one or more steps added to an answer, then `[DONE]`.",
         Completion,
     ),
 )
@@ -70,7 +70,7 @@ class _Dialect:
 
 
 class _Text:
-    """One answer on its way out: its text, behind the prompt where that is echoed."""
+    """Formats one answer: its text, after the prompt if that is echoed."""
 
     def __init__(self, index: int, run: Run, prompt: Prompt, body: CompletionRequest, tokenizer: TokenizerLike) -> None:
         self._index = index
@@ -81,12 +81,12 @@ class _Text:
         self._has_begun = False
 
     def whole(self) -> CompletionChoice:
-        """The choice once its run has ended."""
+        """The complete choice, after its run has ended."""
         answer = self._run.answer()
         return self.grown(answer.text, answer.logprobs, answer.finish_reason)
 
     def grown(self, text: str, entries: Sequence[TokenLogprob] | None, end: FinishReason | None) -> CompletionChoice:
-        """What is new: the prompt at first, then what came after it; the end comes with the last."""
+        """A choice with the new text. The first one begins with an echoed prompt, the last has the finish reason."""
         if self._is_silent:
             text, entries = "", ()
         logprobs = None if self._logprobs is None else self._shaped(self._logprobs, entries or ())
@@ -94,7 +94,7 @@ class _Text:
         self._has_begun = True
         choice = CompletionChoice(index=self._index, text=text, logprobs=logprobs, finish_reason=None)
         if end is not None:
-            # With max_tokens 0 an end token would not be an end of what was asked for.
+            # With max_tokens 0 the one generated token is hidden, so it must not show as an end token either.
             choice.finish_reason = FinishReason.LENGTH if self._is_silent else end
             choice.metrics = self._run.times()
         return choice

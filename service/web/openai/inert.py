@@ -1,4 +1,4 @@
-"""Types of OpenAI's parameters that this server has no use for: the values that change nothing, and no others."""
+"""Types for OpenAI parameters that are not supported: they accept only values that have no effect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_NOTES = 16
 
 
 def _refuse(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """Whatever the type does not take is a wish that would not be honoured."""
+    """Replace any validation error by `not_honoured`, since the value would have no effect."""
     try:
         return handler(value)
     except ValidationError as error:
@@ -23,7 +23,7 @@ def _refuse(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 
 
 Only = Annotated[T, WrapValidator(_refuse)]
-"""The values of T are accepted and change nothing; any other is refused by the parameter's name."""
+"""Accepts the values of T, which have no effect, and refuses all others."""
 
 Nothing = Only[None]
 EmptyList = Only[Annotated[list[Any], Field(max_length=0)]]
@@ -31,6 +31,6 @@ EmptyObject = Only[Annotated[dict[str, Any], Field(max_length=0)]]
 Zero = Only[Annotated[float, Field(ge=0, le=0)]]
 
 InertText = Annotated[Text, Field(max_length=MAX_NOTE_CHARS)]
-"""A note of the client's."""
+"""A note for the client's own use."""
 Metadata = Annotated[dict[str, InertText], Field(max_length=MAX_NOTES)]
-"""Labels of the client's."""
+"""Labels for the client's own use."""

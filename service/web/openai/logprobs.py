@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes: by place in the text, and by token."""
+"""Log-probabilities in OpenAI's two formats: the completions' parallel lists, and the chat's entry per token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from service.web.schemas.generate import TokenLogprob, TopLogprob
 
 
 class TextLogprobs:
-    """The completions' shape, for one answer as it grows.
+    """The completions' format, for one answer as it grows.
 
-    A token's offset is the length of the text that the tokens before it had completed, so all tokens of a character
-    that comes in parts have the offset of that character.
+    A token's offset is the length of the text completed by the tokens before it, so all tokens of one character have
+    the offset of that character.
     """
 
     def __init__(self, prompt: Prompt, is_echoed: bool, tokenizer: TokenizerLike) -> None:
@@ -24,7 +24,7 @@ class TextLogprobs:
         self._decoder = tokenizer.detokenizer(prompt.ids)
 
     def of_prompt(self, entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
-        """Of all tokens of the prompt; entries are of all but the first, which nothing predicts."""
+        """The entries of all prompt tokens; entries holds all but the first, which has no prediction."""
         ids, decoder, offset = self._prompt.ids, self._tokenizer.detokenizer(), 0
         offsets = []
         for token_id in ids:
@@ -39,7 +39,7 @@ class TextLogprobs:
         return joined(first, self._shaped(entries, offsets[1:]))
 
     def of_answer(self, entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
-        """Of the answer's next tokens."""
+        """The entries of the answer's next tokens."""
         offsets = []
         for entry in entries:
             offsets.append(self._offset)
@@ -55,7 +55,7 @@ class TextLogprobs:
         )
 
     def _by_text(self, entry: TokenLogprob) -> dict[str, float]:
-        """The likeliest tokens, then the token itself; of two that read alike, the likelier."""
+        """The likeliest tokens, then the token itself; of several with the same text, the likeliest."""
         named: dict[str, float] = {}
         for each in (*entry.top, entry):
             named.setdefault(self._tokenizer.token_text(each.id), _number(each.logprob))
@@ -63,7 +63,7 @@ class TextLogprobs:
 
 
 def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
-    """The second behind the first."""
+    """Concatenate two."""
     return CompletionLogprobs(
         tokens=first.tokens + second.tokens,
         token_logprobs=first.token_logprobs + second.token_logprobs,
@@ -73,7 +73,7 @@ def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionL
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob], tokenizer: TokenizerLike) -> ChatLogprobs:
-    """The chat's shape."""
+    """The chat's format."""
 
     def named(entry: TopLogprob) -> ChatTopLogprob:
         text, of_text = tokenizer.token_text(entry.id), tokenizer.token_bytes(entry.id)

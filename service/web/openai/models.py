@@ -1,4 +1,4 @@
-"""GET /v1/models: the names that `model` may be."""
+"""GET /v1/models: the valid values of `model`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Shared = Annotated[Serving, Depends(serving_of)]
 
 @router.get("/v1/models", summary="Served models")
 async def models(serving: Shared) -> ModelList:
-    """NAME, which is the first variant, then NAME:VARIANT for each. A bare VARIANT is understood as well."""
+    """NAME, which is the first variant, then NAME:VARIANT for each. A bare VARIANT is accepted as well."""
     listed = serving.models.listed()
     return ModelList(object="list", data=[_served(name, variant, serving) for name, variant in listed.items()])
 
 
-# A name may be a path or hold the slash of a hub's id.
+# A name may be a path, or contain the slash of a Hugging Face id.
 @router.get("/v1/models/{model:path}", summary="One of them", responses=failures(404, 422))
 async def model(model: str, serving: Shared) -> ServedModel:
-    """What a name stands for."""
+    """The variant of a name."""
     return _served(model, serving.models.variant_of(model), serving)
 
 

@@ -1,4 +1,4 @@
-"""From OpenAI's bodies to plans: prompts, choices, and the parameters that contradict each other."""
+"""Turns OpenAI's request bodies into plans, and refuses contradicting parameters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUM_SEEDS = 1 << 63
 
 
 class Prompt(NamedTuple):
-    """What is to be continued. text: as the client sent it, or as its ids read."""
+    """A prompt. text: as the client sent it, or decoded from its ids if it is to be echoed."""
 
     ids: list[int]
     text: str
@@ -36,7 +36,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What all choices of a request share."""
+    """The fields shared by all choices of a request."""
 
     id: str
     route: str
@@ -48,7 +48,7 @@ class Order:
     timeout_s: float
 
     def plans(self, prompts: Sequence[tuple[list[int], SamplingParams]], n: int) -> list[Plan]:
-        """n plans for each prompt, the i-th of them with the seed + i."""
+        """n plans for each prompt; the i-th uses seed + i."""
         return [
             Plan(
                 id=self.id if len(prompts) * n == 1 else f"{self.id}-{place * n + i}",
@@ -73,7 +73,9 @@ async def completion_plans(
     """The prompts, and n plans for each.
 
     Raises:
-        InvalidRequest, PromptTooLong, NotReady, EngineFailed: with name, value, limit and remedy.
+        InvalidRequest: a parameter is out of range or contradicts another one.
+        PromptTooLong: as `fitting`.
+        NotReady, EngineFailed: as `Serving.engine`.
     """
     engine, tokenizer = serving.engine(variant), serving.tokenizer
     _refuse_lone_stream_options(body)
@@ -83,7 +85,7 @@ async def completion_plans(
     wanted = []
     for prompt in prompts:
         room = Room(len(prompt.ids), engine.max_model_len)
-        # The log-probabilities of a prompt come with a first token, which is not told where none was asked for.
+        # The log-probabilities of a prompt come with a first token; with max_tokens 0 that token is then hidden.
         max_tokens = max(1, fitting(asked, body.max_tokens, room, serving.settings))
         params = replace(
             sampling_params(body, tokenizer, max_tokens),
@@ -105,7 +107,7 @@ async def completion_plans(
 
 
 async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving, received_s: float) -> list[Plan]:
-    """n plans. Raises as `completion_plans` does, and what the grammar of `response_format` raises."""
+    """n plans. Raises as `completion_plans` and, for `response_format`, as `json_grammar` and `Engine.compile`."""
     engine, tokenizer = serving.engine(variant), serving.tokenizer
     _refuse_lone_stream_options(body)
     if body.top_logprobs is not None and not body.logprobs:
@@ -146,7 +148,7 @@ async def _prompt(prompt: str | list[int], tokenizer: TokenizerLike, is_echoed: 
 
 
 async def _grammar(wanted: ResponseFormat | None, engine: Engine) -> str | None:
-    """The rules that the answer must match, compiled where the engine is."""
+    """The grammar's rules for `response_format`, already compiled by the engine; None for any text."""
     if wanted is None:
         return None
     if (wanted.json_schema is not None) != (wanted.type == "json_schema"):

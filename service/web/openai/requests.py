@@ -1,4 +1,4 @@
-"""Request bodies in OpenAI's shapes. Each of OpenAI's parameters is honoured, or accepted where it changes nothing."""
+"""Request bodies in OpenAI's format. Each OpenAI parameter is supported, or accepted only with values of no effect."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from service.web.openai.inert import EmptyList, EmptyObject, InertText, Metadata
 from service.web.schemas.bodies import Body, Sampling, Temperature, Text, whole_unicode
 
 MAX_CHOICES = 128
-"""Answers to one request: prompts times `n`."""
+"""Most answers to one request: prompts times `n`."""
 MAX_TOP_LOGPROBS = 20
 
 Prompts = list[str] | list[list[int]]
 
 
 def _prompts(value: Any) -> Prompts:
-    """One prompt or several, as text or as token ids, as a list of prompts."""
+    """Normalize one or several prompts, as text or token ids, to a list of prompts."""
     items = [value] if isinstance(value, str) else value
     if isinstance(items, list):
         if items and all(isinstance(item, str) for item in items):
@@ -46,7 +46,7 @@ _PROMPT_SCHEMA = {
 
 
 def _joined(value: Any) -> Any:
-    """Content that comes in parts as one text, a line for each part."""
+    """Join content that is sent in parts, with a line break in between."""
     return "\n".join(_part_text(part) for part in value) if isinstance(value, list) else value
 
 
@@ -68,7 +68,7 @@ _CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEX
 
 
 def _nullable(schema: dict[str, Any]) -> None:
-    """Allow null for every field that may be left out."""
+    """Allow null in the JSON schema for every optional field."""
     for name, field in schema["properties"].items():
         is_optional = name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ())
         if is_optional and field.get("type") != "null":
@@ -77,7 +77,7 @@ def _nullable(schema: dict[str, Any]) -> None:
 
 
 class NullIsAbsent(Body):
-    """A body in which null stands for a field that is not sent, as OpenAI's clients write it."""
+    """A body in which null means that the field is absent, as OpenAI's clients send it."""
 
     model_config = ConfigDict(json_schema_extra=_nullable)
     unknown = "unknown_parameter"
@@ -96,13 +96,13 @@ class NullIsAbsent(Body):
 
 
 class StreamOptions(NullIsAbsent):
-    """What a stream brings beside the text."""
+    """What a stream contains besides the text."""
 
     include_usage: bool = Field(
-        default=False, description="One more event before `[DONE]`: no choices, the whole usage."
+        default=False, description="One more event before `[DONE]`, without choices and with the total usage."
     )
     continuous_usage_stats: bool = Field(
-        default=False, description="Usage so far in every event; with `include_usage`."
+        default=False, description="Usage so far in every event; needs `include_usage`."
     )
     include_obfuscation: Only[Literal[False]] = Field(
         default=False, description="Accepted: false; events are never padded."
@@ -110,7 +110,7 @@ class StreamOptions(NullIsAbsent):
 
 
 class OpenAIRequest(NullIsAbsent, Sampling):
-    """What both routes read alike."""
+    """The fields shared by both routes."""
 
     model: str | None = Field(None, description="NAME, NAME:VARIANT or VARIANT, see /v1/models; none: the first there.")
     temperature: Temperature = Field(
@@ -118,10 +118,10 @@ class OpenAIRequest(NullIsAbsent, Sampling):
     )
     max_tokens: int | None = None
     n: int = Field(
-        1, ge=1, le=MAX_CHOICES, description="Answers per prompt, side by side; the i-th is drawn with `seed` + i."
+        1, ge=1, le=MAX_CHOICES, description="Answers per prompt, generated concurrently; the i-th uses `seed` + i."
     )
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
-    user: InertText = Field("", description="Accepted: it names your user to OpenAI and changes no answer.")
+    user: InertText = Field("", description="Accepted; it has no effect on answers.")
     presence_penalty: Zero = Field(0, description="Accepted: 0. See `repetition_penalty`.")
     frequency_penalty: Zero = Field(0, description="Accepted: 0. See `repetition_penalty`.")
     logit_bias: EmptyObject = Field({}, description="Accepted: {}, no bias.")
@@ -134,26 +134,26 @@ class CompletionRequest(OpenAIRequest):
         description="Text to continue, or token ids, or a list of either."
     )
     max_tokens: int = Field(
-        16, ge=0, description="Most tokens to generate. If left out, 16 or as many as the context leaves."
+        16, ge=0, description="Most tokens to generate. If left out, 16 or as many as fit in the context."
     )
     echo: bool = Field(False, description="Begin the text, and its `logprobs`, with the prompt.")
     logprobs: int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="Log-probabilities of each token and of this many likeliest."
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="Log-probabilities of each token and this many likeliest ones."
     )
-    best_of: int | None = Field(None, ge=1, description="Accepted: the value of `n`, so that every answer is returned.")
+    best_of: int | None = Field(None, ge=1, description="Accepted: the value of `n`, since every answer is returned.")
     suffix: Only[Literal[""]] = Field("", description='Accepted: "", no text after the answer.')
 
 
 class ChatMessage(NullIsAbsent):
-    """One turn of a conversation. The fields after `content` let an answer's message be sent back as it came."""
+    """One turn of a conversation. The fields after `content` allow an answer's message to be sent back unchanged."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="Who speaks, as far as the model's chat template knows them; developer as system if it does not."
+        description="Role of the author; developer becomes system if the model's chat template has no developer role."
     )
     content: Annotated[Text, BeforeValidator(_joined), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
-        description="What is said: a string, or text parts, which are joined by line breaks."
+        description="The text: a string, or text parts, which are joined by line breaks."
     )
-    name: Nothing = Field(None, description="Accepted: null; chat templates know no names.")
+    name: Nothing = Field(None, description="Accepted: null; chat templates have no names.")
     refusal: Nothing = Field(None, description="Accepted: null.")
     audio: Nothing = Field(None, description="Accepted: null.")
     function_call: Nothing = Field(None, description="Accepted: null.")
@@ -164,17 +164,17 @@ class ChatMessage(NullIsAbsent):
 class JsonSchema(NullIsAbsent):
     """A schema that the answer must follow."""
 
-    name: str = Field(min_length=1, description="Yours; it changes no answer.")
-    description: str | None = Field(None, description="Yours; it changes no answer.")
+    name: str = Field(min_length=1, description="For your own use; it has no effect on answers.")
+    description: str | None = Field(None, description="For your own use; it has no effect on answers.")
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="JSON schema; none: any JSON object.")
     strict: bool | None = Field(None, description="Accepted: any; the schema is always followed strictly.")
 
 
 class ResponseFormat(NullIsAbsent):
-    """What the answer may look like: every token that would break it is ruled out before it is drawn."""
+    """Constrains the answer: tokens that would violate the format are excluded before sampling."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(description="Any text, any JSON object, or a schema.")
-    json_schema: JsonSchema | None = Field(None, description="Needed by the type json_schema, and by it alone.")
+    json_schema: JsonSchema | None = Field(None, description="Only for the type json_schema, which requires it.")
 
 
 class ChatRequest(OpenAIRequest):
@@ -183,20 +183,20 @@ class ChatRequest(OpenAIRequest):
     messages: list[ChatMessage] = Field(
         min_length=1,
         fail_fast=True,
-        description="Conversation to answer, by the model's chat template; a last message of the assistant's is "
-        "continued.",
+        description="Conversation to answer, in the model's chat template; if the last message is the assistant's, it "
+        "is continued.",
     )
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="Most tokens to generate; none: as many as the context leaves."
+        None, ge=1, description="Most tokens to generate; none: as many as fit in the context."
     )
     max_tokens: int | None = Field(None, ge=1, description="The older name of `max_completion_tokens`.")
     logprobs: bool = Field(False, description="Return the log-probability of each token.")
     top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="And of this many likeliest; only with `logprobs`."
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="Also of this many likeliest tokens; only with `logprobs`."
     )
     response_format: ResponseFormat | None = Field(None, description="Constrains the answer; none: any text.")
     add_generation_prompt: bool = Field(
-        True, description="Let the template open, or leave open, the assistant's turn at the end; false: end as sent."
+        True, description="End the prompt inside the assistant's turn, so that it is continued; false: end as sent."
     )
     tools: EmptyList = Field([], description="Accepted: [], no tools.")
     tool_choice: Only[Literal["none", "auto"]] = Field("none", description="Accepted: none, auto; there are no tools.")

@@ -1,1 +1,1 @@
-"""Routes of ottava's own."""
+"""ottava's own routes."""

@@ -1,4 +1,4 @@
-"""POST /admin/reload: serve a newly quantized checkpoint without losing a request."""
+"""POST /admin/reload: switches to another checkpoint without losing a request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ReloadRequest(Body):
     """Which checkpoint to serve."""
 
     model: Text | None = Field(
-        None, min_length=1, max_length=4096, description="Folder on the server; null: the one that is served, again."
+        None, min_length=1, max_length=4096, description="Folder on the server; null: read the present one again."
     )
 
 
@@ -32,8 +32,8 @@ class ReloadResponse(BaseModel):
     checkpoint: str = Field(description="Name of the folder.")
     generation: int = Field(description="Of the weights, 1 at start.")
     loaded_at: datetime
-    load_s: float = Field(description="Seconds of reading, checking and warming up, beside the old weights.")
-    pause_s: float = Field(description="Seconds for which no request could start.")
+    load_s: float = Field(description="Seconds to read, check and warm up, while the old weights still served.")
+    pause_s: float = Field(description="Seconds during which no request could start.")
 
 
 @router.post(
@@ -43,9 +43,9 @@ class ReloadResponse(BaseModel):
     responses=failures(400, 401, 409, 422),
 )
 async def reload(body: ReloadRequest, http: HTTPRequest) -> Response:
-    """Load an int8 checkpoint beside the one that is served, check it against the baseline, and exchange them.
+    """Load an int8 checkpoint next to the present one, check it against the baseline, and switch to it.
 
-    Requests that run finish on the old weights; those that wait go on with the new ones. Answers when it is done.
+    Running requests finish on the old weights; queued ones start on the new weights. Answers when it is done.
     """
     reloaded = await serving_of(http).reload(body.model)
     return Response(ReloadResponse(**asdict(reloaded)).model_dump_json(), media_type="application/json")

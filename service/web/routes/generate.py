@@ -1,4 +1,4 @@
-"""POST /generate: one prompt, one answer or a stream, and on request the baseline's answer beside it."""
+"""POST /generate: one prompt, one answer or a stream, and optionally a comparison with the baseline."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from service.web.schemas.generate import Answer, Delta, GenerateRequest, Generat
 from service.web.state import Serving, serving_of
 
 NO_IDS = [-1]
-"""For the ids that change, see `Form`."""
+"""A placeholder for the ids that change; see `Form`."""
 
 router = APIRouter(route_class=CountedRoute, tags=["generation"])
 
@@ -47,13 +47,13 @@ router = APIRouter(route_class=CountedRoute, tags=["generation"])
     response_model=GenerateResponse,
     summary="Generate text",
     responses=generation(
-        "The answer; with `stream` a `Delta` for each step or a few, then the whole answer, then `[DONE]`.",
+        "The answer; with `stream`, a `Delta` per one or more steps, then the whole answer, then `[DONE]`.",
         Delta,
         GenerateResponse,
     ),
 )
 async def generate(body: GenerateRequest, http: HTTPRequest) -> Response:
-    """Continue a prompt with one variant. `compare` runs it on the fp16 baseline afterwards, never beside it."""
+    """Continue a prompt with one variant. `compare` also runs it on the fp16 baseline, after the first run."""
     serving = serving_of(http)
     variant = serving.default_variant if body.variant is None else body.variant
     with serving.metrics.counting_refusals(variant if variant in serving.engines else NO_VARIANT):
@@ -65,10 +65,12 @@ async def generate(body: GenerateRequest, http: HTTPRequest) -> Response:
 
 
 async def make_plan(body: GenerateRequest, variant: str, serving: Serving, received_s: float) -> Plan:
-    """Check everything that can be checked before an engine sees the request.
+    """Check a body and turn it into a plan.
 
     Raises:
-        InvalidRequest, PromptTooLong, UnknownVariant, NotReady, EngineFailed: with name, value, limit and remedy.
+        InvalidRequest: a value is out of range, or `compare` is not possible.
+        PromptTooLong: as `fitting`.
+        UnknownVariant, NotReady, EngineFailed: as `Serving.engine`.
     """
     engines = [serving.engine(variant)]
     if body.compare:
@@ -78,7 +80,7 @@ async def make_plan(body: GenerateRequest, variant: str, serving: Serving, recei
     room = Room(len(prompt_ids), min(engine.max_model_len for engine in engines), body.prompt_field)
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     params = sampling_params(body, serving.tokenizer, fitting(asked, body.max_tokens, room, serving.settings))
-    # A comparison needs the chosen tokens' log-probabilities for itself, and one seed for both.
+    # A comparison needs the chosen tokens' log-probabilities, and the same seed for both runs.
     logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
     seed = secrets.randbits(32) if body.seed is None and body.compare else body.seed
     return Plan(
@@ -96,10 +98,10 @@ async def make_plan(body: GenerateRequest, variant: str, serving: Serving, recei
 
 
 class Job:
-    """A /generate request while it is served: its run and, for a comparison, the baseline's after it."""
+    """The run of a /generate request and, for a comparison, the baseline's run after it."""
 
     def __init__(self, plan: Plan, compare: bool, serving: Serving) -> None:
-        """Submit the plan. Raises QueueFull or EngineFailed, by the engine."""
+        """Submit the plan. Raises QueueFull or EngineFailed, as `Engine.submit`."""
         self._serving = serving
         self._compare = compare
         self._visit = serving.visit()
@@ -111,7 +113,7 @@ class Job:
             raise
 
     async def events(self) -> AsyncGenerator[Delta | bytes | GenerateResponse, None]:
-        """What each step of each run added, and last the whole answer. Raises EngineFailed or QueueFull."""
+        """Yield what each step of each run added, then the whole answer. Raises as `Run` and `Run.pieces`."""
         first = self._runs[0]
         async for event in _deltas(first):
             yield event
@@ -133,7 +135,7 @@ class Job:
         yield answer
 
     async def answer(self) -> GenerateResponse:
-        """The whole answer. Raises as `events` does."""
+        """The whole answer. Raises as `events`."""
         async with aclosing(self.events()) as events:
             async for item in events:
                 last = item
@@ -141,7 +143,7 @@ class Job:
         return last
 
     def close(self) -> None:
-        """Free what is still held. A second call changes nothing."""
+        """Free what the runs still hold. Idempotent."""
         self._visit.leave()
         for run in self._runs:
             run.close()
@@ -162,7 +164,7 @@ class Job:
 
 
 async def _deltas(run: Run) -> AsyncIterator[Delta | bytes]:
-    """An event for each piece of a run. Raises as `Run.pieces` does."""
+    """An event for each piece of a run. Raises as `Run.pieces`."""
     form = Form(_delta(run, Piece(MARK, NO_IDS)), MARK, NO_IDS)
     async for piece in run.pieces():
         yield form.event(piece.text, piece.token_ids) if piece.logprobs is None else _delta(run, piece)
@@ -174,7 +176,7 @@ def _delta(run: Run, piece: Piece) -> Delta:
 
 
 def _fields(answer: Answer) -> dict[str, Any]:
-    """The fields that were set: `logprobs` is left out unless the client asked."""
+    """The fields that are set, so that `logprobs` stays out unless the client asked for it."""
     return {name: getattr(answer, name) for name in answer.model_fields_set}
 
 
@@ -194,7 +196,7 @@ def _require_baseline(variant: str, serving: Serving) -> None:
 
 
 async def _prompt_ids(body: GenerateRequest, tokenizer: TokenizerLike) -> list[int]:
-    """The prompt as token ids, in whichever form it came."""
+    """The token ids of the prompt, whichever field it was sent in."""
     if body.prompt_ids is not None:
         return known_ids(body.prompt_ids, tokenizer, "prompt_ids")
     if body.messages is not None:

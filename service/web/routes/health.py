@@ -1,4 +1,4 @@
-"""Alive, ready, what is served, and the metrics."""
+"""GET /health, /ready, /info and /metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Shared = Annotated[Serving, Depends(serving_of)]
     responses={503: {"model": Health, "description": "An engine has stopped after a failure."}},
 )
 async def health(serving: Shared) -> Response:
-    """200 while every engine runs; 503 with the reason once one has stopped. Not ready is still alive."""
+    """200 while every engine runs, ready or not; 503 with the reason once one has failed for good."""
     failures = serving.failures()
     if failures:
         return JSONResponse({"status": "failed", "variants": failures}, 503)
@@ -38,7 +38,7 @@ async def health(serving: Shared) -> Response:
     responses={503: {"model": Readiness, "description": "A variant is not ready, and why."}},
 )
 async def ready(serving: Shared) -> Response:
-    """200 while every variant is loaded, self-checked and running; else 503 with the reason for each that is not."""
+    """200 if every variant is loaded, self-checked and running; else 503 with the reason for each that is not."""
     reasons = {variant: reason for variant in serving.engines if (reason := serving.why_unready(variant))}
     reasons.update(serving.failures())
     if serving.is_draining:
@@ -52,7 +52,7 @@ async def ready(serving: Shared) -> Response:
 
 @router.get("/info", summary="What is served", responses=failures(401, 503))
 async def info(serving: Shared) -> HostInfo:
-    """Model, variants, scheme, calibration, memory, device and versions; 503 until they are known."""
+    """Model, variants, scheme, calibration, memory, device and versions; 503 until the engines are open."""
     return serving.host.info
 
 

@@ -1,4 +1,4 @@
-"""GET /: the side-by-side page, a few files that the browser asks for again only when they have changed."""
+"""GET /: the side-by-side page and its files, with ETags so that browsers reload only what has changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEDIA_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Nothing from elsewhere, nothing inline, and nobody may frame it.
+# No foreign content, no inline code, and no framing.
 CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -36,7 +36,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
 
 @dataclass(frozen=True, slots=True)
 class PageFile:
-    """A file of the page as it goes out."""
+    """A file of the page with its response headers."""
 
     content: bytes
     media_type: str
@@ -74,7 +74,7 @@ async def part(name: str, request: HTTPRequest) -> Response:
 
 
 def _answer(request: HTTPRequest, file: PageFile) -> Response:
-    """The file, or 304 where the browser has it. `no-cache`: kept, but asked about each time."""
+    """The file, or 304 if the browser has it. `no-cache` lets browsers keep it but revalidate it each time."""
     headers = {
         "etag": file.etag,
         "cache-control": "no-cache",
@@ -88,6 +88,6 @@ def _answer(request: HTTPRequest, file: PageFile) -> Response:
 
 
 def _has(known: str, etag: str) -> bool:
-    """Whether an If-None-Match header names the tag; a proxy that compresses makes it weak."""
+    """Whether an If-None-Match header contains the tag, which may be weak if a proxy compresses."""
     tags = [tag.strip().removeprefix("W/") for tag in known.split(",")]
     return etag in tags or "*" in tags

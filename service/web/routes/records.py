@@ -1,4 +1,4 @@
-"""What the service remembers of its work: the last requests, and what comparisons with the baseline come to."""
+"""GET /requests/recent and /compare: the last requests, and a summary of comparisons with the baseline."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Shared = Annotated[Serving, Depends(serving_of)]
 
 @router.get("/requests/recent", summary="The last hundred requests")
 async def recent(serving: Shared) -> RecentResponse:
-    """Times and lengths of the last runs that finished, oldest first; no text. Replays are not among them."""
+    """Times and lengths of the last finished runs, oldest first, without text. Shadow replays are left out."""
     return RecentResponse(requests=serving.recent.rows())
 
 
 @router.get("/compare", summary="Speed-up and agreement so far")
 async def compare(serving: Shared) -> CompareResponse:
-    """Medians over the last thousand comparisons, of requests that asked for one and of shadow mode apart."""
+    """Medians over the last thousand comparisons, separately for `compare` requests and for shadow mode."""
     state = ShadowState(rate=serving.settings.shadow_rate, waiting=serving.shadow.num_waiting)
     return CompareResponse(**serving.comparisons.summary(), shadow_state=state)

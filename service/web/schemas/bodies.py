@@ -1,4 +1,4 @@
-"""What every request body shares: strictness, text that a tokenizer can encode, and how tokens are chosen."""
+"""The base of all request bodies: strict validation, text that can be encoded, and the sampling fields."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_STOP_CHARS = 256
 MIN_TEMPERATURE = 0.001
 MAX_NAME_CHARS = 80
 MAX_DEPTH = 2
-"""Numbers lie in a body, in a list of its, and in the lists of that list; no deeper."""
+"""How deep numbers are nested in lists: `prompt` may be a list of lists."""
 
 
 def _stop_list(value: Any) -> Any:
@@ -31,7 +31,7 @@ def _usable_temperature(value: float) -> float:
 
 
 def _whole(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """3 for 3.0, also in lists; everything else as it is."""
+    """Convert whole floats to integers, also in lists; return everything else unchanged."""
     if type(value) is float and value.is_integer():
         return int(value)
     if depth and isinstance(value, list) and not {float, list}.isdisjoint(map(type, value)):
@@ -40,8 +40,8 @@ def _whole(value: Any, depth: int = MAX_DEPTH) -> Any:
 
 
 def whole_unicode(value: str) -> str:
-    """The text as it is. Raises the pydantic error `string_unicode` where it cannot be encoded."""
-    # JSON can spell half a surrogate pair, which no tokenizer can encode.
+    """The text, unchanged. Raises the pydantic error `string_unicode` if it cannot be encoded as UTF-8."""
+    # JSON can contain half a surrogate pair, which no tokenizer can encode.
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -66,13 +66,13 @@ _STOP_SCHEMA = {
 
 
 class Body(BaseModel):
-    """What a client sends: no unknown field, no conversion between types, no NaN or infinity."""
+    """A request body, validated strictly: no unknown field, no conversion between types, no NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
     unknown: ClassVar[LiteralString] = "unknown_field"
-    """The pydantic error of an unknown field, which decides the status of the answer."""
+    """The pydantic error for an unknown field; it determines the status of the answer."""
     names: ClassVar[frozenset[str]] = frozenset()
-    """Its fields, as clients write them."""
+    """The names of its fields in JSON."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -82,13 +82,13 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_whole_numbers(cls, values: Any) -> Any:
-        """JSON has one kind of number: 3.0 is the integer 3, and a float field takes integers as well."""
+        """Convert whole floats to integers: JSON has only one type of number. Float fields accept integers too."""
         return {name: _whole(value) for name, value in values.items()} if isinstance(values, dict) else values
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_first_unknown(cls, values: Any) -> Any:
-        """One error for the first unknown field: pydantic's own check makes one for each, 8 us apiece."""
+        """Report only the first unknown field: pydantic's own check makes an error for each, at 8 us apiece."""
         for name in values if isinstance(values, dict) else ():
             if name not in cls.names:
                 shown = name[:MAX_NAME_CHARS].encode(errors="backslashreplace").decode()
@@ -98,7 +98,7 @@ class Body(BaseModel):
 
 
 class Sampling(Body):
-    """How the next token is chosen, where the answer ends, and whether it comes as a stream."""
+    """How the next token is chosen, where the answer ends, and whether it is streamed."""
 
     temperature: Temperature = Field(
         0.0, ge=0, le=2, description="0: always the likeliest token; above: logits are divided by it."
@@ -110,12 +110,12 @@ class Sampling(Body):
         1.0, ge=0.1, le=10, description="Above 1 makes tokens of prompt and answer less likely; 1: off."
     )
     stop: Annotated[list[StopString], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] = Field(
-        [], max_length=MAX_STOPS, description="A string or a list of strings that end the answer; left out of it."
+        [], max_length=MAX_STOPS, description="A string or a list of strings that end the answer and are cut off it."
     )
     seed: int | None = Field(
-        None, ge=0, lt=1 << 63, description="Same seed, same request, same answer; none: a fresh one."
+        None, ge=0, lt=1 << 63, description="The same request with the same seed gets the same answer; none: a new one."
     )
-    ignore_eos: bool = Field(False, description="Go on to max_tokens whatever the model says.")
+    ignore_eos: bool = Field(False, description="Ignore end tokens and generate max_tokens.")
     stream: bool = Field(False, description="Answer as server-sent events, one per step.")
     timeout_s: float | None = Field(
         None, gt=0, description="Seconds until the answer must be complete, else 504; none: the server's limit."

@@ -1,4 +1,4 @@
-"""The one shape of every answer that is not a success."""
+"""The body of every error response."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, and how to mend it."""
+    """What went wrong, and how to fix it."""
 
     message: str
     type: str = Field(description="invalid_request_error, overloaded_error or server_error.")
@@ -15,6 +15,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Body of every answer that is not a success."""
+    """Body of every error response."""
 
     error: ErrorDetail

@@ -1,4 +1,4 @@
-"""Request and response bodies. An unknown field is an error: nothing is accepted that is not honoured."""
+"""Request and response bodies of POST /generate. Unknown fields are errors, so that nothing is silently ignored."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ PROMPT_FIELDS = ("prompt", "messages", "prompt_ids")
 class Message(Body):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"] = Field(description="Who speaks.")
-    content: Text = Field(description="What is said.")
+    role: Literal["system", "user", "assistant"] = Field(description="Role of the author.")
+    content: Text = Field(description="The text.")
 
 
 def _exactly_one_prompt(schema: dict[str, Any]) -> None:
-    """Say in the JSON schema that one of the prompt's fields is there and not null."""
+    """State in the JSON schema that exactly one of the prompt's fields is present and not null."""
     schema["oneOf"] = [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in PROMPT_FIELDS]
 
 
 class GenerateRequest(Sampling):
-    """Body of POST /generate: exactly one of `prompt`, `messages` and `prompt_ids`, and how to go on from it."""
+    """Body of POST /generate: exactly one of `prompt`, `messages` and `prompt_ids`, and sampling fields."""
 
     model_config = ConfigDict(json_schema_extra=_exactly_one_prompt)
 
@@ -35,7 +35,7 @@ class GenerateRequest(Sampling):
     messages: list[Message] | None = Field(
         None,
         fail_fast=True,
-        description="Conversation to answer, by the model's chat template.",
+        description="Conversation to answer, in the model's chat template.",
         json_schema_extra={"minItems": 1},
     )
     prompt_ids: list[int] | None = Field(
@@ -45,12 +45,12 @@ class GenerateRequest(Sampling):
         json_schema_extra={"minItems": 1, "items": {"minimum": 0}},
     )
     max_tokens: int = Field(
-        128, ge=1, description="Most tokens to generate. If left out, 128 or as many as the context leaves."
+        128, ge=1, description="Most tokens to generate. If left out, 128 or as many as fit in the context."
     )
     logprobs: int | None = Field(
-        None, ge=0, le=20, description="Return log-probabilities of each token and of this many likeliest."
+        None, ge=0, le=20, description="Return log-probabilities of each token and this many likeliest ones."
     )
-    variant: str | None = Field(None, description="`w8a8` or `fp16`; none: the first that this server serves.")
+    variant: str | None = Field(None, description="`w8a8` or `fp16`; none: the server's default.")
     compare: bool = Field(False, description="Run the same request on the fp16 baseline afterwards, and compare.")
 
     @model_validator(mode="after")
@@ -66,25 +66,25 @@ class GenerateRequest(Sampling):
 
     @property
     def opens_a_turn(self) -> bool:
-        """The answer is a message of its own, not the rest of a text or of the assistant's last message."""
+        """Whether the answer is a new message, rather than the continuation of a text or of the last message."""
         messages = self.messages or []
         return bool(messages) and messages[-1].role != "assistant"
 
     @property
     def prompt_field(self) -> str:
-        """The field that the prompt came in."""
+        """The name of the field that contains the prompt."""
         return next(name for name in PROMPT_FIELDS if getattr(self, name) is not None)
 
 
 class TopLogprob(BaseModel):
-    """A likely token at one place."""
+    """A likely token at one position."""
 
     id: int = Field(description="Token id.")
-    logprob: float | None = Field(description="Natural log of its probability; null where that is 0.")
+    logprob: float | None = Field(description="Natural log of its probability; null if that is 0.")
 
 
 class TokenLogprob(TopLogprob):
-    """The token generated at one place, and the likeliest there."""
+    """The token generated at one position, and the likeliest tokens there."""
 
     top: list[TopLogprob] = Field(description="The likeliest tokens, best first.")
 
@@ -98,29 +98,29 @@ class Usage(BaseModel):
 
 
 class Answer(BaseModel):
-    """What one variant answered."""
+    """The answer of one variant."""
 
     id: str
     variant: str
     text: str
-    token_ids: list[int] = Field(description="All tokens, those of a stop string and the end token included.")
+    token_ids: list[int] = Field(description="All tokens, including stop strings and the end token.")
     finish_reason: FinishReason = Field(description="stop: end token or stop string; length: max_tokens; abort.")
     usage: Usage
-    logprobs: list[TokenLogprob] = Field(default=[], description="One entry per token; only where asked for.")
+    logprobs: list[TokenLogprob] = Field(default=[], description="One entry per token; only if requested.")
     metrics: RunMetrics
 
 
 class GenerateResponse(Answer):
-    """Answer of POST /generate, and the last event of its stream. The last four fields come with `compare`."""
+    """Answer of POST /generate, and the last event of its stream. The last four fields are set with `compare`."""
 
     baseline: Answer | None = Field(None, description="The same request on the baseline, run afterwards.")
     speedup: Speedup | None = None
     agreement: Agreement | None = None
-    contended: bool | None = Field(None, description="Other requests ran meanwhile: the times are not clean.")
+    contended: bool | None = Field(None, description="Other requests ran meanwhile, so the times are not comparable.")
 
 
 class Delta(BaseModel):
-    """One event of a stream: what a step added, or several whose tokens go out together."""
+    """One event of a stream: what one or more steps added."""
 
     id: str
     variant: str

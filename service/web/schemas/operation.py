@@ -1,4 +1,4 @@
-"""Answers of the routes that operators ask."""
+"""Response bodies of the operators' routes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class RecentResponse(BaseModel):
 
 
 class ShadowState(BaseModel):
-    """How far shadow mode has come."""
+    """The state of shadow mode."""
 
-    rate: float = Field(description="Share of live requests that is drawn.")
-    waiting: int = Field(description="Requests that wait for an idle moment, the one that is replayed included.")
+    rate: float = Field(description="Share of live requests that is sampled.")
+    waiting: int = Field(description="Requests queued for replay, including the one being replayed.")
 
 
 class CompareResponse(BaseModel):
@@ -35,11 +35,11 @@ class Health(BaseModel):
     """Answer of GET /health."""
 
     status: Literal["ok", "failed"]
-    variants: dict[str, str] = Field({}, description="Those whose engine has stopped, and why.")
+    variants: dict[str, str] = Field({}, description="The variants whose engine has failed for good, and why.")
 
 
 class Readiness(BaseModel):
     """Answer of GET /ready."""
 
     ready: bool
-    variants: dict[str, str] = Field(description="`ready` for each, or while one is not, why for each that is not.")
+    variants: dict[str, str] = Field(description="`ready` for each; if any is not, only those, each with the reason.")
