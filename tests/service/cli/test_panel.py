@@ -14,7 +14,7 @@ from service.cli import terminal
 from service.cli.panel import startup_panel
 from service.cli.terminal import Bars, Lines, progress
 from service.engine.api import HostInfo, OneToken, VariantInfo
-from service.settings import load_settings
+from service.settings import Settings
 
 PATHS = {"/generate": ["post"], "/v1/completions": ["post"], "/health": ["get"], "/ready": ["get"]}
 
@@ -53,9 +53,9 @@ INFO = HostInfo(
 )
 
 
-def shown(width: int = 120, has_keys: bool = False, **settings: object) -> str:
+def shown(width: int = 120, has_keys: bool = False, **settings: Any) -> str:
     drawn = io.StringIO()
-    Console(file=drawn, width=width).print(startup_panel(INFO, PATHS, load_settings(**settings), has_keys))
+    Console(file=drawn, width=width).print(startup_panel(INFO, PATHS, Settings(**settings), has_keys))
     return drawn.getvalue()
 
 

@@ -11,7 +11,7 @@ from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop, StepRunner
 from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
-from tests.service.fixtures import StartEngine
+from tests.service.kinds import StartEngine
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from service.engine.api import SamplingParams
 from service.errors import EngineFailed
-from tests.service.fixtures import StartEngine
+from tests.service.kinds import StartEngine
 from tests.support.faulty_engines import BOTH, FAULT, assert_empty, outcome, run_all
 from tests.support.scripted_runner import ScriptedRunner, raising
 

@@ -19,7 +19,7 @@ from service.models.config import ModelConfig, linear_names
 from service.models.decoder import Decoder, score
 from service.models.loader import load_decoder
 from service.models.random_weights import RandomWeights, random_decoder
-from tests.service.fixtures import Tiny
+from tests.service.kinds import Tiny
 from tests.support.engines import PROMPTS, collect_all
 from tests.support.grammars import EOS, REGISTRY, RULES, SCHEMA, finished, text_of
 from tests.support.tiny_models import TINY, make_model

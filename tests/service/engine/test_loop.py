@@ -25,7 +25,7 @@ from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.loader import load_decoder
 from service.models.random_weights import random_decoder
-from tests.service.fixtures import StartEngine, Tiny
+from tests.service.kinds import StartEngine, Tiny
 from tests.support.engines import CPU, PROMPTS, collect, collect_all, make_engine
 from tests.support.scripted_runner import ScriptedRunner
 from tests.support.tiny_models import make_model

@@ -16,7 +16,7 @@ from service.errors import EngineFailed
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.random_weights import random_decoder
-from tests.service.fixtures import StartEngine
+from tests.service.kinds import StartEngine
 from tests.support.engines import CPU, PROMPTS, make_engine
 from tests.support.grammars import REGISTRY, Only, finished
 from tests.support.lateness import start_late

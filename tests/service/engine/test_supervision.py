@@ -17,7 +17,7 @@ from service.engine.scheduler import Scheduler, Step
 from service.engine.stream import RequestStream
 from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, is_poison
 from service.errors import Draining, EngineFailed
-from tests.service.fixtures import StartEngine
+from tests.service.kinds import StartEngine
 from tests.support.faulty_engines import BOTH, EITHER, FAULT, assert_empty, outcome, run_all
 from tests.support.scripted_runner import Hang, ScriptedRunner, raising
 

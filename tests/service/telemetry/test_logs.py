@@ -8,7 +8,7 @@ from typing import Any, Never
 
 import pytest
 
-from service.settings import load_settings
+from service.settings import Settings
 from service.telemetry.logs import configure_logging
 from tests.support.fake_engine import ByteTokenizer, FakeEngine
 from tests.support.harness import app_of, client_of, engines_of, server_of, two_engines
@@ -38,7 +38,7 @@ def served(
     async def go() -> None:
         app = app_of(engines or two_engines(), tokenizer=tokenizer, **settings)
         async with client_of(app) as client:
-            configure_logging(load_settings(**settings), stream)
+            configure_logging(Settings(**settings), stream)
             for method, path, body, headers in requests:
                 await client.request(method, path, json=body, headers=headers)
 
@@ -161,7 +161,7 @@ def test_the_server_speaks_the_same_format_and_a_client_that_left_shows(stream: 
     async def go() -> None:
         engines = two_engines(delay_s=60)
         app = app_of(engines)
-        configure_logging(load_settings(log_format="json"), stream)
+        configure_logging(Settings(log_format="json"), stream)
         async with server_of(app, log_level="info") as port:
             _, writer = await open_raw(port, {"prompt": "a"})
             while not engines["w8a8"].submitted:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from service.telemetry import metrics
+from tests.service.kinds import Samples
 from tests.support.fake_engine import INFO, FakeEngine
 from tests.support.harness import app_of, client_of, engines_of, metrics_of, total, two_engines
 
@@ -26,9 +27,6 @@ SERIES = {
     "step_batch_size": metrics.BATCH_BUCKETS,
     "agreement_ratio": metrics.AGREEMENT_BUCKETS,
 }
-
-
-Samples = dict[tuple[str, ...], float]
 
 
 def scrape_after(

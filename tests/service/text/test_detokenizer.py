@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from service.settings import load_settings
+from service.settings import Settings
 from service.text.tokenizer import Tokenizer
 from tests.support.tokenizers import byte_fallback_backend, byte_level_backend
 
@@ -39,7 +40,7 @@ TEXTS = st.lists(
 
 
 def _demo() -> Tokenizer:
-    folder = load_settings().cache_dir / "models" / DEMO
+    folder = Path(Settings(_env_file=None).cache_dir) / "models" / DEMO
     if not folder.is_dir():
         pytest.skip(f"{DEMO} is not in the cache")
     return Tokenizer.from_folder(folder)

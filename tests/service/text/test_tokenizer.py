@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend = byte_level_backend()
     backend.enable_truncation(4)
     backend.enable_padding(length=50)
-    files = {"config": {"model_type": "llama", "eos_token_id": 3}, "generation_config": {"eos_token_id": [2, 3]}}
+    files: dict[str, Any] = {
+        "config": {"model_type": "llama", "eos_token_id": 3},
+        "generation_config": {"eos_token_id": [2, 3]},
+    }
     return save(tmp_path_factory.mktemp("model"), backend, **files)
 
 

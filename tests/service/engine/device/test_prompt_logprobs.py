@@ -24,7 +24,7 @@ from service.models.decoder import Decoder
 from service.models.loader import load_decoder
 from service.models.random_weights import random_decoder
 from service.tools.evaluate.speed import drive
-from tests.service.fixtures import StartEngine, Tiny
+from tests.service.kinds import StartEngine, Tiny
 from tests.support.engines import CPU, PROMPTS, make_engine
 from tests.support.lateness import start_late
 from tests.support.requests import new_request

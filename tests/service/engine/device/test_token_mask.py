@@ -23,7 +23,7 @@ from service.engine.scheduler import Chunk
 from service.errors import EngineFailed
 from service.models.config import ModelConfig
 from service.models.random_weights import random_decoder
-from tests.service.fixtures import StartEngine
+from tests.service.kinds import StartEngine
 from tests.support.engines import CPU, PROMPTS, make_engine
 from tests.support.grammars import EOS, REGISTRY, RULES, SCHEMA, Only, finished, matcher_of, text_of
 from tests.support.lateness import start_late

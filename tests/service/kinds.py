@@ -1,4 +1,4 @@
-"""What fixtures of these tests hand out."""
+"""Types that several tests name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from transformers import PreTrainedModel
 
 from service.engine.loop import EngineLoop
 
-Tiny = Callable[[str], tuple[PreTrainedModel, Path]]
-"""name -> (model, folder)."""
+Samples = dict[tuple[str, ...], float]
+"""What /metrics says, as `metrics_of` reads it."""
 
 StartEngine = Callable[..., EngineLoop]
 """An engine that has started and ends with its test; takes what its fixture says."""
+
+Tiny = Callable[[str], tuple[PreTrainedModel, Path]]
+"""What the fixture `tiny` is: name -> (model, folder)."""
