@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 @pytest.fixture(autouse=True)
-def _loggers_as_before():
+def _loggers_as_before() -> Iterator[None]:
     """What a server or a command sets of the loggers of this process ends with its test."""
     loggers = [logging.getLogger(name) for name in ("", "uvicorn", "uvicorn.error", "uvicorn.access")]
     before = [(logger, logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
@@ -27,7 +28,7 @@ def _loggers_as_before():
 
 
 @pytest.fixture(scope="module")
-def one_thread():
+def one_thread() -> Iterator[None]:
     """A tiny model gains nothing from a second thread, and on a busy machine waits for it at every op."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quant import __version__
+from tests.support.modules import evaluated
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +60,7 @@ def python(code: str, *args: str) -> str:
     return done.stdout.strip()
 
 
-def test_our_kernels_package_does_not_confuse_transformers(tmp_path):
+def test_our_kernels_package_does_not_confuse_transformers(tmp_path: Path) -> None:
     """transformers probes a distribution named `kernels`; run from the root, it finds our package instead."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -71,18 +72,18 @@ def test_our_kernels_package_does_not_confuse_transformers(tmp_path):
         num_key_value_heads=1,
         initializer_range=0.5,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = evaluated(LlamaForCausalLM(config))
     model.save_pretrained(tmp_path)
     with torch.inference_mode():
         expected = model(torch.arange(8)[None]).logits.argmax(-1)[0].tolist()
     assert python(LOAD_A_LLAMA, str(tmp_path)) == " ".join(map(str, expected))
 
 
-def test_no_import_reaches_for_a_gpu_or_the_network():
+def test_no_import_reaches_for_a_gpu_or_the_network() -> None:
     assert int(python(IMPORT_EVERYTHING)) >= 40
 
 
-def test_the_watch_on_imports_would_notice():
+def test_the_watch_on_imports_would_notice() -> None:
     """The patches above bite: what they forbid does raise under them."""
     for culprit in ("socket.create_connection(('127.0.0.1', 9))", "torch.zeros(1, device='cuda')"):
         with pytest.raises(AssertionError, match="was called by an import"):
@@ -100,12 +101,12 @@ def test_the_watch_on_imports_would_notice():
         "service.tools.chat_client",
     ],
 )
-def test_the_http_side_imports_no_torch(module):
+def test_the_http_side_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{'torch', 'triton', 'transformers'}} & set(sys.modules)))"
     assert python(code) == ""
 
 
-def test_the_command_prints_its_version():
+def test_the_command_prints_its_version() -> None:
     script = Path(sys.executable).with_name("ottava")
     if not script.exists():
         pytest.skip("ottava is not installed in this environment")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from pydantic import BaseModel
 
 from service.cli import app
 from service.web.openai.requests import ChatRequest, CompletionRequest
@@ -25,7 +26,7 @@ from service.web.schemas.generate import GenerateRequest
 from tests.support.pages import MANUAL, PAGES, QUICKSTART, README, ROOT, Block, console_blocks, name_of, text_of
 from tests.support.tiny_models import save_tiny_model
 
-BODIES = {
+BODIES: dict[str, type[BaseModel]] = {
     "/generate": GenerateRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
@@ -40,38 +41,44 @@ COMMAND_S, START_S = 120.0, 120.0
 
 
 @pytest.mark.parametrize("page", MANUAL, ids=name_of)
-def test_every_curl_body_is_a_valid_request(page):
+def test_every_curl_body_is_a_valid_request(page: Path) -> None:
     for block in console_blocks(page):
         for command in block.commands:
             for path, body in re.findall(r"localhost:8000(/\S+).*? -d '(\{.*\})'", command):
                 assert BODIES[path].model_validate_json(body), command
 
 
-def test_the_readme_asks_for_a_comparison():
+def test_the_readme_asks_for_a_comparison() -> None:
     assert any("/generate" in command for block in console_blocks(README) for command in block.commands)
 
 
+def the_tool() -> typer.core.TyperGroup:
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    return group
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_ottava_command_and_option_exists(page):
-    commands = typer.main.get_command(app).commands
+def test_every_ottava_command_and_option_exists(page: Path) -> None:
+    commands = the_tool().commands
     for name, rest in re.findall(rf"ottava ({'|'.join(commands)})\b([^`\n]*)", text_of(page)):
         known = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= known | {"--help"} | NOT_YET, (name, rest)
 
 
-def test_the_manual_shows_every_command():
+def test_the_manual_shows_every_command() -> None:
     shown = set(re.findall(r"ottava ([a-z]+)", "".join(text_of(page) for page in MANUAL)))
-    assert shown >= set(typer.main.get_command(app).commands)
+    assert shown >= set(the_tool().commands)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_make_target_exists(page):
+def test_every_make_target_exists(page: Path) -> None:
     makefile = text_of(ROOT / "Makefile")
     for target in re.findall(r"(?:`|\$ )make ([a-z-]+)", text_of(page)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_readme_is_short():
+def test_the_readme_is_short() -> None:
     assert len(text_of(README).splitlines()) <= 130
 
 
@@ -140,7 +147,7 @@ class Sandbox:
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     """A tiny random model, quantized and served as the quickstart says."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
@@ -154,7 +161,7 @@ def sandbox(tmp_path_factory) -> Iterator[Sandbox]:
         assert server.wait(30) == 0
 
 
-def test_the_quickstart_quantizes_and_serves_as_the_sandbox_does():
+def test_the_quickstart_quantizes_and_serves_as_the_sandbox_does() -> None:
     commands = [command for block in console_blocks(QUICKSTART) for command in block.commands]
     assert {QUANTIZE, SERVE} <= set(commands)
 
@@ -162,20 +169,20 @@ def test_the_quickstart_quantizes_and_serves_as_the_sandbox_does():
 @pytest.mark.parametrize(
     "block", [block for block in BLOCKS if block.reason is None], ids=lambda b: f"{b.page}: {b.commands[0][:30]}"
 )
-def test_what_is_shown_runs(block: Block, sandbox: Sandbox):
+def test_what_is_shown_runs(block: Block, sandbox: Sandbox) -> None:
     for command in block.commands:
         if command not in (QUANTIZE, SERVE):
             sandbox.run(command)
 
 
-def test_the_answer_that_the_readme_shows_has_the_real_shape(sandbox):
+def test_the_answer_that_the_readme_shows_has_the_real_shape(sandbox: Sandbox) -> None:
     [shown] = re.findall(r"```json\n(.*?)```", text_of(README), re.DOTALL)
     [command] = [command for block in console_blocks(README) if block.reason is None for command in block.commands]
     answer = json.loads(sandbox.run(command))
     assert places(json.loads(shown)) <= places(answer)
 
 
-def test_blocks_that_do_not_run_need_what_a_test_has_not():
+def test_blocks_that_do_not_run_need_what_a_test_has_not() -> None:
     assert {block.commands[0].split()[0] for block in BLOCKS if block.reason is not None} == {"make"}
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import importlib
 import pydoc_data.topics
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant.checkpoint.reader import Checkpoint
@@ -18,7 +20,7 @@ from quant.convert.inputs import gather
 from quant.scheme import PRESETS
 from service.engine.api import SamplingParams
 from service.models.config import ModelConfig, linear_names
-from service.models.decoder import score
+from service.models.decoder import Decoder, score
 from service.models.loader import load_decoder
 from service.settings import Settings
 from service.store.calibration import Calibration, text_windows
@@ -27,7 +29,9 @@ from service.store.quantized import quantize_model
 from service.text.tokenizer import Tokenizer
 from service.tools.evaluate.quality import measure_quality
 from tests.support.engines import collect_all, make_engine
+from tests.support.modules import evaluated
 
+Hook = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]
 CPU = torch.device("cpu")
 PROMPTS = [
     "The capital of France is",
@@ -54,7 +58,7 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _two_threads():
+def _two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -67,25 +71,26 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def prompt_ids(folder) -> list[list[int]]:
+def prompt_ids(folder: Path) -> list[list[int]]:
     tokenizer = Tokenizer.from_folder(folder)
     return [tokenizer.encode(prompt) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")
-def oracle(folder) -> PreTrainedModel:
+def oracle(folder: Path) -> PreTrainedModel:
     """transformers' own model on the same weights in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return evaluated(model)
 
 
 @pytest.fixture(scope="module")
-def baseline(folder):
+def baseline(folder: Path) -> Decoder:
     """The fp16 variant's decoder in float32."""
     return load_decoder(folder, torch.float32, CPU, 512)
 
 
 @pytest.fixture(scope="module")
-def texts(folder, tmp_path_factory) -> tuple[torch.Tensor, Path]:
+def texts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, Path]:
     """4 windows of 256 tokens of the standard library's text to measure on, and a file of other parts of it."""
     topics = list(pydoc_data.topics.topics.values())
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
@@ -94,24 +99,24 @@ def texts(folder, tmp_path_factory) -> tuple[torch.Tensor, Path]:
 
 
 @pytest.fixture(scope="module")
-def calibration(texts) -> Calibration:
+def calibration(texts: tuple[torch.Tensor, Path]) -> Calibration:
     return Calibration(texts[1], num_windows=8, window_len=256)
 
 
 @pytest.fixture(scope="module")
-def int8_folder(folder, calibration, tmp_path_factory) -> Path:
+def int8_folder(folder: Path, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model in w8a8."""
     out = tmp_path_factory.mktemp("int8") / "w8a8"
     quantize_model(folder, out, PRESETS["w8a8"], calibration, CPU)
     return out
 
 
-def generate(decoder, prompts: list[list[int]], num_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+def generate(decoder: Decoder, prompts: list[list[int]], num_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
     """Greedy tokens of every prompt: one after the other, and all in one batch."""
     engine = make_engine(decoder, num_blocks=400, rows=len(prompts), budget=256)
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
 
-    async def both():
+    async def both() -> tuple[list[list[int]], list[list[int]]]:
         alone = [(await collect_all(engine, [prompt], params))[0] for prompt in prompts]
         return alone, await collect_all(engine, prompts, params)
 
@@ -122,10 +127,13 @@ def generate(decoder, prompts: list[list[int]], num_tokens: int) -> tuple[list[l
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+    error: float = ((found - expected).norm() / expected.norm()).item()
+    return error
 
 
-def test_logits_equal_transformers(baseline, oracle, prompt_ids, texts):
+def test_logits_equal_transformers(
+    baseline: Decoder, oracle: PreTrainedModel, prompt_ids: list[list[int]], texts: tuple[torch.Tensor, Path]
+) -> None:
     for ids in [*(torch.tensor(ids) for ids in prompt_ids), *texts[0][:2]]:
         with torch.inference_mode():
             expected = oracle(ids[None]).logits[0]
@@ -134,7 +142,9 @@ def test_logits_equal_transformers(baseline, oracle, prompt_ids, texts):
         assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-def test_64_greedy_tokens_of_20_prompts_equal_transformers(baseline, oracle, prompt_ids):
+def test_64_greedy_tokens_of_20_prompts_equal_transformers(
+    baseline: Decoder, oracle: PreTrainedModel, prompt_ids: list[list[int]]
+) -> None:
     """By induction: if every token is the argmax of transformers' logits after the tokens before it, then
     transformers' own greedy generation, which starts from the same prompt, takes the same tokens."""
     alone, together = generate(baseline, prompt_ids, 64)
@@ -146,14 +156,16 @@ def test_64_greedy_tokens_of_20_prompts_equal_transformers(baseline, oracle, pro
     assert together == alone
 
 
-def test_int8_greedy_tokens_do_not_depend_on_the_batch(int8_folder, prompt_ids):
+def test_int8_greedy_tokens_do_not_depend_on_the_batch(int8_folder: Path, prompt_ids: list[list[int]]) -> None:
     decoder = load_decoder(int8_folder, torch.bfloat16, CPU, 512)
     alone, together = generate(decoder, prompt_ids[:8], 32)
     assert together == alone
     assert len({tuple(tokens) for tokens in alone}) == 8
 
 
-def test_w8a8_costs_at_most_two_percent_of_perplexity(folder, texts, calibration):
+def test_w8a8_costs_at_most_two_percent_of_perplexity(
+    folder: Path, texts: tuple[torch.Tensor, Path], calibration: Calibration
+) -> None:
     """And a scale per tensor, calibrated once, is no match for outliers: why `w8a8` is the default."""
     schemes = [PRESETS["w8a8"], PRESETS["rtn"]]
     rows = list(measure_quality(folder, schemes, texts[0], calibration, Settings(dtype="float32", device="cpu")))
@@ -168,14 +180,19 @@ def test_w8a8_costs_at_most_two_percent_of_perplexity(folder, texts, calibration
 
 
 @torch.no_grad()
-def test_outlier_channels_are_there(folder, texts):
+def test_outlier_channels_are_there(folder: Path, texts: tuple[torch.Tensor, Path]) -> None:
     """What the test above rests on: inputs of down_proj with channels far above the others."""
     stream = LayerStream(folder, torch.float32, CPU)
-    hidden, ratios = stream.embed(texts[0][:1])[0], []
+    hidden = stream.embed(texts[0][:1])[0]
+    ratios: list[float] = []
     for index in range(len(stream.prefixes)):
         layer = stream.load(index)
         outputs, inputs = gather(
-            {"down": layer.mlp.down_proj}, partial(stream.run, index, layer), [hidden], has_gram=False, seed=0
+            {"down": layer.get_submodule("mlp.down_proj")},
+            partial(stream.run, index, layer),
+            [hidden],
+            has_gram=False,
+            seed=0,
         )
         hidden, absmax = outputs[0], inputs["down"].channels.absmax
         ratios.append((absmax.max() / absmax.median()).item())
@@ -184,7 +201,7 @@ def test_outlier_channels_are_there(folder, texts):
 
 
 @pytest.fixture
-def range_of_127(monkeypatch):
+def range_of_127(monkeypatch: pytest.MonkeyPatch) -> None:
     """compressed-tensors with codes in -127..127, so that its dynamic scale is absmax / 127 as ours is."""
     ends = torch.tensor(-127.0), torch.tensor(127.0)
     for name in ("utils.helpers", "lifecycle.forward"):
@@ -193,19 +210,24 @@ def range_of_127(monkeypatch):
 
 
 @pytest.fixture
-def reader(int8_folder, range_of_127) -> PreTrainedModel:
+def reader(int8_folder: Path, range_of_127: None) -> PreTrainedModel:
     """transformers with compressed-tensors on the checkpoint we wrote, in float32."""
-    return AutoModelForCausalLM.from_pretrained(int8_folder, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(int8_folder, dtype=torch.float32)
+    return evaluated(model)
 
 
-def test_transformers_reads_every_linear_as_we_do(int8_folder, reader, texts):
+def test_transformers_reads_every_linear_as_we_do(
+    int8_folder: Path, reader: PreTrainedModel, texts: tuple[torch.Tensor, Path]
+) -> None:
     """Given the same input, to 1e-4 of its norm: sums in another order, a code on a tie that falls the other way."""
     checkpoint = Checkpoint.open(int8_folder, torch.float32, CPU)
     errors: dict[str, float] = {}
 
-    def compare(name):
-        def hook(module, args, output):
-            ours = checkpoint.linear(name, *module.weight.shape, has_bias=False)(args[0][0])
+    def compare(name: str) -> Hook:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            assert isinstance(module.weight, torch.Tensor)
+            out_features, in_features = module.weight.shape
+            ours = checkpoint.linear(name, out_features, in_features, has_bias=False)(args[0][0])
             errors[name] = relative_error(ours, output[0])
 
         return hook
@@ -218,7 +240,9 @@ def test_transformers_reads_every_linear_as_we_do(int8_folder, reader, texts):
     assert max(errors.values()) < 1e-4
 
 
-def test_transformers_gives_the_logits_we_give(int8_folder, reader, oracle, texts):
+def test_transformers_gives_the_logits_we_give(
+    int8_folder: Path, reader: PreTrainedModel, oracle: PreTrainedModel, texts: tuple[torch.Tensor, Path]
+) -> None:
     """Rounding alone lies between us, but after 30 layers it is not small: a sum in another order moves a value by
     1e-6, so that one code in ten thousand falls on the other side, and each layer multiplies these. What is left must
     be below quantization's own error, in the logits (measured 0.031 against 0.045) and in what they say (0.008 against
@@ -237,4 +261,5 @@ def test_transformers_gives_the_logits_we_give(int8_folder, reader, oracle, text
 
 def mean_kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> float:
     p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean().item()
+    divergence: float = (p.exp() * (p - q)).sum(-1).mean().item()
+    return divergence

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,17 +16,17 @@ from tests.support.harness import app_of, post, two_engines
 
 
 class Node:
-    def __init__(self):
+    def __init__(self) -> None:
         self.me = self
 
 
 @pytest.fixture
-def unfrozen():
+def unfrozen() -> Iterator[None]:
     yield
     gc.unfreeze()
 
 
-def test_what_was_let_go_since_is_freed_when_settling_again(unfrozen):
+def test_what_was_let_go_since_is_freed_when_settling_again(unfrozen: None) -> None:
     node = Node()
     settle()
     assert gc.get_freeze_count() > 1000
@@ -37,11 +39,11 @@ def test_what_was_let_go_since_is_freed_when_settling_again(unfrozen):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_run_that_has_ended_is_freed_without_a_collection(monkeypatch, stream):
-    runs = []
+def test_a_run_that_has_ended_is_freed_without_a_collection(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    runs: list[weakref.ref[Run]] = []
 
     class Seen(Run):
-        def __init__(self, *args):
+        def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             runs.append(weakref.ref(self))
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -47,7 +48,7 @@ def described(name: str) -> VariantInfo:
     )
 
 
-def page_app(engines: Mapping[str, FakeEngine], **settings: object) -> FastAPI:
+def page_app(engines: Mapping[str, FakeEngine], **settings: Any) -> FastAPI:
     """The app with an /info that the page can show; variants are those of the engines."""
     info = replace(
         INFO,

@@ -190,7 +190,7 @@ def record() -> list[Launch]:
 
     JITFunction.run = note
     for module in (gemm, groups, attention, dependent):
-        module.current_gpu = lambda _: tiles.Target("untuned", capability, num_sms=100)
+        vars(module)["current_gpu"] = lambda _: tiles.Target("untuned", capability, num_sms=100)
     for capability in ARCHITECTURES:
         rows()
         linears()
@@ -247,7 +247,7 @@ def build(launch: Launch) -> dict[str, Any]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, check=True, text=True).stdout
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK", "LOCAL"))
     return result | {
         "matrix": sorted({name + suffix for name, suffix in matrix}),
         "shared": compiled.metadata.shared,

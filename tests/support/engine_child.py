@@ -24,6 +24,7 @@ from service.host.channel.socket import ThreadEnd
 from service.host.engine_process import run
 from service.host.server import HostServer
 from service.settings import load_settings
+from service.store.progress import Progress
 from tests.support.fake_engine import FakeHost
 from tests.support.scripted_runner import Hang, ScriptedRunner, raising
 
@@ -39,12 +40,12 @@ def main() -> None:
     assert isinstance(opening, Open)
     settings = load_settings(**opening.settings)
 
-    def open_host(on_progress) -> FakeHost:
+    def open_host(on_progress: Progress) -> FakeHost:
         on_progress("loading nothing", 0, 0)
         time.sleep(options.get("start_s", 0.0))
         device_thread = DeviceThread()
         limits = FaultLimits(settings.engine_restarts, step_timeout_s=settings.step_timeout_s)
-        engines = {}
+        engines: dict[str, EngineLoop] = {}
         for name in settings.variants:
             runner = ScriptedRunner(offset=OFFSET, step_s=options.get("step_s", 0.005))
             if "hang_at" in options:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from service.engine.api import SamplingParams, Token
 from service.engine.device.device_thread import DeviceThread
 from service.engine.device.runner import Runner
-from service.engine.loop import EngineLoop
+from service.engine.loop import EngineLoop, StepRunner
 from service.engine.scheduler import Scheduler
+from service.models.decoder import Decoder
 from tests.support.grammars import REGISTRY
 
 CPU = torch.device("cpu")
@@ -19,7 +22,15 @@ CPU = torch.device("cpu")
 PROMPTS = [[(7 * i * j + 3 * j + i) % 250 + 3 for j in range(2 + 5 * i)] for i in range(12)]
 
 
-def make_engine(decoder, num_blocks=200, block_size=16, rows=16, budget=64, wrap=None, **kwargs) -> EngineLoop:
+def make_engine(
+    decoder: Decoder,
+    num_blocks: int = 200,
+    block_size: int = 16,
+    rows: int = 16,
+    budget: int = 64,
+    wrap: Callable[[Runner], StepRunner] | None = None,
+    **kwargs: Any,
+) -> EngineLoop:
     """wrap: makes another runner of the one that computes."""
     runner = Runner(decoder, num_blocks=num_blocks, block_size=block_size, max_requests=rows, max_tokens=budget)
     plan = Scheduler(
@@ -44,6 +55,6 @@ async def collect(engine: EngineLoop, prompt: list[int], params: SamplingParams,
     return [token async for tokens in engine.submit(prompt, params, name) for token in tokens]
 
 
-async def collect_all(engine: EngineLoop, prompts, params: SamplingParams) -> list[list[int]]:
+async def collect_all(engine: EngineLoop, prompts: Iterable[list[int]], params: SamplingParams) -> list[list[int]]:
     runs = [collect(engine, prompt, params, str(i)) for i, prompt in enumerate(prompts)]
     return [[token.id for token in tokens] for tokens in await asyncio.gather(*runs)]

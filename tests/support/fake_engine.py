@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from service.engine.api import FinishReason, HostInfo, OneToken, Reloaded, SamplingParams
 from service.engine.client import EngineClient
@@ -17,6 +18,7 @@ from service.engine.grammar import Grammar, Grammars
 from service.engine.messages import Command, Ended, Fault, Gauges, Logprob, News, Scored, Sink, Submit, fault_of
 from service.errors import EngineFailed
 from service.host.model_host import nothing_to_reload
+from service.host.server import ServedEngine
 
 EOS = 0
 NUM_BLOCKS = 100
@@ -331,11 +333,17 @@ class FreeGrammar:
         pass
 
 
+class OwnedEngine(ServedEngine, Protocol):
+    """An engine that ends with its host: a fake, or a loop over a scripted runner."""
+
+    def stop(self, timeout_s: float = ...) -> None: ...
+
+
 @dataclass
 class FakeHost:
     """What `service.host.server` asks of a host, over fake engines."""
 
-    engines: Mapping[str, FakeEngine]
+    engines: Mapping[str, OwnedEngine]
     check: Callable[[], Mapping[str, str]] = dict
     reload: Callable[[str | None], Reloaded] = nothing_to_reload
     described: HostInfo = INFO

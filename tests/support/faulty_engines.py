@@ -8,6 +8,7 @@ import pytest
 
 from service.engine.api import SamplingParams
 from service.engine.loop import EngineLoop
+from service.engine.stream import RequestStream
 from service.errors import EngineFailed
 
 FAULT = RuntimeError("a kernel raised")
@@ -19,7 +20,7 @@ BOTH = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 EITHER = pytest.mark.parametrize("where", ["on_execute", "on_read"])
 
 
-async def outcome(stream, ids: list[int] | None = None) -> list[int] | EngineFailed:
+async def outcome(stream: RequestStream, ids: list[int] | None = None) -> list[int] | EngineFailed:
     """The tokens, or what ended the request; those before it are in ids."""
     ids = [] if ids is None else ids
     try:
@@ -31,7 +32,7 @@ async def outcome(stream, ids: list[int] | None = None) -> list[int] | EngineFai
 
 
 def run_all(engine: EngineLoop, lengths: list[int]) -> list[list[int] | EngineFailed]:
-    async def go():
+    async def go() -> list[list[int] | EngineFailed]:
         streams = [engine.submit([1, 2, 3], SamplingParams(max_tokens=n), str(i)) for i, n in enumerate(lengths)]
         return await asyncio.wait_for(asyncio.gather(*map(outcome, streams)), 20)
 

@@ -6,6 +6,7 @@ ARGS='tests/service -k fuzz'` runs tens of thousands of requests.
 
 import json
 import os
+from typing import Any
 
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, settings
@@ -31,7 +32,7 @@ thorough = settings(
 )
 
 
-def fuzz_app(**options: object) -> FastAPI:
+def fuzz_app(**options: Any) -> FastAPI:
     """The whole app over fake engines and a real tokenizer, with a chat template and a compiler of grammars."""
     engines = two_engines(reply="naïve 😀 end", max_model_len=MAX_MODEL_LEN, tokens_per_step=8)
     return app_of(
@@ -39,7 +40,7 @@ def fuzz_app(**options: object) -> FastAPI:
     )
 
 
-def strictly(text: str | bytes) -> object:
+def strictly(text: str | bytes) -> Any:
     """The JSON value; neither NaN nor Infinity is one."""
 
     def refuse(literal: str) -> object:
@@ -62,7 +63,7 @@ def assert_told(answer: object) -> None:
 class Streams:
     """Holds the streams of an app against its OpenAPI."""
 
-    def __init__(self, document: dict) -> None:
+    def __init__(self, document: dict[str, Any]) -> None:
         self._document = document
         self._validators: dict[str, Draft202012Validator] = {}
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from service.engine.api import SamplingParams
+from collections.abc import Iterable
+
+from service.engine.api import Progress, SamplingParams, Token
 from service.engine.grammar import Grammar, Matcher
+from service.engine.loop import EngineLoop
 from service.text.json.compiler import JsonCompiler
 from service.text.json.schema import json_grammar
 
@@ -61,7 +64,7 @@ class Only:
     def __init__(self, *sets: set[int]) -> None:
         self.sets = list(sets)
 
-    def matcher(self):
+    def matcher(self) -> Only:
         return Only(*self.sets)
 
     def allowed(self) -> bytes:
@@ -76,11 +79,13 @@ class Only:
             self.sets.pop(0)
 
 
-async def finished(engine, prompt, params, name="r"):
+async def finished(
+    engine: EngineLoop, prompt: list[int], params: SamplingParams, name: str = "r"
+) -> tuple[Progress, list[Token]]:
     stream = engine.submit(prompt, params, name)
     tokens = [token async for tokens in stream for token in tokens]
     return stream.progress, tokens
 
 
-def text_of(tokens) -> str:
+def text_of(tokens: Iterable[Token]) -> str:
     return b"".join(TOKENS[token.id] for token in tokens).decode()

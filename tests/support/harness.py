@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import msgspec
@@ -16,7 +17,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.engine.api import HostInfo, Reloaded
 from service.engine.grammar import Grammars
-from service.engine.loop import EngineLoop
 from service.engine.messages import News
 from service.host.channel.client import HostClient, Link
 from service.host.channel.messages import ToEngine, ToWeb
@@ -26,9 +26,10 @@ from service.host.model_host import nothing_to_reload
 from service.host.server import HostServer, ServedHost
 from service.process import start_thread
 from service.settings import Settings
+from service.text.protocols import TokenizerLike
 from service.web.app import create_app
 from service.web.uvicorn_config import server_config
-from tests.support.fake_engine import INFO, ByteTokenizer, FakeEngine, FakeGrammars, FakeHost
+from tests.support.fake_engine import INFO, ByteTokenizer, FakeEngine, FakeGrammars, FakeHost, OwnedEngine
 
 DEADLINE_S = 30.0
 
@@ -37,7 +38,7 @@ def engines_of(*engines: FakeEngine) -> dict[str, FakeEngine]:
     return {engine.variant: engine for engine in engines}
 
 
-def two_engines(**options: object) -> dict[str, FakeEngine]:
+def two_engines(**options: Any) -> dict[str, FakeEngine]:
     log: list[tuple[str, str]] = []
     return engines_of(FakeEngine("w8a8", log=log, **options), FakeEngine("fp16", log=log, **options))
 
@@ -62,7 +63,7 @@ class ThreadLink:
         self._told: asyncio.Queue[ToWeb] = asyncio.Queue()
         self._telling: asyncio.Task[None] | None = None
 
-    async def open(self, receive, on_gone) -> None:
+    async def open(self, receive: Callable[[ToWeb], None], on_gone: Callable[[str], None]) -> None:
         ours, theirs = pair()
         self._told = asyncio.Queue()
         self._end = LoopEnd(
@@ -83,7 +84,7 @@ class ThreadLink:
 
         start_thread("open", server.open).add_done_callback(lambda _: start_thread("channel", serve))
 
-    def send(self, message) -> None:
+    def send(self, message: ToEngine) -> None:
         if self._end is not None:
             self._end.send(message)
 
@@ -95,7 +96,7 @@ class ThreadLink:
         if self._telling is not None:
             self._telling.cancel()
 
-    async def _tell(self, receive) -> None:
+    async def _tell(self, receive: Callable[[ToWeb], None]) -> None:
         while True:
             message = await self._told.get()
             receive(message)
@@ -109,7 +110,9 @@ class ThreadLink:
                     await asyncio.sleep(0)
 
 
-def host_of(link: Link, engines: Mapping[str, object], settings: Settings, tokenizer: object = None) -> HostClient:
+def host_of(
+    link: Link, engines: Mapping[str, object], settings: Settings, tokenizer: TokenizerLike | None = None
+) -> HostClient:
     """The web's side of engines that are served over this link."""
     host = HostClient(
         tuple(engines),
@@ -125,14 +128,14 @@ def host_of(link: Link, engines: Mapping[str, object], settings: Settings, token
 
 
 def app_of(
-    engines: Mapping[str, FakeEngine | EngineLoop],
+    engines: Mapping[str, OwnedEngine],
     self_check: Callable[[], Mapping[str, str]] = dict,
-    tokenizer: object = None,
+    tokenizer: TokenizerLike | None = None,
     reload: Callable[[str | None], Reloaded] = nothing_to_reload,
     link: Callable[[ServedHost], Link] = ThreadLink,
     grammars: Grammars | None = None,
     info: HostInfo = INFO,
-    **settings: object,
+    **settings: Any,
 ) -> FastAPI:
     """An app over engines that are there already, behind a channel unless told otherwise."""
     given = Settings(**settings)
@@ -148,14 +151,14 @@ class Kept:
     def __init__(self, host: ServedHost) -> None:
         self._host = host
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._host, name)
 
     def stop(self, timeout_s: float = 10.0) -> None:
         pass
 
 
-def app_over(host: ServedHost, settings: Settings, tokenizer: object = None) -> FastAPI:
+def app_over(host: ServedHost, settings: Settings, tokenizer: TokenizerLike | None = None) -> FastAPI:
     """An app over a host that is open already, and stays so, behind a channel."""
     return create_app(host_of(ThreadLink(Kept(host)), host.engines, settings, tokenizer), settings)
 
@@ -193,7 +196,7 @@ async def until(condition: Callable[[], bool], deadline_s: float = DEADLINE_S, m
     assert condition() or not must
 
 
-def post(body: object, app: FastAPI | None = None, **engine_options: object) -> httpx.Response:
+def post(body: object, app: FastAPI | None = None, **engine_options: Any) -> httpx.Response:
     """One POST /generate against fresh engines."""
 
     async def go() -> httpx.Response:
@@ -203,7 +206,7 @@ def post(body: object, app: FastAPI | None = None, **engine_options: object) -> 
     return asyncio.run(go())
 
 
-def events_of(response: httpx.Response) -> list[dict]:
+def events_of(response: httpx.Response) -> list[dict[str, Any]]:
     """The JSON events of a stream; the last line must be [DONE] unless the last event is an error."""
     chunks = response.text.split("\n\n")
     assert chunks.pop() == ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from service.engine.device.runner import Runner
+from typing import Any
+
+from service.engine.device.runner import Runner, Sampled
 from service.engine.loop import EngineLoop
+from service.engine.scheduler import Step
 from service.models.decoder import Decoder
 from tests.support.engines import make_engine
 
@@ -15,10 +18,10 @@ class LateRunner:
         self.runner = runner
         self.kv_cache_bytes = runner.kv_cache_bytes
 
-    def execute(self, step):
+    def execute(self, step: Step) -> Sampled:
         return self.runner.execute(step)
 
 
-def start_late(decoder: Decoder, **options) -> EngineLoop:
+def start_late(decoder: Decoder, **options: Any) -> EngineLoop:
     """See `make_engine`."""
     return make_engine(decoder, wrap=LateRunner, **options)

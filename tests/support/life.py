@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 
@@ -12,7 +14,9 @@ from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
+from service.host.channel.client import Link
 from service.host.model_host import Reload, nothing_to_reload
+from service.host.server import ServedHost
 from service.settings import Settings
 from service.web.server import Server
 from tests.support.harness import ThreadLink, app_of, until
@@ -25,7 +29,11 @@ class Life:
     """A server in this process over two engines whose n-th token is the n-th letter."""
 
     def __init__(
-        self, step_s: float = 0.005, reload: Reload = nothing_to_reload, link=ThreadLink, **settings: object
+        self,
+        step_s: float = 0.005,
+        reload: Reload = nothing_to_reload,
+        link: Callable[[ServedHost], Link] = ThreadLink,
+        **settings: Any,
     ) -> None:
         settings = {"engine_restarts": 0, **settings}
         self.settings = Settings(**settings)
@@ -48,7 +56,7 @@ class Life:
         self.client: httpx.AsyncClient
 
     @asynccontextmanager
-    async def run(self):
+    async def run(self) -> AsyncIterator[Life]:
         """Serve within; at the end the server must have ended by itself."""
         listener = socket.create_server(("127.0.0.1", 0))
         serving = asyncio.ensure_future(self.server.serve(sockets=[listener]))

@@ -9,12 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.support.modules import evaluated
+
 pytest.importorskip("compressed_tensors")
 
 
 def load(folder: Path) -> PreTrainedModel:
     """The oracle in float32: in 16 bits it rounds x / scale and the dequantized weight to 8 bits of mantissa."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return evaluated(model)
 
 
 def limit_codes_to_127(monkeypatch: pytest.MonkeyPatch) -> None:

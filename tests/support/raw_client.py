@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+from typing import Any
 
 
-async def open_raw(port: int, body: dict) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def open_raw(port: int, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     content = json.dumps(body).encode()
     head = (

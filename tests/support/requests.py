@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from service.engine.api import SamplingParams
 from service.engine.grammar import Matcher
 from service.engine.request import Request
 
 
-def new_request(name: str, prompt_len: int, max_tokens: int = 4, matcher: Matcher | None = None, **params) -> Request:
+def new_request(
+    name: str, prompt_len: int, max_tokens: int = 4, matcher: Matcher | None = None, **params: Any
+) -> Request:
     prompt = list(range(100, 100 + prompt_len))
     return Request(name, prompt, SamplingParams(max_tokens, **params), 0.0, 0, matcher=matcher)

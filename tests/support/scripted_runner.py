@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from service.engine.scheduler import Step, StepResults
+from service.engine.scheduler import Chunk, Step, StepResults
 
 
 class ScriptedRunner:
@@ -25,7 +25,7 @@ class ScriptedRunner:
         self.num_steps = 0
         self.on_execute: Callable[[int], None] = lambda _: None
         self.on_read: Callable[[int], None] = lambda _: None
-        self.spoil: Callable[[object], Exception | None] = lambda _: None
+        self.spoil: Callable[[Chunk], Exception | None] = lambda _: None
 
     def execute(self, step: Step) -> ScriptedHandle:
         number, self.num_steps = self.num_steps, self.num_steps + 1
@@ -35,7 +35,7 @@ class ScriptedRunner:
 
 
 class ScriptedHandle:
-    def __init__(self, runner: ScriptedRunner, number: int, chunks: list) -> None:
+    def __init__(self, runner: ScriptedRunner, number: int, chunks: list[Chunk]) -> None:
         self.runner, self.number, self.chunks = runner, number, chunks
 
     def read(self) -> StepResults:

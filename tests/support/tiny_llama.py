@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from quant.convert.layer import Recipe
 from quant.convert.model import quantize_checkpoint
 from quant.convert.smoothquant import SmoothGroup
 from quant.scheme import Scheme
+from tests.support.modules import evaluated, in_float32
 
 NUM_LAYERS, HIDDEN, FFN, VOCAB = 2, 64, 96, 128
 
@@ -27,14 +30,14 @@ class Tiny:
     groups: list[SmoothGroup]
     linear_names: list[str]
 
-    def quantize(self, out: Path, scheme: Scheme, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    def quantize(self, out: Path, scheme: Scheme, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
         said = {name: changes.pop(name) for name in ("notes", "on_progress") if name in changes}
-        fields = {"groups": self.groups, "linear_names": self.linear_names, "windows": self.windows}
+        fields: dict[str, Any] = {"groups": self.groups, "linear_names": self.linear_names, "windows": self.windows}
         quantize_checkpoint(self.folder, out, recipe(scheme=scheme, dtype=dtype, **(fields | changes)), **said)
         return out
 
 
-def recipe(*, linear_names=(), groups=(), **fields) -> Recipe:
+def recipe(*, linear_names: Iterable[str] = (), groups: Iterable[SmoothGroup] = (), **fields: Any) -> Recipe:
     """A recipe of these fields, names and groups in any order that a test has them."""
     return Recipe(linear_names=tuple(linear_names), groups=tuple(groups), **fields)
 
@@ -54,26 +57,22 @@ def llama_groups(num_layers: int) -> list[SmoothGroup]:
     return groups
 
 
-def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     """Random weights with outlier channels in the norms, so that smoothing has something to do."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        **(
-            {
-                "vocab_size": VOCAB,
-                "hidden_size": HIDDEN,
-                "intermediate_size": FFN,
-                "num_hidden_layers": NUM_LAYERS,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 128,
-                "tie_word_embeddings": True,
-                "initializer_range": 0.2,
-            }
-            | changes
-        )
-    )
-    model = LlamaForCausalLM(config).float().eval()
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+    } | changes
+    config = LlamaConfig(**fields)
+    model = evaluated(in_float32(LlamaForCausalLM(config)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

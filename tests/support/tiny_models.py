@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,6 +38,7 @@ from transformers import (
 
 from service.models.attention import Rows
 from service.models.decoder import Decoder
+from tests.support.modules import evaluated, in_float32
 from tests.support.tokenizers import byte_level_backend, save
 
 LLAMA3_ROPE = {
@@ -92,7 +95,7 @@ MULTI_HEAD = {"num_key_value_heads": ..., "tie_word_embeddings": False}
 """Of families whose configuration has no key heads; `...` leaves a value out."""
 
 
-TINY: dict[str, tuple[type, type, dict]] = {
+TINY: dict[str, tuple[type[PreTrainedModel], type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "llama-biased": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
     "llama-3.1": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 3}),
@@ -148,7 +151,7 @@ TINY: dict[str, tuple[type, type, dict]] = {
 def make_config(name: str, **changes: object) -> PreTrainedConfig:
     _, config_class, own = TINY[name]
     settings = SHAPE | {"tie_word_embeddings": False} | own | changes
-    config: PreTrainedConfig = config_class(**{key: value for key, value in settings.items() if value is not ...})
+    config = config_class(**{key: value for key, value in settings.items() if value is not ...})
     # Eager: of the attentions transformers has, the one that applies a soft cap.
     config._attn_implementation = "eager"
     return config
@@ -157,7 +160,7 @@ def make_config(name: str, **changes: object) -> PreTrainedConfig:
 def make_model(name: str, **changes: object) -> PreTrainedModel:
     config = make_config(name, **changes)
     torch.manual_seed(0)
-    model = TINY[name][0](config).float().eval()
+    model = evaluated(in_float32(TINY[name][0](config)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases are born as ones and zeros, which would hide a missing one
@@ -198,9 +201,9 @@ def save_tiny_model(folder: Path, name: str = "llama", **changes: object) -> Pat
     return save(folder, byte_level_backend())
 
 
-def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> Path:
+def change_tensors(folder: Path, changes: Mapping[str, torch.Tensor | None]) -> Path:
     """Replace tensors of a folder's one weights file, or drop those given as None."""
-    tensors = load_file(folder / "model.safetensors") | changes
+    tensors = {**load_file(folder / "model.safetensors"), **changes}
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -1,6 +1,7 @@
 """Small tokenizers of both kinds, trained here."""
 
 import json
+from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -45,8 +46,10 @@ def byte_fallback_backend() -> Backend:
     return backend
 
 
-def save(folder, backend, template=TEMPLATE, **files):
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=template)
+def save(folder: Path, backend: Backend, template: str | None = TEMPLATE, **files: object) -> Path:
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, eos_token="<|end|>", chat_template=template
+    )
     fast.save_pretrained(folder)
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))

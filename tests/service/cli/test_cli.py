@@ -8,10 +8,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 import torch
+from fastapi import FastAPI
 from transformers.utils import logging as transformers_logging
 
 from quant import __version__
@@ -19,7 +22,9 @@ from quant.checkpoint.reader import Checkpoint
 from quant.scheme import PRESETS
 from service import cli
 from service.models.families import FAMILIES
+from service.settings import Settings
 from tests.support.harness import until
+from tests.support.narrowed import int8_of
 from tests.support.tiny_models import change_tensors, save_tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -28,11 +33,23 @@ PROGRESS = re.compile(r"(ottava: |\S+ \S+ INFO web service\.cli\.serve: ).*\n")
 """How far a command is, where stderr is no terminal."""
 
 
+class Command(Protocol):
+    def __call__(self, *arguments: object) -> tuple[int, str, str]: ...
+
+
+class Refusal(Protocol):
+    def __call__(self, *arguments: object) -> str: ...
+
+
+class Evaluated(Protocol):
+    def __call__(self, *arguments: object) -> tuple[dict[str, Any], list[dict[str, Any]], str]: ...
+
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch, tmp_path):
+def _own_process_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """What `main` changes for a process is put back, and nothing is read of this machine's set-up."""
     for name in [name for name in os.environ if name.upper().startswith("OTTAVA_")]:
         monkeypatch.delenv(name)
@@ -43,11 +60,11 @@ def _own_process_state(monkeypatch, tmp_path):
     verbosity = transformers_logging.get_verbosity()
     yield
     transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
+    transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers says no types
 
 
 @pytest.fixture
-def ottava(monkeypatch, capfd):
+def ottava(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Run a command: exit code, stdout, stderr without the lines of progress."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -63,7 +80,7 @@ def ottava(monkeypatch, capfd):
 
 
 @pytest.fixture
-def refusal(ottava, monkeypatch):
+def refusal(ottava: Command, monkeypatch: pytest.MonkeyPatch) -> Refusal:
     """The one line that a refused command says. The engine runs in this process, where it is refused sooner."""
     for name, value in {"IN_PROCESS": "true", "PORT": "0", "LOG_LEVEL": "error"}.items():
         monkeypatch.setenv(f"OTTAVA_{name}", value)
@@ -81,29 +98,29 @@ def refusal(ottava, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny")
 
 
 @pytest.fixture
-def copy_of_tiny(tmp_path):
+def copy_of_tiny(tmp_path: Path) -> Path:
     return save_tiny_model(tmp_path / "copy")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     words = ["the", "quick", "brown", "fox", "hello", "world", "naïve", "tokens,"]
     path.write_text(" ".join(words[(i * i + i // 7) % 8] for i in range(1200)), encoding="utf-8")
     return path
 
 
-def test_version(ottava):
+def test_version(ottava: Command) -> None:
     assert ottava("--version") == (0, f"ottava {__version__}\n", "")
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["quantize"], ["evaluate"]], ids=str)
-def test_help_works_and_names_every_option(ottava, command):
+def test_help_works_and_names_every_option(ottava: Command, command: list[str]) -> None:
     code, out, err = ottava(*command, "--help")
     assert (code, err) == (0, "")
     assert "Usage: ottava" in out
@@ -137,14 +154,14 @@ def test_help_works_and_names_every_option(ottava, command):
     ],
     ids=" ".join,
 )
-def test_a_wrong_usage_exits_with_2_and_no_traceback(ottava, arguments):
+def test_a_wrong_usage_exits_with_2_and_no_traceback(ottava: Command, arguments: list[str]) -> None:
     code, out, err = ottava(*arguments)
     assert (code, out) == (2, "")
     assert "Usage: ottava" in err
     assert "Traceback" not in err
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[[Path | str, Path], Sequence[object]]] = {
     "serve": lambda model, _: ["serve", model],
     "quantize": lambda model, out: ["quantize", model, out / "out"],
     "evaluate": lambda model, _: ["evaluate", model, "--windows", 1, "--window-len", 16],
@@ -152,61 +169,65 @@ COMMANDS = {
 
 
 @pytest.fixture(params=COMMANDS)
-def refused_model(request, refusal, tmp_path):
+def refused_model(request: pytest.FixtureRequest, refusal: Refusal, tmp_path: Path) -> Callable[[Path | str], str]:
     """What a command says of a model that it must not take."""
     return lambda model: refusal(*COMMANDS[request.param](model, tmp_path))
 
 
-def test_no_folder(refused_model, tmp_path):
+def test_no_folder(refused_model: Callable[[Path | str], str], tmp_path: Path) -> None:
     assert refused_model(tmp_path / "none") == (
         f"{tmp_path}/none is not a folder; name a model folder or a Hugging Face id such as owner/model"
     )
 
 
-def test_an_id_that_cannot_be_fetched(refused_model):
+def test_an_id_that_cannot_be_fetched(refused_model: Callable[[Path | str], str]) -> None:
     assert "owner/model is neither a folder nor a model that can be fetched" in refused_model("owner/model")
 
 
 @pytest.mark.parametrize("name", ["[/bold]", "[red]", "[/no"])
-def test_brackets_in_a_name_are_shown_as_they_are(refusal, tmp_path, name):
+def test_brackets_in_a_name_are_shown_as_they_are(refusal: Refusal, tmp_path: Path, name: str) -> None:
     assert f"{tmp_path}/{name} is not a folder" in refusal("serve", tmp_path / name)
 
 
-def test_a_folder_without_a_config(refused_model, tmp_path):
+def test_a_folder_without_a_config(refused_model: Callable[[Path | str], str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert refused_model(tmp_path / "empty") == f"{tmp_path}/empty is not a model folder: it has no config.json"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "", "\xff"])
-def test_a_config_that_is_no_json_object(refused_model, copy_of_tiny, content):
+def test_a_config_that_is_no_json_object(
+    refused_model: Callable[[Path | str], str], copy_of_tiny: Path, content: str
+) -> None:
     (copy_of_tiny / "config.json").write_bytes(content.encode("latin-1"))
     assert "config.json" in refused_model(copy_of_tiny)
 
 
-def test_a_family_that_is_not_served(refused_model, copy_of_tiny):
+def test_a_family_that_is_not_served(refused_model: Callable[[Path | str], str], copy_of_tiny: Path) -> None:
     (copy_of_tiny / "config.json").write_text('{"model_type": "bert", "vocab_size": 340}')
     families = ", ".join(FAMILIES)
     assert refused_model(copy_of_tiny) == f"model family 'bert' is not served; the families are {families}"
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "no-such-family"}', '{"hidden_size": 5}'])
-def test_a_family_that_nobody_knows(refused_model, copy_of_tiny, content):
+def test_a_family_that_nobody_knows(
+    refused_model: Callable[[Path | str], str], copy_of_tiny: Path, content: str
+) -> None:
     (copy_of_tiny / "config.json").write_text(content)
     assert "config.json cannot be read" in refused_model(copy_of_tiny)
 
 
-def test_pickled_weights_alone(refused_model, copy_of_tiny):
+def test_pickled_weights_alone(refused_model: Callable[[Path | str], str], copy_of_tiny: Path) -> None:
     (copy_of_tiny / "model.safetensors").rename(copy_of_tiny / "pytorch_model.bin")
     assert "holds pickled weights (pytorch_model.bin), which can run code when read" in refused_model(copy_of_tiny)
 
 
-def test_no_weights(refused_model, copy_of_tiny):
+def test_no_weights(refused_model: Callable[[Path | str], str], copy_of_tiny: Path) -> None:
     (copy_of_tiny / "model.safetensors").unlink()
     assert refused_model(copy_of_tiny) == f"{copy_of_tiny} holds no safetensors weights"
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4, 100, 100_000])
-def test_truncated_weights(refused_model, copy_of_tiny, num_bytes):
+def test_truncated_weights(refused_model: Callable[[Path | str], str], copy_of_tiny: Path, num_bytes: int) -> None:
     weights = copy_of_tiny / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:num_bytes])
     assert re.search(
@@ -215,12 +236,12 @@ def test_truncated_weights(refused_model, copy_of_tiny, num_bytes):
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.k_proj.weight"])
-def test_a_missing_tensor(refused_model, copy_of_tiny, name):
+def test_a_missing_tensor(refused_model: Callable[[Path | str], str], copy_of_tiny: Path, name: str) -> None:
     change_tensors(copy_of_tiny, {name: None})
     assert refused_model(copy_of_tiny) == f"{copy_of_tiny} has no tensor {name}; is it a checkpoint of this model?"
 
 
-def test_no_tokenizer(refusal, copy_of_tiny):
+def test_no_tokenizer(refusal: Refusal, copy_of_tiny: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy_of_tiny / name).unlink()
     assert "tokenizer" in refusal("serve", copy_of_tiny)
@@ -228,26 +249,28 @@ def test_no_tokenizer(refusal, copy_of_tiny):
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_weights_that_are_not_finite(refused_model, copy_of_tiny, value):
+def test_weights_that_are_not_finite(
+    refused_model: Callable[[Path | str], str], copy_of_tiny: Path, value: str
+) -> None:
     change_tensors(copy_of_tiny, {"model.norm.weight": torch.full((192,), float(value))})
     assert "not finite" in refused_model(copy_of_tiny)
 
 
 @pytest.mark.parametrize("command", ["serve", "quantize"])
-def test_an_unknown_scheme(refusal, tiny_folder, tmp_path, command):
+def test_an_unknown_scheme(refusal: Refusal, tiny_folder: Path, tmp_path: Path, command: str) -> None:
     said = refusal(*COMMANDS[command](tiny_folder, tmp_path), "--scheme", "int4")
     assert "'int4'" in said
     assert "choose one of" in said
     assert all(name in said for name in INT8)
 
 
-def test_an_unknown_scheme_among_others(refusal, tiny_folder):
+def test_an_unknown_scheme_among_others(refusal: Refusal, tiny_folder: Path) -> None:
     assert "unknown scheme 'w4a16'; choose one of fp16, rtn" in refusal(
         "evaluate", tiny_folder, "--schemes", "rtn,w4a16"
     )
 
 
-def test_a_float_scheme_leaves_nothing_to_quantize(refusal, tiny_folder, tmp_path):
+def test_a_float_scheme_leaves_nothing_to_quantize(refusal: Refusal, tiny_folder: Path, tmp_path: Path) -> None:
     assert "is float: there is nothing to quantize" in refusal(
         "quantize", tiny_folder, tmp_path / "o", "--scheme", "fp16"
     )
@@ -273,18 +296,22 @@ def test_a_float_scheme_leaves_nothing_to_quantize(refusal, tiny_folder, tmp_pat
         ("--baseline", "/no/such/model", "/no/such/model is not a folder"),
     ],
 )
-def test_a_bad_value_is_told_by_name(refusal, tiny_folder, option, value, complaint):
+def test_a_bad_value_is_told_by_name(
+    refusal: Refusal, tiny_folder: Path, option: str, value: str, complaint: str
+) -> None:
     assert complaint in refusal("serve", tiny_folder, option, value)
 
 
-def test_an_int8_cache_of_the_baseline_is_refused_with_the_remedy(refusal, tiny_folder):
+def test_an_int8_cache_of_the_baseline_is_refused_with_the_remedy(refusal: Refusal, tiny_folder: Path) -> None:
     said = refusal("serve", tiny_folder, "--variants", "fp16", "--kv-cache", "int8")
     assert "kv_cache is 'int8' and variants is fp16" in said
     assert "add w8a8 to variants" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_misspelt_variable_is_told_with_the_nearest(refusal, monkeypatch, tiny_folder, tmp_path, command):
+def test_a_misspelt_variable_is_told_with_the_nearest(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, command: str
+) -> None:
     monkeypatch.setenv("OTTAVA_MAX_MODEL_LENGTH", "64")
     assert "OTTAVA_MAX_MODEL_LENGTH; the nearest known one is OTTAVA_MAX_MODEL_LEN" in refusal(
         *COMMANDS[command](tiny_folder, tmp_path)
@@ -292,19 +319,23 @@ def test_a_misspelt_variable_is_told_with_the_nearest(refusal, monkeypatch, tiny
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_cuda_where_there_is_none(refusal, monkeypatch, tiny_folder, tmp_path, command):
+def test_cuda_where_there_is_none(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, command: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA GPU is visible here" in refusal(*COMMANDS[command](tiny_folder, tmp_path), "--device", "cuda")
 
 
-def test_alpha_outside_its_range(refusal, tiny_folder, tmp_path):
+def test_alpha_outside_its_range(refusal: Refusal, tiny_folder: Path, tmp_path: Path) -> None:
     assert "alpha = 2.0: Input should be less than or equal to 1" in refusal(
         "quantize", tiny_folder, tmp_path / "out", "--alpha", 2
     )
 
 
 @pytest.mark.parametrize("scheme", INT8)
-def test_quantize_writes_a_folder_that_serves(ottava, tiny_folder, text, tmp_path, scheme):
+def test_quantize_writes_a_folder_that_serves(
+    ottava: Command, tiny_folder: Path, text: Path, tmp_path: Path, scheme: str
+) -> None:
     out = tmp_path / "deep" / scheme
     code, said, err = ottava("quantize", tiny_folder, out, "--scheme", scheme, "--calibration", _long(text, tmp_path))
     assert (code, err) == (0, "")
@@ -312,7 +343,7 @@ def test_quantize_writes_a_folder_that_serves(ottava, tiny_folder, text, tmp_pat
     checkpoint = Checkpoint.open(out, torch.float32, "cpu")
     assert checkpoint.scheme_name == scheme
     linear = checkpoint.linear("model.layers.0.mlp.down_proj", 192, 160, has_bias=False)
-    assert linear.input_codes.kind == PRESETS[scheme].activation
+    assert int8_of(linear).input_codes.kind == PRESETS[scheme].activation
     assert [path.name for path in out.parent.iterdir()] == [scheme]
 
 
@@ -323,7 +354,7 @@ def _long(text: Path, folder: Path) -> Path:
     return path
 
 
-def test_quantize_takes_alpha(ottava, tiny_folder, tmp_path):
+def test_quantize_takes_alpha(ottava: Command, tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, said, _ = ottava("quantize", tiny_folder, out, "--alpha", 0.25, "--seed", 3)
     assert code == 0
@@ -333,7 +364,7 @@ def test_quantize_takes_alpha(ottava, tiny_folder, tmp_path):
     assert notes["calibration"].endswith("seed 3")
 
 
-def test_quantize_stores_what_the_cache_is(ottava, tiny_folder, text, tmp_path):
+def test_quantize_stores_what_the_cache_is(ottava: Command, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     for kv_cache in ("int8", "auto"):
         out = tmp_path / kv_cache
         arguments = "--kv-cache", kv_cache, "--calibration", _long(text, tmp_path)
@@ -344,19 +375,21 @@ def test_quantize_stores_what_the_cache_is(ottava, tiny_folder, text, tmp_path):
     assert Checkpoint.open(tmp_path / "auto", torch.float32, "cpu").schemes == (PRESETS["w8a8"],)
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(refusal, tiny_folder, tmp_path):
+def test_a_folder_that_is_not_empty_is_left_alone(refusal: Refusal, tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep")
     assert "exists and is not empty" in refusal("quantize", tiny_folder, tmp_path)
     assert "exists and is not empty" in refusal("quantize", tiny_folder, tmp_path / "precious.txt")
     assert (tmp_path / "precious.txt").read_text() == "keep"
 
 
-def test_a_place_that_cannot_be_written_is_told(refusal, tiny_folder, tmp_path):
+def test_a_place_that_cannot_be_written_is_told(refusal: Refusal, tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "file" in refusal("quantize", tiny_folder, tmp_path / "file" / "out")
 
 
-def test_a_quantized_model_is_neither_quantized_nor_evaluated_again(ottava, refusal, tiny_folder, tmp_path):
+def test_a_quantized_model_is_neither_quantized_nor_evaluated_again(
+    ottava: Command, refusal: Refusal, tiny_folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     assert ottava("quantize", tiny_folder, out)[0] == 0
     assert "quantized already" in refusal("quantize", out, tmp_path / "again")
@@ -368,10 +401,10 @@ SMALL = ("--windows", 3, "--window-len", 64, "--calibration-windows", 2, "--dtyp
 
 
 @pytest.fixture
-def evaluated(ottava, tiny_folder, text, tmp_path):
+def evaluated(ottava: Command, tiny_folder: Path, text: Path, tmp_path: Path) -> Evaluated:
     """What `ottava evaluate` writes and prints: the run, the rows, and stdout."""
 
-    def run(*arguments: object) -> tuple[dict, list[dict], str]:
+    def run(*arguments: object) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
         out = tmp_path / "result.json"
         code, said, err = ottava("evaluate", tiny_folder, "--text", text, *SMALL, "--json", out, *arguments)
         assert (code, err) == (0, "")
@@ -382,7 +415,7 @@ def evaluated(ottava, tiny_folder, text, tmp_path):
 
 
 @pytest.fixture
-def questions(tmp_path):
+def questions(tmp_path: Path) -> Path:
     path = tmp_path / "questions.jsonl"
     asked = [
         {"question": "the quick brown", "choices": ["fox", "hello world", "naïve"], "answer": i % 3} for i in range(3)
@@ -397,7 +430,7 @@ MEASURED = {
 }
 
 
-def test_evaluate_writes_rows_for_every_preset(evaluated):
+def test_evaluate_writes_rows_for_every_preset(evaluated: Evaluated) -> None:
     run, rows, said = evaluated()
     assert [row["scheme"] for row in rows] == list(PRESETS)
     assert {frozenset(row) for row in rows} == {frozenset(MEASURED)}
@@ -416,14 +449,14 @@ def test_evaluate_writes_rows_for_every_preset(evaluated):
     assert (run["dtype"], run["windows"], Path(run["text"]).name) == ("float32", [3, 64], "text.txt")
 
 
-def test_evaluate_is_repeatable_and_takes_a_list(evaluated):
+def test_evaluate_is_repeatable_and_takes_a_list(evaluated: Evaluated) -> None:
     arguments = ("--schemes", "w8a8, rtn,w8a8")
     first, second = (evaluated(*arguments)[1] for _ in range(2))
     assert [row["scheme"] for row in first] == ["fp16", "w8a8", "rtn"]
     assert [row | {"tokens_per_s": 0} for row in first] == [row | {"tokens_per_s": 0} for row in second]
 
 
-def test_evaluate_measures_an_int8_cache_and_names_it(evaluated):
+def test_evaluate_measures_an_int8_cache_and_names_it(evaluated: Evaluated) -> None:
     rows = {kv: evaluated("--schemes", "fp16,w8a8", "--kv-cache", kv)[1] for kv in ("float", "int8", "both")}
     assert [row["scheme"] for row in rows["int8"]] == ["fp16", "w8a8, int8 KV"]
     assert rows["int8"][0]["perplexity"] == rows["float"][0]["perplexity"]
@@ -436,7 +469,7 @@ def test_evaluate_measures_an_int8_cache_and_names_it(evaluated):
     assert [row["scheme"] for row in rows["both"]] == ["fp16", "w8a8", "w8a8, int8 KV"]
 
 
-def test_evaluate_prints_a_table(evaluated, questions):
+def test_evaluate_prints_a_table(evaluated: Evaluated, questions: Path) -> None:
     said = evaluated("--schemes", "w8a8")[2]
     headings = (
         "fp16",
@@ -453,7 +486,7 @@ def test_evaluate_prints_a_table(evaluated, questions):
     assert "choices" in evaluated("--schemes", "fp16", "--choices", questions)[2]
 
 
-def test_evaluate_asks_questions(evaluated, questions):
+def test_evaluate_asks_questions(evaluated: Evaluated, questions: Path) -> None:
     baseline, w8a8 = evaluated("--schemes", "w8a8", "--choices", questions)[1]
     # The same question three times, each time with another answer: one of them is right.
     assert baseline["choice_accuracy"] == w8a8["choice_accuracy"] == 1 / 3
@@ -462,7 +495,9 @@ def test_evaluate_asks_questions(evaluated, questions):
     assert baseline["num_questions"] == w8a8["num_questions"] == 3
 
 
-def test_evaluate_refuses_questions_that_cannot_be_asked(refusal, tiny_folder, text, tmp_path):
+def test_evaluate_refuses_questions_that_cannot_be_asked(
+    refusal: Refusal, tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "questions.jsonl"
     arguments = ("evaluate", tiny_folder, "--text", text, *SMALL, "--choices", path)
     assert f"{path} cannot be read" in refusal(*arguments)
@@ -472,7 +507,7 @@ def test_evaluate_refuses_questions_that_cannot_be_asked(refusal, tiny_folder, t
     assert "more than 256; shorten it" in refusal(*arguments)
 
 
-def test_evaluate_lists_layers(evaluated):
+def test_evaluate_lists_layers(evaluated: Evaluated) -> None:
     baseline, rtn, with_kv = evaluated("--schemes", "rtn", "--layers", "--kv-cache", "both")[1]
     assert set(baseline) == MEASURED
     assert len(rtn["linear_errors"]) == 2 * 7
@@ -488,14 +523,16 @@ def test_evaluate_lists_layers(evaluated):
     assert "The hidden states' error grows most in layer" in said
 
 
-def test_evaluate_draws_a_plot(evaluated, tmp_path):
+def test_evaluate_draws_a_plot(evaluated: Evaluated, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     evaluated("--schemes", "rtn,w8a8", "--plot", plot)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert plot.stat().st_size > 10_000
 
 
-def test_evaluate_refuses_files_that_it_could_not_write(refusal, monkeypatch, tiny_folder, tmp_path):
+def test_evaluate_refuses_files_that_it_could_not_write(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
     """Before anything is measured."""
     monkeypatch.setattr("service.tools.evaluate.evaluation.measure_quality", None)
     evaluate = ("evaluate", tiny_folder, *SMALL)
@@ -513,26 +550,30 @@ def test_evaluate_refuses_files_that_it_could_not_write(refusal, monkeypatch, ti
     )
 
 
-def test_the_service_imports_no_matplotlib():
+def test_the_service_imports_no_matplotlib() -> None:
     code = "import sys, service.cli; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n"
 
 
-def test_evaluate_calibrates_on_what_it_does_not_measure(ottava, refusal, tiny_folder, text):
+def test_evaluate_calibrates_on_what_it_does_not_measure(
+    ottava: Command, refusal: Refusal, tiny_folder: Path, text: Path
+) -> None:
     """From one file both parts must fit: 3 windows measured and 2 read on behind them."""
     arguments = ("evaluate", tiny_folder, "--schemes", "w8a8", "--text", text, "--calibration", text)
     assert ottava(*arguments, *SMALL)[0] == 0
-    num_tokens = int(re.search(r"it has (\d+)", refusal(*arguments, *SMALL, "--windows", 999))[1])
+    counted = re.search(r"it has (\d+)", refusal(*arguments, *SMALL, "--windows", 999))
+    assert counted is not None
+    num_tokens = int(counted[1])
     said = refusal(*arguments, *SMALL, "--windows", num_tokens // 64)
     assert "windows of 64 after" in said
 
 
-def test_evaluate_refuses_windows_beyond_the_context(refusal, tiny_folder):
+def test_evaluate_refuses_windows_beyond_the_context(refusal: Refusal, tiny_folder: Path) -> None:
     assert "exceeds the 256 positions" in refusal("evaluate", tiny_folder, "--windows", 1, "--window-len", 300)
 
 
-def test_a_text_that_is_too_short_or_unreadable(refusal, tiny_folder, tmp_path):
+def test_a_text_that_is_too_short_or_unreadable(refusal: Refusal, tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("hello")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     evaluate = ("evaluate", tiny_folder, *SMALL, "--text")
@@ -542,10 +583,10 @@ def test_a_text_that_is_too_short_or_unreadable(refusal, tiny_folder, tmp_path):
     assert "too short" in refusal("quantize", tiny_folder, tmp_path / "o", "--calibration", tmp_path / "short.txt")
 
 
-def until_ready(served: dict):
+def until_ready(served: dict[str, Any]) -> Callable[[FastAPI, Settings], int]:
     """A `server.run` that opens the app's engines, in their own process, and closes them again."""
 
-    async def go(application):
+    async def go(application: FastAPI) -> None:
         async with application.router.lifespan_context(application):
             host = application.state.serving.host
             await until(lambda: host.stage is None or host.failed.is_set(), 120)
@@ -553,7 +594,7 @@ def until_ready(served: dict):
             served["process"] = host._link._process
             assert served["process"].returncode is None
 
-    def run(application, settings):
+    def run(application: FastAPI, settings: Settings) -> int:
         served.update(application=application, settings=settings)
         asyncio.run(go(application))
         return 7
@@ -561,8 +602,10 @@ def until_ready(served: dict):
     return run
 
 
-def test_serve_shows_what_it_serves_and_stops_its_engines(ottava, monkeypatch, tiny_folder):
-    served = {}
+def test_serve_shows_what_it_serves_and_stops_its_engines(
+    ottava: Command, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    served: dict[str, Any] = {}
     monkeypatch.setattr("service.web.server.run", until_ready(served))
     code, out, err = ottava("serve", tiny_folder, "--port", 8123, "--max-model-len", 64)
     assert (code, out) == (7, "")
@@ -577,7 +620,9 @@ def test_serve_shows_what_it_serves_and_stops_its_engines(ottava, monkeypatch, t
     assert [path for path in paths if path not in said] == []
 
 
-def test_serve_among_json_lines_is_a_json_line(ottava, monkeypatch, tiny_folder):
+def test_serve_among_json_lines_is_a_json_line(
+    ottava: Command, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
     monkeypatch.setattr("service.web.server.run", until_ready({}))
     code, _, err = ottava("serve", tiny_folder, "--log-format", "json", "--variants", "fp16")
     lines = [json.loads(line) for line in err.splitlines()]
@@ -590,7 +635,9 @@ def test_serve_among_json_lines_is_a_json_line(ottava, monkeypatch, tiny_folder)
     assert served["needs_key"] is False
 
 
-def test_serve_refuses_keys_before_it_loads(refusal, monkeypatch, tiny_folder):
+def test_serve_refuses_keys_before_it_loads(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
     monkeypatch.setattr("service.web.server.run", None)
     assert "there are no API keys" in refusal("serve", tiny_folder, "--host", "0.0.0.0")
     monkeypatch.setenv("OTTAVA_API_KEYS", "sh0rt")
@@ -599,7 +646,9 @@ def test_serve_refuses_keys_before_it_loads(refusal, monkeypatch, tiny_folder):
     assert "sh0rt" not in said
 
 
-def test_serve_misses_what_traces_need_before_it_loads(refusal, monkeypatch, tiny_folder):
+def test_serve_misses_what_traces_need_before_it_loads(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
     monkeypatch.setattr("service.web.server.run", None)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
@@ -610,7 +659,7 @@ def test_serve_misses_what_traces_need_before_it_loads(refusal, monkeypatch, tin
 
 
 @pytest.mark.parametrize("damage", ["none", "tensor"])
-def test_a_process_says_one_line(copy_of_tiny, tmp_path, damage):
+def test_a_process_says_one_line(copy_of_tiny: Path, tmp_path: Path, damage: str) -> None:
     """Nothing that a library prints or warns about at import or while loading comes between."""
     model = change_tensors(copy_of_tiny, {"model.norm.weight": None}) if damage == "tensor" else tmp_path / "none"
     done = subprocess.run(

@@ -6,13 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Never, Protocol
 
 import pytest
 import typer
-from pydantic import SecretStr
+from pydantic import Field, SecretStr
 from pydantic.fields import FieldInfo
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from quant.analysis.gpus import GPUS
@@ -28,15 +30,29 @@ FIELDS = Settings.model_fields
 SECRET = "correct-horse-battery"
 
 
+class Serve(Protocol):
+    def __call__(self, *arguments: object) -> Settings | str: ...
+
+
+def settings_of(served: Settings | str) -> Settings:
+    assert isinstance(served, Settings), served
+    return served
+
+
+def words_of(served: Settings | str) -> str:
+    assert isinstance(served, str), served
+    return served
+
+
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch):
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.upper().startswith("OTTAVA_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "120")
 
 
 @pytest.fixture
-def toml(tmp_path):
+def toml(tmp_path: Path) -> Callable[[str], Path]:
     """Writes a settings file and gives its path."""
 
     def write(text: str) -> Path:
@@ -48,11 +64,11 @@ def toml(tmp_path):
 
 
 @pytest.fixture
-def served(monkeypatch):
+def served(monkeypatch: pytest.MonkeyPatch) -> Serve:
     """Runs `ottava serve` up to its settings: those, or what was said instead."""
     found: list[Settings] = []
 
-    def stop(settings, _watch):
+    def stop(settings: Settings, _watch: object) -> Never:
         found.append(settings)
         raise InvalidSettings("enough")
 
@@ -121,7 +137,9 @@ def as_flags(name: str, value: object) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_every_field_is_a_flag_a_variable_and_a_key(name, monkeypatch, toml, served):
+def test_every_field_is_a_flag_a_variable_and_a_key(
+    name: str, monkeypatch: pytest.MonkeyPatch, toml: Callable[[str], Path], served: Serve
+) -> None:
     wanted = CHANGED[name]
     assert wanted != FIELDS[name].get_default(call_default_factory=True)
     by_file = served("--config", toml(f"{name} = {as_toml(wanted)}"))
@@ -134,22 +152,26 @@ def test_every_field_is_a_flag_a_variable_and_a_key(name, monkeypatch, toml, ser
     assert by_flag == by_variable
 
 
-def test_a_flag_beats_a_variable_the_file_and_the_default(monkeypatch, toml, served):
+def test_a_flag_beats_a_variable_the_file_and_the_default(
+    monkeypatch: pytest.MonkeyPatch, toml: Callable[[str], Path], served: Serve
+) -> None:
     config = toml("port = 1\nmax_waiting = 1\nlog_level = 'debug'\ncuda_graphs = false\n")
     monkeypatch.setenv("OTTAVA_PORT", "2")
     monkeypatch.setenv("OTTAVA_MAX_WAITING", "2")
-    settings = served("--config", config, "--port", 3, "--cuda-graphs")
+    settings = settings_of(served("--config", config, "--port", 3, "--cuda-graphs"))
     assert (settings.port, settings.max_waiting, settings.log_level) == (3, 2, "debug")
     assert (settings.cuda_graphs, settings.block_size) == (True, 64)
     assert settings.config == config
 
 
-def test_the_file_is_named_by_a_variable_too_and_never_found_by_chance(monkeypatch, toml, served):
+def test_the_file_is_named_by_a_variable_too_and_never_found_by_chance(
+    monkeypatch: pytest.MonkeyPatch, toml: Callable[[str], Path], served: Serve
+) -> None:
     config = toml("port = 9")
     monkeypatch.chdir(config.parent)
-    assert served().port == 8000
+    assert settings_of(served()).port == 8000
     monkeypatch.setenv("OTTAVA_CONFIG", "ottava.toml")
-    assert served().port == 9
+    assert settings_of(served()).port == 9
     assert load_settings().port == 9
 
 
@@ -171,50 +193,56 @@ def test_the_file_is_named_by_a_variable_too_and_never_found_by_chance(monkeypat
         (f"api_keys = ['{SECRET}']", "{path}: api_keys = (hidden) must be a string"),
     ],
 )
-def test_a_file_that_cannot_be_is_told_in_one_line(text, said, toml, served):
+def test_a_file_that_cannot_be_is_told_in_one_line(
+    text: str, said: str, toml: Callable[[str], Path], served: Serve
+) -> None:
     path = toml(text)
-    line = served("--config", path)
+    line = words_of(served("--config", path))
     assert line.startswith(said.format(path=path)), line
     assert "\n" not in line
     assert SECRET not in line
 
 
-def test_a_file_that_is_not_there(served, tmp_path):
-    assert f"the settings file {tmp_path}/none.toml cannot be read" in served("--config", tmp_path / "none.toml")
+def test_a_file_that_is_not_there(served: Serve, tmp_path: Path) -> None:
+    assert f"the settings file {tmp_path}/none.toml cannot be read" in words_of(
+        served("--config", tmp_path / "none.toml")
+    )
 
 
-def test_a_bad_variable_is_named_as_the_place(monkeypatch, served):
+def test_a_bad_variable_is_named_as_the_place(monkeypatch: pytest.MonkeyPatch, served: Serve) -> None:
     monkeypatch.setenv("OTTAVA_PORT", "eighty")
-    assert re.match(r"port = 'eighty': Input should be a valid integer.*, set by OTTAVA_PORT \(TCP port", served())
+    assert re.match(
+        r"port = 'eighty': Input should be a valid integer.*, set by OTTAVA_PORT \(TCP port", words_of(served())
+    )
 
 
-def test_variables_of_the_chat_do_not_stop_the_server(monkeypatch, served):
+def test_variables_of_the_chat_do_not_stop_the_server(monkeypatch: pytest.MonkeyPatch, served: Serve) -> None:
     monkeypatch.setenv("OTTAVA_URL", "http://x")
     monkeypatch.setenv("OTTAVA_API_KEY", SECRET)
     assert isinstance(served(), Settings)
 
 
-def test_a_switch_cannot_be_on_and_off(monkeypatch):
+def test_a_switch_cannot_be_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(cli.app, ["serve", "--random-weights", "--no-random-weights"])
     assert result.exit_code == 2
     assert "contradict each other" in result.stderr
 
 
-def test_secrets_are_neither_flags_nor_shown(monkeypatch, served):
+def test_secrets_are_neither_flags_nor_shown(monkeypatch: pytest.MonkeyPatch, served: Serve) -> None:
     monkeypatch.setenv("OTTAVA_API_KEYS", f"anna:{SECRET}")
-    flags = {
-        flag for command in typer.main.get_command(cli.app).commands.values() for p in command.params for flag in p.opts
-    }
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, TyperGroup)
+    flags = {flag for command in group.commands.values() for p in command.params for flag in p.opts}
     assert "--api-keys-file" in flags
     assert "--api-keys" not in flags
     shown = CliRunner().invoke(cli.app, ["serve", "--help"]).stdout
     assert "OTTAVA_API_KEYS" in shown
     assert SECRET not in shown
     monkeypatch.setenv("OTTAVA_PORT", "99999")
-    assert SECRET not in served()
+    assert SECRET not in words_of(served())
 
 
-def test_help_shows_each_setting_in_its_panel_with_its_default():
+def test_help_shows_each_setting_in_its_panel_with_its_default() -> None:
     shown = CliRunner().invoke(cli.app, ["serve", "--help"]).stdout
     blocks = {
         m[1]: " ".join(re.sub(r"[│\n]", " ", m[2]).split()) for m in re.finditer(r"╭─ (.*?) ─+╮\n(.*?)╰", shown, re.S)
@@ -232,7 +260,7 @@ def test_help_shows_each_setting_in_its_panel_with_its_default():
 
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("command", ["", "serve", "chat", "quantize", "evaluate", "tune", "roofline"])
-def test_no_help_is_cut_off(monkeypatch, command, columns):
+def test_no_help_is_cut_off(monkeypatch: pytest.MonkeyPatch, command: str, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     shown = CliRunner().invoke(cli.app, [*command.split(), "--help"]).stdout
     assert "…" not in shown
@@ -242,15 +270,15 @@ def test_no_help_is_cut_off(monkeypatch, command, columns):
     assert f"ottava {command}" in examples[0]
 
 
-def test_a_new_field_appears_by_itself(monkeypatch):
+def test_a_new_field_appears_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     class Grown(Settings):
-        greeting: Literal["hello", "goodbye"] = FieldInfo(default="hello", description="What is said first.")
-        pin: SecretStr | None = FieldInfo(default=None, description="Opens the door.")
+        greeting: Literal["hello", "goodbye"] = Field(default="hello", description="What is said first.")
+        pin: SecretStr | None = Field(default=None, description="Opens the door.")
 
     fields = Grown.model_fields
     monkeypatch.setattr(options, "FIELDS", fields)
     monkeypatch.setattr(options, "PANELS", panels(fields))
-    given = {}
+    given: dict[str, object] = {}
     app = typer.Typer()
 
     @app.command()
@@ -266,7 +294,7 @@ def test_a_new_field_appears_by_itself(monkeypatch):
     assert is_secret(fields["pin"])
 
 
-def test_every_field_has_a_panel_and_no_panel_comes_twice():
+def test_every_field_has_a_panel_and_no_panel_comes_twice() -> None:
     headings = [mark.title for field in FIELDS.values() for mark in field.metadata if isinstance(mark, Panel)]
     assert len(set(headings)) == len(headings)
     assert "" not in panels(FIELDS).values()
@@ -303,11 +331,11 @@ def completed(line: str) -> list[str]:
         ("ottava chat --variant ", {"w8a8", "fp16"}),
     ],
 )
-def test_a_shell_completes(line, words):
+def test_a_shell_completes(line: str, words: set[str]) -> None:
     assert set(completed(line)) == words
 
 
-def test_the_script_for_completion_is_shown():
+def test_the_script_for_completion_is_shown() -> None:
     environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     command = [sys.executable, "-m", "service", "--show-completion", "bash"]
     done = subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True)

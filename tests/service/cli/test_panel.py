@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,7 +19,9 @@ from service.settings import Settings
 PATHS = {"/generate": ["post"], "/v1/completions": ["post"], "/health": ["get"], "/ready": ["get"]}
 
 
-def variant(scheme: str, description: str | None, kv_cache_dtype: str, weight_bytes: int, kv_cache_bytes: int):
+def variant(
+    scheme: str, description: str | None, kv_cache_dtype: str, weight_bytes: int, kv_cache_bytes: int
+) -> VariantInfo:
     return VariantInfo(
         scheme=scheme,
         description=description,
@@ -49,14 +53,14 @@ INFO = HostInfo(
 )
 
 
-def shown(width: int = 120, has_keys: bool = False, **settings: object) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(startup_panel(INFO, PATHS, Settings(**settings), has_keys))
-    return console.file.getvalue()
+def shown(width: int = 120, has_keys: bool = False, **settings: Any) -> str:
+    drawn = io.StringIO()
+    Console(file=drawn, width=width).print(startup_panel(INFO, PATHS, Settings(**settings), has_keys))
+    return drawn.getvalue()
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_panel_says_what_is_served_and_where(width):
+def test_the_panel_says_what_is_served_and_where(width: int) -> None:
     text = shown(width)
     assert {len(line) for line in text.splitlines()} == {width}
     said = " ".join(text.replace("│", " ").split())
@@ -87,14 +91,14 @@ def test_the_panel_says_what_is_served_and_where(width):
         ({"port": 0}, "http://127.0.0.1:PORT"),
     ],
 )
-def test_urls_can_be_called(settings, url):
+def test_urls_can_be_called(settings: dict[str, Any], url: str) -> None:
     text = shown(**settings)
     assert f"{url}/generate" in text
     assert ("chosen by the system" in text) == (settings.get("port") == 0)
     assert (f"ottava chat --url {url}" in text) == (not url.endswith(":8000"))
 
 
-def test_listening_beyond_this_machine_is_warned_of():
+def test_listening_beyond_this_machine_is_warned_of() -> None:
     assert "other machines may reach" not in shown(has_keys=True)
     assert "everybody who gets there is served" in shown(host="0.0.0.0", allow_anonymous=True)
     keyed = " ".join(shown(host="10.0.0.5", has_keys=True).replace("│", " ").split())
@@ -102,7 +106,7 @@ def test_listening_beyond_this_machine_is_warned_of():
     assert "in the clear unless a proxy adds TLS" in keyed
 
 
-def test_the_settings_file_is_named(tmp_path):
+def test_the_settings_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "o.toml"
     path.write_text("port = 5\n")
     text = shown(config=path)
@@ -110,8 +114,9 @@ def test_the_settings_file_is_named(tmp_path):
     assert ":5/generate" in text
 
 
-def test_lines_say_a_stage_once_and_then_now_and_again():
-    said, now_s = [], 0.0
+def test_lines_say_a_stage_once_and_then_now_and_again() -> None:
+    said: list[str] = []
+    now_s = 0.0
     lines = Lines(said.append, lambda: now_s)
     for done in range(31):
         lines("quantizing", done, 30, "error 1%")
@@ -127,22 +132,22 @@ def test_lines_say_a_stage_once_and_then_now_and_again():
     ]
 
 
-def test_no_terminal_gets_lines(capsys):
+def test_no_terminal_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with progress() as on_progress:
         on_progress("loading [w8a8]", 0, 0)
     assert capsys.readouterr().err == "ottava: loading [w8a8]\n"
 
 
-def test_a_terminal_gets_a_bar_for_each_stage(monkeypatch):
-    console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    monkeypatch.setattr(terminal, "err", console)
+def test_a_terminal_gets_a_bar_for_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(terminal, "err", Console(file=out, force_terminal=True, width=100))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with progress() as on_progress:
         assert isinstance(on_progress, Bars)
         on_progress("loading w8a8", 0, 0)
         on_progress("capturing w8a8", 1, 4, "half")
         on_progress("capturing w8a8", 4, 4)
-    drawn = console.file.getvalue()
+    drawn = out.getvalue()
     assert "loading w8a8" in drawn
     assert "capturing w8a8" in drawn
     assert "100%" in drawn

@@ -1,7 +1,9 @@
 """Shadow mode over fake engines: what is replayed, when it gives way, and what it feeds."""
 
 import asyncio
+from typing import Any
 
+import httpx
 import pytest
 
 from service.comparison.shadow import Shadow
@@ -11,19 +13,23 @@ from service.errors import InvalidSettings
 from service.measures import Agreement, Speedup
 from service.settings import BASELINE, load_settings
 from service.telemetry.metrics import ServiceMetrics
-from tests.support.fake_engine import ByteTokenizer
+from service.web.state import Serving
+from tests.service.kinds import Samples
+from tests.support.fake_engine import INFO, ByteTokenizer, FakeEngine, FakeRequest
 from tests.support.harness import app_of, client_of, metrics_of, total, two_engines, until
 
 
-def outcomes(samples):
+def outcomes(samples: Samples) -> dict[str, float]:
     names = ("replayed", "dropped", "abandoned")
     return {name: samples["ottava_shadow_total", f"outcome={name}", "variant=w8a8"] for name in names}
 
 
-def shadowed(*bodies, engines=None, **settings):
+def shadowed(
+    *bodies: object, engines: dict[str, FakeEngine] | None = None, **settings: Any
+) -> tuple[list[dict[str, Any]], Samples, dict[str, Any]]:
     """Answers, series and summary once no sample waits."""
 
-    async def go():
+    async def go() -> tuple[list[dict[str, Any]], Samples, dict[str, Any]]:
         app = app_of(engines or two_engines(), shadow_rate=settings.pop("shadow_rate", 1.0), **settings)
         async with client_of(app) as client:
             answers = [await client.post("/generate", json=body) for body in bodies]
@@ -38,7 +44,7 @@ def shadowed(*bodies, engines=None, **settings):
     return asyncio.run(go())
 
 
-def test_a_live_request_is_replayed_afterwards_and_feeds_the_ratios_alone():
+def test_a_live_request_is_replayed_afterwards_and_feeds_the_ratios_alone() -> None:
     engines = two_engines(delay_s=0.001)
     engines["fp16"].reply = "help!"
     (answer,), samples, summary = shadowed({"prompt": "a"}, engines=engines)
@@ -60,7 +66,7 @@ def test_a_live_request_is_replayed_afterwards_and_feeds_the_ratios_alone():
     assert summary["shadow_state"] == {"rate": 1.0, "waiting": 0}
 
 
-def test_a_sampled_request_is_replayed_with_the_seed_it_drew():
+def test_a_sampled_request_is_replayed_with_the_seed_it_drew() -> None:
     engines = two_engines()
     shadowed({"prompt": "a", "temperature": 1, "max_tokens": 3}, engines=engines)
     (live,), (replay,) = engines["w8a8"].submitted, engines["fp16"].submitted
@@ -70,14 +76,14 @@ def test_a_sampled_request_is_replayed_with_the_seed_it_drew():
     assert replay.prompt_ids == live.prompt_ids
 
 
-def test_a_replay_stops_at_the_stop_string_too():
+def test_a_replay_stops_at_the_stop_string_too() -> None:
     engines = two_engines(reply="a.b.c", delay_s=0.001)
     _, samples, _ = shadowed({"prompt": "a", "stop": "."}, engines=engines)
     assert engines["fp16"].freed[0].finish_reason == "stop"
     assert samples["ottava_agreement_ratio_sum", "how=shadow", "variant=w8a8"] == 1
 
 
-def test_the_baselines_own_requests_and_comparisons_are_not_replayed():
+def test_the_baselines_own_requests_and_comparisons_are_not_replayed() -> None:
     engines = two_engines()
     bodies = {"prompt": "a", "variant": "fp16"}, {"prompt": "a", "compare": True}
     _, samples, summary = shadowed(*bodies, engines=engines)
@@ -86,18 +92,18 @@ def test_the_baselines_own_requests_and_comparisons_are_not_replayed():
     assert (summary["compare"]["count"], summary["shadow"]["count"]) == (1, 0)
 
 
-def test_at_rate_zero_nothing_is_replayed():
+def test_at_rate_zero_nothing_is_replayed() -> None:
     engines = two_engines()
     _, samples, _ = shadowed({"prompt": "a"}, engines=engines, shadow_rate=0.0)
     assert not engines["fp16"].submitted
     assert sum(outcomes(samples).values()) == 0
 
 
-def test_the_share_that_is_drawn_is_the_rate():
+def test_the_share_that_is_drawn_is_the_rate() -> None:
     engines = two_engines()
     draws = iter([0.29, 0.3, 0.0, 0.99])
     app = app_of(engines)
-    metrics = ServiceMetrics(app.state.serving.engines, dict)
+    metrics = ServiceMetrics(app.state.serving.engines, lambda: INFO)
     shadow = Shadow(
         app.state.serving.engines,
         BASELINE,
@@ -112,8 +118,8 @@ def test_the_share_that_is_drawn_is_the_rate():
     assert [shadow.wants("w8a8") for _ in range(4)] == [True, False, True, False]
 
 
-def test_a_full_queue_drops_and_counts():
-    async def go():
+def test_a_full_queue_drops_and_counts() -> None:
+    async def go() -> tuple[int, dict[str, float], Samples]:
         engines = two_engines()
         app = app_of(engines, shadow_rate=1.0, shadow_queue=2)
         async with client_of(app) as client:
@@ -136,14 +142,14 @@ def test_a_full_queue_drops_and_counts():
 
 
 @pytest.mark.parametrize("variant", ["w8a8", "fp16"])
-def test_a_live_request_ends_the_replay_that_it_meets(variant):
-    async def go():
+def test_a_live_request_ends_the_replay_that_it_meets(variant: str) -> None:
+    async def go() -> tuple[httpx.Response, FakeRequest, dict[str, FakeEngine], Samples]:
         engines = two_engines()
         engines["fp16"].delay_s = 0.05
         app = app_of(engines, shadow_rate=1.0)
         async with client_of(app) as client:
             await client.post("/generate", json={"prompt": "a", "ignore_eos": True, "max_tokens": 20})
-            await until(lambda: engines["fp16"].active)
+            await until(lambda: bool(engines["fp16"].active))
             answer = await client.post("/generate", json={"prompt": "a", "variant": variant, "max_tokens": 1})
             replay = next(request for request in engines["fp16"].freed if request.id.endswith("-shadow"))
             await until(lambda: app.state.serving.shadow.num_waiting == 0)
@@ -157,8 +163,8 @@ def test_a_live_request_ends_the_replay_that_it_meets(variant):
     assert not any(engine.active for engine in engines.values())
 
 
-def test_a_replay_waits_while_an_engine_holds_anything():
-    async def go():
+def test_a_replay_waits_while_an_engine_holds_anything() -> None:
+    async def go() -> tuple[int, int]:
         engines = two_engines(delay_s=0.001)
         app = app_of(engines, shadow_rate=1.0)
         async with client_of(app) as client:
@@ -175,7 +181,7 @@ def test_a_replay_waits_while_an_engine_holds_anything():
     assert asyncio.run(go()) == (0, 1)
 
 
-def test_a_baseline_that_fails_ends_the_replay_and_not_shadow_mode(caplog):
+def test_a_baseline_that_fails_ends_the_replay_and_not_shadow_mode(caplog: pytest.LogCaptureFixture) -> None:
     engines = two_engines()
     engines["fp16"].fail_at = 2
     _, samples, _ = shadowed({"prompt": "a"}, {"prompt": "b"}, engines=engines)
@@ -184,8 +190,8 @@ def test_a_baseline_that_fails_ends_the_replay_and_not_shadow_mode(caplog):
     assert "the replay of gen-" in caplog.text
 
 
-def test_a_baseline_refused_by_the_self_check_is_not_used():
-    async def go():
+def test_a_baseline_refused_by_the_self_check_is_not_used() -> None:
+    async def go() -> tuple[int, int]:
         engines = two_engines()
         app = app_of(engines, lambda: {"fp16": "not finite"}, shadow_rate=1.0)
         async with client_of(app) as client:
@@ -195,8 +201,8 @@ def test_a_baseline_refused_by_the_self_check_is_not_used():
     assert asyncio.run(go()) == (0, 0)
 
 
-def test_shutdown_abandons_what_runs_and_what_waits():
-    async def go():
+def test_shutdown_abandons_what_runs_and_what_waits() -> None:
+    async def go() -> tuple[dict[str, FakeEngine], Serving]:
         engines = two_engines()
         engines["fp16"].delay_s = 10
         app = app_of(engines, shadow_rate=1.0)
@@ -205,7 +211,7 @@ def test_shutdown_abandons_what_runs_and_what_waits():
             for _ in range(3):
                 await client.post("/generate", json={"prompt": "a"})
             app.state.serving.traffic.leave()
-            await until(lambda: engines["fp16"].active)
+            await until(lambda: bool(engines["fp16"].active))
         return engines, app.state.serving
 
     engines, serving = asyncio.run(go())
@@ -214,24 +220,24 @@ def test_shutdown_abandons_what_runs_and_what_waits():
     assert b'ottava_shadow_total{outcome="abandoned",variant="w8a8"} 3.0' in serving.metrics.exposition()
 
 
-def test_shadow_mode_without_a_baseline_is_refused():
+def test_shadow_mode_without_a_baseline_is_refused() -> None:
     with pytest.raises(InvalidSettings, match=r"shadow_rate is 0.1 .* add fp16 to variants"):
         load_settings(variants="w8a8", shadow_rate=0.1)
     load_settings(variants="w8a8", shadow_rate=0.0)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
-def test_a_rate_that_is_no_share_is_refused(rate):
+def test_a_rate_that_is_no_share_is_refused(rate: float) -> None:
     with pytest.raises(InvalidSettings, match="shadow_rate"):
         load_settings(shadow_rate=rate)
 
 
-def test_the_summary_is_of_the_window_and_leaves_contended_times_out():
-    comparisons = Comparisons(ServiceMetrics(two_engines(), dict))
+def test_the_summary_is_of_the_window_and_leaves_contended_times_out() -> None:
+    comparisons = Comparisons(ServiceMetrics(app_of(two_engines()).state.serving.engines, lambda: INFO))
     alike = Agreement(common_prefix_tokens=1, match_ratio=1.0, logprob_delta_mean=None)
     parted = Agreement(common_prefix_tokens=0, match_ratio=0.5, logprob_delta_mean=None)
 
-    def add(ratio, agreement=alike, contended=False):
+    def add(ratio: float, agreement: Agreement = alike, contended: bool = False) -> None:
         comparisons.add(
             "shadow", "w8a8", Speedup(ttft=ratio, tpot=None, e2e=ratio, tokens_per_s=ratio), agreement, contended
         )
@@ -250,8 +256,8 @@ def test_the_summary_is_of_the_window_and_leaves_contended_times_out():
     assert (found.count, found.agreement_mean, found.speedup_median.e2e) == (5 + WINDOW, 1.0, 4.0)
 
 
-def test_a_contended_comparison_gives_agreement_and_no_speed():
-    async def go():
+def test_a_contended_comparison_gives_agreement_and_no_speed() -> None:
+    async def go() -> tuple[dict[str, Any], Samples, dict[str, Any]]:
         engines = two_engines(delay_s=0.002)
         app = app_of(engines)
         async with client_of(app) as client:

@@ -13,11 +13,11 @@ from tests.support.requests import new_request
 
 
 @pytest.fixture(params=[CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
-def batches(request):
+def batches(request: pytest.FixtureRequest) -> BatchBuilder:
     return BatchBuilder(TableLayout(max_tokens=24, max_requests=6, max_blocks=16), request.param)
 
 
-def test_the_device_gets_the_numbers_of_each_step_in_the_same_place(batches):
+def test_the_device_gets_the_numbers_of_each_step_in_the_same_place(batches: BatchBuilder) -> None:
     tables = StepTableBuilder(batches._layout, 4)
     plan = Scheduler(num_blocks=90, block_size=4, max_num_requests=6, max_batched_tokens=24)
     for i in range(5):
@@ -42,7 +42,9 @@ def test_the_device_gets_the_numbers_of_each_step_in_the_same_place(batches):
 
 
 @pytest.mark.parametrize(("num_requests", "query_len"), [(6, 1), (1, 24), (3, 5)])
-def test_a_blank_step_writes_no_slot_and_samples_nothing(batches, num_requests, query_len):
+def test_a_blank_step_writes_no_slot_and_samples_nothing(
+    batches: BatchBuilder, num_requests: int, query_len: int
+) -> None:
     batch = batches.blank(num_requests, query_len)
     num_tokens = num_requests * query_len
     assert batch.token_ids.tolist() == [0] * num_tokens

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 
 import pytest
 
 from service.engine.api import SamplingParams
 from service.errors import EngineFailed
+from tests.service.kinds import StartEngine
 from tests.support.faulty_engines import BOTH, FAULT, assert_empty, outcome, run_all
 from tests.support.scripted_runner import ScriptedRunner, raising
 
 
 @BOTH
-def test_an_exchange_lets_the_running_end_on_the_old_and_loses_nobody(engine_of, is_async):
+def test_an_exchange_lets_the_running_end_on_the_old_and_loses_nobody(engine_of: StartEngine, is_async: bool) -> None:
     """Old tokens count from 0, new ones from 1000; too few blocks, so that some are put back meanwhile."""
     old, new = ScriptedRunner(is_async, step_s=0.001), ScriptedRunner(is_async, offset=1000)
     engine = engine_of(old, rows=4, num_blocks=12)
 
-    async def go():
+    async def go() -> list[list[int] | EngineFailed]:
         params = SamplingParams(max_tokens=20)
         streams = [engine.submit([1, 2, 3], params, str(i)) for i in range(12)]
         answers = [asyncio.ensure_future(outcome(stream)) for stream in streams]
@@ -43,18 +45,20 @@ def test_an_exchange_lets_the_running_end_on_the_old_and_loses_nobody(engine_of,
     assert_empty(engine)
 
 
-def test_an_idle_engine_exchanges_at_once(engine_of):
+def test_an_idle_engine_exchanges_at_once(engine_of: StartEngine) -> None:
     engine = engine_of(ScriptedRunner())
     engine.exchange(ScriptedRunner(offset=5), 64, 0).result(5)
     assert run_all(engine, [2]) == [[5, 6]]
 
 
-def test_a_fault_before_the_exchange_does_not_prevent_it(engine_of, caplog):
+def test_a_fault_before_the_exchange_does_not_prevent_it(
+    engine_of: StartEngine, caplog: pytest.LogCaptureFixture
+) -> None:
     old = ScriptedRunner(step_s=0.002)
     old.on_execute = raising(FAULT, 8)
     engine = engine_of(old, rows=1)
 
-    async def go():
+    async def go() -> list[list[int] | EngineFailed]:
         streams = [engine.submit([1], SamplingParams(max_tokens=50), str(i)) for i in range(3)]
         await asyncio.sleep(0.005)
         engine.exchange(ScriptedRunner(offset=100), 64, 0)
@@ -65,10 +69,10 @@ def test_a_fault_before_the_exchange_does_not_prevent_it(engine_of, caplog):
     assert others == [list(range(100, 150))] * 2
 
 
-def test_an_engine_that_ends_first_tells_whoever_waits_for_the_exchange(engine_of):
+def test_an_engine_that_ends_first_tells_whoever_waits_for_the_exchange(engine_of: StartEngine) -> None:
     engine = engine_of(ScriptedRunner(step_s=0.005))
 
-    async def go():
+    async def go() -> Future[None]:
         stream = engine.submit([1], SamplingParams(max_tokens=200), "r")
         await asyncio.sleep(0.02)
         exchanged = engine.exchange(ScriptedRunner(), 64, 0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.chain import Moved
-from quant.scheme import PRESETS
-from service.engine.api import FinishReason, SamplingParams
+from quant.scheme import PRESETS, Scheme
+from service.engine.api import FinishReason, Progress, SamplingParams, Token
 from service.engine.device.device_thread import DeviceThread
 from service.engine.device.runner import Runner
 from service.engine.loop import EngineLoop
@@ -19,6 +19,7 @@ from service.models.config import ModelConfig, linear_names
 from service.models.decoder import Decoder, score
 from service.models.loader import load_decoder
 from service.models.random_weights import RandomWeights, random_decoder
+from tests.service.kinds import Tiny
 from tests.support.engines import PROMPTS, collect_all
 from tests.support.grammars import EOS, REGISTRY, RULES, SCHEMA, finished, text_of
 from tests.support.tiny_models import TINY, make_model
@@ -41,7 +42,7 @@ def generate(decoder: Decoder, use_graphs: bool, num_blocks: int = 200, one_by_o
         max_model_len=256,
     ).start()
 
-    async def run():
+    async def run() -> list[list[int]]:
         if one_by_one:
             return [(await collect_all(engine, [prompt], PARAMS))[0] for prompt in PROMPTS]
         return await collect_all(engine, PROMPTS, PARAMS)
@@ -59,7 +60,7 @@ SCHEMES = [*PRESETS.values(), INT8_KV]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
-def test_logits_equal_the_reference_ops(scheme):
+def test_logits_equal_the_reference_ops(scheme: Scheme) -> None:
     """The same random weights through the Triton kernels and through plain torch on the CPU."""
     config = ModelConfig.of(make_model("llama").config)
     ids, cpu = torch.arange(3, 150), torch.device("cpu")
@@ -71,7 +72,7 @@ def test_logits_equal_the_reference_ops(scheme):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_fp16_logits_equal_transformers(tiny, name):
+def test_fp16_logits_equal_transformers(tiny: Tiny, name: str) -> None:
     model, folder = tiny(name)
     decoder = load_decoder(folder, torch.float32, CUDA)
     ids = torch.arange(3, 203)[: decoder.config.max_model_len]
@@ -86,13 +87,13 @@ def test_fp16_logits_equal_transformers(tiny, name):
     [PRESETS["fp16"], PRESETS["w8a8"], PRESETS["smoothquant-o3"], INT8_KV],
     ids=lambda scheme: scheme.label,
 )
-def test_captured_steps_give_the_tokens_of_plain_ones(scheme):
+def test_captured_steps_give_the_tokens_of_plain_ones(scheme: Scheme) -> None:
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float16, CUDA)
     assert generate(decoder, use_graphs=True) == generate(decoder, use_graphs=False)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "opt", "gpt2", "gpt_neox", "qwen3", "qwen3_moe"])
-def test_steps_of_a_family(name):
+def test_steps_of_a_family(name: str) -> None:
     """Captured and plain steps give the same tokens; experts are never captured."""
     decoder = random_decoder(ModelConfig.of(make_model(name).config), PRESETS["w8a8"], torch.float16, CUDA)
     assert Runner(decoder, num_blocks=20, block_size=16, max_requests=4, max_tokens=64).use_graphs == (
@@ -102,13 +103,13 @@ def test_steps_of_a_family(name):
 
 
 @pytest.mark.parametrize("scheme", [PRESETS["w8a8"], INT8_KV], ids=lambda scheme: scheme.label)
-def test_int8_tokens_do_not_depend_on_the_batch(scheme):
+def test_int8_tokens_do_not_depend_on_the_batch(scheme: Scheme) -> None:
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float32, CUDA)
     assert generate(decoder, use_graphs=True) == generate(decoder, use_graphs=True, one_by_one=True)
 
 
 @pytest.mark.parametrize("use_graphs", [True, False])
-def test_answers_held_to_a_grammar(use_graphs):
+def test_answers_held_to_a_grammar(use_graphs: bool) -> None:
     """Beside captured steps that know of no grammar; the neighbours' tokens stay as they are."""
     jsonschema = pytest.importorskip("jsonschema")
     decoder = random_decoder(ModelConfig.of(make_model("qwen2").config), PRESETS["w8a8"], torch.float16, CUDA)
@@ -124,7 +125,7 @@ def test_answers_held_to_a_grammar(use_graphs):
     ).start()
     held = SamplingParams(140, temperature=1.0, seed=1, grammar=RULES)
 
-    async def run():
+    async def run() -> tuple[list[list[int]], list[list[int]], list[tuple[Progress, list[Token]]]]:
         alone = await collect_all(engine, PROMPTS[:6], PARAMS)
         free = asyncio.ensure_future(collect_all(engine, PROMPTS[:6], PARAMS))
         answers = await asyncio.gather(*(finished(engine, prompt, held) for prompt in PROMPTS[6:]))
@@ -141,7 +142,7 @@ def test_answers_held_to_a_grammar(use_graphs):
     assert sum(request.finish_reason == FinishReason.STOP for request, _ in answers) >= 4
 
 
-def test_log_probabilities_of_prompts():
+def test_log_probabilities_of_prompts() -> None:
     """Against those of the whole prompt in one chunk; rows that a step shares round as the tiles of its size do."""
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CUDA)
     runner = Runner(decoder, num_blocks=200, block_size=16, max_requests=16, max_tokens=64)
@@ -155,7 +156,7 @@ def test_log_probabilities_of_prompts():
     ).start()
     params = SamplingParams(8, ignore_eos=True, prompt_logprobs=3)
 
-    async def run():
+    async def run() -> list[tuple[Progress, list[Token]]]:
         return await asyncio.gather(*(finished(engine, prompt, params) for prompt in PROMPTS))
 
     try:
@@ -171,7 +172,7 @@ def test_log_probabilities_of_prompts():
         assert all(len(token.top_logprobs) == 3 for token in request.prompt_logprobs)
 
 
-def test_a_closed_runner_computes_the_same_without_its_graphs():
+def test_a_closed_runner_computes_the_same_without_its_graphs() -> None:
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float16, CUDA)
     runner = Runner(decoder, num_blocks=200, block_size=16, max_requests=16, max_tokens=64)
     runner.warm_up()
@@ -195,6 +196,6 @@ def test_a_closed_runner_computes_the_same_without_its_graphs():
     assert freed_bytes[0] > freed_bytes[1] == 0, "the logits of every bucket, once"
 
 
-def test_preemption_with_a_step_in_flight_loses_nothing():
+def test_preemption_with_a_step_in_flight_loses_nothing() -> None:
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CUDA)
     assert generate(decoder, use_graphs=True, num_blocks=18) == generate(decoder, use_graphs=True)

@@ -40,7 +40,7 @@ def start(name: str, runner: Runner, device_thread: DeviceThread) -> EngineLoop:
     ).start()
 
 
-def test_weights_are_exchanged_between_the_steps_of_two_engines():
+def test_weights_are_exchanged_between_the_steps_of_two_engines() -> None:
     config, cuda, device_thread = ModelConfig.of(make_model("llama").config), torch.device("cuda"), DeviceThread()
     old, new = (random_decoder(config, PRESETS["w8a8"], torch.float16, cuda, seed) for seed in (1, 2))
     baseline = random_decoder(config, PRESETS["fp16"], torch.float16, cuda, 3)
@@ -57,12 +57,13 @@ def test_weights_are_exchanged_between_the_steps_of_two_engines():
         device_thread,
     )
 
-    async def go():
+    async def go() -> tuple[list[list[int]], list[list[int]], list[list[int]], list[list[int]], int]:
         before = await collect_all(engine, PROMPTS, PARAMS)
         expected = await collect_all(fresh, PROMPTS, PARAMS)
-        is_over, answers = threading.Event(), []
+        is_over = threading.Event()
+        answers: list[list[int]] = []
 
-        async def load(target: EngineLoop, kept: list) -> None:
+        async def load(target: EngineLoop, kept: list[list[int]]) -> None:
             while not is_over.is_set():
                 kept += await collect_all(target, PROMPTS[:6], PARAMS)
 

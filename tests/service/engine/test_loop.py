@@ -6,35 +6,48 @@ import asyncio
 import random
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from quant.scheme import PRESETS
-from service.engine.api import FinishReason, SamplingParams
+from quant.scheme import PRESETS, KVStorage
+from service.engine.api import FinishReason, SamplingParams, Token
 from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.errors import QueueFull
 from service.models.config import ModelConfig
+from service.models.decoder import Decoder
 from service.models.loader import load_decoder
 from service.models.random_weights import random_decoder
+from tests.service.kinds import StartEngine, Tiny
 from tests.support.engines import CPU, PROMPTS, collect, collect_all, make_engine
 from tests.support.scripted_runner import ScriptedRunner
 from tests.support.tiny_models import make_model
 
 
-def greedy_by_transformers(model, prompt: list[int], count: int) -> list[int]:
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)
-    return out[0, len(prompt) :].tolist()
+def greedy_by_transformers(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    return generated(model, prompt, max_new_tokens=count)
+
+
+def generated(model: PreTrainedModel, prompt: list[int], **options: Any) -> list[int]:
+    generate = cast(Callable[..., Tensor], model.generate)  # its type does not say that it has it
+    ids: list[int] = generate(torch.tensor([prompt]), do_sample=False, eos_token_id=None, **options)[
+        0, len(prompt) :
+    ].tolist()
+    return ids
 
 
 @pytest.fixture
-def engine_of():
-    engines = []
+def engine_of() -> Iterator[StartEngine]:
+    engines: list[EngineLoop] = []
 
-    def start(decoder, **kwargs):
+    def start(decoder: Decoder, **kwargs: Any) -> EngineLoop:
         engines.append(make_engine(decoder, **kwargs))
         return engines[-1]
 
@@ -52,13 +65,15 @@ def engine_of():
         {"block_size": 4, "num_blocks": 70},  # preemption
     ],
 )
-def test_greedy_tokens_equal_transformers_alone_and_together(tiny, engine_of, name, limits):
+def test_greedy_tokens_equal_transformers_alone_and_together(
+    tiny: Tiny, engine_of: StartEngine, name: str, limits: dict[str, object]
+) -> None:
     model, folder = tiny(name)
     engine = engine_of(load_decoder(folder, torch.float32, CPU), **limits)
     expected = [greedy_by_transformers(model, prompt, 16) for prompt in PROMPTS]
     params = SamplingParams(max_tokens=16, ignore_eos=True)
 
-    async def alone_then_together():
+    async def alone_then_together() -> tuple[list[list[int]], list[list[int]]]:
         alone = [(await collect_all(engine, [prompt], params))[0] for prompt in PROMPTS]
         return alone, await collect_all(engine, PROMPTS, params)
 
@@ -72,13 +87,13 @@ def test_greedy_tokens_equal_transformers_alone_and_together(tiny, engine_of, na
 
 @pytest.mark.parametrize("kv", ["float", "int8"])
 @pytest.mark.parametrize("scheme", ["w8a8", "smoothquant-o3"])
-def test_int8_tokens_do_not_depend_on_the_batch(engine_of, scheme, kv):
+def test_int8_tokens_do_not_depend_on_the_batch(engine_of: StartEngine, scheme: str, kv: KVStorage) -> None:
     """Integer sums are exact, so int8 rows are independent down to the last bit."""
     config = ModelConfig.of(make_model("llama").config)
     engine = engine_of(random_decoder(config, PRESETS[scheme].with_kv(kv), torch.float32, CPU))
     params = SamplingParams(max_tokens=24, ignore_eos=True)
 
-    async def both():
+    async def both() -> tuple[list[list[int]], list[list[int]]]:
         alone = [(await collect_all(engine, [prompt], params))[0] for prompt in PROMPTS]
         return alone, await collect_all(engine, PROMPTS, params)
 
@@ -86,7 +101,7 @@ def test_int8_tokens_do_not_depend_on_the_batch(engine_of, scheme, kv):
     assert alone == together
 
 
-def test_a_seed_gives_the_same_tokens_under_preemption(tiny, engine_of):
+def test_a_seed_gives_the_same_tokens_under_preemption(tiny: Tiny, engine_of: StartEngine) -> None:
     _, folder = tiny("llama")
     params = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, repetition_penalty=1.3, seed=11, ignore_eos=True)
     runs = []
@@ -97,18 +112,16 @@ def test_a_seed_gives_the_same_tokens_under_preemption(tiny, engine_of):
     assert runs[0] == runs[1]
 
 
-def test_repetition_penalty_equals_transformers(tiny, engine_of):
+def test_repetition_penalty_equals_transformers(tiny: Tiny, engine_of: StartEngine) -> None:
     model, folder = tiny("llama")
     engine = engine_of(load_decoder(folder, torch.float32, CPU))
     prompt = PROMPTS[5]
-    out = model.generate(
-        torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, repetition_penalty=1.5
-    )
+    expected = generated(model, prompt, max_new_tokens=20, repetition_penalty=1.5)
     params = SamplingParams(max_tokens=20, repetition_penalty=1.5, ignore_eos=True)
-    assert asyncio.run(collect_all(engine, [prompt], params)) == [out[0, len(prompt) :].tolist()]
+    assert asyncio.run(collect_all(engine, [prompt], params)) == [expected]
 
 
-def test_logprobs_belong_to_the_tokens(tiny, engine_of):
+def test_logprobs_belong_to_the_tokens(tiny: Tiny, engine_of: StartEngine) -> None:
     model, folder = tiny("llama")
     engine = engine_of(load_decoder(folder, torch.float32, CPU))
     prompt = PROMPTS[4]
@@ -121,7 +134,7 @@ def test_logprobs_belong_to_the_tokens(tiny, engine_of):
         assert [i for i, _ in token.top_logprobs] == row.topk(3).indices.tolist()
 
 
-def test_eos_ends_a_request(tiny, engine_of):
+def test_eos_ends_a_request(tiny: Tiny, engine_of: StartEngine) -> None:
     model, folder = tiny("llama")
     expected = greedy_by_transformers(model, PROMPTS[3], 16)
     engine = engine_of(load_decoder(folder, torch.float32, CPU), eos_ids=[expected[5]])
@@ -129,7 +142,7 @@ def test_eos_ends_a_request(tiny, engine_of):
     assert [token.id for token in tokens] == expected[: expected.index(expected[5]) + 1]
 
 
-def test_two_hundred_requests_a_third_of_them_cut_off(engine_of):
+def test_two_hundred_requests_a_third_of_them_cut_off(engine_of: StartEngine) -> None:
     config = ModelConfig.of(make_model("llama").config)
     engine = engine_of(
         random_decoder(config, PRESETS["w8a8"], torch.float32, CPU), num_blocks=60, block_size=4, rows=12, budget=40
@@ -147,10 +160,10 @@ def test_two_hundred_requests_a_third_of_them_cut_off(engine_of):
                 stream.finish(FinishReason.ABORT)
         return ids
 
-    async def all_of_them():
+    async def all_of_them() -> list[list[int]]:
         return await asyncio.gather(*(one(i) for i in range(200)))
 
-    async def check():
+    async def check() -> list[list[Token]]:
         return [await collect(engine, jobs[i][0], params[i], str(i)) for i in range(1, 200, 25) if i % 3]
 
     ids = asyncio.run(all_of_them())
@@ -164,7 +177,7 @@ def test_two_hundred_requests_a_third_of_them_cut_off(engine_of):
     assert engine.stats().num_preemptions > 0
 
 
-def test_a_full_queue_refuses_and_loses_nothing():
+def test_a_full_queue_refuses_and_loses_nothing() -> None:
     runner = ScriptedRunner(step_s=0.002)
     engine = EngineLoop(
         "w8a8",
@@ -175,7 +188,7 @@ def test_a_full_queue_refuses_and_loses_nothing():
         max_waiting=3,
     ).start()
 
-    async def run():
+    async def run() -> tuple[list[str], list[int]]:
         streams, refused = [], []
         for i in range(30):
             try:
@@ -191,7 +204,7 @@ def test_a_full_queue_refuses_and_loses_nothing():
     engine.stop()
 
 
-def test_a_device_thread_lets_one_in_at_a_time_in_order_and_on_one_thread():
+def test_a_device_thread_lets_one_in_at_a_time_in_order_and_on_one_thread() -> None:
     device_thread, inside, order, threads = DeviceThread(), [], [], set()
 
     def work(i: int) -> int:
@@ -213,14 +226,14 @@ def test_a_device_thread_lets_one_in_at_a_time_in_order_and_on_one_thread():
     assert len(threads) == 1
 
 
-def test_a_device_thread_hands_back_what_the_work_raises():
+def test_a_device_thread_hands_back_what_the_work_raises() -> None:
     device_thread = DeviceThread()
     with pytest.raises(ZeroDivisionError):
         device_thread.run(divmod, 1, 0)
     assert device_thread.run(divmod, 7, 2) == (3, 1)
 
 
-def test_a_device_thread_ends_with_its_last_user():
+def test_a_device_thread_ends_with_its_last_user() -> None:
     device_thread = DeviceThread()
     thread = device_thread.run(threading.current_thread)
     del device_thread

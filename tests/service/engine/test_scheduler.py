@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.api import FinishReason
-from service.engine.scheduler import Scheduler, StepResults
+from service.engine.request import Request
+from service.engine.scheduler import Scheduler, Step, StepResults
 from service.errors import EngineFailed
 from tests.support.requests import new_request
 
@@ -16,7 +19,7 @@ EOS = 7
 class Anything:
     """A grammar of every text."""
 
-    def matcher(self):
+    def matcher(self) -> Self:
         return self
 
     def allowed(self) -> bytes:
@@ -26,7 +29,7 @@ class Anything:
         pass
 
 
-def scheduler(num_blocks=64, block_size=4, rows=8, budget=32) -> Scheduler:
+def scheduler(num_blocks: int = 64, block_size: int = 4, rows: int = 8, budget: int = 32) -> Scheduler:
     return Scheduler(
         num_blocks=num_blocks,
         block_size=block_size,
@@ -36,24 +39,31 @@ def scheduler(num_blocks=64, block_size=4, rows=8, budget=32) -> Scheduler:
     )
 
 
-def tokens_of(step, first_id=1000) -> StepResults:
+def planned(plan: Scheduler) -> Step:
+    """The next step, where there must be one."""
+    step = plan.schedule(0.0)
+    assert step is not None
+    return step
+
+
+def tokens_of(step: Step, first_id: int = 1000) -> StepResults:
     return StepResults(0.0, [first_id + i for i, _ in enumerate(c for c in step.chunks if c.samples)])
 
 
-def took(plan, step, *token_ids, faults=None) -> list:
+def took(plan: Scheduler, step: Step, *token_ids: int, faults: dict[int, Exception] | None = None) -> list[Request]:
     """The requests that took a token, or a fault, of a step."""
     return [request for _, request in plan.commit(step, StepResults(0.0, token_ids, faults or {}))]
 
 
-def test_decodes_come_before_prefills_and_a_prompt_is_cut_to_the_budget():
+def test_decodes_come_before_prefills_and_a_prompt_is_cut_to_the_budget() -> None:
     plan = scheduler(budget=10)
     speaking, long = new_request("a", 3), new_request("b", 25)
     plan.add(speaking)
-    plan.commit(step := plan.schedule(0.0), tokens_of(step))
+    plan.commit(step := planned(plan), tokens_of(step))
     plan.add(long)
     lengths = []
     for _ in range(3):
-        step = plan.schedule(0.0)
+        step = planned(plan)
         lengths.append([(c.request.id, c.start, c.length, c.samples) for c in step.chunks])
         plan.commit(step, tokens_of(step))
     assert lengths == [
@@ -63,13 +73,13 @@ def test_decodes_come_before_prefills_and_a_prompt_is_cut_to_the_budget():
     ]
 
 
-def test_the_step_after_the_one_in_flight_can_be_planned():
+def test_the_step_after_the_one_in_flight_can_be_planned() -> None:
     plan = scheduler()
     request = new_request("a", 3, max_tokens=3)
     plan.add(request)
-    first = plan.schedule(0.0)
-    second = plan.schedule(0.0)
-    third = plan.schedule(0.0)
+    first = planned(plan)
+    second = planned(plan)
+    third = planned(plan)
     assert [(s.chunks[0].start, s.chunks[0].index) for s in (first, second, third)] == [(0, 0), (3, 1), (4, 2)]
     assert plan.schedule(0.0) is None, "max_tokens are already on their way"
     for step in (first, second, third):
@@ -79,11 +89,11 @@ def test_the_step_after_the_one_in_flight_can_be_planned():
     plan.check_integrity()
 
 
-def test_a_stop_is_noticed_late_and_the_extra_token_is_dropped():
+def test_a_stop_is_noticed_late_and_the_extra_token_is_dropped() -> None:
     plan = scheduler()
     request = new_request("a", 3, max_tokens=9)
     plan.add(request)
-    first, second = plan.schedule(0.0), plan.schedule(0.0)
+    first, second = planned(plan), planned(plan)
     assert took(plan, first, EOS) == [request]
     assert took(plan, second, 55) == []
     assert request.output_ids == [EOS]
@@ -91,24 +101,24 @@ def test_a_stop_is_noticed_late_and_the_extra_token_is_dropped():
     plan.check_integrity()
 
 
-def test_ignore_eos_goes_on():
+def test_ignore_eos_goes_on() -> None:
     plan = scheduler()
     request = new_request("a", 3, max_tokens=2, ignore_eos=True)
     plan.add(request)
     for _ in range(2):
-        took(plan, step := plan.schedule(0.0), EOS)
+        took(plan, step := planned(plan), EOS)
     assert len(request.output_ids) == 2
     assert request.finish_reason == FinishReason.LENGTH
     assert step.is_decode
 
 
-def test_the_youngest_is_preempted_and_computed_again():
+def test_the_youngest_is_preempted_and_computed_again() -> None:
     plan = scheduler(num_blocks=4, block_size=4)
     old, young = new_request("old", 7, max_tokens=6), new_request("young", 6, max_tokens=6)
     plan.add(old)
     plan.add(young)
     while not plan.is_idle:
-        step = plan.schedule(0.0)
+        step = planned(plan)
         plan.check_integrity()
         plan.commit(step, tokens_of(step))
     assert (old.num_preemptions, young.num_preemptions) == (0, 1)
@@ -116,32 +126,32 @@ def test_the_youngest_is_preempted_and_computed_again():
     assert plan.num_preemptions == 1
 
 
-def test_a_request_with_a_grammar_waits_for_its_last_token_and_nobody_else_does():
+def test_a_request_with_a_grammar_waits_for_its_last_token_and_nobody_else_does() -> None:
     plan = scheduler()
     held, free = new_request("held", 3, matcher=Anything()), new_request("free", 3)
     plan.add(held)
     plan.add(free)
-    first, second = plan.schedule(0.0), plan.schedule(0.0)
+    first, second = planned(plan), planned(plan)
     assert [[c.request for c in step.chunks] for step in (first, second)] == [[held, free], [free]]
     plan.commit(first, tokens_of(first))
-    third = plan.schedule(0.0)
+    third = planned(plan)
     assert [(c.request, c.start) for c in third.chunks] == [(held, 3), (free, 4)]
 
 
-def test_the_end_token_of_a_grammar_ends_even_under_ignore_eos():
+def test_the_end_token_of_a_grammar_ends_even_under_ignore_eos() -> None:
     plan = scheduler()
     request = new_request("a", 3, max_tokens=9, ignore_eos=True, matcher=Anything())
     plan.add(request)
-    took(plan, plan.schedule(0.0), EOS)
+    took(plan, planned(plan), EOS)
     assert request.finish_reason == FinishReason.STOP
 
 
-def test_an_error_ends_its_request_alone():
+def test_an_error_ends_its_request_alone() -> None:
     plan = scheduler()
     lost, kept = new_request("lost", 3), new_request("kept", 3)
     plan.add(lost)
     plan.add(kept)
-    first, second = plan.schedule(0.0), plan.schedule(0.0)
+    first, second = planned(plan), planned(plan)
     assert took(plan, first, 0, 50, faults={0: EngineFailed("why")}) == [lost, kept]
     assert lost.finish_reason == FinishReason.ABORT
     assert (lost.output_ids, lost.blocks, lost.row) == ([], [], -1)
@@ -150,6 +160,7 @@ def test_an_error_ends_its_request_alone():
     plan.check_integrity()
 
 
+Planned = tuple[tuple[int, int, int, int | None], dict[str, Any]]
 REQUEST = st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(0, 30), st.none() | st.integers(0, 30))
 WANTS = st.fixed_dictionaries(
     {"prompt_logprobs": st.sampled_from([None, 0, 3]), "grammar": st.sampled_from([None, Anything()])}
@@ -163,7 +174,9 @@ WANTS = st.fixed_dictionaries(
     budget=st.integers(8, 40),
     is_async=st.booleans(),
 )
-def test_every_request_ends_and_nothing_leaks(plans, num_blocks, budget, is_async):
+def test_every_request_ends_and_nothing_leaks(
+    plans: list[Planned], num_blocks: int, budget: int, is_async: bool
+) -> None:
     """Few blocks, arrivals and aborts at any step, with and without a step in flight: each request gets exactly its
     tokens, no step touches a slot its request does not own, all blocks and rows come back, a prompt is scored once
     however often it is computed, and a grammar has read every token before the next is planned."""
@@ -171,7 +184,9 @@ def test_every_request_ends_and_nothing_leaks(plans, num_blocks, budget, is_asyn
     requests = [
         new_request(str(i), length, max_tokens, **wants) for i, ((length, max_tokens, _, _), wants) in enumerate(plans)
     ]
-    aborted, in_flight, scored = set(), None, {request: [] for request in requests}
+    aborted: set[Request] = set()
+    in_flight: Step | None = None
+    scored: dict[Request, list[int]] = {request: [] for request in requests}
     for turn in range(1500):
         for request, ((_, _, arrival, delay), _) in zip(requests, plans, strict=True):
             if arrival == turn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from service.engine.api import FinishReason
@@ -51,7 +52,7 @@ def expected_columns(step: Step, bucket: int | None = None) -> dict[str, list[in
     return columns
 
 
-def poisoned() -> np.ndarray:
+def poisoned() -> npt.NDArray[np.int32]:
     return np.full(LAYOUT.size, -77, dtype=np.int32)
 
 
@@ -71,19 +72,27 @@ def plan_of(num_blocks: int = 200) -> Scheduler:
     )
 
 
+def planned(plan: Scheduler) -> Step:
+    """The next step, where there must be one."""
+    step = plan.schedule(0.0)
+    assert step is not None
+    return step
+
+
 def commit(plan: Scheduler, step: Step, rng: random.Random) -> None:
     plan.commit(step, StepResults(0.0, [rng.randrange(1000) for chunk in step.chunks if chunk.samples]))
 
 
 @pytest.mark.parametrize("num_in_flight", [0, 1], ids=["sync", "async"])
 @pytest.mark.parametrize("num_blocks", [200, 20], ids=["roomy", "preempting"])
-def test_random_steps(num_blocks, num_in_flight):
+def test_random_steps(num_blocks: int, num_in_flight: int) -> None:
     """Mixtures of prompts in chunks and decodes, rows that change hands, preemption, aborts, a step in flight."""
     kinds, num_preemptions = set(), 0
     for seed in range(12):
         rng, plan, builder = random.Random(seed), plan_of(num_blocks), StepTableBuilder(LAYOUT, BLOCK_SIZE)
         requests = [new_request(str(i), rng.randint(1, 40), rng.randint(1, 20)) for i in range(14)]
-        arrivals, in_flight = list(requests), []
+        arrivals = list(requests)
+        in_flight: list[Step] = []
         while arrivals or not plan.is_idle or in_flight:
             for _ in range(rng.choice([0, 0, 1, 3])):
                 if arrivals:
@@ -104,44 +113,44 @@ def test_random_steps(num_blocks, num_in_flight):
     assert (num_preemptions > 0) == (num_blocks == 20)
 
 
-def test_one_array_holds_all_and_nothing_is_written_behind_it():
+def test_one_array_holds_all_and_nothing_is_written_behind_it() -> None:
     plan, numbers = plan_of(), poisoned()
     for i in range(3):
         plan.add(new_request(str(i), 5))
-    table = StepTableBuilder(LAYOUT, BLOCK_SIZE).build(plan.schedule(0.0), numbers)
+    table = StepTableBuilder(LAYOUT, BLOCK_SIZE).build(planned(plan), numbers)
     assert all(np.shares_memory(getattr(table, name), numbers) for name in (*COLUMNS, "block_tables", "numbers"))
     assert len(table.numbers) == LAYOUT.starts["block_tables"] + 3 * 2
     assert (numbers[len(table.numbers) :] == -77).all()
     assert numbers.dtype == table.slots.dtype == np.int32
 
 
-def test_columns_begin_at_multiples_of_16_bytes():
+def test_columns_begin_at_multiples_of_16_bytes() -> None:
     layout = TableLayout(max_tokens=13, max_requests=5, max_blocks=3)
     assert all(4 * start % 16 == 0 for start in layout.starts.values())
     assert layout.size >= 4 * 13 + 3 * 5 + 6 + 5 * 3
 
 
-def test_the_largest_step_fits():
+def test_the_largest_step_fits() -> None:
     plan = plan_of()
     for i in range(MAX_REQUESTS):
         plan.add(new_request(str(i), MAX_TOKENS // MAX_REQUESTS))
-    step = plan.schedule(0.0)
+    step = planned(plan)
     assert (step.num_tokens, len(step.chunks)) == (MAX_TOKENS, MAX_REQUESTS)
     check(step, StepTableBuilder(LAYOUT, BLOCK_SIZE).build(step, poisoned()))
 
 
-def test_blocks_are_learnt_anew_after_a_preemption():
+def test_blocks_are_learnt_anew_after_a_preemption() -> None:
     """The same request in the same row, with as many blocks as before, but others."""
     plan, rng, builder = plan_of(), random.Random(0), StepTableBuilder(LAYOUT, BLOCK_SIZE)
     request = new_request("a", 9, 8)
     plan.add(request)
-    step = plan.schedule(0.0)
+    step = planned(plan)
     before = builder.build(step, poisoned()).block_tables.tolist()
     commit(plan, step, rng)
     row = request.row
     plan._preempt(request)
     plan.pool.allocate(2)
-    step = plan.schedule(0.0)
+    step = planned(plan)
     after = builder.build(step, poisoned()).block_tables.tolist()
     assert request.row == row
     assert len(after[0]) == len(before[0])
@@ -149,11 +158,11 @@ def test_blocks_are_learnt_anew_after_a_preemption():
     check(step, builder.build(step, poisoned()))
 
 
-def test_a_row_that_changes_hands_brings_the_blocks_of_its_new_owner():
+def test_a_row_that_changes_hands_brings_the_blocks_of_its_new_owner() -> None:
     plan, rng, builder = plan_of(), random.Random(0), StepTableBuilder(LAYOUT, BLOCK_SIZE)
     for name in ("a", "b"):
         plan.add(new_request(name, 9, 1))
-        step = plan.schedule(0.0)
+        step = planned(plan)
         check(step, builder.build(step, poisoned()))
         commit(plan, step, rng)
         plan.pool.allocate(1)

@@ -12,26 +12,32 @@ from service.engine.api import SamplingParams
 from service.engine.device.device_thread import DeviceThread
 from service.engine.inbox import Inbox
 from service.engine.loop import EngineLoop
-from service.engine.messages import Submit
+from service.engine.messages import News, Submit
 from service.engine.scheduler import Scheduler, Step
+from service.engine.stream import RequestStream
 from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, is_poison
 from service.errors import Draining, EngineFailed
+from tests.service.kinds import StartEngine
 from tests.support.faulty_engines import BOTH, EITHER, FAULT, assert_empty, outcome, run_all
 from tests.support.scripted_runner import Hang, ScriptedRunner, raising
 
 
 @BOTH
 @EITHER
-def test_a_step_that_raises_fails_the_running_and_keeps_the_waiting(engine_of, is_async, where, caplog):
+def test_a_step_that_raises_fails_the_running_and_keeps_the_waiting(
+    engine_of: StartEngine, is_async: bool, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
     runner = ScriptedRunner(is_async)
     setattr(runner, where, raising(FAULT, 5))
     engine = engine_of(runner)
     results = run_all(engine, [20] * 10)
     failed = [i for i, result in enumerate(results) if isinstance(result, EngineFailed)]
     assert failed == [0, 1, 2, 3]
-    assert "raised RuntimeError" in results[0].message
-    assert "kernel" not in results[0].message
-    assert "send the request again" in results[0].message
+    lost = results[0]
+    assert isinstance(lost, EngineFailed)
+    assert "raised RuntimeError" in lost.message
+    assert "kernel" not in lost.message
+    assert "send the request again" in lost.message
     assert results[4:] == [list(range(20))] * 6
     assert engine.failure is None
     assert engine.stats().num_restarts == 1
@@ -39,7 +45,7 @@ def test_a_step_that_raises_fails_the_running_and_keeps_the_waiting(engine_of, i
     assert any(record.exc_info[1] is FAULT for record in caplog.records if record.exc_info)
 
 
-def test_what_the_step_in_flight_brought_is_not_lost(engine_of, caplog):
+def test_what_the_step_in_flight_brought_is_not_lost(engine_of: StartEngine, caplog: pytest.LogCaptureFixture) -> None:
     """Of two requests the first has its last token in the step before the one that raises."""
     runner = ScriptedRunner()
     runner.on_execute = raising(FAULT, 6)
@@ -48,13 +54,16 @@ def test_what_the_step_in_flight_brought_is_not_lost(engine_of, caplog):
     assert isinstance(results[1], EngineFailed)
 
 
-def test_a_result_after_a_lost_one_is_not_mistaken_for_it(engine_of, caplog):
+def test_a_result_after_a_lost_one_is_not_mistaken_for_it(
+    engine_of: StartEngine, caplog: pytest.LogCaptureFixture
+) -> None:
     """Reading step 5 raises while step 6 is in flight: token 6 must not be published as token 5."""
     runner = ScriptedRunner()
     runner.on_read = raising(FAULT, 5)
-    engine, seen = engine_of(runner), []
+    engine = engine_of(runner)
+    seen: list[int] = []
 
-    async def go():
+    async def go() -> list[int] | EngineFailed:
         stream = engine.submit([1], SamplingParams(max_tokens=20), "r")
         assert isinstance(await outcome(stream, seen), EngineFailed)
         return await outcome(engine.submit([1], SamplingParams(max_tokens=3), "next"))
@@ -64,7 +73,9 @@ def test_a_result_after_a_lost_one_is_not_mistaken_for_it(engine_of, caplog):
 
 
 @BOTH
-def test_preempted_requests_outlive_a_fault_and_answer_right(engine_of, is_async, caplog):
+def test_preempted_requests_outlive_a_fault_and_answer_right(
+    engine_of: StartEngine, is_async: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """Blocks for two requests of eight: whoever is put back when the step raises is computed again."""
     runner = ScriptedRunner(is_async)
     runner.on_execute = raising(FAULT, 9)
@@ -79,14 +90,17 @@ def test_preempted_requests_outlive_a_fault_and_answer_right(engine_of, is_async
 
 @BOTH
 @EITHER
-def test_one_fault_too_many_fails_everyone_and_for_good(engine_of, is_async, where, caplog):
+def test_one_fault_too_many_fails_everyone_and_for_good(
+    engine_of: StartEngine, is_async: bool, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
     runner = ScriptedRunner(is_async)
     setattr(runner, where, raising(FAULT, *range(100)))
     engine = engine_of(runner, rows=2, max_restarts=2)
     results = run_all(engine, [5] * 10)
-    assert all(isinstance(result, EngineFailed) for result in results)
-    assert sum("raised RuntimeError" in result.message for result in results) == 4
-    assert sum(result.message == "the engine of variant 'w8a8' failed: RuntimeError" for result in results) == 6
+    lost = [result for result in results if isinstance(result, EngineFailed)]
+    assert lost == results
+    assert sum("raised RuntimeError" in result.message for result in lost) == 4
+    assert sum(result.message == "the engine of variant 'w8a8' failed: RuntimeError" for result in lost) == 6
     assert engine.failed.result() is FAULT
     assert engine.stats().num_restarts == 2
     assert_empty(engine)
@@ -96,11 +110,12 @@ def test_one_fault_too_many_fails_everyone_and_for_good(engine_of, is_async, whe
 
 
 def run_late(engine: EngineLoop) -> Exception | None:
-    async def go():
+    async def go() -> EngineFailed | None:
         try:
             engine.submit([1], SamplingParams(), "late")
         except EngineFailed as error:
             return error
+        return None
 
     return asyncio.run(go())
 
@@ -117,7 +132,9 @@ class AcceleratorError(RuntimeError):
         RuntimeError("Triton Error [CUDA]: device-side assert triggered"),
     ],
 )
-def test_a_lost_gpu_is_not_tried_again(engine_of, fault, caplog):
+def test_a_lost_gpu_is_not_tried_again(
+    engine_of: StartEngine, fault: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     runner = ScriptedRunner()
     runner.on_read = raising(fault, 2)
     engine = engine_of(runner, max_restarts=100)
@@ -126,12 +143,12 @@ def test_a_lost_gpu_is_not_tried_again(engine_of, fault, caplog):
     assert engine.stats().num_restarts == 0
 
 
-def test_memory_that_is_short_is_no_lost_gpu():
+def test_memory_that_is_short_is_no_lost_gpu() -> None:
     assert not is_poison(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert not is_poison(ValueError("CUDA error"))
 
 
-def test_restarts_are_forgotten_after_the_window():
+def test_restarts_are_forgotten_after_the_window() -> None:
     restarts = Restarts(FaultLimits(max_restarts=2, window_s=10.0))
     assert [restarts.allows(FAULT, now_s) for now_s in (0.0, 5.0, 9.9, 10.0, 11.0, 15.0)] == [
         *(True, True, False),
@@ -142,7 +159,7 @@ def test_restarts_are_forgotten_after_the_window():
 
 
 @BOTH
-def test_a_request_whose_result_is_an_error_fails_alone(engine_of, is_async):
+def test_a_request_whose_result_is_an_error_fails_alone(engine_of: StartEngine, is_async: bool) -> None:
     lost = EngineFailed("its logits are not finite")
     runner = ScriptedRunner(is_async)
     runner.spoil = lambda chunk: lost if chunk.request.id == "2" and chunk.index == 4 else None
@@ -155,7 +172,7 @@ def test_a_request_whose_result_is_an_error_fails_alone(engine_of, is_async):
 
 
 @BOTH
-def test_too_few_blocks_are_no_fault(engine_of, is_async):
+def test_too_few_blocks_are_no_fault(engine_of: StartEngine, is_async: bool) -> None:
     engine = engine_of(ScriptedRunner(is_async), rows=16, num_blocks=11)
     assert run_all(engine, [40] * 16) == [list(range(40))] * 16
     assert engine.stats().num_preemptions > 0
@@ -165,7 +182,9 @@ def test_too_few_blocks_are_no_fault(engine_of, is_async):
 
 @BOTH
 @EITHER
-def test_a_stuck_step_fails_everyone_at_once(engine_of, is_async, where, caplog):
+def test_a_stuck_step_fails_everyone_at_once(
+    engine_of: StartEngine, is_async: bool, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
     hang, runner = Hang(from_step=3), ScriptedRunner(is_async)
     setattr(runner, where, hang)
     engine = engine_of(runner, step_timeout_s=0.2)
@@ -181,14 +200,17 @@ def test_a_stuck_step_fails_everyone_at_once(engine_of, is_async, where, caplog)
     assert f"stuck while {doing} a decode step of 4 tokens for 4 requests (0, 1, 2, 3), for 0.2 s" in record.message
     assert "self.release.wait(30)" in record.message
     # It ends after all: nobody hears of it again.
-    assert engine.is_alive
+    was_alive = engine.is_alive
+    assert was_alive
     hang.release.set()
     engine.stop(5)
     assert not engine.is_alive
     assert_empty(engine)
 
 
-def test_a_step_that_waits_behind_a_stuck_one_fails_too(engine_of, caplog):
+def test_a_step_that_waits_behind_a_stuck_one_fails_too(
+    engine_of: StartEngine, caplog: pytest.LogCaptureFixture
+) -> None:
     """Two engines of one device: the clients of the second would hang as long as the first."""
     device_thread, hang = DeviceThread(), Hang(from_step=0)
     stuck, other = ScriptedRunner(), ScriptedRunner()
@@ -196,7 +218,7 @@ def test_a_step_that_waits_behind_a_stuck_one_fails_too(engine_of, caplog):
     first = engine_of(stuck, device_thread=device_thread, step_timeout_s=0.2)
     second = engine_of(other, device_thread=device_thread, step_timeout_s=0.2)
 
-    async def go():
+    async def go() -> list[list[int] | EngineFailed]:
         streams = [engine.submit([1], SamplingParams(max_tokens=3), "r") for engine in (first, second)]
         return await asyncio.gather(*map(outcome, streams))
 
@@ -204,7 +226,7 @@ def test_a_step_that_waits_behind_a_stuck_one_fails_too(engine_of, caplog):
     hang.release.set()
 
 
-def test_a_long_run_of_quick_steps_is_not_stuck(engine_of):
+def test_a_long_run_of_quick_steps_is_not_stuck(engine_of: StartEngine) -> None:
     engine = engine_of(ScriptedRunner(step_s=0.02), step_timeout_s=0.15)
     assert run_all(engine, [40]) == [list(range(40))]
     time.sleep(0.4)
@@ -213,13 +235,13 @@ def test_a_long_run_of_quick_steps_is_not_stuck(engine_of):
 
 
 @pytest.mark.parametrize("is_stuck", [False, True])
-def test_stopping_tells_everyone_why(engine_of, is_stuck):
+def test_stopping_tells_everyone_why(engine_of: StartEngine, is_stuck: bool) -> None:
     """Also where the thread cannot be told, as its step does not end."""
     hang, runner = Hang(from_step=2 if is_stuck else 10**9), ScriptedRunner(step_s=0.005)
     runner.on_execute = hang
     engine = engine_of(runner, rows=2)
 
-    async def go():
+    async def go() -> list[str]:
         streams = [engine.submit([1], SamplingParams(max_tokens=200), str(i)) for i in range(5)]
         told = asyncio.gather(*(refusal(stream) for stream in streams))
         await asyncio.sleep(0.05)
@@ -233,16 +255,17 @@ def test_stopping_tells_everyone_why(engine_of, is_stuck):
     hang.release.set()
 
 
-async def refusal(stream) -> str:
+async def refusal(stream: RequestStream) -> str:
     with pytest.raises(Draining) as caught:
         async for _ in stream:
             pass
     return caught.value.message
 
 
-def test_who_was_put_back_while_its_token_was_lost_is_lost_too():
+def test_who_was_put_back_while_its_token_was_lost_is_lost_too() -> None:
     """It waits, but nobody can say what its next token was to be; one that waits with all its tokens stays."""
-    plan, told = Scheduler(num_blocks=64, block_size=4, max_num_requests=4, max_batched_tokens=64), []
+    plan = Scheduler(num_blocks=64, block_size=4, max_num_requests=4, max_batched_tokens=64)
+    told: list[News] = []
     inbox = Inbox("w8a8", plan, grammars=None, sink=told.append, read_others=lambda: (0, 0, 0))
     for handle, name in enumerate(("lost", "kept", "runs")):
         inbox.put(Submit("w8a8", handle + 1, handle, name, [1, 2], SamplingParams(max_tokens=9), 0.0, 0))
@@ -255,13 +278,13 @@ def test_who_was_put_back_while_its_token_was_lost_is_lost_too():
     assert step is not None
     inbox.fail_running({lost}, EngineFailed("raised"))
     inbox.close(EngineFailed("closed"))
-    ended = {end.handle: end.fault.message for news in told for end in news.ended}
+    ended = {end.handle: end.fault.message for news in told for end in news.ended if end.fault is not None}
     assert ended == {0: "raised", 1: "closed", 2: "raised"}
     assert plan.is_idle
     plan.check_integrity()
 
 
-def test_a_step_that_ends_as_the_watchdog_looks_is_not_given_up(engine_of):
+def test_a_step_that_ends_as_the_watchdog_looks_is_not_given_up(engine_of: StartEngine) -> None:
     engine = engine_of(ScriptedRunner())
     late = InHand("reading", Step([]), time.perf_counter() - 1000)
     assert not engine._give_up(late)

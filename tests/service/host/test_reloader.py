@@ -10,24 +10,32 @@ import asyncio
 import gc
 import shutil
 import weakref
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from quant.scheme import PRESETS
+from quant.scheme import PRESETS, KVStorage
 from service.errors import ReloadFailed
 from service.host.memory import cache_budget
 from service.host.model_host import ModelHost
 from service.host.reloader import Reloader, open_host
+from service.models.decoder import Decoder
 from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model
 from tests.support.harness import app_over, client_of
 from tests.support.tiny_models import change_tensors, save_tiny_model
+
+T = TypeVar("T")
+Expected = tuple[list[list[int]], list[list[int]]]
+"""Answers of the old weights and of the new ones."""
 
 CPU = torch.device("cpu")
 TEXT = Calibration(num_windows=2, window_len=32)
@@ -37,23 +45,23 @@ PROMPTS = [f"{'hello world ' * (n % 5)}{n}" for n in range(12)]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def quantized(source: Path, out: Path, scheme: str = "w8a8", kv: str = "float") -> Path:
+def quantized(source: Path, out: Path, scheme: str = "w8a8", kv: KVStorage = "float") -> Path:
     quantize_model(source, out, PRESETS[scheme].with_kv(kv), TEXT, CPU)
     return out
 
 
 @pytest.fixture(scope="module")
-def float_folder(tmp_path_factory):
+def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("float") / "tiny")
 
 
 @pytest.fixture(scope="module")
-def old_folder(tmp_path_factory, float_folder):
+def old_folder(tmp_path_factory: pytest.TempPathFactory, float_folder: Path) -> Path:
     return quantized(float_folder, tmp_path_factory.mktemp("old") / "old")
 
 
 @pytest.fixture(scope="module")
-def new_folder(tmp_path_factory, float_folder):
+def new_folder(tmp_path_factory: pytest.TempPathFactory, float_folder: Path) -> Path:
     """Of the same model with noise on its embedding: near enough to serve, far enough to answer otherwise."""
     changed = shutil.copytree(float_folder, tmp_path_factory.mktemp("changed") / "changed")
     embedding = load_file(changed / "model.safetensors")["model.embed_tokens.weight"]
@@ -63,10 +71,9 @@ def new_folder(tmp_path_factory, float_folder):
 
 
 @contextmanager
-def hosted(model: Path, cache: Path, **changes: object):
-    settings = Settings(
-        **{"model": str(model), "cache_dir": cache, "device": "cpu", "dtype": "float32", "block_size": 16} | changes
-    )
+def hosted(model: Path, cache: Path, **changes: Any) -> Iterator[tuple[ModelHost, Settings, Reloader]]:
+    given: dict[str, Any] = {"model": str(model), "cache_dir": cache, "device": "cpu", "dtype": "float32"}
+    settings = Settings(**given | {"block_size": 16} | changes)
     host = open_host(settings)
     try:
         yield host, settings, Reloader(host, settings)
@@ -74,12 +81,14 @@ def hosted(model: Path, cache: Path, **changes: object):
         host.stop()
 
 
-def body_of(prompt: str) -> dict:
+def body_of(prompt: str) -> dict[str, object]:
     return {"prompt": prompt, "max_tokens": 12, "ignore_eos": True}
 
 
-def with_client(host: ModelHost, settings: Settings, reload: Reloader, use):
-    async def go():
+def with_client(
+    host: ModelHost, settings: Settings, reload: Reloader, use: Callable[[httpx.AsyncClient], Awaitable[T]]
+) -> T:
+    async def go() -> T:
         host.reload = reload
         app = app_over(host, settings, host.tokenizer)
         async with client_of(app) as client:
@@ -88,23 +97,24 @@ def with_client(host: ModelHost, settings: Settings, reload: Reloader, use):
     return asyncio.run(go())
 
 
-async def ids_of(client, prompt: str) -> list[int]:
+async def ids_of(client: httpx.AsyncClient, prompt: str) -> list[int]:
     answer = await client.post("/generate", json=body_of(prompt))
     assert answer.status_code == 200, answer.text
-    return answer.json()["token_ids"]
+    ids: list[int] = answer.json()["token_ids"]
+    return ids
 
 
 def answers_of(host: ModelHost, settings: Settings, reload: Reloader) -> list[list[int]]:
     """What is answered now."""
 
-    async def use(client):
+    async def use(client: httpx.AsyncClient) -> list[list[int]]:
         return await asyncio.gather(*(ids_of(client, prompt) for prompt in PROMPTS))
 
     return with_client(host, settings, reload, use)
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory, old_folder, new_folder):
+def expected(tmp_path_factory: pytest.TempPathFactory, old_folder: Path, new_folder: Path) -> Expected:
     """Answers of the old weights and of the new ones."""
     cache = tmp_path_factory.mktemp("cache")
     answers = []
@@ -117,13 +127,23 @@ def expected(tmp_path_factory, old_folder, new_folder):
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_num_requests": 3, "max_batched_tokens": 16}])
-def test_under_load_nobody_is_lost(float_folder, old_folder, new_folder, expected, tmp_path, changes):
+def test_under_load_nobody_is_lost(
+    float_folder: Path,
+    old_folder: Path,
+    new_folder: Path,
+    expected: Expected,
+    tmp_path: Path,
+    changes: dict[str, object],
+) -> None:
     """Eight clients ask without pause while the weights change three times: old to new, back, and to new again."""
     limits = {"baseline": str(float_folder), **changes}
     old, new = expected
 
-    async def use(client):
-        is_over, answers = asyncio.Event(), []
+    async def use(
+        client: httpx.AsyncClient,
+    ) -> tuple[list[tuple[int, list[int]]], list[tuple[dict[str, Any], int]], list[list[int]], dict[str, Any]]:
+        is_over = asyncio.Event()
+        answers: list[tuple[int, list[int]]] = []
 
         async def ask(start: int) -> None:
             place = start
@@ -132,7 +152,7 @@ def test_under_load_nobody_is_lost(float_folder, old_folder, new_folder, expecte
                 place += 5
 
         clients = [asyncio.ensure_future(ask(start)) for start in range(8)]
-        marks = []
+        marks: list[tuple[dict[str, Any], int]] = []
         for folder in (new_folder, old_folder, new_folder):
             while len(answers) < 20 * (len(marks) + 1):
                 await asyncio.sleep(0.005)
@@ -161,7 +181,9 @@ def test_under_load_nobody_is_lost(float_folder, old_folder, new_folder, expecte
     assert (stats.num_restarts, stats.kv_cache_usage_ratio) == (0, 0)
 
 
-def test_the_same_folder_quantized_again(float_folder, old_folder, new_folder, expected, tmp_path):
+def test_the_same_folder_quantized_again(
+    float_folder: Path, old_folder: Path, new_folder: Path, expected: Expected, tmp_path: Path
+) -> None:
     folder = shutil.copytree(old_folder, tmp_path / "served")
     with hosted(folder, tmp_path, baseline=str(float_folder)) as (host, settings, reload):
         before = answers_of(host, settings, reload)
@@ -175,7 +197,9 @@ def test_the_same_folder_quantized_again(float_folder, old_folder, new_folder, e
     assert 0 <= reloaded.pause_s < reloaded.load_s
 
 
-def test_the_old_weights_are_let_go_and_the_cache_is_kept(float_folder, old_folder, new_folder, tmp_path):
+def test_the_old_weights_are_let_go_and_the_cache_is_kept(
+    float_folder: Path, old_folder: Path, new_folder: Path, tmp_path: Path
+) -> None:
     with hosted(old_folder, tmp_path, baseline=str(float_folder)) as (host, _, reload):
         old, caches = weakref.ref(host.variants["w8a8"].decoder), host.variants["w8a8"].runner.caches
         reload(str(new_folder))
@@ -184,7 +208,9 @@ def test_the_old_weights_are_let_go_and_the_cache_is_kept(float_folder, old_fold
         assert host.variants["w8a8"].runner.caches is caches
 
 
-def test_a_checkpoint_of_another_cache_gets_one(float_folder, old_folder, expected, tmp_path):
+def test_a_checkpoint_of_another_cache_gets_one(
+    float_folder: Path, old_folder: Path, expected: Expected, tmp_path: Path
+) -> None:
     """int8 keys and values, in no more memory: four times as many blocks fit as the requests can fill."""
     folder = quantized(float_folder, tmp_path / "int8-kv", kv="int8")
     budget = 1024 * 256 * 2
@@ -245,13 +271,24 @@ def broken(kind: str, source: Path, float_folder: Path, folder: Path) -> Path:
         ("end", "other end tokens"),
     ],
 )
-def test_what_fails_changes_nothing(float_folder, old_folder, expected, tmp_path, kind, words, monkeypatch):
+def test_what_fails_changes_nothing(
+    float_folder: Path,
+    old_folder: Path,
+    expected: Expected,
+    tmp_path: Path,
+    kind: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     folder = broken(kind, old_folder, float_folder, tmp_path / "broken")
-    seen: list[weakref.ref] = []
+    seen: list[weakref.ref[Decoder]] = []
     check = ModelHost.check
-    monkeypatch.setattr(
-        ModelHost, "check", lambda host, name, new: (seen.append(weakref.ref(new)), check(host, name, new))
-    )
+
+    def watched(host: ModelHost, name: str, new: Decoder) -> None:
+        seen.append(weakref.ref(new))
+        check(host, name, new)
+
+    monkeypatch.setattr(ModelHost, "check", watched)
     with hosted(old_folder, tmp_path / "cache", baseline=str(float_folder)) as (host, settings, reload):
         variant = host.variants["w8a8"]
         with pytest.raises(ReloadFailed, match=words) as caught:
@@ -264,7 +301,9 @@ def test_what_fails_changes_nothing(float_folder, old_folder, expected, tmp_path
         assert answers_of(host, settings, reload) == expected[0]
 
 
-def test_an_engine_that_has_ended_takes_no_other_weights(float_folder, old_folder, new_folder, tmp_path):
+def test_an_engine_that_has_ended_takes_no_other_weights(
+    float_folder: Path, old_folder: Path, new_folder: Path, tmp_path: Path
+) -> None:
     with hosted(old_folder, tmp_path, baseline=str(float_folder)) as (host, _, reload):
         host.engines["w8a8"].stop()
         with pytest.raises(ReloadFailed, match="has stopped"):
@@ -272,7 +311,7 @@ def test_an_engine_that_has_ended_takes_no_other_weights(float_folder, old_folde
         assert host.variants["w8a8"].generation == 1
 
 
-def test_there_must_be_an_int8_checkpoint(float_folder, old_folder, tmp_path):
+def test_there_must_be_an_int8_checkpoint(float_folder: Path, old_folder: Path, tmp_path: Path) -> None:
     with (
         hosted(float_folder, tmp_path, variants="fp16") as (_, _, reload),
         pytest.raises(ReloadFailed, match="only fp16"),
@@ -285,14 +324,14 @@ def test_there_must_be_an_int8_checkpoint(float_folder, old_folder, tmp_path):
         reload(None)
 
 
-def test_a_model_that_was_quantized_at_start_reloads_from_the_cache(float_folder, tmp_path):
+def test_a_model_that_was_quantized_at_start_reloads_from_the_cache(float_folder: Path, tmp_path: Path) -> None:
     """Its folder is the one in the cache, not the float model's."""
     with hosted(float_folder, tmp_path) as (host, _, reload):
         assert reload(None).checkpoint.startswith("tiny-w8a8-")
         assert host.self_check() == {}
 
 
-def test_room_for_a_second_copy_stays_free(monkeypatch):
+def test_room_for_a_second_copy_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (1000, 2000))
     cuda = torch.device("cuda")
     assert cache_budget(cuda, 2) == 450

@@ -6,10 +6,13 @@ import asyncio
 import json
 import shutil
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,7 +28,11 @@ from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model, quantized_folder
 from tests.support.harness import app_over, client_of
+from tests.support.narrowed import present
 from tests.support.tiny_models import change_tensors, save_tiny_model
+
+Asked = tuple[str, str, dict[str, object] | None]
+"""Method, path and body."""
 
 CPU = torch.device("cpu")
 TEXT = Calibration(num_windows=2, window_len=32)
@@ -35,12 +42,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def float_folder(tmp_path_factory):
+def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("float") / "tiny-llama")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory, float_folder):
+def cache(tmp_path_factory: pytest.TempPathFactory, float_folder: Path) -> Path:
     """A cache in which the tiny model is quantized already, as `open_host` would do it."""
     folder = tmp_path_factory.mktemp("cache")
     quantized_folder(float_folder, PRESETS["w8a8"], Calibration(), folder, CPU)
@@ -48,15 +55,16 @@ def cache(tmp_path_factory, float_folder):
 
 
 @pytest.fixture(scope="module")
-def int8_folder(tmp_path_factory, float_folder):
+def int8_folder(tmp_path_factory: pytest.TempPathFactory, float_folder: Path) -> Path:
     out = tmp_path_factory.mktemp("int8") / "tiny-w8a8"
     quantize_model(float_folder, out, PRESETS["w8a8"], TEXT, CPU)
     return out
 
 
 @contextmanager
-def hosted(model: Path, cache: Path, **changes: object):
-    settings = Settings(model=str(model), cache_dir=cache, device="cpu", **({"dtype": "float32"} | changes))
+def hosted(model: Path, cache: Path, **changes: Any) -> Iterator[tuple[ModelHost, Settings]]:
+    given: dict[str, Any] = {"dtype": "float32"} | changes
+    settings = Settings(model=str(model), cache_dir=cache, device="cpu", **given)
     host = open_host(settings)
     try:
         yield host, settings
@@ -64,10 +72,10 @@ def hosted(model: Path, cache: Path, **changes: object):
         host.stop()
 
 
-def ask(host: ModelHost, settings: Settings, *requests: tuple[str, str, dict | None]) -> list:
+def ask(host: ModelHost, settings: Settings, *requests: Asked) -> list[httpx.Response]:
     """Answers of the real app over the host's engines, after its self-check."""
 
-    async def go():
+    async def go() -> list[httpx.Response]:
         app = app_over(host, settings, host.tokenizer)
         async with client_of(app) as client:
             return [await client.request(method, path, json=body) for method, path, body in requests]
@@ -80,8 +88,8 @@ def int8_linears(host: ModelHost) -> list[Int8Linear]:
     return [linear for layer in layers for linear in layer.linears if isinstance(linear, Int8Linear)]
 
 
-def test_both_variants_serve_the_same_model(float_folder, cache):
-    body = {"prompt": "hello world", "max_tokens": 5, "ignore_eos": True, "compare": True}
+def test_both_variants_serve_the_same_model(float_folder: Path, cache: Path) -> None:
+    body: dict[str, object] = {"prompt": "hello world", "max_tokens": 5, "ignore_eos": True, "compare": True}
     with hosted(float_folder, cache) as (host, settings):
         ready, info, answer = ask(
             host, settings, ("GET", "/ready", None), ("GET", "/info", None), ("POST", "/generate", body)
@@ -93,7 +101,7 @@ def test_both_variants_serve_the_same_model(float_folder, cache):
     assert info.json()["model"] == str(float_folder)
 
 
-def test_info_is_whole_and_is_json(float_folder, cache):
+def test_info_is_whole_and_is_json(float_folder: Path, cache: Path) -> None:
     with hosted(float_folder, cache, max_num_requests=8) as (host, _):
         info = asdict(host.info())
         weights = {name: variant.decoder.weight_bytes for name, variant in host.variants.items()}
@@ -121,9 +129,9 @@ def test_info_is_whole_and_is_json(float_folder, cache):
 FLOAT_BYTES, INT8_BYTES = 2 * 2 * 64 * 4, 2 * 2 * (64 + 4)
 
 
-def test_an_int8_cache_is_the_int8_variant_s_alone(float_folder, cache):
+def test_an_int8_cache_is_the_int8_variant_s_alone(float_folder: Path, cache: Path) -> None:
     """It holds more tokens in the same memory; /info and /metrics say what it takes; the files in the cache serve."""
-    body = {"prompt": "hello world", "max_tokens": 5, "ignore_eos": True, "compare": True}
+    body: dict[str, object] = {"prompt": "hello world", "max_tokens": 5, "ignore_eos": True, "compare": True}
     budget = FLOAT_BYTES * 256 * 3
     with hosted(float_folder, cache, kv_cache="int8", kv_cache_bytes=budget) as (host, settings):
         assert host.self_check() == {}
@@ -149,7 +157,7 @@ def test_an_int8_cache_is_the_int8_variant_s_alone(float_folder, cache):
     assert len(answer.json()["token_ids"]) == 5
 
 
-def test_a_folder_says_what_its_cache_is_unless_the_user_does(float_folder, tmp_path):
+def test_a_folder_says_what_its_cache_is_unless_the_user_does(float_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "int8-kv"
     quantize_model(float_folder, out, PRESETS["w8a8"].with_kv("int8"), TEXT, CPU)
     for kv_cache, dtype in (("auto", "int8"), ("float", "float32"), ("int8", "int8")):
@@ -160,7 +168,9 @@ def test_a_folder_says_what_its_cache_is_unless_the_user_does(float_folder, tmp_
         assert ("keys and values" in info["w8a8"]["description"]) == (dtype == "int8")
 
 
-def test_a_folder_of_another_tool_is_named_after_its_scales(float_folder, int8_folder, tmp_path):
+def test_a_folder_of_another_tool_is_named_after_its_scales(
+    float_folder: Path, int8_folder: Path, tmp_path: Path
+) -> None:
     """Not after the settings' scheme, which it was not quantized by."""
     foreign = shutil.copytree(int8_folder, tmp_path / "foreign", ignore=shutil.ignore_patterns("ottava.json"))
     with hosted(foreign, tmp_path, scheme="smoothquant-o3", baseline=str(float_folder)) as (host, _):
@@ -171,7 +181,7 @@ def test_a_folder_of_another_tool_is_named_after_its_scales(float_folder, int8_f
     assert info["fp16"]["scheme"] == "fp16"
 
 
-def test_random_weights_take_an_int8_cache(float_folder, tmp_path):
+def test_random_weights_take_an_int8_cache(float_folder: Path, tmp_path: Path) -> None:
     with hosted(float_folder, tmp_path, random_weights=True, kv_cache="int8", variants="w8a8") as (host, _):
         assert host.info().variants["w8a8"].kv_cache_dtype == "int8"
         assert host.self_check() == {}
@@ -181,7 +191,7 @@ def running_engines() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("engine-"))
 
 
-def test_the_engines_end_with_their_host(float_folder, cache):
+def test_the_engines_end_with_their_host(float_folder: Path, cache: Path) -> None:
     assert running_engines() == []
     with hosted(float_folder, cache):
         assert running_engines() == ["engine-fp16", "engine-w8a8"]
@@ -189,13 +199,13 @@ def test_the_engines_end_with_their_host(float_folder, cache):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_sound_model_passes_the_self_check(float_folder, cache, dtype):
+def test_a_sound_model_passes_the_self_check(float_folder: Path, cache: Path, dtype: str) -> None:
     with hosted(float_folder, cache, dtype=dtype) as (host, _):
         assert host.self_check() == {}
         assert {variant.engine.dtype for variant in host.variants.values()} == {dtype}
 
 
-def test_the_self_check_fits_in_a_short_context(float_folder, cache):
+def test_the_self_check_fits_in_a_short_context(float_folder: Path, cache: Path) -> None:
     """The check's prompts have more tokens than this."""
     with hosted(float_folder, cache, max_model_len=8) as (host, _):
         assert host.self_check() == {}
@@ -209,8 +219,8 @@ def _scramble(linear: Int8Linear) -> None:
     linear.weight_scale.mul_(4)
 
 
-def test_a_variant_that_disagrees_wildly_does_not_serve(float_folder, cache):
-    requests = [
+def test_a_variant_that_disagrees_wildly_does_not_serve(float_folder: Path, cache: Path) -> None:
+    requests: list[Asked] = [
         ("GET", "/health", None),
         ("GET", "/ready", None),
         ("POST", "/generate", {"prompt": "hello", "max_tokens": 2}),
@@ -234,7 +244,7 @@ def test_a_variant_that_disagrees_wildly_does_not_serve(float_folder, cache):
     assert baseline.status_code == 200
 
 
-def test_a_variant_that_is_not_finite_does_not_serve(float_folder, tmp_path):
+def test_a_variant_that_is_not_finite_does_not_serve(float_folder: Path, tmp_path: Path) -> None:
     """One NaN tensor of an int8 checkpoint, beside a sound baseline."""
     damaged = tmp_path / "damaged"
     quantize_model(float_folder, damaged, PRESETS["w8a8"], TEXT, CPU)
@@ -249,7 +259,7 @@ def test_a_variant_that_is_not_finite_does_not_serve(float_folder, tmp_path):
     assert "not finite" in generate.json()["error"]["message"]
 
 
-def test_a_broken_baseline_refuses_both(float_folder, int8_folder, tmp_path):
+def test_a_broken_baseline_refuses_both(float_folder: Path, int8_folder: Path, tmp_path: Path) -> None:
     """Nothing can be shown to agree with a baseline that is NaN."""
     baseline = save_tiny_model(tmp_path / "baseline")
     change_tensors(baseline, {"model.norm.weight": torch.full((192,), torch.nan)})
@@ -259,7 +269,7 @@ def test_a_broken_baseline_refuses_both(float_folder, int8_folder, tmp_path):
     assert "mean KL divergence nan" in refused["w8a8"]
 
 
-def test_without_a_baseline_a_variant_is_checked_for_finiteness_alone(int8_folder, tmp_path):
+def test_without_a_baseline_a_variant_is_checked_for_finiteness_alone(int8_folder: Path, tmp_path: Path) -> None:
     with hosted(int8_folder, tmp_path, variants="w8a8") as (host, _):
         for linear in int8_linears(host):
             _scramble(linear)
@@ -268,7 +278,7 @@ def test_without_a_baseline_a_variant_is_checked_for_finiteness_alone(int8_folde
         assert "not finite" in host.self_check()["w8a8"]
 
 
-def test_a_quantized_model_needs_its_baseline_named(float_folder, int8_folder, tmp_path):
+def test_a_quantized_model_needs_its_baseline_named(float_folder: Path, int8_folder: Path, tmp_path: Path) -> None:
     with (
         pytest.raises(InvalidSettings, match=r"tiny-w8a8 is quantized, so .* --baseline, or serve --variants w8a8"),
         hosted(int8_folder, tmp_path),
@@ -277,18 +287,20 @@ def test_a_quantized_model_needs_its_baseline_named(float_folder, int8_folder, t
     with hosted(int8_folder, tmp_path, baseline=str(float_folder)) as (host, _):
         assert host.self_check() == {}
         assert list(host.variants) == ["w8a8", "fp16"]
-        assert host.info().variants["w8a8"].calibration.startswith("64 tokens")
+        assert present(host.info().variants["w8a8"].calibration).startswith("64 tokens")
     assert not (tmp_path / "quantized").exists()
 
 
-def test_the_baseline_alone_needs_no_quantizing(float_folder, tmp_path):
+def test_the_baseline_alone_needs_no_quantizing(float_folder: Path, tmp_path: Path) -> None:
     with hosted(float_folder, tmp_path, variants="fp16") as (host, _):
         assert host.self_check() == {}
     assert not (tmp_path / "quantized").exists()
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_model_len": 64, "block_size": 32}])
-def test_a_cache_below_one_request_is_refused_with_the_remedy(float_folder, cache, changes):
+def test_a_cache_below_one_request_is_refused_with_the_remedy(
+    float_folder: Path, cache: Path, changes: dict[str, int]
+) -> None:
     with (
         pytest.raises(InvalidSettings, match=r"KV cache of w8a8 has .* lower max_model_len or raise kv_cache_bytes"),
         hosted(float_folder, cache, kv_cache_bytes=1024 * changes.get("max_model_len", 256) - 1, **changes),
@@ -298,7 +310,9 @@ def test_a_cache_below_one_request_is_refused_with_the_remedy(float_folder, cach
         assert host.variants["w8a8"].engine.stats().kv_cache_bytes == 1024 * changes.get("max_model_len", 256)
 
 
-def test_a_refused_start_leaves_no_engine_running(float_folder, cache, monkeypatch):
+def test_a_refused_start_leaves_no_engine_running(
+    float_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second variant finds no memory; the first must not go on."""
     budgets = iter([1024 * 256, 1])
     monkeypatch.setattr("service.host.model_host.cache_budget", lambda *_: next(budgets))
@@ -308,10 +322,10 @@ def test_a_refused_start_leaves_no_engine_running(float_folder, cache, monkeypat
 
 
 @pytest.mark.parametrize("scheme", [name for name, preset in PRESETS.items() if preset.is_int8])
-def test_random_weights_take_shapes_alone(float_folder, tmp_path, scheme):
+def test_random_weights_take_shapes_alone(float_folder: Path, tmp_path: Path, scheme: str) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((float_folder / name).read_bytes())
-    body = {"prompt": "hello", "max_tokens": 3, "ignore_eos": True}
+    body: dict[str, object] = {"prompt": "hello", "max_tokens": 3, "ignore_eos": True}
     with hosted(tmp_path, tmp_path / "cache", random_weights=True, scheme=scheme) as (host, settings):
         info = asdict(host.info())["variants"]
         assert {info[name]["calibration"] for name in info} == {"random weights"}
@@ -323,23 +337,23 @@ def test_random_weights_take_shapes_alone(float_folder, tmp_path, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["fp16", "int4", ""])
-def test_a_scheme_that_is_not_int8_is_refused(float_folder, tmp_path, scheme):
+def test_a_scheme_that_is_not_int8_is_refused(float_folder: Path, tmp_path: Path, scheme: str) -> None:
     with pytest.raises(StartupError, match="scheme"), hosted(float_folder, tmp_path, scheme=scheme or "W8A8"):
         pass
 
 
-def test_alpha_reaches_the_scheme(float_folder, tmp_path):
+def test_alpha_reaches_the_scheme(float_folder: Path, tmp_path: Path) -> None:
     with hosted(float_folder, tmp_path, alpha=0.7, variants="w8a8") as (host, _):
         assert host.info().variants["w8a8"].alpha == 0.7
 
 
-def test_more_positions_than_the_model_has_are_refused_before_quantizing(float_folder, tmp_path):
+def test_more_positions_than_the_model_has_are_refused_before_quantizing(float_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="max_model_len 257 exceeds"):
         open_host(Settings(model=str(float_folder), cache_dir=tmp_path, device="cpu", max_model_len=257))
     assert not (tmp_path / "quantized").exists()
 
 
-def test_weights_of_another_shape_are_refused(float_folder, tmp_path):
+def test_weights_of_another_shape_are_refused(float_folder: Path, tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "model")
     embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
     change_tensors(source, {"model.embed_tokens.weight": embedding[:-1]})

@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 
 import kernels
 from kernels import Quantized
 from quant.linear import Int8Linear
-from quant.scheme import PRESETS, Scheme
+from quant.scheme import PRESETS, KVStorage, Scheme
 from service.errors import UnsupportedModel
 from service.models.config import ModelConfig, linear_names
 from service.models.decoder import Decoder, score
 from service.models.loader import load_decoder
 from service.models.random_weights import RandomWeights, random_decoder
+from tests.service.kinds import Tiny
 from tests.support.tiny_models import SHAPE, in_chunks
+
+BOTH: tuple[KVStorage, KVStorage] = ("float", "int8")
+ChangeHeads = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(heads [n, D], codes, scale [n]) -> heads."""
 
 CPU = torch.device("cpu")
 
 
+def llama(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(**{**SHAPE, **changes})
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+    error: float = ((found - expected).norm() / expected.norm()).item()
+    return error
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen2"])
-def test_a_dropped_tensor_is_noticed(tiny, name):
+def test_a_dropped_tensor_is_noticed(tiny: Tiny, name: str) -> None:
     """The comparison above would fail if any single norm or bias were ignored."""
     model, folder = tiny(name)
     decoder = load_decoder(folder, torch.float32, CPU)
@@ -44,8 +58,8 @@ def test_a_dropped_tensor_is_noticed(tiny, name):
         assert relative_error(score(decoder, ids), expected) > 1e-3
 
 
-def test_a_norm_feeds_int8_to_an_int8_linear_and_float_to_a_float_one():
-    config = ModelConfig.of(LlamaConfig(**SHAPE))
+def test_a_norm_feeds_int8_to_an_int8_linear_and_float_to_a_float_one() -> None:
+    config = ModelConfig.of(llama())
     for scheme_name, is_quantized in (
         ("w8a8", True),
         ("smoothquant-o3", True),
@@ -57,9 +71,9 @@ def test_a_norm_feeds_int8_to_an_int8_linear_and_float_to_a_float_one():
         assert isinstance(y, Quantized) == is_quantized, scheme_name
 
 
-def test_only_what_is_found_for_a_whole_step_ties_rows_together():
+def test_only_what_is_found_for_a_whole_step_ties_rows_together() -> None:
     """A dynamic scale per tensor, and the outlier columns."""
-    config = ModelConfig.of(LlamaConfig(**SHAPE))
+    config = ModelConfig.of(llama())
     independent = {
         name: random_decoder(config, scheme, torch.float32, CPU).is_row_independent for name, scheme in PRESETS.items()
     }
@@ -67,8 +81,8 @@ def test_only_what_is_found_for_a_whole_step_ties_rows_together():
     assert tied == {"rtn-dynamic", "smoothquant-o2", "llm-int8"}
 
 
-def test_random_weights_quantize_every_linear_but_the_head():
-    config = ModelConfig.of(LlamaConfig(**SHAPE, tie_word_embeddings=False))
+def test_random_weights_quantize_every_linear_but_the_head() -> None:
+    config = ModelConfig.of(llama(tie_word_embeddings=False))
     decoder = Decoder(config, RandomWeights(PRESETS["w8a8"], linear_names(config), torch.float32, CPU))
     assert all(isinstance(linear, Int8Linear) for layer in decoder.layers for linear in layer.linears)
     assert not isinstance(decoder.head, Int8Linear)
@@ -78,23 +92,31 @@ def test_random_weights_quantize_every_linear_but_the_head():
 IDS = torch.randint(3, 256, (100,), generator=torch.Generator().manual_seed(5))
 
 
-def twins(name: str, tiny, scheme: Scheme | None = None) -> tuple[Decoder, Decoder]:
+def twins(name: str, tiny: Tiny, scheme: Scheme | None = None) -> tuple[Decoder, Decoder]:
     """A decoder with float and one with int8 keys and values, of the same weights: a float model's, or random ones."""
     model, folder = tiny(name)
     if scheme is None:
         return load_decoder(folder, torch.float32, CPU), load_decoder(folder, torch.float32, CPU, kv="int8")
     config = ModelConfig.of(model.config)
-    floating, int8 = (random_decoder(config, scheme.with_kv(kv), torch.float32, CPU) for kv in ("float", "int8"))
+    floating, int8 = (random_decoder(config, scheme.with_kv(kv), torch.float32, CPU) for kv in BOTH)
     return floating, int8
 
 
 @pytest.fixture
-def change_heads(monkeypatch):
+def change_heads(monkeypatch: pytest.MonkeyPatch) -> Callable[[ChangeHeads], None]:
     """Lets a function (heads [n, D], codes, scale [n]) -> heads change what a step wrote into its float caches."""
     rope_and_cache = kernels.rope_and_cache
 
-    def use(change):
-        def changed(qkv, positions, slots, cos_sin, k_cache, v_cache, *others):
+    def use(change: ChangeHeads) -> None:
+        def changed(
+            qkv: Tensor,
+            positions: Tensor,
+            slots: Tensor,
+            cos_sin: Tensor,
+            k_cache: Tensor,
+            v_cache: Tensor,
+            *others: Any,
+        ) -> Tensor:
             q = rope_and_cache(qkv, positions, slots, cos_sin, k_cache, v_cache, *others)
             for cache in (k_cache, v_cache):
                 heads = cache.flatten(0, 2)
@@ -107,7 +129,9 @@ def change_heads(monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", [None, PRESETS["w8a8"]], ids=["float", "w8a8"])
-def test_an_int8_cache_is_a_float_one_whose_heads_were_rounded(tiny, change_heads, scheme):
+def test_an_int8_cache_is_a_float_one_whose_heads_were_rounded(
+    tiny: Tiny, change_heads: Callable[[ChangeHeads], None], scheme: Scheme | None
+) -> None:
     """Each head rounded by `quantize_rows` as it is written, and nothing else: the same bits."""
     floating, int8 = twins("llama-3.1", tiny, scheme)
     with torch.inference_mode():
@@ -118,7 +142,9 @@ def test_an_int8_cache_is_a_float_one_whose_heads_were_rounded(tiny, change_head
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-3.1", "llama-wide-heads", "qwen2"])
-def test_int8_keys_and_values_are_near_float_ones(tiny, change_heads, name):
+def test_int8_keys_and_values_are_near_float_ones(
+    tiny: Tiny, change_heads: Callable[[ChangeHeads], None], name: str
+) -> None:
     """As near as rounding allows: what noise, uniform in half a code either way, does to float keys and values.
 
     That noise has the mean square of a rounding error. Twice either way, for one draw of it.
@@ -136,7 +162,7 @@ def test_int8_keys_and_values_are_near_float_ones(tiny, change_heads, name):
 
 @pytest.mark.parametrize("name", ["llama", "llama-3.1", "qwen2"])
 @pytest.mark.parametrize("scheme", [None, PRESETS["w8a8"]], ids=["float", "w8a8"])
-def test_decoding_gives_the_logits_of_one_prefill(tiny, name, scheme):
+def test_decoding_gives_the_logits_of_one_prefill(tiny: Tiny, name: str, scheme: Scheme | None) -> None:
     """A token reads what it and those before it wrote, in one step or in many: 9 tokens at once, then one by one.
 
     With float keys and values the two differ by the order of float32 sums. With int8 ones such a difference may turn a
@@ -154,11 +180,11 @@ def test_decoding_gives_the_logits_of_one_prefill(tiny, name, scheme):
 
 @pytest.mark.parametrize("name", ["llama", "llama-3.1", "llama-wide-heads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_token_takes_the_bytes_that_its_caches_have(tiny, name, dtype):
+def test_a_token_takes_the_bytes_that_its_caches_have(tiny: Tiny, name: str, dtype: torch.dtype) -> None:
     config = ModelConfig.of(tiny(name)[0].config)
     heads = 2 * config.num_layers * config.num_kv_heads
     # On the CPU a float cache is float32 whatever the model's dtype; int8 adds 4 bytes of scale to a head.
-    for kv, bytes_per_head in (("float", 4 * config.head_size), ("int8", config.head_size + 4)):
+    for kv, bytes_per_head in zip(BOTH, (4 * config.head_size, config.head_size + 4), strict=True):
         decoder = random_decoder(config, PRESETS["w8a8"].with_kv(kv), dtype, CPU)
         assert decoder.kv_bytes_per_token == heads * bytes_per_head
         caches = decoder.new_caches(num_blocks=3, block_size=16)
@@ -174,17 +200,17 @@ def test_a_token_takes_the_bytes_that_its_caches_have(tiny, name, dtype):
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
     ],
 )
-def test_a_feature_that_is_not_served_is_refused_by_name(changes, complaint):
+def test_a_feature_that_is_not_served_is_refused_by_name(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UnsupportedModel, match=complaint):
-        ModelConfig.of(LlamaConfig(**(SHAPE | changes)))
+        ModelConfig.of(llama(**changes))
 
 
-def test_a_family_that_is_not_served_is_refused_by_name(tmp_path):
+def test_a_family_that_is_not_served_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 30}))
     with pytest.raises(UnsupportedModel, match="'bert' is not served; the families are llama"):
         ModelConfig.load(tmp_path)
 
 
-def test_more_positions_than_the_model_has_are_refused():
+def test_more_positions_than_the_model_has_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="max_model_len 257 exceeds the 256"):
-        ModelConfig.of(LlamaConfig(**SHAPE), max_model_len=257)
+        ModelConfig.of(llama(), max_model_len=257)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GPT2Config, OPTConfig
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, PreTrainedConfig
 
 from kernels import quantize_rows
 from quant.checkpoint.reader import Checkpoint
@@ -23,6 +25,7 @@ from service.models.loader import load_decoder
 from service.models.mlp import Experts
 from service.models.random_weights import random_decoder
 from service.models.weights import Linear
+from tests.service.kinds import Tiny
 from tests.support.tiny_models import HALF_ROPE, SHAPE, TINY, in_chunks, make_config, make_model
 
 CPU = torch.device("cpu")
@@ -44,15 +47,16 @@ def allowed_error(config: ModelConfig) -> float:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+    error: float = ((found - expected).norm() / expected.norm()).item()
+    return error
 
 
-def test_every_family_is_tested():
+def test_every_family_is_tested() -> None:
     assert {name.split("-")[0] for name in TINY} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_logits_equal_transformers(tiny, name):
+def test_logits_equal_transformers(tiny: Tiny, name: str) -> None:
     """In one chunk, in several with lone tokens between, and token by token."""
     model, folder = tiny(name)
     decoder = load_decoder(folder, torch.float32, CPU)
@@ -65,7 +69,7 @@ def test_logits_equal_transformers(tiny, name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_tensor_counts(tiny, name):
+def test_every_tensor_counts(tiny: Tiny, name: str) -> None:
     """The comparison above would fail if any tensor of the checkpoint were not read, or read from the wrong layer."""
     model, folder = tiny(name)
     state = state_of(folder)
@@ -95,7 +99,9 @@ class State:
         assert self.tensors[name].shape == shape, name
         return self.tensors[name]
 
-    def linear(self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False):
+    def linear(
+        self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
+    ) -> Linear:
         shape = (in_features, out_features) if is_transposed else (out_features, in_features)
         weight = self.tensor(f"{name}.weight", shape)
         weight = weight.t().contiguous() if is_transposed else weight
@@ -106,13 +112,13 @@ class State:
         return Int8Linear(rows.codes, rows.scale, input_codes=InputCodes("token"), out_dtype=torch.float32, bias=bias)
 
 
-def state_of(folder) -> dict[str, Tensor]:
+def state_of(folder: Path) -> dict[str, Tensor]:
     files = Checkpoint.open(folder, torch.float32, CPU).files
     return {name: files.get(name).float() for name in files.names}
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_linears_in_int8(tiny, name):
+def test_linears_in_int8(tiny: Tiny, name: str) -> None:
     """Of the named Linears all, and no other but the head and routers is left.
 
     The logits are as near as rounding allows. Noise in the weights, uniform in half a code either way, has the mean
@@ -141,7 +147,7 @@ def with_noise(config: ModelConfig, state: dict[str, Tensor], name: str) -> Tens
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_an_int8_checkpoint_holds_the_named_linears(tiny, name, tmp_path):
+def test_an_int8_checkpoint_holds_the_named_linears(tiny: Tiny, name: str, tmp_path: Path) -> None:
     """Written and read again, the same bits as the tensors rounded in memory: no name and no orientation is lost."""
     _, folder = tiny(name)
     config = ModelConfig.load(folder)
@@ -157,7 +163,7 @@ def test_an_int8_checkpoint_holds_the_named_linears(tiny, name, tmp_path):
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("scheme", ["w8a8", "smoothquant-o3"])
-def test_random_weights_of_every_family(tiny, name, scheme):
+def test_random_weights_of_every_family(tiny: Tiny, name: str, scheme: str) -> None:
     config = ModelConfig.of(tiny(name)[0].config)
     decoder = random_decoder(config, PRESETS[scheme], torch.float32, CPU)
     assert score(decoder, torch.arange(9)).isfinite().all()
@@ -180,7 +186,7 @@ def fold(config: ModelConfig, state: dict[str, Tensor], groups: list[SmoothGroup
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_folding_leaves_the_logits(tiny, name):
+def test_folding_leaves_the_logits(tiny: Tiny, name: str) -> None:
     """And every sink named in a group reads its source: to leave one out changes them."""
     model, folder = tiny(name)
     config, state = ModelConfig.of(model.config), state_of(folder)
@@ -213,7 +219,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_groups_of_a_layer(tiny, name):
+def test_groups_of_a_layer(tiny: Tiny, name: str) -> None:
     """Norms always; v -> o where v has rows of its own; up -> down where the function between lets a factor through."""
     config = ModelConfig.of(tiny(name)[0].config)
     groups = smooth_groups(config)
@@ -225,30 +231,32 @@ def test_groups_of_a_layer(tiny, name):
     assert routers <= set(sinks)
 
 
-def test_experts_do_not_depend_on_their_batch(tiny):
+def test_experts_do_not_depend_on_their_batch(tiny: Tiny) -> None:
     """A token's experts, their shares and the order of their sum are its own."""
     _, folder = tiny("qwen3_moe")
     mlp = load_decoder(folder, torch.float32, CPU).layers[0].mlp
-    x = torch.randn(40, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(40, int(SHAPE["hidden_size"]), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         together = mlp(x)
         assert relative_error(torch.cat([mlp(row[None]) for row in x]), together) < ULP * ROUNDINGS
         assert torch.equal(mlp(x), together)
 
 
-def test_experts_are_chosen_in_float(tiny):
+def test_experts_are_chosen_in_float(tiny: Tiny) -> None:
     _, folder = tiny("qwen3_moe")
     config = ModelConfig.load(folder)
     decoder = Decoder(config, State(config, state_of(folder), tuple(linear_names(config))))
-    routers: list[Linear] = [layer.mlp.router for layer in decoder.layers]
-    assert all(isinstance(router, FloatLinear) for router in routers)
+    for layer in decoder.layers:
+        assert isinstance(layer.mlp, Experts)
+        assert isinstance(layer.mlp.router, FloatLinear)
     assert all(layer.mlp_norm.quantize is None for layer in decoder.layers)
     assert not decoder.can_be_captured
 
 
-def test_gpt2_saved_without_its_head_is_found(tmp_path):
+def test_gpt2_saved_without_its_head_is_found(tmp_path: Path) -> None:
     """As openai-community/gpt2 is: no tensor's name begins with the base model's."""
     model = make_model("gpt2", tie_word_embeddings=True)
+    assert isinstance(model, GPT2LMHeadModel)
     model.transformer.save_pretrained(tmp_path)
     assert "wte.weight" in load_file(tmp_path / "model.safetensors")
     decoder = load_decoder(tmp_path, torch.float32, CPU)
@@ -257,13 +265,13 @@ def test_gpt2_saved_without_its_head_is_found(tmp_path):
         assert relative_error(score(decoder, IDS), expected) < allowed_error(decoder.config)
 
 
-def test_a_window_does_not_bound_the_context():
+def test_a_window_does_not_bound_the_context() -> None:
     config = ModelConfig.of(make_config("mistral", sliding_window=100))
     assert config.max_model_len == SHAPE["max_position_embeddings"]
     assert config.windows == (100, 100)
 
 
-def test_longrope_is_served_as_far_as_its_angles_are_one_table():
+def test_longrope_is_served_as_far_as_its_angles_are_one_table() -> None:
     config = make_config("phi3-longrope")
     assert ModelConfig.of(config).max_model_len == 128
     with pytest.raises(UnsupportedModel, match="max_model_len 129 exceeds the 128"):
@@ -287,6 +295,6 @@ def test_longrope_is_served_as_far_as_its_angles_are_one_table():
         (make_config("gpt_neox", rope_parameters=HALF_ROPE | {"partial_rotary_factor": 0.4}), "turns 25 of 64 columns"),
     ],
 )
-def test_what_a_family_does_not_serve_is_refused_by_name(config, complaint):
+def test_what_a_family_does_not_serve_is_refused_by_name(config: PreTrainedConfig, complaint: str) -> None:
     with pytest.raises(UnsupportedModel, match=complaint):
         ModelConfig.of(config)

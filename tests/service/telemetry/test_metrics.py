@@ -2,11 +2,15 @@
 
 import asyncio
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any, Never
 
+import httpx
 import pytest
 
 from service.telemetry import metrics
+from tests.service.kinds import Samples
 from tests.support.fake_engine import INFO, FakeEngine
 from tests.support.harness import app_of, client_of, engines_of, metrics_of, total, two_engines
 
@@ -25,8 +29,10 @@ SERIES = {
 }
 
 
-def scrape_after(*bodies, engines=None, **options):
-    async def go():
+def scrape_after(
+    *bodies: object, engines: Mapping[str, FakeEngine] | None = None, **options: Any
+) -> tuple[list[httpx.Response], Samples]:
+    async def go() -> tuple[list[httpx.Response], Samples]:
         async with client_of(app_of(engines or two_engines(**options))) as client:
             answers = [await client.post("/generate", json=body) for body in bodies]
             return answers, await metrics_of(client)
@@ -34,7 +40,7 @@ def scrape_after(*bodies, engines=None, **options):
     return asyncio.run(go())
 
 
-def test_every_series_is_there_with_its_buckets():
+def test_every_series_is_there_with_its_buckets() -> None:
     _, samples = scrape_after({"prompt": "ab", "compare": True}, reply="hello")
     for name, buckets in SERIES.items():
         for variant in ("w8a8",) if name == "agreement_ratio" else ("w8a8", "fp16"):
@@ -68,7 +74,7 @@ def test_every_series_is_there_with_its_buckets():
     assert samples["ottava_step_batch_size_sum", "variant=w8a8"] == 6
 
 
-def test_buckets_are_those_of_the_interface():
+def test_buckets_are_those_of_the_interface() -> None:
     ttft = ".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80"
     token = ".001 .002 .003 .004 .005 .0075 .01 .015 .02 .025 .05 .075 .1 .15 .2 .3 .5 .75 1 2.5"
     e2e = ".1 .3 .5 .8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240"
@@ -76,7 +82,7 @@ def test_buckets_are_those_of_the_interface():
         assert list(buckets) == [float(word) for word in text.split()]
 
 
-def test_batch_histogram_counts_steps():
+def test_batch_histogram_counts_steps() -> None:
     buckets, total_rows = metrics._batch_histogram((0, 5, 0, 2, 1))
     assert dict(buckets) == {
         "1.0": 5, "2.0": 5, "4.0": 8, "8.0": 8, "16.0": 8, "32.0": 8, "64.0": 8, "128.0": 8, "256.0": 8, "512.0": 8,
@@ -86,7 +92,7 @@ def test_batch_histogram_counts_steps():
     assert metrics._batch_histogram(())[0][-1] == ("+Inf", 0.0)
 
 
-def test_every_request_is_counted_once():
+def test_every_request_is_counted_once() -> None:
     bodies = [
         {"prompt": "a"},
         {"prompt": "a", "stream": True},
@@ -116,8 +122,8 @@ def test_every_request_is_counted_once():
     assert total(samples, "ottava_e2e_request_latency_seconds_count") == 7
 
 
-def test_other_routes_are_not_counted():
-    async def go():
+def test_other_routes_are_not_counted() -> None:
+    async def go() -> Samples:
         async with client_of(app_of(two_engines())) as client:
             for path in ("/health", "/nope", "/info"):
                 await client.get(path)
@@ -128,7 +134,7 @@ def test_other_routes_are_not_counted():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_errors_and_refusals_have_their_outcome(stream):
+def test_errors_and_refusals_have_their_outcome(stream: bool) -> None:
     body = {"prompt": "a", "stream": stream}
     _, samples = scrape_after(body, body, engines=engines_of(FakeEngine("w8a8", fail_at=2)))
     assert samples["ottava_requests_total", "outcome=error", "variant=w8a8"] == 2
@@ -137,16 +143,21 @@ def test_errors_and_refusals_have_their_outcome(stream):
     assert total(samples, "ottava_requests_total") == 1
 
 
-def test_two_apps_have_their_own_counts():
+def test_two_apps_have_their_own_counts() -> None:
     scrape_after({"prompt": "a"})
     _, samples = scrape_after({"prompt": "a"})
     assert total(samples, "ottava_requests_total") == 1
 
 
-def test_ready_only_after_the_self_check():
-    async def go():
+def test_ready_only_after_the_self_check() -> None:
+    async def go() -> tuple[httpx.Response, ...]:
         release = threading.Event()
-        app = app_of(two_engines(), lambda: release.wait(30) and {})
+
+        def once_released() -> dict[str, str]:
+            assert release.wait(30)
+            return {}
+
+        app = app_of(two_engines(), once_released)
         async with client_of(app, wait_s=0.05) as client:
             before = [await client.get("/health"), await client.get("/ready")]
             refused = await client.post("/generate", json={"prompt": "a"})
@@ -166,8 +177,8 @@ def test_ready_only_after_the_self_check():
     assert answer.status_code == 200
 
 
-def test_a_refused_variant_says_why_and_the_other_serves():
-    async def go():
+def test_a_refused_variant_says_why_and_the_other_serves() -> None:
+    async def go() -> list[httpx.Response]:
         app = app_of(two_engines(), lambda: {"w8a8": "output is not finite"})
         async with client_of(app) as client:
             return [
@@ -185,11 +196,11 @@ def test_a_refused_variant_says_why_and_the_other_serves():
     assert served.status_code == 200
 
 
-def test_a_self_check_that_raises_lets_nothing_become_ready():
-    def broken():
+def test_a_self_check_that_raises_lets_nothing_become_ready() -> None:
+    def broken() -> Never:
         raise ValueError("no device")
 
-    async def go():
+    async def go() -> httpx.Response:
         async with client_of(app_of(two_engines(), broken)) as client:
             return await client.get("/ready")
 
@@ -198,8 +209,8 @@ def test_a_self_check_that_raises_lets_nothing_become_ready():
     assert all("no device" in reason for reason in ready.json()["variants"].values())
 
 
-def test_info_and_unknown_routes():
-    async def go():
+def test_info_and_unknown_routes() -> None:
+    async def go() -> list[httpx.Response]:
         async with client_of(app_of(two_engines())) as client:
             return [await client.get("/info"), await client.get("/nope"), await client.get("/generate")]
 
@@ -213,8 +224,8 @@ def test_info_and_unknown_routes():
 @pytest.mark.parametrize(
     ("given", "kept"), [("abc-1", True), ("x" * 128, True), ("x" * 129, False), ("", False), ("a\tb", False)]
 )
-def test_request_id_is_the_clients_if_sane(given, kept):
-    async def go():
+def test_request_id_is_the_clients_if_sane(given: str, kept: bool) -> None:
+    async def go() -> list[httpx.Response]:
         async with client_of(app_of(two_engines())) as client:
             paths = ("/health", "/nope", "/metrics")
             answers = [await client.get(path, headers={"x-request-id": given}) for path in paths]

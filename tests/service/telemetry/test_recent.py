@@ -1,6 +1,9 @@
 """GET /requests/recent: which runs it lists and what it says of them."""
 
 import asyncio
+from typing import Any
+
+import httpx
 
 from service.engine.api import FinishReason
 from service.telemetry.recent import MAX_RECENT, Recent
@@ -8,8 +11,8 @@ from tests.support.harness import app_of, client_of, two_engines
 from tests.support.run_metrics import metrics_with
 
 
-def recent_after(*bodies, **settings):
-    async def go():
+def recent_after(*bodies: object, **settings: Any) -> tuple[list[httpx.Response], dict[str, Any]]:
+    async def go() -> tuple[list[httpx.Response], dict[str, Any]]:
         async with client_of(app_of(two_engines(delay_s=0.001), **settings)) as client:
             answers = [await client.post("/generate", json=body) for body in bodies]
             return answers, (await client.get("/requests/recent")).json()
@@ -17,7 +20,7 @@ def recent_after(*bodies, **settings):
     return asyncio.run(go())
 
 
-def test_a_finished_request_is_listed_without_its_text():
+def test_a_finished_request_is_listed_without_its_text() -> None:
     (answer,), listed = recent_after({"prompt": "secret", "max_tokens": 3})
     (row,) = listed["requests"]
     body = answer.json()
@@ -33,12 +36,12 @@ def test_a_finished_request_is_listed_without_its_text():
     }
 
 
-def test_a_comparison_lists_both_runs_and_a_refusal_none():
+def test_a_comparison_lists_both_runs_and_a_refusal_none() -> None:
     _, listed = recent_after({"prompt": "a", "compare": True}, {"prompt": ""}, {"prompt": "a", "stream": True})
     assert [row["variant"] for row in listed["requests"]] == ["w8a8", "fp16", "w8a8"]
 
 
-def test_only_the_last_hundred_are_kept_and_they_age():
+def test_only_the_last_hundred_are_kept_and_they_age() -> None:
     now_s = 10.0
     recent = Recent(lambda: now_s)
     for number in range(MAX_RECENT + 5):

@@ -4,13 +4,16 @@ import asyncio
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any, Protocol, cast
 
 import pytest
 
 from service.errors import InvalidSettings
 from service.telemetry import tracing
 from service.telemetry.tracing import is_traced, open_tracer
+from tests.support.fake_engine import FakeEngine
 from tests.support.harness import app_of, client_of, server_of, two_engines
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra `otel` is not installed")
@@ -18,7 +21,7 @@ pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
 
 from service.telemetry.spans import SpanTracer
 
@@ -26,26 +29,47 @@ ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
+class EndedSpan(Protocol):
+    """A span as the exporter keeps it: here each has attributes and an end."""
+
+    name: str
+    kind: SpanKind
+    status: Status
+    context: SpanContext
+    parent: Any
+    attributes: Mapping[str, Any]
+    start_time: int
+    end_time: int
+
+
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*tracing.ENDPOINTS, *tracing.PROTOCOLS, "OTEL_SDK_DISABLED", "OTEL_SERVICE_NAME"):
         monkeypatch.delenv(name, raising=False)
 
 
-def spans_of(monkeypatch, body: dict, headers: dict | None = None, path: str = "/generate", engines=None, **settings):
+def spans_of(
+    monkeypatch: pytest.MonkeyPatch,
+    body: Mapping[str, object],
+    headers: Mapping[str, str] | None = None,
+    path: str = "/generate",
+    engines: Mapping[str, FakeEngine] | None = None,
+    **settings: Any,
+) -> list[EndedSpan]:
     """The spans of one request, the HTTP one last."""
     exporter = InMemorySpanExporter()
     monkeypatch.setattr("service.web.app.open_tracer", lambda model: SpanTracer(model, SimpleSpanProcessor(exporter)))
 
-    async def go():
+    async def go() -> None:
         async with client_of(app_of(engines or two_engines(), **settings)) as client:
             await client.post(path, json=body, headers=headers)
 
     asyncio.run(go())
-    return sorted(exporter.get_finished_spans(), key=lambda span: span.kind == SpanKind.SERVER)
+    spans = cast(list[EndedSpan], exporter.get_finished_spans())
+    return sorted(spans, key=lambda span: span.kind == SpanKind.SERVER)
 
 
-def test_a_generation_makes_two_spans(monkeypatch):
+def test_a_generation_makes_two_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"prompt": "hi", "temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": 3, "max_tokens": 20}
     run, http = spans_of(monkeypatch, body, {"x-request-id": "abc"})
     assert (run.name, run.kind) == ("text_completion fake", SpanKind.INTERNAL)
@@ -78,7 +102,7 @@ def test_a_generation_makes_two_spans(monkeypatch):
     )
 
 
-def test_the_callers_trace_goes_on(monkeypatch):
+def test_the_callers_trace_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     run, http = spans_of(monkeypatch, {"prompt": "hi"}, {"traceparent": PARENT, "tracestate": "a=b"})
     assert f"{http.context.trace_id:032x}" == f"{run.context.trace_id:032x}" == PARENT.split("-")[1]
     assert f"{http.parent.span_id:016x}" == PARENT.split("-")[2]
@@ -86,14 +110,14 @@ def test_the_callers_trace_goes_on(monkeypatch):
     assert spans_of(monkeypatch, {"prompt": "hi"}, {"traceparent": PARENT[:-1] + "0"}) == []
 
 
-def test_a_comparison_has_a_span_for_each_run(monkeypatch):
+def test_a_comparison_has_a_span_for_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, http = spans_of(monkeypatch, {"prompt": "hi", "compare": True})
     assert [span.attributes["ottava.variant"] for span in (first, second)] == ["w8a8", "fp16"]
     assert first.end_time <= second.start_time
     assert http.attributes["http.response.status_code"] == 200
 
 
-def test_failures_are_errors(monkeypatch):
+def test_failures_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     run, http = spans_of(monkeypatch, {"prompt": "hi"}, engines=two_engines(fail_at=2))
     assert run.status.status_code == http.status.status_code == StatusCode.ERROR
     assert (run.attributes["error.type"], http.attributes["error.type"]) == ("error", "500")
@@ -114,22 +138,22 @@ def test_failures_are_errors(monkeypatch):
         ({ENDPOINT: "http://x", "OTEL_SDK_DISABLED": "true"}, False),
     ],
 )
-def test_traces_are_asked_for_by_the_standard_variables(environment, expected):
+def test_traces_are_asked_for_by_the_standard_variables(environment: dict[str, str], expected: bool) -> None:
     assert is_traced(environment) is expected
     if not expected:
-        assert open_tracer("fake", environment) is None
+        assert open_tracer(lambda: "fake", environment) is None
 
 
-def test_what_is_not_spoken_or_not_installed_is_told_at_start(monkeypatch):
+def test_what_is_not_spoken_or_not_installed_is_told_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidSettings, match=r"PROTOCOL is 'grpc'.*http/protobuf"):
-        open_tracer("fake", {ENDPOINT: "http://x", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
+        open_tracer(lambda: "fake", {ENDPOINT: "http://x", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     monkeypatch.delitem(sys.modules, "service.telemetry.spans")
     with pytest.raises(InvalidSettings, match=r"is not installed: pip install 'ottava\[otel\]'"):
-        open_tracer("fake", {ENDPOINT: "http://x"})
+        open_tracer(lambda: "fake", {ENDPOINT: "http://x"})
 
 
-def test_nothing_is_imported_unless_asked():
+def test_nothing_is_imported_unless_asked() -> None:
     code = (
         "import sys; from tests.support.harness import *; app_of(two_engines()); unwanted = "
         "('opentelemetry.sdk', 'opentelemetry.exporter', 'service.telemetry.spans'); "
@@ -139,18 +163,18 @@ def test_nothing_is_imported_unless_asked():
     assert done.stdout.strip() == "[]"
 
 
-def test_spans_reach_a_collector(monkeypatch):
+def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real exporter, a real socket, the real environment variables; the last spans go out at shutdown."""
     received = []
 
     class Collector(BaseHTTPRequestHandler):
-        def do_POST(self):
+        def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             received.append((self.path, ExportTraceServiceRequest.FromString(body)))
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *_):
+        def log_message(self, *_: object) -> None:
             pass
 
     collector = HTTPServer(("127.0.0.1", 0), Collector)
@@ -159,7 +183,7 @@ def test_spans_reach_a_collector(monkeypatch):
     monkeypatch.setenv(ENDPOINT, f"http://127.0.0.1:{collector.server_port}")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "my-llm")
 
-    async def go():
+    async def go() -> int:
         async with server_of(app_of(two_engines())) as port:
             import httpx
 

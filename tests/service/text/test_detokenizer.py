@@ -1,6 +1,7 @@
 """Text that comes token by token is the text of all tokens: whatever the tokenizer, however characters are cut."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -46,23 +47,23 @@ def _demo() -> Tokenizer:
 
 
 @pytest.fixture(scope="module", params=["byte-level", "byte-fallback", DEMO])
-def tokenizer(request):
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == DEMO:
         return _demo()
     backend = byte_level_backend() if request.param == "byte-level" else byte_fallback_backend()
     return Tokenizer(backend, frozenset())
 
 
-def ids_of(tokenizer, text):
+def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
     # Marks of special tokens would be read as such.
     return tokenizer._backend.encode(re.sub("[<|>]", "", text), add_special_tokens=False).ids
 
 
-def whole(tokenizer, ids):
+def whole(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer._backend.decode(ids, skip_special_tokens=True)
 
 
-def pieces(tokenizer, ids, context=()):
+def pieces(tokenizer: Tokenizer, ids: list[int], context: Sequence[int] = ()) -> list[str]:
     decoder = tokenizer.detokenizer(context)
     return [*map(decoder.push, ids), decoder.flush()]
 
@@ -70,7 +71,7 @@ def pieces(tokenizer, ids, context=()):
 @given(TEXTS)
 @example(f" {FAMILY}{FLAG} {KEYCAP}")
 @settings(deadline=None)
-def test_pieces_add_up_and_are_never_taken_back(tokenizer, text):
+def test_pieces_add_up_and_are_never_taken_back(tokenizer: Tokenizer, text: str) -> None:
     ids = ids_of(tokenizer, text)
     expected, said = whole(tokenizer, ids), ""
     for piece in pieces(tokenizer, ids):
@@ -83,7 +84,7 @@ def test_pieces_add_up_and_are_never_taken_back(tokenizer, text):
 @example("hello world", 1)
 @example("hello  world", 2)
 @settings(deadline=None)
-def test_an_answer_continues_its_prompt(tokenizer, text, num_prompt):
+def test_an_answer_continues_its_prompt(tokenizer: Tokenizer, text: str, num_prompt: int) -> None:
     """Prompt and answer together read as one text: no space is lost or gained where they meet."""
     ids = ids_of(tokenizer, text)
     prompt, answer = ids[:num_prompt], ids[num_prompt:]
@@ -95,7 +96,7 @@ def test_an_answer_continues_its_prompt(tokenizer, text, num_prompt):
 
 @given(st.data())
 @settings(deadline=None)
-def test_any_tokens_of_a_byte_level_vocabulary_add_up(tokenizer, data):
+def test_any_tokens_of_a_byte_level_vocabulary_add_up(tokenizer: Tokenizer, data: st.DataObject) -> None:
     """Also those that are no text. (A byte-fallback decoder takes back what it said of them.)"""
     if not tokenizer._names._is_byte_level:
         return
@@ -105,14 +106,14 @@ def test_any_tokens_of_a_byte_level_vocabulary_add_up(tokenizer, data):
 
 @given(TEXTS)
 @settings(deadline=None)
-def test_bytes_of_the_tokens_are_those_of_the_text(tokenizer, text):
+def test_bytes_of_the_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
     ids = ids_of(tokenizer, text)
     joined = b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace")
     # The first Llamas begin every text with a space, and decode without it.
     assert (joined if tokenizer._names._is_byte_level else joined.removeprefix(" ")) == whole(tokenizer, ids)
 
 
-def test_names_of_tokens(tokenizer):
+def test_names_of_tokens(tokenizer: Tokenizer) -> None:
     names = [tokenizer.token_text(token_id) for token_id in ids_of(tokenizer, " a\u0080")]
     assert all(re.fullmatch(r"bytes:(\\x[0-9a-f]{2})+|[^�]+", name) for name in names)
     assert any(name.startswith("bytes:") for name in names) or "\u0080" in "".join(names)
@@ -120,14 +121,15 @@ def test_names_of_tokens(tokenizer):
     assert (tokenizer.token_text(unknown), tokenizer.token_bytes(unknown)) == (f"token_id:{unknown}", b"")
 
 
-def test_special_tokens_are_named():
+def test_special_tokens_are_named() -> None:
     backend = byte_level_backend()
     tokenizer = Tokenizer(backend, frozenset())
     end = backend.token_to_id("<|end|>")
+    assert end is not None
     assert (tokenizer.token_text(end), tokenizer.token_bytes(end)) == ("<|end|>", b"<|end|>")
 
 
-def test_a_first_llama_keeps_the_space_of_a_continuation_alone():
+def test_a_first_llama_keeps_the_space_of_a_continuation_alone() -> None:
     tokenizer = Tokenizer(byte_fallback_backend(), frozenset())
     prompt, answer = ids_of(tokenizer, "hello"), ids_of(tokenizer, "hello world")[len(ids_of(tokenizer, "hello")) :]
     assert "".join(pieces(tokenizer, answer, prompt)) == " world"

@@ -6,21 +6,27 @@ import datetime
 import json
 import random
 import threading
+from collections.abc import Callable
 from decimal import Decimal
+from typing import Any
 
 import jsonschema
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
 
+from service.engine.grammar import Matcher
 from service.errors import InvalidRequest, QueueFull
-from service.text.json.compiler import MAX_COMPILING, JsonCompiler, JsonMatcher
+from service.text.json.compiler import MAX_COMPILING, JsonCompiler, JsonGrammar, JsonMatcher
 from service.text.json.numbers import integer_rule, number_rule
 from service.text.json.schema import json_grammar
 from service.text.tokenizer import Tokenizer
 from tests.support.tokenizers import byte_fallback_backend, byte_level_backend
 
+Schema = dict[str, Any] | None
 EOS = 0
 PIECES = [
     '": ',
@@ -46,7 +52,7 @@ TOKENS = [b"", b"", *(bytes([byte]) for byte in range(256)), *(piece.encode() fo
 JSON = JsonCompiler(lambda: TOKENS, frozenset({EOS}))
 
 
-def compiled(schema, compiler: JsonCompiler = JSON):
+def compiled(schema: Schema, compiler: JsonCompiler = JSON) -> JsonGrammar:
     return compiler.compile(json_grammar(schema))
 
 
@@ -56,11 +62,11 @@ WEIGHTS = np.array(
 )
 
 
-def allowed_by(matcher) -> np.ndarray:
+def allowed_by(matcher: Matcher) -> npt.NDArray[np.bool_]:
     return np.unpackbits(np.frombuffer(matcher.allowed(), np.uint8), bitorder="little")[: len(TOKENS)].astype(bool)
 
 
-def accepts(schema, text: bytes) -> bool:
+def accepts(schema: Schema, text: bytes) -> bool:
     try:
         jsonschema.validate(json.loads(text.decode()), {"type": "object"} if schema is None else schema)
     except (ValueError, jsonschema.ValidationError):
@@ -68,7 +74,7 @@ def accepts(schema, text: bytes) -> bool:
     return True
 
 
-def walk(schema, seed: int, max_tokens: int = 400) -> bytes | None:
+def walk(schema: Schema, seed: int, max_tokens: int = 400) -> bytes | None:
     """A text drawn token by token, None if it does not end; wherever it may end, it is checked."""
     matcher, rng, text = compiled(schema).matcher(), random.Random(seed), b""
     for _ in range(max_tokens):
@@ -76,7 +82,7 @@ def walk(schema, seed: int, max_tokens: int = 400) -> bytes | None:
         assert allowed.any(), f"nothing may follow {text!r}"
         assert not allowed[1], "a token without text"
         assert allowed[EOS] <= accepts(schema, text), f"{text!r} may end"
-        token = rng.choices(range(len(TOKENS)), WEIGHTS * allowed)[0]
+        token = rng.choices(range(len(TOKENS)), (WEIGHTS * allowed).tolist())[0]
         matcher.accept(token)
         if token == EOS:
             assert not allowed_by(matcher).any()
@@ -85,7 +91,7 @@ def walk(schema, seed: int, max_tokens: int = 400) -> bytes | None:
     return None
 
 
-def lets_through(matcher, text: str) -> bool:
+def lets_through(matcher: Matcher, text: str) -> bool:
     """Whether the whole text may come, byte by byte, and end."""
     for byte in text.encode():
         if not allowed_by(matcher)[2 + byte]:
@@ -94,16 +100,17 @@ def lets_through(matcher, text: str) -> bool:
     return bool(allowed_by(matcher)[EOS])
 
 
-def ends_of(schema, count: int = 12) -> list[bytes]:
+def ends_of(schema: Schema, count: int = 12) -> list[bytes]:
     ends = [text for seed in range(count) if (text := walk(schema, seed)) is not None]
     assert ends, "no text ended"
     return ends
 
 
-STR, INT = {"type": "string"}, {"type": "integer"}
+STR: Schema = {"type": "string"}
+INT: Schema = {"type": "integer"}
 
 
-def all_of(**properties):
+def all_of(**properties: object) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
@@ -117,7 +124,7 @@ TREE = {
     },
     "$ref": "#/$defs/tree",
 }
-SERVED = {
+SERVED: dict[str, Schema] = {
     "nothing said": {},
     "annotations": {"title": "x", "description": "y", "default": 3, "$schema": "https://json-schema.org/draft/2020-12/schema"},
     "any object": None,
@@ -149,12 +156,12 @@ SERVED = {
 
 
 @pytest.mark.parametrize("schema", SERVED.values(), ids=SERVED.keys())
-def test_every_text_is_accepted(schema):
+def test_every_text_is_accepted(schema: Schema) -> None:
     for text in ends_of(schema):
         assert accepts(schema, text)
 
 
-def test_reach():
+def test_reach() -> None:
     """The walks see every choice of optional members, and what a schema means comes through as json writes it."""
     optional = {tuple(json.loads(text)) for text in ends_of(SERVED["optional"], 150)}
     assert optional == {("b",), ("a", "b"), ("b", "c"), ("a", "b", "c")}
@@ -176,7 +183,7 @@ def test_reach():
         ("uuid", lambda text: int(text.replace("-", ""), 16)),
     ],
 )
-def test_formats(name, parse):
+def test_formats(name: str, parse: Callable[[str], object]) -> None:
     for text in ends_of({"type": "string", "format": name}, 40):
         parse(json.loads(text))
 
@@ -233,15 +240,15 @@ def test_formats(name, parse):
         ({"description": "x" * 65536}, "has 65555 bytes; at most 65536"),
     ],
 )  # fmt: skip
-def test_what_is_refused(schema, why):
+def test_what_is_refused(schema: Schema, why: str) -> None:
     with pytest.raises(InvalidRequest, match=why) as raised:
         compiled(schema)
     assert raised.value.param == "response_format"
 
 
 @pytest.mark.parametrize("nested", [lambda x: all_of(a=x), lambda x: {"anyOf": [x]}, lambda x: {"items": x}])
-def test_depth_is_limited_before_python_is_at_its_end(nested):
-    schema = INT
+def test_depth_is_limited_before_python_is_at_its_end(nested: Callable[[Schema], Schema]) -> None:
+    schema: Schema = INT
     for _ in range(300):
         schema = nested(schema)
     with pytest.raises(InvalidRequest, match="more than 48 schemas deep"):
@@ -252,11 +259,11 @@ def test_depth_is_limited_before_python_is_at_its_end(nested):
         json_grammar(schema)
 
 
-def test_an_integer_beyond_every_float_is_an_integer():
+def test_an_integer_beyond_every_float_is_an_integer() -> None:
     assert str(10**400) in json_grammar({"type": "integer", "const": 10**400})
 
 
-def test_a_long_chain_of_references_is_refused():
+def test_a_long_chain_of_references_is_refused() -> None:
     chain = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(900)}
     with pytest.raises(InvalidRequest, match="references followed"):
         json_grammar({"$defs": {**chain, "d900": INT}, "$ref": "#/$defs/d0"})
@@ -270,7 +277,7 @@ VALUES = st.recursive(
 )
 
 
-def objects(inner):
+def objects(inner: st.SearchStrategy[Schema]) -> st.SearchStrategy[Schema]:
     properties = st.dictionaries(NAMES, inner, min_size=1, max_size=4)
     return properties.flatmap(
         lambda p: st.builds(
@@ -280,7 +287,7 @@ def objects(inner):
     )
 
 
-def bounds(low, high):
+def bounds(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
     pairs = st.tuples(st.integers(low, high), st.integers(0, 3))
     return pairs.map(lambda pair: (pair[0], pair[0] + pair[1]))
 
@@ -309,7 +316,7 @@ SCHEMAS = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(schema=SCHEMAS, seed=st.integers(0, 2**32))
-def test_every_text_of_any_schema_is_accepted(schema, seed):
+def test_every_text_of_any_schema_is_accepted(schema: Schema, seed: int) -> None:
     try:
         text = walk(schema, seed)
     except InvalidRequest as error:
@@ -320,12 +327,14 @@ def test_every_text_of_any_schema_is_accepted(schema, seed):
 
 def digits_match(rule: str, text: str) -> bool:
     """Whether a rule lets a number through."""
-    return lets_through(JsonMatcher(JSON._compiler.compile_grammar(f"root ::= {rule}\n"), len(TOKENS)), text)
+    compiler = JSON._compiler
+    assert compiler is not None
+    return lets_through(JsonMatcher(compiler.compile_grammar(f"root ::= {rule}\n"), len(TOKENS)), text)
 
 
 @settings(max_examples=60, deadline=None)
 @given(low=st.integers(-(10**4), 10**4), size=st.integers(0, 10**4), offset=st.integers(-3, 3), is_high=st.booleans())
-def test_integers_are_those_between_the_bounds(low, size, offset, is_high):
+def test_integers_are_those_between_the_bounds(low: int, size: int, offset: int, is_high: bool) -> None:
     high = low + size
     value = (high if is_high else low) + offset
     rule = integer_rule({"minimum": low, "exclusiveMaximum": high + 1})
@@ -340,7 +349,9 @@ def test_integers_are_those_between_the_bounds(low, size, offset, is_high):
     is_high=st.booleans(),
     excludes=st.tuples(st.booleans(), st.booleans()),
 )
-def test_numbers_are_those_between_the_bounds(low, size, millis, is_high, excludes):
+def test_numbers_are_those_between_the_bounds(
+    low: int, size: int, millis: int, is_high: bool, excludes: tuple[bool, bool]
+) -> None:
     high = low + size
     value = Decimal(high if is_high else low) + Decimal(millis) / 1000
     rule = number_rule(
@@ -350,7 +361,7 @@ def test_numbers_are_those_between_the_bounds(low, size, millis, is_high, exclud
     assert digits_match(rule, str(value)) == inside or str(value) in {"-0", "-0.000"}
 
 
-def test_control_characters_and_broken_characters_are_not_let_through():
+def test_control_characters_and_broken_characters_are_not_let_through() -> None:
     matcher = compiled(STR).matcher()
     matcher.accept(2 + ord('"'))
     allowed = allowed_by(matcher)
@@ -361,12 +372,12 @@ def test_control_characters_and_broken_characters_are_not_let_through():
     assert not allowed_by(matcher)[2 + 0xA0], "half a surrogate pair"
 
 
-def test_a_token_that_may_not_come_is_named():
+def test_a_token_that_may_not_come_is_named() -> None:
     with pytest.raises(ValueError, match="token 99 may not come here"):
         compiled(INT).matcher().accept(99)
 
 
-def test_matchers_of_one_schema_do_not_share_their_place():
+def test_matchers_of_one_schema_do_not_share_their_place() -> None:
     grammar = compiled(SERVED["properties"])
     first, second = grammar.matcher(), grammar.matcher()
     start = second.allowed()
@@ -374,7 +385,7 @@ def test_matchers_of_one_schema_do_not_share_their_place():
     assert second.allowed() == start != first.allowed()
 
 
-def test_too_many_at_once_are_told_to_come_again():
+def test_too_many_at_once_are_told_to_come_again() -> None:
     compiler = JsonCompiler(lambda: TOKENS, frozenset({EOS}))
     began = threading.Barrier(MAX_COMPILING + 1)
 
@@ -400,7 +411,7 @@ def test_too_many_at_once_are_told_to_come_again():
 
 
 @pytest.mark.parametrize("backend", [byte_level_backend, byte_fallback_backend])
-def test_over_a_real_vocabulary(backend):
+def test_over_a_real_vocabulary(backend: Callable[[], Backend]) -> None:
     """The text that the decoder makes of the tokens parses; special tokens never come, whatever they are called."""
     made = backend()
     tokenizer = Tokenizer(made, frozenset({0}))
@@ -428,7 +439,7 @@ def test_over_a_real_vocabulary(backend):
         jsonschema.validate(json.loads(text + decoder.flush()), SERVED["properties"])
 
 
-def test_a_model_without_an_end_token_is_told():
+def test_a_model_without_an_end_token_is_told() -> None:
     tokenizer = Tokenizer(byte_level_backend(), frozenset())
     with pytest.raises(InvalidRequest, match="names no end token"):
         compiled(None, JsonCompiler(tokenizer.vocabulary, tokenizer.eos_ids))

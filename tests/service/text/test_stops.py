@@ -28,7 +28,7 @@ def pieces(text: str, cuts: list[int]) -> list[str]:
 @given(SHORT, STOPS, st.lists(st.integers(0, 24)))
 @example("abab", ["bab", "aba"], [1])
 @example("abc", ["abc", "b"], [])
-def test_same_cut_as_the_whole_text_however_split(text, stops, cuts):
+def test_same_cut_as_the_whole_text_however_split(text: str, stops: list[str], cuts: list[int]) -> None:
     search = StopStrings(stops)
     out = ""
     for piece in pieces(text, cuts):
@@ -41,7 +41,7 @@ def test_same_cut_as_the_whole_text_however_split(text, stops, cuts):
 
 
 @given(SHORT, STOPS)
-def test_what_is_held_could_become_a_stop_string(text, stops):
+def test_what_is_held_could_become_a_stop_string(text: str, stops: list[str]) -> None:
     search = StopStrings(stops)
     out = search.push(text)
     if search.found is None:
@@ -51,7 +51,7 @@ def test_what_is_held_could_become_a_stop_string(text, stops):
         assert not any(stop.startswith(part) for part in longer for stop in stops)
 
 
-def test_nothing_comes_after_the_stop_string():
+def test_nothing_comes_after_the_stop_string() -> None:
     search = StopStrings(["ab"])
     assert search.push("xaby") == "x"
     assert search.found == "ab"
@@ -59,7 +59,7 @@ def test_nothing_comes_after_the_stop_string():
     assert search.flush() == ""
 
 
-def test_without_stop_strings_everything_passes():
+def test_without_stop_strings_everything_passes() -> None:
     search = StopStrings([])
     assert search.push("text") == "text"
     assert search.flush() == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 from typer.testing import CliRunner
@@ -20,8 +21,12 @@ ROOT = Path(__file__).parents[3]
 H100 = "NVIDIA H100 80GB HBM3"
 
 
+class Roofline(Protocol):
+    def __call__(self, *arguments: object) -> tuple[int, str, str]: ...
+
+
 @pytest.fixture
-def roofline(monkeypatch):
+def roofline(monkeypatch: pytest.MonkeyPatch) -> Roofline:
     """Run the command: exit code, stdout, stderr."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -33,7 +38,7 @@ def roofline(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny")
     for path in folder.iterdir():
         if path.name != "config.json":
@@ -41,12 +46,17 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
-def result(path, rows, device=H100, command="python -m benchmarks.serving --shape llama-3.1-8b --steps 48"):
+def result(
+    path: Path,
+    rows: list[dict[str, Any]],
+    device: str = H100,
+    command: str = "python -m benchmarks.serving --shape llama-3.1-8b --steps 48",
+) -> Path:
     path.write_text(json.dumps({"run": {"device": device, "command": command}, "rows": rows}))
     return path
 
 
-def test_a_folder_needs_its_config_alone(roofline, tiny_folder):
+def test_a_folder_needs_its_config_alone(roofline: Roofline, tiny_folder: Path) -> None:
     code, out, err = roofline(tiny_folder, "--tokens", "1,300")
     assert (code, err) == (0, "")
     assert "1 token: 1 request decoding, 512 tokens in the cache" in out
@@ -55,7 +65,7 @@ def test_a_folder_needs_its_config_alone(roofline, tiny_folder):
     assert max(map(len, out.splitlines())) <= 100
 
 
-def test_its_shape_is_read_as_the_decoder_reads_it(tiny_folder):
+def test_its_shape_is_read_as_the_decoder_reads_it(tiny_folder: Path) -> None:
     shape = find_shape(str(tiny_folder))
     config = json.loads((tiny_folder / "config.json").read_text())
     assert shape.num_layers == config["num_hidden_layers"]
@@ -63,13 +73,13 @@ def test_its_shape_is_read_as_the_decoder_reads_it(tiny_folder):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3_moe"])
-def test_a_layer_that_it_does_not_count_is_refused(name, tmp_path):
+def test_a_layer_that_it_does_not_count_is_refused(name: str, tmp_path: Path) -> None:
     make_config(name).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=f"the roofline of family '{name}' is not served"):
         find_shape(str(tmp_path))
 
 
-def test_the_tables_fit_100_columns_and_say_where_int8_pays(roofline):
+def test_the_tables_fit_100_columns_and_say_where_int8_pays(roofline: Roofline) -> None:
     code, out, _ = roofline("llama-3.1-8b", "--gpu", "h100", "--tokens", "1,16,256,4096")
     assert code == 0
     assert max(map(len, out.splitlines())) <= 100
@@ -79,7 +89,7 @@ def test_the_tables_fit_100_columns_and_say_where_int8_pays(roofline):
     assert "turn from memory- to compute-bound at" in said
 
 
-def test_the_json_has_a_row_for_every_part_and_dataflow(roofline, tmp_path):
+def test_the_json_has_a_row_for_every_part_and_dataflow(roofline: Roofline, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     assert roofline("llama-3.1-8b", "--tokens", "16,4096", "--bandwidth", "measured", "--json", path)[0] == 0
     found = json.loads(path.read_text())
@@ -94,7 +104,7 @@ def test_the_json_has_a_row_for_every_part_and_dataflow(roofline, tmp_path):
     assert [row["us"] for row in found["rows"][:24]] == pytest.approx([1e6 * row.time_s for row in wanted])
 
 
-def test_the_plot_is_drawn_from_the_json(roofline, tmp_path):
+def test_the_plot_is_drawn_from_the_json(roofline: Roofline, tmp_path: Path) -> None:
     measured = result(tmp_path / "m.json", [{"what": "linear", "n": 6144, "k": 4096} | W8A8_16])
     path = tmp_path / "r.json"
     assert roofline("llama-3.1-8b", "--json", path, "--measured", measured)[0] == 0
@@ -105,9 +115,9 @@ def test_the_plot_is_drawn_from_the_json(roofline, tmp_path):
 W8A8_16 = {"tokens": 16, "variant": "w8a8", "us_p50": 10.0}
 
 
-def test_what_was_measured_stands_beside(roofline, tmp_path):
+def test_what_was_measured_stands_beside(roofline: Roofline, tmp_path: Path) -> None:
     """A Linear by its size, a decode step by batch and prompt, a prefill by its rate; anything else is left out."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"what": "linear", "n": 6144, "k": 4096} | W8A8_16,
         {"what": "linear", "n": 6144, "k": 4096} | W8A8_16 | {"variant": "fp16", "us_p50": 25.0},
         {"what": "linear", "n": 6144, "k": 4096} | W8A8_16 | {"variant": "gemlite"},
@@ -138,14 +148,14 @@ def test_what_was_measured_stands_beside(roofline, tmp_path):
     assert found["step", 4096, "dataflow"]["measured_speedup"] == pytest.approx(2)
 
 
-def test_a_step_of_another_model_is_not_set_beside(roofline, tmp_path):
+def test_a_step_of_another_model_is_not_set_beside(roofline: Roofline, tmp_path: Path) -> None:
     row = {"what": "decode", "variant": "w8a8", "batch": 16, "prompt": 512, "itl_ms_p50": 4.0}
     measured = result(tmp_path / "m.json", [row])
     code, out, _ = roofline("llama-2-13b", "--tokens", "16", "--measured", measured)
     assert (code, "measured" in out) == (0, False)
 
 
-def test_the_kept_result_of_the_h100_is_read(roofline):
+def test_the_kept_result_of_the_h100_is_read(roofline: Roofline) -> None:
     kept = ROOT / "benchmarks/results/serving-llama-3.1-8b-h100.json"
     (row,) = (
         row
@@ -167,14 +177,14 @@ def test_the_kept_result_of_the_h100_is_read(roofline):
         ("weight=channel,activation=float", "never one by the other"),
     ],
 )
-def test_an_impractical_scheme_exits_with_2_and_the_reason(roofline, scheme, said):
+def test_an_impractical_scheme_exits_with_2_and_the_reason(roofline: Roofline, scheme: str, said: str) -> None:
     code, out, err = roofline("llama-3.1-8b", "--scheme", scheme)
     assert (code, out) == (2, "")
     assert said in err
     assert len(err.splitlines()) == 1
 
 
-def test_a_practical_scheme_is_explained_before_the_tables(roofline):
+def test_a_practical_scheme_is_explained_before_the_tables(roofline: Roofline) -> None:
     code, out, err = roofline("llama-3.1-8b", "--tokens", "1", "--scheme", "weight=channel,activation=token")
     assert (code, err) == (0, "")
     assert out.startswith("practical: y_tn = a_t b_n sum_k x_tk w_nk: no scale varies with k, so one int8 GEMM")
@@ -197,7 +207,7 @@ def test_a_practical_scheme_is_explained_before_the_tables(roofline):
     ],
     ids=str,
 )
-def test_a_bad_value_is_told_in_one_line(roofline, arguments, said):
+def test_a_bad_value_is_told_in_one_line(roofline: Roofline, arguments: list[str], said: str) -> None:
     code, out, err = roofline("llama-3.1-8b", *arguments)
     assert (code, out) == (1, "")
     assert said in err
@@ -205,14 +215,14 @@ def test_a_bad_value_is_told_in_one_line(roofline, arguments, said):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"run": 1}', '{"run": {"device": "h100"}, "rows": []}'])
-def test_a_file_that_is_no_result(roofline, tmp_path, content):
+def test_a_file_that_is_no_result(roofline: Roofline, tmp_path: Path, content: str) -> None:
     path = tmp_path / "m.json"
     path.write_text(content)
     code, _, err = roofline("llama-3.1-8b", "--measured", path)
     assert (code, "is not a result of benchmarks.kernels or benchmarks.serving" in err) == (1, True)
 
 
-def test_a_result_of_another_gpu_is_refused(roofline, tmp_path):
+def test_a_result_of_another_gpu_is_refused(roofline: Roofline, tmp_path: Path) -> None:
     path = result(tmp_path / "m.json", [], device="NVIDIA L40S")
     code, _, err = roofline("llama-3.1-8b", "--measured", path)
     assert code == 1
@@ -220,7 +230,7 @@ def test_a_result_of_another_gpu_is_refused(roofline, tmp_path):
     assert roofline("llama-3.1-8b", "--gpu", "l40s", "--measured", path)[0] == 0
 
 
-def test_a_model_that_nobody_knows(roofline):
+def test_a_model_that_nobody_knows(roofline: Roofline) -> None:
     code, _, err = roofline("owner/model")
     assert code == 1
     assert "owner/model is neither a folder nor one of smollm2-135m, qwen2.5-7b, llama-3.1-8b" in err

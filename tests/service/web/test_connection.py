@@ -5,21 +5,30 @@ import json
 import resource
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any, Protocol
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from service.web.uvicorn_config import allow_open_files
+from tests.service.kinds import Samples
+from tests.support.fake_engine import FakeEngine
 from tests.support.harness import app_of, metrics_of, server_of, two_engines, until
 
 GENERATE = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
+class Connect(Protocol):
+    def __call__(self, port: int, receive_buffer: int | None = None) -> socket.socket: ...
+
+
 @pytest.fixture
-def connect():
+def connect() -> Iterator[Connect]:
     """Opens client sockets, which are closed after the test whatever happens in it."""
-    clients = []
+    clients: list[socket.socket] = []
 
     def connect(port: int, receive_buffer: int | None = None) -> socket.socket:
         client = socket.socket()
@@ -55,7 +64,7 @@ async def _some(client: socket.socket) -> bytes:
         return b""
 
 
-def generate(body: dict) -> bytes:
+def generate(body: dict[str, object]) -> bytes:
     content = json.dumps(body).encode()
     return f"{GENERATE}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
@@ -65,12 +74,12 @@ async def is_alive(port: int) -> bool:
         return (await client.get("/health")).status_code == 200
 
 
-def parsed(received: bytes) -> tuple[int, dict]:
+def parsed(received: bytes) -> tuple[int, dict[str, Any]]:
     head, _, body = received.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body)["error"]
 
 
-def long_stream(**settings):
+def long_stream(**settings: Any) -> tuple[dict[str, FakeEngine], FastAPI]:
     """An app whose answers are larger than every buffer between server and client."""
     # One step brings 2,000 tokens with 20 log-probabilities each: about 1 MB of an event.
     engines = two_engines(tokens_per_step=2000, max_model_len=1 << 20, delay_s=0.001)
@@ -80,14 +89,14 @@ def long_stream(**settings):
 LONG = {"prompt": "a", "max_tokens": 60_000, "ignore_eos": True, "stream": True, "logprobs": 20}
 
 
-def test_a_client_that_does_not_read_is_cut_off_and_what_it_held_is_freed(connect):
-    async def go():
+def test_a_client_that_does_not_read_is_cut_off_and_what_it_held_is_freed(connect: Connect) -> None:
+    async def go() -> tuple[float, bytes, FakeEngine, Samples]:
         engines, app = long_stream(send_timeout_s=0.3)
         async with server_of(app) as port:
             client = connect(port, receive_buffer=4096)
             await send(client, generate(LONG))
             start_s = time.perf_counter()
-            await until(lambda: engines["w8a8"].submitted)
+            await until(lambda: bool(engines["w8a8"].submitted))
             await until(lambda: app.state.serving.traffic.num_active == 0, 10)
             took_s = time.perf_counter() - start_s
             received = await read_all(client)
@@ -102,10 +111,10 @@ def test_a_client_that_does_not_read_is_cut_off_and_what_it_held_is_freed(connec
     assert samples["ottava_requests_total", "outcome=abort", "variant=w8a8"] == 1
 
 
-def test_no_more_than_an_event_waits_in_memory(connect, monkeypatch):
+def test_no_more_than_an_event_waits_in_memory(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next event is not made before the one before has gone to the kernel."""
 
-    async def go():
+    async def go() -> tuple[list[int], int]:
         _, app = long_stream(send_timeout_s=30)
         async with server_of(app) as port:
             client = connect(port, receive_buffer=4096)
@@ -126,22 +135,23 @@ def test_no_more_than_an_event_waits_in_memory(connect, monkeypatch):
     assert sizes[-1] == sizes[-10]
 
 
-def _spy_on_transports(monkeypatch):
+def _spy_on_transports(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Transport]:
     from service.web.connection import BoundedProtocol
 
-    transports = []
+    transports: list[asyncio.Transport] = []
     original = BoundedProtocol.pause_writing
 
-    def pause_writing(self):
-        transports.append(self.transport) if self.transport not in transports else None
+    def pause_writing(self: BoundedProtocol) -> None:
+        if self.transport not in transports:
+            transports.append(self.transport)
         original(self)
 
     monkeypatch.setattr(BoundedProtocol, "pause_writing", pause_writing)
     return transports
 
 
-def test_a_client_that_reads_slowly_gets_everything(connect):
-    async def go():
+def test_a_client_that_reads_slowly_gets_everything(connect: Connect) -> None:
+    async def go() -> bytes:
         _, app = long_stream(send_timeout_s=1.0)
         async with server_of(app) as port:
             client = connect(port, receive_buffer=1 << 16)
@@ -159,13 +169,13 @@ def test_a_client_that_reads_slowly_gets_everything(connect):
     assert received.count(b'"usage"') == 1
 
 
-def test_the_others_are_served_while_one_does_not_read(connect):
-    async def go():
+def test_the_others_are_served_while_one_does_not_read(connect: Connect) -> None:
+    async def go() -> list[int]:
         engines, app = long_stream(send_timeout_s=20)
         async with server_of(app) as port:
             client = connect(port, receive_buffer=4096)
             await send(client, generate(LONG))
-            await until(lambda: engines["w8a8"].submitted)
+            await until(lambda: bool(engines["w8a8"].submitted))
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as other:
                 answers = [await other.post("/generate", json={"prompt": "a"}) for _ in range(5)]
             client.close()
@@ -174,14 +184,14 @@ def test_the_others_are_served_while_one_does_not_read(connect):
     assert asyncio.run(go()) == [200] * 5
 
 
-def test_a_deadline_frees_the_engine_even_where_the_client_does_not_read(connect):
-    async def go():
+def test_a_deadline_frees_the_engine_even_where_the_client_does_not_read(connect: Connect) -> None:
+    async def go() -> None:
         engines = two_engines(tokens_per_step=1000, max_model_len=1 << 20, delay_s=0.005)
         app = app_of(engines, send_timeout_s=5, request_timeout_s=0.3)
         async with server_of(app) as port:
             client = connect(port, receive_buffer=4096)
             await send(client, generate({**LONG, "max_tokens": 1_000_000}))
-            await until(lambda: engines["w8a8"].submitted)
+            await until(lambda: bool(engines["w8a8"].submitted))
             await until(lambda: not engines["w8a8"].active, 2)
             client.close()
             await until(lambda: app.state.serving.traffic.num_active == 0, 10)
@@ -201,8 +211,8 @@ def test_a_deadline_frees_the_engine_even_where_the_client_does_not_read(connect
     ],
 )
 @pytest.mark.parametrize("trickles", [False, True])
-def test_a_request_that_does_not_arrive_is_cut_off(connect, beginning, trickles):
-    async def go():
+def test_a_request_that_does_not_arrive_is_cut_off(connect: Connect, beginning: bytes, trickles: bool) -> None:
+    async def go() -> tuple[float, bool]:
         app = app_of(two_engines(), receive_timeout_s=0.3)
         async with server_of(app) as port:
             client = connect(port)
@@ -229,8 +239,8 @@ def test_a_request_that_does_not_arrive_is_cut_off(connect, beginning, trickles)
     assert alive
 
 
-def test_an_idle_connection_lives_as_long_as_keep_alive_says():
-    async def go():
+def test_an_idle_connection_lives_as_long_as_keep_alive_says() -> None:
+    async def go() -> list[float]:
         app = app_of(two_engines(), receive_timeout_s=0.2, keep_alive_s=1)
         async with server_of(app) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -249,8 +259,8 @@ def test_an_idle_connection_lives_as_long_as_keep_alive_says():
     assert 0.2 < waited_s < 1.5
 
 
-def test_a_slow_answer_is_not_cut_off_by_the_receive_timeout():
-    async def go():
+def test_a_slow_answer_is_not_cut_off_by_the_receive_timeout() -> None:
+    async def go() -> httpx.Response:
         app = app_of(two_engines(delay_s=0.15), receive_timeout_s=0.2, send_timeout_s=0.2)
         async with server_of(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             return await client.post("/generate", json={"prompt": "a"})
@@ -258,8 +268,8 @@ def test_a_slow_answer_is_not_cut_off_by_the_receive_timeout():
     assert asyncio.run(go()).json()["text"] == "hello"
 
 
-def refused(connect, data: bytes, **settings) -> tuple[int, dict]:
-    async def go():
+def refused(connect: Connect, data: bytes, **settings: Any) -> tuple[int, dict[str, Any]]:
+    async def go() -> tuple[tuple[int, dict[str, Any]], bool]:
         async with server_of(app_of(two_engines(), **settings)) as port:
             client = connect(port)
             with suppress(ConnectionResetError, BrokenPipeError):
@@ -277,17 +287,17 @@ def refused(connect, data: bytes, **settings) -> tuple[int, dict]:
 @pytest.mark.parametrize(
     "headers", [b"a:\r\n" * 5000, b"x-long: " + b"y" * 20_000 + b"\r\n", b"x-" + b"n" * 20_000 + b": y\r\n"]
 )
-def test_a_flood_of_headers_is_refused(connect, headers):
+def test_a_flood_of_headers_is_refused(connect: Connect, headers: bytes) -> None:
     status, error = refused(connect, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + headers)
     assert status == 431
     assert "16384 bytes" in error["message"]
 
 
-def test_a_long_path_is_refused(connect):
+def test_a_long_path_is_refused(connect: Connect) -> None:
     assert refused(connect, b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n")[0] == 431
 
 
-def test_the_size_of_a_head_is_a_setting(connect):
+def test_the_size_of_a_head_is_a_setting(connect: Connect) -> None:
     head = b"GET /info HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx-long: " + b"y" * 3000 + b"\r\n\r\n"
 
     async def status(max_header_bytes: int) -> int:
@@ -304,14 +314,14 @@ def test_the_size_of_a_head_is_a_setting(connect):
     assert [asyncio.run(status(limit)) for limit in (2048, 8192)] == [431, 200]
 
 
-def test_ten_connections_that_flood_at_once_hurt_nobody(connect):
+def test_ten_connections_that_flood_at_once_hurt_nobody(connect: Connect) -> None:
     async def flood(port: int) -> None:
         client = connect(port)
         with suppress(OSError):
             await send(client, b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 200_000)
         client.close()
 
-    async def go():
+    async def go() -> list[int]:
         async with server_of(app_of(two_engines())) as port:
             floods = [asyncio.ensure_future(flood(port)) for _ in range(10)]
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
@@ -335,14 +345,14 @@ def test_ten_connections_that_flood_at_once_hurt_nobody(connect):
         b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
     ],
 )
-def test_what_is_no_http_is_refused_in_the_one_shape(connect, data):
+def test_what_is_no_http_is_refused_in_the_one_shape(connect: Connect, data: bytes) -> None:
     status, error = refused(connect, data)
     assert status in (400, 501)
     assert error["message"].startswith("invalid HTTP request")
 
 
-def test_a_broken_chunk_ends_the_request(connect):
-    async def go():
+def test_a_broken_chunk_ends_the_request(connect: Connect) -> None:
+    async def go() -> tuple[bytes, bool]:
         app = app_of(two_engines())
         async with server_of(app) as port:
             client = connect(port)
@@ -357,8 +367,8 @@ def test_a_broken_chunk_ends_the_request(connect):
     assert alive
 
 
-def test_a_body_above_the_limit_is_answered_over_a_socket():
-    async def go():
+def test_a_body_above_the_limit_is_answered_over_a_socket() -> None:
+    async def go() -> tuple[httpx.Response, httpx.Response]:
         app = app_of(two_engines(), max_body_bytes=4096)
         async with server_of(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             first = await client.post("/generate", content=b" " * (8 << 20))
@@ -378,10 +388,10 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize("what", TOO_LARGE)
-def test_whoever_sends_too_much_to_the_end_before_it_reads_is_told_why(connect, what):
+def test_whoever_sends_too_much_to_the_end_before_it_reads_is_told_why(connect: Connect, what: str) -> None:
     """Closing the socket instead would reset the connection: the client finds that, and no answer."""
 
-    async def go():
+    async def go() -> tuple[bytes, bool]:
         async with server_of(app_of(two_engines(), max_body_bytes=4096)) as port:
             client = connect(port, receive_buffer=4096)
             await send(client, TOO_LARGE[what])
@@ -394,8 +404,8 @@ def test_whoever_sends_too_much_to_the_end_before_it_reads_is_told_why(connect, 
     assert alive
 
 
-def test_whoever_never_stops_sending_is_cut_off_although_it_was_answered(connect):
-    async def go():
+def test_whoever_never_stops_sending_is_cut_off_although_it_was_answered(connect: Connect) -> None:
+    async def go() -> tuple[float, bool]:
         app = app_of(two_engines(), max_body_bytes=4096, receive_timeout_s=0.3)
         async with server_of(app) as port:
             client = connect(port)
@@ -412,16 +422,17 @@ def test_whoever_never_stops_sending_is_cut_off_although_it_was_answered(connect
     assert alive
 
 
-def test_open_files_are_raised_as_far_as_needed_and_allowed(monkeypatch):
-    limits, asked = (1024, 5000), []
+def test_open_files_are_raised_as_far_as_needed_and_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = (1024, 5000)
+    asked: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: asked.append(pair))
     assert [allow_open_files(n) for n in (100, 4096, 10_000)] == [1024, 4096 + 256, 5000]
     assert asked == [(4096 + 256, 5000), (5000, 5000)]
 
 
-def test_one_connection_too_many_is_told(connect):
-    async def go():
+def test_one_connection_too_many_is_told(connect: Connect) -> None:
+    async def go() -> tuple[bytes, bool]:
         async with server_of(app_of(two_engines(), max_connections=3)) as port:
             held = [connect(port) for _ in range(3)]
             for client in held:

@@ -2,31 +2,35 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Mapping
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from service.web.generation.sse import EventStream
+from tests.service.kinds import Samples
+from tests.support.fake_engine import FakeEngine
 from tests.support.harness import app_of, metrics_of, server_of, total, two_engines, until
 from tests.support.raw_client import leave_raw, open_raw
 
 
-def _is_free(engines) -> bool:
+def _is_free(engines: Mapping[str, FakeEngine]) -> bool:
     return not any(engine.active for engine in engines.values())
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("delay_s", [0.01, 60.0])
-def test_a_client_that_leaves_frees_its_request(stream, delay_s):
+def test_a_client_that_leaves_frees_its_request(stream: bool, delay_s: float) -> None:
     """delay_s 60: it leaves before the first token, when nothing is ever sent to it."""
 
-    async def go():
+    async def go() -> tuple[FakeEngine, Samples, int]:
         engines = two_engines(delay_s=delay_s)
         app = app_of(engines)
         async with server_of(app) as port:
             body = {"prompt": "a", "stream": stream, "ignore_eos": True, "max_tokens": 60}
             reader, writer = await open_raw(port, body)
-            await until(lambda: engines["w8a8"].submitted)
+            await until(lambda: bool(engines["w8a8"].submitted))
             if stream and delay_s < 1:
                 assert b"data: " in await reader.readuntil(b"data: ")
             await leave_raw(writer)
@@ -44,14 +48,14 @@ def test_a_client_that_leaves_frees_its_request(stream, delay_s):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_leaving_during_the_baseline_frees_it_too(stream):
-    async def go():
+def test_leaving_during_the_baseline_frees_it_too(stream: bool) -> None:
+    async def go() -> dict[str, FakeEngine]:
         engines = two_engines()
         engines["fp16"].delay_s = 60.0
         app = app_of(engines)
         async with server_of(app) as port:
             _, writer = await open_raw(port, {"prompt": "a", "stream": stream, "compare": True})
-            await until(lambda: engines["fp16"].submitted)
+            await until(lambda: bool(engines["fp16"].submitted))
             await leave_raw(writer)
             await until(lambda: _is_free(engines), 5)
         return engines
@@ -61,8 +65,8 @@ def test_leaving_during_the_baseline_frees_it_too(stream):
     assert engines["fp16"].freed[0].finish_reason == "abort"
 
 
-def test_a_third_leaves_and_the_others_are_answered_right():
-    async def go():
+def test_a_third_leaves_and_the_others_are_answered_right() -> None:
+    async def go() -> Samples:
         engines = two_engines(delay_s=0.01, reply=lambda ids, params: bytes(ids).decode()[::-1] * 2)
         async with (
             server_of(app_of(engines)) as port,
@@ -89,8 +93,8 @@ def test_a_third_leaves_and_the_others_are_answered_right():
     assert counts == {("outcome=stop", "variant=w8a8"): 40, ("outcome=abort", "variant=w8a8"): 20}
 
 
-def test_the_stream_is_sent_step_by_step():
-    async def go():
+def test_the_stream_is_sent_step_by_step() -> None:
+    async def go() -> list[float]:
         async with server_of(app_of(two_engines(delay_s=0.05))) as port:
             reader, writer = await open_raw(port, {"prompt": "a", "stream": True})
             loop = asyncio.get_running_loop()
@@ -106,22 +110,22 @@ def test_the_stream_is_sent_step_by_step():
     assert times[5] - times[0] > 0.2
 
 
-def test_events_that_piled_up_stop_at_a_disconnect():
+def test_events_that_piled_up_stop_at_a_disconnect() -> None:
     """All events are there at once, so that sending never waits: the disconnect must still get its turn."""
-    sent = []
+    sent: list[Message] = []
 
-    async def events():
+    async def events() -> AsyncIterator[bytes]:
         for _ in range(10_000):
             yield b"data: {}\n\n"
 
-    async def receive():
+    async def receive() -> Message:
         await asyncio.sleep(0.001)
         return {"type": "http.disconnect"}
 
-    async def send(message):
+    async def send(message: Message) -> None:
         sent.append(message)
 
-    closed = []
+    closed: list[bool] = []
     stream = EventStream(events(), lambda: closed.append(True))
     asyncio.run(stream({"type": "http"}, receive, send))
     assert len(sent) < 5000

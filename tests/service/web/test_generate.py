@@ -3,11 +3,13 @@
 import asyncio
 import json
 import math
+from collections.abc import Sequence
+from typing import Any, Never
 
 import httpx
 import pytest
 
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import ByteDetokenizer, ByteTokenizer, FakeEngine
 from tests.support.harness import app_of, client_of, engines_of, events_of, post, two_engines
 
 RUN_METRICS = {
@@ -25,7 +27,7 @@ RUN_METRICS = {
 }
 
 
-def test_answer_has_every_field():
+def test_answer_has_every_field() -> None:
     response = post({"prompt": "hi"}, reply="hello")
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
@@ -51,13 +53,13 @@ def test_answer_has_every_field():
         ({"messages": [{"role": "user", "content": "x"}]}, list(b"user:x\n")),
     ],
 )
-def test_each_form_of_prompt_reaches_the_engine(body, prompt_ids):
+def test_each_form_of_prompt_reaches_the_engine(body: dict[str, object], prompt_ids: list[int]) -> None:
     engines = two_engines()
     assert post(body, app_of(engines)).status_code == 200
     assert engines["w8a8"].submitted[0].prompt_ids == prompt_ids
 
 
-def test_every_parameter_reaches_the_engine():
+def test_every_parameter_reaches_the_engine() -> None:
     engines = two_engines()
     asked = {
         "max_tokens": 7,
@@ -77,20 +79,20 @@ def test_every_parameter_reaches_the_engine():
     assert not engines["w8a8"].submitted
 
 
-def test_top_k_above_the_vocabulary_is_off():
+def test_top_k_above_the_vocabulary_is_off() -> None:
     engines = two_engines()
     post({"prompt": "a", "top_k": 256}, app_of(engines))
     assert engines["w8a8"].submitted[0].params.top_k == 0
 
 
-def test_one_token_has_no_itl():
+def test_one_token_has_no_itl() -> None:
     metrics = post({"prompt": "a", "max_tokens": 1}).json()["metrics"]
     assert metrics["itl_ms"] is None
     assert metrics["tpot_ms"] is None
     assert metrics["e2e_ms"] == metrics["ttft_ms"]
 
 
-def test_logprobs_only_when_asked():
+def test_logprobs_only_when_asked() -> None:
     answer = post({"prompt": "a", "logprobs": 1}, reply="ab").json()
     assert answer["logprobs"][0] == {"id": 97, "logprob": -0.5, "top": [{"id": 97, "logprob": -0.5}]}
     assert len(answer["logprobs"]) == 3
@@ -99,7 +101,7 @@ def test_logprobs_only_when_asked():
 
 
 @pytest.mark.parametrize("tokens_per_step", [1, 2, 5])
-def test_stream_adds_up_to_the_answer(tokens_per_step):
+def test_stream_adds_up_to_the_answer(tokens_per_step: int) -> None:
     response = post(
         {"prompt": "a", "stream": True, "logprobs": 0}, reply="naïve 😀 end", tokens_per_step=tokens_per_step
     )
@@ -117,7 +119,7 @@ def test_stream_adds_up_to_the_answer(tokens_per_step):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("tokens_per_step", [1, 3])
-def test_stop_string_across_tokens(stream, tokens_per_step):
+def test_stop_string_across_tokens(stream: bool, tokens_per_step: int) -> None:
     engines = two_engines(reply="one END two", tokens_per_step=tokens_per_step)
     response = post({"prompt": "a", "stop": ["zzz", " END"], "stream": stream}, app_of(engines))
     answer = events_of(response)[-1] if stream else response.json()
@@ -130,17 +132,17 @@ def test_stop_string_across_tokens(stream, tokens_per_step):
     assert engines["w8a8"].freed[0].finish_reason == "stop"
 
 
-def test_text_held_for_a_stop_string_comes_at_the_end():
+def test_text_held_for_a_stop_string_comes_at_the_end() -> None:
     *deltas, last = events_of(post({"prompt": "a", "stop": "lollipop", "stream": True}, reply="xlol"))
     assert last["text"] == "xlol"
     assert "".join(delta["text"] for delta in deltas) == "xlol"
 
 
-def test_incomplete_character_comes_as_replacement():
+def test_incomplete_character_comes_as_replacement() -> None:
     assert post({"prompt": "a", "max_tokens": 2}, reply="a😀").json()["text"] == "a�"
 
 
-def test_default_max_tokens_is_what_the_context_leaves():
+def test_default_max_tokens_is_what_the_context_leaves() -> None:
     engines = two_engines(max_model_len=64)
     answer = post({"prompt": "x" * 60, "ignore_eos": True}, app_of(engines)).json()
     assert answer["usage"]["completion_tokens"] == 4
@@ -200,7 +202,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("body", "status", "param", "words"), BAD)
-def test_bad_input_names_field_limit_and_remedy(body, status, param, words):
+def test_bad_input_names_field_limit_and_remedy(
+    body: dict[str, object] | list[int], status: int, param: str | None, words: list[str]
+) -> None:
     engines = two_engines()
     response = post(body, app_of(engines))
     error = response.json()["error"]
@@ -213,7 +217,7 @@ def test_bad_input_names_field_limit_and_remedy(body, status, param, words):
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "repetition_penalty"])
-def test_a_number_that_is_not_finite_is_refused(field, word):
+def test_a_number_that_is_not_finite_is_refused(field: str, word: str) -> None:
     response = _raw(b'{"prompt": "a", "%s": %s}' % (field.encode(), word.encode()))
     assert response.status_code == 400
     error = response.json()["error"]
@@ -238,14 +242,14 @@ def test_a_number_that_is_not_finite_is_refused(field, word):
         (b'{"prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}", {}, 400),
     ],
 )
-def test_a_body_that_is_no_request(content, headers, status):
+def test_a_body_that_is_no_request(content: bytes, headers: dict[str, str], status: int) -> None:
     response = _raw(content, headers)
     assert response.status_code == status, response.text
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def _raw(content: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
-    async def go():
+    async def go() -> httpx.Response:
         async with client_of(app_of(two_engines())) as client:
             return await client.post(
                 "/generate", content=content, headers={"content-type": "application/json", **(headers or {})}
@@ -254,13 +258,13 @@ def _raw(content: bytes, headers: dict[str, str] | None = None) -> httpx.Respons
     return asyncio.run(go())
 
 
-def test_body_above_the_limit():
+def test_body_above_the_limit() -> None:
     response = post({"prompt": "x" * 2000}, app_of(two_engines(), max_body_bytes=1024))
     assert response.status_code == 413
     assert "1024" in response.json()["error"]["message"]
 
 
-def test_full_queue_asks_to_come_back():
+def test_full_queue_asks_to_come_back() -> None:
     response = post({"prompt": "a"}, max_waiting=0)
     assert response.status_code == 503
     assert response.headers["retry-after"] == "1"
@@ -269,14 +273,14 @@ def test_full_queue_asks_to_come_back():
     assert response.status_code == 503
 
 
-def test_engine_failure_mid_run():
+def test_engine_failure_mid_run() -> None:
     response = post({"prompt": "a"}, fail_at=2)
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "engine_failed"
     assert "secret" not in response.text
 
 
-def test_engine_failure_mid_stream_ends_with_an_error_event():
+def test_engine_failure_mid_stream_ends_with_an_error_event() -> None:
     response = post({"prompt": "a", "stream": True}, reply="abc", fail_at=2)
     assert response.status_code == 200
     events = events_of(response)
@@ -285,8 +289,8 @@ def test_engine_failure_mid_stream_ends_with_an_error_event():
     assert "[DONE]" not in response.text
 
 
-def test_a_failed_engine_refuses_and_health_says_why():
-    async def go():
+def test_a_failed_engine_refuses_and_health_says_why() -> None:
+    async def go() -> tuple[httpx.Response, ...]:
         engines = two_engines(fail_at=1)
         async with client_of(app_of(engines)) as client:
             await client.post("/generate", json={"prompt": "a"})
@@ -302,8 +306,8 @@ def test_a_failed_engine_refuses_and_health_says_why():
     assert set(ready.json()["variants"]) == {"w8a8"}
 
 
-def test_a_fault_of_ours_leaks_nothing(caplog):
-    def explode(*_):
+def test_a_fault_of_ours_leaks_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def explode(*_: object) -> Never:
         raise RuntimeError("secret")
 
     for stream in (False, True):
@@ -318,18 +322,16 @@ def test_a_fault_of_ours_leaks_nothing(caplog):
     assert "secret" in caplog.text
 
 
-def test_a_fault_in_decoding_frees_the_request():
-    class Faulty:
-        def push(self, token_id):
+def test_a_fault_in_decoding_frees_the_request() -> None:
+    class Faulty(ByteDetokenizer):
+        def push(self, token_id: int) -> Never:
             raise RuntimeError("secret")
 
-    class Tokenizer:
-        vocab_size = 256
-
-        def encode(self, text):
+    class Tokenizer(ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
             return [1]
 
-        def decoder(self, context=()):
+        def detokenizer(self, context: Sequence[int] = ()) -> Faulty:
             return Faulty()
 
     for stream in (False, True):
@@ -340,8 +342,8 @@ def test_a_fault_in_decoding_frees_the_request():
         assert not engines["w8a8"].active
 
 
-def test_many_at_once_keep_their_own_answers():
-    async def go():
+def test_many_at_once_keep_their_own_answers() -> None:
+    async def go() -> list[httpx.Response]:
         engines = two_engines(reply=lambda ids, params: bytes(ids).decode()[::-1])
         async with client_of(app_of(engines)) as client:
             bodies = [{"prompt": f"request {n}", "stream": n % 2 == 0} for n in range(40)]
@@ -352,10 +354,11 @@ def test_many_at_once_keep_their_own_answers():
         assert answer["text"] == f"request {n}"[::-1]
 
 
-def test_openapi_documents_every_field():
-    async def go():
+def test_openapi_documents_every_field() -> None:
+    async def go() -> dict[str, Any]:
         async with client_of(app_of(two_engines())) as client:
-            return (await client.get("/openapi.json")).json()
+            document: dict[str, Any] = (await client.get("/openapi.json")).json()
+            return document
 
     api = asyncio.run(go())
     request = api["components"]["schemas"]["GenerateRequest"]

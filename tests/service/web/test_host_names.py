@@ -1,19 +1,21 @@
 """The names that a server answers to: a web page cannot reach it by a name of its own (DNS rebinding)."""
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
 
 from service.errors import InvalidSettings
 from service.settings import load_settings
+from tests.support.fake_engine import FakeRequest
 from tests.support.harness import app_of, client_of, server_of, two_engines
 
 KEY = "a-key-for-the-tests"
 
 
-def get(name, path="/health", **settings):
-    async def go():
+def get(name: str | None, path: str = "/health", **settings: Any) -> httpx.Response:
+    async def go() -> httpx.Response:
         async with client_of(app_of(two_engines(), **settings)) as client:
             request = client.build_request("GET", path)
             if name is None:
@@ -59,12 +61,12 @@ def get(name, path="/health", **settings):
         ("localhost", {"allowed_hosts": "llm.example", "host": "0.0.0.0", "api_keys": KEY}, 200),
     ],
 )
-def test_who_answers_to_which_name(name, settings, status):
+def test_who_answers_to_which_name(name: str | None, settings: dict[str, Any], status: int) -> None:
     assert get(name, **settings).status_code == status
 
 
 @pytest.mark.parametrize("path", ["/", "/generate", "/metrics", "/nowhere"])
-def test_a_wrong_name_is_told_everywhere(path):
+def test_a_wrong_name_is_told_everywhere(path: str) -> None:
     response = get("evil.example:8000", path)
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (421, "unknown_host", None)
@@ -74,12 +76,12 @@ def test_a_wrong_name_is_told_everywhere(path):
     assert "access-control-allow-origin" not in response.headers
 
 
-def test_a_long_name_is_not_sent_back_whole():
+def test_a_long_name_is_not_sent_back_whole() -> None:
     assert len(get("x" * 10_000).text) < 500
 
 
-def test_nothing_of_a_refused_request_runs():
-    async def go():
+def test_nothing_of_a_refused_request_runs() -> None:
+    async def go() -> tuple[httpx.Response, list[list[FakeRequest]]]:
         engines = two_engines()
         async with client_of(app_of(engines, cors_origins="*")) as client:
             headers = {"host": "evil.example", "origin": "http://evil.example"}
@@ -91,8 +93,8 @@ def test_nothing_of_a_refused_request_runs():
     assert submitted == [[], []]
 
 
-def test_over_a_real_socket():
-    async def go():
+def test_over_a_real_socket() -> None:
+    async def go() -> list[int]:
         async with server_of(app_of(two_engines())) as port, httpx.AsyncClient() as client:
             url = f"http://127.0.0.1:{port}/ready"
             return [(await client.get(url, headers=headers)).status_code for headers in ({}, {"host": "evil.example"})]
@@ -101,6 +103,6 @@ def test_over_a_real_socket():
 
 
 @pytest.mark.parametrize("name", ["http://llm.example", "llm.example:8000", "*.example", "llm.example/", "a b"])
-def test_what_is_no_name(name):
+def test_what_is_no_name(name: str) -> None:
     with pytest.raises(InvalidSettings, match=r"is no host name; write it without scheme and port"):
         load_settings(allowed_hosts=name)

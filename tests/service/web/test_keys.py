@@ -2,20 +2,25 @@
 
 import asyncio
 import logging
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
 from service.errors import InvalidSettings, Unauthorized
 from service.settings import Settings, load_settings
 from service.telemetry.record import ANONYMOUS
 from service.web.keys import Keyring, is_loopback
+from tests.service.kinds import Samples
 from tests.support.harness import app_of, client_of, metrics_of, two_engines
 
 ALICE, BOB = "alice-0123456789", "bob-0123456789"
 KEYS = f"alice:{ALICE}, {BOB}"
 
 
-def keyring(**settings) -> Keyring:
+def keyring(**settings: Any) -> Keyring:
     return Keyring(Settings(**settings))
 
 
@@ -23,7 +28,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-def test_each_key_has_its_name():
+def test_each_key_has_its_name() -> None:
     keys = keyring(api_keys=KEYS)
     assert keys.name_of(f"Bearer {ALICE}") == "alice"
     assert keys.name_of(f"bearer  {BOB} ") == "key2"
@@ -33,21 +38,21 @@ def test_each_key_has_its_name():
     "header",
     [None, "", ALICE, "Bearer", "Bearer ", f"Basic {ALICE}", f"Bearer {ALICE[:-1]}", f"Bearer {ALICE}x", "Bearer é"],
 )
-def test_anything_else_is_refused(header):
+def test_anything_else_is_refused(header: str | None) -> None:
     with pytest.raises(Unauthorized):
         keyring(api_keys=KEYS).name_of(header)
 
 
-def test_without_keys_everybody_is_anonymous():
+def test_without_keys_everybody_is_anonymous() -> None:
     assert keyring().name_of(None) == keyring().name_of("Bearer whatever") == ANONYMOUS
 
 
-def test_two_keys_of_one_name_are_both_good():
+def test_two_keys_of_one_name_are_both_good() -> None:
     keys = keyring(api_keys=f"a:{ALICE},a:{BOB}")
     assert keys.name_of(f"Bearer {ALICE}") == keys.name_of(f"Bearer {BOB}") == "a"
 
 
-def test_a_file_has_comments_and_is_read_again(tmp_path):
+def test_a_file_has_comments_and_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# team\nalice:{ALICE}  # since May\n\nwith#inside:{ALICE}\n".replace("with#inside:", "b:x#"))
     keys = keyring(api_keys_file=file)
@@ -76,14 +81,14 @@ def test_a_file_has_comments_and_is_read_again(tmp_path):
         ("x" * 513, "8 to 512"),
     ],
 )
-def test_a_bad_key_is_told_without_showing_it(text, words):
+def test_a_bad_key_is_told_without_showing_it(text: str, words: str) -> None:
     with pytest.raises(InvalidSettings, match=words) as caught:
         keyring(api_keys=text)
     assert not any(part.partition(":")[2] in caught.value.message for part in text.split(",") if ":" in part)
     assert text not in caught.value.message
 
 
-def test_a_missing_or_empty_file_is_told(tmp_path):
+def test_a_missing_or_empty_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="cannot be read"):
         keyring(api_keys_file=tmp_path / "none")
     (tmp_path / "empty").write_text("# nothing\n")
@@ -96,7 +101,7 @@ def test_a_missing_or_empty_file_is_told(tmp_path):
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True)]
     + [(host, False) for host in ("0.0.0.0", "::", "192.168.0.1", "example.org", "localhost.example.org")],
 )
-def test_beyond_this_machine_a_key_is_needed(host, is_local):
+def test_beyond_this_machine_a_key_is_needed(host: str, is_local: bool) -> None:
     assert is_loopback(host) is is_local
     keyring(host=host, api_keys=KEYS)
     keyring(host=host, allow_anonymous=True)
@@ -107,7 +112,7 @@ def test_beyond_this_machine_a_key_is_needed(host, is_local):
             keyring(host=host)
 
 
-def test_no_repr_and_no_message_shows_a_key(monkeypatch):
+def test_no_repr_and_no_message_shows_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(api_keys=KEYS)
     keys = Keyring(settings)
     shown = f"{settings!r} {settings} {settings.model_dump_json()} {vars(keys)!r} {keys._keys!r}"
@@ -120,10 +125,12 @@ def test_no_repr_and_no_message_shows_a_key(monkeypatch):
     assert "5" not in caught.value.message.partition("port")[0]
 
 
-def answers(*requests, app=None, **settings):
+def answers(
+    *requests: tuple[str, str, dict[str, str]], app: FastAPI | None = None, **settings: Any
+) -> list[httpx.Response]:
     """(status, headers, json) of requests (method, path, headers) to one app."""
 
-    async def go():
+    async def go() -> list[httpx.Response]:
         async with client_of(app or app_of(two_engines(), **settings)) as client:
             return [
                 await client.request(method, path, headers=headers, json={"prompt": "a"} if method == "POST" else None)
@@ -133,7 +140,7 @@ def answers(*requests, app=None, **settings):
     return asyncio.run(go())
 
 
-def test_a_refusal_has_the_one_shape_and_a_challenge():
+def test_a_refusal_has_the_one_shape_and_a_challenge() -> None:
     for headers in ({}, bearer("wrong-key-123")):
         (response,) = answers(("POST", "/generate", headers), api_keys=KEYS)
         assert response.status_code == 401
@@ -144,7 +151,7 @@ def test_a_refusal_has_the_one_shape_and_a_challenge():
         assert "wrong-key" not in response.text
 
 
-def test_a_known_key_is_served():
+def test_a_known_key_is_served() -> None:
     for key in (ALICE, BOB):
         (response,) = answers(("POST", "/generate", bearer(key)), api_keys=KEYS)
         assert response.status_code == 200
@@ -155,15 +162,17 @@ GUARDED = {"/info", "/metrics", "/requests/recent", "/compare", "/nowhere", "/he
 
 
 @pytest.mark.parametrize("path", sorted(DEFAULT_PUBLIC | GUARDED))
-def test_what_is_open_by_default(path):
+def test_what_is_open_by_default(path: str) -> None:
     (without,) = answers(("GET", path, {}), api_keys=KEYS)
     assert (without.status_code != 401) is (path in DEFAULT_PUBLIC)
     (known,) = answers(("GET", path, bearer(ALICE)), api_keys=KEYS)
     assert known.status_code != 401
 
 
-def test_what_is_open_is_a_setting():
-    requests = [("GET", path, {}) for path in ("/health", "/ready", "/metrics", "/info", "/", "/page/x.css", "/docs")]
+def test_what_is_open_is_a_setting() -> None:
+    requests: list[tuple[str, str, dict[str, str]]] = [
+        ("GET", path, {}) for path in ("/health", "/ready", "/metrics", "/info", "/", "/page/x.css", "/docs")
+    ]
     opened = answers(*requests, api_keys=KEYS, public_routes="metrics,info")
     assert [response.status_code for response in opened] == [200, 200, 200, 200, 401, 401, 401]
     assert all(r.status_code == 401 for r in answers(*requests[2:], api_keys=KEYS, public_routes=""))
@@ -171,7 +180,7 @@ def test_what_is_open_is_a_setting():
         load_settings(public_routes="health,admin")
 
 
-def test_keys_are_in_no_log_and_no_info(caplog):
+def test_keys_are_in_no_log_and_no_info(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     requests = [
         ("POST", "/generate", bearer(ALICE)),
@@ -184,7 +193,7 @@ def test_keys_are_in_no_log_and_no_info(caplog):
     assert not any(key in text for key in (ALICE, BOB) for text in (texts, logged))
 
 
-def test_the_api_says_that_it_needs_a_key():
+def test_the_api_says_that_it_needs_a_key() -> None:
     (known,) = answers(("GET", "/openapi.json", {}), api_keys=KEYS)
     assert known.json()["security"] == [{"key": []}]
     assert known.json()["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
@@ -192,8 +201,8 @@ def test_the_api_says_that_it_needs_a_key():
     assert "security" not in open_to_all.json()
 
 
-def test_refusals_are_counted_once():
-    async def go():
+def test_refusals_are_counted_once() -> None:
+    async def go() -> Samples:
         async with client_of(app_of(two_engines(), api_keys=KEYS)) as client:
             await client.post("/generate", json={"prompt": "a"})
             await client.get("/info")

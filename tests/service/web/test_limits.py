@@ -3,23 +3,27 @@
 import asyncio
 import json
 import math
+from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import Message
 
 from service.engine.api import EngineStats
 from service.errors import RateLimited
 from service.web.limits import MAX_RETRY_AFTER_S, KeyLimits, Pace, TokenBucket, whole_seconds
-from tests.support.fake_engine import FakeEngine
+from tests.service.kinds import Samples
+from tests.support.fake_engine import FakeEngine, FakeRequest
 from tests.support.harness import app_of, client_of, engines_of, events_of, metrics_of, post, two_engines, until
 
 
 class Clock:
     now_s = 100.0
 
-    def __call__(self):
+    def __call__(self) -> float:
         return self.now_s
 
 
@@ -27,7 +31,7 @@ def stats(num_waiting: int, num_running: int) -> EngineStats:
     return EngineStats(num_running, num_waiting, 1, 1, 0, 0, 0, 0)
 
 
-def test_a_bucket_gives_its_capacity_and_then_its_rate():
+def test_a_bucket_gives_its_capacity_and_then_its_rate() -> None:
     clock = Clock()
     bucket = TokenBucket(3, 0.5, clock)
     assert [bucket.take() for _ in range(4)] == [0, 0, 0, 2]
@@ -40,7 +44,9 @@ def test_a_bucket_gives_its_capacity_and_then_its_rate():
 
 
 @given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 5), st.sampled_from([0.125, 0.25, 0.5, 1.0]))
-def test_a_bucket_never_gives_more_than_capacity_and_rate(quarters, capacity, rate_per_s):
+def test_a_bucket_never_gives_more_than_capacity_and_rate(
+    quarters: list[int], capacity: int, rate_per_s: float
+) -> None:
     """Over any stretch of t seconds at most capacity + rate * t; and who waits as told is served."""
     clock = Clock()
     bucket = TokenBucket(capacity, rate_per_s, clock)
@@ -57,7 +63,7 @@ def test_a_bucket_never_gives_more_than_capacity_and_rate(quarters, capacity, ra
             assert j - i + 1 <= capacity + rate_per_s * (taken[j] - start_s)
 
 
-def test_each_key_has_its_own_rate_and_concurrency():
+def test_each_key_has_its_own_rate_and_concurrency() -> None:
     clock = Clock()
     limits = KeyLimits(2, 6, clock)
     for _ in range(2):
@@ -77,7 +83,7 @@ def test_each_key_has_its_own_rate_and_concurrency():
     limits.enter("a")
 
 
-def test_one_refused_for_concurrency_costs_no_rate():
+def test_one_refused_for_concurrency_costs_no_rate() -> None:
     limits = KeyLimits(1, 2, Clock())
     limits.enter("a")
     for _ in range(5):
@@ -91,7 +97,7 @@ def test_one_refused_for_concurrency_costs_no_rate():
     assert caught.value.retry_after_s == 30
 
 
-def test_no_limits_refuse_nothing():
+def test_no_limits_refuse_nothing() -> None:
     limits = KeyLimits(None, None)
     for _ in range(1000):
         limits.enter("a")
@@ -101,7 +107,9 @@ def test_no_limits_refuse_nothing():
     ("num_waiting", "num_running", "run_s", "expected"),
     [(0, 1, 0.1, 1), (9, 1, 2.0, 20), (99, 8, 4.0, 50), (5, 0, 3.0, 18), (10**6, 1, 60.0, MAX_RETRY_AFTER_S)],
 )
-def test_retry_after_is_the_queue_times_the_pace(num_waiting, num_running, run_s, expected):
+def test_retry_after_is_the_queue_times_the_pace(
+    num_waiting: int, num_running: int, run_s: float, expected: int
+) -> None:
     pace = Pace()
     assert pace.retry_after_s("w8a8", stats(num_waiting, num_running)) == 1
     pace.add("w8a8", run_s)
@@ -109,7 +117,7 @@ def test_retry_after_is_the_queue_times_the_pace(num_waiting, num_running, run_s
     assert pace.retry_after_s("w8a8", stats(num_waiting, num_running)) == expected
 
 
-def test_the_pace_follows_recent_requests():
+def test_the_pace_follows_recent_requests() -> None:
     pace = Pace()
     pace.add("w8a8", 1.0)
     for _ in range(100):
@@ -117,20 +125,20 @@ def test_the_pace_follows_recent_requests():
     assert pace.retry_after_s("w8a8", stats(0, 1)) == 21
 
 
-def test_whole_seconds_are_rounded_up_and_bounded():
+def test_whole_seconds_are_rounded_up_and_bounded() -> None:
     assert [whole_seconds(s) for s in (0, 0.01, 1, 1.01, 1e9)] == [1, 1, 1, 2, MAX_RETRY_AFTER_S]
 
 
-def assert_refused(response: httpx.Response, status: int, code: str) -> dict:
-    error = response.json()["error"]
+def assert_refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
     assert (response.status_code, error["code"]) == (status, code), response.text
     if status in (429, 503):
         assert int(response.headers["retry-after"]) >= 1
     return error
 
 
-def test_a_rate_over_http():
-    async def go():
+def test_a_rate_over_http() -> None:
+    async def go() -> list[httpx.Response]:
         async with client_of(app_of(two_engines(), max_requests_per_minute=2)) as client:
             return [await client.post("/generate", json={"prompt": "a"}) for _ in range(3)] + [
                 await client.get("/metrics")
@@ -144,8 +152,8 @@ def test_a_rate_over_http():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_concurrency_over_http_is_freed_when_the_answer_has_gone_out(stream):
-    async def go():
+def test_concurrency_over_http_is_freed_when_the_answer_has_gone_out(stream: bool) -> None:
+    async def go() -> tuple[list[httpx.Response], list[httpx.Response], list[httpx.Response], dict[str, int]]:
         app = app_of(two_engines(delay_s=0.02), max_concurrent_per_key=2)
         async with client_of(app) as client:
             body = {"prompt": "a", "stream": stream}
@@ -162,8 +170,8 @@ def test_concurrency_over_http_is_freed_when_the_answer_has_gone_out(stream):
     assert not active
 
 
-def test_a_full_queue_says_when_to_come_back():
-    async def go():
+def test_a_full_queue_says_when_to_come_back() -> None:
+    async def go() -> httpx.Response:
         app = app_of(engines_of(FakeEngine("w8a8", max_waiting=0)))
         app.state.serving.engines["w8a8"].stats = lambda: stats(num_waiting=7, num_running=2)
         async with client_of(app) as client:
@@ -178,13 +186,13 @@ def test_a_full_queue_says_when_to_come_back():
 class NeverStarting(FakeEngine):
     """Its requests wait for ever."""
 
-    async def _generate(self, stream):
+    async def _generate(self, stream: FakeRequest) -> None:
         await asyncio.Event().wait()
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_waits_too_long_is_ended_and_freed(stream):
-    async def go():
+def test_a_request_that_waits_too_long_is_ended_and_freed(stream: bool) -> None:
+    async def go() -> tuple[FakeEngine, httpx.Response, Samples, int]:
         engine = NeverStarting("w8a8")
         app = app_of(engines_of(engine), queue_timeout_s=0.05)
         async with client_of(app) as client:
@@ -203,7 +211,7 @@ def test_a_request_that_waits_too_long_is_ended_and_freed(stream):
     assert samples["ottava_requests_total", "outcome=abort", "variant=w8a8"] == 0
 
 
-def test_one_that_has_started_may_outlast_the_queue_timeout():
+def test_one_that_has_started_may_outlast_the_queue_timeout() -> None:
     response = post({"prompt": "a"}, app_of(two_engines(delay_s=0.03), queue_timeout_s=0.05))
     assert response.status_code == 200
     assert response.json()["metrics"]["e2e_ms"] > 50
@@ -211,10 +219,11 @@ def test_one_that_has_started_may_outlast_the_queue_timeout():
 
 @pytest.mark.parametrize("by_field", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_takes_too_long_is_ended_and_freed(stream, by_field):
-    async def go():
+def test_a_request_that_takes_too_long_is_ended_and_freed(stream: bool, by_field: bool) -> None:
+    async def go() -> tuple[FakeEngine, httpx.Response, Samples]:
         engines = two_engines(delay_s=0.03, reply="x" * 50)
-        app = app_of(engines, **({} if by_field else {"request_timeout_s": 0.1}))
+        settings: dict[str, Any] = {} if by_field else {"request_timeout_s": 0.1}
+        app = app_of(engines, **settings)
         async with client_of(app) as client:
             body = {"prompt": "a", "stream": stream} | ({"timeout_s": 0.1} if by_field else {})
             response = await client.post("/generate", json=body)
@@ -235,7 +244,7 @@ def test_a_request_that_takes_too_long_is_ended_and_freed(stream, by_field):
     assert samples["ottava_requests_total", "outcome=timeout", "variant=w8a8"] == 1
 
 
-def test_the_deadline_of_a_comparison_is_one_for_both_runs():
+def test_the_deadline_of_a_comparison_is_one_for_both_runs() -> None:
     engines = two_engines(delay_s=0.04, reply="abc")
     response = post({"prompt": "a", "compare": True, "timeout_s": 0.25}, app_of(engines))
     assert_refused(response, 504, "deadline_exceeded")
@@ -244,7 +253,7 @@ def test_the_deadline_of_a_comparison_is_one_for_both_runs():
 
 
 @pytest.mark.parametrize(("timeout_s", "status"), [(60, 200), (60.5, 400), (0, 400), (-1, 400), ("5", 422)])
-def test_a_deadline_is_asked_for_up_to_the_limit(timeout_s, status):
+def test_a_deadline_is_asked_for_up_to_the_limit(timeout_s: float | str, status: int) -> None:
     response = post({"prompt": "a", "timeout_s": timeout_s}, app_of(two_engines(), request_timeout_s=60))
     assert response.status_code == status
     if status == 400:
@@ -253,8 +262,8 @@ def test_a_deadline_is_asked_for_up_to_the_limit(timeout_s, status):
         assert "limit of 60 s" in response.json()["error"]["message"]
 
 
-def test_a_request_that_is_done_in_time_leaves_no_timer():
-    async def go():
+def test_a_request_that_is_done_in_time_leaves_no_timer() -> None:
+    async def go() -> tuple[httpx.Response, Samples]:
         async with client_of(app_of(two_engines(), queue_timeout_s=0.1, request_timeout_s=0.2)) as client:
             first = await client.post("/generate", json={"prompt": "a"})
             await asyncio.sleep(0.25)
@@ -277,7 +286,7 @@ def test_a_request_that_is_done_in_time_leaves_no_timer():
         ({"prompt": "x", "max_tokens": 6}, 400, ("`max_tokens` is 6", "at most 5")),
     ],
 )
-def test_limits_of_prompt_and_answer(body, status, words):
+def test_limits_of_prompt_and_answer(body: dict[str, object], status: int, words: tuple[str, ...]) -> None:
     engines = two_engines()
     response = post({"ignore_eos": True, **body}, app_of(engines, max_prompt_tokens=8, max_tokens_limit=5))
     assert response.status_code == status, response.text
@@ -288,20 +297,20 @@ def test_limits_of_prompt_and_answer(body, status, words):
         assert not engines["w8a8"].submitted
 
 
-def test_a_length_above_the_limit_is_refused_without_reading():
+def test_a_length_above_the_limit_is_refused_without_reading() -> None:
     num_read = 0
 
-    async def go():
+    async def go() -> list[Message]:
         app = app_of(two_engines(), max_body_bytes=1024)
 
-        async def receive():
+        async def receive() -> Message:
             nonlocal num_read
             num_read += 1
             return {"type": "http.request", "body": b"", "more_body": True}
 
-        sent = []
+        sent: list[Message] = []
 
-        async def send(message):
+        async def send(message: Message) -> None:
             sent.append(message)
 
         headers = [(b"content-type", b"application/json"), (b"content-length", b"1025")]
@@ -317,16 +326,16 @@ def test_a_length_above_the_limit_is_refused_without_reading():
     assert num_read == 0
 
 
-def test_a_chunked_body_is_refused_while_it_is_read():
+def test_a_chunked_body_is_refused_while_it_is_read() -> None:
     num_sent = 0
 
-    async def chunks():
+    async def chunks() -> AsyncIterator[bytes]:
         nonlocal num_sent
         for _ in range(100):
             num_sent += 1
             yield b" " * 1000
 
-    async def go():
+    async def go() -> tuple[httpx.Response, Samples]:
         app = app_of(two_engines(), max_body_bytes=4096)
         async with client_of(app) as client:
             headers = {"content-type": "application/json"}
@@ -340,13 +349,13 @@ def test_a_chunked_body_is_refused_while_it_is_read():
     assert samples["ottava_requests_total", "outcome=rejected", "variant=none"] == 1
 
 
-def test_waiting_ones_that_leave_free_the_concurrency_of_their_key():
-    async def go():
+def test_waiting_ones_that_leave_free_the_concurrency_of_their_key() -> None:
+    async def go() -> tuple[int, int, int]:
         engine = NeverStarting("w8a8")
         app = app_of(engines_of(engine), max_concurrent_per_key=1, queue_timeout_s=0.05)
         async with client_of(app) as client:
             first = asyncio.ensure_future(client.post("/generate", json={"prompt": "a"}))
-            await until(lambda: engine.active)
+            await until(lambda: bool(engine.active))
             second = await client.post("/generate", json={"prompt": "a"})
             await first
             third = await client.post("/generate", json={"prompt": "a"})

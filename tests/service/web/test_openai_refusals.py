@@ -2,23 +2,26 @@
 
 import asyncio
 import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import httpx
 import pytest
 
 from service.errors import InvalidRequest, QueueFull
 from service.text.json.schema import json_grammar
-from tests.support.fake_engine import FakeGrammars
+from tests.support.fake_engine import FakeGrammars, FakeRequest
 from tests.support.harness import app_of, client_of, two_engines
 
 USER = [{"role": "user", "content": "x"}]
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
-NEEDED = {TEXT: {"prompt": "a"}, CHAT: {"messages": USER}}
+NEEDED: dict[str, dict[str, object]] = {TEXT: {"prompt": "a"}, CHAT: {"messages": USER}}
 
 
-def post(path, body, **app_options):
+def post(path: str, body: Mapping[str, object], **app_options: Any) -> tuple[httpx.Response, list[FakeRequest]]:
     """One POST and what reached the engines."""
 
-    async def go():
+    async def go() -> tuple[httpx.Response, list[FakeRequest]]:
         engines = two_engines()
         async with client_of(app_of(engines, **app_options)) as client:
             content, kind = json.dumps({**NEEDED[path], **body}), {"content-type": "application/json"}
@@ -122,7 +125,9 @@ CASES += [(TEXT, *case) for case in ONLY_TEXT] + [(CHAT, *case) for case in ONLY
 
 
 @pytest.mark.parametrize(("path", "body", "status", "param", "words"), CASES)
-def test_a_refusal_names_parameter_and_remedy(path, body, status, param, words):
+def test_a_refusal_names_parameter_and_remedy(
+    path: str, body: dict[str, object], status: int, param: str, words: list[str]
+) -> None:
     response, submitted = post(path, body)
     error = response.json()["error"]
     assert response.status_code == status, error
@@ -132,7 +137,7 @@ def test_a_refusal_names_parameter_and_remedy(path, body, status, param, words):
     assert not submitted
 
 
-NEUTRAL = {
+NEUTRAL: dict[str, dict[str, object]] = {
     TEXT: {"best_of": 1, "suffix": ""},
     CHAT: {
         "tools": [],
@@ -156,7 +161,7 @@ ALL_NEUTRAL = {"user": "u", "presence_penalty": 0.0, "frequency_penalty": 0, "lo
 
 
 @pytest.mark.parametrize("path", [TEXT, CHAT])
-def test_what_changes_nothing_is_accepted(path):
+def test_what_changes_nothing_is_accepted(path: str) -> None:
     plain, asked = post(path, {"seed": 1, "max_tokens": 5})[1], None
     response, asked = post(path, {"seed": 1, "max_tokens": 5, **ALL_NEUTRAL, **NEUTRAL[path]})
     assert response.status_code == 200, response.text
@@ -164,10 +169,11 @@ def test_what_changes_nothing_is_accepted(path):
 
 
 @pytest.mark.parametrize("path", [TEXT, CHAT])
-def test_null_is_as_good_as_absent(path):
-    async def go():
+def test_null_is_as_good_as_absent(path: str) -> None:
+    async def go() -> dict[str, Any]:
         async with client_of(app_of(two_engines())) as client:
-            return (await client.get("/openapi.json")).json()["components"]["schemas"]
+            schemas: dict[str, Any] = (await client.get("/openapi.json")).json()["components"]["schemas"]
+            return schemas
 
     name = "CompletionRequest" if path == TEXT else "ChatRequest"
     optional = [field for field in asyncio.run(go())[name]["properties"] if field not in NEEDED[path]]
@@ -177,7 +183,7 @@ def test_null_is_as_good_as_absent(path):
     assert [request.params for request in asked] == [request.params for request in plain]
 
 
-def test_a_response_format_becomes_one_grammar_for_all_choices():
+def test_a_response_format_becomes_one_grammar_for_all_choices() -> None:
     for wanted, schema in [
         ({"type": "json_object"}, None),
         (
@@ -193,7 +199,7 @@ def test_a_response_format_becomes_one_grammar_for_all_choices():
         assert first.params.grammar == second.params.grammar == json_grammar(schema)
 
 
-def test_a_schema_that_cannot_be_served():
+def test_a_schema_that_cannot_be_served() -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
     response, submitted = post(CHAT, {"response_format": wanted})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
@@ -204,20 +210,20 @@ def test_a_schema_that_cannot_be_served():
     ("error", "status"),
     [(InvalidRequest("too large; simplify it", "response_format"), 400), (QueueFull("4 are being compiled"), 503)],
 )
-def test_a_grammar_that_the_engine_refuses(error, status):
+def test_a_grammar_that_the_engine_refuses(error: InvalidRequest | QueueFull, status: int) -> None:
     grammars = FakeGrammars(refuse=error)
     response, submitted = post(CHAT, {"response_format": {"type": "json_object"}}, grammars=grammars)
     assert (response.status_code, response.json()["error"]["code"]) == (status, error.code)
     assert not submitted
 
 
-def test_text_needs_no_grammar():
+def test_text_needs_no_grammar() -> None:
     _, (request,) = post(CHAT, {"response_format": {"type": "text"}})
     assert request.params.grammar is None
 
 
-def test_refusals_are_counted_once():
-    async def go():
+def test_refusals_are_counted_once() -> None:
+    async def go() -> str:
         async with client_of(app_of(two_engines())) as client:
             await client.post(TEXT, json={"prompt": "a", "model": "int4"})
             await client.post(TEXT, json={"prompt": "a", "tools": 1})
@@ -234,10 +240,11 @@ def test_refusals_are_counted_once():
     }
 
 
-def test_openapi_documents_every_field():
-    async def go():
+def test_openapi_documents_every_field() -> None:
+    async def go() -> dict[str, Any]:
         async with client_of(app_of(two_engines())) as client:
-            return (await client.get("/openapi.json")).json()
+            document: dict[str, Any] = (await client.get("/openapi.json")).json()
+            return document
 
     api = asyncio.run(go())
     schemas = api["components"]["schemas"]
@@ -253,7 +260,7 @@ def test_openapi_documents_every_field():
     assert not [ref for ref in _refs(api) if ref.removeprefix("#/components/schemas/") not in schemas]
 
 
-def _refs(node):
+def _refs(node: object) -> Iterator[str]:
     """Every reference of a document."""
     if isinstance(node, dict):
         for key, value in node.items():

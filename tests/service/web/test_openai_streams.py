@@ -2,21 +2,27 @@
 
 import asyncio
 from itertools import accumulate
+from typing import Any
 
-import httpx2
+import httpx
 import openai
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
 from service.engine.api import FinishReason
+from tests.service.kinds import Samples
 from tests.support.fake_engine import FakeEngine
 from tests.support.harness import app_of, engines_of, metrics_of, server_of, two_engines, until
 from tests.support.openai_client import TEXT, USER, ask, complete, openai_of, stream
 
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "x"}]
+
 
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("tokens_per_step", [1, 4])
-def test_a_stream_of_text_adds_up(n, tokens_per_step):
-    async def work(client):
+def test_a_stream_of_text_adds_up(n: int, tokens_per_step: int) -> None:
+    async def work(client: openai.AsyncOpenAI) -> list[Any]:
         chunks = await client.completions.create(
             model="fake",
             prompt="a",
@@ -46,7 +52,7 @@ def test_a_stream_of_text_adds_up(n, tokens_per_step):
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_stream_of_chat_adds_up(n):
+def test_a_stream_of_chat_adds_up(n: int) -> None:
     *chunks, last = stream(
         "chat",
         messages=USER,
@@ -67,12 +73,12 @@ def test_a_stream_of_chat_adds_up(n):
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
 
 
-def test_a_stream_without_usage_ends_with_the_finish_reason():
+def test_a_stream_without_usage_ends_with_the_finish_reason() -> None:
     assert stream("chat", messages=USER)[-1].choices[0].finish_reason == "stop"
     assert stream("text", prompt="a", max_tokens=3)[-1].choices[0].finish_reason == "length"
 
 
-def test_a_streamed_echo_begins_with_the_prompt():
+def test_a_streamed_echo_begins_with_the_prompt() -> None:
     first, *rest = stream("text", prompt="abc", echo=True, logprobs=0, max_tokens=3)
     assert first.choices[0].text.startswith("abcn")
     assert first.choices[0].logprobs.tokens[:4] == [*"abcn"]
@@ -85,8 +91,8 @@ def test_a_streamed_echo_begins_with_the_prompt():
 @pytest.mark.parametrize(
     ("name", "variant"), [("fake", "w8a8"), ("w8a8", "w8a8"), ("fp16", "fp16"), ("fake:fp16", "fp16")]
 )
-def test_model_names(name, variant):
-    async def work(client):
+def test_model_names(name: str, variant: str) -> None:
+    async def work(client: openai.AsyncOpenAI) -> tuple[Completion, Any]:
         return await client.completions.create(model=name, prompt="a"), await client.models.retrieve(name)
 
     answer, served = ask(work)[0]
@@ -94,23 +100,23 @@ def test_model_names(name, variant):
     assert (served.id, served.object, served.variant, served.max_model_len) == (name, "model", variant, 64)
 
 
-def test_listed_models():
+def test_listed_models() -> None:
     listed = ask(lambda client: client.models.list())[0].data
     assert [model.id for model in listed] == ["fake", "fake:w8a8", "fake:fp16"]
     assert {model.owned_by for model in listed} == {"ottava"}
 
 
-def test_fingerprints_tell_variants_apart_and_repeat():
+def test_fingerprints_tell_variants_apart_and_repeat() -> None:
     prints = [complete(model=name)[0].system_fingerprint for name in ("fake", "w8a8", "fp16")]
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_errors_are_the_clients_own():
-    async def work(client):
+def test_errors_are_the_clients_own() -> None:
+    async def work(client: openai.AsyncOpenAI) -> tuple[openai.NotFoundError, openai.BadRequestError]:
         with pytest.raises(openai.NotFoundError, match="use one of: fake, fake:w8a8, fake:fp16") as unknown:
             await client.completions.create(model="fake:int4", prompt="a")
         with pytest.raises(openai.BadRequestError, match=r"`tools` is .* does not honour") as refused:
-            await client.chat.completions.create(model="fake", messages=USER, tools=[{"type": "function"}])
+            await client.chat.completions.create(model="fake", messages=MESSAGES, tools=[{"type": "function"}])  # type: ignore[list-item]  # a tool that lacks its function
         with pytest.raises(openai.NotFoundError):
             await client.models.retrieve("no/such")
         return unknown.value, refused.value
@@ -120,8 +126,8 @@ def test_errors_are_the_clients_own():
     assert refused.param == "tools"
 
 
-def test_an_engines_failure_reaches_the_stream():
-    async def work(client):
+def test_an_engines_failure_reaches_the_stream() -> None:
+    async def work(client: openai.AsyncOpenAI) -> None:
         chunks = await client.completions.create(model="fake", prompt="a", n=2, stream=True)
         with pytest.raises(openai.APIError, match="engine"):
             async for _ in chunks:
@@ -131,15 +137,15 @@ def test_an_engines_failure_reaches_the_stream():
     assert not engine.active
 
 
-def test_over_a_socket():
-    async def go():
+def test_over_a_socket() -> None:
+    async def go() -> tuple[ChatCompletion, list[Any]]:
         engines = two_engines(reply=TEXT)
         async with (
             server_of(app_of(engines)) as port,
             openai.AsyncOpenAI(api_key="none", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0) as client,
         ):
-            answer = await client.chat.completions.create(model="fake", messages=USER)
-            chunks = await client.chat.completions.create(model="fake", messages=USER, stream=True, n=2)
+            answer = await client.chat.completions.create(model="fake", messages=MESSAGES)
+            chunks = await client.chat.completions.create(model="fake", messages=MESSAGES, stream=True, n=2)
             pieces = [chunk.choices[0] async for chunk in chunks]
         return answer, pieces
 
@@ -150,13 +156,19 @@ def test_over_a_socket():
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_a_client_that_leaves_frees_all_its_choices(is_stream):
-    async def go():
+def test_a_client_that_leaves_frees_all_its_choices(is_stream: bool) -> None:
+    async def go() -> FakeEngine:
         engines = two_engines(delay_s=0.02)
         app = app_of(engines)
         async with server_of(app) as port:
             client = openai.AsyncOpenAI(api_key="none", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0)
-            body = {"model": "fake", "prompt": ["a", "b"], "n": 2, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+            body: dict[str, Any] = {
+                "model": "fake",
+                "prompt": ["a", "b"],
+                "n": 2,
+                "max_tokens": 60,
+                "extra_body": {"ignore_eos": True},
+            }
             if is_stream:
                 async for _ in await client.completions.create(**body, stream=True):
                     break
@@ -172,15 +184,15 @@ def test_a_client_that_leaves_frees_all_its_choices(is_stream):
     assert [request.finish_reason for request in engine.freed] == [FinishReason.ABORT] * 4
 
 
-def test_a_queue_that_fills_up_half_way_holds_nothing():
-    async def go():
+def test_a_queue_that_fills_up_half_way_holds_nothing() -> None:
+    async def go() -> tuple[Samples, int]:
         engines = engines_of(FakeEngine("w8a8", max_waiting=2, delay_s=0.01))
         app = app_of(engines)
         async with openai_of(app) as client:
             with pytest.raises(openai.InternalServerError, match="waiting"):
                 await client.completions.create(model="fake", prompt="a", n=3)
             await until(lambda: not engines["w8a8"].active)
-            http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost")
+            http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
             async with http:
                 return await metrics_of(http), app.state.serving.traffic.num_active
 

@@ -1,14 +1,18 @@
 """The OpenAPI document: every status that a route can answer with, and the shape of its body."""
 
 import asyncio
+from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import FakeEngine, FakeRequest
 from tests.support.harness import app_of, client_of, engines_of, two_engines, until
 
 KEY = "a-key-for-the-tests"
+Document = dict[str, Any]
 EVERYWHERE = {"413", "421", "500"}
 GENERATION = {"200", "400", "401", "404", "413", "421", "422", "429", "500", "503", "504"}
 STATUSES = {
@@ -28,21 +32,21 @@ STATUSES = {
 
 
 @pytest.fixture(scope="module")
-def document():
+def document() -> Document:
     return app_of(two_engines()).openapi()
 
 
-def operations(document):
+def operations(document: Document) -> Iterator[tuple[str, dict[str, Any]]]:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield f"{method.upper()} {path}", operation
 
 
-def test_every_status_is_declared(document):
+def test_every_status_is_declared(document: Document) -> None:
     assert {label: set(operation["responses"]) for label, operation in operations(document)} == STATUSES
 
 
-def test_every_body_has_a_schema(document):
+def test_every_body_has_a_schema(document: Document) -> None:
     """Failures of every route the one shape, and nothing of FastAPI's own."""
     for label, operation in operations(document):
         for status, response in operation["responses"].items():
@@ -63,7 +67,7 @@ def test_every_body_has_a_schema(document):
         ("/v1/chat/completions", ["ChatCompletionChunk", "ErrorResponse"]),
     ],
 )
-def test_events_of_streams_are_components(document, path, models):
+def test_events_of_streams_are_components(document: Document, path: str, models: list[str]) -> None:
     content = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
     done, event = content["schema"]["properties"]["data"]["anyOf"]
     assert done == {"const": "[DONE]"}
@@ -72,15 +76,15 @@ def test_events_of_streams_are_components(document, path, models):
         assert document["components"]["schemas"][model]["properties"]
 
 
-def valid(document, path, response, method="get"):
+def valid(document: Document, path: str, response: httpx.Response, method: str = "get") -> bool:
     """Whether an answer is of the declared shape."""
     declared = document["paths"][path][method]["responses"][str(response.status_code)]
     schema = declared["content"][response.headers["content-type"]]["schema"]
-    return Draft202012Validator({**schema, "components": document["components"]}).is_valid(response.json())
+    return bool(Draft202012Validator({**schema, "components": document["components"]}).is_valid(response.json()))
 
 
-def test_what_is_not_ready_or_not_alive_is_told_as_declared(document):
-    async def go():
+def test_what_is_not_ready_or_not_alive_is_told_as_declared(document: Document) -> None:
+    async def go() -> list[httpx.Response]:
         engine = FakeEngine("w8a8", fail_at=1)
         async with client_of(app_of(engines_of(engine))) as client:
             before = [await client.get(path) for path in ("/health", "/ready")]
@@ -99,8 +103,8 @@ def test_what_is_not_ready_or_not_alive_is_told_as_declared(document):
 
 
 @pytest.mark.parametrize("label", STATUSES)
-def test_what_stands_around_the_routes_answers_as_declared(document, label):
-    async def go():
+def test_what_stands_around_the_routes_answers_as_declared(document: Document, label: str) -> None:
+    async def go() -> tuple[httpx.Response, httpx.Response, httpx.Response]:
         method, path = label.split()
         async with client_of(app_of(two_engines(), api_keys=KEY, allowed_hosts="localhost")) as client:
             no_key = await client.request(method, path)
@@ -109,23 +113,23 @@ def test_what_stands_around_the_routes_answers_as_declared(document, label):
             return no_key, wrong_name, await client.request(method, path, headers=large)
 
     no_key, wrong_name, too_large = asyncio.run(go())
-    path, method = label.split()[1], label.split()[0].lower()
+    path, method = label.split()[1], label.split(maxsplit=1)[0].lower()
     assert (wrong_name.status_code, too_large.status_code) == (421, 413)
     assert no_key.status_code == (401 if "401" in STATUSES[label] else 200)
     assert all(valid(document, path, answer, method) for answer in (no_key, wrong_name, too_large))
 
 
-def test_a_key_is_documented_where_it_is_needed():
+def test_a_key_is_documented_where_it_is_needed() -> None:
     document = app_of(two_engines(), api_keys=KEY, public_routes="page,info").openapi()
     assert document["security"] == [{"key": []}]
     free = {label for label, operation in operations(document) if operation.get("security") == []}
     assert free == {"GET /health", "GET /ready", "GET /info"}
 
 
-def test_whole_numbers_may_be_written_as_floats():
+def test_whole_numbers_may_be_written_as_floats() -> None:
     """To JSON, and to JSON schema, 3.0 is an integer."""
 
-    async def go():
+    async def go() -> tuple[list[FakeRequest], httpx.Response]:
         engines = two_engines()
         async with client_of(app_of(engines)) as client:
             for path, body in (

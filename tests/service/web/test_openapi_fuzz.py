@@ -2,20 +2,27 @@
 
 import time
 import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import schemathesis
+from fastapi import FastAPI
+from schemathesis import Case, CheckContext, Response
 from schemathesis.config import HttpBearerAuthConfig
 from schemathesis.python.asgi import get_client, shutdown_lifespans
+from schemathesis.schemas import BaseSchema
 
 from tests.support.fuzz import Streams, fuzz_app, strictly, thorough
+from tests.support.narrowed import present
 
 KEY = "a-key-for-the-tests"
+Body = dict[str, Any]
 URL = "http://localhost"
 TEXT, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
 
 
-def api_of(app):
+def api_of(app: FastAPI) -> BaseSchema:
     """The app as schemathesis sees it; nothing of it runs yet."""
     api = schemathesis.openapi.from_dict(app.openapi())
     api.app = app
@@ -34,7 +41,7 @@ keyed.config.auth.openapi.schemes["key"] = HttpBearerAuthConfig(bearer=KEY)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _running():
+def _running() -> Iterator[None]:
     """Both apps, once they are ready."""
     for api in (opened, keyed):
         with get_client(api.app) as client:
@@ -44,32 +51,40 @@ def _running():
     shutdown_lifespans()
 
 
-def streams_as_documented(_, response, case):
+def streams_as_documented(_: CheckContext, response: Response, case: Case[Any]) -> None:
     """Every event matches its model, and the stream ends as it must."""
     if response.headers["content-type"][0].startswith("text/event-stream"):
         Streams(case.operation.schema.raw_schema).check(case.operation.path, response.text)
 
 
-def json_as_the_standard_has_it(_, response, case):
+def json_as_the_standard_has_it(_: CheckContext, response: Response, case: Case[Any]) -> None:
     """Neither NaN nor Infinity, which Python's reader would let pass."""
     if response.headers["content-type"][0] == "application/json":
         strictly(response.content)
 
 
-OWN_CHECKS = [streams_as_documented, json_as_the_standard_has_it]
+OWN_CHECKS: list[Callable[[CheckContext, Response, Case[Any]], bool | None]] = [
+    streams_as_documented,
+    json_as_the_standard_has_it,
+]
 
 
 @opened.parametrize()
 @thorough
-def test_every_route_keeps_its_word(case):
+def test_every_route_keeps_its_word(case: Case[Any]) -> None:
     """All of schemathesis' checks. Half of the valid bodies are brought within the limits of this server, so that
     they are served and not refused, and half of these as a stream."""
     draw = zlib.crc32(repr(case.body).encode(errors="replace"))
     limit = LIMITS.get(case.operation.path)
     is_limited = (
-        limit is not None and case.meta.generation.mode.is_positive and isinstance(case.body, dict) and draw & 1
+        limit is not None
+        and present(case.meta).generation.mode.is_positive
+        and isinstance(case.body, dict)
+        and draw & 1
     )
     if is_limited:
+        assert limit is not None
+        assert isinstance(case.body, dict)
         case.body = limit({**case.body, "stream": bool(draw & 2)})
     response = case.call_and_validate(base_url=URL, additional_checks=OWN_CHECKS)
     assert response.status_code == 200 or not is_limited, response.text
@@ -77,11 +92,11 @@ def test_every_route_keeps_its_word(case):
 
 @keyed.parametrize()
 @thorough
-def test_every_route_keeps_its_word_behind_keys(case):
+def test_every_route_keeps_its_word_behind_keys(case: Case[Any]) -> None:
     case.call_and_validate(base_url=URL, additional_checks=OWN_CHECKS)
 
 
-def limited(body):
+def limited(body: Body) -> Body:
     """What the routes have in common, within what the engines can do."""
     options = {
         "max_tokens": body.get("max_tokens") and body["max_tokens"] % 24 + 1,
@@ -92,7 +107,7 @@ def limited(body):
     return {name: value for name, value in {**body, **options}.items() if value is not None}
 
 
-def limited_generate(body):
+def limited_generate(body: Body) -> Body:
     body = limited(body)
     body.pop("variant", None)
     if "prompt_ids" in body:
@@ -102,7 +117,7 @@ def limited_generate(body):
     return body
 
 
-def limited_openai(body):
+def limited_openai(body: Body) -> Body:
     body = limited(body)
     body.pop("model", None)
     body["n"] = body.get("n", 1) % 3 + 1
@@ -111,7 +126,7 @@ def limited_openai(body):
     return body
 
 
-def limited_text(body):
+def limited_text(body: Body) -> Body:
     body = limited_openai(body)
     body.pop("best_of", None)
     prompt = body["prompt"]
@@ -120,7 +135,7 @@ def limited_text(body):
     return body
 
 
-def limited_chat(body):
+def limited_chat(body: Body) -> Body:
     body = limited_openai(body)
     body["messages"] = said_by_users(body["messages"])
     for name in ("max_completion_tokens", "response_format"):
@@ -130,13 +145,13 @@ def limited_chat(body):
     return body
 
 
-def known(item):
+def known(item: Any) -> str | float | list[int]:
     if isinstance(item, str):
         return item
     return item % 256 if isinstance(item, int | float) else [token_id % 256 for token_id in item]
 
 
-def said_by_users(messages):
+def said_by_users(messages: list[Body]) -> list[Body]:
     """A template may want the system's message first."""
     return [{**message, "role": "user"} for message in messages]
 

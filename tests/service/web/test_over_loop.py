@@ -3,7 +3,9 @@
 import asyncio
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
@@ -11,7 +13,8 @@ import pytest
 from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.messages import Logprob
-from service.engine.scheduler import Scheduler, StepResults
+from service.engine.scheduler import Scheduler, Step, StepResults
+from tests.service.kinds import Samples
 from tests.support.harness import app_of, events_of, metrics_of, server_of, total, until
 from tests.support.raw_client import leave_raw, open_raw
 
@@ -23,7 +26,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 class AlphabetStep:
     ids: list[int]
 
-    def read(self):
+    def read(self) -> StepResults:
         time.sleep(STEP_S)
         logprobs = {place: Logprob(-0.1) for place in range(len(self.ids))}
         return StepResults(time.perf_counter(), self.ids, logprobs=logprobs)
@@ -34,10 +37,10 @@ class AlphabetRunner:
 
     kv_cache_bytes = 1
 
-    def __init__(self, is_async: bool):
+    def __init__(self, is_async: bool) -> None:
         self.is_async = is_async
 
-    def execute(self, step):
+    def execute(self, step: Step) -> AlphabetStep:
         return AlphabetStep([ord(ALPHABET[c.index % 26]) for c in step.chunks if c.samples])
 
 
@@ -47,7 +50,7 @@ def expected(num_tokens: int, stop: str | None = None) -> str:
 
 
 @pytest.fixture(params=[True, False], ids=["async", "sync"])
-def engines(request):
+def engines(request: pytest.FixtureRequest) -> Iterator[dict[str, EngineLoop]]:
     device_thread = DeviceThread()
     engines = {
         variant: EngineLoop(
@@ -66,14 +69,14 @@ def engines(request):
         engine.stop()
 
 
-def _in_engines(engines) -> int:
+def _in_engines(engines: dict[str, EngineLoop]) -> int:
     return sum(engine.stats().num_running + engine.stats().num_waiting for engine in engines.values())
 
 
-def test_200_requests_a_third_of_them_cut_off(engines):
+def test_200_requests_a_third_of_them_cut_off(engines: dict[str, EngineLoop]) -> None:
     rng = random.Random(0)
 
-    def body_of(n: int) -> dict:
+    def body_of(n: int) -> dict[str, Any]:
         body = {"prompt": "x" * rng.randrange(1, 120), "max_tokens": rng.randrange(1, 100)}
         body |= {"stream": n % 2 == 0, "variant": rng.choice(["w8a8", "fp16"])}
         return body | ({"stop": "xyz"} if n % 5 == 0 else {})
@@ -89,7 +92,7 @@ def test_200_requests_a_third_of_them_cut_off(engines):
         answer = events_of(response)[-1] if body["stream"] else response.json()
         assert answer["text"] == expected(body["max_tokens"], body.get("stop"))
 
-    async def go():
+    async def go() -> Samples:
         limits = httpx.Limits(max_connections=None)
         app = app_of(engines)
         async with server_of(app) as port:
@@ -112,10 +115,10 @@ def test_200_requests_a_third_of_them_cut_off(engines):
     assert total(samples, "ottava_num_requests_running") == 0
 
 
-def test_requests_that_run_or_wait_too_long_are_freed(engines):
+def test_requests_that_run_or_wait_too_long_are_freed(engines: dict[str, EngineLoop]) -> None:
     """16 rows, 40 requests: some start and are too late, the others are too late before they start."""
 
-    async def go():
+    async def go() -> tuple[list[httpx.Response], str, Samples]:
         app = app_of(engines, queue_timeout_s=0.1, request_timeout_s=0.25)
         async with server_of(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             body = {"prompt": "x", "max_tokens": 250}
@@ -140,8 +143,8 @@ def test_requests_that_run_or_wait_too_long_are_freed(engines):
 
 
 @pytest.mark.parametrize("stop", [None, "cd"])
-def test_compare_alone_is_clean_and_agrees(engines, stop):
-    async def go():
+def test_compare_alone_is_clean_and_agrees(engines: dict[str, EngineLoop], stop: str | None) -> None:
+    async def go() -> tuple[httpx.Response, httpx.Response]:
         async with server_of(app_of(engines)) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             body = {"prompt": "abc", "compare": True, "max_tokens": 30} | ({"stop": stop} if stop else {})
             first = await client.post("/generate", json=body)

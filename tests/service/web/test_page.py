@@ -3,6 +3,7 @@
 import asyncio
 import re
 
+import httpx
 import pytest
 
 from service.web.routes.page import FILES
@@ -16,8 +17,8 @@ TYPES = {
 }
 
 
-def fetched(*requests):
-    async def go():
+def fetched(*requests: tuple[str, str, dict[str, str]]) -> list[httpx.Response]:
+    async def go() -> list[httpx.Response]:
         async with client_of(app_of(two_engines())) as client:
             return [await client.request(method, path, headers=headers) for method, path, headers in requests]
 
@@ -25,7 +26,7 @@ def fetched(*requests):
 
 
 @pytest.mark.parametrize("path", TYPES)
-def test_a_file_has_its_type_and_a_policy_without_inline_script(path):
+def test_a_file_has_its_type_and_a_policy_without_inline_script(path: str) -> None:
     (response,) = fetched(("GET", path, {}))
     assert response.status_code == 200
     assert response.headers["content-type"] == TYPES[path]
@@ -37,7 +38,7 @@ def test_a_file_has_its_type_and_a_policy_without_inline_script(path):
     assert policy["frame-ancestors"] == "'none'"
 
 
-def test_a_file_that_the_browser_has_is_not_sent_again():
+def test_a_file_that_the_browser_has_is_not_sent_again() -> None:
     (first,) = fetched(("GET", "/", {}))
     etag = first.headers["etag"]
     answers = fetched(
@@ -49,20 +50,20 @@ def test_a_file_that_the_browser_has_is_not_sent_again():
     assert "content-security-policy" in answers[0].headers
 
 
-def test_head_gives_the_headers_alone():
+def test_head_gives_the_headers_alone() -> None:
     got, head = fetched(("GET", "/", {}), ("HEAD", "/", {}))
     assert head.content == b""
     assert head.headers["content-length"] == got.headers["content-length"] == str(len(got.content))
 
 
 @pytest.mark.parametrize("name", ["nope.js", "..%2fapp.py", "%2e%2e/app.py", ""])
-def test_only_files_of_the_page_are_served(name):
+def test_only_files_of_the_page_are_served(name: str) -> None:
     (response,) = fetched(("GET", f"/page/{name}", {}))
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "not_found"
 
 
-def test_all_that_the_page_names_is_there_and_here():
+def test_all_that_the_page_names_is_there_and_here() -> None:
     text = {name: file.content.decode() for name, file in FILES.items()}
     named = re.findall(r'(?:src|href)="([^"#]+)"', text["index.html"])
     named += [f"/page/{name}" for body in text.values() for name in re.findall(r'from "\./([^"]+)"', body)]
@@ -73,6 +74,6 @@ def test_all_that_the_page_names_is_there_and_here():
         assert re.findall(r"http://(?!www\.w3\.org/2000/svg)", body) == [], name
 
 
-def test_the_markup_has_no_inline_script_style_or_handler():
+def test_the_markup_has_no_inline_script_style_or_handler() -> None:
     markup = FILES["index.html"].content.decode()
     assert re.findall(r"<script(?![^>]*\bsrc=)|<style|\bstyle=|\bon\w+=", markup) == []

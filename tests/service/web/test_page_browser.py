@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from fastapi import FastAPI
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 from tests.support.browser import CHROMIUM, page_app, served
 from tests.support.fake_engine import FakeEngine
+from tests.support.narrowed import present
 
 pytestmark = [
     pytest.mark.browser,
@@ -20,8 +26,12 @@ THEIRS = "one two tree four"
 FULL = "times the speed of fp16"
 
 
+class Visit(Protocol):
+    def __call__(self, app: FastAPI | None = None, **options: Any) -> Page: ...
+
+
 @pytest.fixture(scope="module")
-def chromium():
+def chromium() -> Iterator[Browser]:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -29,7 +39,7 @@ def chromium():
 
 
 @pytest.fixture
-def engines():
+def engines() -> dict[str, FakeEngine]:
     return {
         "w8a8": FakeEngine("w8a8", OURS, max_model_len=512, delay_s=0.003),
         "fp16": FakeEngine("fp16", THEIRS, max_model_len=512, delay_s=0.006),
@@ -37,12 +47,12 @@ def engines():
 
 
 @pytest.fixture
-def visit(chromium, engines):
+def visit(chromium: Browser, engines: dict[str, FakeEngine]) -> Iterator[Visit]:
     """Opens the page over the engines; the console must stay silent but for what the network says."""
     complaints: list[str] = []
-    opened = []
+    opened: list[tuple[BrowserContext, AbstractContextManager[str]]] = []
 
-    def open_page(app=None, **options) -> Page:
+    def open_page(app: FastAPI | None = None, **options: Any) -> Page:
         server = served(app or page_app(engines))
         context = chromium.new_context(**options)
         page = context.new_page()
@@ -60,7 +70,7 @@ def visit(chromium, engines):
     assert complaints == []
 
 
-def lane(page: Page, variant: str):
+def lane(page: Page, variant: str) -> Locator:
     return page.locator(f'.lane[data-variant="{variant}"]')
 
 
@@ -68,7 +78,7 @@ def number(page: Page, variant: str, name: str) -> str:
     return lane(page, variant).locator(f'[data-of="{name}"]').inner_text()
 
 
-def test_type_run_and_see_both_streams_end_and_where_they_part(visit, engines):
+def test_type_run_and_see_both_streams_end_and_where_they_part(visit: Visit, engines: dict[str, FakeEngine]) -> None:
     page = visit()
     page.get_by_label("Prompt").fill("count")
     page.get_by_label("Most tokens").fill("64")
@@ -85,14 +95,14 @@ def test_type_run_and_see_both_streams_end_and_where_they_part(visit, engines):
     assert (number(page, "w8a8", "weights"), number(page, "fp16", "weights")) == ("182 MB", "325 MB")
     # Fair: the second began after the first had ended, and both got what was typed.
     first, second = (engines[variant].submitted[0] for variant in ("w8a8", "fp16"))
-    assert second.arrival_s >= first.finished_s
+    assert second.arrival_s >= present(first.finished_s)
     assert bytes(first.prompt_ids) == b"count"
     assert first.params.max_tokens == 64
     assert page.locator("#tracks path.ticks").count() == 2
-    assert "w8a8: first token after" in page.locator("#tracks").get_attribute("aria-label")
+    assert "w8a8: first token after" in present(page.locator("#tracks").get_attribute("aria-label"))
 
 
-def test_the_same_texts_bear_no_mark(visit, engines):
+def test_the_same_texts_bear_no_mark(visit: Visit, engines: dict[str, FakeEngine]) -> None:
     engines["fp16"].reply = OURS
     page = visit()
     page.get_by_role("button", name="Run").click()
@@ -100,7 +110,7 @@ def test_the_same_texts_bear_no_mark(visit, engines):
     assert page.locator("mark:visible").count() == 0
 
 
-def test_a_text_that_ends_earlier_is_marked_at_its_end(visit, engines):
+def test_a_text_that_ends_earlier_is_marked_at_its_end(visit: Visit, engines: dict[str, FakeEngine]) -> None:
     engines["fp16"].reply = "one two"
     page = visit()
     page.get_by_role("button", name="Run").click()
@@ -108,7 +118,7 @@ def test_a_text_that_ends_earlier_is_marked_at_its_end(visit, engines):
     expect(lane(page, "w8a8").locator("mark")).to_have_text("three")
 
 
-def test_at_once_runs_both_beside_each_other_and_says_so(visit, engines):
+def test_at_once_runs_both_beside_each_other_and_says_so(visit: Visit, engines: dict[str, FakeEngine]) -> None:
     page = visit()
     page.get_by_label("at once").check()
     expect(page.locator("#order-hint")).to_contain_text("not to measure")
@@ -116,11 +126,11 @@ def test_at_once_runs_both_beside_each_other_and_says_so(visit, engines):
     page.get_by_role("button", name="Run").click()
     expect(page.locator("#verdict")).to_contain_text("Each slowed the other")
     first, second = (engines[variant].submitted[0] for variant in ("w8a8", "fp16"))
-    assert second.arrival_s < first.finished_s
+    assert second.arrival_s < present(first.finished_s)
     assert first.params.seed == second.params.seed is not None
 
 
-def test_text_is_shown_as_text(visit, engines):
+def test_text_is_shown_as_text(visit: Visit, engines: dict[str, FakeEngine]) -> None:
     engines["w8a8"].reply = engines["fp16"].reply = "<img src=x onerror=alert(1)>&amp;"
     page = visit()
     page.get_by_role("button", name="Run").click()
@@ -128,7 +138,7 @@ def test_text_is_shown_as_text(visit, engines):
     assert page.locator("#lanes img").count() == 0
 
 
-def test_the_requests_are_drawn_and_tabled(visit):
+def test_the_requests_are_drawn_and_tabled(visit: Visit) -> None:
     page = visit()
     page.get_by_role("button", name="Run").click()
     expect(page.locator("#rows tr")).to_have_count(2)
@@ -143,7 +153,7 @@ def test_the_requests_are_drawn_and_tabled(visit):
     expect(page.locator("#recent-summary")).to_contain_text("Asked for: 1 comparison with the baseline")
 
 
-def test_a_full_server_is_told_in_words(visit, engines):
+def test_a_full_server_is_told_in_words(visit: Visit, engines: dict[str, FakeEngine]) -> None:
     engines["w8a8"].max_waiting = 0
     page = visit()
     page.get_by_role("button", name="Run").click()
@@ -153,14 +163,14 @@ def test_a_full_server_is_told_in_words(visit, engines):
     expect(page.get_by_role("button", name="Run")).to_be_enabled()
 
 
-def test_a_value_out_of_range_is_told_in_the_servers_words(visit):
+def test_a_value_out_of_range_is_told_in_the_servers_words(visit: Visit) -> None:
     page = visit()
     page.get_by_label("Most tokens").fill("5000")
     page.get_by_role("button", name="Run").click()
     expect(page.get_by_role("alert")).to_contain_text("The server refused this: `max_tokens` is 5000")
 
 
-def test_an_engine_that_fails_midway_leaves_what_was_said(visit, engines):
+def test_an_engine_that_fails_midway_leaves_what_was_said(visit: Visit, engines: dict[str, FakeEngine]) -> None:
     engines["fp16"].fail_at = 4
     page = visit()
     page.get_by_role("button", name="Run").click()
@@ -170,7 +180,7 @@ def test_an_engine_that_fails_midway_leaves_what_was_said(visit, engines):
     expect(lane(page, "fp16").locator(".state")).to_have_text("failed")
 
 
-def test_a_stream_without_its_end_is_told(visit):
+def test_a_stream_without_its_end_is_told(visit: Visit) -> None:
     page = visit()
     delta = {"id": "x", "variant": "w8a8", "text": "half", "token_ids": [1]}
     page.route(
@@ -182,7 +192,7 @@ def test_a_stream_without_its_end_is_told(visit):
     expect(lane(page, "w8a8").locator(".text")).to_have_text("half")
 
 
-def test_a_network_that_is_gone_is_told_and_the_next_run_clears_it(visit):
+def test_a_network_that_is_gone_is_told_and_the_next_run_clears_it(visit: Visit) -> None:
     page = visit()
     page.route("**/generate", lambda route: route.abort())
     page.get_by_role("button", name="Run").click()
@@ -193,7 +203,7 @@ def test_a_network_that_is_gone_is_told_and_the_next_run_clears_it(visit):
     expect(page.locator("#error")).to_be_hidden()
 
 
-def test_stop_ends_the_request_on_the_server_too(visit, engines):
+def test_stop_ends_the_request_on_the_server_too(visit: Visit, engines: dict[str, FakeEngine]) -> None:
     engines["w8a8"].delay_s = 0.05
     engines["w8a8"].reply = "x" * 200
     page = visit()
@@ -212,7 +222,7 @@ def test_stop_ends_the_request_on_the_server_too(visit, engines):
     assert not engines["fp16"].submitted
 
 
-def test_by_keyboard_alone(visit, engines):
+def test_by_keyboard_alone(visit: Visit, engines: dict[str, FakeEngine]) -> None:
     engines["w8a8"].delay_s = 0.03
     page = visit()
     expect(lane(page, "w8a8")).to_be_visible()
@@ -233,7 +243,7 @@ def test_by_keyboard_alone(visit, engines):
     expect(page.locator("#run")).to_be_focused()
 
 
-def test_a_key_is_asked_for_used_and_kept_nowhere(visit, engines, tmp_path):
+def test_a_key_is_asked_for_used_and_kept_nowhere(visit: Visit, engines: dict[str, FakeEngine], tmp_path: Path) -> None:
     key_file = tmp_path / "keys"
     key_file.write_text("team:sesame-sesame-sesame\n")
     page = visit(page_app(engines, api_keys_file=key_file))
@@ -247,7 +257,7 @@ def test_a_key_is_asked_for_used_and_kept_nowhere(visit, engines, tmp_path):
     assert page.evaluate("() => [localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
 
 
-def test_one_variant_alone_has_one_column_and_no_order(visit, engines):
+def test_one_variant_alone_has_one_column_and_no_order(visit: Visit, engines: dict[str, FakeEngine]) -> None:
     page = visit(page_app({"w8a8": engines["w8a8"]}, variants="w8a8"))
     expect(page.locator(".lane")).to_have_count(1)
     expect(page.locator("#order")).to_be_hidden()
@@ -257,7 +267,7 @@ def test_one_variant_alone_has_one_column_and_no_order(visit, engines):
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280])
-def test_no_width_scrolls_sideways(visit, engines, width):
+def test_no_width_scrolls_sideways(visit: Visit, engines: dict[str, FakeEngine], width: int) -> None:
     engines["w8a8"].reply = "w" * 300
     page = visit(viewport={"width": width, "height": 740})
     page.get_by_label("Most tokens").fill("300")
@@ -268,7 +278,7 @@ def test_no_width_scrolls_sideways(visit, engines, width):
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
 
 
-def test_dark_and_light_differ_and_can_be_read(visit):
+def test_dark_and_light_differ_and_can_be_read(visit: Visit) -> None:
     grounds = []
     for scheme in ("light", "dark"):
         page = visit(color_scheme=scheme)
@@ -281,14 +291,14 @@ def test_dark_and_light_differ_and_can_be_read(visit):
     assert luminance(grounds[0]) > 0.8 > 0.1 > luminance(grounds[1])
 
 
-def test_with_reduced_motion_the_run_still_shows_its_end(visit):
+def test_with_reduced_motion_the_run_still_shows_its_end(visit: Visit) -> None:
     page = visit(reduced_motion="reduce")
     page.get_by_role("button", name="Run").click()
     expect(page.locator("#verdict")).to_contain_text(FULL)
     expect(lane(page, "fp16").locator(".text")).to_have_text(THEIRS)
 
 
-def test_every_control_has_a_name(visit):
+def test_every_control_has_a_name(visit: Visit) -> None:
     page = visit()
     expect(lane(page, "w8a8")).to_be_visible()
     for control in page.locator("textarea, input:visible, select, button, .text, [role=img]").all():

@@ -3,19 +3,22 @@
 import asyncio
 import json
 import string
+from collections.abc import Iterator
+from typing import Any
 from urllib.parse import quote
 
 import httpx
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from service.web.openai.requests import ChatRequest, CompletionRequest
 from service.web.routes.admin import ReloadRequest
 from service.web.schemas.generate import GenerateRequest
 from tests.support.fuzz import Streams, assert_told, fuzz_app, strictly, thorough
 
-ROUTES = {
+ROUTES: dict[str, type[BaseModel]] = {
     "/generate": GenerateRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
@@ -30,24 +33,26 @@ FAILED = {400, 404, 405, 409, 413, 422, 504}
 class Asker:
     """An app that runs on a loop of its own, and its client."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._runner = asyncio.Runner()
         self.app = fuzz_app(max_body_bytes=1 << 20)
         self.streams = Streams(self.app.openapi())
         self._runner.run(self._open())
 
-    async def _open(self):
+    async def _open(self) -> None:
         self._lifespan = self.app.router.lifespan_context(self.app)
         await self._lifespan.__aenter__()
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://localhost")
         while not self.app.state.serving.is_ready:
             await asyncio.sleep(0.01)
 
-    def ask(self, path, content, kind=JSON, method="POST", **more):
+    def ask(
+        self, path: str, content: bytes, kind: str | bytes | None = JSON, method: str = "POST", **more: Any
+    ) -> httpx.Response:
         """The answer, which is a success or a failure that is told."""
         headers = {**more.pop("headers", {}), **({} if kind is None else {"content-type": kind})}
 
-        async def asked():
+        async def asked() -> httpx.Response:
             async with asyncio.timeout(PATIENCE_S):
                 return await self._client.request(method, path, content=content, headers=headers, **more)
 
@@ -63,7 +68,7 @@ class Asker:
             assert_told(strictly(response.content))
         return response
 
-    def close(self):
+    def close(self) -> None:
         engines = self.app.state.serving.engines.values()
         assert [engine.stats().num_running for engine in engines] == [0, 0]
         self._runner.run(self._client.aclose())
@@ -72,7 +77,7 @@ class Asker:
 
 
 @pytest.fixture(scope="module")
-def asker():
+def asker() -> Iterator[Asker]:
     asker = Asker()
     yield asker
     asker.close()
@@ -88,7 +93,7 @@ LEAVES = st.none() | st.booleans() | NUMBERS | WORDS
 VALUES = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=4), max_leaves=12
 )
-STARTS = {
+STARTS: dict[type[BaseModel], dict[str, object]] = {
     GenerateRequest: {"prompt": "a"},
     CompletionRequest: {"prompt": "a"},
     ChatRequest: {"messages": [{"role": "user", "content": "a"}]},
@@ -96,14 +101,14 @@ STARTS = {
 }
 
 
-def fields(model):
+def fields(model: type[BaseModel]) -> st.SearchStrategy[dict[str, object]]:
     """Fields of the body that are there, with whatever values."""
     names = st.sampled_from(sorted(model.model_fields)) | WORDS
     return st.dictionaries(names, VALUES, max_size=4)
 
 
 @st.composite
-def requests(draw):
+def requests(draw: st.DrawFn) -> tuple[str, dict[str, object]]:
     """A route, and a body that would be good but for a few of its fields."""
     path, model = draw(st.sampled_from(sorted(ROUTES.items())))
     return path, {**STARTS[model], **draw(fields(model))}
@@ -111,7 +116,7 @@ def requests(draw):
 
 @given(requests(), st.booleans())
 @thorough
-def test_fields_of_any_value(asker, request, is_ascii):
+def test_fields_of_any_value(asker: Asker, request: tuple[str, dict[str, object]], is_ascii: bool) -> None:
     """NaN, infinities and half surrogates included, which Python's writer spells as its reader takes them."""
     path, body = request
     text = json.dumps(body, ensure_ascii=is_ascii)
@@ -120,7 +125,7 @@ def test_fields_of_any_value(asker, request, is_ascii):
 
 @given(st.sampled_from(sorted(ROUTES)), VALUES)
 @thorough
-def test_bodies_of_any_json(asker, path, value):
+def test_bodies_of_any_json(asker: Asker, path: str, value: object) -> None:
     asker.ask(path, json.dumps(value).encode(errors="surrogatepass"))
 
 
@@ -131,7 +136,7 @@ def test_bodies_of_any_json(asker, path, value):
 @example("/generate", '{"prompt": "a"}'.encode("utf-32-le"))
 @example("/generate", b'\xef\xbb\xbf{"prompt": "a"}')
 @thorough
-def test_bodies_of_any_bytes(asker, path, content):
+def test_bodies_of_any_bytes(asker: Asker, path: str, content: bytes) -> None:
     asker.ask(path, content)
 
 
@@ -140,7 +145,7 @@ GOOD = {path: json.dumps(STARTS[model]).encode() for path, model in ROUTES.items
 
 @given(st.data())
 @thorough
-def test_good_bodies_with_a_few_wrong_bytes(asker, data):
+def test_good_bodies_with_a_few_wrong_bytes(asker: Asker, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(ROUTES)))
     content = bytearray(GOOD[path])
     for _ in range(data.draw(st.integers(1, 4))):
@@ -163,14 +168,16 @@ KINDS = (
 
 @given(st.sampled_from(sorted(ROUTES)), KINDS, HEADERS, st.text(max_size=30))
 @thorough
-def test_any_headers_and_queries(asker, path, kind, headers, query):
+def test_any_headers_and_queries(
+    asker: Asker, path: str, kind: str | None, headers: dict[str, bytes], query: str
+) -> None:
     sent = None if kind is None else kind.encode("latin-1")
     asker.ask(f"{path}?{quote(query, safe='&=', errors='replace')}", GOOD[path], sent, headers=headers)
 
 
 @given(st.text(max_size=40), st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"]))
 @thorough
-def test_any_path_and_method(asker, rest, method):
+def test_any_path_and_method(asker: Asker, rest: str, method: str) -> None:
     asker.ask(f"/v1/models/{quote(rest, errors='replace')}", b"{}", method=method)
 
 
@@ -222,7 +229,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_bodies(asker, name):
+def test_hostile_bodies(asker: Asker, name: str) -> None:
     for path in ROUTES:
         response = asker.ask(path, HOSTILE[name])
         assert name in ACCEPTED or response.status_code in (400, 422), response.text
@@ -247,7 +254,7 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_hostile_schemas(asker, name):
+def test_hostile_schemas(asker: Asker, name: str) -> None:
     form = f'{{"type": "json_schema", "json_schema": {{"name": "x", "schema": {SCHEMAS[name]}}}}}'
     body = f'{{"messages": [{{"role": "user", "content": "a"}}], "response_format": {form}}}'
     response = asker.ask("/v1/chat/completions", body.encode())
@@ -273,7 +280,7 @@ ANY_SCHEMA = st.recursive(
 
 @given(st.dictionaries(SCHEMA_WORDS, ANY_SCHEMA, max_size=4))
 @thorough
-def test_schemas_of_any_kind(asker, schema):
+def test_schemas_of_any_kind(asker: Asker, schema: dict[str, object]) -> None:
     """Compiled, or refused; never a fault of ours."""
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     body = {**STARTS[ChatRequest], "response_format": form}

@@ -6,12 +6,18 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
 from service.engine.api import Reloaded
 from service.errors import ReloadFailed
+from tests.service.kinds import Samples
 from tests.support.harness import app_of, client_of, metrics_of, two_engines, until
 from tests.support.life import Life
 
@@ -36,14 +42,14 @@ class FakeReload:
         return self.result
 
 
-def app_with(reload: FakeReload, self_check=dict, **settings: object):
+def app_with(reload: FakeReload, self_check: Callable[[], Mapping[str, str]] = dict, **settings: Any) -> FastAPI:
     return app_of(two_engines(), self_check, reload=reload, **settings)
 
 
-def reload_once(reload: FakeReload, body: dict, **settings: object):
+def reload_once(reload: FakeReload, body: Mapping[str, object], **settings: Any) -> tuple[httpx.Response, Samples]:
     reload.go.set()
 
-    async def go():
+    async def go() -> tuple[httpx.Response, Samples]:
         async with client_of(app_with(reload, **settings)) as client:
             answer = await client.post("/admin/reload", json=body)
             return answer, await metrics_of(client)
@@ -51,7 +57,7 @@ def reload_once(reload: FakeReload, body: dict, **settings: object):
     return asyncio.run(go())
 
 
-def test_it_answers_what_is_served_now():
+def test_it_answers_what_is_served_now() -> None:
     reload = FakeReload()
     answer, samples = reload_once(reload, {"model": "/models/new"})
     assert answer.status_code == 200
@@ -70,14 +76,14 @@ def test_it_answers_what_is_served_now():
 
 
 @pytest.mark.parametrize("body", [{}, {"model": None}])
-def test_without_a_model_the_present_folder_is_meant(body):
+def test_without_a_model_the_present_folder_is_meant(body: dict[str, object]) -> None:
     reload = FakeReload()
     assert reload_once(reload, body)[0].status_code == 200
     assert reload.asked == [None]
 
 
 @pytest.mark.parametrize("body", [{"model": 3}, {"model": ""}, {"folder": "x"}, {"model": "\0" * 5000}])
-def test_a_body_of_another_shape_reloads_nothing(body):
+def test_a_body_of_another_shape_reloads_nothing(body: dict[str, object]) -> None:
     reload = FakeReload()
     assert reload_once(reload, body)[0].status_code in (400, 422)
     assert reload.asked == []
@@ -87,7 +93,9 @@ def test_a_body_of_another_shape_reloads_nothing(body):
     ("error", "status", "code"),
     [(ReloadFailed("the folder is gone", "model"), 409, "reload_failed"), (KeyError("secret"), 500, "internal_error")],
 )
-def test_a_reload_that_fails_says_so(error, status, code, caplog):
+def test_a_reload_that_fails_says_so(
+    error: Exception, status: int, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
     answer, samples = reload_once(FakeReload(error), {})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert "secret" not in answer.text
@@ -95,8 +103,8 @@ def test_a_reload_that_fails_says_so(error, status, code, caplog):
     assert "the old weights serve on" in caplog.text
 
 
-def test_engines_without_a_checkpoint_have_none_to_reload():
-    async def go():
+def test_engines_without_a_checkpoint_have_none_to_reload() -> None:
+    async def go() -> httpx.Response:
         app = app_of(two_engines())
         async with client_of(app) as client:
             return await client.post("/admin/reload", json={})
@@ -106,13 +114,13 @@ def test_engines_without_a_checkpoint_have_none_to_reload():
     assert "no checkpoint" in answer.json()["error"]["message"]
 
 
-def test_one_reload_at_a_time_and_requests_go_on_meanwhile():
+def test_one_reload_at_a_time_and_requests_go_on_meanwhile() -> None:
     reload = FakeReload()
 
-    async def go():
+    async def go() -> tuple[httpx.Response, ...]:
         async with client_of(app_with(reload)) as client:
             first = asyncio.ensure_future(client.post("/admin/reload", json={}))
-            await until(lambda: reload.asked)
+            await until(lambda: bool(reload.asked))
             second = await client.post("/admin/reload", json={})
             answer = await client.post("/generate", json={"prompt": "x"})
             reload.go.set()
@@ -124,14 +132,14 @@ def test_one_reload_at_a_time_and_requests_go_on_meanwhile():
     assert reload.asked == [None, None]
 
 
-def test_a_client_that_leaves_does_not_end_the_reload():
+def test_a_client_that_leaves_does_not_end_the_reload() -> None:
     reload = FakeReload()
 
-    async def go():
+    async def go() -> tuple[httpx.Response, Samples]:
         app = app_with(reload)
         async with client_of(app) as client:
             first = asyncio.ensure_future(client.post("/admin/reload", json={}))
-            await until(lambda: reload.asked)
+            await until(lambda: bool(reload.asked))
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
             second = await client.post("/admin/reload", json={})
@@ -144,11 +152,11 @@ def test_a_client_that_leaves_does_not_end_the_reload():
     assert samples["ottava_reloads_total", "outcome=reloaded"] == 1
 
 
-def test_a_good_checkpoint_heals_a_variant_that_the_self_check_refused():
+def test_a_good_checkpoint_heals_a_variant_that_the_self_check_refused() -> None:
     reload = FakeReload()
     reload.go.set()
 
-    async def go():
+    async def go() -> tuple[httpx.Response, ...]:
         async with client_of(app_with(reload, lambda: {"w8a8": "not finite", "fp16": "not finite either"})) as client:
             before = await client.post("/generate", json={"prompt": "x"})
             await client.post("/admin/reload", json={})
@@ -159,11 +167,15 @@ def test_a_good_checkpoint_heals_a_variant_that_the_self_check_refused():
     assert ready.json()["variants"] == {"fp16": "not finite either"}
 
 
-def test_nothing_is_reloaded_before_the_self_check_is_done():
+def test_nothing_is_reloaded_before_the_self_check_is_done() -> None:
     checking, reload = threading.Event(), FakeReload()
 
-    async def go():
-        async with client_of(app_with(reload, lambda: checking.wait(20) and {}), wait_s=0.05) as client:
+    def once_checked() -> dict[str, str]:
+        assert checking.wait(20)
+        return {}
+
+    async def go() -> httpx.Response:
+        async with client_of(app_with(reload, once_checked), wait_s=0.05) as client:
             answer = await client.post("/admin/reload", json={})
             checking.set()
             return answer
@@ -174,12 +186,12 @@ def test_nothing_is_reloaded_before_the_self_check_is_done():
     assert reload.asked == []
 
 
-def test_the_keys_are_read_again_and_a_bad_file_reloads_nothing(tmp_path):
+def test_the_keys_are_read_again_and_a_bad_file_reloads_nothing(tmp_path: Path) -> None:
     path, reload = tmp_path / "keys", FakeReload()
     path.write_text("anna:first-key-of-all\n")
     reload.go.set()
 
-    async def go():
+    async def go() -> tuple[list[int], httpx.Response]:
         async with client_of(app_with(reload, api_keys_file=path)) as client:
             old, new = ({"authorization": f"Bearer {key}-key-of-all"} for key in ("first", "second"))
             path.write_text("anna:second-key-of-all\n")
@@ -194,14 +206,14 @@ def test_the_keys_are_read_again_and_a_bad_file_reloads_nothing(tmp_path):
     assert reload.asked == [None, None]
 
 
-def test_a_hangup_reloads_and_a_draining_server_does_not(caplog):
+def test_a_hangup_reloads_and_a_draining_server_does_not(caplog: pytest.LogCaptureFixture) -> None:
     reload = FakeReload()
     life = Life(reload=reload)
 
-    async def go():
+    async def go() -> tuple[httpx.Response, ...]:
         async with life.run():
             os.kill(os.getpid(), signal.SIGHUP)
-            await until(lambda: reload.asked)
+            await until(lambda: bool(reload.asked))
             os.kill(os.getpid(), signal.SIGHUP)
             await until(lambda: "SIGHUP: a reload is running already" in caplog.text)
             answer = await life.ask(3)

@@ -9,22 +9,27 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
 import pytest
 
 from service.web.server import FAILED
+from tests.service.kinds import Samples
 from tests.support.harness import events_of, metrics_of, until
 from tests.support.life import LETTERS, Life
+from tests.support.narrowed import present
 from tests.support.scripted_runner import Hang, raising
 
 
-def test_a_signal_drains_and_loses_nobody():
+def test_a_signal_drains_and_loses_nobody() -> None:
     """Eight run and four wait; whoever comes after the signal is refused, over the socket that still listens."""
     life = Life()
 
-    async def go():
+    async def go() -> tuple[
+        httpx.Response, httpx.Response, httpx.Response, httpx.Response, httpx.Response, list[httpx.Response]
+    ]:
         async with life.run():
             asked = [life.ask(50, stream=i % 2 == 0, variant="w8a8") for i in range(12)]
             await life.running(8)
@@ -52,10 +57,10 @@ def test_a_signal_drains_and_loses_nobody():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_idle_server_ends_soon(number):
+def test_an_idle_server_ends_soon(number: signal.Signals) -> None:
     life = Life()
 
-    async def go():
+    async def go() -> float:
         async with life.run():
             start_s = time.perf_counter()
             os.kill(os.getpid(), number)
@@ -65,10 +70,10 @@ def test_an_idle_server_ends_soon(number):
     assert life.server.exit_code == 0
 
 
-def test_whoever_is_not_done_in_time_is_told():
+def test_whoever_is_not_done_in_time_is_told() -> None:
     life = Life(drain_timeout_s=0.1)
 
-    async def go():
+    async def go() -> list[httpx.Response]:
         async with life.run():
             asked = [life.ask(800, stream=i % 2 == 0, ignore_eos=True) for i in range(12)]
             await life.running(8)
@@ -94,11 +99,13 @@ def test_whoever_is_not_done_in_time_is_told():
     life.assert_empty()
 
 
-def test_an_engine_that_fails_for_good_ends_the_process_after_the_others_are_served(caplog):
+def test_an_engine_that_fails_for_good_ends_the_process_after_the_others_are_served(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     life = Life()
     life.runners["w8a8"].on_execute = raising(RuntimeError("secret"), 10)
 
-    async def go():
+    async def go() -> tuple[httpx.Response, ...]:
         async with life.run():
             other = life.ask(50, variant="fp16")
             lost = life.ask(50, variant="w8a8", stream=True)
@@ -121,11 +128,11 @@ def test_an_engine_that_fails_for_good_ends_the_process_after_the_others_are_ser
     life.assert_empty()
 
 
-def test_an_operator_may_want_the_process_to_stay(caplog):
+def test_an_operator_may_want_the_process_to_stay(caplog: pytest.LogCaptureFixture) -> None:
     life = Life(exit_on_failure=False)
     life.runners["w8a8"].on_read = raising(RuntimeError("gone"), 3)
 
-    async def go():
+    async def go() -> tuple[httpx.Response, list[httpx.Response], Samples]:
         async with life.run():
             failed = await life.ask(50, variant="w8a8")
             answers = [
@@ -145,11 +152,11 @@ def test_an_operator_may_want_the_process_to_stay(caplog):
     assert life.server.exit_code == 0
 
 
-def test_a_fault_costs_the_running_and_the_service_goes_on(caplog):
+def test_a_fault_costs_the_running_and_the_service_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     life = Life(engine_restarts=3)
     life.runners["w8a8"].on_execute = raising(RuntimeError("once"), 10)
 
-    async def go():
+    async def go() -> tuple[list[httpx.Response], httpx.Response, Samples]:
         async with life.run():
             answers = await asyncio.gather(*(life.ask(30) for _ in range(12)))
             health, samples = await life.client.get("/health"), await metrics_of(life.client)
@@ -165,12 +172,12 @@ def test_a_fault_costs_the_running_and_the_service_goes_on(caplog):
     life.assert_empty()
 
 
-def test_a_stuck_step_is_not_waited_for(caplog):
+def test_a_stuck_step_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     """The baseline's request stands behind the stuck step: it cannot finish, so it is ended instead of left hanging."""
     life = Life(step_timeout_s=0.3)
     hang = life.runners["w8a8"].on_execute = Hang(from_step=5)
 
-    async def go():
+    async def go() -> tuple[tuple[httpx.Response, httpx.Response], float]:
         async with life.run():
             start_s = time.perf_counter()
             answers = await asyncio.gather(life.ask(50, variant="w8a8"), life.ask(50, variant="fp16", stream=True))
@@ -188,6 +195,7 @@ def test_a_stuck_step_is_not_waited_for(caplog):
 PROGRAM = """
 import sys
 from service.web import server
+from tests.support.narrowed import present
 from tests.support.scripted_runner import Hang
 from tests.support.life import Life
 
@@ -198,7 +206,7 @@ sys.exit(server.run(life.app, life.settings))
 
 
 @asynccontextmanager
-async def process(more: str = ""):
+async def process(more: str = "") -> AsyncIterator[tuple[subprocess.Popen[bytes], httpx.AsyncClient]]:
     """`server.run` in a process of its own, and a client of it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -215,13 +223,13 @@ async def process(more: str = ""):
     finally:
         child.kill()
         child.wait()
-        child.stderr.close()
+        present(child.stderr).close()
 
 
-def test_a_process_that_is_told_to_end_twice_ends_at_once():
+def test_a_process_that_is_told_to_end_twice_ends_at_once() -> None:
     """First it drains: it does not end while a request runs."""
 
-    async def go():
+    async def go() -> tuple[int, float]:
         async with process() as (child, client):
             asked = asyncio.ensure_future(client.post("/generate", json={"prompt": "x", "max_tokens": 900}))
             await asyncio.sleep(0.3)
@@ -240,8 +248,8 @@ def test_a_process_that_is_told_to_end_twice_ends_at_once():
     assert took_s < 2
 
 
-def test_a_process_ends_with_its_streams_whole():
-    async def go():
+def test_a_process_ends_with_its_streams_whole() -> None:
+    async def go() -> tuple[list[httpx.Response], int]:
         async with process() as (child, client):
             body = {"prompt": "x", "max_tokens": 40, "stream": True}
             asked = [asyncio.ensure_future(client.post("/generate", json=body)) for _ in range(4)]
@@ -254,13 +262,13 @@ def test_a_process_ends_with_its_streams_whole():
     assert code == 0
 
 
-def test_a_process_whose_engine_hangs_ends_with_an_error():
+def test_a_process_whose_engine_hangs_ends_with_an_error() -> None:
     """Its thread cannot be ended, and must not keep the process."""
 
-    async def go():
+    async def go() -> tuple[httpx.Response, int, str]:
         async with process("life.runners['w8a8'].on_read = Hang(from_step=3)") as (child, client):
             answer = await client.post("/generate", json={"prompt": "x", "max_tokens": 40})
-            return answer, await asyncio.to_thread(child.wait, 15), child.stderr.read().decode()
+            return answer, await asyncio.to_thread(child.wait, 15), present(child.stderr).read().decode()
 
     answer, code, log = asyncio.run(go())
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_failed")

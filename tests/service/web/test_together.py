@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import h11
 import pytest
@@ -16,9 +18,10 @@ from service.web.generation.sse import MARK, Form, event
 from service.web.openai.answers import ChatChunkChoice, ChatCompletionChunk, ChatDelta, Completion, CompletionChoice
 from service.web.openai.choices import Reply
 from service.web.schemas.generate import Delta
+from tests.service.kinds import Samples
 from tests.support.harness import app_of, client_of, events_of, metrics_of, two_engines
 
-HEAD = {"id": "cmpl-1", "created": 7, "model": "50 %b:w8a8", "system_fingerprint": "fp"}
+HEAD: dict[str, Any] = {"id": "cmpl-1", "created": 7, "model": "50 %b:w8a8", "system_fingerprint": "fp"}
 REPLY = 'naïve 😀 100 % "end" of it'
 
 
@@ -33,8 +36,8 @@ def tokens_of(*ids: int) -> list[Token]:
     return [Token(id_, 0.0) for id_ in ids]
 
 
-def test_a_stream_gives_what_has_come_meanwhile_at_once_and_then_its_end():
-    async def go():
+def test_a_stream_gives_what_has_come_meanwhile_at_once_and_then_its_end() -> None:
+    async def go() -> None:
         stream, _ = stream_of()
         first = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0)
@@ -47,8 +50,8 @@ def test_a_stream_gives_what_has_come_meanwhile_at_once_and_then_its_end():
     asyncio.run(go())
 
 
-def test_an_error_comes_behind_the_tokens_before_it():
-    async def go():
+def test_an_error_comes_behind_the_tokens_before_it() -> None:
+    async def go() -> None:
         stream, _ = stream_of()
         stream.put(tokens_of(1))
         for item in (ValueError("a step"), None):
@@ -60,8 +63,8 @@ def test_an_error_comes_behind_the_tokens_before_it():
     asyncio.run(go())
 
 
-def test_no_part_of_what_has_piled_up_is_too_long():
-    async def go():
+def test_no_part_of_what_has_piled_up_is_too_long() -> None:
+    async def go() -> list[Sequence[Token]]:
         stream, _ = stream_of()
         for number in range(2 * MAX_TOGETHER + 1):
             stream.put(tokens_of(number))
@@ -74,8 +77,8 @@ def test_no_part_of_what_has_piled_up_is_too_long():
 
 
 @pytest.mark.parametrize("is_waiting", [True, False])
-def test_a_stream_that_is_finished_gives_nothing_more(is_waiting):
-    async def go():
+def test_a_stream_that_is_finished_gives_nothing_more(is_waiting: bool) -> None:
+    async def go() -> None:
         stream, told = stream_of()
         reading = asyncio.ensure_future(anext(stream, None))
         if is_waiting:
@@ -91,20 +94,20 @@ def test_a_stream_that_is_finished_gives_nothing_more(is_waiting):
     asyncio.run(go())
 
 
-ROUTES = {
+ROUTES: dict[str, dict[str, object]] = {
     "/generate": {"prompt": "a"},
     "/v1/completions": {"model": "fake", "prompt": "a"},
     "/v1/chat/completions": {"model": "fake", "messages": [{"role": "user", "content": "a"}]},
 }
-LOGPROBS = {"/generate": {"logprobs": 2}, "/v1/completions": {"logprobs": 2}}
+LOGPROBS: dict[str, dict[str, object]] = {"/generate": {"logprobs": 2}, "/v1/completions": {"logprobs": 2}}
 LOGPROBS["/v1/chat/completions"] = {"logprobs": True, "top_logprobs": 2}
-ENDS = {"end": {}, "length": {"max_tokens": 11}, "stop": {"stop": "0 %"}}
+ENDS: dict[str, dict[str, object]] = {"end": {}, "length": {"max_tokens": 11}, "stop": {"stop": "0 %"}}
 
 
-def streamed(path: str, tokens_per_step: int, **body: object) -> tuple[list[dict], dict]:
+def streamed(path: str, tokens_per_step: int, **body: object) -> tuple[list[dict[str, Any]], Samples]:
     """The events of a stream, and the metrics of its server."""
 
-    async def go():
+    async def go() -> tuple[list[dict[str, Any]], Samples]:
         app = app_of(two_engines(reply=REPLY, tokens_per_step=tokens_per_step))
         async with client_of(app) as client:
             response = await client.post(path, json={"max_tokens": 40, **ROUTES[path], **body, "stream": True})
@@ -113,7 +116,7 @@ def streamed(path: str, tokens_per_step: int, **body: object) -> tuple[list[dict
     return asyncio.run(go())
 
 
-def said(events: list[dict]) -> dict:
+def said(events: list[dict[str, Any]]) -> dict[str, Any]:
     """All that the events of a stream say together, without what is of one run alone."""
     if "token_ids" in events[0]:
         *deltas, last = events
@@ -134,7 +137,7 @@ def said(events: list[dict]) -> dict:
 @pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("shows", [False, True], ids=["plain", "logprobs"])
-def test_the_same_is_said_however_the_tokens_come(path, end, shows):
+def test_the_same_is_said_however_the_tokens_come(path: str, end: str, shows: bool) -> None:
     body = ENDS[end] | (LOGPROBS[path] if shows else {})
     one_by_one, _ = streamed(path, 1, **body)
     for tokens_per_step in (2, 3, 7, 50):
@@ -145,7 +148,7 @@ def test_the_same_is_said_however_the_tokens_come(path, end, shows):
         assert samples["ottava_inter_token_latency_seconds_count", "variant=w8a8"] == num_tokens - 1
 
 
-def test_tokens_of_one_event_have_no_time_between_them():
+def test_tokens_of_one_event_have_no_time_between_them() -> None:
     events, samples = streamed("/generate", 50)
     assert events[-1]["metrics"]["itl_ms"] == {"mean": 0.0, "p50": 0.0, "p99": 0.0}
     assert samples["ottava_inter_token_latency_seconds_sum", "variant=w8a8"] == 0.0
@@ -153,8 +156,10 @@ def test_tokens_of_one_event_have_no_time_between_them():
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("more", [{}, {"n": 2}, {"stream_options": {"include_usage": True}}], ids=["", "n", "usage"])
-def test_a_stream_of_filled_in_events_is_that_of_built_ones(path, more, monkeypatch):
-    def events() -> list[dict]:
+def test_a_stream_of_filled_in_events_is_that_of_built_ones(
+    path: str, more: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def events() -> list[dict[str, Any]]:
         # What is of one request alone; in which order two answers come is the event loop's to say.
         own = ("id", "created")
         plain = [{k: v for k, v in each.items() if k not in own} for each in streamed(path, 1, **more)[0]]
@@ -179,14 +184,14 @@ def chunk(text: str) -> ChatCompletionChunk:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.lists(st.integers(0, 200_000), max_size=4))
-def test_an_event_that_is_filled_in_is_the_models_json(text, ids):
+def test_an_event_that_is_filled_in_is_the_models_json(text: str, ids: list[int]) -> None:
     for model in (completion, chunk):
         assert Form(model(MARK), MARK).event(text) == event(model(text))
     form = Form(Delta(id="%", variant="%s", text=MARK, token_ids=[-1]), MARK, [-1])
     assert form.event(text, ids) == event(Delta(id="%", variant="%s", text=text, token_ids=ids))
 
 
-def test_a_mark_that_is_not_there_once_is_refused():
+def test_a_mark_that_is_not_there_once_is_refused() -> None:
     with pytest.raises(ValueError, match="not there exactly once"):
         Form(completion("text"), MARK)
 
@@ -194,7 +199,7 @@ def test_a_mark_that_is_not_there_once_is_refused():
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 @pytest.mark.parametrize("headers", [[], [(b"content-length", b"6")]], ids=["chunked", "length"])
-def test_a_response_is_framed_as_h11_frames_it(method, version, headers):
+def test_a_response_is_framed_as_h11_frames_it(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> None:
     def sent(conn: h11.Connection) -> list[bytes | None]:
         conn.receive_data(f"{method} / HTTP/{version}\r\nhost: a\r\n\r\n".encode())
         while type(conn.next_event()) is not h11.EndOfMessage:
@@ -209,7 +214,7 @@ def test_a_response_is_framed_as_h11_frames_it(method, version, headers):
     assert sent(QuickConnection(h11.SERVER)) == sent(h11.Connection(h11.SERVER))
 
 
-def test_a_connection_that_stays_open_frames_each_response_by_its_own_head():
+def test_a_connection_that_stays_open_frames_each_response_by_its_own_head() -> None:
     conn = QuickConnection(h11.SERVER)
     parts = []
     for headers in ([], [(b"content-length", b"4")]):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from service.engine.api import SamplingParams
-from service.engine.device.sampler import sample
+from service.engine.device.sampler import Choice, sample
 from service.engine.device.sampling import SamplingBuilder, uniform
 from service.engine.request import Request
 from service.engine.scheduler import Chunk
@@ -14,14 +18,20 @@ from service.engine.scheduler import Chunk
 CPU = torch.device("cpu")
 
 
-def draw(logits, *params: SamplingParams, seeds=None, index=0, seen=None):
+def draw(
+    logits: Tensor,
+    *params: SamplingParams,
+    seeds: Sequence[int] | None = None,
+    index: int = 0,
+    seen: Tensor | None = None,
+) -> Choice:
     seeds = seeds or range(len(params))
     requests = [Request(str(i), [1], p, 0.0, seed) for i, (p, seed) in enumerate(zip(params, seeds, strict=True))]
     chunks = [Chunk(request, 0, 1, True, index) for request in requests]
     return sample(logits, SamplingBuilder(len(chunks), CPU).build(chunks), seen)
 
 
-def frequencies(logits, params: SamplingParams, num_draws=4000) -> torch.Tensor:
+def frequencies(logits: Tensor, params: SamplingParams, num_draws: int = 4000) -> torch.Tensor:
     ids = draw(logits.expand(num_draws, -1), *[params] * num_draws).ids
     return torch.bincount(ids, minlength=logits.shape[-1]) / num_draws
 
@@ -29,14 +39,14 @@ def frequencies(logits, params: SamplingParams, num_draws=4000) -> torch.Tensor:
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
 
 
-def test_temperature_zero_is_greedy_even_beside_random_rows():
+def test_temperature_zero_is_greedy_even_beside_random_rows() -> None:
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
     params = [SamplingParams(temperature=0.0 if i % 2 else 1.5) for i in range(8)]
     assert torch.equal(draw(logits, *params).ids[1::2], logits.argmax(-1)[1::2])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_softmax(temperature):
+def test_draws_follow_the_softmax(temperature: float) -> None:
     expected = (LOGITS / temperature).softmax(-1)
     found = frequencies(LOGITS, SamplingParams(temperature=temperature))
     assert (found - expected).abs().max() < 0.03
@@ -57,14 +67,14 @@ def test_draws_follow_the_softmax(temperature):
         ({"top_k": 2, "top_p": 0.99, "min_p": 0.01}, {0, 1}),
     ],
 )
-def test_filters_keep_exactly_their_tokens(params, kept):
+def test_filters_keep_exactly_their_tokens(params: dict[str, Any], kept: set[int]) -> None:
     found = frequencies(LOGITS, SamplingParams(temperature=1.0, **params))
     assert set(found.nonzero().flatten().tolist()) == kept
     expected = LOGITS.softmax(-1).where(torch.tensor([i in kept for i in range(6)]), 0.0)
     assert (found - expected / expected.sum()).abs().max() < 0.03
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(16, 300, generator=generator)
     params = [SamplingParams(temperature=0.5 + 0.1 * i, top_k=i, top_p=1 - 0.03 * i) for i in range(16)]
@@ -73,7 +83,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert together.tolist() == alone
 
 
-def test_randomness_is_a_function_of_seed_and_index():
+def test_randomness_is_a_function_of_seed_and_index() -> None:
     assert uniform(5, 3) == uniform(5, 3)
     values = {uniform(seed, index) for seed in range(40) for index in range(40)}
     assert len(values) == 1600
@@ -82,7 +92,7 @@ def test_randomness_is_a_function_of_seed_and_index():
     assert abs(sum(values) / 1600 - 0.5) < 0.03
 
 
-def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
     logits = torch.tensor([[4.0, 3.0, -1.0, -1.5]])
     seen = torch.tensor([[True, False, True, False]])
     ids = draw(logits, SamplingParams(repetition_penalty=2.0), seen=seen).ids
@@ -91,9 +101,11 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     assert ids.item() == 3  # -1 * 2 < -1.5
 
 
-def test_logprobs_are_the_models_own():
+def test_logprobs_are_the_models_own() -> None:
     logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(2))
     choice = draw(logits, SamplingParams(temperature=3.0, logprobs=0), SamplingParams(logprobs=4))
     expected = logits.log_softmax(-1)
+    assert choice.logprobs is not None
+    assert choice.top_ids is not None
     assert torch.equal(choice.logprobs, expected.gather(-1, choice.ids[:, None])[:, 0])
     assert torch.equal(choice.top_ids[1], expected[1].topk(4).indices)

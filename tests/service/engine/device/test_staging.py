@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,18 +19,19 @@ DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=DEVICES, ids=["cpu", "gpu"])
-def device(request):
-    return request.param
+def device(request: pytest.FixtureRequest) -> torch.device:
+    chosen: torch.device = request.param
+    return chosen
 
 
-def test_two_sets_take_turns_and_are_never_made_anew(device):
+def test_two_sets_take_turns_and_are_never_made_anew(device: torch.device) -> None:
     staging = Staging(device, 64)
     addresses = [staging.take(size).data_ptr() for size in (64, 1, 40, 64, 2, 8)]
     assert len(set(addresses[:2])) == 2
     assert addresses == addresses[:2] * 3
 
 
-def test_what_is_sent_outlives_the_next_use_of_the_other_set(device):
+def test_what_is_sent_outlives_the_next_use_of_the_other_set(device: torch.device) -> None:
     staging, sent = Staging(device, 4), []
     for value in range(2):
         taken = staging.take(4)
@@ -39,7 +42,7 @@ def test_what_is_sent_outlives_the_next_use_of_the_other_set(device):
     assert [t.tolist() for t in sent] == [[0] * 4, [1] * 4]
 
 
-def test_a_set_grows_when_more_is_asked_of_it(device):
+def test_a_set_grows_when_more_is_asked_of_it(device: torch.device) -> None:
     staging = Staging(device)
     first, second = staging.take(100), staging.take(3)
     assert (len(first), len(second)) == (100, 3)
@@ -52,7 +55,7 @@ def chunks_of(*params: SamplingParams) -> list[Chunk]:
     return [Chunk(Request(str(i), [1], p, 0.0, 40 + i), 0, 1, True, 3 + i) for i, p in enumerate(params)]
 
 
-def test_the_device_gets_what_the_requests_say(device):
+def test_the_device_gets_what_the_requests_say(device: torch.device) -> None:
     """Row by row in the type of each column, in steps of other sizes one after the other."""
     builder = SamplingBuilder(9, device)
     for size in (9, 1, 5, 8):
@@ -73,7 +76,7 @@ def test_the_device_gets_what_the_requests_say(device):
         assert found.uniform.tolist() == drawn
 
 
-def test_greedy_steps_send_nothing(device, monkeypatch):
+def test_greedy_steps_send_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever filters such requests name; with log-probabilities too."""
     builder = SamplingBuilder(4, device)
     monkeypatch.setattr(Staging, "take", lambda *_: pytest.fail("a greedy step took staging memory"))
@@ -85,7 +88,7 @@ def test_greedy_steps_send_nothing(device, monkeypatch):
     assert torch.equal(sample(logits, batch, None).ids, logits.argmax(-1))
 
 
-def test_any_top_k_that_a_client_may_name():
+def test_any_top_k_that_a_client_may_name() -> None:
     logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
     ids = []
     for top_k in (30, 2**64 - 1):
@@ -95,7 +98,7 @@ def test_any_top_k_that_a_client_may_name():
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.5}, {"repetition_penalty": 1.1}], ids=str)
-def test_one_row_that_is_not_plain_brings_the_parameters_of_all(params):
+def test_one_row_that_is_not_plain_brings_the_parameters_of_all(params: dict[str, Any]) -> None:
     batch = SamplingBuilder(2, CPU).build(chunks_of(SamplingParams(), SamplingParams(**params)))
     assert batch.params is not None
     assert len(batch.params.temperature) == 2

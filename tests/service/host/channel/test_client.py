@@ -13,7 +13,7 @@ from tests.support.harness import app_of, client_of, two_engines
 BODY = {"prompt": "hi", "max_tokens": 4, "ignore_eos": True}
 
 
-def test_an_application_that_has_ended_can_be_started_again():
+def test_an_application_that_has_ended_can_be_started_again() -> None:
     async def go() -> list[int]:
         app = app_of(two_engines())
         statuses = []
@@ -25,7 +25,7 @@ def test_an_application_that_has_ended_can_be_started_again():
     assert asyncio.run(go()) == [200] * 6
 
 
-def test_who_asks_engines_that_were_closed_is_refused_and_does_not_wait():
+def test_who_asks_engines_that_were_closed_is_refused_and_does_not_wait() -> None:
     async def go() -> None:
         app = app_of(two_engines())
         async with client_of(app):

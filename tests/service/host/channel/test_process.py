@@ -10,27 +10,32 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from service.host.channel.process import ProcessLink
 from service.settings import Settings
 from service.web.app import create_app
+from tests.service.kinds import Samples
 from tests.support.harness import events_of, host_of, metrics_of, server_of, total, until
+from tests.support.narrowed import present
 
 ROOT = Path(__file__).parents[4]
 
 
-def app_of(options: dict | None = None, **settings: object):
+def app_of(options: dict[str, object] | None = None, **settings: Any) -> FastAPI:
     """An app whose scripted engines run in a process of their own."""
     given = Settings(**settings)
     command = (sys.executable, "-m", "tests.support.engine_child", json.dumps(options or {}))
     return create_app(host_of(ProcessLink(given, command), dict.fromkeys(given.variants), given), given)
 
 
-def engine_pid(app) -> int:
-    return app.state.serving.host._link._process.pid
+def engine_pid(app: FastAPI) -> int:
+    pid: int = app.state.serving.host._link._process.pid
+    return pid
 
 
 def is_gone(pid: int) -> bool:
@@ -47,20 +52,31 @@ def client_at(port: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits)
 
 
-def body_of(num_tokens: int, **more: object) -> dict:
+def body_of(num_tokens: int, **more: object) -> dict[str, object]:
     return {"prompt": "x", "max_tokens": num_tokens, "ignore_eos": True, **more}
 
 
-async def told(client: httpx.AsyncClient, body: dict) -> tuple[list[dict], float]:
+async def told(client: httpx.AsyncClient, body: dict[str, object]) -> tuple[list[dict[str, Any]], float]:
     """The events of a stream, and when its last came."""
     response = await client.post("/generate", json=body | {"stream": True})
     return events_of(response), time.perf_counter()
 
 
-def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told():
+def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told() -> None:
     """50 streams run and 10 wait: those are told within a second, these are served by the next process."""
 
-    async def go():
+    async def go() -> tuple[
+        list[tuple[list[dict[str, Any]], float]],
+        float,
+        httpx.Response,
+        httpx.Response,
+        httpx.Response,
+        list[httpx.Response],
+        httpx.Response,
+        int,
+        int,
+        Samples,
+    ]:
         app = app_of({"step_s": 0.02, "rows": 50}, variants="w8a8")
         async with server_of(app) as port, client_at(port) as client:
             running = [asyncio.ensure_future(told(client, body_of(2000))) for _ in range(50)]
@@ -100,10 +116,10 @@ def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told():
     assert total(samples, "ottava_step_batch_size_count") > 0
 
 
-def test_a_client_that_leaves_while_the_engine_is_started_again_costs_nobody():
+def test_a_client_that_leaves_while_the_engine_is_started_again_costs_nobody() -> None:
     """Two run and three wait; one of these goes while there is no engine, which the next one must not hear of."""
 
-    async def go():
+    async def go() -> tuple[list[httpx.Response], httpx.Response, Samples]:
         app = app_of({"step_s": 0.02, "rows": 2, "start_s": 0.5}, variants="w8a8")
         async with server_of(app) as port, client_at(port) as client:
             running = [asyncio.ensure_future(told(client, body_of(2000))) for _ in range(2)]
@@ -128,8 +144,8 @@ def test_a_client_that_leaves_while_the_engine_is_started_again_costs_nobody():
     assert samples["ottava_num_requests_waiting", "variant=w8a8"] == 0
 
 
-def test_an_engine_that_cannot_read_what_it_is_sent_is_replaced():
-    async def go():
+def test_an_engine_that_cannot_read_what_it_is_sent_is_replaced() -> None:
+    async def go() -> tuple[int, int, httpx.Response]:
         app = app_of(variants="w8a8")
         async with server_of(app) as port, client_at(port) as client:
             old = engine_pid(app)
@@ -144,8 +160,8 @@ def test_an_engine_that_cannot_read_what_it_is_sent_is_replaced():
     assert response.json()["text"] == "ABCDE"
 
 
-def test_it_is_started_again_as_often_as_the_settings_allow_and_then_fails_for_good():
-    async def go():
+def test_it_is_started_again_as_often_as_the_settings_allow_and_then_fails_for_good() -> None:
+    async def go() -> tuple[httpx.Response, httpx.Response]:
         app = app_of(variants="w8a8", engine_restarts=1)
         async with server_of(app) as port, client_at(port) as client:
             host = app.state.serving.host
@@ -163,8 +179,8 @@ def test_it_is_started_again_as_often_as_the_settings_allow_and_then_fails_for_g
 
 
 @pytest.mark.parametrize("options", [{"hang_at": 3}, {"poison_at": 3}], ids=["a step that hangs", "a lost GPU"])
-def test_a_process_that_cannot_go_on_is_replaced(options):
-    async def go():
+def test_a_process_that_cannot_go_on_is_replaced(options: dict[str, object]) -> None:
+    async def go() -> tuple[httpx.Response, httpx.Response, bool]:
         app = app_of(options, variants="w8a8", step_timeout_s=0.3)
         async with server_of(app) as port, client_at(port) as client:
             old = engine_pid(app)
@@ -179,13 +195,13 @@ def test_a_process_that_cannot_go_on_is_replaced(options):
     assert is_old_gone
 
 
-def test_the_start_can_be_watched():
-    async def go():
+def test_the_start_can_be_watched() -> None:
+    async def go() -> tuple[set[str], int]:
         app = app_of({"start_s": 1.0}, variants="w8a8")
         async with app.router.lifespan_context(app):
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-                seen = set()
+                seen: set[str] = set()
                 while not app.state.serving.is_ready:
                     health, ready = await client.get("/health"), await client.get("/ready")
                     assert (health.status_code, ready.status_code) == (200, 503)
@@ -211,7 +227,7 @@ sys.exit(server.run(app, Settings(variants="w8a8", port=%d)))
 """
 
 
-def test_a_web_that_is_killed_leaves_no_engine():
+def test_a_web_that_is_killed_leaves_no_engine() -> None:
     port = 18423 + os.getpid() % 1000
     web = subprocess.Popen([sys.executable, "-c", WEB % (port, port)], stderr=subprocess.PIPE, cwd=ROOT)
 
@@ -244,4 +260,4 @@ def test_a_web_that_is_killed_leaves_no_engine():
     finally:
         web.kill()
         web.wait()
-        web.stderr.close()
+        present(web.stderr).close()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from service.engine.api import FinishReason, SamplingParams
 from service.engine.messages import Ended, Fault, Finish, Gauges, Logprob, News, Submit, error_of, fault_of
-from service.errors import leaves
+from service.errors import OttavaError, leaves
 from service.host.channel import socket as channel
 from service.host.channel.messages import Call, ToEngine, ToWeb
 from service.host.channel.socket import Frames, LoopEnd, ThreadEnd, framed, pair
@@ -28,15 +28,16 @@ MESSAGES = [
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=200))
-def test_messages_come_whole_however_the_bytes_are_cut(sizes):
-    data, frames, got = b"".join(map(framed, MESSAGES)), Frames(TO_ENGINE), []
+def test_messages_come_whole_however_the_bytes_are_cut(sizes: list[int]) -> None:
+    data, frames = b"".join(map(framed, MESSAGES)), Frames(TO_ENGINE)
+    got: list[ToEngine] = []
     for size in sizes:
         part, data = data[:size], data[size:]
         got += frames.push(part)
     assert got + frames.push(data) == MESSAGES
 
 
-def test_news_is_what_it_was():
+def test_news_is_what_it_was() -> None:
     news = News(
         "w8a8",
         Gauges(1, 2, 3, 4, 5, 6, 7, 8, 9),
@@ -52,19 +53,20 @@ def test_news_is_what_it_was():
 
 
 @pytest.mark.parametrize("kind", list(leaves()), ids=lambda kind: kind.__name__)
-def test_every_error_comes_back_as_it_was(kind):
+def test_every_error_comes_back_as_it_was(kind: type[OttavaError]) -> None:
     error = error_of(fault_of(kind("why", "field")))
     assert (type(error), error.message, error.param, error.status) == (kind, "why", "field", kind.status)
 
 
-def test_an_error_that_is_none_of_ours_tells_its_class_alone():
+def test_an_error_that_is_none_of_ours_tells_its_class_alone() -> None:
     assert "secret" not in error_of(fault_of(KeyError("secret"))).message
 
 
-def test_who_does_not_read_keeps_nobody_and_gets_everything_in_order():
+def test_who_does_not_read_keeps_nobody_and_gets_everything_in_order() -> None:
     """Far more than the kernel's buffer holds."""
     ours, theirs = pair()
-    end, far, got = ThreadEnd(ours, TO_ENGINE), ThreadEnd(theirs, TO_ENGINE), []
+    end, far = ThreadEnd(ours, TO_ENGINE), ThreadEnd(theirs, TO_ENGINE)
+    got: list[ToEngine] = []
     sent = [Call(number, "compile", "x" * 2000) for number in range(10_000)]
     longest_s = 0.0
     for message in sent:
@@ -83,7 +85,7 @@ def test_who_does_not_read_keeps_nobody_and_gets_everything_in_order():
         socket.close()
 
 
-def test_who_never_reads_counts_as_gone_before_memory_runs_out(monkeypatch):
+def test_who_never_reads_counts_as_gone_before_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "MAX_BACKLOG_BYTES", 1 << 20)
     ours, theirs = pair()
     gone = threading.Event()
@@ -99,10 +101,11 @@ def test_who_never_reads_counts_as_gone_before_memory_runs_out(monkeypatch):
     ours.close()
 
 
-def test_the_end_of_one_side_is_seen_by_the_other():
-    async def go():
+def test_the_end_of_one_side_is_seen_by_the_other() -> None:
+    async def go() -> list[ToWeb]:
         ours, theirs = pair()
-        gone, got = asyncio.Event(), []
+        gone = asyncio.Event()
+        got: list[ToWeb] = []
         end = LoopEnd(TO_WEB, got.append, gone.set)
         await end.attach(ours)
         far = ThreadEnd(theirs, TO_ENGINE)
@@ -117,7 +120,7 @@ def test_the_end_of_one_side_is_seen_by_the_other():
 
     assert asyncio.run(go()) == [News("w8a8", Gauges())]
     ours, theirs = pair()
-    got = []
+    got: list[ToEngine] = []
     ours.close()
     ThreadEnd(theirs, TO_ENGINE).read_all(got.append)
     assert got == []
