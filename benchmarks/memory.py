@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -66,7 +67,8 @@ def main() -> None:
 
 def write_model(folder: Path, num_layers: int) -> None:
     """A random model, one file per layer and one for the rest, written layer by layer."""
-    LlamaConfig(**SHAPE, num_hidden_layers=num_layers, dtype="bfloat16").save_pretrained(folder)
+    fields: dict[str, Any] = {**SHAPE, "num_hidden_layers": num_layers, "dtype": "bfloat16"}
+    LlamaConfig(**fields).save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     files: dict[str, dict[str, torch.Size]] = {}
     for name, parameter in skeleton(folder).named_parameters():

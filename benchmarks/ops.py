@@ -68,9 +68,10 @@ def _fused(x: Quantized, weights: Sequence[Tensor], scale: Tensor) -> list[Call]
 
 
 def _apart(x: Quantized, weights: Sequence[Tensor], scale: Tensor) -> list[Call]:
-    return [
-        lambda weight=weight: kernels.silu_mul(kernels.int8_linear(x, weight, scale), ToInt8()) for weight in weights
-    ]
+    def run(weight: Tensor) -> Tensor | Quantized:
+        return kernels.silu_mul(kernels.int8_linear(x, weight, scale), ToInt8())
+
+    return [partial(run, weight) for weight in weights]
 
 
 def op_bytes(config: ModelConfig, tokens: int) -> dict[str, int]:

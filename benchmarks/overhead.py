@@ -221,12 +221,13 @@ async def clients() -> AsyncIterator[Ask]:
         limit=1 << 28,
         cwd=Path(__file__).parent.parent,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    to, back = process.stdin, process.stdout
+    assert to is not None
+    assert back is not None
 
     async def ask(job: dict[str, Any]) -> dict[str, Any]:
-        process.stdin.write(json.dumps(job).encode() + b"\n")
-        line = await process.stdout.readline()
+        to.write(json.dumps(job).encode() + b"\n")
+        line = await back.readline()
         if not line:
             raise RuntimeError("the clients' process has ended; its error is above")
         answer: dict[str, Any] = json.loads(line)
@@ -235,7 +236,7 @@ async def clients() -> AsyncIterator[Ask]:
     try:
         yield ask
     finally:
-        process.stdin.close()
+        to.close()
         await process.wait()
 
 

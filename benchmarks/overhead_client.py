@@ -13,6 +13,7 @@ import selectors
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 HOST = "127.0.0.1"
@@ -29,7 +30,7 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         started_s = time.process_time()
-        answer = {"streams": at_once, "first": first_event_s, "floor": floor_s}[job.pop("kind")](**job)
+        answer = KINDS[job.pop("kind")](**job)
         print(json.dumps({"answer": answer, "cpu_s": time.process_time() - started_s}), flush=True)
 
 
@@ -141,7 +142,8 @@ def token_times(arrivals: Arrivals, path: str) -> list[float]:
 
 def _spread(times: list[float], lengths: list[int], num_tokens: int) -> list[float]:
     """The events' times, each as often as its length of all lengths makes of so many tokens."""
-    total, so_far, spread = sum(lengths), 0, []
+    total, so_far = sum(lengths), 0
+    spread: list[float] = []
     for time_s, length in zip(times, lengths, strict=True):
         so_far += length
         spread += [time_s] * (round(num_tokens * so_far / total) - len(spread))
@@ -179,6 +181,10 @@ def received(one: socket.socket) -> bytes:
     if not data:
         raise ConnectionError("the server closed the connection")
     return data
+
+
+KINDS: dict[str, Callable[..., object]] = {"streams": at_once, "first": first_event_s, "floor": floor_s}
+"""What a job can be; each takes the rest of the job as its arguments."""
 
 
 if __name__ == "__main__":

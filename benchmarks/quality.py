@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,7 +33,7 @@ from benchmarks.report import RESULTS, birth_certificate, write
 from benchmarks.wheels import fetch_member
 from quant.analysis.choices import Question
 from quant.convert.calibration import windows_from_text
-from quant.scheme import PRESETS, Scheme
+from quant.scheme import PRESETS, Rounding, Scheme
 from service.models.config import ModelConfig, smooth_groups
 from service.models.devices import pick_device, pick_dtype
 from service.settings import Settings, load_settings
@@ -91,7 +91,9 @@ def parse(spec: str) -> Scheme:
     """The scheme of "preset[:alpha][+rounding]"."""
     base, _, rounding = spec.strip().partition("+")
     name, _, alpha = base.partition(":")
-    return Scheme.preset(name, float(alpha) if alpha else None).with_rounding(rounding or None)
+    # A word that is no rounding is refused there.
+    chosen = cast("Rounding | None", rounding or None)
+    return Scheme.preset(name, float(alpha) if alpha else None).with_rounding(chosen)
 
 
 def kept_rows(out: Path, certificate: dict[str, Any]) -> Rows:

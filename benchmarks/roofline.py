@@ -44,7 +44,12 @@ def draw(result: dict[str, Any], out: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(10, 6.5), layout="constrained")
     _roofs(axes, gpu, [row["intensity"] for row in rows])
     for row in rows:
-        place = {"marker": MARKERS[row["part"]], "color": COLOURS[row["flow"]], "markersize": 7, "linestyle": ""}
+        place: dict[str, Any] = {
+            "marker": MARKERS[row["part"]],
+            "color": COLOURS[row["flow"]],
+            "markersize": 7,
+            "linestyle": "",
+        }
         axes.plot(row["intensity"], _tops(row, "us"), **place)
         if "measured_us" in row:
             axes.plot(row["intensity"], _tops(row, "measured_us"), **place, fillstyle="none")

@@ -108,6 +108,11 @@ def _remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "weights cut": _cut(WEIGHTS),
     "a bit of a weight flipped": _flip(WEIGHTS, 0.6),
@@ -116,7 +121,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "config.json cut": _cut("config.json"),
     "a bit of config.json flipped": _flip("config.json", 0.5),
     "ottava.json emptied": lambda folder: os.truncate(folder / "ottava.json", 0),
-    "the folder emptied": lambda folder: [path.unlink() for path in folder.iterdir()] and None,
+    "the folder emptied": _empty,
 }
 
 

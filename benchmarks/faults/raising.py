@@ -47,7 +47,7 @@ def main() -> None:
         del sys.argv[1:5]
         engine_process.main()
     command = [sys.executable, "-m", "benchmarks.faults.raising", name, trigger, how, ENGINES]
-    assemble.ProcessLink = partial(ProcessLink, command=command)  # type: ignore[assignment,misc]
+    vars(assemble)["ProcessLink"] = partial(ProcessLink, command=command)
     del sys.argv[1:4]
     cli.main()
 

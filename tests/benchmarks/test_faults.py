@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import report
 from benchmarks.faults import __main__ as script
-from benchmarks.faults.bench import PROMPTS, questions
+from benchmarks.faults.bench import PROMPTS, Bench, questions
 from benchmarks.faults.case import Case
 from benchmarks.faults.clients import Kind, Question, Seen, encoded, parse
 from benchmarks.faults.raising import AFTER, raising
@@ -19,15 +23,19 @@ ANSWERS = {("w8a8", "a"): (1, 2, 3, 4)}
 RIGHT = Seen(Kind.ANSWERED, 200, "length", (1, 2, 3))
 
 
-def http(status, content, kind="application/json", **headers):
+def http(status: int, content: object, kind: str = "application/json", **headers: object) -> bytes:
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     length = {} if kind == "text/event-stream" else {"content-length": len(body)}
-    head = {"content-type": kind, **length, **{name.replace("_", "-"): value for name, value in headers.items()}}
+    head: dict[str, object] = {
+        "content-type": kind,
+        **length,
+        **{name.replace("_", "-"): value for name, value in headers.items()},
+    }
     lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in head.items()), "", ""]
     return "\r\n".join(lines).encode() + body
 
 
-def stream(*events, is_whole=True):
+def stream(*events: object, is_whole: bool = True) -> bytes:
     chunks = [
         b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n" for event in events
     ]
@@ -57,12 +65,12 @@ ERROR = {"error": {"code": "engine_failed", "message": "a step raised"}}
         (b"HTTP/1.1 200 OK\r\ncontent-le", Kind.CUT, "cut off"),
     ],
 )
-def test_what_a_client_saw(received, kind, said):
+def test_what_a_client_saw(received: bytes, kind: Kind, said: str) -> None:
     seen = parse(received)
     assert (seen.kind, str(seen)) == (kind, said)
 
 
-def test_a_stream_whose_parts_do_not_add_up_is_noticed():
+def test_a_stream_whose_parts_do_not_add_up_is_noticed() -> None:
     assert parse(stream(*DELTAS, LAST, b"[DONE]")).is_consistent
     assert not parse(stream(DELTAS[0], LAST, b"[DONE]")).is_consistent
     # Half an answer that looks like a whole one.
@@ -71,19 +79,19 @@ def test_a_stream_whose_parts_do_not_add_up_is_noticed():
     assert parse(stream(*DELTAS, is_whole=False)).token_ids == (1, 2, 3)
 
 
-def test_a_question_is_asked_as_http():
+def test_a_question_is_asked_as_http() -> None:
     head, _, body = encoded(QUESTION, {"x-request-id": "same"}).partition(b"\r\n\r\n")
     assert b"x-request-id: same" in head
     assert b"content-length: %d" % len(body) in head
     assert json.loads(body) == QUESTION.body
 
 
-def test_questions_go_round_prompts_variants_and_streams():
+def test_questions_go_round_prompts_variants_and_streams() -> None:
     asked = questions(4 * len(PROMPTS), 8)
     assert len(set(asked)) == len(asked)
 
 
-def test_the_books_of_a_good_case():
+def test_the_books_of_a_good_case() -> None:
     case = Case("good")
     seen = case.take([(QUESTION, RIGHT), (QUESTION, Seen(Kind.LEFT))], ANSWERS, (Kind.ANSWERED, Kind.LEFT))
     assert seen == {"200 length": 1, "left": 1}
@@ -104,7 +112,7 @@ def test_the_books_of_a_good_case():
         (Seen(Kind.REFUSED, 503, "queue_full", headers={"retry-after": "1"}), False, "unexpected: 503 queue_full"),
     ],
 )
-def test_what_fails_a_case(seen, is_lost, complaint):
+def test_what_fails_a_case(seen: Seen, is_lost: bool, complaint: str) -> None:
     case = Case("bad")
     case.take([(QUESTION, RIGHT), (QUESTION, seen)], ANSWERS)
     assert case.has_failed
@@ -113,7 +121,7 @@ def test_what_fails_a_case(seen, is_lost, complaint):
 
 
 @pytest.mark.parametrize("headers", [{}, {"retry-after": "0"}, {"retry-after": "soon"}])
-def test_a_503_must_say_when_to_come_again(headers):
+def test_a_503_must_say_when_to_come_again(headers: dict[str, str]) -> None:
     case = Case("bad")
     case.take([(QUESTION, Seen(Kind.REFUSED, 503, "queue_full", headers=headers))], ANSWERS, (Kind.REFUSED,))
     assert "without Retry-After" in case.verdict
@@ -121,7 +129,7 @@ def test_a_503_must_say_when_to_come_again(headers):
 
 
 @pytest.mark.parametrize("how", ["once", "always"])
-def test_an_op_that_raises_from_when_it_is_told(tmp_path, how):
+def test_an_op_that_raises_from_when_it_is_told(tmp_path: Path, how: str) -> None:
     trigger = tmp_path / "trigger"
     op = raising(lambda x: 2 * x, trigger, how == "once")
     assert [op(1) for _ in range(2 * AFTER)] == [2] * 2 * AFTER
@@ -135,21 +143,21 @@ def test_an_op_that_raises_from_when_it_is_told(tmp_path, how):
         assert op(1) == 2
 
 
-async def broken(_, case):
+async def broken(_: Bench, case: Case) -> None:
     case.done = "one | two"
     case.take([(QUESTION, RIGHT)], ANSWERS)
     case.expect_equal(1, 2, "ones")
 
 
-async def raises(_, case):
+async def raises(_: Bench, case: Case) -> None:
     raise RuntimeError("no server")
 
 
-async def fine(_, case):
+async def fine(_: Bench, case: Case) -> None:
     case.take([(QUESTION, RIGHT)], ANSWERS)
 
 
-async def skipped(_, case):
+async def skipped(_: Bench, case: Case) -> None:
     case.skipped = "needs root"
 
 
@@ -157,14 +165,20 @@ async def skipped(_, case):
     ("cases", "is_failure"),
     [((fine,), False), ((fine, skipped), False), ((fine, broken), True), ((raises, fine), True)],
 )
-def test_a_failed_case_fails_the_script_and_stands_in_its_table(monkeypatch, tmp_path, capsys, cases, is_failure):
-    async def ask_in_quiet():
+def test_a_failed_case_fails_the_script_and_stands_in_its_table(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    cases: tuple[script.Run, ...],
+    is_failure: bool,
+) -> None:
+    async def ask_in_quiet() -> None:
         pass
 
     bench = SimpleNamespace(ask_in_quiet=ask_in_quiet)
-    monkeypatch.setattr(script.Bench, "make", lambda *_: bench)
-    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(script.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(Bench, "make", lambda *_: bench)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(script, "CASES", {run.__name__: (run.__name__, run) for run in cases})
     out = tmp_path / "faults.json"
     monkeypatch.setattr("sys.argv", ["benchmarks/faults/__main__.py", "--out", str(out)])
@@ -181,13 +195,13 @@ def test_a_failed_case_fails_the_script_and_stands_in_its_table(monkeypatch, tmp
         assert verdicts.get(run.__name__, "FAILED: RuntimeError: no server") in line
 
 
-def test_cases_are_chosen_by_name():
+def test_cases_are_chosen_by_name() -> None:
     assert script._names("crowd,soak") == ["crowd", "soak"]
-    with pytest.raises(script.argparse.ArgumentTypeError, match="no case 'flood'; the cases are crowd,"):
+    with pytest.raises(argparse.ArgumentTypeError, match="no case 'flood'; the cases are crowd,"):
         script._names("crowd,flood")
 
 
-def test_a_package_is_named_as_one_repeats_it():
+def test_a_package_is_named_as_one_repeats_it() -> None:
     assert report._as_module(["/x/benchmarks/faults/__main__.py", "--cases", "ids"]) == [
         "-m",
         "benchmarks.faults",

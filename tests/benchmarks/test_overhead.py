@@ -27,6 +27,7 @@ from benchmarks.paced import PacedRunner, made_tokenizer
 from service.engine.api import SamplingParams
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler
+from tests.support.narrowed import present
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -36,7 +37,7 @@ def chunk(event: str) -> bytes:
     return b"%x\r\n" % len(data) + data + b"\r\n"
 
 
-def test_rates_are_of_the_whole_and_of_the_time_in_which_all_stream():
+def test_rates_are_of_the_whole_and_of_the_time_in_which_all_stream() -> None:
     times = [[1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]]
     assert rate(0.0, times) == 8 / 5
     assert full_rate(times) == 4 / 2
@@ -44,7 +45,7 @@ def test_rates_are_of_the_whole_and_of_the_time_in_which_all_stream():
         full_rate([[1.0, 2.0], [2.0, 3.0]])
 
 
-def test_a_ratio_is_that_of_its_round():
+def test_a_ratio_is_that_of_its_round() -> None:
     rates = {ALONE: [100.0, 50.0, 100.0], GENERATE: [90.0, 49.0, 99.0]}
     row = stream_row(GENERATE, rates, rates, Cost(1000, 0.05, 0.04, 0.01, [0.5]), 64)
     assert row["tokens_per_s_ratio_p50"] == 0.98
@@ -54,7 +55,7 @@ def test_a_ratio_is_that_of_its_round():
     assert not stream_row(GENERATE, rates | {GENERATE: [94.0, 46.0, 94.0]}, rates, Cost(1, others=[0.0]), 64)["holds"]
 
 
-def test_what_is_added_is_paired_and_must_hold_both_ways():
+def test_what_is_added_is_paired_and_must_hold_both_ways() -> None:
     row = first_row(GENERATE, [0.0075, 0.0085], [0.0060, 0.0070])
     assert row["added_ms_p99"] == pytest.approx(1.5)
     assert row["added_ms_of_p99s"] == pytest.approx(1.5)
@@ -65,7 +66,7 @@ def test_what_is_added_is_paired_and_must_hold_both_ways():
     assert "goal" not in first_row(ALONE, [0.006], [0.006])
 
 
-def test_tokens_are_timed_by_the_arrival_of_their_events_end():
+def test_tokens_are_timed_by_the_arrival_of_their_events_end() -> None:
     events = [
         chunk('{"token_ids": [1]}'),
         chunk('{"token_ids": [2, 3]}'),
@@ -77,7 +78,7 @@ def test_tokens_are_timed_by_the_arrival_of_their_events_end():
 
 
 @pytest.mark.parametrize(("told", "times"), [(2, [1.0, 2.0]), (4, [1.0, 2.0, 2.0, 2.0])])
-def test_tokens_of_an_event_that_does_not_count_them_are_its_share_of_the_text(told, times):
+def test_tokens_of_an_event_that_does_not_count_them_are_its_share_of_the_text(told: int, times: list[float]) -> None:
     choices = [
         chunk('{"choices": [{"text": " a"}]}'),
         chunk(f'{{"choices": [{{"text": " b c d", "metrics": {{"generated_tokens": {told}}}}}]}}'),
@@ -95,12 +96,12 @@ def test_tokens_of_an_event_that_does_not_count_them_are_its_share_of_the_text(t
     ],
     ids=["lost token", "no end", "refused"],
 )
-def test_a_stream_that_is_not_whole_is_no_measurement(body):
+def test_a_stream_that_is_not_whole_is_no_measurement(body: bytes) -> None:
     with pytest.raises(ValueError, match="/generate"):
         token_times([(1.0, body + b"0\r\n\r\n")], "/generate")
 
 
-def test_a_paced_step_takes_its_time_from_the_end_of_the_one_before():
+def test_a_paced_step_takes_its_time_from_the_end_of_the_one_before() -> None:
     scheduler, runner = (
         Scheduler(num_blocks=8, block_size=16, max_num_requests=2, max_batched_tokens=64),
         PacedRunner([5, 6, 7], 0.02),
@@ -110,7 +111,7 @@ def test_a_paced_step_takes_its_time_from_the_end_of_the_one_before():
     started_s = time.perf_counter()
     launched = []
     for _ in range(2):
-        step = scheduler.schedule(0.0)
+        step = present(scheduler.schedule(0.0))
         launched.append((step, runner.execute(step)))
     assert time.perf_counter() - started_s < 0.02
     results = [handle.read() for _, handle in launched]
@@ -119,7 +120,7 @@ def test_a_paced_step_takes_its_time_from_the_end_of_the_one_before():
     assert results[1].token_ids == [6, [6, 7, 5][97 % 3]]
 
 
-def test_a_made_vocabulary_gives_every_token_a_text_and_every_text_back():
+def test_a_made_vocabulary_gives_every_token_a_text_and_every_text_back() -> None:
     tokenizer = made_tokenizer(1000)
     assert tokenizer.vocab_size == 1000
     text = "na\u00efve: 2 \u20ac\n"
@@ -130,7 +131,7 @@ def test_a_made_vocabulary_gives_every_token_a_text_and_every_text_back():
         made_tokenizer(100)
 
 
-def test_the_whole_in_small():
+def test_the_whole_in_small() -> None:
     words = "--engine paced --shape llama-2-13b --step-ms 1 --streams 3 --prompt 32 --tokens 24 --rounds 1 --requests 2"
     args = arguments(words.split())
     rig = rig_of(args, settings_of(args))

@@ -31,7 +31,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(make: Any) -> Any:
         def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
-            tensor = make(*args, **kwargs)
+            tensor: torch.Tensor = make(*args, **kwargs)
             return tensor.fill_(POISON.get(tensor.dtype, float("nan") if tensor.is_floating_point() else 0))
 
         return allocate

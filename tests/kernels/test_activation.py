@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import activation
 from kernels.quantized import Quantized, ToInt8
-from tests.support.kernel_checks import check_codes, check_float
+from tests.support.kernel_checks import check_codes, check_float, codes_of, floats_of
 from tests.support.places import Place
 
 SMALL, LARGE = [(1, 64), (17, 100), (63, 577)], [(1, 14336), (1000, 4096), (65, 14336)]
@@ -84,8 +84,8 @@ def test_a_fault_is_not_hidden(place: Place, op: str) -> None:
     run, _ = OPS[op]
     x = place.randn(3, 100)
     x[1, 30] = float("nan")
-    assert run(x).isfinite().all(-1).tolist() == [True, False, True]
-    assert run(x, quantize=ToInt8()).scale.isfinite().tolist() == [True, False, True]
+    assert floats_of(run(x)).isfinite().all(-1).tolist() == [True, False, True]
+    assert codes_of(run(x, quantize=ToInt8())).scale.isfinite().tolist() == [True, False, True]
 
 
 def test_too_long_a_row_is_named(place: Place) -> None:
@@ -100,10 +100,10 @@ def test_too_long_a_row_is_named(place: Place) -> None:
 
 def test_twins_fail(place: Place) -> None:
     x = place.randn(17, 200)
-    silu, gelu = activation.silu_mul(x), activation.gelu(x, "none")
-    codes = activation.gelu(x, "tanh", ToInt8())
+    silu, gelu = floats_of(activation.silu_mul(x)), activation.gelu(x, "none")
+    codes = codes_of(activation.gelu(x, "tanh", ToInt8()))
     halves_swapped = torch.cat((x[:, 100:], x[:, :100]), dim=1)
-    wrong = [
+    wrong: list[Callable[[], None]] = [
         lambda: check_float(silu, exact_silu_mul(halves_swapped), place.dtype),
         lambda: check_float(silu.roll(1, 0), exact_silu_mul(x), place.dtype),
         lambda: check_float(silu, exact_gelu_mul(x), place.dtype),

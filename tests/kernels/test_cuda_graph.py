@@ -7,6 +7,7 @@ import torch
 
 import kernels
 from kernels.quantized import ToInt8
+from tests.support.kernel_checks import codes_of, floats_of
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +20,10 @@ class Layer:
     def __init__(self) -> None:
         K = H * D
         make = torch.Generator("cuda").manual_seed(0)
-        randn = lambda *shape: torch.randn(*shape, generator=make, device="cuda")  # noqa: E731
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=make, device="cuda")
+
         self.x, self.norm = randn(T, K).half(), randn(K).half()
         self.weights = [
             (torch.randint(-127, 128, (n, k), generator=make, device="cuda", dtype=torch.int8), randn(n).abs() / 1000)
@@ -35,14 +39,16 @@ class Layer:
         qkv, out, gate_up, down = self.weights
         x, h = kernels.rms_norm(self.x, self.norm, 1e-5, None, ToInt8())
         slots = self.tables[:, 0] * 16 + self.lens - 1
-        q = kernels.rope_and_cache(kernels.int8_linear(x, *qkv), self.lens, slots, self.cos_sin, self.k, self.v, H)
+        q = kernels.rope_and_cache(
+            kernels.int8_linear(codes_of(x), *qkv), self.lens, slots, self.cos_sin, self.k, self.v, H
+        )
         y = kernels.paged_attention(q, self.k, self.v, self.tables, self.starts, self.lens, 1, D**-0.5)
-        attended = kernels.int8_linear(kernels.quantize_rows(y), *out)
+        attended = kernels.int8_linear(kernels.quantize_rows(floats_of(y)), *out)
         x, h = kernels.rms_norm(attended, self.norm, 1e-5, h, ToInt8())
-        x = kernels.silu_mul(kernels.int8_linear(x, *gate_up), ToInt8())
-        y = kernels.int8_linear(x, *down, residual=h)
-        y, _ = kernels.layer_norm(y, self.norm, None, 1e-5)
-        return kernels.int8_linear(kernels.quantize_tensor(kernels.gelu(kernels.relu(y))), *out)
+        x = kernels.silu_mul(kernels.int8_linear(codes_of(x), *gate_up), ToInt8())
+        y, _ = kernels.layer_norm(kernels.int8_linear(codes_of(x), *down, residual=h), self.norm, None, 1e-5)
+        y = kernels.gelu(floats_of(kernels.relu(floats_of(y))))
+        return kernels.int8_linear(kernels.quantize_tensor(floats_of(y)), *out)
 
 
 def test_replay_equals_eager() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import gemm, quantize, reference
 from kernels.quantized import Quantized, ToInt8
-from tests.support.kernel_checks import check_codes, check_float
+from tests.support.kernel_checks import check_codes, check_float, codes_of, floats_of
 from tests.support.places import Place
 
 SMALL = [(1, 40, 64), (17, 300, 200), (63, 72, 576)]
@@ -35,7 +35,7 @@ def exact(x: Quantized, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | N
     return gate / (1 + (-gate).exp()) * up
 
 
-def check(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+def check(got: Tensor | Quantized, want: Tensor, dtype: torch.dtype) -> None:
     """As check_float: z, a few units, is right to 2**-19 of itself, and y moves at most (1 + |up|) as much."""
     slack = want.abs().amax() * 2.0**-17 / torch.finfo(dtype).eps * 2
     check_float(got, want, dtype, rounded=slack.expand_as(want))
@@ -49,9 +49,11 @@ def test_gated(place: Place, tile: None) -> None:
 
 def test_reference(place: Place) -> None:
     case = operands(place, 150, 300, 200)
-    on_cpu = {k: Quantized(*(t.cpu() for t in v)) if isinstance(v, Quantized) else v.cpu() for k, v in case.items()}
+    on_cpu: dict[str, Any] = {
+        k: Quantized(*(t.cpu() for t in v)) if isinstance(v, Quantized) else v.cpu() for k, v in case.items()
+    }
     check(reference.int8_gated_linear(**on_cpu, out_dtype=place.dtype), exact(**on_cpu), place.dtype)
-    y = reference.int8_gated_linear(**on_cpu, out_dtype=place.dtype)
+    y = floats_of(reference.int8_gated_linear(**on_cpu, out_dtype=place.dtype))
     codes, scale = reference.int8_gated_linear(**on_cpu, out_dtype=place.dtype, quantize=ToInt8())
     want = reference.quantize_rows(y)
     assert torch.equal(codes, want.codes)
@@ -61,8 +63,9 @@ def test_reference(place: Place) -> None:
 def test_codes_are_those_of_the_rounded_result(place: Place, tile: None) -> None:
     for T, N, K in place.shapes(SMALL, LARGE):
         case = operands(place, T, N, K)
-        y = gemm.int8_gated_linear(**case, out_dtype=place.dtype)
-        got, want = gemm.int8_gated_linear(**case, out_dtype=place.dtype, quantize=ToInt8()), quantize.quantize_rows(y)
+        y = floats_of(gemm.int8_gated_linear(**case, out_dtype=place.dtype))
+        got = codes_of(gemm.int8_gated_linear(**case, out_dtype=place.dtype, quantize=ToInt8()))
+        want = quantize.quantize_rows(y)
         assert torch.equal(got.codes, want.codes)
         assert torch.equal(got.scale, want.scale)
         static = torch.tensor([0.03], device=place.device)
@@ -78,7 +81,7 @@ def test_no_bias_and_scales_of_the_tensor(place: Place) -> None:
 
 def test_a_row_does_not_depend_on_its_batch(place: Place) -> None:
     case = operands(place, 65, 300, 200)
-    batch = gemm.int8_gated_linear(**case, out_dtype=place.dtype, quantize=ToInt8())
+    batch = codes_of(gemm.int8_gated_linear(**case, out_dtype=place.dtype, quantize=ToInt8()))
     for row in (slice(0, 1), slice(40, 57)):
         alone = case | {"x": Quantized(*(part[row] for part in case["x"]))}
         codes, scale = gemm.int8_gated_linear(**alone, out_dtype=place.dtype, quantize=ToInt8())
@@ -90,7 +93,8 @@ def test_a_row_does_not_depend_on_its_batch(place: Place) -> None:
 def test_a_fault_shows_in_the_scale_of_its_row(place: Place) -> None:
     case = operands(place, 3, 40, 64)
     case["x"].scale[1] = float("nan")
-    assert gemm.int8_gated_linear(**case, quantize=ToInt8()).scale.isfinite().tolist() == [True, False, True]
+    got = codes_of(gemm.int8_gated_linear(**case, quantize=ToInt8()))
+    assert got.scale.isfinite().tolist() == [True, False, True]
 
 
 def test_no_rows(place: Place) -> None:

@@ -139,7 +139,7 @@ def test_reference_sums_are_the_exact_product(T: int, N: int, num_groups: int, g
         torch.randint(-7, 8, (rows, num_groups * group), generator=generator, dtype=torch.int8) for rows in (T, N)
     )
     x_scale, weight_scale = (2.0 ** torch.randint(-2, 3, s, generator=generator) for s in ((T,), (N, num_groups)))
-    case = {"x": Quantized(codes, x_scale), "weight_q": weight, "weight_scale": weight_scale}
+    case: dict[str, Any] = {"x": Quantized(codes, x_scale), "weight_q": weight, "weight_scale": weight_scale}
     (want,) = exact_terms(case | {"bias": None, "residual": None})
     assert torch.equal(reference.int8_group_linear(**case, out_dtype=torch.float32).double(), want)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import outliers, reference
+from kernels import gemm, outliers, reference
 from kernels.quantized import Outliers, Quantized
 from tests.support.kernel_checks import FLOAT32_SLACK, check_float
 from tests.support.places import Place
@@ -114,7 +114,7 @@ def test_without_outliers_it_is_the_int8_product(place: Place) -> None:
     case = operands(place, 17, 300, 96, 0)
     x_q, found = outliers.split_outliers(case["x"], THRESHOLD)
     assert listed(found) == []
-    want = outliers.int8_linear(**(case | {"x": x_q}), out_dtype=place.dtype)
+    want = gemm.int8_linear(**(case | {"x": x_q}), out_dtype=place.dtype)
     assert torch.equal(outliers.int8_outlier_linear(**case, out_dtype=place.dtype), want)
 
 
@@ -204,8 +204,6 @@ def test_quantizing_all_is_another_result(place: Place) -> None:
     case = operands(place, 17, 40, 96, 5) | {"bias": None, "residual": None}
     exact = case["x"].double() @ (case["weight_q"] * case["weight_scale"][:, None]).double().t()
     split = outliers.int8_outlier_linear(**case, out_dtype=torch.float32)
-    whole = outliers.int8_linear(
-        **(case | {"x": Quantized(*reference.quantize_rows(case["x"]))}), out_dtype=torch.float32
-    )
+    whole = gemm.int8_linear(**(case | {"x": Quantized(*reference.quantize_rows(case["x"]))}), out_dtype=torch.float32)
     assert isinstance(whole, Tensor)
     assert (split - exact).norm() < 0.5 * (whole - exact).norm()

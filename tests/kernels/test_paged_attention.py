@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import attention, decode_attention, paging, quantize, reference
 from kernels.quantized import Quantized, ToInt8
+from tests.support.kernel_checks import codes_of, floats_of
 from tests.support.places import Place
 
 MIXED = [(5, 5), (1, 70), (0, 0), (9, 33), (1, 1), (20, 61), (2, 16)]
@@ -43,6 +46,8 @@ class Case:
         for b, (_, context) in enumerate(requests):
             self.tables[b, : -(-context // block_size)] = order[b * width :][: -(-context // block_size)].int()
         shape = (len(order), block_size, G, D)
+        self.k: Tensor | Quantized
+        self.v: Tensor | Quantized
         self.k, self.v = (
             self.int8_cache(shape, rows) if name in int8 else self.float_cache(shape, rows)
             for name, rows in (("k", self.keys), ("v", self.values))
@@ -73,14 +78,22 @@ class Case:
             rows[b] = codes[at].double() * scale[at].double()[..., None]
         return Quantized(codes, scale)
 
+    @overload
+    def run(self, to_int8: None = None) -> Tensor: ...
+
+    @overload
+    def run(self, to_int8: ToInt8) -> Quantized: ...
+
     def run(self, to_int8: ToInt8 | None = None) -> Tensor | Quantized:
-        return attention.paged_attention(
+        y = attention.paged_attention(
             self.q, self.k, self.v, self.tables, self.query_starts, self.context_lens, self.max_query_len, self.scale,
             to_int8, self.window, self.soft_cap,
         )  # fmt: skip
+        return floats_of(y) if to_int8 is None else codes_of(y)
 
-    def check(self, got: Tensor) -> None:
+    def check(self, got: Tensor | Quantized) -> None:
         """Within: p rounded to the dtype, the output rounded, and float32 scores whose exponential is taken."""
+        got = floats_of(got)
         assert got.dtype == self.dtype
         half_ulp, start, group = torch.finfo(self.dtype).eps / 2, 0, self.q.shape[1] // self.keys[0].shape[1]
         for (rows, context), keys, values in zip(self.requests, self.keys, self.values, strict=True):
@@ -248,11 +261,11 @@ def test_soft_cap(place: Place, requests: list[tuple[int, int]], int8: str) -> N
 
 
 def test_window_row_does_not_depend_on_its_batch(place: Place) -> None:
-    D, H, G, settings = 64, 6, 2, {"window": 20, "soft_cap": 2.0}
-    batch, start = Case(place, MIXED, D, H, G, **settings), 0
+    D, H, G = 64, 6, 2
+    batch, start = Case(place, MIXED, D, H, G, window=20, soft_cap=2.0), 0
     together = batch.run()
     for b, (rows, _) in enumerate(MIXED):
-        alone = Case(place, MIXED[b : b + 1], D, H, G, **settings)
+        alone = Case(place, MIXED[b : b + 1], D, H, G, window=20, soft_cap=2.0)
         alone.k, alone.v, alone.tables = batch.k, batch.v, batch.tables[b : b + 1]
         alone.q = batch.q[start : start + rows]
         assert torch.equal(alone.run(), together[start : start + rows])
@@ -314,7 +327,7 @@ def test_heads_before_slots(place: Place) -> None:
     """A cache may keep a head's slots side by side."""
     case = Case(place, MIXED, 64, 6, 2)
     want = case.run()
-    case.k = case.k.transpose(1, 2).contiguous().transpose(1, 2)
+    case.k = floats_of(case.k).transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(case.run(), want)
 
 
@@ -323,7 +336,7 @@ def test_bad_shapes_are_named(place: Place) -> None:
     with pytest.raises(ValueError, match="4 query heads over 3 key heads"):
         case.run()
     case = Case(place, [(1, 5)], 64, 4, 2)
-    case.v = case.v.repeat_interleave(2, dim=3)[..., ::2]
+    case.v = floats_of(case.v).repeat_interleave(2, dim=3)[..., ::2]
     with pytest.raises(ValueError, match="cannot have strides"):
         case.run()
     case = Case(place, [(1, 300)], 64, 1024, 64)
@@ -342,7 +355,7 @@ def test_twins_fail(place: Place) -> None:
         case.scale *= 1.02
 
     def heads(case: Case) -> None:
-        case.k = case.k.flip(2)
+        case.k = floats_of(case.k).flip(2)
 
     for corrupt in (late, shuffled, scaled, heads):
         case = Case(place, MIXED, 64, 6, 2)
@@ -356,14 +369,16 @@ def test_twins_fail(place: Place) -> None:
 
 def test_int8_twins_fail(place: Place) -> None:
     def scaled(case: Case) -> None:
-        case.v.scale.mul_(1.02)
+        codes_of(case.v).scale.mul_(1.02)
 
     def rolled(case: Case) -> None:
         block = case.tables[1, 0].long()
-        case.k.scale[block] = case.k.scale[block].flip(0)
+        scale = codes_of(case.k).scale
+        scale[block] = scale[block].flip(0)
 
     def swapped(case: Case) -> None:
-        case.k.codes.copy_(case.k.codes.flip(2))
+        codes = codes_of(case.k).codes
+        codes.copy_(codes.flip(2))
 
     for corrupt in (scaled, rolled, swapped):
         case = Case(place, MIXED, 64, 6, 2, int8="kv")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import reference, rope
 from kernels.quantized import Quantized
-from tests.support.kernel_checks import check_codes, check_float
+from tests.support.kernel_checks import check_codes, check_float, codes_of, floats_of
 from tests.support.places import Place
 
 SENTINEL = 7.25
@@ -41,15 +43,17 @@ class Case:
         self.qkv = place.randn(T, (H + 2 * G) * D + 16)[:, 16:]
         angles = 100 * place.randn(50, R // 2, dtype=torch.float32)
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
-        self.weights = (1 + place.randn(D), 3 + place.randn(D + 1)[1:]) if is_normed else ()
+        self.weights: tuple[Tensor, ...] = (1 + place.randn(D), 3 + place.randn(D + 1)[1:]) if is_normed else ()
         self.positions = torch.arange(T, dtype=torch.int32, device=place.device) * 7 % 50
         slots = torch.randperm(16 * (T // 16 + 2), generator=torch.Generator().manual_seed(T))[:T]
         slots[-2:-1] = -1
         self.slots = slots.to(place.device, torch.int32)
         shape = (T // 16 + 2, 16, G, D)
+        self.k: Tensor | Quantized
+        self.v: Tensor | Quantized
         self.k, self.v = (torch.full(shape, SENTINEL, device=place.device, dtype=place.dtype) for _ in range(2))
         if is_int8:
-            self.k, self.v = (
+            self.k, v = (
                 Quantized(
                     torch.full(shape, CODE, dtype=torch.int8, device=place.device),
                     torch.full(shape[:3], SENTINEL, device=place.device),
@@ -57,49 +61,52 @@ class Case:
                 for _ in range(2)
             )
             # The slots of a block side by side, for v alone.
-            self.v = Quantized(self.v.codes, self.v.scale.transpose(1, 2).contiguous().transpose(1, 2))
+            self.v = Quantized(v.codes, v.scale.transpose(1, 2).contiguous().transpose(1, 2))
 
     def run(self) -> Tensor:
         where = self.positions, self.slots, self.cos_sin, self.k, self.v
-        return rope.rope_and_cache(self.qkv, *where, self.H, *self.weights, eps=EPS)
+        q_weight, k_weight = (*self.weights, None, None)[:2]
+        return rope.rope_and_cache(self.qkv, *where, self.H, q_weight, k_weight, eps=EPS)
 
     def turned(self, positions: Tensor) -> Tensor:
         """Queries and keys in float64 as they should leave the op."""
-        heads = self.qkv.unflatten(1, (self.H + 2 * self.G, -1))[:, : self.H + self.G]
+        heads = torch.unflatten(self.qkv, 1, (self.H + 2 * self.G, -1))[:, : self.H + self.G]
         if self.weights:
-            each = zip(heads.split((self.H, self.G), dim=1), self.weights, strict=True)
+            each = zip(torch.split(heads, [self.H, self.G], dim=1), self.weights, strict=True)
             heads = torch.cat([exact_norm(part, weight) for part, weight in each], dim=1)
         return exact_rotation(heads, self.cos_sin[positions.long()])
 
     def check_int8(self, q: Tensor) -> None:
-        G, D = self.k.codes.shape[-2:]
-        heads = self.qkv.unflatten(1, (self.H + 2 * G, D))
+        caches = codes_of(self.k), codes_of(self.v)
+        G, D = caches[0].codes.shape[-2:]
+        heads = torch.unflatten(self.qkv, 1, (self.H + 2 * G, D))
         turned = self.turned(self.positions)
         check_float(q, turned[:, : self.H], self.qkv.dtype)
         keep = self.slots >= 0
         at = self.slots[keep].long() // 16, self.slots[keep].long() % 16
-        k, v = (Quantized(cache.codes[at].flatten(0, 1), cache.scale[at].flatten()) for cache in (self.k, self.v))
+        k, v = (Quantized(cache.codes[at].flatten(0, 1), cache.scale[at].flatten()) for cache in caches)
         check_codes(k, turned[keep, self.H :].flatten(0, 1))
         # On the CPU: on a GPU torch divides by 127 as a multiplication, an ulp off.
         want = reference.quantize_rows(heads[keep, self.H + G :].flatten(0, 1).cpu())
         assert all(torch.equal(a.cpu(), b) for a, b in zip(v, want, strict=True))
-        for cache in (self.k, self.v):
+        for cache in caches:
             for part, sentinel in ((cache.codes, CODE), (cache.scale, SENTINEL)):
                 rest = part.clone()
                 rest[at] = sentinel
                 assert bool((rest == sentinel).all()), "an unused slot was written"
 
     def check(self, q: Tensor, positions: Tensor) -> None:
-        G, D = self.k.shape[-2:]
-        heads = self.qkv.unflatten(1, (self.H + 2 * G, D))
+        caches = floats_of(self.k), floats_of(self.v)
+        G, D = caches[0].shape[-2:]
+        heads = torch.unflatten(self.qkv, 1, (self.H + 2 * G, D))
         turned = self.turned(positions)
         check_float(q, turned[:, : self.H], self.qkv.dtype)
         keep = self.slots >= 0
-        slots, used = self.slots[keep].long(), torch.zeros(self.k[:, :, 0, 0].numel(), dtype=torch.bool)
+        slots, used = self.slots[keep].long(), torch.zeros(caches[0][:, :, 0, 0].numel(), dtype=torch.bool)
         used[slots.cpu()] = True
-        check_float(self.k.flatten(0, 1)[slots], turned[keep, self.H :], self.k.dtype)
-        assert torch.equal(self.v.flatten(0, 1)[slots], heads[keep, self.H + G :])
-        for cache in (self.k, self.v):
+        check_float(caches[0].flatten(0, 1)[slots], turned[keep, self.H :], caches[0].dtype)
+        assert torch.equal(caches[1].flatten(0, 1)[slots], heads[keep, self.H + G :])
+        for cache in caches:
             assert bool((cache.flatten(0, 1)[~used.to(cache.device)] == SENTINEL).all()), "an unused slot was written"
 
 
@@ -114,19 +121,20 @@ def test_head_norms(place: Place) -> None:
     """Of queries and keys, with a head of zeros and partners from beyond the turned columns; values stay."""
     for D, R, H, G in place.shapes([*SHAPES, (96, 64, 3, 1)], LARGE):
         case = Case(place, 17, D, R, H, G, is_normed=True)
-        case.qkv.unflatten(1, (-1, D))[3, 0] = 0.0
+        torch.unflatten(case.qkv, 1, (-1, D))[3, 0] = 0.0
         case.check(case.run(), case.positions)
     case = Case(place, 17, 64, 32, 6, 2, is_int8=True, is_normed=True)
     case.check_int8(case.run())
 
 
 def test_head_norm_twins_fail(place: Place) -> None:
-    for corrupt in (
+    corruptions: list[Callable[[Case], tuple[Tensor, ...]]] = [
         lambda case: case.weights[::-1],
         lambda case: (case.weights[0].roll(1), case.weights[1]),
         lambda case: (case.weights[0], 1.01 * case.weights[1]),
         lambda _: (),
-    ):
+    ]
+    for corrupt in corruptions:
         case = Case(place, 17, 64, 64, 6, 2, is_normed=True)
         exact = case.weights
         case.weights = corrupt(case)
@@ -146,18 +154,18 @@ def test_int8_cache(place: Place) -> None:
     for D, R, H, G in place.shapes([*SHAPES, (96, 64, 3, 1)], LARGE):
         case = Case(place, 17, D, R, H, G, is_int8=True)
         # A head of zeros has scale 1; a token's faulty head must not touch its neighbours.
-        case.qkv.unflatten(1, (-1, D))[3, -1] = 0.0
+        torch.unflatten(case.qkv, 1, (-1, D))[3, -1] = 0.0
         case.check_int8(case.run())
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_int8_faults(place: Place) -> None:
     case = Case(place, 3, 64, 64, 2, 2, is_int8=True)
-    case.qkv.unflatten(1, (-1, 64))[0, 2:] = float("nan")
+    torch.unflatten(case.qkv, 1, (-1, 64))[0, 2:] = float("nan")
     case.run()
     at = case.slots[0] // 16, case.slots[0] % 16
-    assert not case.k.scale[at].isfinite().any()
-    assert not case.v.scale[at].isfinite().any()
+    assert not codes_of(case.k).scale[at].isfinite().any()
+    assert not codes_of(case.v).scale[at].isfinite().any()
 
 
 def test_bad_shapes_are_named(place: Place) -> None:
@@ -170,7 +178,7 @@ def test_bad_shapes_are_named(place: Place) -> None:
         case.run()
     case.weights = ()
     case.H = 2
-    case.k = case.k.repeat_interleave(2, dim=3)[..., ::2]
+    case.k = floats_of(case.k).repeat_interleave(2, dim=3)[..., ::2]
     with pytest.raises(ValueError, match="cannot have strides"):
         case.run()
 
@@ -183,7 +191,7 @@ def test_twins_fail(place: Place) -> None:
         case.check(q, (case.positions + 1) % 50)
     with pytest.raises(AssertionError):
         case.check(q.roll(1, 1), case.positions)
-    case.v[case.slots[0] // 16, case.slots[0] % 16] += 1
+    floats_of(case.v)[case.slots[0] // 16, case.slots[0] % 16] += 1
     with pytest.raises(AssertionError):
         case.check(q, case.positions)
     again = Case(place, 17, 64, 64, 6, 2)

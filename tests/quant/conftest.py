@@ -16,12 +16,12 @@ settings.load_profile("quant")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads():
+def _few_threads() -> None:
     torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Tiny:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     model = tiny_llama()
     folder = tmp_path_factory.mktemp("tiny") / "float"
     model.save_pretrained(folder)

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from kernels import Quantized, ToInt8, quantize_rows, quantize_tensor
-from quant.convert.rounding import ScaleRule, quantize_weight
+from quant.convert.rounding import ScaleRule, Strategy, quantize_weight
 from quant.errors import UnlikeLinears
 from quant.fused import GatedLinear, _in_pairs, fuse, take_rows
-from quant.linear import FloatLinear, InputCodes, Int8Linear
+from quant.linear import FloatLinear, InputCodes, InputKind, Int8Linear
+from tests.support.kernel_checks import floats_of
+from tests.support.narrowed import int8_of, present
 
 N, K, T = 24, 32, 5
 
@@ -17,13 +23,27 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def int8_linear(
-    weight_q, weight_scale, bias, activation, input_scale, out_dtype, input_zero_point=None, outliers=None
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: InputKind,
+    input_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    input_zero_point: Tensor | None = None,
+    outliers: float | None = None,
 ) -> Int8Linear:
     input_codes = InputCodes(activation, input_scale, input_zero_point, outliers)
     return Int8Linear(weight_q, weight_scale, input_codes=input_codes, out_dtype=out_dtype, bias=bias)
 
 
-def int8(weight, activation="token", bias=None, strategy="channel", input_scale=None, out_dtype=torch.float32):
+def int8(
+    weight: Tensor,
+    activation: InputKind = "token",
+    bias: Tensor | None = None,
+    strategy: Strategy = "channel",
+    input_scale: float | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Int8Linear:
     codes, scale = quantize_weight(weight, ScaleRule(strategy, torch.float32))
     static = torch.tensor([input_scale]) if input_scale is not None else None
     return int8_linear(codes, scale.reshape(-1), bias, activation, static, out_dtype)
@@ -39,7 +59,9 @@ def dequantized(linear: Int8Linear) -> torch.Tensor:
     ids=["token", "tensor", "static"],
 )
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])
-def test_int8_is_the_product_of_the_dequantized_operands(activation, input_scale, strategy):
+def test_int8_is_the_product_of_the_dequantized_operands(
+    activation: InputKind, input_scale: float | None, strategy: Strategy
+) -> None:
     x, residual, bias = rand(T, K, seed=1), rand(T, N, seed=2), rand(N, seed=3)
     linear = int8(rand(N, K), activation, bias, strategy, input_scale)
     x_q = quantize_rows(x) if activation == "token" else quantize_tensor(x, linear.input_codes.scale)
@@ -55,54 +77,54 @@ def test_int8_is_the_product_of_the_dequantized_operands(activation, input_scale
     assert not torch.allclose(linear(x_q, residual).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_input_format_says_what_the_op_before_should_write():
+def test_input_format_says_what_the_op_before_should_write() -> None:
     weight = rand(N, K)
     assert FloatLinear(weight).input_format is None
     assert int8(weight, "tensor").input_format is None
     assert int8(weight, "token").input_format == ToInt8()
     static = int8(weight, "static", input_scale=0.5)
-    assert static.input_format.scale is static.input_codes.scale
+    assert present(static.input_format).scale is static.input_codes.scale
 
 
-def test_float_linear_adds_bias_and_residual():
+def test_float_linear_adds_bias_and_residual() -> None:
     weight, bias, x, residual = rand(N, K), rand(N, seed=1), rand(T, K, seed=2), rand(T, N, seed=3)
     torch.testing.assert_close(FloatLinear(weight, bias)(x, residual), x @ weight.T + bias + residual)
     with pytest.raises(TypeError, match="input_format"):
         FloatLinear(weight)(quantize_rows(x))
 
 
-def test_shape_bytes_and_device():
+def test_shape_bytes_and_device() -> None:
     linear = int8(rand(N, K), "static", rand(N), input_scale=0.5)
     assert linear.shape == (N, K)
     assert linear.weight_bytes == N * K + 4 * N + 4 * N + 4
     assert FloatLinear(rand(N, K).bfloat16()).weight_bytes == 2 * N * K
     moved = linear.to("meta")
     assert moved.weight_q.is_meta
-    assert moved.input_format.scale is moved.input_codes.scale
-    assert FloatLinear(rand(N, K), rand(N)).to("meta").bias.is_meta
+    assert present(moved.input_format).scale is moved.input_codes.scale
+    assert present(FloatLinear(rand(N, K), rand(N)).to("meta").bias).is_meta
 
 
 @pytest.mark.parametrize("activation", ["token", "tensor", "static"])
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])
-def test_fused_int8_is_its_parts_side_by_side(activation, strategy):
+def test_fused_int8_is_its_parts_side_by_side(activation: InputKind, strategy: Strategy) -> None:
     scale = 0.05 if activation == "static" else None
     parts = [
         int8(rand(N, K) * 10, activation, rand(N), strategy, scale),
         int8(rand(8, K, seed=1), activation, None, strategy, scale),
     ]
-    fused = fuse(parts)
+    fused = int8_of(fuse(parts))
     x = rand(T, K, seed=2)
     assert fused.shape == (N + 8, K)
     assert fused.weight_scale.shape == (N + 8,)
     assert torch.equal(fused(x), torch.cat([part(x) for part in parts], dim=1))
 
 
-def test_fused_static_scale_is_the_largest():
+def test_fused_static_scale_is_the_largest() -> None:
     parts = [int8(rand(N, K), "static", input_scale=scale) for scale in (0.1, 0.4, 0.2)]
-    assert fuse(parts).input_codes.scale.tolist() == pytest.approx([0.4])
+    assert present(int8_of(fuse(parts)).input_codes.scale).tolist() == pytest.approx([0.4])
 
 
-def test_fused_float_is_its_parts_side_by_side():
+def test_fused_float_is_its_parts_side_by_side() -> None:
     parts = [FloatLinear(rand(N, K)), FloatLinear(rand(8, K, seed=1), rand(8))]
     x = rand(T, K, seed=2)
     torch.testing.assert_close(fuse(parts)(x), torch.cat([part(x) for part in parts], dim=1))
@@ -116,7 +138,7 @@ def test_fused_float_is_its_parts_side_by_side():
         (lambda: [FloatLinear(rand(N, K)), FloatLinear(rand(N, K + 1))], r"K = \[32, 33\]"),
     ],
 )
-def test_fuse_refuses_what_does_not_fit(parts, message):
+def test_fuse_refuses_what_does_not_fit(parts: Callable[[], list[FloatLinear | Int8Linear]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fuse(parts())
 
@@ -129,7 +151,9 @@ def test_fuse_refuses_what_does_not_fit(parts, message):
         (lambda: [FloatLinear(rand(N, K)), FloatLinear(rand(N, K).half())], "different dtype"),
     ],
 )
-def test_fuse_refuses_parts_that_are_quantized_apart(parts, message):
+def test_fuse_refuses_parts_that_are_quantized_apart(
+    parts: Callable[[], list[FloatLinear | Int8Linear]], message: str
+) -> None:
     with pytest.raises(UnlikeLinears, match=message):
         fuse(parts())
 
@@ -147,7 +171,7 @@ def test_fuse_refuses_parts_that_are_quantized_apart(parts, message):
         ({"activation": "static", "input_scale": torch.ones(2)}, r"input_scale must be float32 \[1\]"),
     ],
 )
-def test_int8_linear_refuses_a_wrong_operand(change, message):
+def test_int8_linear_refuses_a_wrong_operand(change: dict[str, Any], message: str) -> None:
     operands = {
         "weight_q": torch.zeros(N, K, dtype=torch.int8),
         "weight_scale": torch.ones(N),
@@ -160,27 +184,27 @@ def test_int8_linear_refuses_a_wrong_operand(change, message):
         int8_linear(**(operands | change))
 
 
-def test_codes_of_minus_128_from_other_tools_are_multiplied_exactly():
+def test_codes_of_minus_128_from_other_tools_are_multiplied_exactly() -> None:
     codes = torch.full((N, K), -128, dtype=torch.int8)
     linear = int8_linear(codes, torch.ones(N), None, "token", None, torch.float32)
     x_q = Quantized(torch.full((T, K), 127, dtype=torch.int8), torch.ones(T))
     assert torch.equal(linear(x_q), torch.full((T, N), -128.0 * 127 * K))
 
 
-def test_rows_of_gate_and_up_in_pairs():
+def test_rows_of_gate_and_up_in_pairs() -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (6, 16), generator=generator, dtype=torch.int8)
     linear = int8_linear(codes, torch.rand(6), torch.rand(6), "token", None, torch.float32)
-    pairs = _in_pairs(linear)
+    pairs = int8_of(_in_pairs(linear))
     assert torch.equal(pairs.weight_q, codes[[0, 3, 1, 4, 2, 5]])
-    assert torch.equal(pairs.bias[::2], linear.bias[:3])
+    assert torch.equal(present(pairs.bias)[::2], present(linear.bias)[:3])
     back = take_rows(pairs, torch.arange(6).view(-1, 2).t().flatten())
     for name in ("weight_q", "weight_scale", "bias"):
         assert torch.equal(getattr(back, name), getattr(linear, name))
 
 
 @pytest.mark.parametrize("output_format", [None, ToInt8(), ToInt8(torch.tensor([0.1]))], ids=["float", "row", "static"])
-def test_gated_linear(output_format):
+def test_gated_linear(output_format: ToInt8 | None) -> None:
     generator = torch.Generator().manual_seed(1)
     gate, up = (
         int8_linear(
@@ -207,17 +231,17 @@ def test_gated_linear(output_format):
         torch.testing.assert_close(got, want)
     floats = [FloatLinear(part.weight_q * part.weight_scale[:, None]) for part in (gate, up)]
     exact = torch.nn.functional.silu(floats[0](x)) * floats[1](x)
-    torch.testing.assert_close(GatedLinear(*floats, None)(x), exact)
+    torch.testing.assert_close(GatedLinear(floats[0], floats[1], None)(x), exact)
 
 
-def test_gated_linear_refuses_unlike_parts():
+def test_gated_linear_refuses_unlike_parts() -> None:
     gate, up = FloatLinear(torch.ones(4, 8)), FloatLinear(torch.ones(6, 8))
     with pytest.raises(ValueError, match="one shape"):
         GatedLinear(gate, up, None)
 
 
 @pytest.mark.gpu
-def test_gated_linear_on_a_gpu():
+def test_gated_linear_on_a_gpu() -> None:
     generator = torch.Generator().manual_seed(2)
     gate, up = (
         int8_linear(
@@ -232,11 +256,13 @@ def test_gated_linear_on_a_gpu():
     )
     x = torch.randn(40, 128, generator=generator).half()
     on_cpu = GatedLinear(gate, up, None)
-    want = on_cpu(x).float()
+    want = floats_of(on_cpu(x)).float()
     there = GatedLinear(gate.to("cuda"), up.to("cuda"), None)
     assert there.is_paired
     assert not on_cpu.is_paired
-    torch.testing.assert_close(there(x.cuda()).float().cpu(), want, rtol=2e-3, atol=1e-3 * want.abs().max().item())
+    torch.testing.assert_close(
+        floats_of(there(x.cuda())).float().cpu(), want, rtol=2e-3, atol=1e-3 * want.abs().max().item()
+    )
 
 
 def grouped(n: int = N, bias: torch.Tensor | None = None, groups: int = 2, seed: int = 0) -> Int8Linear:
@@ -246,7 +272,9 @@ def grouped(n: int = N, bias: torch.Tensor | None = None, groups: int = 2, seed:
     return int8_linear(codes, scale, bias, "token", None, torch.float32)
 
 
-def asymmetric(scale: float, zero_point: int, bias=None, weight_scale: torch.Tensor | None = None, seed: int = 0):
+def asymmetric(
+    scale: float, zero_point: int, bias: Tensor | None = None, weight_scale: torch.Tensor | None = None, seed: int = 0
+) -> Int8Linear:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-127, 128, (N, 64), generator=generator, dtype=torch.int8)
     weight_scale = torch.rand(N, generator=generator) / 1000 if weight_scale is None else weight_scale
@@ -265,7 +293,7 @@ def real_weight(linear: Int8Linear) -> torch.Tensor:
     return linear.weight_q.double() * groups.double().repeat_interleave(linear.shape[1] // groups.shape[1], dim=1)
 
 
-def test_group_scales():
+def test_group_scales() -> None:
     bias, residual, x = rand(N), rand(T, N, seed=1), rand(T, 64, seed=2)
     linear = grouped(bias=bias)
     x_q = quantize_rows(x)
@@ -280,38 +308,38 @@ def test_group_scales():
 
 @pytest.mark.parametrize("weight_scale", [torch.rand(N) / 900, torch.full((1,), 0.002), torch.rand(N, 2) / 900])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_zero_point_leaves_through_the_bias(weight_scale, has_bias):
+def test_zero_point_leaves_through_the_bias(weight_scale: Tensor, has_bias: bool) -> None:
     """Exactly what the codes less the zero point give: x of a range that is not symmetric, and beyond it."""
     linear = asymmetric(0.03, -77, rand(N) if has_bias else None, weight_scale)
     x = rand(T, 64, seed=1) + 2
     x[0, 0], x[1, 1] = 100, -100
     codes = quantize_tensor(x, linear.input_codes.scale, linear.input_codes.zero_point).codes
     assert (codes.min().item(), codes.max().item()) == (-128, 127)
-    want = (codes.double() + 77) * linear.input_codes.scale.double() @ real_weight(linear).T
-    want = want + linear.bias if has_bias else want
+    want = (codes.double() + 77) * present(linear.input_codes.scale).double() @ real_weight(linear).T
+    want = want + present(linear.bias) if has_bias else want
     y = linear(x)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
-    assert linear.added_bias.dtype == torch.float32
+    assert present(linear.added_bias).dtype == torch.float32
     without = int8_linear(linear.weight_q, weight_scale, linear.bias, "static", linear.input_codes.scale, torch.float32)
     assert not torch.allclose(without(x).double(), want, rtol=1e-2, atol=1e-2)
 
 
-def test_zero_point_asks_for_floats():
+def test_zero_point_asks_for_floats() -> None:
     linear = asymmetric(0.03, 5)
     assert linear.input_format is None
     assert linear.is_row_independent
     with pytest.raises(TypeError, match="zero point takes a float tensor"):
         linear(quantize_rows(rand(T, 64)))
     moved = linear.to("meta")
-    assert moved.input_codes.zero_point.is_meta
-    assert moved.added_bias.is_meta
+    assert present(moved.input_codes.zero_point).is_meta
+    assert present(moved.added_bias).is_meta
 
 
-def test_outliers_are_multiplied_in_float():
+def test_outliers_are_multiplied_in_float() -> None:
     x = rand(T, 64, seed=2)
     x[1, 7], x[4, 60] = 500, -6
     linear, residual = mixed(), rand(T, N, seed=3)
-    exact = x.double() @ real_weight(linear).T + linear.bias + residual
+    exact = x.double() @ real_weight(linear).T + present(linear.bias) + residual
     token = int8_linear(linear.weight_q, linear.weight_scale, linear.bias, "token", None, torch.float32)
     error, without = ((some(x, residual) - exact).abs().max().item() for some in (linear, token))
     # Half a step of a row whose largest magnitude is then that of a normal value, in each of 64 products.
@@ -348,7 +376,7 @@ def test_outliers_are_multiplied_in_float():
         ),
     ],
 )
-def test_int8_linear_refuses_what_does_not_go_together(arguments, message):
+def test_int8_linear_refuses_what_does_not_go_together(arguments: dict[str, Any], message: str) -> None:
     operands = {
         "weight_q": torch.zeros(N, 64, dtype=torch.int8),
         "weight_scale": torch.ones(N),
@@ -362,7 +390,7 @@ def test_int8_linear_refuses_what_does_not_go_together(arguments, message):
 
 
 @pytest.mark.parametrize("make", [grouped, mixed], ids=["groups", "outliers"])
-def test_fused_methods_are_their_parts_side_by_side(make):
+def test_fused_methods_are_their_parts_side_by_side(make: Callable[..., Int8Linear]) -> None:
     parts = [make(N), make(8, seed=1)]
     x = rand(T, 64, seed=2)
     x[2, 5] = 30
@@ -372,24 +400,24 @@ def test_fused_methods_are_their_parts_side_by_side(make):
     assert make is mixed or torch.equal(got, want)
 
 
-def test_fused_zero_points_that_agree_are_kept():
+def test_fused_zero_points_that_agree_are_kept() -> None:
     parts = [asymmetric(0.03, -77, rand(N)), asymmetric(0.03, -77, seed=1)]
-    x, fused = rand(T, 64, seed=2) + 2, fuse(parts)
+    x, fused = rand(T, 64, seed=2) + 2, int8_of(fuse(parts))
     assert torch.equal(fused(x), torch.cat([part(x) for part in parts], dim=1))
-    assert (fused.input_codes.scale.item(), fused.input_codes.zero_point.item()) == (
-        parts[0].input_codes.scale.item(),
+    assert (present(fused.input_codes.scale).item(), present(fused.input_codes.zero_point).item()) == (
+        present(parts[0].input_codes.scale).item(),
         -77,
     )
 
 
-def test_fused_zero_points_hold_the_range_of_every_part():
+def test_fused_zero_points_hold_the_range_of_every_part() -> None:
     """Ranges -0.51 .. 7.14, -3.84 .. 3.81 and, symmetric, -1.27 .. 1.27: together -3.84 .. 7.14."""
     symmetric = int8_linear(
         torch.ones(N, 64, dtype=torch.int8), torch.ones(N), None, "static", torch.tensor([0.01]), torch.float32
     )
     parts = [asymmetric(0.03, -111, rand(N)), asymmetric(0.03, 0, seed=1), symmetric]
-    fused = fuse(parts)
-    scale, zero_point = fused.input_codes.scale.item(), fused.input_codes.zero_point.item()
+    fused = int8_of(fuse(parts))
+    scale, zero_point = present(fused.input_codes.scale).item(), present(fused.input_codes.zero_point).item()
     assert scale == pytest.approx((7.14 + 3.84) / 255)
     assert zero_point == round(-128 + 3.84 / scale)
     x = torch.linspace(-3.84, 7.14, T * 64).reshape(T, 64)
@@ -397,7 +425,7 @@ def test_fused_zero_points_hold_the_range_of_every_part():
     # The zero point is whole, so that the ends of the range may lie half a step beyond the codes, on top of rounding.
     assert ((codes.double() - zero_point) * scale - x).abs().max().item() <= scale * 1.001
     exact = x.double() @ torch.cat([real_weight(part) for part in parts]).T
-    exact[:, :N] += parts[0].bias
+    exact[:, :N] += present(parts[0].bias)
     weights = torch.cat([real_weight(part) for part in parts]).abs().sum(1)
     assert ((fused(x) - exact).abs() <= 1.001 * scale * weights + 1e-4).all()
 
@@ -416,13 +444,13 @@ def test_fused_zero_points_hold_the_range_of_every_part():
         ),
     ],
 )
-def test_fuse_refuses_methods_that_differ(parts, message):
+def test_fuse_refuses_methods_that_differ(parts: Callable[[], list[FloatLinear | Int8Linear]], message: str) -> None:
     with pytest.raises(UnlikeLinears, match=message):
         fuse(parts())
 
 
 @pytest.mark.parametrize("make", [grouped, mixed, lambda seed=0: asymmetric(0.03, -77, rand(N), seed=seed)])
-def test_gated_linear_of_every_method(make):
+def test_gated_linear_of_every_method(make: Callable[..., Int8Linear]) -> None:
     gate, up = make(), make(seed=1)
     x = rand(T, 64, seed=2)
     x[2, 5] = 7
@@ -433,10 +461,10 @@ def test_gated_linear_of_every_method(make):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", [grouped, mixed, lambda seed=0: asymmetric(0.03, -77, rand(N), seed=seed)])
-def test_gated_linear_of_every_method_on_a_gpu(make):
+def test_gated_linear_of_every_method_on_a_gpu(make: Callable[..., Int8Linear]) -> None:
     gate, up = make(), make(seed=1)
     x = rand(T, 64, seed=2)
     x[2, 5] = 7
     want, there = GatedLinear(gate, up, None)(x), GatedLinear(gate.to("cuda"), up.to("cuda"), None)
     assert there.is_paired == gate.has_gated_kernel
-    torch.testing.assert_close(there(x.cuda()).cpu(), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(floats_of(there(x.cuda())).cpu(), want, rtol=1e-4, atol=1e-4)

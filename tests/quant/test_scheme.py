@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from quant.errors import InvalidScheme
-from quant.scheme import PRESETS, Scheme
+from quant.scheme import PRESETS, ActivationScale, Scheme, WeightScale
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,9 @@ from quant.scheme import PRESETS, Scheme
         ("llm-int8", "channel", "token", {"outliers": 6.0}),
     ],
 )
-def test_presets_are_the_methods_of_the_papers(name, weight, activation, knobs):
+def test_presets_are_the_methods_of_the_papers(
+    name: str, weight: WeightScale, activation: ActivationScale, knobs: dict[str, Any]
+) -> None:
     scheme = Scheme.preset(name)
     assert scheme == Scheme(name, weight, activation, **knobs)
     assert scheme.is_int8 == (name != "fp16")
@@ -33,11 +37,11 @@ def test_presets_are_the_methods_of_the_papers(name, weight, activation, knobs):
     assert scheme.describe().endswith(".")
 
 
-def test_every_preset_is_listed_above():
+def test_every_preset_is_listed_above() -> None:
     assert len(PRESETS) == 12
 
 
-def test_a_group_size_is_halved_until_it_divides_every_width():
+def test_a_group_size_is_halved_until_it_divides_every_width() -> None:
     scheme = Scheme.preset("zeroquant")
     assert scheme.fitted([256, 1536]) == scheme
     assert scheme.fitted([576, 1536]).group_size == 64
@@ -46,7 +50,7 @@ def test_a_group_size_is_halved_until_it_divides_every_width():
         scheme.fitted([256, 48])
 
 
-def test_labels_say_what_differs_from_the_preset():
+def test_labels_say_what_differs_from_the_preset() -> None:
     assert Scheme.preset("w8a8", alpha=0.5).label == "w8a8, alpha 0.5"
     assert dataclasses.replace(PRESETS["w8a8"], smoothing=None).label == "w8a8, not smoothed"
     assert PRESETS["w8a8"].with_rounding("gptq").with_kv("int8").label == "w8a8, gptq, int8 KV"
@@ -54,12 +58,12 @@ def test_labels_say_what_differs_from_the_preset():
     assert PRESETS["rtn-token"].with_rounding("gptq").needs_calibration
 
 
-def test_descriptions_differ():
+def test_descriptions_differ() -> None:
     both = [scheme.with_kv(kv) for scheme in PRESETS.values() if scheme.is_int8 for kv in ("float", "int8")]
     assert len({scheme.describe() for scheme in both}) == len({scheme.label for scheme in both}) == len(both)
 
 
-def test_keys_and_values_are_float_unless_asked_for():
+def test_keys_and_values_are_float_unless_asked_for() -> None:
     assert {scheme.kv for scheme in PRESETS.values()} == {"float"}
     scheme = Scheme.preset("w8a8").with_kv("int8")
     assert scheme == dataclasses.replace(PRESETS["w8a8"], kv="int8")
@@ -70,7 +74,7 @@ def test_keys_and_values_are_float_unless_asked_for():
     assert Scheme.preset("fp16").with_kv("int8") == PRESETS["fp16"]
 
 
-def test_alpha_replaces_the_preset_s():
+def test_alpha_replaces_the_preset_s() -> None:
     assert Scheme.preset("w8a8", alpha=0.75) == dataclasses.replace(PRESETS["w8a8"], smoothing=0.75)
     assert "0.75" in Scheme.preset("w8a8", alpha=0.75).describe()
     assert PRESETS["w8a8"].smoothing == "search"
@@ -83,13 +87,13 @@ def test_alpha_replaces_the_preset_s():
         (lambda: Scheme.preset("rtn", alpha=0.5), "'rtn' does not smooth"),
         (lambda: Scheme.preset("w8a8", alpha=1.5), "smoothing = 1.5"),
         (lambda: Scheme.preset("w8a8", alpha=float("nan")), "smoothing = nan"),
-        (lambda: Scheme("x", "block", "token"), "weight = 'block' is not served; choose one of float, tensor, channel"),
+        (lambda: Scheme("x", "block", "token"), "weight = 'block' is not served; choose one of float, tensor, channel"),  # type: ignore[arg-type]
         (lambda: Scheme("x", "group", "token"), "weight 'group' takes a group size, no other does"),
         (lambda: Scheme("x", "channel", "token", group_size=128), "weight 'channel' with group_size = 128"),
         (lambda: Scheme("x", "group", "token", group_size=100), "group_size = 100 is not served; give a power of two"),
         (lambda: Scheme("x", "group", "token", group_size=16), "group_size = 16 is not served"),
-        (lambda: Scheme("x", "group", "token", group_size=128.0), "group_size = 128.0 is not served"),
-        (lambda: Scheme("x", "channel", "token", rounding="up"), "rounding = 'up' is not served"),
+        (lambda: Scheme("x", "group", "token", group_size=128.0), "group_size = 128.0 is not served"),  # type: ignore[arg-type]
+        (lambda: Scheme("x", "channel", "token", rounding="up"), "rounding = 'up' is not served"),  # type: ignore[arg-type]
         (lambda: Scheme("x", "channel", "static", outliers=6.0), "outliers = 6.0 with activation = 'static'"),
         (
             lambda: Scheme("x", "channel", "token", smoothing=0.5, outliers=6.0),
@@ -103,25 +107,25 @@ def test_alpha_replaces_the_preset_s():
         (lambda: Scheme("x", "float", "float", outliers=6.0), "outliers = 6.0 changes nothing in a float scheme"),
         (lambda: Scheme("x", "float", "float", rounding="gptq"), "rounding = 'gptq' changes nothing"),
         (lambda: Scheme("x", "float", "float", is_distilled=True), "is_distilled = True changes nothing"),
-        (lambda: Scheme("x", "channel", "group"), "activation = 'group' is not served"),
+        (lambda: Scheme("x", "channel", "group"), "activation = 'group' is not served"),  # type: ignore[arg-type]
         (
-            lambda: Scheme("x", "channel", "token", smoothing="searched"),
+            lambda: Scheme("x", "channel", "token", smoothing="searched"),  # type: ignore[arg-type]
             "smoothing = 'searched' is not served; give alpha",
         ),
         (lambda: Scheme("x", "channel", "token", smoothing=True), "smoothing = True"),
         (lambda: Scheme("x", "channel", "float"), "both in int8"),
         (lambda: Scheme("x", "float", "token"), "both in int8"),
         (lambda: Scheme("x", "float", "float", smoothing=0.5), "changes nothing in a float scheme"),
-        (lambda: Scheme("x", None, "token"), "weight = None"),
-        (lambda: Scheme("x", "channel", "token", kv="int4"), "kv = 'int4' is not served; choose one of float, int8"),
+        (lambda: Scheme("x", None, "token"), "weight = None"),  # type: ignore[arg-type]
+        (lambda: Scheme("x", "channel", "token", kv="int4"), "kv = 'int4' is not served; choose one of float, int8"),  # type: ignore[arg-type]
         (lambda: Scheme("x", "float", "float", kv="int8"), "the baseline stays float"),
     ],
 )
-def test_a_value_that_is_not_served_is_refused_by_name(make, message):
+def test_a_value_that_is_not_served_is_refused_by_name(make: Callable[[], Scheme], message: str) -> None:
     with pytest.raises(InvalidScheme, match="(?s)" + message.replace("(", r"\(")):
         make()
 
 
-def test_a_scheme_is_frozen():
+def test_a_scheme_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Scheme.preset("w8a8").weight = "tensor"
+        Scheme.preset("w8a8").weight = "tensor"  # type: ignore[misc]

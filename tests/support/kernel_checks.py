@@ -11,8 +11,21 @@ FLOAT32_SLACK = 2.0**-19
 """Relative to the largest value of a row: float32 sums and products of any order."""
 
 
-def check_float(got: Tensor, want: Tensor, dtype: torch.dtype, rounded: Tensor | None = None) -> None:
+def floats_of(y: Tensor | Quantized) -> Tensor:
+    """The result of an op that was to write floats."""
+    assert isinstance(y, Tensor)
+    return y
+
+
+def codes_of(y: Tensor | Quantized) -> Quantized:
+    """The result of an op that was to write codes."""
+    assert isinstance(y, Quantized)
+    return y
+
+
+def check_float(got: Tensor | Quantized, want: Tensor, dtype: torch.dtype, rounded: Tensor | None = None) -> None:
     """got is want (float64) rounded once to dtype; `rounded` adds a half ulp of what an op rounds inside."""
+    got = floats_of(got)
     assert got.dtype == dtype
     assert got.shape == want.shape
     half_ulp = torch.finfo(dtype).eps / 2
@@ -24,9 +37,9 @@ def check_float(got: Tensor, want: Tensor, dtype: torch.dtype, rounded: Tensor |
     assert bool((error <= bound).all()), f"worst {(error / bound).nan_to_num(1e9).max().item():.3g} times the bound"
 
 
-def check_codes(got: Quantized, want: Tensor, static: Tensor | None = None) -> None:
+def check_codes(got: Tensor | Quantized, want: Tensor, static: Tensor | None = None) -> None:
     """got holds want (float64): its scale to float32 rounding, each code the nearest, either one only at a tie."""
-    codes, scale = got
+    codes, scale = codes_of(got)
     assert codes.dtype == torch.int8
     assert scale.dtype == torch.float32
     assert codes.shape == want.shape

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pytest
 import torch
 
 from kernels.tiles import Tile
+
+S = TypeVar("S", bound=int | tuple[int, ...])
 
 POISON = {torch.int8: -128, torch.int32: -(2**31) + 12345}
 
@@ -18,7 +20,7 @@ class Place(NamedTuple):
     device: str
     dtype: torch.dtype
 
-    def shapes(self, small: list[tuple[int, ...]], large: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    def shapes(self, small: list[S], large: list[S]) -> list[S]:
         """The hostile small shapes everywhere; on a GPU those of real models too."""
         return small if self.device == "cpu" else small + large
 

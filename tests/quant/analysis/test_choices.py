@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from quant.analysis.choices import ChoiceQuality, Continuation, Question, compare, encode, pick, picks, read_questions
 from quant.errors import InvalidQuestions, NotFinite
@@ -17,25 +21,25 @@ GOOD = {"question": "Two and two make", "choices": ["four", "five"], "answer": 0
 class FakeModel:
     """Logits that depend on all tokens so far, and a count of the passes."""
 
-    def __init__(self, dtype=torch.float64):
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         self.table = torch.randn(VOCAB, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         self.dtype = dtype
         self.num_passes = 0
 
-    def __call__(self, ids):
+    def __call__(self, ids: Tensor) -> Tensor:
         self.num_passes += 1
         return self.table[ids].cumsum(0).to(self.dtype)
 
-    def score(self, continuation):
+    def score(self, continuation: Continuation) -> float:
         """By definition: the sum of log p(token | those before) over the choice's tokens, per byte."""
         total = 0.0
         for t in range(continuation.start, len(continuation.ids)):
-            state = sum(self.table[i] for i in continuation.ids[:t])
+            state = sum((self.table[i] for i in continuation.ids[:t]), torch.zeros(VOCAB, dtype=torch.float64))
             total += math.log(math.exp(state[continuation.ids[t]]) / sum(math.exp(v) for v in state))
         return total / continuation.num_bytes
 
 
-def questions():
+def questions() -> Iterator[list[Continuation]]:
     generator = torch.Generator().manual_seed(1)
     for _ in range(40):
         start = int(torch.randint(1, 4, (1,), generator=generator))
@@ -47,7 +51,7 @@ def questions():
         ]
 
 
-def test_the_likeliest_choice_per_byte_is_picked():
+def test_the_likeliest_choice_per_byte_is_picked() -> None:
     model = FakeModel()
     asked, seen = list(questions()), []
     expected = [max(range(3), key=lambda i: model.score(choices[i])) for choices in asked]
@@ -56,10 +60,10 @@ def test_the_likeliest_choice_per_byte_is_picked():
     assert seen[-1] == (40, 40)
 
 
-def test_length_is_no_handicap():
+def test_length_is_no_handicap() -> None:
     """Uniform logits: every token costs log V, so only the bytes that share the cost decide."""
 
-    def uniform(ids):
+    def uniform(ids: Tensor) -> Tensor:
         return torch.zeros(len(ids), VOCAB)
 
     short, long = Continuation((0, 1), 1, 1), Continuation((0, 1, 2), 1, 4)
@@ -67,7 +71,7 @@ def test_length_is_no_handicap():
     assert pick(uniform, [short, short]) == 0
 
 
-def test_choices_of_one_token_take_one_pass():
+def test_choices_of_one_token_take_one_pass() -> None:
     model = FakeModel()
     pick(model, [Continuation((3, 4, i), 2, 1) for i in range(4)])
     assert model.num_passes == 1
@@ -83,35 +87,35 @@ def test_choices_of_one_token_take_one_pass():
         (torch.full((1, VOCAB), math.nan), NotFinite, "logits of 1 tokens hold NaN or infinity"),
     ],
 )
-def test_logits_of_no_use_are_refused(logits, error, message):
+def test_logits_of_no_use_are_refused(logits: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pick(lambda ids: logits, [Continuation((0, 1), 1, 1)])
 
 
-def test_shares():
+def test_shares() -> None:
     assert compare([0, 1, 2, 3], [0, 1, 0, 0], [0, 0, 2, 3]) == ChoiceQuality(0.5, 0.75, 4)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(save(tmp_path_factory.mktemp("tokenizer"), byte_level_backend()))
 
 
-def test_a_choice_begins_behind_the_question(tokenizer):
+def test_a_choice_begins_behind_the_question(tokenizer: PreTrainedTokenizerBase) -> None:
     found = encode(tokenizer, Question("hello  ", ("world", "fox é"), 0), 100)
-    assert [tokenizer.decode(c.ids[c.start :]) for c in found] == [" world", " fox é"]
-    assert [tokenizer.decode(c.ids[: c.start]) for c in found] == ["hello", "hello"]
+    assert [tokenizer.decode(list(c.ids[c.start :])) for c in found] == [" world", " fox é"]
+    assert [tokenizer.decode(list(c.ids[: c.start])) for c in found] == ["hello", "hello"]
     assert [c.num_bytes for c in found] == [5, 6]
 
 
-def test_a_question_beyond_the_context_is_refused(tokenizer):
+def test_a_question_beyond_the_context_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InvalidQuestions, match=r"takes \d+ tokens with choice 'world', more than 2; shorten it"):
         encode(tokenizer, Question("hello naïve", ("world", "fox"), 0), 2)
 
 
-def test_questions_are_read(tmp_path):
+def test_questions_are_read(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"answer": 1, "question": "né"}) + "\n")
     choices = ("four", "five")
@@ -138,7 +142,7 @@ def test_questions_are_read(tmp_path):
         (json.dumps(GOOD | {"answer": "a"}), "answer = 'a'"),
     ],
 )
-def test_a_malformed_line_is_named(tmp_path, line, fault):
+def test_a_malformed_line_is_named(tmp_path: Path, line: str, fault: str) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(InvalidQuestions, match=fault) as info:
@@ -146,7 +150,7 @@ def test_a_malformed_line_is_named(tmp_path, line, fault):
     assert f"{path}, line 2: " in str(info.value)
 
 
-def test_a_file_without_questions_is_refused(tmp_path):
+def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(InvalidQuestions, match="empty holds no question; give one JSON object a line"):

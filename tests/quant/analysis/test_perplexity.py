@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from quant.analysis.perplexity import Quality, evaluate
 from quant.errors import NotFinite
@@ -12,8 +15,8 @@ VOCAB, LENGTH = 11, 300
 WINDOWS = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def logits_of(seed, noise=0.0):
-    def of(ids):
+def logits_of(seed: int, noise: float = 0.0) -> Callable[[Tensor], Tensor]:
+    def of(ids: Tensor) -> Tensor:
         table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
         jitter = torch.randn(len(ids), VOCAB, generator=torch.Generator().manual_seed(seed + 1))
         return table[ids] + noise * jitter
@@ -21,7 +24,7 @@ def logits_of(seed, noise=0.0):
     return of
 
 
-def by_definition(scheme, base, candidate):
+def by_definition(scheme: str, base: Callable[[Tensor], Tensor], candidate: Callable[[Tensor], Tensor]) -> Quality:
     nll, kl, agree, count = 0.0, 0.0, 0, 0
     for window in WINDOWS:
         p = base(window).double().softmax(-1)
@@ -34,7 +37,7 @@ def by_definition(scheme, base, candidate):
     return Quality(scheme, math.exp(nll / count), kl / count, agree / count, count)
 
 
-def test_rows_are_the_definitions():
+def test_rows_are_the_definitions() -> None:
     base, near = logits_of(0), logits_of(0, noise=0.3)
     seen = []
     rows = evaluate(("fp16", base), {"near": near}, WINDOWS, lambda done, total: seen.append((done, total)))
@@ -50,12 +53,12 @@ def test_rows_are_the_definitions():
     assert seen == [(1, 2), (2, 2)]
 
 
-def test_uniform_logits_have_the_vocabulary_as_perplexity():
+def test_uniform_logits_have_the_vocabulary_as_perplexity() -> None:
     rows = evaluate(("u", lambda ids: torch.zeros(len(ids), VOCAB).bfloat16()), {}, WINDOWS)
     assert rows[0].perplexity == pytest.approx(VOCAB, rel=1e-5)
 
 
-def test_a_collapsed_candidate_still_gets_its_row():
+def test_a_collapsed_candidate_still_gets_its_row() -> None:
     rows = evaluate(("b", logits_of(0)), {"bad": lambda ids: logits_of(3)(ids) * 1e6}, WINDOWS)
     assert rows[1].perplexity == math.inf
 
@@ -70,11 +73,11 @@ def test_a_collapsed_candidate_still_gets_its_row():
         ((("b", logits_of(0)), {"c": lambda ids: torch.zeros(len(ids), 5)}, WINDOWS), r"c gives logits \[300, 5\], b"),
     ],
 )
-def test_bad_input_is_refused(arguments, message):
+def test_bad_input_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(*arguments)
 
 
-def test_logits_that_are_not_finite_are_named():
+def test_logits_that_are_not_finite_are_named() -> None:
     with pytest.raises(NotFinite, match=r"c gives logits that are NaN .*window 0"):
         evaluate(("b", logits_of(0)), {"c": lambda ids: logits_of(0)(ids) / 0}, WINDOWS)

@@ -13,6 +13,7 @@ from quant.analysis.gpus import GPUS, Gpu
 from quant.analysis.roofline import (
     FLOWS,
     SHAPES,
+    Flow,
     ModelShape,
     StepShape,
     Work,
@@ -41,15 +42,15 @@ def printed(formula: str) -> sympy.Expr:
     return sympy.sympify(formula, locals={"N": T, "C_i": K, "C_o": N})
 
 
-def intensity(work) -> sympy.Expr:
+def intensity(work: Work) -> sympy.Expr:
     return sympy.simplify(sympy.nsimplify(work.normalized_operations) / work.num_bytes)
 
 
 def is_zero(expression: sympy.Expr) -> bool:
-    return sympy.simplify(expression) == 0
+    return bool(sympy.simplify(expression) == 0)
 
 
-def test_the_closed_forms_are_the_rows_of_the_article_s_table():
+def test_the_closed_forms_are_the_rows_of_the_article_s_table() -> None:
     """Total operations and I/O of its two columns, its N, C_i, C_o being T, K, N, int8 counted as half."""
     fp16, int8, dataflow = (function(T, N, K) for function in (fp16_linear, int8_linear, dataflow_linear))
     assert is_zero(fp16.normalized_operations - 2 * T * N * K)
@@ -59,18 +60,18 @@ def test_the_closed_forms_are_the_rows_of_the_article_s_table():
     assert is_zero(dataflow.num_bytes - (T * K + K * N + T * N + 2 * (T + N)))
 
 
-def test_the_fp16_intensity_is_as_printed():
+def test_the_fp16_intensity_is_as_printed() -> None:
     assert is_zero(intensity(fp16_linear(T, N, K)) - printed(PRINTED_FP16))
 
 
-def test_the_printed_int8_intensity_exchanges_two_coefficients():
+def test_the_printed_int8_intensity_exchanges_two_coefficients() -> None:
     derived = intensity(int8_linear(T, N, K))
     assert not is_zero(derived - printed(PRINTED_INT8))
     exchanged = PRINTED_INT8.replace("2/N + 1/C_i + ", "1/N + 2/C_i + ")
     assert is_zero(derived - printed(exchanged))
 
 
-def test_they_are_the_coefficients_of_1_over_t_and_1_over_k_and_no_others():
+def test_they_are_the_coefficients_of_1_over_t_and_1_over_k_and_no_others() -> None:
     """Both denominators, expanded in 1/T, 1/N and 1/K over the same numerator."""
     u, v, w = sympy.symbols("u v w")
     numerator = 1 + 2 / N + 4 / K
@@ -84,7 +85,7 @@ def test_they_are_the_coefficients_of_1_over_t_and_1_over_k_and_no_others():
     assert [shown.coeff_monomial(term) for term in (u, w)] == [2, 1]
 
 
-def test_what_the_exchange_hides_decode_loses_no_intensity():
+def test_what_the_exchange_hides_decode_loses_no_intensity() -> None:
     """For one token of a large Linear INT8 with FP16 I/O keeps the intensity of FP16; the print has it halved."""
     large = {T: 1, N: 4096, K: 4096}
     fp16 = intensity(fp16_linear(T, N, K)).subs(large)
@@ -112,12 +113,12 @@ def counted(flow: str, t: int, n: int, k: int) -> Work:
 
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("size", [(1, 1, 1), (1, 3, 5), (4, 2, 7), (5, 6, 3)], ids=str)
-def test_a_linear_s_work_is_what_counting_gives(flow, size):
+def test_a_linear_s_work_is_what_counting_gives(flow: Flow, size: tuple[int, int, int]) -> None:
     assert linear_work(flow, *size) == counted(flow, *size)
 
 
 @pytest.mark.parametrize(("context", "is_prefill"), [(6, False), (4, True), (100, True)])
-def test_attention_s_work_is_what_counting_gives(context, is_prefill):
+def test_attention_s_work_is_what_counting_gives(context: int, is_prefill: bool) -> None:
     step = StepShape(8, context, is_prefill)
     operations = slots = 0
     if is_prefill:
@@ -135,15 +136,16 @@ def test_attention_s_work_is_what_counting_gives(context, is_prefill):
         assert (work.operations, work.num_bytes) == (operations, slots * 2 * 2 * 2 * 2 + 8 * 8 * 2 + out)
 
 
-def test_elementwise_bytes_are_what_counting_gives():
-    for flow, e in (("fp16", 2), ("int8", 2), ("dataflow", 1)):
+def test_elementwise_bytes_are_what_counting_gives() -> None:
+    sizes: tuple[tuple[Flow, int], ...] = ("fp16", 2), ("int8", 2), ("dataflow", 1)
+    for flow, e in sizes:
         norm = 8 * (e + 2 + 2 + e)  # y and residual in, residual and normed out
         rope = (4 + 2 * 2) * 2 * (e + 2)
         gate = 12 * (e + e + e)
         assert elementwise_work(flow, TINY, 5) == Work(0, 0, 5 * (2 * norm + rope + gate))
 
 
-def test_one_token_gains_what_the_weights_shrink_by():
+def test_one_token_gains_what_the_weights_shrink_by() -> None:
     for flow in ("int8", "dataflow"):
         for size in (1 << 10, 1 << 14, 1 << 18):
             gain = linear_work("fp16", 1, size, size).time_s(H100) / linear_work(flow, 1, size, size).time_s(H100)
@@ -152,7 +154,7 @@ def test_one_token_gains_what_the_weights_shrink_by():
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
-def test_many_tokens_gain_the_ratio_of_the_rates(gpu):
+def test_many_tokens_gain_the_ratio_of_the_rates(gpu: Gpu) -> None:
     """T without end: 2NK / fp16 over 2NK / int8 + (2K + 4N) / fp16, and N and K without end: int8 / fp16."""
     t, n, k = 1 << 30, 4096, 11008
     gain = fp16_linear(t, n, k).time_s(gpu) / int8_linear(t, n, k).time_s(gpu)
@@ -163,18 +165,18 @@ def test_many_tokens_gain_the_ratio_of_the_rates(gpu):
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-def test_the_bound_turns_at_the_crossover(flow):
+def test_the_bound_turns_at_the_crossover(flow: Flow) -> None:
     turn = crossover_tokens(flow, 4096, 14336, H100)
     assert linear_work(flow, int(turn), 4096, 14336).bound(H100) == "memory"
     assert linear_work(flow, int(turn) + 1, 4096, 14336).bound(H100) == "compute"
 
 
-def test_a_linear_too_narrow_for_the_ridge_never_turns():
+def test_a_linear_too_narrow_for_the_ridge_never_turns() -> None:
     assert crossover_tokens("fp16", 64, 64, H100) == float("inf")
     assert linear_work("fp16", 1 << 40, 64, 64).bound(H100) == "memory"
 
 
-def test_one_step_of_llama_3_1_8b_takes_what_its_bytes_take():
+def test_one_step_of_llama_3_1_8b_takes_what_its_bytes_take() -> None:
     """7.50e9 weights of the layers and head, 2 bytes each, or 1 byte in the layers, at the measured copy rate."""
     gpu = H100.with_bandwidth("measured")
     rows = {row.flow: row for row in predict(SHAPES["llama-3.1-8b"], StepShape(1, 1, False), gpu) if row.part == "step"}
@@ -184,7 +186,7 @@ def test_one_step_of_llama_3_1_8b_takes_what_its_bytes_take():
     assert rows["dataflow"].speedup == rows["fp16"].time_s / rows["dataflow"].time_s
 
 
-def test_the_step_is_the_sum_of_its_parts():
+def test_the_step_is_the_sum_of_its_parts() -> None:
     step = StepShape(16, 4, True)
     rows = predict(TINY, step, H100)
     assert [row.part for row in rows[::3]] == [
@@ -208,13 +210,13 @@ def test_the_step_is_the_sum_of_its_parts():
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES.keys() & BENCHMARK_SHAPES.keys()))
-def test_known_shapes_are_those_that_the_benchmarks_run(name):
+def test_known_shapes_are_those_that_the_benchmarks_run(name: str) -> None:
     config, shape = BENCHMARK_SHAPES[name], SHAPES[name]
     assert shape.linears() == linear_sizes(config)
     assert (shape.num_layers, shape.vocab_size) == (config.num_hidden_layers, config.vocab_size)
 
 
-def test_the_memory_roof_can_be_chosen():
+def test_the_memory_roof_can_be_chosen() -> None:
     assert H100.with_bandwidth("data-sheet") is H100
     assert H100.with_bandwidth("measured").bytes_per_s == 3.02e12
     assert H100.with_bandwidth("2.5") == dataclasses.replace(H100, bytes_per_s=2.5e12)
@@ -225,13 +227,13 @@ def test_the_memory_roof_can_be_chosen():
             H100.with_bandwidth(choice)
 
 
-def test_every_gpu_s_roofs_are_in_order():
+def test_every_gpu_s_roofs_are_in_order() -> None:
     for gpu in GPUS.values():
         assert isinstance(gpu, Gpu)
         assert gpu.bytes_per_s < gpu.fp16_per_s < gpu.int8_per_s
 
 
-def test_an_activation_scale_per_input_channel_is_refused_with_the_algebra():
+def test_an_activation_scale_per_input_channel_is_refused_with_the_algebra() -> None:
     assert explain("channel", "input-channel") == Verdict(
         False,
         "activation=input-channel is not practical: in y_tn = sum_k (s_k x_tk) w_nk the scale s_k varies with the "
@@ -253,7 +255,7 @@ def test_an_activation_scale_per_input_channel_is_refused_with_the_algebra():
         ("float", "token", "never one by the other"),
     ],
 )
-def test_what_is_not_practical(weight, activation, said):
+def test_what_is_not_practical(weight: str, activation: str, said: str) -> None:
     verdict = explain(weight, activation)
     assert not verdict.is_practical
     assert said in verdict.reason
@@ -272,19 +274,19 @@ def test_what_is_not_practical(weight, activation, said):
         ("float", "float", "nothing to gain"),
     ],
 )
-def test_what_is_practical_and_how(weight, activation, said):
+def test_what_is_practical_and_how(weight: str, activation: str, said: str) -> None:
     verdict = explain(weight, activation)
     assert verdict.is_practical
     assert said in verdict.reason
 
 
 @pytest.mark.parametrize(("weight", "activation"), [("token", "token"), ("channel", "head"), ("", "token")])
-def test_a_word_that_is_no_granularity(weight, activation):
+def test_a_word_that_is_no_granularity(weight: str, activation: str) -> None:
     with pytest.raises(InvalidScheme, match="is no granularity; choose one of float, tensor"):
         explain(weight, activation)
 
 
-def test_a_scheme_is_parsed():
+def test_a_scheme_is_parsed() -> None:
     wanted = {"weight": "channel", "activation": "token"}
     assert parse_scheme("weight=channel,activation=token") == wanted
     assert parse_scheme(" activation = token , weight = channel") == wanted

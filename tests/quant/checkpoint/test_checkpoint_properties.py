@@ -20,28 +20,37 @@ from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.safetensors_files import ShardWriter
 from quant.errors import CheckpointError
 from quant.linear import Int8Linear
-from quant.scheme import Scheme
+from quant.scheme import ActivationScale, KVStorage, Rounding, Scheme, Smoothing, WeightScale
 from service.models.decoder import score
 from service.models.loader import load_decoder
 from tests.quant.fixtures import FIXTURES
+from tests.support.narrowed import present
 
 CPU = torch.device("cpu")
 
 
+WEIGHTS: tuple[WeightScale, ...] = "tensor", "channel", "group"
+ACTIVATIONS: tuple[ActivationScale, ...] = "static", "tensor", "token"
+ROUNDINGS: tuple[Rounding, ...] = "nearest", "gptq"
+KV_STORAGES: tuple[KVStorage, ...] = "float", "int8"
+SEARCH: Smoothing = "search"
+SMOOTHINGS: st.SearchStrategy[Smoothing | None] = st.none() | st.just(SEARCH) | st.floats(0, 1)
+
+
 @st.composite
-def forms(draw) -> Scheme:
+def forms(draw: st.DrawFn) -> Scheme:
     """Every way in which we store a Linear."""
-    weight = draw(st.sampled_from(["tensor", "channel", "group"]))
-    activation = draw(st.sampled_from(["static", "tensor", "token"]))
-    rounding = draw(st.sampled_from(["nearest", "gptq"]))
+    weight: WeightScale = draw(st.sampled_from(WEIGHTS))
+    activation: ActivationScale = draw(st.sampled_from(ACTIVATIONS))
+    rounding: Rounding = draw(st.sampled_from(ROUNDINGS))
     has_outliers = weight != "group" and activation == "token" and draw(st.booleans())
     return Scheme(
         "drawn",
         weight,
         activation,
-        smoothing=None if has_outliers else draw(st.none() | st.just("search") | st.floats(0, 1)),
+        smoothing=None if has_outliers else draw(SMOOTHINGS),
         outliers=draw(st.floats(0.5, 100)) if has_outliers else None,
-        kv=draw(st.sampled_from(["float", "int8"])),
+        kv=draw(st.sampled_from(KV_STORAGES)),
         rounding=rounding,
         group_size=draw(st.sampled_from([32, 64])) if weight == "group" else None,
         is_distilled=rounding == "nearest" and not has_outliers and draw(st.booleans()),
@@ -59,8 +68,15 @@ def forms(draw) -> Scheme:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_form_that_is_written_is_read_back(
-    scheme, num_rows, num_groups, dtype, has_bias, is_transposed, max_bytes, seed
-):
+    scheme: Scheme,
+    num_rows: int,
+    num_groups: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    is_transposed: bool,
+    max_bytes: int,
+    seed: int,
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     num_columns = num_groups * (scheme.group_size or 32)
     codes = torch.randint(-127, 128, (num_rows, num_columns), generator=generator, dtype=torch.int8)
@@ -83,13 +99,13 @@ def test_every_form_that_is_written_is_read_back(
     assert isinstance(linear, Int8Linear)
     assert torch.equal(linear.weight_q, codes)
     assert torch.equal(linear.weight_scale.flatten(), scale.float().flatten())
-    codes = linear.input_codes
-    assert (codes.kind, linear.out_dtype, codes.outliers) == (scheme.activation, dtype, scheme.outliers)
-    assert codes.zero_point is None
-    for kind, tensor in (("bias", linear.bias), ("input_scale", codes.scale)):
+    how = linear.input_codes
+    assert (how.kind, linear.out_dtype, how.outliers) == (scheme.activation, dtype, scheme.outliers)
+    assert how.zero_point is None
+    for kind, found in (("bias", linear.bias), ("input_scale", how.scale)):
         expected = stored.get(f"x.{kind}")
-        assert (tensor is None) == (expected is None)
-        assert tensor is None or torch.equal(tensor.float(), expected.float())
+        assert (found is None) == (expected is None)
+        assert found is None or torch.equal(found.float(), present(expected).float())
 
 
 WORDS = [
@@ -108,13 +124,13 @@ leaves = (
     | st.sampled_from(WORDS)
     | st.text(max_size=3)
 )
-values = st.recursive(
+values: st.SearchStrategy[Any] = st.recursive(
     leaves, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)
 )
 
 
 @st.composite
-def mutated(draw) -> tuple[str, Any]:
+def mutated(draw: st.DrawFn) -> tuple[str, Any]:
     """A fixture's name and its quantization_config with one to three values changed, added or left out."""
     name = draw(st.sampled_from(["dynamic", "static", "static-asymmetric", "group"]))
     config = json.loads((FIXTURES / name / "config.json").read_text())["quantization_config"]
@@ -123,10 +139,12 @@ def mutated(draw) -> tuple[str, Any]:
     return name, config
 
 
-def _changed(draw, node: dict[str, Any]) -> dict[str, Any]:
+def _changed(draw: st.DrawFn, node: dict[str, Any]) -> dict[str, Any]:
     """The tree with one node, reached by a random walk, replaced."""
     node = copy.copy(node)
-    key = draw(st.sampled_from(sorted(node))) if node and draw(st.integers(0, 7)) else draw(st.sampled_from(KEYS))
+    key: str = (
+        draw(st.sampled_from(sorted(node))) if len(node) and draw(st.integers(0, 7)) else draw(st.sampled_from(KEYS))
+    )
     if isinstance(node.get(key), dict) and draw(st.integers(0, 9)):
         node[key] = _changed(draw, node[key])
     elif key in node and draw(st.booleans()):
@@ -140,7 +158,7 @@ def _changed(draw, node: dict[str, Any]) -> dict[str, Any]:
 @given(
     case=mutated(), notes=st.dictionaries(st.sampled_from(["scheme", "alpha", "kv", "outliers", "rounding"]), values)
 )
-def test_a_config_is_served_or_refused_by_name(case, notes):
+def test_a_config_is_served_or_refused_by_name(case: tuple[str, dict[str, Any]], notes: dict[str, Any]) -> None:
     name, quantization = case
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -152,7 +170,7 @@ def test_a_config_is_served_or_refused_by_name(case, notes):
             assert score(load_decoder(folder, torch.float32, CPU), torch.arange(8)).isfinite().all()
 
 
-def test_the_mutations_reach_both_ends():
+def test_the_mutations_reach_both_ends() -> None:
     """One change that leaves the fixture served, one that does not: the property above is not empty."""
     config = json.loads((FIXTURES / "dynamic" / "config.json").read_text())
     served = config["quantization_config"] | {"ignore": []}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from quant.checkpoint.compressed_tensors import parse, render
 from quant.checkpoint.targets import LinearFormat
 from quant.errors import CheckpointError
 from quant.scheme import Scheme
+from tests.support.narrowed import present
 
 DOWN = "model.layers.0.mlp.down_proj"
 
 
-def group(**changes):
+def group(**changes: object) -> dict[str, Any]:
     args = {"num_bits": 8, "type": "int", "symmetric": True}
     base = {
         "targets": ["Linear"],
@@ -22,7 +25,7 @@ def group(**changes):
     return base | changes
 
 
-def config(groups=None, **changes):
+def config(groups: dict[str, Any] | None = None, **changes: object) -> dict[str, Any]:
     base = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
@@ -32,12 +35,17 @@ def config(groups=None, **changes):
     return {"quantization_config": base | changes}
 
 
-def weights(**changes):
+def weights(**changes: object) -> dict[str, Any]:
     return {"g": group(weights=group()["weights"] | changes)}
 
 
-def inputs(**changes):
+def inputs(**changes: object) -> dict[str, Any]:
     return {"g": group(input_activations=group()["input_activations"] | changes)}
+
+
+def format_of(config: dict[str, Any], name: str) -> LinearFormat:
+    """Of a Linear that the config has in int8."""
+    return present(present(parse(config)).format_of(name))
 
 
 @pytest.mark.parametrize(
@@ -69,8 +77,8 @@ def inputs(**changes):
         config({"int8": ["re:.*mlp.*"]}),
     ],
 )
-def test_what_is_accepted(accepted):
-    linear_format = parse(accepted).format_of(DOWN)
+def test_what_is_accepted(accepted: dict[str, Any]) -> None:
+    linear_format = format_of(accepted, DOWN)
     assert (linear_format.weight, linear_format.activation) == ("channel", "token")
 
 
@@ -85,17 +93,19 @@ def test_what_is_accepted(accepted):
         (({"strategy": "CHANNEL"}, {"strategy": "token", "dynamic": True}), "channel", "token"),
     ],
 )
-def test_the_scales_are_read_from_strategy_and_dynamic(args, weight, activation):
+def test_the_scales_are_read_from_strategy_and_dynamic(
+    args: tuple[dict[str, Any], dict[str, Any]], weight: str, activation: str
+) -> None:
     groups = {"g": {"targets": ["Linear"], "weights": args[0], "input_activations": args[1]}}
-    linear_format = parse(config(groups)).format_of(DOWN)
+    linear_format = format_of(config(groups), DOWN)
     assert (linear_format.weight, linear_format.activation) == (weight, activation)
     assert linear_format.group_size == args[0].get("group_size")
 
 
-def test_asymmetric_static_activations_have_a_zero_point():
+def test_asymmetric_static_activations_have_a_zero_point() -> None:
     asymmetric = inputs(strategy="tensor", dynamic=False, symmetric=False, zp_dtype="torch.int8")
-    assert parse(config(asymmetric)).format_of(DOWN) == LinearFormat("channel", "static", has_zero_point=True)
-    assert parse(config(asymmetric)).format_of(DOWN).name == "int8 channel/static asymmetric"
+    assert format_of(config(asymmetric), DOWN) == LinearFormat("channel", "static", has_zero_point=True)
+    assert format_of(config(asymmetric), DOWN).name == "int8 channel/static asymmetric"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +164,7 @@ def test_asymmetric_static_activations_have_a_zero_point():
         ({"compression_config": {}}, "compression_config"),
     ],
 )
-def test_what_is_refused_says_what_and_names_a_remedy(refused, message):
+def test_what_is_refused_says_what_and_names_a_remedy(refused: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=rf"{message}.*quantize the float model with `ottava quantize`"):
         parse(refused)
 
@@ -175,19 +185,19 @@ def test_what_is_refused_says_what_and_names_a_remedy(refused, message):
         (["LlamaAttention"], [], False),
     ],
 )
-def test_targets_and_ignore_are_names_patterns_or_classes(targets, ignore, is_int8):
-    parsed = parse(config({"g": group(targets=targets)}, ignore=ignore))
+def test_targets_and_ignore_are_names_patterns_or_classes(targets: list[str], ignore: list[str], is_int8: bool) -> None:
+    parsed = present(parse(config({"g": group(targets=targets)}, ignore=ignore)))
     assert (parsed.format_of(DOWN) is not None) == is_int8
 
 
-def test_the_most_specific_target_decides():
+def test_the_most_specific_target_decides() -> None:
     groups = {
         "static": weights(strategy="tensor")["g"] | {"targets": ["Linear"]},
         "named": group(targets=[DOWN]),
         "pattern": weights(strategy="tensor")["g"] | {"targets": ["re:.*down_proj"]},
     }
-    assert parse(config(groups)).format_of(DOWN).weight == "channel"
-    assert parse(config(groups)).format_of("model.layers.1.mlp.down_proj").weight == "tensor"
+    assert format_of(config(groups), DOWN).weight == "channel"
+    assert format_of(config(groups), "model.layers.1.mlp.down_proj").weight == "tensor"
 
 
 FORMS = [
@@ -198,11 +208,13 @@ FORMS = [
 
 
 @pytest.mark.parametrize("scheme", FORMS, ids=lambda scheme: f"{scheme.weight}-{scheme.activation}")
-def test_what_is_rendered_is_parsed_and_holds_no_key_unknown_to_compressed_tensors(scheme):
+def test_what_is_rendered_is_parsed_and_holds_no_key_unknown_to_compressed_tensors(scheme: Scheme) -> None:
     written = render(scheme, ["lm_head"])
-    linear_format = parse({"quantization_config": written}).format_of(DOWN)
+    assert scheme.weight != "float"
+    assert scheme.activation != "float"
+    linear_format = format_of({"quantization_config": written}, DOWN)
     assert linear_format == LinearFormat(scheme.weight, scheme.activation, scheme.group_size)
-    assert parse({"quantization_config": written}).format_of("lm_head") is None
+    assert present(parse({"quantization_config": written})).format_of("lm_head") is None
     known = pytest.importorskip("compressed_tensors.quantization").QuantizationConfig
     assert written.keys() <= known.model_fields.keys()
     # Its models of a group and of its arguments allow no other key.

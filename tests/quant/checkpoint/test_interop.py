@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from kernels import Quantized
 from quant.checkpoint.notes import NOTES_NAME
 from quant.checkpoint.reader import Checkpoint
-from quant.linear import Int8Linear
+from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import Scheme
+from tests.support.narrowed import int8_of, present
 from tests.support.quant_oracle import limit_codes_to_127, load
-from tests.support.tiny_llama import VOCAB
+from tests.support.tiny_llama import VOCAB, Tiny
 
 FORMS = [
     Scheme(f"{weight}-{activation}", weight, activation, smoothing=0.5, group_size=32 if weight == "group" else None)
@@ -30,7 +36,7 @@ def dequantized(linear: Int8Linear) -> torch.Tensor:
 def oracle_codes(x: torch.Tensor, linear: Int8Linear) -> Quantized:
     """Codes by compressed-tensors' rule: a dynamic scale of absmax / 127.5, and -128 allowed."""
     if linear.input_codes.kind == "static":
-        scale = linear.input_codes.scale
+        scale = present(linear.input_codes.scale)
     else:
         absmax = x.abs().amax(-1) if linear.input_codes.kind == "token" else x.abs().amax().reshape(1)
         scale = absmax / 127.5
@@ -39,11 +45,12 @@ def oracle_codes(x: torch.Tensor, linear: Int8Linear) -> Quantized:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scheme", FORMS, ids=lambda scheme: scheme.name)
-def test_every_linear_agrees_with_transformers(tiny, tmp_path, scheme, dtype):
+def test_every_linear_agrees_with_transformers(tiny: Tiny, tmp_path: Path, scheme: Scheme, dtype: torch.dtype) -> None:
     out = tiny.quantize(tmp_path / "out", scheme, dtype)
     oracle = load(out)
     checkpoint = Checkpoint.open(out, torch.float32, "cpu")
-    inputs, outputs = {}, {}
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     for name in tiny.linear_names:
         oracle.get_submodule(name).register_forward_hook(
             lambda _module, args, y, name=name: inputs.update({name: args[0][0]}) or outputs.update({name: y[0]})
@@ -52,7 +59,9 @@ def test_every_linear_agrees_with_transformers(tiny, tmp_path, scheme, dtype):
         oracle(torch.arange(32)[None])
     for name in tiny.linear_names:
         module = oracle.get_submodule(name)
-        linear = checkpoint.linear(name, *module.weight.shape, has_bias=False)
+        assert isinstance(module.weight, Tensor)
+        num_rows, num_columns = module.weight.shape
+        linear = int8_of(checkpoint.linear(name, num_rows, num_columns, has_bias=False))
         assert torch.equal(module.weight, dequantized(linear)), name
         # Given the oracle's codes the product is the same: scales, codes and bias mean what they mean to others.
         same = linear(oracle_codes(inputs[name], linear))
@@ -62,23 +71,30 @@ def test_every_linear_agrees_with_transformers(tiny, tmp_path, scheme, dtype):
         assert (ours - outputs[name]).norm() / outputs[name].norm() < 0.02, name
 
 
-def int8_forward(model, checkpoint):
+def of_any_shape(linear: FloatLinear | Int8Linear, x: Tensor) -> Tensor:
+    return torch.unflatten(linear(x.flatten(0, -2)), 0, x.shape[:-1])
+
+
+def int8_forward(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
     """Run our Linears inside the float model's graph."""
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            linear = checkpoint.linear(name, *module.weight.shape, has_bias=False)
-            module.forward = lambda x, linear=linear: linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+            num_rows, num_columns = module.weight.shape
+            linear = checkpoint.linear(name, num_rows, num_columns, has_bias=False)
+            vars(module)["forward"] = partial(of_any_shape, linear)
     return model
 
 
 @pytest.fixture
-def range_of_127(monkeypatch):
+def range_of_127(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_codes_to_127(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scheme", FORMS, ids=lambda scheme: scheme.name)
-def test_the_whole_model_is_the_oracle_s_where_ranges_agree(tiny, tmp_path, scheme, dtype, range_of_127):
+def test_the_whole_model_is_the_oracle_s_where_ranges_agree(
+    tiny: Tiny, tmp_path: Path, scheme: Scheme, dtype: torch.dtype, range_of_127: None
+) -> None:
     folder = tiny.quantize(tmp_path / "out", scheme, dtype)
     apart = []
     for seed in range(5):
@@ -92,14 +108,14 @@ def test_the_whole_model_is_the_oracle_s_where_ranges_agree(tiny, tmp_path, sche
 
 
 @pytest.mark.parametrize("scheme", FORMS, ids=lambda scheme: scheme.name)
-def test_the_whole_model_is_near_the_oracle_as_it_comes(tiny, tmp_path, scheme):
+def test_the_whole_model_is_near_the_oracle_as_it_comes(tiny: Tiny, tmp_path: Path, scheme: Scheme) -> None:
     """Its divisor 127.5 and its code -128 make its rounding another, not a worse one: two that have nothing in common
     lie sqrt(2) times as far apart as each does from the float model."""
     ours, theirs, exact = logits_of_both(tiny, tiny.quantize(tmp_path / "out", scheme))
     assert (ours - theirs).norm() < 1.5 * (theirs - exact).norm()
 
 
-def test_outlier_columns_are_ours_alone(tiny, tmp_path, range_of_127):
+def test_outlier_columns_are_ours_alone(tiny: Tiny, tmp_path: Path, range_of_127: None) -> None:
     """LLM.int8()'s folder is W8A8 to others, and to us without our notes; with them, columns beyond 6 are float."""
     folder = tiny.quantize(tmp_path / "out", MIXED)
     mixed, theirs, exact = logits_of_both(tiny, folder)
@@ -109,7 +125,7 @@ def test_outlier_columns_are_ours_alone(tiny, tmp_path, range_of_127):
     assert (mixed - exact).norm() < (plain - exact).norm()
 
 
-def logits_of_both(tiny, folder, ids=None):
+def logits_of_both(tiny: Tiny, folder: Path, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     checkpoint = Checkpoint.open(folder, torch.float32, "cpu")
     ids = torch.arange(32)[None] if ids is None else ids
     model = load(folder)

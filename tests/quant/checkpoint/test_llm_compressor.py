@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from quant.checkpoint.safetensors_files import TensorFiles
 from quant.errors import CheckpointError
@@ -17,28 +20,29 @@ from tests.support.quant_oracle import limit_codes_to_127, load
 IDS = torch.arange(48) * 7 % 64
 
 
-def ours(folder) -> torch.Tensor:
+def ours(folder: Path) -> torch.Tensor:
     with torch.inference_mode():
         return score(load_decoder(folder, torch.float32, torch.device("cpu")), IDS)
 
 
-def theirs(folder) -> torch.Tensor:
+def theirs(folder: Path) -> torch.Tensor:
     with torch.inference_mode():
-        return load(folder)(IDS[None]).logits[0]
+        logits: Tensor = load(folder)(IDS[None]).logits[0]
+    return logits
 
 
 @pytest.fixture
-def range_of_127(monkeypatch):
+def range_of_127(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_codes_to_127(monkeypatch)
 
 
-def test_every_recipe_is_here():
+def test_every_recipe_is_here() -> None:
     assert NAMES == ["dynamic", "group", "sharded-mixed", "smoothquant-gptq", "static", "static-asymmetric"]
     assert sum(path.stat().st_size for path in FIXTURES.glob("*/*") if path.suffix != ".pyc") < 300_000
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "static-asymmetric"])
-def test_logits_are_the_oracle_s_where_ranges_agree(name, range_of_127):
+def test_logits_are_the_oracle_s_where_ranges_agree(name: str, range_of_127: None) -> None:
     expected = theirs(FIXTURES / name)
     found = ours(FIXTURES / name)
     # A code on a tie may fall either way after a float sum in another order; nothing else differs.
@@ -46,7 +50,7 @@ def test_logits_are_the_oracle_s_where_ranges_agree(name, range_of_127):
     assert (found.argmax(-1) == expected.argmax(-1)).all()
 
 
-def test_asymmetric_logits_are_the_oracle_s_as_it_comes():
+def test_asymmetric_logits_are_the_oracle_s_as_it_comes() -> None:
     """Static and asymmetric: both sides use all codes, -128..127, and no scale is found as it runs."""
     expected = theirs(FIXTURES / "static-asymmetric")
     found = ours(FIXTURES / "static-asymmetric")
@@ -55,16 +59,21 @@ def test_asymmetric_logits_are_the_oracle_s_as_it_comes():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_stored_tensor_is_read(name, monkeypatch):
+def test_every_stored_tensor_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read, get = set[str](), TensorFiles.get
-    monkeypatch.setattr(TensorFiles, "get", lambda files, key: read.add(key) or get(files, key))
+
+    def noted(files: TensorFiles, key: str) -> Tensor:
+        read.add(key)
+        return get(files, key)
+
+    monkeypatch.setattr(TensorFiles, "get", noted)
     ours(FIXTURES / name)
     stored = {key for path in (FIXTURES / name).glob("*.safetensors") for key in load_file(path)}
     assert read == stored
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_linears_are_int8(name):
+def test_the_linears_are_int8(name: str) -> None:
     """Three products of each layer eat int8; layer 1's down_proj, which no target names, stays float in one folder."""
     decoder = load_decoder(FIXTURES / name, torch.float32, torch.device("cpu"))
     floats = [
@@ -76,11 +85,11 @@ def test_the_linears_are_int8(name):
     assert floats == ([(1, (32, 64))] if name == "sharded-mixed" else [])
 
 
-def test_parts_that_cannot_be_one_product_are_refused_by_name(tmp_path):
+def test_parts_that_cannot_be_one_product_are_refused_by_name(tmp_path: Path) -> None:
     """q_proj float beside an int8 k_proj and v_proj: they are one product here, as in other servers."""
     q = "model.layers.0.self_attn.q_proj"
 
-    def make_float(state):
+    def make_float(state: dict[str, Tensor]) -> None:
         state[f"{q}.weight"] = state[f"{q}.weight"] * state.pop(f"{q}.weight_scale")
 
     folder = edit(copy_of("dynamic", tmp_path), make_float, lambda quantization: quantization["ignore"].append(q))

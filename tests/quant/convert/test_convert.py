@@ -4,7 +4,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from quant.checkpoint import safetensors_files
 from quant.checkpoint.notes import NOTES_NAME
@@ -19,11 +24,12 @@ from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.sha256sums import SUMS_NAME, first_damaged
 from quant.convert import layer
 from quant.convert.model import quantize_checkpoint
-from quant.convert.rounding import ScaleRule, dequantize, quantize_weight, static_scale
+from quant.convert.rounding import ScaleRule, Strategy, dequantize, quantize_weight, static_scale
 from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
 from quant.errors import CheckpointError, Unquantizable
-from quant.scheme import PRESETS, Scheme
-from tests.support.tiny_llama import recipe, tiny_llama
+from quant.scheme import PRESETS, KVStorage, Scheme
+from tests.support.narrowed import float_of, int8_of, present
+from tests.support.tiny_llama import Tiny, recipe, tiny_llama
 
 INT8 = [scheme for scheme in PRESETS.values() if scheme.is_int8]
 DOWN = "model.layers.0.mlp.down_proj"
@@ -35,7 +41,7 @@ DOWN = "model.layers.0.mlp.down_proj"
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     strategy=st.sampled_from(["channel", "tensor", "group"]),
 )
-def test_rounding_is_within_half_a_code(seed, exponent, dtype, strategy):
+def test_rounding_is_within_half_a_code(seed: int, exponent: int, dtype: torch.dtype, strategy: Strategy) -> None:
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     weight[2] = 0
     codes, scale = quantize_weight(weight, ScaleRule(strategy, dtype, 4 if strategy == "group" else None))
@@ -48,7 +54,7 @@ def test_rounding_is_within_half_a_code(seed, exponent, dtype, strategy):
     assert not codes[2].any()
 
 
-def test_codes_are_made_with_the_scale_as_stored():
+def test_codes_are_made_with_the_scale_as_stored() -> None:
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     codes, scale = quantize_weight(weight, ScaleRule("channel", torch.bfloat16))
     assert torch.equal(codes, (weight / scale.float()).round().clamp(-127, 127).to(torch.int8))
@@ -56,7 +62,7 @@ def test_codes_are_made_with_the_scale_as_stored():
     assert (codes != unrounded).float().mean() > 0.02
 
 
-def test_a_scale_that_does_not_exist_is_refused():
+def test_a_scale_that_does_not_exist_is_refused() -> None:
     with pytest.raises(Unquantizable, match="largest magnitude is inf"):
         quantize_weight(torch.tensor([[1.0, float("inf")]]), ScaleRule("channel", torch.bfloat16))
     with pytest.raises(Unquantizable, match=r"torch\.float16"):
@@ -69,13 +75,15 @@ FIXED = [scheme.with_alpha(0.5) for scheme in INT8 if not scheme.is_distilled]
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("scheme", FIXED, ids=lambda scheme: scheme.name)
-def test_what_is_written_is_read_back(tiny, tmp_path, scheme, dtype):
+def test_what_is_written_is_read_back(tiny: Tiny, tmp_path: Path, scheme: Scheme, dtype: torch.dtype) -> None:
     """Norms undo what the weights were multiplied by; weights are the float ones, each to half a code."""
     out = tiny.quantize(tmp_path / "out", scheme, dtype, notes={"calibration": "self-written"})
     checkpoint = Checkpoint.open(out, dtype, "cpu")
     original = tiny.model.state_dict()
     for name in tiny.linear_names:
-        linear = checkpoint.linear(name, *original[f"{name}.weight"].shape, has_bias=False)
+        assert scheme.weight != "float"
+        num_rows, num_columns = original[f"{name}.weight"].shape
+        linear = int8_of(checkpoint.linear(name, num_rows, num_columns, has_bias=False))
         assert linear.input_codes.kind == scheme.activation
         assert linear.weight_scale.ndim == (2 if scheme.weight == "group" else 1)
         if scheme.smoothing is None and scheme.weight != "tensor":
@@ -95,7 +103,7 @@ def linear_group(scheme: Scheme) -> int | None:
     return None if scheme.group_size is None else 32
 
 
-def test_the_folded_weights_are_the_smoothed_ones(tiny, tmp_path):
+def test_the_folded_weights_are_the_smoothed_ones(tiny: Tiny, tmp_path: Path) -> None:
     """Layer 0, whose inputs are the float model's own: the equation by hand, group after group."""
     scheme = PRESETS["w8a8"].with_alpha(0.5)
     out = load_file(tiny.quantize(tmp_path / "out", scheme, torch.bfloat16) / "model.safetensors")
@@ -113,12 +121,12 @@ def test_the_folded_weights_are_the_smoothed_ones(tiny, tmp_path):
                 assert (out[f"{sink}.weight"].int() - codes.int()).abs().max() <= 1, sink
 
 
-def largest_inputs(model, tokens):
+def largest_inputs(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     """Channel absmax of every Linear's input, by hooks on the whole model."""
-    absmax = {}
+    absmax: dict[str, Tensor] = {}
 
-    def keep(name):
-        def hook(_module, args):
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen = args[0].detach().abs().flatten(0, 1).amax(0)
             absmax[name] = torch.maximum(seen, absmax.get(name, seen))
 
@@ -135,7 +143,7 @@ def largest_inputs(model, tokens):
 
 @pytest.mark.parametrize("scheme", INT8, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("kv", ["float", "int8"])
-def test_the_scheme_is_read_back(tiny, tmp_path, scheme, kv):
+def test_the_scheme_is_read_back(tiny: Tiny, tmp_path: Path, scheme: Scheme, kv: KVStorage) -> None:
     """Knobs that leave no tensor included; config.json, which other readers parse, is the same for both caches."""
     scheme = replace(scheme.with_alpha(0.7), kv=kv, group_size=linear_group(scheme))
     checkpoint = Checkpoint.open(tiny.quantize(tmp_path / "out", scheme), torch.float32, "cpu")
@@ -144,7 +152,7 @@ def test_the_scheme_is_read_back(tiny, tmp_path, scheme, kv):
     assert "kv_cache_scheme" not in checkpoint.config["quantization_config"]
 
 
-def test_notes_that_say_nothing_or_nonsense_of_the_cache(tiny, tmp_path):
+def test_notes_that_say_nothing_or_nonsense_of_the_cache(tiny: Tiny, tmp_path: Path) -> None:
     out = tiny.quantize(tmp_path / "out", PRESETS["w8a8"].with_kv("int8"))
     notes = json.loads((out / NOTES_NAME).read_text())
     (out / NOTES_NAME).write_text(json.dumps({key: value for key, value in notes.items() if key != "kv"}))
@@ -162,8 +170,8 @@ def test_notes_that_say_nothing_or_nonsense_of_the_cache(tiny, tmp_path):
     assert (foreign.scheme_name, foreign.kv) == ("int8 channel/token", "float")
 
 
-def test_the_folder_is_complete_and_nothing_else_is_left(tiny, tmp_path):
-    seen = []
+def test_the_folder_is_complete_and_nothing_else_is_left(tiny: Tiny, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
     out = tiny.quantize(tmp_path / "out", PRESETS["w8a8"], torch.bfloat16, on_progress=lambda *told: seen.append(told))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     names = {path.name for path in out.iterdir()}
@@ -189,7 +197,7 @@ def test_the_folder_is_complete_and_nothing_else_is_left(tiny, tmp_path):
     assert oct(out.stat().st_mode & 0o777) == "0o755"
 
 
-def test_biases_and_linears_left_out_stay_float(tmp_path):
+def test_biases_and_linears_left_out_stay_float(tmp_path: Path) -> None:
     model = tiny_llama(attention_bias=True)
     model.save_pretrained(tmp_path / "float")
     out = tmp_path / "out"
@@ -199,32 +207,42 @@ def test_biases_and_linears_left_out_stay_float(tmp_path):
     assert "model.layers.0.self_attn.k_proj" in config["quantization_config"]["ignore"]
     assert config["dtype"] == "float16"
     checkpoint = Checkpoint.open(out, torch.float16, "cpu")
-    assert checkpoint.linear("model.layers.0.self_attn.q_proj", 64, 64, has_bias=True).bias.dtype == torch.float16
-    assert checkpoint.linear("model.layers.0.self_attn.o_proj", 64, 64, has_bias=True).weight.dtype == torch.float16
+    int8 = int8_of(checkpoint.linear("model.layers.0.self_attn.q_proj", 64, 64, has_bias=True))
+    left_out = float_of(checkpoint.linear("model.layers.0.self_attn.o_proj", 64, 64, has_bias=True))
+    assert present(int8.bias).dtype == torch.float16
+    assert left_out.weight.dtype == torch.float16
 
 
-def convert(source, out, linear_names, scheme=None, dtype=torch.float16, **changes):
+def convert(
+    source: Path,
+    out: Path,
+    linear_names: Iterable[str],
+    scheme: Scheme | None = None,
+    dtype: torch.dtype = torch.float16,
+    **changes: Any,
+) -> None:
     scheme = scheme or Scheme("plain", "channel", "token")
     said = {name: changes.pop(name) for name in ("notes", "on_progress") if name in changes}
     how = recipe(scheme=scheme, linear_names=linear_names, dtype=dtype, **changes)
     quantize_checkpoint(source, out, how, **said)
 
 
-def files_of(folder):
+def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("scheme", INT8, ids=lambda scheme: scheme.name)
-def test_two_runs_give_the_same_bytes(tiny, tmp_path, scheme):
+def test_two_runs_give_the_same_bytes(tiny: Tiny, tmp_path: Path, scheme: Scheme) -> None:
     one, other = (tiny.quantize(tmp_path / name, scheme, torch.bfloat16) for name in ("one", "other"))
     assert files_of(one) == files_of(other)
 
 
-def interrupt_layer_1(monkeypatch):
+def interrupt_layer_1(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Interrupt the first try at layer 1; the layers that are begun, in order, as they come."""
-    real, begun = layer.LayerQuantizer.quantize, []
+    real = layer.LayerQuantizer.quantize
+    begun: list[int] = []
 
-    def interrupted(self, windows):
+    def interrupted(self: layer.LayerQuantizer, windows: Sequence[Tensor]) -> layer.QuantizedLayer:
         begun.append(self.index)
         if begun == [0, 1]:
             raise KeyboardInterrupt
@@ -235,7 +253,9 @@ def interrupt_layer_1(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["w8a8", "rtn-token", "zeroquant-lkd"])
-def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tiny, tmp_path, monkeypatch, name):
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     whole = tiny.quantize(tmp_path / "whole", PRESETS[name])
     begun = interrupt_layer_1(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -247,7 +267,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tiny, tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_layers_of_another_scheme_are_not_taken_over(tiny, tmp_path, monkeypatch):
+def test_layers_of_another_scheme_are_not_taken_over(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun = interrupt_layer_1(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
@@ -255,7 +277,7 @@ def test_layers_of_another_scheme_are_not_taken_over(tiny, tmp_path, monkeypatch
     assert begun == [0, 1, 0, 1]
 
 
-def test_large_models_are_sharded(tiny, tmp_path, monkeypatch):
+def test_large_models_are_sharded(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tiny.quantize(tmp_path / "whole", PRESETS["w8a8"])
     monkeypatch.setattr(safetensors_files.ShardWriter.__init__, "__defaults__", (30_000,))
     sharded = tiny.quantize(tmp_path / "sharded", PRESETS["w8a8"])
@@ -274,7 +296,7 @@ def test_large_models_are_sharded(tiny, tmp_path, monkeypatch):
     assert Checkpoint.open(tmp_path / "again", torch.float16, "cpu").scheme_name == "rtn"
 
 
-def test_what_would_fail_again_leaves_nothing(tiny, tmp_path):
+def test_what_would_fail_again_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
     """A weight that is not finite, in the second layer: the first one is not kept either."""
     shutil.copytree(tiny.folder, tmp_path / "float")
     state = load_file(tmp_path / "float" / "model.safetensors")
@@ -287,12 +309,14 @@ def test_what_would_fail_again_leaves_nothing(tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
 @pytest.mark.parametrize("num_written", [0, 3])
-def test_a_full_disk_keeps_what_is_done(tiny, tmp_path, monkeypatch, kind, num_written):
+def test_a_full_disk_keeps_what_is_done(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], num_written: int
+) -> None:
     """safetensors has an exception of its own for it."""
     whole = tiny.quantize(tmp_path / "whole", PRESETS["w8a8"])
-    written = []
+    written: list[str] = []
 
-    def filling(*args, **kwargs):
+    def filling(*args: Any, **kwargs: Any) -> None:
         if len(written) == num_written:
             raise kind("No space left on device")
         written.append(args[1].name)
@@ -309,7 +333,9 @@ def test_a_full_disk_keeps_what_is_done(tiny, tmp_path, monkeypatch, kind, num_w
 
 
 @pytest.mark.parametrize("name", ["layer-00000.safetensors", "carried-00001.safetensors"])
-def test_a_kept_layer_that_is_damaged_is_thrown_away_by_name(tiny, tmp_path, monkeypatch, name):
+def test_a_kept_layer_that_is_damaged_is_thrown_away_by_name(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     interrupt_layer_1(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
@@ -320,7 +346,7 @@ def test_a_kept_layer_that_is_damaged_is_thrown_away_by_name(tiny, tmp_path, mon
     assert first_damaged(tiny.quantize(tmp_path / "out", PRESETS["w8a8"])) is None
 
 
-def test_an_output_that_exists_is_not_overwritten(tiny, tmp_path):
+def test_an_output_that_exists_is_not_overwritten(tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     tiny.quantize(out, PRESETS["w8a8"])
@@ -330,7 +356,7 @@ def test_an_output_that_exists_is_not_overwritten(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_inputs_that_cannot_be_converted_are_refused(tiny, tmp_path):
+def test_inputs_that_cannot_be_converted_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="'fp16' is float"):
         tiny.quantize(out, PRESETS["fp16"])
@@ -351,7 +377,7 @@ def test_inputs_that_cannot_be_converted_are_refused(tiny, tmp_path):
     assert not out.exists()
 
 
-def lm_head_folder(tmp_path):
+def lm_head_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "head"
     folder.mkdir()
     save_file({"lm_head.weight": torch.ones(4, 4)}, folder / "model.safetensors")
@@ -359,7 +385,7 @@ def lm_head_folder(tmp_path):
     return folder
 
 
-def test_a_float_beyond_float16_is_refused(tmp_path):
+def test_a_float_beyond_float16_is_refused(tmp_path: Path) -> None:
     model = tiny_llama()
     model.model.norm.weight.data[3] = 1e6
     model.save_pretrained(tmp_path / "float")

@@ -1,31 +1,56 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, OPTConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from quant.convert.decoder_layers import LayerStream
 from quant.convert.inputs import HELD_OUT_EVERY, gather
+from tests.support.modules import evaluated, in_float32
 
 CPU = torch.device("cpu")
-SMALL = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-FAMILIES = {
+SMALL: dict[str, Any] = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+FAMILIES: dict[str, PreTrainedConfig] = {
     # Two kinds of layers, each with its own mask and angles, and embeddings that are scaled.
     "gemma3": Gemma3TextConfig(
-        **SMALL, intermediate_size=48, num_key_value_heads=1, head_dim=16, sliding_window=8, sliding_window_pattern=2
+        **SMALL | {"sliding_window_pattern": 2},
+        intermediate_size=48,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=8,
     ),
     "opt": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
     "gpt2": GPT2Config(vocab_size=90, n_embd=32, n_layer=3, n_head=2, n_positions=64),
     "qwen3_moe": Qwen3MoeConfig(
-        **SMALL, moe_intermediate_size=16, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2
+        **SMALL | {"head_dim": 16},
+        moe_intermediate_size=16,
+        num_key_value_heads=1,
+        num_experts=4,
+        num_experts_per_tok=2,
     ),
 }
 
 
+def from_config(family: str) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(FAMILIES[family])  # type: ignore[no-untyped-call]
+    return model
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layer_by_layer_is_the_whole_model(family, tmp_path):
+def test_layer_by_layer_is_the_whole_model(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]).float().eval()
+    model = evaluated(in_float32(from_config(family)))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     windows = torch.randint(90, (2, 20), generator=torch.Generator().manual_seed(1))
     wanted = []
@@ -44,14 +69,14 @@ def test_layer_by_layer_is_the_whole_model(family, tmp_path):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_parameters_outside_a_stream_keep_their_values(tmp_path):
+def test_parameters_outside_a_stream_keep_their_values(tmp_path: Path) -> None:
     """The hook that drops values is gone when the skeleton is built."""
-    AutoModelForCausalLM.from_config(FAMILIES["gpt2"]).save_pretrained(tmp_path)
+    from_config("gpt2").save_pretrained(tmp_path)
     LayerStream(tmp_path, torch.float32, CPU)
     assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
-def test_what_linears_read_is_gathered_and_a_quarter_of_it_held_out():
+def test_what_linears_read_is_gathered_and_a_quarter_of_it_held_out() -> None:
     linear = torch.nn.Linear(6, 2)
     x = torch.randn(2 * HELD_OUT_EVERY, 1, 10, 6, generator=torch.Generator().manual_seed(0))
     linears = {"a": linear, "never": torch.nn.Linear(6, 2)}
@@ -69,7 +94,7 @@ def test_what_linears_read_is_gathered_and_a_quarter_of_it_held_out():
     assert "never" not in gathered
 
 
-def test_one_window_is_fitted_to_and_judged_by():
+def test_one_window_is_fitted_to_and_judged_by() -> None:
     linear, x = torch.nn.Linear(6, 2), torch.randn(1, 10, 6, generator=torch.Generator().manual_seed(0))
     inputs = gather({"a": linear}, linear, [x], has_gram=False, seed=0)[1]["a"]
     assert torch.equal(inputs.rows, x[0])

@@ -8,12 +8,12 @@ import torch
 from quant.convert.distill import Student, distill
 from quant.convert.gptq import round_gptq
 from quant.convert.inputs import Inputs
-from quant.convert.rounding import ScaleRule, dequantize, quantize_weight, static_scale
+from quant.convert.rounding import ScaleRule, Strategy, dequantize, quantize_weight, static_scale
 from quant.convert.search import ALPHAS, BALANCES, RANGE_SHARES, THRESHOLDS, best_ranges, smooth_layer
 from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
 from quant.errors import Unquantizable
 from quant.linear import InputCodes, Int8Linear
-from quant.scheme import PRESETS, Scheme
+from quant.scheme import PRESETS, Scheme, Smoothing
 
 GROUP = SmoothGroup("norm", ("a", "b"))
 
@@ -28,7 +28,7 @@ def inputs_of(rows: torch.Tensor) -> Inputs:
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-static", "smoothquant-o1", "smoothquant-o2", "smoothquant-o3"])
-def test_the_search_finds_what_trying_every_strength_on_the_served_linear_finds(name):
+def test_the_search_finds_what_trying_every_strength_on_the_served_linear_finds(name: str) -> None:
     scheme = PRESETS[name]
     rows = noise(64, 32, seed=0)
     rows[:, 5] *= 40
@@ -53,7 +53,7 @@ def test_the_search_finds_what_trying_every_strength_on_the_served_linear_finds(
 
 @pytest.mark.parametrize("smoothing", ["search", 0.5])
 @pytest.mark.parametrize("name", ["w8a8", "smoothquant-o3"])
-def test_a_group_that_no_token_reached_is_left_as_it_is(name, smoothing):
+def test_a_group_that_no_token_reached_is_left_as_it_is(name: str, smoothing: Smoothing) -> None:
     """As of an expert that the router chose for no token of the calibration."""
     state = {"up.weight": noise(32, 16, seed=0), "down.weight": noise(8, 32, seed=1)}
     before = dict(state)
@@ -65,6 +65,8 @@ def test_a_group_that_no_token_reached_is_left_as_it_is(name, smoothing):
 
 
 def served(weight: torch.Tensor, rows: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    assert scheme.weight != "float"
+    assert scheme.activation != "float"
     codes, scale = quantize_weight(weight, ScaleRule(scheme.weight, torch.float32))
     input_scale = static_scale(rows.abs().amax().reshape(1), torch.float32) if scheme.activation == "static" else None
     input_codes = InputCodes(scheme.activation, input_scale)
@@ -72,7 +74,7 @@ def served(weight: torch.Tensor, rows: torch.Tensor, scheme: Scheme) -> torch.Te
     return linear(rows)
 
 
-def test_a_fixed_alpha_is_taken_as_given():
+def test_a_fixed_alpha_is_taken_as_given() -> None:
     rows = noise(64, 32, seed=0)
     state = {"norm.weight": torch.ones(32), "a.weight": noise(16, 32, seed=1), "b.weight": noise(8, 32, seed=2)}
     inputs = {sink: inputs_of(rows) for sink in GROUP.sinks}
@@ -80,7 +82,7 @@ def test_a_fixed_alpha_is_taken_as_given():
     assert choices["norm"].strength == 0.3
 
 
-def test_ranges_are_clipped_where_it_helps_and_nowhere_else():
+def test_ranges_are_clipped_where_it_helps_and_nowhere_else() -> None:
     rows = noise(512, 64, seed=0)
     rows[0, 0] = 60.0  # one rare value that costs all others their precision
     weight = noise(16, 64, seed=1)
@@ -93,7 +95,7 @@ def test_ranges_are_clipped_where_it_helps_and_nowhere_else():
 
 @pytest.mark.parametrize("strategy", ["channel", "tensor", "group"])
 @pytest.mark.parametrize("seed", range(5))
-def test_gptq_is_never_worse_than_nearest_by_its_own_measure(strategy, seed):
+def test_gptq_is_never_worse_than_nearest_by_its_own_measure(strategy: Strategy, seed: int) -> None:
     rows = noise(256, 64, seed=seed) @ noise(64, 64, seed=seed + 100)
     weight = noise(24, 64, seed=seed + 200)
     size = 32 if strategy == "group" else None
@@ -108,14 +110,14 @@ def test_gptq_is_never_worse_than_nearest_by_its_own_measure(strategy, seed):
     assert codes.abs().max() <= 127
 
 
-def test_gptq_refuses_a_gram_matrix_that_does_not_fit():
+def test_gptq_refuses_a_gram_matrix_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"gram \[3, 3\] must be \[4, 4\]"):
         round_gptq(torch.ones(2, 4), torch.ones(3, 3), ScaleRule("channel", torch.float32))
     with pytest.raises(Unquantizable, match="not finite in float32"):
         round_gptq(torch.ones(2, 4), torch.full((4, 4), float("inf")), ScaleRule("channel", torch.float32))
 
 
-def test_distillation_lowers_the_layer_s_error_the_same_way_twice():
+def test_distillation_lowers_the_layer_s_error_the_same_way_twice() -> None:
     """A layer of one Linear whose input has two channels that weights can take over from one another."""
     scheme = replace(PRESETS["zeroquant-lkd"], group_size=32)
     rows = noise(1, 64, 8, seed=0) @ noise(8, 64, seed=1)

@@ -22,6 +22,8 @@ from quant.convert.smoothquant import (
     migration,
 )
 from quant.errors import Unquantizable
+from tests.support.modules import in_float32
+from tests.support.tiny_llama import Tiny
 
 magnitudes = st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=8)
 alphas = st.floats(0, 1)
@@ -51,7 +53,9 @@ def fold(
 
 
 @given(x=magnitudes, strength=strengths, data=st.data())
-def test_migration_is_finite_positive_and_leaves_dead_channels(x, strength, data):
+def test_migration_is_finite_positive_and_leaves_dead_channels(
+    x: list[float], strength: Strength, data: st.DataObject
+) -> None:
     w = data.draw(st.lists(st.floats(0, 1e4, width=32), min_size=len(x), max_size=len(x)))
     s = migration(even(x), even(w), strength)
     assert s.dtype == torch.float32
@@ -62,32 +66,32 @@ def test_migration_is_finite_positive_and_leaves_dead_channels(x, strength, data
 
 
 @given(x=st.floats(1e-2, 1e3), w=st.floats(1e-2, 1e3), alpha=alphas)
-def test_migration_is_the_equation(x, w, alpha):
+def test_migration_is_the_equation(x: float, w: float, alpha: float) -> None:
     s = migration(even([x]), even([w]), alpha).item()
     assert s == pytest.approx(x**alpha / w ** (1 - alpha), rel=1e-5)
 
 
 @given(x=st.floats(1e-2, 1e3), w=st.floats(1e-2, 1e3))
-def test_half_way_both_sides_are_equally_hard(x, w):
+def test_half_way_both_sides_are_equally_hard(x: float, w: float) -> None:
     s = migration(even([x]), even([w]), 0.5).item()
     assert x / s == pytest.approx(w * s, rel=1e-4)
 
 
 @given(x=st.floats(1e-2, 1e3), w=st.floats(1e-2, 1e3), low=alphas, high=alphas)
-def test_more_alpha_never_leaves_more_in_the_activation(x, w, low, high):
+def test_more_alpha_never_leaves_more_in_the_activation(x: float, w: float, low: float, high: float) -> None:
     low, high = sorted((low, high))
     s_low, s_high = (migration(even([x]), even([w]), alpha).item() for alpha in (low, high))
     # d log s / d alpha = log x + log w
     assert (s_high >= s_low * 0.9999) if x * w >= 1 else (s_high <= s_low * 1.0001)
 
 
-def test_a_threshold_divides_what_is_above_it_and_nothing_else():
+def test_a_threshold_divides_what_is_above_it_and_nothing_else() -> None:
     s = migration(even([100.0, 10.0, 1.0]), even([1.0, 1.0, 1.0]), Threshold(0.05))
     assert s.tolist() == pytest.approx([20.0, 2.0, 1.0])
 
 
 @given(seed=st.integers(0, 1000), share=shares)
-def test_a_balance_is_the_minimum_that_it_says_it_is(seed, share):
+def test_a_balance_is_the_minimum_that_it_says_it_is(seed: int, share: float) -> None:
     """No s within the two ranges has a smaller error; only channels above the share reach beyond the activation's."""
     generator = torch.Generator().manual_seed(seed)
     rows, weight = (torch.randn(9, 6, generator=generator).double().pow(3) for _ in range(2))
@@ -100,7 +104,7 @@ def test_a_balance_is_the_minimum_that_it_says_it_is(seed, share):
     assert bool((x.absmax / ours <= 1 + 1e-9)[fits].all())
     low, high = x.absmax, product / w.absmax
 
-    def error(trial):
+    def error(trial: Tensor) -> Tensor:
         return w.rms.square() * trial.square() + (product / trial).square() * x.rms.square()
 
     for point in torch.linspace(0, 1, 33, dtype=torch.float64):
@@ -117,7 +121,7 @@ def test_a_balance_is_the_minimum_that_it_says_it_is(seed, share):
         ([1.0], [1.0], Balance(1.5), "balance 1.5: the share is outside"),
     ],
 )
-def test_migration_refuses(x, w, alpha, message):
+def test_migration_refuses(x: list[float], w: list[float], alpha: Strength, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         migration(even(x), even(w), alpha)
 
@@ -125,22 +129,22 @@ def test_migration_refuses(x, w, alpha, message):
 @pytest.mark.parametrize(
     ("x", "w", "name"), [([float("nan")], [1.0], "x"), ([1.0], [float("inf")], "w"), ([-1.0], [1.0], "x")]
 )
-def test_migration_refuses_a_range_that_is_none(x, w, name):
+def test_migration_refuses_a_range_that_is_none(x: list[float], w: list[float], name: str) -> None:
     with pytest.raises(Unquantizable, match=f"absmax of {name} holds"):
         migration(even(x), even(w), 0.5)
 
 
-def _rand(*shape, seed):
+def _rand(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
 
 
-def _norm_block(x, state):
+def _norm_block(x: Tensor, state: dict[str, Tensor]) -> Tensor:
     y = nn.functional.layer_norm(x, (8,), state["norm.weight"], state["norm.bias"])
     return torch.cat([y @ state["a.weight"].T, y @ state["b.weight"].T], dim=-1)
 
 
 @given(strength=strengths, seed=st.integers(0, 1000))
-def test_norm_to_linears_keeps_the_function(strength, seed):
+def test_norm_to_linears_keeps_the_function(strength: Strength, seed: int) -> None:
     state = {
         "norm.weight": _rand(8, seed=seed) * 10,
         "norm.bias": _rand(8, seed=seed + 1),
@@ -162,14 +166,14 @@ def test_norm_to_linears_keeps_the_function(strength, seed):
     assert all(torch.equal(given_tensors[name], original[name]) for name in original)  # the dict changes, no tensor
 
 
-def _gated(x, state):
+def _gated(x: Tensor, state: dict[str, Tensor]) -> Tensor:
     return (nn.functional.silu(x @ state["gate.weight"].T) * (x @ state["up.weight"].T + state["up.bias"])) @ state[
         "down.weight"
     ].T
 
 
 @given(strength=strengths, seed=st.integers(0, 1000))
-def test_up_to_down_keeps_the_function(strength, seed):
+def test_up_to_down_keeps_the_function(strength: Strength, seed: int) -> None:
     state = {
         "gate.weight": _rand(12, 8, seed=seed),
         "up.weight": _rand(12, 8, seed=seed + 1),
@@ -184,7 +188,7 @@ def test_up_to_down_keeps_the_function(strength, seed):
 
 
 @given(alpha=alphas, seed=st.integers(0, 1000), num_copies=st.integers(1, 3))
-def test_v_to_o_keeps_the_function_of_grouped_queries(alpha, seed, num_copies):
+def test_v_to_o_keeps_the_function_of_grouped_queries(alpha: float, seed: int, num_copies: int) -> None:
     """Attention mixes tokens, not channels: each of 2 value heads of 4 channels is read by num_copies query heads."""
     width = 8 * num_copies
     state = {
@@ -205,7 +209,7 @@ def test_v_to_o_keeps_the_function_of_grouped_queries(alpha, seed, num_copies):
 
 
 @given(alpha=alphas, seed=st.integers(0, 1000), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_a_norm_with_an_offset_keeps_the_function(alpha, seed, dtype):
+def test_a_norm_with_an_offset_keeps_the_function(alpha: float, seed: int, dtype: torch.dtype) -> None:
     # As a checkpoint of that dtype holds it: a weight that rounds to -1 and is left alone would change by rounding.
     state = {"norm.weight": _rand(8, seed=seed).to(dtype).float(), "a.weight": _rand(5, 8, seed=seed + 1)}
     x = _rand(16, 8, seed=seed + 2)
@@ -216,7 +220,7 @@ def test_a_norm_with_an_offset_keeps_the_function(alpha, seed, dtype):
     torch.testing.assert_close((x * (stored + 1)) @ state["a.weight"].T, before, rtol=1e-4, atol=1e-4)
 
 
-def test_a_norm_rounded_to_bfloat16_is_compensated_in_its_sinks():
+def test_a_norm_rounded_to_bfloat16_is_compensated_in_its_sinks() -> None:
     state = {"norm.weight": _rand(64, seed=0), "a.weight": _rand(5, 64, seed=1)}
     x = _rand(4, 64, seed=2)
     before = (x * state["norm.weight"]) @ state["a.weight"].T
@@ -226,7 +230,7 @@ def test_a_norm_rounded_to_bfloat16_is_compensated_in_its_sinks():
     assert torch.equal(stored, state["norm.weight"])
 
 
-def test_zero_norm_weights_and_dead_columns_stay():
+def test_zero_norm_weights_and_dead_columns_stay() -> None:
     state = {"norm.weight": torch.tensor([0.0, 2.0, 3.0]), "a.weight": torch.tensor([[1.0, 0.0, 4.0]])}
     smoothed = fold(state, [SmoothGroup("norm", ("a",))], {"a": torch.tensor([0.0, 5.0, 36.0])}, 0.5)
     assert state["norm.weight"].tolist() == pytest.approx([0.0, 2.0, 1.0])
@@ -234,7 +238,7 @@ def test_zero_norm_weights_and_dead_columns_stay():
     assert smoothed["a"].tolist() == pytest.approx([0.0, 5.0, 12.0])
 
 
-def test_smoothing_leaves_the_whole_model_unchanged(tiny):
+def test_smoothing_leaves_the_whole_model_unchanged(tiny: Tiny) -> None:
     model = tiny.model.double()
     ids = torch.arange(20)[None]
     with torch.inference_mode():
@@ -248,7 +252,7 @@ def test_smoothing_leaves_the_whole_model_unchanged(tiny):
     with torch.inference_mode():
         after = model(ids).logits
     model.load_state_dict(original)
-    model.float()
+    in_float32(model)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
@@ -262,7 +266,7 @@ def test_smoothing_leaves_the_whole_model_unchanged(tiny):
         (SmoothGroup("short", ("a",)), {"a": torch.ones(3)}, "writes 2 channels, the sinks read 3"),
     ],
 )
-def test_fold_refuses_what_does_not_fit(group, absmax, message):
+def test_fold_refuses_what_does_not_fit(group: SmoothGroup, absmax: dict[str, Tensor], message: str) -> None:
     state = {"norm.weight": torch.ones(3), "short.weight": torch.ones(2), "a.weight": torch.ones(1, 3)}
     with pytest.raises(ValueError, match=message):
         fold(state, [group], absmax, 0.5)

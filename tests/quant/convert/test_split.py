@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def channels(*absmax: float) -> Channels:
     return Channels(torch.tensor(absmax), torch.tensor(absmax))
 
 
-def test_places_of_the_quietest_go_to_the_loudest():
+def test_places_of_the_quietest_go_to_the_loudest() -> None:
     x, w = channels(1, 100, 2, 3, 0.1, 0.2, 40), channels(1, 1, 1, 1, 1, 1, 1)
     split = Split.of(x, w, 3)
     # 4, 5 and 0 matter least; 100, 50 and 40 are the largest when each of them is given away.
@@ -64,14 +65,16 @@ def test_places_of_the_quietest_go_to_the_loudest():
     )
 
 
-def test_what_is_noted_tells_all_of_it():
+def test_what_is_noted_tells_all_of_it() -> None:
     split = Split.of(Channels.of(noise(50, WIDTH, seed=0)), Channels.of(noise(16, WIDTH, seed=1)), 9)
     assert len(split.moved) == 9
     assert torch.equal(Split.read(json.loads(json.dumps(split.moved)), WIDTH).origins, split.origins)
 
 
 @given(seed=st.integers(0, 500), num_places=st.integers(0, 40), has_biases=st.booleans())
-def test_where_the_given_channels_are_dead_the_function_is_the_same(seed, num_places, has_biases):
+def test_where_the_given_channels_are_dead_the_function_is_the_same(
+    seed: int, num_places: int, has_biases: bool
+) -> None:
     state = mlp_state(has_biases)
     generator = torch.Generator().manual_seed(seed)
     dead = torch.randperm(WIDTH, generator=generator)[:num_places]
@@ -88,7 +91,7 @@ def test_where_the_given_channels_are_dead_the_function_is_the_same(seed, num_pl
     assert {name: tensor.shape for name, tensor in changed.items()} == {n: t.shape for n, t in state.items()}
 
 
-def test_inputs_are_split_as_the_op_before_will_write_them():
+def test_inputs_are_split_as_the_op_before_will_write_them() -> None:
     rows = noise(64, WIDTH, seed=0)
     whole = Inputs(Channels.of(rows), Channels.of(rows[:32]), rows, rows.T @ rows)
     split = Split.of(whole.channels, Channels.of(noise(16, WIDTH, seed=1)), 12)
@@ -128,7 +131,7 @@ def smoothed(scheme: Scheme, has_outlier: bool) -> tuple[float, float, dict[str,
 
 
 @pytest.mark.parametrize("name", ["smoothquant-o1", "smoothquant-o2", "smoothquant-o3"])
-def test_an_outlier_that_spoils_a_shared_scale_is_split(name):
+def test_an_outlier_that_spoils_a_shared_scale_is_split(name: str) -> None:
     split, whole, changed = smoothed(PRESETS[name], has_outlier=True)
     assert split < 0.5 * whole
     # Copies are alike, and stand where 10..59 stood.
@@ -136,12 +139,12 @@ def test_an_outlier_that_spoils_a_shared_scale_is_split(name):
     assert len(copies) >= 1
 
 
-def test_nothing_is_split_where_it_does_not_help():
+def test_nothing_is_split_where_it_does_not_help() -> None:
     split, whole, _ = smoothed(PRESETS["w8a8"], has_outlier=False)
     assert split == whole
 
 
-def test_an_alpha_by_hand_splits_nothing():
+def test_an_alpha_by_hand_splits_nothing() -> None:
     state = mlp_state()
     x = noise(64, HIDDEN, seed=7)
     rows = inner(state, x)
@@ -151,7 +154,7 @@ def test_an_alpha_by_hand_splits_nothing():
     assert smooth_layer(state, [GROUP], inputs, scheme=scheme, dtype=torch.float32)["up"].split is None
 
 
-def test_a_checkpoint_notes_its_splits_and_its_layers_are_compared_around_them(tmp_path):
+def test_a_checkpoint_notes_its_splits_and_its_layers_are_compared_around_them(tmp_path: Path) -> None:
     """The tiny model with an outlier channel and channels that do nothing, so that something is split."""
     scheme = PRESETS["w8a8-static"]
     source = save_tiny_model(tmp_path / "float", "llama")
