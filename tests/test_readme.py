@@ -140,7 +140,7 @@ class Sandbox:
 
     def _is_ready(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=5):
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=COMMAND_S):
                 return True
         except (urllib.error.URLError, ConnectionError):
             return False
@@ -158,7 +158,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
         yield made
     finally:
         server.terminate()
-        assert server.wait(30) == 0
+        assert server.wait(COMMAND_S) == 0
 
 
 def test_the_quickstart_quantizes_and_serves_as_the_sandbox_does() -> None:

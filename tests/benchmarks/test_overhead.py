@@ -104,7 +104,7 @@ def test_a_stream_that_is_not_whole_is_no_measurement(body: bytes) -> None:
 def test_a_paced_step_takes_its_time_from_the_end_of_the_one_before() -> None:
     scheduler, runner = (
         Scheduler(num_blocks=8, block_size=16, max_num_requests=2, max_batched_tokens=64),
-        PacedRunner([5, 6, 7], 0.02),
+        PacedRunner([5, 6, 7], 0.5),
     )
     for number in range(2):
         scheduler.add(Request(str(number), [1, 2], SamplingParams(3, ignore_eos=True), 0.0, 0))
@@ -113,9 +113,9 @@ def test_a_paced_step_takes_its_time_from_the_end_of_the_one_before() -> None:
     for _ in range(2):
         step = present(scheduler.schedule(0.0))
         launched.append((step, runner.execute(step)))
-    assert time.perf_counter() - started_s < 0.02
+    assert time.perf_counter() - started_s < 0.5
     results = [handle.read() for _, handle in launched]
-    assert results[1].time_s - started_s >= 0.04
+    assert results[1].time_s - started_s >= 1
     assert results[0].token_ids == [5, [5, 6, 7][97 % 3]]
     assert results[1].token_ids == [6, [6, 7, 5][97 % 3]]
 

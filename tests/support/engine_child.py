@@ -1,7 +1,7 @@
 """The process of scripted engines: `python -m tests.support.engine_child OPTIONS N`, N its end of the channel.
 
-OPTIONS, as JSON: step_s of a step; rows that share one; start_s that opening takes; hang_at, the step that never ends;
-poison_at, the step that raises as a lost GPU does.
+OPTIONS, as JSON: step_s of a step; rows that share one; gate, a file without which opening waits; hang_at, the step
+that never ends; poison_at, the step that raises as a lost GPU does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 
@@ -42,7 +43,8 @@ def main() -> None:
 
     def open_host(on_progress: Progress) -> FakeHost:
         on_progress("loading nothing", 0, 0)
-        time.sleep(options.get("start_s", 0.0))
+        while "gate" in options and not Path(options["gate"]).exists():
+            time.sleep(0.01)
         device_thread = DeviceThread()
         limits = FaultLimits(settings.engine_restarts, step_timeout_s=settings.step_timeout_s)
         engines: dict[str, EngineLoop] = {}

@@ -19,7 +19,7 @@ from service.host.model_host import Reload, nothing_to_reload
 from service.host.server import ServedHost
 from service.settings import Settings
 from service.web.server import Server
-from tests.support.harness import ThreadLink, app_of, until
+from tests.support.harness import DEADLINE_S, ThreadLink, app_of, until
 from tests.support.scripted_runner import ScriptedRunner
 
 LETTERS = "".join(chr(65 + n) for n in range(57))
@@ -63,9 +63,9 @@ class Life:
         await until(lambda: self.server.started and self.app.state.serving.is_ready)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
-            async with httpx.AsyncClient(base_url=url, timeout=20) as self.client:
+            async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as self.client:
                 yield self
-            await asyncio.wait_for(serving, 15)
+            await asyncio.wait_for(serving, DEADLINE_S)
         finally:
             self.server.should_exit = True
             await serving

@@ -55,7 +55,7 @@ class Hang:
 
     def __call__(self, number: int) -> None:
         if number >= self.from_step:
-            self.release.wait(30)
+            self.release.wait(120)
 
 
 def raising(error: Exception, *steps: int) -> Callable[[int], None]:

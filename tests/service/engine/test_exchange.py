@@ -11,6 +11,7 @@ from service.engine.api import SamplingParams
 from service.errors import EngineFailed
 from tests.service.kinds import StartEngine
 from tests.support.faulty_engines import BOTH, FAULT, assert_empty, outcome, run_all
+from tests.support.harness import DEADLINE_S
 from tests.support.scripted_runner import ScriptedRunner, raising
 
 
@@ -28,7 +29,7 @@ def test_an_exchange_lets_the_running_end_on_the_old_and_loses_nobody(engine_of:
             await asyncio.sleep(0.001)
         exchanged = asyncio.wrap_future(engine.exchange(new, 20, 77))
         more = [asyncio.ensure_future(outcome(engine.submit([1], params, str(i)))) for i in range(12, 20)]
-        await asyncio.wait_for(exchanged, 10)
+        await asyncio.wait_for(exchanged, DEADLINE_S)
         num_steps = old.num_steps
         results = await asyncio.wait_for(asyncio.gather(*answers, *more), 20)
         assert old.num_steps == num_steps

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from service.web.uvicorn_config import allow_open_files
 from tests.service.kinds import Samples
 from tests.support.fake_engine import FakeEngine
-from tests.support.harness import app_of, metrics_of, server_of, two_engines, until
+from tests.support.harness import DEADLINE_S, app_of, metrics_of, server_of, two_engines, until
 
 GENERATE = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -97,7 +97,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_what_it_held_is_freed(connec
             await send(client, generate(LONG))
             start_s = time.perf_counter()
             await until(lambda: bool(engines["w8a8"].submitted))
-            await until(lambda: app.state.serving.traffic.num_active == 0, 10)
+            await until(lambda: app.state.serving.traffic.num_active == 0)
             took_s = time.perf_counter() - start_s
             received = await read_all(client)
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as other:
@@ -126,7 +126,7 @@ def test_no_more_than_an_event_waits_in_memory(connect: Connect, monkeypatch: py
                 sizes.append(sum(transport.get_write_buffer_size() for transport in transports))
             (state,) = app.state.serving.limits._num_active.values()
             client.close()
-            await until(lambda: app.state.serving.traffic.num_active == 0, 10)
+            await until(lambda: app.state.serving.traffic.num_active == 0)
             return sizes, state
 
     sizes, num_active = asyncio.run(go())
@@ -187,14 +187,14 @@ def test_the_others_are_served_while_one_does_not_read(connect: Connect) -> None
 def test_a_deadline_frees_the_engine_even_where_the_client_does_not_read(connect: Connect) -> None:
     async def go() -> None:
         engines = two_engines(tokens_per_step=1000, max_model_len=1 << 20, delay_s=0.005)
-        app = app_of(engines, send_timeout_s=5, request_timeout_s=0.3)
+        app = app_of(engines, send_timeout_s=600, request_timeout_s=0.3)
         async with server_of(app) as port:
             client = connect(port, receive_buffer=4096)
             await send(client, generate({**LONG, "max_tokens": 1_000_000}))
             await until(lambda: bool(engines["w8a8"].submitted))
-            await until(lambda: not engines["w8a8"].active, 2)
+            await until(lambda: not engines["w8a8"].active)
             client.close()
-            await until(lambda: app.state.serving.traffic.num_active == 0, 10)
+            await until(lambda: app.state.serving.traffic.num_active == 0)
 
     asyncio.run(go())
 
@@ -220,7 +220,7 @@ def test_a_request_that_does_not_arrive_is_cut_off(connect: Connect, beginning: 
             await send(client, beginning)
             if trickles:
                 reading = asyncio.ensure_future(read_all(client))
-                while not reading.done() and time.perf_counter() - start_s < 3:
+                while not reading.done() and time.perf_counter() - start_s < DEADLINE_S:
                     await asyncio.sleep(0.05)
                     try:
                         await send(client, b" " if beginning else b"G")
@@ -235,13 +235,13 @@ def test_a_request_that_does_not_arrive_is_cut_off(connect: Connect, beginning: 
             return took_s, await is_alive(port)
 
     took_s, alive = asyncio.run(go())
-    assert 0.2 < took_s < 2
+    assert 0.2 < took_s < DEADLINE_S
     assert alive
 
 
 def test_an_idle_connection_lives_as_long_as_keep_alive_says() -> None:
     async def go() -> list[float]:
-        app = app_of(two_engines(), receive_timeout_s=0.2, keep_alive_s=1)
+        app = app_of(two_engines(), receive_timeout_s=0.2, keep_alive_s=3)
         async with server_of(app) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             times = []
@@ -256,7 +256,7 @@ def test_an_idle_connection_lives_as_long_as_keep_alive_says() -> None:
             return times
 
     (waited_s,) = asyncio.run(go())
-    assert 0.2 < waited_s < 1.5
+    assert 1 < waited_s < DEADLINE_S
 
 
 def test_a_slow_answer_is_not_cut_off_by_the_receive_timeout() -> None:
@@ -412,13 +412,13 @@ def test_whoever_never_stops_sending_is_cut_off_although_it_was_answered(connect
             await send(client, f"{GENERATE}{LAST}Content-Length: {1 << 40}\r\n\r\n")
             start_s = time.perf_counter()
             with suppress(ConnectionError):
-                while time.perf_counter() < start_s + 10:
+                while time.perf_counter() < start_s + DEADLINE_S:
                     await send(client, b" " * (1 << 16))
                     await asyncio.sleep(0.01)
             return time.perf_counter() - start_s, await is_alive(port)
 
     took_s, alive = asyncio.run(go())
-    assert 0.2 < took_s < 5
+    assert 0.2 < took_s < DEADLINE_S
     assert alive
 
 

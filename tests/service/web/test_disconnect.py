@@ -11,7 +11,7 @@ from starlette.types import Message
 from service.web.generation.sse import EventStream
 from tests.service.kinds import Samples
 from tests.support.fake_engine import FakeEngine
-from tests.support.harness import app_of, metrics_of, server_of, total, two_engines, until
+from tests.support.harness import DEADLINE_S, app_of, metrics_of, server_of, total, two_engines, until
 from tests.support.raw_client import leave_raw, open_raw
 
 
@@ -34,7 +34,7 @@ def test_a_client_that_leaves_frees_its_request(stream: bool, delay_s: float) ->
             if stream and delay_s < 1:
                 assert b"data: " in await reader.readuntil(b"data: ")
             await leave_raw(writer)
-            await until(lambda: _is_free(engines), 5)
+            await until(lambda: _is_free(engines))
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
                 samples = await metrics_of(client)
         return engines["w8a8"], samples, app.state.serving.traffic.num_active
@@ -57,7 +57,7 @@ def test_leaving_during_the_baseline_frees_it_too(stream: bool) -> None:
             _, writer = await open_raw(port, {"prompt": "a", "stream": stream, "compare": True})
             await until(lambda: bool(engines["fp16"].submitted))
             await leave_raw(writer)
-            await until(lambda: _is_free(engines), 5)
+            await until(lambda: _is_free(engines))
         return engines
 
     engines = asyncio.run(go())
@@ -70,7 +70,7 @@ def test_a_third_leaves_and_the_others_are_answered_right() -> None:
         engines = two_engines(delay_s=0.01, reply=lambda ids, params: bytes(ids).decode()[::-1] * 2)
         async with (
             server_of(app_of(engines)) as port,
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE_S) as client,
         ):
 
             async def one(n: int) -> None:
@@ -85,7 +85,7 @@ def test_a_third_leaves_and_the_others_are_answered_right() -> None:
                 assert json.loads(text)["text"] == f"request {n}"[::-1] * 2
 
             await asyncio.gather(*(one(n) for n in range(60)))
-            await until(lambda: _is_free(engines), 5)
+            await until(lambda: _is_free(engines))
             return await metrics_of(client)
 
     samples = asyncio.run(go())

@@ -176,8 +176,8 @@ def test_a_client_that_leaves_frees_all_its_choices(is_stream: bool) -> None:
                 with pytest.raises(openai.APITimeoutError):
                     await client.completions.create(**body, timeout=0.2)
             await client.close()
-            await until(lambda: len(engines["w8a8"].freed) == 4, 5)
-            await until(lambda: app.state.serving.traffic.num_active == 0, 5)
+            await until(lambda: len(engines["w8a8"].freed) == 4)
+            await until(lambda: app.state.serving.traffic.num_active == 0)
         return engines["w8a8"]
 
     engine = asyncio.run(go())

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from service.engine.loop import EngineLoop
 from service.engine.messages import Logprob
 from service.engine.scheduler import Scheduler, Step, StepResults
 from tests.service.kinds import Samples
-from tests.support.harness import app_of, events_of, metrics_of, server_of, total, until
+from tests.support.harness import DEADLINE_S, app_of, events_of, metrics_of, server_of, total, until
 from tests.support.raw_client import leave_raw, open_raw
 
 STEP_S = 0.002
@@ -97,7 +98,7 @@ def test_200_requests_a_third_of_them_cut_off(engines: dict[str, EngineLoop]) ->
         app = app_of(engines)
         async with server_of(app) as port:
             url = f"http://127.0.0.1:{port}"
-            async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, limits=limits) as client:
                 await asyncio.gather(*(one(client, port, n) for n in range(200)))
                 await until(lambda: app.state.serving.traffic.num_active == 0 and _in_engines(engines) == 0)
                 return await metrics_of(client)
@@ -115,12 +116,19 @@ def test_200_requests_a_third_of_them_cut_off(engines: dict[str, EngineLoop]) ->
     assert total(samples, "ottava_num_requests_running") == 0
 
 
-def test_requests_that_run_or_wait_too_long_are_freed(engines: dict[str, EngineLoop]) -> None:
+def test_requests_that_run_or_wait_too_long_are_freed(
+    monkeypatch: pytest.MonkeyPatch, engines: dict[str, EngineLoop]
+) -> None:
     """16 rows, 40 requests: some start and are too late, the others are too late before they start."""
+    # 250 tokens take 5 s.
+    monkeypatch.setattr(sys.modules[__name__], "STEP_S", 0.02)
 
     async def go() -> tuple[list[httpx.Response], str, Samples]:
-        app = app_of(engines, queue_timeout_s=0.1, request_timeout_s=0.25)
-        async with server_of(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        app = app_of(engines, queue_timeout_s=1, request_timeout_s=2.5)
+        async with (
+            server_of(app) as port,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE_S) as client,
+        ):
             body = {"prompt": "x", "max_tokens": 250}
             answers = await asyncio.gather(
                 *(client.post("/generate", json={**body, "stream": n % 2 == 0}) for n in range(40))

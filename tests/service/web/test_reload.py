@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from service.engine.api import Reloaded
 from service.errors import ReloadFailed
 from tests.service.kinds import Samples
-from tests.support.harness import app_of, client_of, metrics_of, two_engines, until
+from tests.support.harness import DEADLINE_S, app_of, client_of, metrics_of, two_engines, until
 from tests.support.life import Life
 
 DONE = Reloaded("w8a8", "new", 2, datetime(2024, 5, 6, tzinfo=UTC), 1.5, 0.25)
@@ -36,7 +36,7 @@ class FakeReload:
     def __call__(self, model: str | None) -> Reloaded:
         self.asked.append(model)
         self.threads.add(threading.current_thread().name)
-        assert self.go.wait(20)
+        assert self.go.wait(DEADLINE_S)
         if isinstance(self.result, Exception):
             raise self.result
         return self.result
@@ -171,7 +171,7 @@ def test_nothing_is_reloaded_before_the_self_check_is_done() -> None:
     checking, reload = threading.Event(), FakeReload()
 
     def once_checked() -> dict[str, str]:
-        assert checking.wait(20)
+        assert checking.wait(DEADLINE_S)
         return {}
 
     async def go() -> httpx.Response:

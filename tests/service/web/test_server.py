@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import pytest
 
 from service.web.server import FAILED
 from tests.service.kinds import Samples
-from tests.support.harness import events_of, metrics_of, until
+from tests.support.harness import DEADLINE_S, events_of, metrics_of, until
 from tests.support.life import LETTERS, Life
 from tests.support.narrowed import present
 from tests.support.scripted_runner import Hang, raising
@@ -58,15 +58,13 @@ def test_a_signal_drains_and_loses_nobody() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_server_ends_soon(number: signal.Signals) -> None:
-    life = Life()
+    life = Life(drain_timeout_s=600)
 
-    async def go() -> float:
+    async def go() -> None:
         async with life.run():
-            start_s = time.perf_counter()
             os.kill(os.getpid(), number)
-        return time.perf_counter() - start_s
 
-    assert asyncio.run(go()) < 2
+    asyncio.run(go())
     assert life.server.exit_code == 0
 
 
@@ -177,18 +175,15 @@ def test_a_stuck_step_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> Non
     life = Life(step_timeout_s=0.3)
     hang = life.runners["w8a8"].on_execute = Hang(from_step=5)
 
-    async def go() -> tuple[tuple[httpx.Response, httpx.Response], float]:
+    async def go() -> tuple[httpx.Response, httpx.Response]:
         async with life.run():
-            start_s = time.perf_counter()
             answers = await asyncio.gather(life.ask(50, variant="w8a8"), life.ask(50, variant="fp16", stream=True))
-            took_s = time.perf_counter() - start_s
             hang.release.set()
-        return answers, took_s
+        return answers
 
-    (stuck, behind), took_s = asyncio.run(go())
+    stuck, behind = asyncio.run(go())
     assert (stuck.status_code, stuck.json()["error"]["code"]) == (500, "engine_failed")
     assert events_of(behind)[-1]["error"]["code"] in ("draining", "engine_failed")
-    assert took_s < 10
     assert life.server.exit_code == FAILED
 
 
@@ -199,10 +194,17 @@ from tests.support.narrowed import present
 from tests.support.scripted_runner import Hang
 from tests.support.life import Life
 
-life = Life(step_s=0.02, port={port}, step_timeout_s=0.5, drain_timeout_s=20)
+life = Life(step_s=0.02, port={port}, step_timeout_s=3, drain_timeout_s=600)
 {more}
 sys.exit(server.run(life.app, life.settings))
 """
+
+
+async def _is_ready(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/ready")).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @asynccontextmanager
@@ -212,13 +214,12 @@ async def process(more: str = "") -> AsyncIterator[tuple[subprocess.Popen[bytes]
         port = listener.getsockname()[1]
     child = subprocess.Popen([sys.executable, "-c", PROGRAM.format(port=port, more=more)], stderr=subprocess.PIPE)
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            for _ in range(600):
-                try:
-                    if (await client.get("/ready")).status_code == 200:
-                        break
-                except httpx.TransportError:
-                    await asyncio.sleep(0.05)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE_S) as client:
+            end_s = time.monotonic() + DEADLINE_S
+            while not await _is_ready(client):
+                assert child.poll() is None
+                assert time.monotonic() < end_s
+                await asyncio.sleep(0.05)
             yield child, client
     finally:
         child.kill()
@@ -229,33 +230,30 @@ async def process(more: str = "") -> AsyncIterator[tuple[subprocess.Popen[bytes]
 def test_a_process_that_is_told_to_end_twice_ends_at_once() -> None:
     """First it drains: it does not end while a request runs."""
 
-    async def go() -> tuple[int, float]:
-        async with process() as (child, client):
-            asked = asyncio.ensure_future(client.post("/generate", json={"prompt": "x", "max_tokens": 900}))
-            await asyncio.sleep(0.3)
+    async def go() -> int:
+        body = {"prompt": "x", "max_tokens": 900, "stream": True}
+        async with process() as (child, client), client.stream("POST", "/generate", json=body) as answer:
             child.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.5)
             assert child.poll() is None
-            start_s = time.perf_counter()
             child.send_signal(signal.SIGTERM)
-            code = await asyncio.to_thread(child.wait, 10)
+            code = await asyncio.to_thread(child.wait, DEADLINE_S)
             with pytest.raises(httpx.TransportError):
-                await asked
-            return code, time.perf_counter() - start_s
+                await answer.aread()
+            return code
 
-    code, took_s = asyncio.run(go())
-    assert code == 128 + signal.SIGTERM
-    assert took_s < 2
+    assert asyncio.run(go()) == 128 + signal.SIGTERM
 
 
 def test_a_process_ends_with_its_streams_whole() -> None:
     async def go() -> tuple[list[httpx.Response], int]:
-        async with process() as (child, client):
-            body = {"prompt": "x", "max_tokens": 40, "stream": True}
-            asked = [asyncio.ensure_future(client.post("/generate", json=body)) for _ in range(4)]
-            await asyncio.sleep(0.3)
+        body = {"prompt": "x", "max_tokens": 40, "stream": True}
+        async with process() as (child, client), AsyncExitStack() as streams:
+            begun = [client.stream("POST", "/generate", json=body) for _ in range(4)]
+            answers = [await streams.enter_async_context(stream) for stream in begun]
             child.send_signal(signal.SIGTERM)
-            return await asyncio.gather(*asked), await asyncio.to_thread(child.wait, 15)
+            await asyncio.gather(*(answer.aread() for answer in answers))
+            return answers, await asyncio.to_thread(child.wait, DEADLINE_S)
 
     answers, code = asyncio.run(go())
     assert [events_of(answer)[-1]["text"] for answer in answers] == [LETTERS[:40]] * 4
@@ -268,7 +266,7 @@ def test_a_process_whose_engine_hangs_ends_with_an_error() -> None:
     async def go() -> tuple[httpx.Response, int, str]:
         async with process("life.runners['w8a8'].on_read = Hang(from_step=3)") as (child, client):
             answer = await client.post("/generate", json={"prompt": "x", "max_tokens": 40})
-            return answer, await asyncio.to_thread(child.wait, 15), present(child.stderr).read().decode()
+            return answer, await asyncio.to_thread(child.wait, DEADLINE_S), present(child.stderr).read().decode()
 
     answer, code, log = asyncio.run(go())
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_failed")

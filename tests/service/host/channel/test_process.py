@@ -20,7 +20,7 @@ from service.host.channel.process import ProcessLink
 from service.settings import Settings
 from service.web.app import create_app
 from tests.service.kinds import Samples
-from tests.support.harness import events_of, host_of, metrics_of, server_of, total, until
+from tests.support.harness import DEADLINE_S, events_of, host_of, metrics_of, server_of, total, until
 from tests.support.narrowed import present
 
 ROOT = Path(__file__).parents[4]
@@ -49,25 +49,25 @@ def is_gone(pid: int) -> bool:
 
 def client_at(port: int) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None)
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits)
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE_S, limits=limits)
 
 
 def body_of(num_tokens: int, **more: object) -> dict[str, object]:
     return {"prompt": "x", "max_tokens": num_tokens, "ignore_eos": True, **more}
 
 
-async def told(client: httpx.AsyncClient, body: dict[str, object]) -> tuple[list[dict[str, Any]], float]:
-    """The events of a stream, and when its last came."""
-    response = await client.post("/generate", json=body | {"stream": True})
-    return events_of(response), time.perf_counter()
+async def told(client: httpx.AsyncClient, body: dict[str, object]) -> list[dict[str, Any]]:
+    """The events of a stream."""
+    return events_of(await client.post("/generate", json=body | {"stream": True}))
 
 
-def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told() -> None:
-    """50 streams run and 10 wait: those are told within a second, these are served by the next process."""
+def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told(tmp_path: Path) -> None:
+    """50 streams run and 10 wait: those are told before there is another process, these are served by it."""
+    gate = tmp_path / "gate"
+    gate.touch()
 
     async def go() -> tuple[
-        list[tuple[list[dict[str, Any]], float]],
-        float,
+        list[list[dict[str, Any]]],
         httpx.Response,
         httpx.Response,
         httpx.Response,
@@ -77,7 +77,7 @@ def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told() -> Non
         int,
         Samples,
     ]:
-        app = app_of({"step_s": 0.02, "rows": 50}, variants="w8a8")
+        app = app_of({"step_s": 0.02, "rows": 50, "gate": str(gate)}, variants="w8a8")
         async with server_of(app) as port, client_at(port) as client:
             running = [asyncio.ensure_future(told(client, body_of(2000))) for _ in range(50)]
             engine = app.state.serving.engines["w8a8"]
@@ -85,22 +85,22 @@ def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told() -> Non
             waiting = [asyncio.ensure_future(client.post("/generate", json=body_of(5))) for _ in range(10)]
             await until(lambda: engine.stats().num_waiting == 10)
             old = engine_pid(app)
-            killed_s = time.perf_counter()
+            gate.unlink()
             os.kill(old, signal.SIGKILL)
             ended = await asyncio.gather(*running)
             health, ready = await client.get("/health"), await client.get("/ready")
             late = await client.post("/generate", json=body_of(5))
+            gate.touch()
             served = await asyncio.gather(*waiting)
             again = await client.get("/ready")
-            return ended, killed_s, health, ready, late, served, again, old, engine_pid(app), await metrics_of(client)
+            return ended, health, ready, late, served, again, old, engine_pid(app), await metrics_of(client)
 
-    ended, killed_s, health, ready, late, served, again, old, new, samples = asyncio.run(go())
-    for events, end_s in ended:
+    ended, health, ready, late, served, again, old, new, samples = asyncio.run(go())
+    for events in ended:
         assert events[-1]["error"]["code"] == "engine_failed"
         assert "started again" in events[-1]["error"]["message"]
-        assert end_s - killed_s < 1.0
     assert (health.status_code, ready.status_code) == (200, 503)
-    assert "starting the engine" in ready.json()["variants"]["w8a8"]
+    assert ready.json()["variants"]["w8a8"] in ("starting the engine", "loading nothing")
     assert (late.status_code, late.json()["error"]["code"]) == (503, "not_ready")
     assert [response.json()["text"] for response in served] == ["ABCDE"] * 10
     assert again.status_code == 200
@@ -181,7 +181,7 @@ def test_it_is_started_again_as_often_as_the_settings_allow_and_then_fails_for_g
 @pytest.mark.parametrize("options", [{"hang_at": 3}, {"poison_at": 3}], ids=["a step that hangs", "a lost GPU"])
 def test_a_process_that_cannot_go_on_is_replaced(options: dict[str, object]) -> None:
     async def go() -> tuple[httpx.Response, httpx.Response, bool]:
-        app = app_of(options, variants="w8a8", step_timeout_s=0.3)
+        app = app_of(options, variants="w8a8", step_timeout_s=2)
         async with server_of(app) as port, client_at(port) as client:
             old = engine_pid(app)
             lost = await client.post("/generate", json=body_of(50))
@@ -195,25 +195,30 @@ def test_a_process_that_cannot_go_on_is_replaced(options: dict[str, object]) -> 
     assert is_old_gone
 
 
-def test_the_start_can_be_watched() -> None:
-    async def go() -> tuple[set[str], int]:
-        app = app_of({"start_s": 1.0}, variants="w8a8")
+def test_the_start_can_be_watched(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    stages = {"starting the engine", "loading nothing"}
+
+    async def go() -> int:
+        app = app_of({"gate": str(gate)}, variants="w8a8")
         async with app.router.lifespan_context(app):
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 seen: set[str] = set()
-                while not app.state.serving.is_ready:
+                end_s = time.monotonic() + DEADLINE_S
+                while not stages <= seen:
+                    assert time.monotonic() < end_s, seen
                     health, ready = await client.get("/health"), await client.get("/ready")
                     assert (health.status_code, ready.status_code) == (200, 503)
                     seen.add(ready.json()["variants"]["w8a8"])
                     refusals = [await client.get("/info"), await client.post("/generate", json=body_of(1))]
-                    assert {r.status_code for r in refusals} <= {503, 200}
+                    assert {r.status_code for r in refusals} == {503}
                     await asyncio.sleep(0.02)
-                return seen, (await client.get("/ready")).status_code
+                gate.touch()
+                await until(lambda: app.state.serving.is_ready)
+                return (await client.get("/ready")).status_code
 
-    seen, status = asyncio.run(go())
-    assert {"starting the engine", "loading nothing"} <= seen
-    assert status == 200
+    assert asyncio.run(go()) == 200
 
 
 WEB = """
@@ -240,7 +245,7 @@ def test_a_web_that_is_killed_leaves_no_engine() -> None:
                 except httpx.TransportError:
                     return False
 
-            end_s = time.monotonic() + 60
+            end_s = time.monotonic() + DEADLINE_S
             while not await is_ready():
                 assert time.monotonic() < end_s
                 await asyncio.sleep(0.05)
@@ -254,9 +259,9 @@ def test_a_web_that_is_killed_leaves_no_engine() -> None:
     try:
         engine = asyncio.run(running())
         killed_s = time.monotonic()
-        while not is_gone(engine) and time.monotonic() < killed_s + 10:
+        while not is_gone(engine) and time.monotonic() < killed_s + DEADLINE_S:
             time.sleep(0.02)
-        assert time.monotonic() - killed_s < 5
+        assert is_gone(engine)
     finally:
         web.kill()
         web.wait()
