@@ -182,7 +182,10 @@ class HostClient:
         loop = asyncio.get_running_loop()
         self._opened, self._gone = loop.create_future(), loop.create_future()
         self._set_stage(STARTING)
-        await self._link.open(self._receive, partial(_settle, self._gone))
+        try:
+            await self._link.open(self._receive, partial(_settle, self._gone))
+        except OSError as error:
+            raise StartupError(f"the engine cannot be started: {error}") from error
         first: set[asyncio.Future[Any]] = {self._opened, self._gone}
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if not self._opened.done():

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
+import httpx
 import pytest
 
 from service.engine.api import SamplingParams
 from service.errors import EngineFailed
-from tests.support.harness import app_of, client_of, two_engines
+from service.host.channel.messages import ToEngine, ToWeb
+from service.settings import Settings
+from service.web.app import create_app
+from tests.support.harness import app_of, client_of, host_of, two_engines, until
 
 BODY = {"prompt": "hi", "max_tokens": 4, "ignore_eos": True}
 
@@ -34,3 +39,31 @@ def test_who_asks_engines_that_were_closed_is_refused_and_does_not_wait() -> Non
             engine.submit([1, 2], SamplingParams(4), "a")
 
     asyncio.run(go())
+
+
+class NoProcess:
+    """A link whose process cannot be started."""
+
+    can_renew = True
+
+    async def open(self, receive: Callable[[ToWeb], None], on_gone: Callable[[str], None]) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    def send(self, message: ToEngine) -> None:
+        raise AssertionError("there is nobody to send to")
+
+    async def close(self, timeout_s: float) -> None:
+        """Nothing was opened."""
+
+
+def test_an_engine_whose_process_cannot_be_started_has_failed() -> None:
+    async def go() -> httpx.Response:
+        settings = Settings(variants="w8a8")
+        host = host_of(NoProcess(), {"w8a8": None}, settings)
+        async with client_of(create_app(host, settings), wait_s=0.1) as client:
+            await until(host.failed.is_set)
+            return await client.get("/health")
+
+    health = asyncio.run(go())
+    assert health.status_code == 503
+    assert "cannot be started: [Errno 13]" in health.json()["variants"]["w8a8"]
