@@ -31,13 +31,13 @@ QUICK_TESTS := $(addprefix tests/service/,engine comparison settings telemetry t
 GPU_TESTS := tests/kernels tests/quant tests/service/engine
 
 test: $(READY) ## run the tests that need no GPU
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-quick: $(READY) ## the tests of the engine and of what needs no model, for the edit loop
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(QUICK_TESTS) $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(QUICK_TESTS) $(ARGS)
 
 coverage: $(READY) ## run the tests, and show which lines they reach
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --cov=kernels --cov=quant --cov=service --cov-report=term $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov=kernels --cov=quant --cov=service --cov-report=term $(ARGS)
 
 check: $(READY) ## format, lint, types, layers
 	$(PY) -m ruff format --check .

@@ -15,6 +15,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+LONG_FILES = ("test_demo_model.py", "test_paged_attention.py", "test_convert.py")
+"""Files that take the longest. Begun last, each would keep one process busy after the others have ended."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
+
+
 @pytest.fixture(autouse=True)
 def _loggers_as_before() -> Iterator[None]:
     """What a server or a command sets of the loggers of this process ends with its test."""
