@@ -6,6 +6,7 @@ The op is called in the process of the engines, which this module starts in plac
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 
 import kernels
 from service import cli
-from service.host import assemble, engine_process
+from service.host import assemble
 from service.host.channel.process import ProcessLink
 
 AFTER = 5
@@ -45,7 +46,7 @@ def main() -> None:
         # Whoever computes is imported later, and then finds this op.
         setattr(kernels, name, raising(getattr(kernels, name), Path(trigger), how == "once"))
         del sys.argv[1:5]
-        engine_process.main()
+        runpy.run_module("service.host.engine_process", run_name="__main__", alter_sys=True)
     command = [sys.executable, "-m", "benchmarks.faults.raising", name, trigger, how, ENGINES]
     vars(assemble)["ProcessLink"] = partial(ProcessLink, command=command)
     del sys.argv[1:4]

@@ -34,6 +34,7 @@ class Server:
     def __init__(self, log: Path, arguments: Sequence[str], program: Sequence[str] = OTTAVA) -> None:
         self.port = _free_port()
         self.log = log
+        self.num_variants = 1 if "--variants" in arguments else 2
         command = [sys.executable, "-m", *program, "serve", *arguments, "--port", str(self.port)]
         with log.open("wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=environment())
@@ -88,10 +89,17 @@ class Server:
                 ready = await self.get("/ready")
             except httpx.TransportError:
                 ready = None
-            if ready is not None and not _is_starting(ready):
+            if ready is not None and not self._is_starting(ready):
                 return ready
             await asyncio.sleep(POLL_S)
         raise RuntimeError(f"the server was not ready within {START_S:g} s: {self.said[-500:]}")
+
+    def _is_starting(self, ready: httpx.Response) -> bool:
+        """During the start /ready says the same of every variant; one that was refused has a reason of its own."""
+        if ready.status_code == 200:
+            return False
+        reasons = list(ready.json()["variants"].values())
+        return len(reasons) == self.num_variants and len(set(reasons)) == 1
 
     async def metrics(self) -> dict[tuple[str, ...], float]:
         """(name, label=value, ...) -> value."""
@@ -144,14 +152,6 @@ def is_running(pid: int) -> bool:
 def _rss_mb(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
-
-
-def _is_starting(ready: httpx.Response) -> bool:
-    """What /ready says during the start is the same of every variant; a variant that was refused says its own."""
-    if ready.status_code == 200:
-        return False
-    reasons = list(ready.json()["variants"].values())
-    return len(reasons) == 2 and reasons[0] == reasons[1]
 
 
 def environment() -> dict[str, str]:
