@@ -79,7 +79,7 @@ class Shadow:
         metrics: ServiceMetrics,
         rate: float,
         max_waiting: int,
-        draw: Callable[[], float] = random.random,
+        draw: Callable[[], float] = random.random,  # noqa: S311 (which requests are sampled is no secret)
     ) -> None:
         self._engines = engines
         self._baseline = baseline

@@ -122,7 +122,7 @@ def load_variant(name: str, folder: Path, settings: Settings, device: torch.devi
         folder = _baseline_folder(folder, settings, on_progress)
     elif not is_quantized(folder):
         calibration = Calibration(settings.calibration, settings.seed, settings.calibration_windows)
-        folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress)
+        folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress=on_progress)
     on_progress(f"loading {name}", 0, 0)
     config = ModelConfig.load(folder, settings.max_model_len)
     refuse_unsafe(folder)

@@ -145,10 +145,17 @@ def linear_names(config: ModelConfig) -> list[str]:
 def smooth_groups(config: ModelConfig) -> list[SmoothGroup]:
     """The groups into which smoothing can be folded exactly; see `layer_groups`."""
     is_up_linear = config.layout.is_gated or config.activation == "relu"
-    heads = config.num_heads // config.num_kv_heads, config.head_size
-    layers = range(config.num_layers)
     return [
-        group for i in layers for group in layer_groups(config.layout, i, config.num_experts(i), is_up_linear, *heads)
+        group
+        for index in range(config.num_layers)
+        for group in layer_groups(
+            config.layout,
+            index,
+            num_experts=config.num_experts(index),
+            is_up_linear=is_up_linear,
+            num_copies=config.num_heads // config.num_kv_heads,
+            head_size=config.head_size,
+        )
     ]
 
 

@@ -16,7 +16,7 @@ def layer_linears(family: Family, index: int, num_experts: int) -> list[str]:
 
 
 def layer_groups(
-    family: Family, index: int, num_experts: int, is_up_linear: bool, num_copies: int, head_size: int
+    family: Family, index: int, *, num_experts: int, is_up_linear: bool, num_copies: int, head_size: int
 ) -> list[SmoothGroup]:
     """The groups of a layer, in the order in which activations flow.
 

@@ -32,6 +32,7 @@ def quantize_model(
     scheme: Scheme,
     calibration: Calibration,
     device: torch.device,
+    *,
     on_progress: Progress = silent,
     windows: Tensor | None = None,
 ) -> None:
@@ -77,6 +78,7 @@ def quantized_folder(
     calibration: Calibration,
     cache: Path,
     device: torch.device,
+    *,
     on_progress: Progress = silent,
 ) -> Path:
     """The cached int8 checkpoint of a float model, created on the first call for these weights and settings.
@@ -93,7 +95,7 @@ def quantized_folder(
             logger.warning("%s is not what was written; quantizing %s again", out / name, source)
             shutil.rmtree(out)
         if not out.is_dir():
-            quantize_model(source, out, scheme, calibration, device, on_progress)
+            quantize_model(source, out, scheme, calibration, device, on_progress=on_progress)
     return out
 
 

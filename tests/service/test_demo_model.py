@@ -168,12 +168,12 @@ def test_w8a8_costs_at_most_two_percent_of_perplexity(
 ) -> None:
     """And a scale per tensor, calibrated once, is no match for outliers: why `w8a8` is the default."""
 
-    def quantize(source: Path, out: Path, scheme: Scheme, *others: Any) -> None:
+    def quantize(source: Path, out: Path, scheme: Scheme, *others: Any, **options: Any) -> None:
         # The same scheme and calibration give the same bytes.
         if scheme == PRESETS["w8a8"]:
             shutil.copytree(int8_folder, out)
         else:
-            quantize_model(source, out, scheme, *others)
+            quantize_model(source, out, scheme, *others, **options)
 
     monkeypatch.setattr(quality, "quantize_model", quantize)
     schemes = [PRESETS["w8a8"], PRESETS["rtn"]]

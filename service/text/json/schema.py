@@ -8,7 +8,7 @@ string with a length contains no escapes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from service.text.json.keywords import (
@@ -48,7 +48,7 @@ REMEDIES = {
     "patternProperties": "name the properties, or give `additionalProperties` alone",
     "prefixItems": "use an object with a property for each place",
 }
-Needs = Sequence[set[str]]
+Needs = Sequence[Set[str]]
 """For each alternative of a rule, the rules that it requires."""
 
 
@@ -96,7 +96,7 @@ class _Rules:
             left = {name: ways for name, ways in left.items() if name not in new}
         return root in ends
 
-    def _add(self, body: str, needs: Needs = (set(),), name: str | None = None) -> str:
+    def _add(self, body: str, needs: Needs = (frozenset(),), name: str | None = None) -> str:
         name = name or f"r{len(self._bodies)}"
         self._bodies[name], self._needs[name] = body, needs
         return name

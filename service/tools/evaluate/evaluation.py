@@ -76,7 +76,14 @@ class Evaluation:
         calibration = self._calibration(settings)
         rows = list(
             measure_quality(
-                folder, self.schemes, windows, calibration, settings, on_progress, questions, self.has_layers
+                folder,
+                self.schemes,
+                windows,
+                calibration,
+                settings,
+                on_progress=on_progress,
+                questions=questions,
+                has_layers=self.has_layers,
             )
         )
         device = pick_device(settings.device)

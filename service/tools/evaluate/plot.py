@@ -21,10 +21,17 @@ def draw(rows: Sequence[Row], out: Path, title: str) -> None:
     figure = Figure(figsize=(14, 1.8 + ROW_INCHES * len(rows)), layout="constrained")
     cost, kl, agreement, speed = figure.subplots(1, 4, sharey=True)
     # Beyond these values the axes are logarithmic, because one very bad scheme would make the other bars invisible.
-    _bars(cost, rows, lambda row: 100 * (row.perplexity_ratio - 1), "{:+.1f}", "perplexity over float's, %", 1.0)
-    _bars(kl, rows, lambda row: row.kl, "{:.4f}", "KL divergence, nats", 0.1)
-    _bars(agreement, rows, lambda row: 100 * row.top1_agreement, "{:.1f}", "same likeliest token, %")
-    _bars(speed, rows, lambda row: row.tokens_per_s, "{:.1f}", "tokens/s")
+    _bars(
+        cost,
+        rows,
+        lambda row: 100 * (row.perplexity_ratio - 1),
+        "perplexity over float's, %",
+        form="{:+.1f}",
+        linear_up_to=1.0,
+    )
+    _bars(kl, rows, lambda row: row.kl, "KL divergence, nats", form="{:.4f}", linear_up_to=0.1)
+    _bars(agreement, rows, lambda row: 100 * row.top1_agreement, "same likeliest token, %", form="{:.1f}")
+    _bars(speed, rows, lambda row: row.tokens_per_s, "tokens/s", form="{:.1f}")
     cost.set_yticks(range(len(rows)), [row.scheme for row in rows], fontsize=8)
     cost.invert_yaxis()
     figure.suptitle(f"{title}\ntokens/s: {SPEED_OF}", fontsize=9)
@@ -35,8 +42,9 @@ def _bars(
     axes: Axes,
     rows: Sequence[Row],
     value: Callable[[Row], float],
-    form: str,
     title: str,
+    *,
+    form: str,
     linear_up_to: float | None = None,
 ) -> None:
     values = [value(row) for row in rows]

@@ -86,6 +86,7 @@ def measure_quality(
     windows: Tensor,
     calibration: Calibration,
     settings: Settings,
+    *,
     on_progress: Progress = silent,
     questions: Sequence[Question] = (),
     has_layers: bool = False,
@@ -129,13 +130,13 @@ def measure_quality(
         for group in _sharing_weights(quantized):
             with TemporaryDirectory(prefix="ottava-evaluate-") as scratch:
                 out = Path(scratch) / "model"
-                quantize_model(folder, out, group[0], calibration, device, on_progress, read)
+                quantize_model(folder, out, group[0], calibration, device, on_progress=on_progress, windows=read)
                 weights = load(out)
                 candidates = {scheme.label: _with_kv(weights, scheme) for scheme in group}
                 rows = bench.rows(candidates)
                 if has_layers:
                     stored = Checkpoint.open(out, torch.float32, device)
-                    errors = _linear_errors(folder, stored, config, group[0], windows, on_progress)
+                    errors = _linear_errors(folder, stored, config, group[0], windows=windows, on_progress=on_progress)
                     rows = [replace(row, linear_errors=errors) for row in bench.with_hidden_errors(rows, candidates)]
             yield from rows
             # Otherwise two int8 models would be in memory while the next one is loaded.
@@ -246,7 +247,7 @@ def _scorer(decoder: Decoder) -> LogitsOf:
 
 
 def _linear_errors(
-    folder: Path, stored: Checkpoint, config: ModelConfig, scheme: Scheme, windows: Tensor, on_progress: Progress
+    folder: Path, stored: Checkpoint, config: ModelConfig, scheme: Scheme, *, windows: Tensor, on_progress: Progress
 ) -> tuple[LinearError, ...]:
     groups = smooth_groups(config) if scheme.smoothing is not None else []
     found = linear_errors(

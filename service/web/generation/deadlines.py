@@ -28,6 +28,7 @@ class Deadlines:
     def __init__(
         self,
         stream: Stream,
+        *,
         received_s: float,
         timeout_s: float,
         queue_timeout_s: float,

@@ -93,11 +93,11 @@ class Run:
             raise
         self._deadlines = Deadlines(
             self._stream,
-            plan.received_s,
-            self._timeout_s,
-            serving.settings.queue_timeout_s,
-            self._retry_after_s,
-            self._expire,
+            received_s=plan.received_s,
+            timeout_s=self._timeout_s,
+            queue_timeout_s=serving.settings.queue_timeout_s,
+            retry_after_s=self._retry_after_s,
+            expire=self._expire,
         )
 
     async def pieces(self) -> AsyncIterator[Piece]:

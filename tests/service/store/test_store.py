@@ -133,7 +133,9 @@ def test_a_model_is_quantized_once(tiny_folder: Path, tmp_path: Path) -> None:
 
     def prepared(scheme: Scheme = W8A8, calibration: Calibration = SHORT) -> Path:
         stages.clear()
-        return quantized_folder(tiny_folder, scheme, calibration, tmp_path, CPU, lambda *args: stages.append(args))
+        return quantized_folder(
+            tiny_folder, scheme, calibration, tmp_path, CPU, on_progress=lambda *args: stages.append(args)
+        )
 
     first = prepared()
     assert {stage for stage, *_ in stages} == {"writing calibration text", "quantizing layers"}
