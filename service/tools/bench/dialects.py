@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -41,12 +41,12 @@ class Dialect(Protocol):
         ...
 
 
-class _Usage(msgspec.Struct):
+class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
 
-class _Delta(msgspec.Struct):
+class _Delta(msgspec.Struct, gc=False):
     role: str | None = None
     content: str | None = None
     reasoning_content: str | None = None
@@ -54,19 +54,19 @@ class _Delta(msgspec.Struct):
     tool_calls: list[Any] | None = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     text: str | None = None
     delta: _Delta | None = None
     finish_reason: str | None = None
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] = []
     usage: _Usage | None = None
     error: Any = None
 
 
-class _Generated(msgspec.Struct):
+class _Generated(msgspec.Struct, gc=False):
     token_ids: list[int] = []
     finish_reason: str | None = None
     usage: _Usage | None = None
@@ -116,13 +116,16 @@ class Generate:
         told = _generated.decode(event)
         if told.error is not None:
             return News(error=code_of(told.error))
+        if told.usage is None and told.finish_reason is None:
+            return News(len(told.token_ids))
         # The last event is the whole answer, whose ids came before.
-        is_last = told.finish_reason is not None
-        return News(0 if is_last else len(told.token_ids), _counts(told.usage))
+        usage = told.usage
+        return News(usage=None if usage is None else (usage.prompt_tokens, usage.completion_tokens))
 
 
 ROUTES: Mapping[str, Dialect] = {"completions": Completions(), "chat": Chat(), "generate": Generate()}
 
+_TOKEN, _NOTHING = News(1), News()
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -150,11 +153,16 @@ def error_message(body: bytes) -> str:
         return body[:200].decode(errors="replace")
 
 
-def _news(event: bytes, brings: Any) -> News:
+def _news(event: bytes, brings: Callable[[_Choice], bool]) -> News:
     told = _chunks.decode(event)
     if told.error is not None:
         return News(error=code_of(told.error))
-    return News(int(any(map(brings, told.choices))), _counts(told.usage))
+    usage, is_token = told.usage, False
+    for choice in told.choices:
+        is_token = is_token or brings(choice)
+    if usage is None:
+        return _TOKEN if is_token else _NOTHING
+    return News(int(is_token), (usage.prompt_tokens, usage.completion_tokens))
 
 
 def _brings_text(choice: _Choice) -> bool:
@@ -170,7 +178,3 @@ def _brings_content(choice: _Choice) -> bool:
         return True
     # Many servers send the role before the first token, in an event of its own.
     return delta.content is not None and delta.role is None and choice.finish_reason is None
-
-
-def _counts(usage: _Usage | None) -> tuple[int, int] | None:
-    return None if usage is None else (usage.prompt_tokens, usage.completion_tokens)

@@ -63,12 +63,16 @@ class Stream:
         self._events = Events()
         self._usage: tuple[int, int] | None = None
         self._told: str | None = None
+        self._last_s = 0.0
         self._is_done = False
 
     def finish(self) -> None:
         """Complete the record after the exchange's end."""
         record, exchange = self.record, self.exchange
         record.end_s = exchange.end_s
+        if not record.token_s and self._is_done and self._usage is not None and self._usage[1] > 0:
+            # All tokens were without text, and told by usage alone.
+            record.token_s.append(self._last_s)
         failure = exchange.failure or self._refusal()
         if failure is not None and not (self._is_done and failure[0] == CUT):
             record.error, record.detail = failure
@@ -85,6 +89,8 @@ class Stream:
             if num_tokens:
                 self.record.token_s.extend([now_s] * num_tokens)
                 self._tally.tokens += num_tokens
+            if usage is None:
+                self._last_s = now_s
             self._usage = usage or self._usage
             if error is not None:
                 self._told = f"told of {error or 'a fault'}"

@@ -24,6 +24,7 @@ class Response:
         self.can_reuse = False
         self._buffer = bytearray()
         self._left = 0
+        self._is_between_chunks = False
         self._step: Callable[[list[bytes]], bool] = self._head
 
     def feed(self, data: bytes) -> bytes:
@@ -32,6 +33,8 @@ class Response:
         Raises:
             BadResponse: they are not HTTP/1.1.
         """
+        if self._is_between_chunks and not self._buffer and (piece := _whole_chunk(data)):
+            return piece
         self._buffer += data
         body: list[bytes] = []
         while not self.is_complete and self._step(body):
@@ -68,7 +71,7 @@ class Response:
     def _begin_body(self) -> None:
         length = self.headers.get("content-length", "")
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
-            self._step = self._size
+            self._step, self._is_between_chunks = self._size, True
         elif self.status in (204, 304) or length == "0":
             self.is_complete = True
         elif length.isdigit():
@@ -104,7 +107,7 @@ class Response:
         except ValueError as error:
             raise BadResponse(f"{line[:40]!r} is no size of a chunk") from error
         del self._buffer[: at + 2]
-        self._step = self._chunk if self._left else self._trailer
+        self._step, self._is_between_chunks = self._chunk if self._left else self._trailer, False
         return True
 
     def _chunk(self, body: list[bytes]) -> bool:
@@ -113,7 +116,7 @@ class Response:
         if self._buffer[:2] != b"\r\n":
             raise BadResponse(f"{bytes(self._buffer[:2])!r} behind a chunk")
         del self._buffer[:2]
-        self._step = self._size
+        self._step, self._is_between_chunks = self._size, True
         return True
 
     def _trailer(self, _body: list[bytes]) -> bool:
@@ -123,6 +126,24 @@ class Response:
         del self._buffer[: at + 2]
         self.is_complete = at == 0
         return True
+
+
+def _whole_chunk(data: bytes) -> bytes:
+    """The content of what is exactly one chunk, as nearly all of a stream's are; else nothing."""
+    at = data.find(b"\r\n", 1, 10)
+    if at < 0 or not data.endswith(b"\r\n"):
+        return b""
+    try:
+        size = int(data[:at], 16)
+    except ValueError:
+        return b""
+    return data[at + 2 : -2] if size and len(data) == at + 4 + size else b""
+
+
+def _is_one_event(data: bytes) -> bool:
+    """Whether this is one event of one line, as nearly all pieces of a stream are."""
+    is_whole = data.startswith(b"data: ") and data.endswith(b"\n\n") and data.find(b"\n") == len(data) - 2
+    return is_whole and b"\r" not in data
 
 
 class Events:
@@ -137,6 +158,8 @@ class Events:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The data of each event that these bytes complete."""
+        if not self._buffer and not self._data and _is_one_event(data):
+            return [data[6:-2]]
         events = []
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for ended in lines:

@@ -222,6 +222,15 @@ def test_a_stream_that_tells_of_a_fault() -> None:
     assert (record.error, record.detail) == ("told of engine_failed", "lost")
 
 
+def test_a_token_without_text_that_usage_alone_tells() -> None:
+    async def script(asked: Asked) -> None:
+        delta = {"delta": {"role": "assistant", "content": ""}, "finish_reason": "length"}
+        await asked.write(HEAD + chunk({"choices": [delta]}) + chunk(usage(7, 1)) + chunk("[DONE]") + END)
+
+    (record,) = drive(script, in_turn(1), route="chat")
+    assert (record.is_answered, record.output_tokens, len(record.token_s)) == (True, 1, 1)
+
+
 def test_no_token_and_no_sense() -> None:
     async def empty(asked: Asked) -> None:
         await asked.write(HEAD + chunk(usage(7, 0)) + chunk("[DONE]") + END)

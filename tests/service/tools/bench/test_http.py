@@ -60,6 +60,20 @@ def test_events_split_anywhere(texts: list[str], newline: str, space: str, place
     assert found == [text.encode() for text in texts]
 
 
+@given(sizes=st.lists(st.integers(1, 20), max_size=8))
+def test_chunks_that_come_one_by_one(sizes: list[int]) -> None:
+    """As they do on a quiet network, whatever is inside: a size, line ends, nothing."""
+    response, body = Response(), b""
+    response.feed(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    tricky = [b"\r\n", b"5\r\nabc\r\n", *(b"x" * size for size in sizes)]
+    for piece in tricky:
+        body += response.feed(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+    # Two in one piece, and one in two.
+    body += response.feed(b"1\r\na\r\n1\r\nb\r\n")
+    body += response.feed(b"1\r\n") + response.feed(b"c\r\n") + response.feed(b"0\r\n\r\n")
+    assert (response.is_complete, body) == (True, b"".join(tricky) + b"abc")
+
+
 def test_an_event_of_two_lines_without_a_space_and_one_that_has_no_end() -> None:
     events = Events()
     assert events.feed(b"data:a\ndata: b\n\nid: 1\n\ndata: c\n") == [b"a\nb"]
