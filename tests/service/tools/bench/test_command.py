@@ -13,8 +13,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from service import cli
+from service.cli.bench import Line
 from service.tools.bench import bench as tool
 from service.tools.bench.bench import order
+from service.tools.bench.drive import Tally
 from tests.support.browser import page_app, served
 from tests.support.fake_engine import FakeEngine
 
@@ -235,6 +237,24 @@ def test_what_is_no_address() -> None:
     for url in ("127.0.0.1:8000", "ftp://x", "http://", "http://x:99999"):
         result = bench(url, "--burst", 1)
         assert (result.exit_code, "is no address of a server" in result.stderr) == (1, True), url
+
+
+def test_progress_is_one_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tally = Tally(total=9, sent=5, done=2, failed=1, tokens=40, elapsed_s=4.0, last_late_ms=0.25)
+    with Line() as line:
+        line("2 requests/s", tally)
+        line("2 requests/s", tally)
+        line("4 requests/s", tally)
+    told = "5 of 9 sent, 3 in flight, 1 failed, 10 tokens/s, late 0.2 ms"
+    said = capsys.readouterr().err
+    assert said == f"ottava: 2 requests/s: 4 s, {told}\nottava: 4 requests/s: 4 s, {told}\n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Line() as line:
+        line("2 requests/s", tally)
+        line("2 requests/s", tally)
+    said = capsys.readouterr().err
+    assert said.count("\r\x1b[K2 requests/s: 4 s, 5 of 9 sent") == 2
+    assert said.endswith("\r\x1b[K")
 
 
 def test_a_picture_needs_matplotlib(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
