@@ -21,6 +21,7 @@ OttavaError
  + EngineError                the server is at fault
  |  + EngineFailed       500   a step raised; the request is lost
  + ChatError                  `ottava chat`: no server answers, or it refused; one line, exit code 1
+ + BenchError                 `ottava bench`: no server answers, or none of its answers counts; likewise
  + StartupError               shown in one line at start, exit code 1
     + ModelNotFound            neither a folder nor a model that can be fetched
     + UnsupportedModel         a family, or a feature of it, that is not served
@@ -196,6 +197,12 @@ class ChatError(OttavaError):
     """A running server could not be reached, refused a request, or broke off its answer."""
 
     code = "chat"
+
+
+class BenchError(OttavaError):
+    """A server to be measured could not be reached, refused a first request, or answered nothing."""
+
+    code = "bench"
 
 
 class StartupError(OttavaError):

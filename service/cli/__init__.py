@@ -1,4 +1,4 @@
-"""The command line: `ottava serve`, `chat`, `quantize`, `evaluate`, `tune`, `roofline`."""
+"""The command line: `ottava serve`, `chat`, `bench`, `quantize`, `evaluate`, `tune`, `roofline`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from quant import __version__
-from service.cli import chat, evaluate, quantize, roofline, serve, tune
+from service.cli import bench, chat, evaluate, quantize, roofline, serve, tune
 
 EXAMPLES = """
 Start here: two terminals, no GPU and no model needed.
   $ ottava serve              # the demo model; page: http://127.0.0.1:8000/
   $ ottava chat --compare     # INT8 and FP16 answer in turn
+  $ ottava bench --concurrency 4 --variants w8a8,fp16      # under load
 
 Then your own model:
   $ ottava evaluate FOLDER --schemes w8a8,rtn     # compare schemes' quality
@@ -35,6 +36,7 @@ app = typer.Typer(
 for module, command in (
     (serve, serve.serve),
     (chat, chat.chat),
+    (bench, bench.bench),
     (quantize, quantize.quantize),
     (evaluate, evaluate.evaluate),
     (tune, tune.tune),

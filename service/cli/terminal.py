@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from quant.errors import QuantError
-from service.errors import ChatError, StartupError
+from service.errors import BenchError, ChatError, StartupError
 from service.later import Later
 
 LINE_EVERY_S = 10.0
@@ -30,7 +30,7 @@ def told_in_one_line() -> Iterator[None]:
     """Turn an error that the user can fix into one line on stderr and exit code 1."""
     try:
         yield
-    except (StartupError, ChatError, QuantError, OSError) as error:
+    except (StartupError, ChatError, BenchError, QuantError, OSError) as error:
         raise _told(error) from error
     # Evaluated, and torch imported, only for an error that is none of the above.
     except torch.OutOfMemoryError as error:

@@ -15,6 +15,7 @@ PAGES = [
     *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     ROOT / "kernels/README.md",
     ROOT / "benchmarks/NOTES.md",
+    ROOT / "benchmarks/load/README.md",
 ]
 
 

@@ -57,7 +57,7 @@ class Evaluation:
             raise InvalidSettings(f"--plot {self.plot} must end in .png: a PNG is what is drawn")
         if find_spec("matplotlib") is None:
             raise InvalidSettings(
-                "--plot needs matplotlib, which is not installed: pip install 'ottava[dev]', or leave --plot out"
+                "--plot needs matplotlib, which is not installed: pip install 'ottava[plot]', or leave --plot out"
             )
 
     def run(

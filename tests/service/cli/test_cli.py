@@ -546,7 +546,7 @@ def test_evaluate_refuses_files_that_it_could_not_write(
     )
     monkeypatch.setattr("service.tools.evaluate.evaluation.find_spec", lambda name: None)
     assert refusal(*evaluate, "--plot", tmp_path / "plot.png") == (
-        "--plot needs matplotlib, which is not installed: pip install 'ottava[dev]', or leave --plot out"
+        "--plot needs matplotlib, which is not installed: pip install 'ottava[plot]', or leave --plot out"
     )
 
 

@@ -1,0 +1,1 @@
+"""`ottava bench`: sends load to a server over HTTP, and measures what its clients see."""
