@@ -210,7 +210,7 @@ def _lines(axes: Axes, panel: dict[str, Any], series: Sequence[Series], span: Sp
     axes.set_xlim(_moment(span.start_s), _moment(span.end_s))  # type: ignore[arg-type]
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _format(value, defaults["unit"], None)))
     most = max(4, panel["gridPos"]["w"] - 2)
-    axes.xaxis.set_major_locator(AutoDateLocator(minticks=2, maxticks=most))  # type: ignore[no-untyped-call]
+    axes.xaxis.set_major_locator(AutoDateLocator(minticks=3, maxticks=most))  # type: ignore[no-untyped-call]
     axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S"))  # type: ignore[no-untyped-call]
     colors = _colors(panel, series)
     is_stacked = custom.get("stacking", {}).get("mode") == "normal"
@@ -249,7 +249,7 @@ def _limit(axes: Axes, defaults: dict[str, Any], stacked: float | None, series: 
     limits = [step["value"] for step in defaults.get("thresholds", {}).get("steps", []) if step.get("value")]
     bottom, highest = defaults.get("min", min(known, default=0.0)), max(known, default=0.0)
     # A line of a limit far above is left out, as it would press all others to the ground.
-    near = [limit for limit in limits if limit <= 4 * highest]
+    near = [limit for limit in limits if limit <= 4 * highest or not highest]
     top = stacked or defaults.get("max") or bottom + 1.1 * (max([highest, *near]) - bottom) or 1.0
     axes.set_ylim(bottom, top)
     size = next((size for size, _ in BYTES if defaults["unit"] == "bytes" and top >= size), 1)

@@ -50,7 +50,7 @@ class Exemplar:
     _longest_gap_s: float = 0.0
 
     def of_gap(self, gap_s: float) -> dict[str, str] | None:
-        """The labels, if no earlier gap of the run was as long: marking every token would cost 2 us each."""
+        """The labels, if no earlier gap of the run was as long: marking every token would cost 3 us each."""
         if gap_s <= self._longest_gap_s:
             return None
         self._longest_gap_s = gap_s

@@ -35,7 +35,7 @@ pytestmark = [
 ]
 
 MODEL = os.environ.get("MODEL", "tiny")
-CALM_S = 40.0
+CALM_S, RATE_INTERVAL = (40.0, "10s") if MODEL == "tiny" else (60.0, "20s")
 FLOOD_REQUESTS = 64
 FLOOD_TOKENS = 300 if MODEL == "tiny" else 80
 FIRES_WITHIN_S = 120.0
@@ -189,7 +189,7 @@ def test_exemplars_lead_to_traces(stage: Stage) -> None:
 
 def test_the_dashboard_is_drawn_from_what_prometheus_has(stage: Stage, tmp_path: Path) -> None:
     out = Path(os.environ.get("PICTURE", tmp_path / "dashboard.png"))
-    times = ("--start", f"{stage.start_s:.0f}", "--end", f"{stage.end_s:.0f}")
+    times = ("--start", f"{stage.start_s:.0f}", "--end", f"{stage.end_s:.0f}", "--rate-interval", RATE_INTERVAL)
     script = str(GRAFANA / "picture.py")
     command = [sys.executable, script, "--prometheus", stage.prometheus.url, *times, "--out", str(out)]
     subprocess.run(command, check=True)
