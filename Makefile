@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # An environment named with PY is used as it is; our own is made first.
 READY := $(if $(filter $(VENV)/%,$(PY)),$(INSTALLED))
 
-.PHONY: help setup serve test test-quick coverage check format gpu bench bench-kernels clean
+.PHONY: help setup serve test test-quick coverage check format gpu bench bench-kernels dashboard test-monitoring clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -57,6 +57,12 @@ bench: $(READY) ## measure decode and prefill of both variants on this machine
 
 bench-kernels: $(READY) ## measure every kernel beside torch's on a CUDA GPU
 	$(PY) -m benchmarks.kernels $(ARGS)
+
+dashboard: $(READY) ## write Grafana's dashboard from docker/grafana/dashboard.py
+	$(PY) docker/grafana/dashboard.py
+
+test-monitoring: $(READY) ## run promtool, and a real Prometheus beside a real server; needs Debian's package prometheus
+	$(PY) -m pytest -m 'deploy or not deploy' tests/deploy/test_prometheus.py tests/deploy/test_monitoring_live.py $(ARGS)
 
 clean: ## remove the environment and every cache in the tree
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -12,9 +12,9 @@ import pytest
 from quant.scheme import PRESETS
 from service import errors
 from service.models.families import FAMILIES
-from tests.support.fake_engine import FakeEngine
+from tests.support.expositions import families, full_exposition
 from tests.support.harness import app_of, two_engines
-from tests.support.pages import MANUAL, PAGES, ROOT, name_of, text_of
+from tests.support.pages import MANUAL, PAGES, ROOT, anchors, name_of, text_of
 from tests.support.settings_table import settings_table, written_table
 
 DOCS = ROOT / "docs"
@@ -22,12 +22,6 @@ IN_CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PACKAGES = ("kernels", "quant", "service")
 PATH = re.compile(r"`((?:kernels|quant|service|tests|benchmarks|docs)/[\w./-]*)`")
-
-
-def slugs(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -39,7 +33,7 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
         target = (page.parent / path).resolve() if path else page
         assert target.is_relative_to(ROOT), link
         assert target.exists(), link
-        assert not anchor or anchor in slugs(target), link
+        assert not anchor or anchor in anchors(target), link
 
 
 def test_every_page_is_reached_from_the_index() -> None:
@@ -84,10 +78,9 @@ def test_every_error_of_http_is_in_the_api() -> None:
 
 
 def test_every_metric_is_in_the_manual() -> None:
-    metrics = app_of({"w8a8": FakeEngine("w8a8")}).state.serving.metrics.exposition().decode()
-    names = set(re.findall(r"^# TYPE (\w+)", metrics, re.MULTILINE))
-    told = set(re.findall(r"`(ottava_\w+)`", text_of(DOCS / "serving.md")))
-    assert {name for name in names if not name.endswith("_created")} == told
+    names = {name for name, _, _ in families(full_exposition().text)}
+    told = set(re.findall(r"`((?:ottava|process)_\w+)`", text_of(DOCS / "serving.md")))
+    assert names == told
 
 
 def test_every_scheme_is_in_the_manual() -> None:

@@ -181,6 +181,8 @@ class VariantInfo:
     scheme, description, alpha, calibration: how it was quantized; null if the checkpoint does not say.
     checkpoint: name of its folder; null for random weights.
     generation: 1 at start, increased by every reload.   loaded_at: when these weights were loaded, in ISO 8601.
+    self_check_kl: mean KL divergence from the baseline on the prompts of the self-check, in nats; null for the baseline
+        itself, without a baseline, and before the check.
     """
 
     scheme: str | None
@@ -195,6 +197,7 @@ class VariantInfo:
     checkpoint: str | None
     generation: int
     loaded_at: str
+    self_check_kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ class LocalLink:
     """Implements `service.host.channel.client.Link`. open_host: loads the engines; called on its own thread."""
 
     can_renew = False
+    pid = None
 
     def __init__(self, open_host: Callable[[Progress], ServedHost]) -> None:
         self._open_host = open_host

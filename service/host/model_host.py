@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -94,16 +95,16 @@ class ModelHost:
         refused: dict[str, str] = {}
         for name, variant in self.variants.items():
             try:
-                self.check(name, variant.decoder)
+                self.variants[name] = replace(variant, self_check_kl=self.check(name, variant.decoder))
             except SelfCheckFailed as error:
                 refused[name] = error.message
         return refused
 
-    def check(self, name: str, decoder: Decoder) -> None:
-        """Run the self-check on a decoder that is to serve as this variant. Raises SelfCheckFailed."""
+    def check(self, name: str, decoder: Decoder) -> float | None:
+        """Run the self-check on a decoder that is to serve as this variant; see `self_check.check`."""
         baseline = self.variants.get(BASELINE) if name != BASELINE else None
         prompts = check_prompts(self.tokenizer, decoder.config.max_model_len)
-        check(decoder, baseline.decoder if baseline else None, prompts, self.device_thread)
+        return check(decoder, baseline.decoder if baseline else None, prompts, self.device_thread)
 
 
 def open_model(settings: Settings, on_progress: Progress = silent) -> ModelHost:

@@ -102,7 +102,7 @@ class Reloader:
     def _serve(self, name: str, folder: Path) -> Reloaded:
         start_s, old = time.perf_counter(), self._host.variants[name]
         checkpoint, decoder = self._load(old, folder)
-        self._host.check(name, decoder)
+        divergence = self._host.check(name, decoder)
         num_blocks, runner = self._warm(name, old, decoder)
         pause_s = time.perf_counter()
         log.info("%s: %s is loaded and checked; it takes over when the running requests have finished", name, folder)
@@ -116,6 +116,7 @@ class Reloader:
             folder=folder,
             generation=old.generation + 1,
             loaded_at=datetime.now(UTC),
+            self_check_kl=divergence,
         )
         self._host.variants[name] = new
         # Everything that touches the device runs on the device thread.

@@ -29,14 +29,18 @@ def check_prompts(tokenizer: TokenizerLike, max_len: int) -> list[Tensor]:
     return [torch.tensor(tokenizer.encode(text)[:max_len]) for text in CHECK_PROMPTS]
 
 
-def check(decoder: Decoder, baseline: Decoder | None, prompts: Sequence[Tensor], device_thread: DeviceThread) -> None:
+def check(
+    decoder: Decoder, baseline: Decoder | None, prompts: Sequence[Tensor], device_thread: DeviceThread
+) -> float | None:
     """Compare a decoder with the baseline on the prompts, one device call per prompt, so that steps run in between.
+
+    Returns KL(baseline, decoder) in nats, averaged over all positions; None without a baseline.
 
     Args:
         baseline: None to check only that the logits are finite.
 
     Raises:
-        SelfCheckFailed: logits are not finite, or KL(baseline, decoder) averaged over all positions is above MAX_KL.
+        SelfCheckFailed: logits are not finite, or the divergence is above MAX_KL.
     """
     total = sum(
         device_thread.run(_divergence, decoder, baseline, place, token_ids) for place, token_ids in enumerate(prompts)
@@ -47,6 +51,7 @@ def check(decoder: Decoder, baseline: Decoder | None, prompts: Sequence[Tensor],
             f"its output disagrees wildly with the baseline: mean KL divergence {mean:.2f} nats on the check prompts, "
             f"limit {MAX_KL}; quantize with another scheme or calibration text"
         )
+    return None if baseline is None else mean
 
 
 @torch.inference_mode()

@@ -159,7 +159,7 @@ def fault_told(error: BaseException) -> Fault:
 def _done(host: ServedHost, call: Call) -> Returned:
     """Run a call; its exceptions propagate."""
     if call.kind == "check":
-        return Returned(call.number, refused=dict(host.self_check()))
+        return Returned(call.number, refused=dict(host.self_check()), info=host.info())
     if call.kind == "reload":
         reloaded = host.reload(call.argument)
         return Returned(call.number, reloaded=reloaded, info=host.info())

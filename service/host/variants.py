@@ -47,6 +47,7 @@ class Variant:
     """One precision of the model, loaded and running.
 
     cache_budget_bytes: limit of its KV cache.   generation: 1 at start, increased by every reload.
+    self_check_kl: what the last self-check measured; see `VariantInfo`.
     """
 
     engine: EngineLoop
@@ -57,6 +58,7 @@ class Variant:
     cache_budget_bytes: int
     generation: int = 1
     loaded_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    self_check_kl: float | None = None
 
 
 def start_variant(
@@ -165,4 +167,5 @@ def describe(variant: Variant) -> VariantInfo:
         checkpoint=None if variant.folder is None else variant.folder.name,
         generation=variant.generation,
         loaded_at=variant.loaded_at.isoformat(timespec="seconds"),
+        self_check_kl=variant.self_check_kl,
     )

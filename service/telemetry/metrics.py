@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from service.engine.api import Engine, EngineStats, FinishReason, HostInfo, Token
 from service.errors import CapacityError, NotReady, RequestError
 from service.measures import Agreement, RunMetrics, Speedup
+from service.telemetry.record import RequestRecord
 
 # fmt: off
 TTFT_BUCKETS = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -24,6 +27,7 @@ LENGTH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 2
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SPEEDUP_BUCKETS = (.25, .5, .75, .9, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8)
 AGREEMENT_BUCKETS = (0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .99, 1)
+DELTA_BUCKETS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5)
 # fmt: on
 
 How = Literal["compare", "shadow"]
@@ -38,12 +42,51 @@ NO_VARIANT = "none"
 """Label of a request with an unreadable body, or with a variant that is not served."""
 
 
-class ServiceMetrics:
-    """The metrics of the web and, read from `Engine.stats`, of the engines. All but reloads have a label `variant`."""
+@dataclass(slots=True)
+class Exemplar:
+    """What the observations of one run carry, so that a slow one leads to its trace. Its labels are never changed."""
 
-    def __init__(self, engines: Mapping[str, Engine], info: Callable[[], HostInfo]) -> None:
+    labels: dict[str, str]
+    _longest_gap_s: float = 0.0
+
+    def of_gap(self, gap_s: float) -> dict[str, str] | None:
+        """The labels, if no earlier gap of the run was as long: marking every token would cost 3 us each."""
+        if gap_s <= self._longest_gap_s:
+            return None
+        self._longest_gap_s = gap_s
+        return self.labels
+
+
+def exemplar_of(record: RequestRecord | None) -> Exemplar | None:
+    """The exemplar of a request's runs; None unless its trace will be exported."""
+    if record is None or record.trace_id is None or not record.is_sampled:
+        return None
+    return Exemplar({"trace_id": f"{record.trace_id:032x}"})
+
+
+class ServiceMetrics:
+    """The metrics of the web and, read from `Engine.stats`, of the engines. Most have a label `variant`.
+
+    Args:
+        engines: variant -> engine.
+        info: returns what is served; raises NotReady before the engines are open.
+        is_ready: whether a variant takes requests.
+        engine_pid: returns the process of the engines, or None.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        info: Callable[[], HostInfo],
+        *,
+        is_ready: Callable[[str], bool] = lambda _: True,
+        engine_pid: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engines, info))
+        self._registry.register(_EngineCollector(engines, info, is_ready))
+        ProcessCollector(registry=self._registry)
+        # A folder of /proc that does not exist gives no series.
+        ProcessCollector("ottava_engine", lambda: engine_pid() or "none", registry=self._registry)
         self._ttft = self._histogram("time_to_first_token_seconds", "First token sent - received", TTFT_BUCKETS)
         self._itl = self._histogram("inter_token_latency_seconds", "Between tokens sent", TOKEN_BUCKETS)
         self._tpot = self._histogram(
@@ -59,6 +102,9 @@ class ServiceMetrics:
             "speedup_ratio", "Baseline time / this variant's time, same request", SPEEDUP_BUCKETS, "measure", "how"
         )
         self._agreement = self._histogram("agreement_ratio", "Tokens equal to the baseline's", AGREEMENT_BUCKETS, "how")
+        self._delta = self._histogram(
+            "logprob_delta_nats", "Mean |log-probability - baseline's| while texts agree", DELTA_BUCKETS, "how"
+        )
         self._shadow = self._counter("shadow", "Requests drawn for shadow mode by what became of them", "outcome")
         self._requests = self._counter("requests", "Runs by how they ended", "outcome")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of runs that got a first token")
@@ -82,6 +128,11 @@ class ServiceMetrics:
         """All series in Prometheus' text format."""
         return generate_latest(self._registry)
 
+    def openmetrics(self) -> bytes:
+        """All series in the OpenMetrics format, with exemplars."""
+        exposition: bytes = openmetrics.generate_latest(self._registry)  # type: ignore[no-untyped-call]
+        return exposition
+
     def count(self, variant: str, outcome: str) -> None:
         """Count the outcome of a run, or of a request that was refused before it had one."""
         self._requests.labels(variant, outcome).inc()
@@ -98,13 +149,15 @@ class ServiceMetrics:
             self.count(variant, ERROR)
             raise
 
-    def first_token(self, variant: str, num_prompt: int, num_cached: int, ttft_s: float) -> None:
+    def first_token(
+        self, variant: str, num_prompt: int, num_cached: int, ttft_s: float, exemplar: Exemplar | None = None
+    ) -> None:
         """Observe the first token of a run. num_cached: its prompt tokens that were found in the cache."""
-        self._ttft.labels(variant).observe(ttft_s)
+        self._ttft.labels(variant).observe(ttft_s, None if exemplar is None else exemplar.labels)
         self._prompt_tokens.labels(variant).inc(num_prompt)
         self._cached.labels(variant).inc(num_cached)
 
-    def tokens_sent(self, variant: str, sent_s: Sequence[float], new: int) -> None:
+    def tokens_sent(self, variant: str, sent_s: Sequence[float], new: int, exemplar: Exemplar | None = None) -> None:
         """Observe the last `new` of the tokens sent so far."""
         # Looking both up by label takes 3 us, a twentieth of the cost of a token.
         found = self._per_token.get(variant)
@@ -113,10 +166,14 @@ class ServiceMetrics:
         tokens, gaps = found
         tokens.inc(new)
         for place in range(max(1, len(sent_s) - new), len(sent_s)):
-            gaps.observe(sent_s[place] - sent_s[place - 1])
+            gap_s = sent_s[place] - sent_s[place - 1]
+            gaps.observe(gap_s, None if exemplar is None else exemplar.of_gap(gap_s))
 
-    def finished(self, variant: str, times: RunMetrics, tokens: Sequence[Token]) -> None:
+    def finished(
+        self, variant: str, times: RunMetrics, tokens: Sequence[Token], exemplar: Exemplar | None = None
+    ) -> None:
         """Observe a run that finished normally, neither cut off nor failed."""
+        labels = None if exemplar is None else exemplar.labels
         self._prompt_length.labels(variant).observe(times.prompt_tokens)
         self._length.labels(variant).observe(times.generated_tokens)
         for histogram, value_ms in (
@@ -126,9 +183,9 @@ class ServiceMetrics:
             (self._e2e, times.e2e_ms),
         ):
             if value_ms is not None:
-                histogram.labels(variant).observe(value_ms / 1e3)
+                histogram.labels(variant).observe(value_ms / 1e3, labels)
         if tokens:
-            self._decode.labels(variant).observe(tokens[-1].time_s - tokens[0].time_s)
+            self._decode.labels(variant).observe(tokens[-1].time_s - tokens[0].time_s, labels)
 
     def compared(self, how: How, variant: str, speedup: Speedup | None, agreement: Agreement) -> None:
         """Observe one comparison with the baseline; speedup is None if other requests ran meanwhile."""
@@ -137,6 +194,8 @@ class ServiceMetrics:
             if ratio is not None:
                 self._speedup.labels(variant, measure, how).observe(ratio)
         self._agreement.labels(variant, how).observe(agreement.match_ratio)
+        if agreement.logprob_delta_mean is not None:
+            self._delta.labels(variant, how).observe(agreement.logprob_delta_mean)
 
     def shadowed(self, variant: str, outcome: str) -> None:
         """Count the outcome of a request sampled by shadow mode: replayed, dropped or abandoned."""
@@ -157,9 +216,12 @@ class ServiceMetrics:
 class _EngineCollector(Collector):
     """Metrics from `Engine.stats()`, read at each scrape so that they are always current."""
 
-    def __init__(self, engines: Mapping[str, Engine], info: Callable[[], HostInfo]) -> None:
+    def __init__(
+        self, engines: Mapping[str, Engine], info: Callable[[], HostInfo], is_ready: Callable[[str], bool]
+    ) -> None:
         self._engines = engines
         self._info = info
+        self._is_ready = is_ready
 
     def describe(self) -> Iterable[Metric]:
         """Returns nothing, because an engine need not be readable while the registry is built."""
@@ -173,8 +235,14 @@ class _EngineCollector(Collector):
             for variant, reading in stats.items():
                 gauge.add_metric([variant], read(reading))
             yield gauge
+        ready = GaugeMetricFamily("ottava_ready", "1 if the variant takes requests, else 0", labels=["variant"])
+        for variant in self._engines:
+            ready.add_metric([variant], float(self._is_ready(variant)))
+        yield ready
         preemptions = CounterMetricFamily("ottava_preemptions", "Requests put back to recompute", labels=["variant"])
-        restarts = CounterMetricFamily("ottava_engine_restarts", "Restarts after a step raised", labels=["variant"])
+        restarts = CounterMetricFamily(
+            "ottava_engine_restarts", "Restarts after a fault, in the same process or a new one", labels=["variant"]
+        )
         batches = HistogramMetricFamily("ottava_step_batch_size", "Requests per step", labels=["variant"])
         for variant, reading in stats.items():
             preemptions.add_metric([variant], reading.num_preemptions)
@@ -183,20 +251,29 @@ class _EngineCollector(Collector):
         yield preemptions
         yield restarts
         yield batches
-        yield self._info_family()
+        yield from self._of_info()
 
-    def _info_family(self) -> Metric:
-        """One series per variant, labelled only with constant texts of /info, as a changed label makes a new series."""
-        family = InfoMetricFamily("ottava", "What is served", labels=["variant"])
-        try:
+    def _of_info(self) -> Iterator[Metric]:
+        """The series that are read from /info; empty before the engines are open."""
+        described = InfoMetricFamily("ottava", "What is served", labels=["variant"])
+        divergence = GaugeMetricFamily(
+            "ottava_self_check_kl_nats", "Mean KL divergence from the baseline on fixed prompts", labels=["variant"]
+        )
+        with suppress(NotReady):
             info = self._info()
-        except NotReady:
-            return family
+            self._describe(described, info)
+            for variant, own in info.variants.items():
+                if own.self_check_kl is not None:
+                    divergence.add_metric([variant], own.self_check_kl)
+        yield described
+        yield divergence
+
+    def _describe(self, family: InfoMetricFamily, info: HostInfo) -> None:
+        """One series per variant, labelled only with constant texts of /info, as a changed label makes a new series."""
         texts = {"model": info.model, "family": info.family, "device": info.device}
         for variant, engine in self._engines.items():
             own = {"variant": variant, "dtype": engine.dtype, "max_model_len": str(engine.max_model_len)}
             family.add_metric([variant], {**texts, **own})
-        return family
 
 
 _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (

@@ -37,6 +37,7 @@ class RequestRecord:
     server: address and port that it was sent to.
     route: the template of its path, which has few values, unlike the path itself.
     trace: its headers `traceparent` and `tracestate`, if present.
+    trace_id, is_sampled: its trace, and whether that will be exported; set on arrival by the tracer, if there is one.
     """
 
     id: str
@@ -52,6 +53,8 @@ class RequestRecord:
     route: str = "unknown"
     key: str = ANONYMOUS
     runs: list[RunRecord] = field(default_factory=list)
+    trace_id: int | None = None
+    is_sampled: bool = False
 
 
 current: ContextVar[RequestRecord | None] = ContextVar("current_request", default=None)

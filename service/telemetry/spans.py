@@ -1,6 +1,7 @@
 """OpenTelemetry spans of a request: one for HTTP, and inside it one for each generation.
 
-Spans are created from the times in the record after the request has ended, so that tracing does not slow it down.
+Spans are created from the times in the record after the request has ended, so that tracing does not slow it down. Only
+their trace is chosen on arrival, since the metrics' exemplars name it while the request runs.
 
 Source: OpenTelemetry semantic conventions, HTTP server spans and GenAI inference spans.
 """
@@ -13,7 +14,9 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import Decision
+from opentelemetry.trace import SpanKind, StatusCode, get_current_span, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
@@ -24,6 +27,16 @@ from service.telemetry.record import RequestRecord, RunRecord
 PROVIDER = "ottava"
 
 
+class _ChosenIds(RandomIdGenerator):
+    """Gives the next root span the trace id that was chosen on its request's arrival."""
+
+    chosen: int | None = None
+
+    def generate_trace_id(self) -> int:
+        """The chosen id, else a random one."""
+        return super().generate_trace_id() if self.chosen is None else self.chosen
+
+
 class SpanTracer:
     """Creates the spans of requests of one model and passes them to a processor."""
 
@@ -31,13 +44,24 @@ class SpanTracer:
         # Resource.create reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, which take precedence.
         resource = Resource({SERVICE_NAME: PROVIDER, "service.version": __version__}).merge(Resource.create())
         self._model = model
-        self._provider = TracerProvider(resource=resource)
+        self._ids = _ChosenIds()
+        self._provider = TracerProvider(resource=resource, id_generator=self._ids)
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer(PROVIDER, __version__)
         self._propagator = TraceContextTextMapPropagator()
 
+    def begin(self, record: RequestRecord) -> None:
+        """Set the trace of a request that has arrived: the caller's if it sent `traceparent`, else a new one."""
+        self._ids.chosen = None
+        context = self._propagator.extract(record.trace)
+        caller = get_current_span(context).get_span_context()
+        record.trace_id = caller.trace_id if caller.is_valid else self._ids.generate_trace_id()
+        sampling = self._provider.sampler.should_sample(context, record.trace_id, record.method, SpanKind.SERVER)
+        record.is_sampled = sampling.decision == Decision.RECORD_AND_SAMPLE
+
     def trace(self, record: RequestRecord) -> None:
-        """Create the spans of a finished request, as part of the caller's trace if it sent `traceparent`."""
+        """Create the spans of a finished request, in the trace that `begin` has set."""
+        self._ids.chosen = record.trace_id
         span = self._tracer.start_span(
             f"{record.method} {record.route}",
             context=self._propagator.extract(record.trace),

@@ -19,6 +19,10 @@ SPOKEN = "http/protobuf"
 class Tracer(Protocol):
     """Creates the spans of finished requests; implemented by `service.telemetry.spans.SpanTracer`."""
 
+    def begin(self, record: RequestRecord) -> None:
+        """Set the trace of a request that has arrived."""
+        ...
+
     def trace(self, record: RequestRecord) -> None: ...
 
     def close(self) -> None:

@@ -59,5 +59,8 @@ def create_app(host: Host, settings: Settings) -> FastAPI:
     app.include_router(records.router)
     app.include_router(page.router)
     document_events(app, Delta, ChatCompletionChunk)
-    surround(app, serving, [log_request] if tracer is None else [log_request, tracer.trace])
+    if tracer is None:
+        surround(app, serving, [log_request])
+    else:
+        surround(app, serving, [log_request, tracer.trace], [tracer.begin])
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from fastapi import Request as HTTPRequest
@@ -47,6 +47,11 @@ class Host(Protocol):
     def engines(self) -> Mapping[str, Engine]: ...
 
     @property
+    def engine_pid(self) -> int | None:
+        """The process of the engines; None while there is none, or if they are in this one."""
+        ...
+
+    @property
     def info(self) -> HostInfo:
         """What is served. Raises NotReady before the engines are open."""
         ...
@@ -85,12 +90,18 @@ class Serving:
     pace: Pace
     reloads: Reloads
     models: ModelNames
-    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    lifecycle: Lifecycle
 
     @classmethod
     def over(cls, host: Host, settings: Settings) -> Serving:
         """The initial state of an app."""
-        metrics, traffic = ServiceMetrics(host.engines, lambda: host.info), Traffic()
+        lifecycle, traffic = Lifecycle(), Traffic()
+
+        def is_ready(variant: str) -> bool:
+            has_failed = host.engines[variant].failure is not None
+            return not (lifecycle.is_draining or host.stage or has_failed or variant in host.refused)
+
+        metrics = ServiceMetrics(host.engines, lambda: host.info, is_ready=is_ready, engine_pid=lambda: host.engine_pid)
         comparisons = Comparisons(metrics)
         shadow = Shadow(
             host.engines,
@@ -115,6 +126,7 @@ class Serving:
             pace=Pace(),
             reloads=Reloads(host.reload, metrics),
             models=ModelNames(host.engines, lambda: host.info),
+            lifecycle=lifecycle,
         )
 
     @property

@@ -56,6 +56,7 @@ class ThreadLink:
     """
 
     can_renew = False
+    pid = None
 
     def __init__(self, host: ServedHost, is_paced: bool = True) -> None:
         self._host = host

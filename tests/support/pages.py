@@ -36,6 +36,12 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def console_blocks(page: Path) -> list[Block]:
     """The blocks of a page, their commands with continued lines joined; lines without `$ ` are output."""
     found = re.findall(r"(?:<!-- not run: ([^\n]+?) -->\n)?```console\n(.*?)```", text_of(page), re.DOTALL)

@@ -31,9 +31,13 @@ class Link(Protocol):
     """A connection to engines that it starts.
 
     can_renew: whether `open` can start new engines after the old ones have died.
+    pid: of the engines' process; None if there is none, or they are in this one.
     """
 
     can_renew: bool
+
+    @property
+    def pid(self) -> int | None: ...
 
     async def open(self, receive: Callable[[ToWeb], None], on_gone: Callable[[str], None]) -> None:
         """Start engines.
@@ -122,6 +126,11 @@ class HostClient:
             raise self._not_ready()
         return self._tokenizer
 
+    @property
+    def engine_pid(self) -> int | None:
+        """The process of the engines; None while there is none, or if they are in this one."""
+        return self._link.pid
+
     def run(self) -> Coroutine[Any, Any, None]:
         """Open and check the engines, and restart them if they die. Ends when they are closed or have failed for good.
 
@@ -205,7 +214,7 @@ class HostClient:
         assert self._gone is not None
         try:
             returned = await self._call("check")
-            self.refused = returned.refused or {}
+            self.refused, self._info = returned.refused or {}, returned.info
         except OttavaError as error:
             if not self._gone.done():
                 log.error("the self-check raised: no variant becomes ready")  # noqa: TRY400 (the engine logs the trace)

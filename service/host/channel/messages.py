@@ -61,7 +61,10 @@ class Refused(msgspec.Struct, array_like=True, frozen=True, tag="refused"):
 
 
 class Returned(msgspec.Struct, array_like=True, frozen=True, tag="returned"):
-    """The result of a `Call`: a fault; or refused (variant -> reason) of a check; or reloaded and info of a reload."""
+    """The result of a `Call`: a fault; or of a check refused (variant -> reason); or of a reload reloaded.
+
+    info: after a check or a reload, both of which change it.
+    """
 
     number: int
     fault: Fault | None = None

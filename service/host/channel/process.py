@@ -56,6 +56,11 @@ class ProcessLink:
         self._end.send(Open(without_secrets(self._settings)))
         self._waiting = asyncio.create_task(_tell_end(self._process, closed, on_gone))
 
+    @property
+    def pid(self) -> int | None:
+        """The process, while it runs."""
+        return None if self._process is None or self._process.returncode is not None else self._process.pid
+
     def send(self, message: ToEngine) -> None:
         """Send a message. Does nothing if the process has exited."""
         if self._end is not None:

@@ -13,7 +13,7 @@ from service.engine.api import FinishReason, Progress, SamplingParams, Token
 from service.errors import DeadlineExceeded, OttavaError, QueueFull, QueueTimeout
 from service.measures import RunMetrics, measure
 from service.settings import BASELINE
-from service.telemetry.metrics import ERROR, REJECTED, TIMEOUT
+from service.telemetry.metrics import ERROR, REJECTED, TIMEOUT, exemplar_of
 from service.telemetry.record import RunRecord, current
 from service.text.stops import Output
 from service.web.generation.deadlines import Deadlines
@@ -75,6 +75,7 @@ class Run:
         self._sent_s: list[float] = []
         self._serving = serving
         self._metrics = serving.metrics
+        self._exemplar = exemplar_of(current.get())
         self._is_counted = False
         self._engine = serving.engines[plan.variant]
         self._output = Output(serving.tokenizer.detokenizer(plan.prompt_ids if plan.continues else ()), plan.stop)
@@ -187,8 +188,9 @@ class Run:
                     len(self.plan.prompt_ids),
                     self.progress.num_cached,
                     self._sent_s[0] - self.plan.received_s,
+                    self._exemplar,
                 )
-            self._metrics.tokens_sent(self.plan.variant, self._sent_s, taken)
+            self._metrics.tokens_sent(self.plan.variant, self._sent_s, taken, self._exemplar)
         return Piece(text, ids if new is tokens else ids[:taken], self._logprobs(new))
 
     def _is_complete(self) -> bool:
@@ -220,7 +222,7 @@ class Run:
     def _tell(self, reason: FinishReason) -> None:
         """Report the finished run to metrics, recent runs and shadow mode."""
         plan, serving, metrics = self.plan, self._serving, self.answer().metrics
-        serving.metrics.finished(plan.variant, metrics, self.tokens)
+        serving.metrics.finished(plan.variant, metrics, self.tokens, self._exemplar)
         serving.recent.add(plan.id, plan.variant, plan.route, reason, metrics)
         has_baseline = serving.why_unready(BASELINE) is None
         if has_baseline and not plan.is_compared and serving.shadow.wants(plan.variant):

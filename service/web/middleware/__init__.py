@@ -15,8 +15,13 @@ from service.web.middleware.names import KnownNames, names_of
 from service.web.state import Serving
 
 
-def surround(app: FastAPI, serving: Serving, on_end: Sequence[Callable[[RequestRecord], None]]) -> None:
-    """Add the middleware to an app. on_end: called with the record of each request after its answer was sent."""
+def surround(
+    app: FastAPI,
+    serving: Serving,
+    on_end: Sequence[Callable[[RequestRecord], None]],
+    on_start: Sequence[Callable[[RequestRecord], None]] = (),
+) -> None:
+    """Add the middleware to an app. on_start, on_end: see `Envelope`."""
     settings = serving.settings
     if not serving.keys.is_empty:
         document_key(app, settings)
@@ -34,4 +39,4 @@ def surround(app: FastAPI, serving: Serving, on_end: Sequence[Callable[[RequestR
     names = names_of(settings, has_keys=not serving.keys.is_empty)
     if names is not None:
         app.add_middleware(KnownNames, names=names)
-    app.add_middleware(Envelope, on_end=on_end)
+    app.add_middleware(Envelope, on_end=on_end, on_start=on_start)

@@ -25,13 +25,21 @@ SECURITY_HEADERS = {
 
 
 class Envelope:
-    """Creates the record of every request, sets its id and the security headers, and calls `on_end` when it is done.
+    """Creates the record of every request, sets its id and the security headers.
+
+    on_start, on_end: called with the record when the request has arrived, and after its answer was sent.
 
     A client's own id is kept if it is short and printable, so that one search finds a request in the logs of both.
     """
 
-    def __init__(self, app: ASGIApp, on_end: Sequence[Callable[[RequestRecord], None]]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        on_end: Sequence[Callable[[RequestRecord], None]],
+        on_start: Sequence[Callable[[RequestRecord], None]] = (),
+    ) -> None:
         self._app = app
+        self._on_start = on_start
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,6 +47,8 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         record = _record(scope)
+        for begin in self._on_start:
+            begin(record)
         scope.setdefault("state", {}).update(record=record, received_s=record.received_s, request_id=record.id)
 
         async def send_with_headers(message: Message) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
+from fastapi import Request as HTTPRequest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS_CONTENT
 from starlette.responses import JSONResponse, Response
 
 from service.engine.api import HostInfo
+from service.telemetry.negotiation import OPENMETRICS, prefers_openmetrics
 from service.web.openapi import failures
 from service.web.schemas.operation import Health, Readiness
 from service.web.state import STOPPING, Serving, serving_of
@@ -61,10 +64,15 @@ async def info(serving: Shared) -> HostInfo:
     summary="Prometheus metrics",
     response_class=Response,
     responses={
-        200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        200: {
+            "description": "Prometheus' text format or, for those who accept it, OpenMetrics.",
+            "content": {name: {"schema": {"type": "string"}} for name in ("text/plain", OPENMETRICS)},
+        },
         **failures(401),
     },
 )
-async def metrics(serving: Shared) -> Response:
-    """Every series in Prometheus' text format."""
+async def metrics(serving: Shared, http: HTTPRequest) -> Response:
+    """Every series in Prometheus' text format; with `Accept: application/openmetrics-text`, with exemplars."""
+    if prefers_openmetrics(", ".join(http.headers.getlist("accept"))):
+        return Response(serving.metrics.openmetrics(), media_type=OPENMETRICS_CONTENT)
     return Response(serving.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

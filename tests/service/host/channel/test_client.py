@@ -45,6 +45,7 @@ class NoProcess:
     """A link whose process cannot be started."""
 
     can_renew = True
+    pid = None
 
     async def open(self, receive: Callable[[ToWeb], None], on_gone: Callable[[str], None]) -> None:
         raise PermissionError(13, "Permission denied")
