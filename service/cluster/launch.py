@@ -1,0 +1,88 @@
+"""Runs a cluster from one command: starts or joins Ray, deploys, and takes everything down again at a signal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import ray
+from ray import serve
+
+from service.cluster.deployment import build
+from service.cluster.options import APP_NAME, ClusterOptions
+from service.errors import InvalidSettings, StartupError, first_line
+
+log = logging.getLogger(__name__)
+
+
+def run(options: ClusterOptions, address: str | None, detach: bool, say: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then drain; with detach, return as soon as the cluster serves.
+
+    A cluster that serves already is updated, one replica after the other.
+
+    Args:
+        options: of the cluster.
+        address: of a running Ray, such as "auto"; None starts one on this machine, which ends with this process.
+        say: called with each line for the user.
+
+    Raises:
+        StartupError: Ray cannot be joined or started, or the replicas do not become ready.
+    """
+    if detach and address is None:
+        raise InvalidSettings("--detach leaves replicas to a Ray that goes on: name it with --address, such as auto")
+    # Ray would otherwise report to its makers, and once an hour again.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _join(address)
+    try:
+        _refuse_too_few_cores(options)
+        serve.start(proxy_location="Disabled")
+        say("starting replicas")
+        try:
+            serve.run(build(options), name=APP_NAME, route_prefix=None)
+        except (RuntimeError, ray.exceptions.RayError) as error:
+            raise StartupError(f"the replicas cannot be started: {first_line(error)}") from error
+        settings = options.loaded()
+        say(f"the cluster serves on {settings.host} port {settings.port} with {options.replicas} replicas or more")
+        if not detach:
+            _await_signal(say)
+            serve.delete(APP_NAME)
+            if address is None:
+                serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str | None) -> None:
+    try:
+        if address is None:
+            # Ray trusts whoever reaches its ports: alone on a machine it is to listen there only.
+            ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=True)
+        else:
+            ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, RuntimeError, OSError) as error:
+        where = "be started" if address is None else f"be joined at {address}"
+        raise StartupError(f"Ray cannot {where}: {first_line(error)}") from error
+
+
+def _refuse_too_few_cores(options: ClusterOptions) -> None:
+    """Raise InvalidSettings if Ray could not place the replicas, for whose room it would wait for ever."""
+    wanted, there = options.replicas * options.cpus_per_replica, ray.cluster_resources().get("CPU", 0.0)
+    if wanted > there:
+        raise InvalidSettings(
+            f"{options.replicas} replicas of {options.cpus_per_replica:g} cores need {wanted:g}, and the cluster has "
+            f"{there:g}: lower --cpus-per-replica, or add machines"
+        )
+
+
+def _await_signal(say: Callable[[str], None]) -> None:
+    told = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told.set())
+    told.wait()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A second one ends the process at once.
+        signal.signal(number, signal.SIG_DFL)
+    say("draining")
