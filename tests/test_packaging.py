@@ -46,7 +46,7 @@ for package in ("kernels", "quant", "service"):
     names += [module.name for module in pkgutil.walk_packages(path, f"{package}.")]
 names.remove("service.__main__")  # it is the command
 if not (importlib.util.find_spec("ray") and importlib.util.find_spec("aiohttp")):
-    for name in ("deployment", "launch", "upstream"):
+    for name in ("deployment", "launch", "router", "upstream"):
         names.remove(f"service.cluster.{name}")  # the extra is not installed
 for name in names:
     importlib.import_module(name)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from service.cli.options import FLAGS, Model, takes_settings
 from service.cli.terminal import err, told_in_one_line
@@ -50,7 +51,18 @@ def cluster(
     ] = None,
     gpus_per_replica: Annotated[float | None, _option("GPUs of a replica. [default: 1 if there are any]")] = None,
     cpus_per_replica: Annotated[float | None, _option("Cores set aside for a replica. [default: 1]")] = None,
-    gateways: Annotated[int | None, _option("Machines that listen on host and port. [default: 1]")] = None,
+    surge_percent: Annotated[
+        int | None, _option("New replicas that start before old ones stop, in percent. [default: 0]")
+    ] = None,
+    gateways: Annotated[
+        int,
+        typer.Option(
+            help="Machines that listen on host and port, one gateway on each.",
+            min=1,
+            max=256,
+            rich_help_panel=PANEL,
+        ),
+    ] = 1,
     affinity_bound: Annotated[
         int | None,
         _option("Requests by which a known prefix may be outweighed. [default: 1/4 of max-num-requests]"),
@@ -76,8 +88,13 @@ def cluster(
             target_ongoing_requests=target_ongoing_requests,
             gpus_per_replica=gpus_per_replica,
             cpus_per_replica=cpus_per_replica,
-            gateways=gateways,
             affinity_bound=affinity_bound,
+            surge_percent=surge_percent,
             settings=options.replica_settings(settings),
         )
-        launch.run(given, address, detach, lambda line: err.print(f"ottava: {line}", highlight=False, soft_wrap=True))
+        front = options.GatewayOptions(gateways=gateways, settings=options.gateway_settings(settings))
+        launch.run(given, front, address, detach, _say)
+
+
+def _say(line: str) -> None:
+    err.print(f"ottava: {escape(line)}", highlight=False, soft_wrap=True)

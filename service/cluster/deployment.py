@@ -1,6 +1,6 @@
-"""The Serve application: replicas of the app of `assemble`, and the gateway in front of them.
+"""Two Serve applications: replicas of the app of `assemble`, and the gateways in front of them.
 
-A Serve configuration names `service.cluster.deployment:build`; `ottava cluster` runs the same.
+A Serve configuration names `service.cluster.deployment:build` and `:build_gateway`; `ottava cluster` runs the same.
 
 Ray places replicas and the gateway, watches them, scales, drains and replaces them, and chooses the replica of each
 request. The requests themselves go from the gateway to the replica over HTTP: a token that went through Ray's streams
@@ -14,12 +14,10 @@ import contextlib
 import errno
 import logging
 import math
-import random
 import socket
 import sys
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence, Set
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
 import uvicorn
@@ -27,13 +25,19 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
+from service.cluster import directory
 from service.cluster.exchange import Lease, Unreachable
 from service.cluster.gateway import Gateway
 from service.cluster.leases import Leased, Leases
-from service.cluster.options import ClusterOptions, gateway_settings, max_ongoing_requests, replica_settings
-from service.cluster.prefixes import KnownPrefixes, ranked
+from service.cluster.options import (
+    APP_NAME,
+    ClusterOptions,
+    GatewayOptions,
+    gateway_settings,
+    max_ongoing_requests,
+    replica_settings,
+)
 from service.cluster.upstream import HTTPUpstream
 from service.errors import InvalidSettings, QueueFull, QueueTimeout, StartupError
 from service.host.assemble import assemble
@@ -49,9 +53,6 @@ from service.web.uvicorn_config import allow_open_files, server_config
 
 REPLICA, GATEWAY = "replica", "gateway"
 POLL_S = 0.05
-STATS_EVERY_S = 1.0
-"""How often Ray asks a replica for its address, which the gateway needs for /metrics and /info."""
-
 HEALTH_EVERY_S, HEALTH_TIMEOUT_S = 2.0, 30.0
 DRAIN_POLL_S = 0.5
 MARGIN_S = 5.0
@@ -61,57 +62,9 @@ BIND_S = 60.0
 """How long a gateway waits for its port, which the one before it may still hold."""
 
 BACKLOG = 2048
-ROUTER = "service.cluster.deployment:PrefixRouter"
+ROUTER = "service.cluster.router:PrefixRouter"
 
 log = logging.getLogger(__name__)
-
-
-class PrefixRouter(RequestRouter):  # type: ignore[misc]
-    """Ray's choice of a replica for a lease, made by `ranked` in the process of the gateway."""
-
-    here: ClassVar[weakref.WeakSet[PrefixRouter]] = weakref.WeakSet()
-    """The routers of this process."""
-
-    def initialize_state(self, bound: int) -> None:
-        """Called by Ray with `request_router_kwargs`."""
-        self._bound = bound
-        self._known = KnownPrefixes()
-        self.here.add(self)
-
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        """The replicas, best first; Ray takes the first one that is not full."""
-        keys, avoid = _wanted(pending_request)
-        found = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        names = [name for name in found if name not in avoid] or list(found)
-        # Equal ones are to get equal shares.
-        random.shuffle(names)
-        loads = {name: self.replica_queue_len_cache.get(found[name].replica_id) or 0 for name in names}
-        order = ranked(loads, self._known.lengths(keys, names), self._bound)
-        return [[found[name]] for name in order]
-
-    def on_request_routed(
-        self,
-        pending_request: PendingRequest,
-        replica_id: ReplicaID,
-        result: ReplicaResult,  # noqa: ARG002
-    ) -> None:
-        """Called by Ray once a replica has taken a request."""
-        keys, _ = _wanted(pending_request)
-        self._known.add(keys, replica_id.unique_id)
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called by Ray when replicas have come or gone."""
-        before = set(self.curr_replicas)
-        super().update_replicas(replicas)
-        if before - set(self.curr_replicas):
-            self._known.keep(replica.replica_id.unique_id for replica in replicas)
-
-    def urls(self) -> dict[str, str]:
-        """The replicas that have told Ray their address, by name."""
-        stats = {replica.replica_id.unique_id: replica.routing_stats for replica in self.curr_replicas.values()}
-        return {name: said["url"] for name, said in sorted(stats.items()) if said and "url" in said}
 
 
 class RayLease:
@@ -149,7 +102,7 @@ class RayFleet:
 
     def replicas(self) -> Mapping[str, str]:
         """See `Fleet.replicas`."""
-        return {name: url for router in PrefixRouter.here for name, url in router.urls().items()}
+        return directory.urls()
 
     async def lease(self, keys: Sequence[bytes], avoid: Set[str]) -> Lease:
         """See `Fleet.lease`."""
@@ -219,10 +172,10 @@ class Replica:
 
     async def ping(self, keys: list[bytes], avoid: list[str]) -> str:  # noqa: ARG002
         """This replica's name. The arguments are the router's."""
-        return self._name
+        return str(self._name)
 
-    def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Ray, which passes it to the router."""
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Called by Ray once, which passes it to the router."""
         return {"url": self._url}
 
     def check_health(self) -> None:
@@ -253,16 +206,18 @@ class GatewayServer:
     """The gateway on the cluster's address.
 
     Args:
-        replicas: the replicas' deployment.
         settings: see `gateway_settings`.
     """
 
-    async def __init__(self, replicas: DeploymentHandle, settings: dict[str, Any]) -> None:  # type: ignore[misc]
+    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
+        self._told = settings
         self._settings = load_settings(**settings)
         configure_logging(self._settings, sys.stderr, "gateway")
         # Each request takes a connection to its client and one to its replica.
         allow_open_files(2 * self._settings.max_connections)
         self._upstream = HTTPUpstream(0.8 * self._settings.keep_alive_s)
+        # The replicas' application may come later.
+        replicas = serve.get_deployment_handle(REPLICA, APP_NAME, _check_exists=False)
         fleet = RayFleet(replicas, self._settings.queue_timeout_s)
         self._gateway = Gateway(fleet, self._upstream, self._settings.max_body_bytes)
         app = Envelope(Faults(self._gateway), [log_request])
@@ -273,6 +228,10 @@ class GatewayServer:
         self._running = asyncio.create_task(self._server.serve([listener]))
         self._finding = asyncio.create_task(fleet.find())
         log.info("the gateway listens on %s port %d", self._settings.host, listener.getsockname()[1])
+
+    def told(self) -> dict[str, Any]:
+        """The settings that it was started with."""
+        return self._told
 
     def check_health(self) -> None:
         """Called by Ray, which replaces a gateway that raises."""
@@ -300,7 +259,7 @@ class QuietServer(uvicorn.Server):
 
 
 def build(args: ClusterOptions) -> serve.Application:
-    """The application for these options; a Serve configuration has them under `args`.
+    """The application of the replicas for these options; a Serve configuration has them under `args`.
 
     Raises:
         InvalidSettings: a setting is invalid, or the cluster cannot have that many replicas.
@@ -321,25 +280,32 @@ def build(args: ClusterOptions) -> serve.Application:
         graceful_shutdown_timeout_s=settings.drain_timeout_s + FAREWELL_S + MARGIN_S,
         health_check_period_s=HEALTH_EVERY_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
+        max_surge_percent=args.surge_percent,
+        # Ray would write a line for every lease.
+        logging_config={"enable_access_log": False},
         request_router_config={
             "request_router_class": ROUTER,
             "request_router_kwargs": {"bound": args.bound(settings)},
-            "request_routing_stats_period_s": STATS_EVERY_S,
-            "request_routing_stats_timeout_s": HEALTH_TIMEOUT_S,
         },
         **_scale(args, settings),
     )
+    return replica.bind(replica_settings(settings), needs_key)
+
+
+def build_gateway(args: GatewayOptions) -> serve.Application:
+    """The application of the gateways in front of those replicas, for a Serve configuration as `build`."""
+    settings = load_settings(**args.settings)
     gateway = serve.deployment(GatewayServer).options(
         name=GATEWAY,
         num_replicas=args.gateways,
         max_replicas_per_node=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0} | ({} if args.resource is None else {"resources": {args.resource: 1}}),
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + FAREWELL_S + MARGIN_S,
         health_check_period_s=HEALTH_EVERY_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
     )
-    return gateway.bind(replica.bind(replica_settings(settings), needs_key), gateway_settings(settings))
+    return gateway.bind(gateway_settings(settings))
 
 
 def _scale(args: ClusterOptions, settings: Settings) -> dict[str, Any]:
@@ -351,14 +317,6 @@ def _scale(args: ClusterOptions, settings: Settings) -> dict[str, Any]:
         "target_ongoing_requests": args.target(settings),
     }
     return {"autoscaling_config": autoscaling}
-
-
-def _wanted(pending_request: PendingRequest | None) -> tuple[list[bytes], list[str]]:
-    """The arguments of `Replica.lease`."""
-    if pending_request is None or len(pending_request.args) < 2:
-        return [], []
-    keys, avoid = pending_request.args[:2]
-    return keys, avoid
 
 
 def _refuse_loopback_for_many(settings: Settings) -> None:

@@ -46,7 +46,7 @@ class Leases:
 
     def find(self, number: str | None) -> Lease | None:
         """The open lease with this number, as its header has it."""
-        return self._open.get(int(number)) if number is not None and number.isdecimal() else None
+        return self._open.get(int(number)) if number is not None and number.isascii() and number.isdecimal() else None
 
 
 class Lease:

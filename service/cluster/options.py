@@ -10,6 +10,8 @@ from service.errors import InvalidSettings
 from service.settings import Settings, load_settings, without_secrets
 
 APP_NAME = "ottava"
+GATEWAY_APP_NAME = "ottava-gateway"
+"""An application of its own, so that an update of the replicas' does not restart it."""
 
 FOR_REPLICAS_ALONE = frozenset({"config"})
 """Already merged into the others."""
@@ -18,7 +20,7 @@ OF_THE_GATEWAY = (
     "host", "port", "max_body_bytes", "max_header_bytes", "max_connections", "receive_timeout_s", "send_timeout_s",
     "keep_alive_s", "drain_timeout_s", "queue_timeout_s", "max_waiting", "log_level", "log_format",
 )  # fmt: skip
-"""Settings that the gateway reads. It gets no others, so that a change of the model's does not restart it."""
+"""Settings that the gateway reads."""
 
 
 class ClusterOptions(BaseModel):
@@ -42,12 +44,18 @@ class ClusterOptions(BaseModel):
     cpus_per_replica: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="CPU cores that Ray sets aside for one replica."
     )
-    gateways: int = Field(1, ge=1, le=256, description="Machines that listen on host and port, one gateway on each.")
     affinity_bound: int | None = Field(
         None,
         ge=0,
         description="Requests that a replica may have more than the least loaded one and still be chosen for a known "
         "prefix; none: a quarter of max_num_requests.",
+    )
+    surge_percent: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="Replicas of a new version that start before old ones stop, in percent; they need room of their "
+        "own. 0: one old replica stops, then a new one starts.",
     )
     settings: dict[str, Any] = Field({}, description="Settings of `ottava serve`, for every replica.")
 
@@ -85,6 +93,20 @@ class ClusterOptions(BaseModel):
         return 1.0 if num_gpus and settings.device != "cpu" else 0.0
 
 
+class GatewayOptions(BaseModel):
+    """Options of the gateways; in a Serve configuration the `args` of an application of their own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gateways: int = Field(1, ge=1, le=256, description="Machines that listen on host and port, one gateway on each.")
+    resource: str | None = Field(
+        None,
+        min_length=1,
+        description="A resource of Ray's, one of which a machine with a gateway must have; none: any.",
+    )
+    settings: dict[str, Any] = Field({}, description="Settings of `ottava serve`; those of HTTP count.")
+
+
 def cluster_options(**given: Any) -> ClusterOptions:
     """Options from those that are not None. Raises InvalidSettings in one line with name, value and limit."""
     try:
@@ -109,4 +131,4 @@ def replica_settings(settings: Settings) -> dict[str, Any]:
 def gateway_settings(settings: Settings) -> dict[str, Any]:
     """What the gateway is told."""
     told = without_secrets(settings)
-    return {name: told[name] for name in OF_THE_GATEWAY}
+    return {name: told[name] for name in OF_THE_GATEWAY if told[name] is not None}

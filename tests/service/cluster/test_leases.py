@@ -53,8 +53,7 @@ def test_requests_without_a_lease_are_served() -> None:
     async def scenario() -> None:
         app = Leased(Starlette(routes=[Route("/", lambda _: PlainTextResponse("done"))]), Leases())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as client:
-            for headers in ({}, {LEASE: "1"}, {LEASE: "x"}, {LEASE: "-1"}, {LEASE: "²"}):
-                sent = {name: value.encode() for name, value in headers.items()}
-                assert (await client.get("/", headers=sent)).text == "done"
+            for number in (b"", b"1", b"x", b"-1", b"\xb2"):
+                assert (await client.get("/", headers={LEASE.encode(): number})).text == "done"
 
     asyncio.run(scenario())
