@@ -236,9 +236,12 @@ async def quiet_answers(url: str) -> dict[str, list[int]]:
 
 def counts(outcomes: Sequence[Outcome], expected: Mapping[str, list[int]]) -> dict[str, int]:
     """Requests by how they ended. Other tokens than expected count as lost."""
-    kinds = Counter(
-        LOST if outcome.kind == OK and outcome.ids != expected[outcome.prompt] else outcome.kind for outcome in outcomes
-    )
+    for outcome in outcomes:
+        if outcome.kind == OK and outcome.ids != expected[outcome.prompt]:
+            pairs = enumerate(zip(outcome.ids, expected[outcome.prompt], strict=False))
+            place = next((place for place, (one, other) in pairs if one != other), len(outcome.ids))
+            outcome.kind, outcome.said = LOST, f"other tokens from {place} on"
+    kinds = Counter(outcome.kind for outcome in outcomes)
     return {kind: kinds[kind] for kind in COUNTS}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,6 +81,9 @@ def cluster(
         for module in ("ray", "aiohttp"):
             if find_spec(module) is None:
                 raise InvalidSettings(f"{module} is not installed: pip install 'ottava[cluster]'")
+        # Read when Ray is imported. It would fold similar log lines of different requests into one, and report to its
+        # makers.
+        os.environ |= {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"} | os.environ
         settings = load_settings(model=model, **flags)
         logs.configure_logging(settings, sys.stderr, "cluster")
         given = options.cluster_options(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -37,8 +36,6 @@ def run(
     """
     if detach and address is None:
         raise InvalidSettings("--detach leaves replicas to a Ray that goes on: name it with --address, such as auto")
-    # Ray would otherwise report to its makers, and once an hour again.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _join(address)
     try:
         _refuse_too_few_cores(options)

@@ -18,7 +18,7 @@ FOR_REPLICAS_ALONE = frozenset({"config"})
 
 OF_THE_GATEWAY = (
     "host", "port", "max_body_bytes", "max_header_bytes", "max_connections", "receive_timeout_s", "send_timeout_s",
-    "keep_alive_s", "drain_timeout_s", "queue_timeout_s", "max_waiting", "log_level", "log_format",
+    "keep_alive_s", "drain_timeout_s", "queue_timeout_s", "log_level", "log_format",
 )  # fmt: skip
 """Settings that the gateway reads."""
 

@@ -34,7 +34,7 @@ def test_a_file_is_read_once(tmp_path: Path) -> None:
 
 
 def test_another_model_does_not_change_what_the_gateway_gets() -> None:
-    one, two = Settings(model="a", scheme="rtn", max_num_requests=8), Settings(model="b", seed=3)
+    one, two = Settings(model="a", scheme="rtn", max_num_requests=8, max_waiting=5), Settings(model="b", seed=3)
     assert gateway_settings(one) == gateway_settings(two)
     assert gateway_settings(one) != gateway_settings(Settings(port=9000))
     assert set(gateway_settings(one)) == set(OF_THE_GATEWAY)
