@@ -318,7 +318,7 @@ async def _in_turn(ways: Mapping[str, str], rounds: int) -> list[dict[str, Any]]
 async def _until_it_answers(session: aiohttp.ClientSession, url: str, prompt: str) -> None:
     until_s = time.perf_counter() + WAIT_S
     while (outcome := await ask(session, url, prompt)).kind != OK:
-        if time.perf_counter() > until_s:
+        if time.perf_counter() > until_s or outcome.said.startswith("{"):
             raise TimeoutError(f"{url} does not answer: {outcome.said}")
         await asyncio.sleep(POLL_S)
 
@@ -442,8 +442,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", args.layers, args.width)
         for part in args.parts:
-            rows += {"scaling": scaling, "overhead": overhead, "kill": kill, "update": update}[part](model, args)
-            print(json.dumps(rows[-1]), file=sys.stderr)
+            found = {"scaling": scaling, "overhead": overhead, "kill": kill, "update": update}[part](model, args)
+            print(*map(json.dumps, found), sep="\n", file=sys.stderr)
+            rows += found
     write(args.out, certificate, rows)
     print(json.dumps(rows))
     return int(any(row["requests"][LOST] for row in rows if isinstance(row["requests"], dict)))

@@ -14,23 +14,19 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 import ray
-from fastapi import FastAPI, Request
 from ray import serve
+from starlette.requests import Request
 from starlette.responses import StreamingResponse
-
-app = FastAPI()
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0})
-@serve.ingress(app)
 class Relay:
     """Asks one replica over HTTP; each event goes on as one message of Ray's."""
 
     def __init__(self, url: str) -> None:
         self._url = url
 
-    @app.post("/generate")
-    async def generate(self, request: Request) -> StreamingResponse:
+    async def __call__(self, request: Request) -> StreamingResponse:
         """See POST /generate."""
         return StreamingResponse(self._events(await request.body()), media_type="text/event-stream")
 
