@@ -25,7 +25,7 @@ print(*model(torch.arange(8)[None]).logits.argmax(-1)[0].tolist())
 """
 
 IMPORT_EVERYTHING = """
-import importlib, pkgutil, socket
+import importlib, importlib.util, pkgutil, socket
 import accelerate, compressed_tensors, fastapi, huggingface_hub, tokenizers, torch, transformers, triton, uvicorn
 import xgrammar
 
@@ -45,6 +45,9 @@ for package in ("kernels", "quant", "service"):
     path = importlib.import_module(package).__path__
     names += [module.name for module in pkgutil.walk_packages(path, f"{package}.")]
 names.remove("service.__main__")  # it is the command
+if not (importlib.util.find_spec("ray") and importlib.util.find_spec("aiohttp")):
+    for name in ("deployment", "launch", "router", "upstream"):
+        names.remove(f"service.cluster.{name}")  # the extra is not installed
 for name in names:
     importlib.import_module(name)
 print(len(names))

@@ -1,4 +1,4 @@
-"""The command line: `ottava serve`, `chat`, `bench`, `quantize`, `evaluate`, `tune`, `roofline`."""
+"""The command line: `ottava serve`, `cluster`, `chat`, `bench`, `quantize`, `evaluate`, `tune`, `roofline`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quant import __version__
-from service.cli import bench, chat, evaluate, quantize, roofline, serve, tune
+from service.cli import bench, chat, cluster, evaluate, quantize, roofline, serve, tune
 
 EXAMPLES = """
 Start here: two terminals, no GPU and no model needed.
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 for module, command in (
     (serve, serve.serve),
+    (cluster, cluster.cluster),
     (chat, chat.chat),
     (bench, bench.bench),
     (quantize, quantize.quantize),

@@ -47,23 +47,23 @@ class Gate:
             await self._app(scope, receive, send)
             return
         record: RequestRecord = scope["state"]["record"]
-        is_generation = _is_generation(scope)
+        counts = is_generation(scope)
         try:
-            self._admit(scope, record, is_generation)
+            self._admit(scope, record, counts)
         except OttavaError as error:
-            if is_generation:
+            if counts:
                 self._serving.metrics.count(NO_VARIANT, REJECTED)
             await refusal(error)(scope, receive, send)
             return
         try:
             await self._app(scope, _limited(receive, self._max_body_bytes), send)
         finally:
-            if is_generation:
+            if counts:
                 self._serving.lifecycle.leave()
                 self._serving.limits.leave(record.key, time.perf_counter() - record.received_s)
 
-    def _admit(self, scope: Scope, record: RequestRecord, is_generation: bool) -> None:
-        """Set the key's name in the record and, for a generation, count it as running.
+    def _admit(self, scope: Scope, record: RequestRecord, counts: bool) -> None:
+        """Set the key's name in the record and, if it `counts` as a generation, count it as running.
 
         Raises:
             Unauthorized, TooLarge, Draining, RateLimited: the request is refused, and nothing is counted.
@@ -74,7 +74,7 @@ class Gate:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise too_large(self._max_body_bytes, f"{length} bytes")
-        if is_generation:
+        if counts:
             self._serving.lifecycle.refuse_if_draining()
             self._serving.limits.enter(record.key)
             self._serving.lifecycle.enter()
@@ -98,7 +98,8 @@ def document_key(app: FastAPI, settings: Settings) -> None:
             operation["security"] = []
 
 
-def _is_generation(scope: Scope) -> bool:
+def is_generation(scope: Scope) -> bool:
+    """Whether a request is for tokens, which limits and draining count."""
     path: str = scope["path"]
     return scope["method"] == "POST" and (path == "/generate" or path.startswith("/v1/"))
 

@@ -259,7 +259,7 @@ def test_help_shows_each_setting_in_its_panel_with_its_default() -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("command", ["", "serve", "chat", "quantize", "evaluate", "tune", "roofline"])
+@pytest.mark.parametrize("command", ["", "serve", "cluster", "chat", "quantize", "evaluate", "tune", "roofline"])
 def test_no_help_is_cut_off(monkeypatch: pytest.MonkeyPatch, command: str, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     shown = CliRunner().invoke(cli.app, [*command.split(), "--help"]).stdout
@@ -319,7 +319,7 @@ def completed(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("ottava ", {"serve", "chat", "quantize", "evaluate", "tune", "roofline"}),
+        ("ottava ", {"serve", "cluster", "chat", "quantize", "evaluate", "tune", "roofline"}),
         ("ottava quantize a b --scheme ", set(INT8_SCHEMES)),
         ("ottava serve --scheme zero", {"zeroquant", "zeroquant-lkd"}),
         ("ottava serve --log-level ", {"debug", "info", "warning", "error"}),

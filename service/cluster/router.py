@@ -1,0 +1,67 @@
+"""Ray's choice of a replica for a request.
+
+Ray pickles this module by value into every process that sends requests, so it holds no state of its own: `register` and
+all else that it imports is found by name there.
+"""
+
+from __future__ import annotations
+
+import random
+
+from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
+
+from service.cluster.directory import register
+from service.cluster.prefixes import KnownPrefixes, ranked
+
+
+class PrefixRouter(RequestRouter):  # type: ignore[misc]
+    """Ray's choice of a replica for a lease, made by `ranked` in the process of the gateway."""
+
+    def initialize_state(self, bound: int) -> None:
+        """Called by Ray with `request_router_kwargs`."""
+        self._bound = bound
+        self._known = KnownPrefixes()
+        register(self)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The replicas, best first; Ray takes the first one that is not full."""
+        keys, avoid = _wanted(pending_request)
+        found = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        names = [name for name in found if name not in avoid] or list(found)
+        # Equal ones are to get equal shares.
+        random.shuffle(names)
+        loads = {name: self.replica_queue_len_cache.get(found[name].replica_id) or 0 for name in names}
+        order = ranked(loads, self._known.lengths(keys, names), self._bound)
+        return [[found[name]] for name in order]
+
+    def on_request_routed(
+        self,
+        pending_request: PendingRequest,
+        replica_id: ReplicaID,
+        result: ReplicaResult,  # noqa: ARG002
+    ) -> None:
+        """Called by Ray once a replica has taken a request."""
+        keys, _ = _wanted(pending_request)
+        self._known.add(keys, replica_id.unique_id)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called by Ray when replicas have come or gone."""
+        before = set(self.curr_replicas)
+        super().update_replicas(replicas)
+        if before - set(self.curr_replicas):
+            self._known.keep(replica.replica_id.unique_id for replica in replicas)
+
+    def urls(self) -> dict[str, str]:
+        """Address of every replica that takes requests, by name."""
+        replicas = list(self.curr_replicas.values())
+        return {replica.replica_id.unique_id: replica.replica_metadata["url"] for replica in replicas}
+
+
+def _wanted(pending_request: PendingRequest | None) -> tuple[list[bytes], list[str]]:
+    """The arguments of `Replica.lease`."""
+    if pending_request is None or len(pending_request.args) < 2:
+        return [], []
+    keys, avoid = pending_request.args[:2]
+    return keys, avoid

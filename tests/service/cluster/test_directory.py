@@ -1,0 +1,42 @@
+"""The addresses that a process knows."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+
+from service.cluster.directory import register, urls
+
+
+class Router:
+    def __init__(self, known: Mapping[str, str]) -> None:
+        self.known = known
+
+    def urls(self) -> Mapping[str, str]:
+        return self.known
+
+
+def test_addresses_are_those_of_the_routers_that_live() -> None:
+    one, two = Router({"b": "http://b", "a": "http://a"}), Router({"c": "http://c"})
+    register(one)
+    register(two)
+    assert list(urls().items()) == [("a", "http://a"), ("b", "http://b"), ("c", "http://c")]
+    del one
+    gc.collect()
+    assert urls() == {"c": "http://c"}
+    two.known = {}
+    assert urls() == {}
+
+
+def test_a_router_may_get_new_functions() -> None:
+    """Ray reads the router's pickled class again, which replaces the functions of the class that is there."""
+
+    class Reloaded(Router):
+        def urls(self) -> Mapping[str, str]:
+            return {}
+
+    router = Reloaded({})
+    register(router)
+    Reloaded.urls = lambda self: {"a": "http://a"}  # type: ignore[method-assign]
+    gc.collect()
+    assert urls() == {"a": "http://a"}

@@ -1,0 +1,59 @@
+"""How long a replica keeps a lease."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from service.cluster.exchange import LEASE
+from service.cluster.leases import Leased, Leases
+from tests.support.harness import DEADLINE_S
+
+
+def test_a_lease_ends_with_its_request() -> None:
+    async def scenario() -> None:
+        leases, go_on = Leases(), asyncio.Event()
+
+        async def slow(_: Request) -> PlainTextResponse:
+            await go_on.wait()
+            return PlainTextResponse("done")
+
+        app = Leased(Starlette(routes=[Route("/", slow)]), leases)
+        lease = leases.open()
+        over = asyncio.create_task(leases.over(lease))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as client:
+            asked = asyncio.create_task(client.get("/", headers={LEASE: str(lease.number)}))
+            await asyncio.wait_for(lease.begun.wait(), DEADLINE_S)
+            await asyncio.sleep(0)
+            assert not over.done()
+            go_on.set()
+            assert (await asked).text == "done"
+        await asyncio.wait_for(over, DEADLINE_S)
+        assert leases.find(str(lease.number)) is None
+
+    asyncio.run(scenario())
+
+
+def test_a_lease_whose_request_never_comes_ends_too() -> None:
+    async def scenario() -> None:
+        leases = Leases(start_s=0.01)
+        lease = leases.open()
+        await asyncio.wait_for(leases.over(lease), DEADLINE_S)
+        assert leases.find(str(lease.number)) is None
+
+    asyncio.run(scenario())
+
+
+def test_requests_without_a_lease_are_served() -> None:
+    async def scenario() -> None:
+        app = Leased(Starlette(routes=[Route("/", lambda _: PlainTextResponse("done"))]), Leases())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as client:
+            for number in (b"", b"1", b"x", b"-1", b"\xb2"):
+                assert (await client.get("/", headers={LEASE.encode(): number})).text == "done"
+
+    asyncio.run(scenario())
