@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # An environment named with PY is used as it is; our own is made first.
 READY := $(if $(filter $(VENV)/%,$(PY)),$(INSTALLED))
 
-.PHONY: help setup serve test test-quick coverage check format gpu bench bench-kernels clean
+.PHONY: help setup serve test test-quick coverage check format gpu test-deploy bench bench-kernels clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -51,6 +51,9 @@ format: $(READY) ## rewrite to the project's format
 
 gpu: $(READY) ## run the tests that need a CUDA GPU
 	$(PY) -m pytest -m gpu -n $(GPU_JOBS) $(GPU_TESTS) $(ARGS)
+
+test-deploy: $(READY) ## build the image, bring up docker/compose.yaml and stop it under load; needs a Docker engine
+	$(PY) -m pytest -m deploy -rs tests/deploy $(ARGS)
 
 bench: $(READY) ## measure decode and prefill of both variants on this machine
 	$(PY) -m benchmarks.serving $(ARGS)
