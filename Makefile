@@ -39,10 +39,14 @@ test-quick: $(READY) ## the tests of the engine and of what needs no model, for 
 coverage: $(READY) ## run the tests, and show which lines they reach
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --cov=kernels --cov=quant --cov=service --cov-report=term $(ARGS)
 
-check: $(READY) ## format, lint, types, layers
+# The programs beside PY, or those in PATH where PY is a bare name.
+BIN := $(if $(findstring /,$(PY)),$(dir $(PY)))
+
+check: $(READY) ## format, lint, types, layers, Dockerfile
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(BIN)hadolint docker/Dockerfile
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-cache
 
 format: $(READY) ## rewrite to the project's format

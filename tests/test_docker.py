@@ -195,7 +195,7 @@ def test_every_variable_is_told() -> None:
     arguments = [argument for name in SERVERS for argument in SERVICES[name]["build"]["args"].items()]
     builds = {name for name, value in arguments if value is None}
     used = set(VARIABLE.findall(text_of(DOCKER / "compose.yaml"))) | builds | {"COMPOSE_PROFILES"}
-    in_page = set(re.findall(r"^\| `(\w+)` \|", text_of(ROOT / "docs" / "deploy.md"), re.MULTILINE))
+    in_page = set(re.findall(r"^\| `([A-Z_]+)` \|", text_of(ROOT / "docs" / "deploy.md"), re.MULTILINE))
     in_file = set(re.findall(r"^#?([A-Z_]+)=", text_of(DOCKER / ".env"), re.MULTILINE))
     assert used == in_page
     assert {name for name in used if not name.startswith("OTTAVA_")} <= in_file

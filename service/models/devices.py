@@ -21,8 +21,9 @@ def pick_device(name: str) -> torch.device:
     elif name == "cuda" and not torch.cuda.is_available():
         raise InvalidSettings("device = 'cuda': no CUDA GPU is visible here; use device auto or cpu")
     if name == "cuda" and find_spec("triton") is None:
-        raise InvalidSettings("device = 'cuda': Triton, which compiles the kernels, is not installed; install it, or "
-                              "use device cpu")
+        raise InvalidSettings(
+            "device = 'cuda': Triton, which compiles the kernels, is not installed; install it, or use device cpu"
+        )
     return torch.device(name)
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 COMPOSE_FILE = ROOT / "docker" / "compose.yaml"
 HOST_FILE = Path(__file__).with_name("compose.host.yaml")
+OLD_FILE = Path(__file__).with_name("compose.old.yaml")
 BUILD_ARGUMENTS = ("BASE", "PIP_INDEX_URL", "TORCH_INDEX")
 """Taken from the environment where they are set, as docker/.env does."""
 
@@ -33,7 +34,9 @@ CPU_IMAGE = f"ottava:{__version__}-cpu"
 
 def output_of(command: Sequence[str], **options: Any) -> str:
     """The standard output of a command; a failure shows what it said."""
-    done = subprocess.run(command, check=False, capture_output=True, text=True, **options)
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, check=False, capture_output=True, text=True, **options
+    )
     assert done.returncode == 0, f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -50,7 +53,10 @@ def docker_binary() -> str:
 def compose_binary() -> list[str] | None:
     """`docker compose`, else `docker-compose` in PATH; None if there is neither."""
     plugin = [docker_binary(), "compose"]
-    if shutil.which(plugin[0]) and subprocess.run([*plugin, "version"], check=False, capture_output=True).returncode == 0:
+    if (
+        shutil.which(plugin[0])
+        and subprocess.run([*plugin, "version"], check=False, capture_output=True).returncode == 0
+    ):
         return plugin
     found = shutil.which("docker-compose")
     return [found] if found else None
