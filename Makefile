@@ -7,7 +7,8 @@ INSTALLED := $(VENV)/.installed
 # An environment named with PY is used as it is; our own is made first.
 READY := $(if $(filter $(VENV)/%,$(PY)),$(INSTALLED))
 
-.PHONY: help setup serve test test-quick coverage check format gpu bench bench-kernels dashboard test-monitoring clean
+.PHONY: help setup serve test test-quick coverage check format gpu test-deploy test-monitoring bench bench-kernels \
+	dashboard clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -39,10 +40,14 @@ test-quick: $(READY) ## the tests of the engine and of what needs no model, for 
 coverage: $(READY) ## run the tests, and show which lines they reach
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov=kernels --cov=quant --cov=service --cov-report=term $(ARGS)
 
-check: $(READY) ## format, lint, types, layers
+# The programs beside PY, or those in PATH where PY is a bare name.
+BIN := $(if $(findstring /,$(PY)),$(dir $(PY)))
+
+check: $(READY) ## format, lint, types, layers, Dockerfile
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(BIN)hadolint docker/Dockerfile
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-cache
 
 format: $(READY) ## rewrite to the project's format
@@ -51,6 +56,9 @@ format: $(READY) ## rewrite to the project's format
 
 gpu: $(READY) ## run the tests that need a CUDA GPU
 	$(PY) -m pytest -m gpu -n $(GPU_JOBS) $(GPU_TESTS) $(ARGS)
+
+test-deploy: $(READY) ## build the image, bring up docker/compose.yaml and stop it under load; needs a Docker engine
+	$(PY) -m pytest -m deploy -rs tests/deploy $(ARGS)
 
 bench: $(READY) ## measure decode and prefill of both variants on this machine
 	$(PY) -m benchmarks.serving $(ARGS)

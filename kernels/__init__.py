@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from kernels import activation, attention, gemm, groups, norm, outliers, quantize, reference, rope
+from kernels import reference
 from kernels.quantized import CODE_MAX, Quantized, ToInt8
+
+if TYPE_CHECKING or find_spec("triton") is not None:
+    from kernels import activation, attention, gemm, groups, norm, outliers, quantize, rope
+else:
+    # A machine without a GPU needs no Triton, which takes 0.7 GB. `pick_device` refuses CUDA without it.
+    activation = attention = gemm = groups = norm = outliers = quantize = rope = reference
 
 __all__ = [
     "CODE_MAX",

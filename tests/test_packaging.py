@@ -109,6 +109,22 @@ def test_the_http_side_imports_no_torch(module: str) -> None:
     assert python(code) == ""
 
 
+WITHOUT_TRITON = """
+import pkgutil, sys
+sys.modules["triton"] = None  # an import of it fails, and find_spec does not find it
+import service.host.engine_process, service.tools.evaluate, service.cli, kernels, torch
+from service.host.machine import versions
+assert "triton" not in versions(), versions()
+codes = kernels.quantize_rows(torch.tensor([[1.0, -2.0, 0.5]])).codes
+print(*codes.tolist()[0])
+"""
+
+
+def test_a_cpu_needs_no_triton() -> None:
+    """The CPU image leaves it out."""
+    assert python(WITHOUT_TRITON) == "64 -127 32"
+
+
 def test_the_command_prints_its_version() -> None:
     script = Path(sys.executable).with_name("ottava")
     if not script.exists():

@@ -6,23 +6,24 @@ import platform
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import triton
 from transformers.utils import logging as transformers_logging
 
 from quant import __version__
 
 
 def versions() -> dict[str, str]:
-    """The versions of ottava, its main libraries and Python, by name."""
+    """The versions of ottava, its main libraries and Python, by name; without Triton's where it is not installed."""
     return {
         "ottava": __version__,
         "torch": str(torch.__version__),
-        "triton": triton.__version__,
+        **({"triton": metadata.version("triton")} if find_spec("triton") is not None else {}),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from service.errors import InvalidSettings
@@ -12,12 +14,16 @@ def pick_device(name: str) -> torch.device:
     """The device to serve on; "auto" is CUDA if available.
 
     Raises:
-        InvalidSettings: CUDA is requested but not available.
+        InvalidSettings: CUDA is requested but not available, or it would be used and Triton is not installed.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available():
         raise InvalidSettings("device = 'cuda': no CUDA GPU is visible here; use device auto or cpu")
+    if name == "cuda" and find_spec("triton") is None:
+        raise InvalidSettings(
+            "device = 'cuda': Triton, which compiles the kernels, is not installed; install it, or use device cpu"
+        )
     return torch.device(name)
 
 

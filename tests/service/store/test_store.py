@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -297,6 +298,16 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     assert pick_device("auto").type == "cpu"
     with pytest.raises(InvalidSettings, match="no CUDA GPU is visible here; use device auto or cpu"):
         pick_device("cuda")
+
+
+def test_cuda_is_refused_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto").type == "cuda"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("auto", "cuda"):
+        with pytest.raises(InvalidSettings, match="Triton, which compiles the kernels, is not installed"):
+            pick_device(name)
+    assert pick_device("cpu").type == "cpu"
 
 
 def test_the_written_folder_opens(int8_folder: Path) -> None:
