@@ -38,7 +38,7 @@ SHADES = {
 }
 """Colors of Grafana's dark theme."""
 
-SMALL = ((1e-3, 1e3, "m"), (1e-6, 1e6, "µ"))
+SMALL = ((1e-3, 1e3, "m"), (1e-6, 1e6, "μ"))
 LARGE = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 BYTES = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 RATE_INTERVAL, RANGE = "$__rate_interval", "$__range"
@@ -128,7 +128,7 @@ def draw(dashboard: dict[str, Any], span: Span) -> Figure:
             _stat(frame, panel, series)
         else:
             legend_rows = max(1, math.ceil(len(series) / _num_columns(panel, series)))
-            inner = _inner(place, width_px, height_px, left, top, 30 + 14 * legend_rows)
+            inner = _inner(place, width_px, height_px, left=left, top=top, below=30 + 14 * legend_rows)
             _lines(figure.add_axes(inner), panel, series, span)
     return figure
 
@@ -155,7 +155,7 @@ def _moment(at_s: float) -> datetime:
 
 
 def _inner(
-    place: dict[str, int], width_px: float, height_px: float, left: float, top: float, below: float
+    place: dict[str, int], width_px: float, height_px: float, *, left: float, top: float, below: float
 ) -> tuple[float, float, float, float]:
     """Where the lines of a panel go: room for the title above, the ticks at the left, times and legend below."""
     above, beside, right = 30, 62, 14

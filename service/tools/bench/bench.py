@@ -230,7 +230,7 @@ class Session:
         if bench.rounds > 1:
             stage += f" · round {number + 1} of {bench.rounds}"
         driver = Driver(self._client, self._dialect, lambda tally: self._on_tally(stage, tally))
-        return await drive(driver, load, self._planned(name, seed), count, bench.seconds, times_s)
+        return await drive(driver, load, self._planned(name, seed), count=count, seconds=bench.seconds, times_s=times_s)
 
     def _count(self, load: Load) -> int | None:
         if self._bench.count is not None:

@@ -230,6 +230,7 @@ async def drive(
     driver: Driver,
     load: Load,
     planned: Iterator[Planned],
+    *,
     count: int | None,
     seconds: float | None,
     times_s: Sequence[float] | None = None,
