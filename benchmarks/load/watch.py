@@ -163,7 +163,7 @@ def _rounds(results: Sequence[dict[str, Any]]) -> Iterator[Check]:
     completed = sum(point["completed"] for point in points)
     yield failed == 0, f"requests: {completed} answered, {failed} failed, in {len(results)} rounds"
     invalid = sum(not point["ottava"]["valid"] for point in points)
-    yield True, f"rounds whose generator was late: {invalid} (their latencies do not count)"
+    yield True, f"points whose generator was late: {invalid} (their latencies do not count)"
     p99s = [point["p99_ttft_ms"] for point in points if point["p99_ttft_ms"] is not None]
     if p99s:
         told = f"{p99s[0]:.0f} ms in the first, {p99s[-1]:.0f} in the last, {max(p99s):.0f} at most"

@@ -305,11 +305,10 @@ def _key(file: Path | None) -> str | None:
 
 def _write(result: Result, label: str | None, *, is_detailed: bool) -> None:
     bench = result.bench
+    command = shlex.join(["ottava", *sys.argv[1:]])
+    document = report.document(result, command, label=label, is_detailed=is_detailed)
     if bench.json_file is not None:
-        command = shlex.join(["ottava", *sys.argv[1:]])
-        bench.json_file.write_text(
-            report.as_json(result, command, label=label, is_detailed=is_detailed), encoding="utf-8"
-        )
+        bench.json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if bench.picture is not None:
         # Imported only here: matplotlib belongs to an extra, and its import must not delay other commands.
-        import_module("service.tools.bench.picture").draw(result, bench.picture)
+        import_module("service.tools.bench.picture").draw(document, bench.picture)

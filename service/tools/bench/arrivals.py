@@ -20,7 +20,7 @@ class Rate:
     burstiness: float = 1.0
 
     def __str__(self) -> str:
-        return f"{self.rate:g} requests/s"
+        return f"{self.rate:.4g} requests/s"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ SLO_NAMES = ("ttft", "tpot", "itl", "e2el")
 GOOD_SHARE = 0.9
 """A point of which fewer requests meet the SLOs is saturated."""
 MAX_ERROR_SHARE = 0.01
-MAX_BACKLOG_SHARE, MIN_BACKLOG = 0.1, 3
-"""A point is saturated if, over the second half of the arrivals, the requests in flight grow by more than this share of
-the arrivals, and by as many requests at least."""
+MAX_BACKLOG_SHARE, MIN_BACKLOG = 0.1, 3.0
+"""A point is saturated if the mean number of requests in flight grows from the second to the last quarter of its
+arrivals by more than this share of what arrives in as much time, and by as many requests at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +165,10 @@ def read_slos(words: Sequence[str]) -> dict[str, float]:
     return slos
 
 
-def in_flight(records: Sequence[Record], at_s: float) -> int:
-    """Requests that were sent by then and had no end."""
-    return sum(r.sent_s <= at_s and (r.end_s is None or r.end_s > at_s) for r in records)
+def mean_in_flight(records: Sequence[Record], from_s: float, to_s: float) -> float:
+    """Requests that were sent and had no end, averaged over this time."""
+    spans = (min(to_s if r.end_s is None else r.end_s, to_s) - max(r.sent_s, from_s) for r in records)
+    return sum(span for span in spans if span > 0) / (to_s - from_s)
 
 
 def max_concurrent(records: Sequence[Record]) -> int:
@@ -192,7 +193,7 @@ def why_saturated(phases: Sequence[Phase], slos: Mapping[str, float] | None = No
             return f"{num_good} of {len(records)} requests met the SLOs"
     grown, arrived = map(sum, zip(*(_backlog(phase.records) for phase in phases), strict=True))
     if grown >= MIN_BACKLOG and grown > MAX_BACKLOG_SHARE * arrived:
-        return f"{grown} of {arrived} arrivals of the second half added to the requests in flight"
+        return f"{grown:.1f} more requests in flight after half of the arrivals, of {arrived:g} that arrived meanwhile"
     return None
 
 
@@ -210,12 +211,16 @@ def ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or not below or math.isnan(above) else above / below
 
 
-def _backlog(records: Sequence[Record]) -> tuple[int, int]:
-    """By how much the requests in flight grew over the second half of the arrivals, and how many arrived in it."""
+def _backlog(records: Sequence[Record]) -> tuple[float, int]:
+    """By how much the requests in flight grew from the second to the last quarter of arrivals; arrivals in half."""
     first_s, last_s = min(r.scheduled_s for r in records), max(r.scheduled_s for r in records)
-    half_s = (first_s + last_s) / 2
-    grown = in_flight(records, last_s) - in_flight(records, half_s)
-    return grown, sum(r.scheduled_s > half_s for r in records)
+    quarter_s = (last_s - first_s) / 4
+    if quarter_s <= 0:
+        return 0.0, len(records)
+    half_s = first_s + 2 * quarter_s
+    earlier = mean_in_flight(records, half_s - quarter_s, half_s)
+    later = mean_in_flight(records, last_s - quarter_s, last_s)
+    return later - earlier, sum(r.scheduled_s > half_s for r in records)
 
 
 def _peak(phase: Phase) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,15 +22,15 @@ BASELINE = "fp16"
 TIMES = ("ttft", "tpot", "itl", "e2el")
 
 
-def as_json(result: Result, command: str, *, label: str | None = None, is_detailed: bool = False) -> str:
+def document(result: Result, command: str, *, label: str | None = None, is_detailed: bool = False) -> dict[str, Any]:
     """One object in the shape of `vllm bench serve` for one load of one name; else {"points": those, "ottava": ...}."""
     run = _run(result, command)
     rows = [_row(result, point, name, label, is_detailed) for point in result.points for name in result.names]
     if len(rows) == 1:
         rows[0]["ottava"] = run | rows[0]["ottava"]
-        return json.dumps(rows[0], indent=1) + "\n"
+        return rows[0]
     compared = [{"load": str(point.load), "ratios": ratios(result, point)} for point in result.points]
-    return json.dumps({"points": rows, "ottava": run | {"compared": compared}}, indent=1) + "\n"
+    return {"points": rows, "ottava": run | {"compared": compared}}
 
 
 def baseline_of(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from service.tools.bench.measure import (
     Phase,
     is_good,
     max_concurrent,
+    mean_in_flight,
     read_slos,
     summarize,
     why_invalid,
@@ -164,8 +165,19 @@ def test_a_growing_backlog_saturates() -> None:
     # One answer per 0.2 s, twice as slow as requests arrive.
     records = [record(n * 0.1, n * 0.1, 0.2 * (n + 1)) for n in range(40)]
     why = why_saturated([Phase(records, 0.0, 8.0)])
-    # Between the half (1.95 s) and the last arrival (3.9 s): 20 arrivals and 10 ends.
-    assert why == "10 of 20 arrivals of the second half added to the requests in flight"
+    # Half of what arrives in 1.95 s, half of the arrivals' time, is left over: about 9.75.
+    assert why == "9.7 more requests in flight after half of the arrivals, of 20 that arrived meanwhile"
+
+
+def test_the_requests_in_flight_are_averaged_over_time() -> None:
+    records = [record(0, 0.0, 2.0), record(0, 1.0, 3.0), record(0, 2.5, 9.0)]
+    # From 1 to 3: the first for 1 s, the second for 2, the third for a half.
+    assert mean_in_flight(records, 1.0, 3.0) == pytest.approx(1.75)
+
+
+def test_a_clump_at_the_end_is_no_growing_backlog() -> None:
+    records = [*steady(40, 0.1, 0.35), *(record(3.9, 3.9, 4.25) for _ in range(5))]
+    assert why_saturated([Phase(records, 0.0, 4.3)]) is None
 
 
 def test_slos_and_failures_saturate() -> None:
