@@ -413,9 +413,10 @@ def make_model(folder: Path, layers: int, width: int) -> Path:
     backend = Tokenizer(models.BPE(words, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
+    )
+    fast.save_pretrained(folder)
     return folder
 
 

@@ -19,7 +19,6 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
 class Relay:
     """Asks one replica over HTTP; each event goes on as one message of Ray's."""
 
@@ -44,7 +43,9 @@ def main() -> None:
     url, port = sys.argv[1], int(sys.argv[2])
     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-    serve.run(Relay.bind(url), name="relay", route_prefix="/")
+    serve.run(
+        serve.deployment(Relay).options(ray_actor_options={"num_cpus": 0}).bind(url), name="relay", route_prefix="/"
+    )
     done = asyncio.Event()
 
     async def wait() -> None:

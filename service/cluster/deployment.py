@@ -166,9 +166,9 @@ class Replica:
 
     async def lease(self, keys: list[bytes], avoid: list[str]) -> AsyncIterator[dict[str, Any]]:  # noqa: ARG002
         """Grant a lease, and end with it. The arguments are the router's; see `Fleet.lease`."""
-        lease = self._leases.open()
-        yield {"replica": self._name, "url": self._url, "number": lease.number}
-        await self._leases.over(lease)
+        with self._leases.open() as lease:
+            yield {"replica": self._name, "url": self._url, "number": lease.number}
+            await self._leases.over(lease)
 
     async def ping(self, keys: list[bytes], avoid: list[str]) -> str:  # noqa: ARG002
         """This replica's name. The arguments are the router's."""

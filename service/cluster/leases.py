@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -28,21 +29,22 @@ class Leases:
         self._numbers = itertools.count(1)
         self._open: dict[int, Lease] = {}
 
-    def open(self) -> Lease:
-        """A new lease; wait for its end with `over`."""
+    @contextmanager
+    def open(self) -> Iterator[Lease]:
+        """A new lease, found by its number within the context; wait there for its end with `over`."""
         lease = Lease(next(self._numbers))
         self._open[lease.number] = lease
-        return lease
+        try:
+            yield lease
+        finally:
+            del self._open[lease.number]
 
     async def over(self, lease: Lease) -> None:
         """Wait until the lease's request is answered, or for START_S if it does not come."""
-        try:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(lease.begun.wait(), self._start_s)
-            if lease.begun.is_set():
-                await lease.ended.wait()
-        finally:
-            self._open.pop(lease.number, None)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(lease.begun.wait(), self._start_s)
+        if lease.begun.is_set():
+            await lease.ended.wait()
 
     def find(self, number: str | None) -> Lease | None:
         """The open lease with this number, as its header has it."""

@@ -338,8 +338,8 @@ def test_health_is_the_gateways_own() -> None:
 
 
 def test_a_cluster_is_ready_with_one_replica() -> None:
-    ready = {"ready": True, "variants": {"w8a8": "ready"}}
-    starting = {"ready": False, "variants": {"w8a8": "loading"}}
+    ready: dict[str, Any] = {"ready": True, "variants": {"w8a8": "ready"}}
+    starting: dict[str, Any] = {"ready": False, "variants": {"w8a8": "loading"}}
     cluster = Cluster(a=[whole(503, **starting)], b=[whole(**ready)], c=[Unreachable("gone")])
     answer = cluster.ask("GET", "/ready")
     assert answer.status_code == 200
@@ -356,8 +356,8 @@ def test_a_cluster_without_a_ready_replica_is_not(scripts: dict[str, list[Script
 
 
 def test_info_is_the_first_replicas_with_what_differs() -> None:
-    info = {"model": "m", "device": "cpu", "variants": {"w8a8": {"generation": 1}}}
-    other = info | {"variants": {"w8a8": {"generation": 2}}}
+    info: dict[str, Any] = {"model": "m", "device": "cpu", "variants": {"w8a8": {"generation": 1}}}
+    other: dict[str, Any] = info | {"variants": {"w8a8": {"generation": 2}}}
     cluster = Cluster(a=[whole(**info)], b=[whole(**other)], c=[Lost("cut")])
     answer = cluster.ask("GET", "/info").json()
     assert answer["model"] == "m"

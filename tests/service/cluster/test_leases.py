@@ -24,16 +24,16 @@ def test_a_lease_ends_with_its_request() -> None:
             return PlainTextResponse("done")
 
         app = Leased(Starlette(routes=[Route("/", slow)]), leases)
-        lease = leases.open()
-        over = asyncio.create_task(leases.over(lease))
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as client:
-            asked = asyncio.create_task(client.get("/", headers={LEASE: str(lease.number)}))
-            await asyncio.wait_for(lease.begun.wait(), DEADLINE_S)
-            await asyncio.sleep(0)
-            assert not over.done()
-            go_on.set()
-            assert (await asked).text == "done"
-        await asyncio.wait_for(over, DEADLINE_S)
+        with leases.open() as lease:
+            over = asyncio.create_task(leases.over(lease))
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as client:
+                asked = asyncio.create_task(client.get("/", headers={LEASE: str(lease.number)}))
+                await asyncio.wait_for(lease.begun.wait(), DEADLINE_S)
+                await asyncio.sleep(0)
+                assert not over.done()
+                go_on.set()
+                assert (await asked).text == "done"
+            await asyncio.wait_for(over, DEADLINE_S)
         assert leases.find(str(lease.number)) is None
 
     asyncio.run(scenario())
@@ -42,8 +42,9 @@ def test_a_lease_ends_with_its_request() -> None:
 def test_a_lease_whose_request_never_comes_ends_too() -> None:
     async def scenario() -> None:
         leases = Leases(start_s=0.01)
-        lease = leases.open()
-        await asyncio.wait_for(leases.over(lease), DEADLINE_S)
+        with leases.open() as lease:
+            assert leases.find(str(lease.number)) is lease
+            await asyncio.wait_for(leases.over(lease), DEADLINE_S)
         assert leases.find(str(lease.number)) is None
 
     asyncio.run(scenario())
