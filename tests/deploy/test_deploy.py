@@ -272,9 +272,11 @@ def test_any_user_id_serves_without_a_network(stack: Stack, told: Told) -> None:
     stack("stop", "ottava")
     volume = f"{PROJECT}_cache:/var/cache/ottava"
     name = f"{PROJECT}-random-uid"
+    # The settings of the earlier start, so that its quantized model is found.
+    settings = [part for variable in os.environ if variable.startswith("OTTAVA_") for part in ("--env", variable)]
     docker(
         *("run", "--detach", "--init", "--name", name, "--network", "none", "--user", "1234567:0", *RIGHTS),
-        *("--volume", volume, "--env", "OTTAVA_ALLOW_ANONYMOUS=true", "--health-interval", "2s", CPU_IMAGE),
+        *("--volume", volume, *settings, "--env", "OTTAVA_ALLOW_ANONYMOUS=true", CPU_IMAGE),
     )
     try:
         health = ["inspect", "--format", "{{.State.Health.Status}}", name]
