@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from functools import cache
@@ -55,6 +56,13 @@ def test_the_variables_of_the_dashboard_ask_for_series_that_exist() -> None:
     assert list(variables) == ["datasource", "instance", "variant"]
     for name in ("instance", "variant"):
         assert monitoring.label_values_metric(variables[name]["query"]) in known()
+
+
+def test_the_panels_that_the_manual_names_exist() -> None:
+    alerts = text_of(PAGE).partition("## Alerts")[2].partition("## Names")[0]
+    named = set(re.findall(r"(?<![*\w])\*([^*\n]+)\*(?!\*)", alerts))
+    assert named
+    assert named <= {panel["title"] for panel in monitoring.panels()}
 
 
 def test_every_panel_says_what_it_shows_and_has_its_place() -> None:

@@ -20,6 +20,11 @@ PROMETHEUS_2 = (
     "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
     "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
 )
+PROMETHEUS_3 = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
 TRACE, PARENT_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 LATENCIES = {
     f"ottava_{name}_seconds"
@@ -41,6 +46,7 @@ LATENCIES = {
         ("application/openmetrics-text; version=1.0.0; charset=utf-8", True),
         ("APPLICATION/OpenMetrics-Text;Q=0.5", True),
         (PROMETHEUS_2, True),
+        (PROMETHEUS_3, True),
         ("text/plain;q=0.9, application/openmetrics-text;q=0.8", False),
         ("application/openmetrics-text;q=0", False),
         ("application/openmetrics-text;q=x", False),
