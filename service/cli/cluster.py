@@ -47,7 +47,7 @@ def cluster(
     model: Model = None,
     replicas: Annotated[int | None, _option("Replicas to keep. [default: 1]")] = None,
     max_replicas: Annotated[int | None, _option("Most replicas under load. [default: as many as replicas]")] = None,
-    target_ongoing_requests: Annotated[
+    target_requests: Annotated[
         float | None, _option("Requests per replica to scale for. [default: 3/4 of max-num-requests]")
     ] = None,
     gpus_per_replica: Annotated[float | None, _option("GPUs of a replica. [default: 1 if there are any]")] = None,
@@ -89,7 +89,7 @@ def cluster(
         given = options.cluster_options(
             replicas=replicas,
             max_replicas=max_replicas,
-            target_ongoing_requests=target_ongoing_requests,
+            target_requests=target_requests,
             gpus_per_replica=gpus_per_replica,
             cpus_per_replica=cpus_per_replica,
             affinity_bound=affinity_bound,

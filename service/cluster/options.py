@@ -32,7 +32,7 @@ class ClusterOptions(BaseModel):
     max_replicas: int | None = Field(
         None, ge=1, le=1024, description="Most replicas under load; none: as many as `replicas`, without autoscaling."
     )
-    target_ongoing_requests: float | None = Field(
+    target_requests: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
@@ -77,8 +77,8 @@ class ClusterOptions(BaseModel):
         return self.affinity_bound if self.affinity_bound is not None else max(1, settings.max_num_requests // 4)
 
     def target(self, settings: Settings) -> float:
-        """`target_ongoing_requests`, or its default."""
-        return self.target_ongoing_requests or max(1.0, settings.max_num_requests * 0.75)
+        """`target_requests`, or its default."""
+        return self.target_requests or max(1.0, settings.max_num_requests * 0.75)
 
     def gpus(self, settings: Settings, num_gpus: float) -> float:
         """`gpus_per_replica`, or its default in a cluster that has this many GPUs.

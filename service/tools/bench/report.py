@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from quant import __version__
+from service.settings.settings import BASELINE
 from service.tools.bench.arrivals import Concurrency, Rate
 from service.tools.bench.bench import Point, Result
 from service.tools.bench.measure import Distribution, Phase, Summary, ratio, summarize
@@ -18,7 +19,6 @@ from service.tools.bench.record import Counted
 
 BACKENDS = {"completions": "openai", "chat": "openai-chat", "generate": "ottava"}
 """As vllm names them; the last is ours."""
-BASELINE = "fp16"
 TIMES = ("ttft", "tpot", "itl", "e2el")
 
 

@@ -319,7 +319,7 @@ def completed(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("ottava ", {"serve", "cluster", "chat", "quantize", "evaluate", "tune", "roofline"}),
+        ("ottava ", {"serve", "cluster", "chat", "bench", "quantize", "evaluate", "tune", "roofline"}),
         ("ottava quantize a b --scheme ", set(INT8_SCHEMES)),
         ("ottava serve --scheme zero", {"zeroquant", "zeroquant-lkd"}),
         ("ottava serve --log-level ", {"debug", "info", "warning", "error"}),

@@ -50,7 +50,7 @@ def test_defaults_follow_the_engines_limits() -> None:
     options = cluster_options()
     assert (options.bound(settings), options.target(settings)) == (4, 12.0)
     assert cluster_options(affinity_bound=0).bound(settings) == 0
-    assert cluster_options(target_ongoing_requests=2).target(settings) == 2.0
+    assert cluster_options(target_requests=2).target(settings) == 2.0
     assert (options.bound(Settings(max_num_requests=1)), options.target(Settings(max_num_requests=1))) == (1, 1.0)
 
 
