@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -38,7 +39,9 @@ def draw(document: Mapping[str, Any], out: Path) -> None:
     for axes in (first, each):
         axes.set_xlabel("output tokens/s")
         axes.set_yscale("log")
-        axes.set_ylim(bottom=float(axes.dataLim.y0) / 2)
+        # A time of 0, of tokens that came together, has no place on it.
+        if math.isfinite(least := float(axes.dataLim.minposy)):
+            axes.set_ylim(bottom=least / 2)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="y", which="both", labelsize=8)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from quant import __version__
-from service.settings.settings import BASELINE
+from service.settings import BASELINE
 from service.tools.bench.arrivals import Concurrency, Rate
 from service.tools.bench.bench import Point, Result
 from service.tools.bench.measure import Distribution, Phase, Summary, ratio, summarize
