@@ -268,11 +268,10 @@ def test_a_signal_while_it_starts_ends_it_at_once(stack: Stack, told: Told) -> N
 
 @pytest.mark.usefixtures("cold_s")
 def test_any_user_id_serves_without_a_network(stack: Stack, told: Told) -> None:
-    """No network, no right to write but to the caches of the earlier start, a user id that no file knows."""
+    """A first start: no network, no right to write but to an empty cache, a user id that no file knows."""
     stack("stop", "ottava")
-    volume = f"{PROJECT}_cache:/var/cache/ottava"
+    volume = f"{PROJECT}_other:/var/cache/ottava"
     name = f"{PROJECT}-random-uid"
-    # The settings of the earlier start, so that its quantized model is found.
     settings = [part for variable in os.environ if variable.startswith("OTTAVA_") for part in ("--env", variable)]
     docker(
         *("run", "--detach", "--init", "--name", name, "--network", "none", "--user", "1234567:0", *RIGHTS),
@@ -280,11 +279,12 @@ def test_any_user_id_serves_without_a_network(stack: Stack, told: Told) -> None:
     )
     try:
         health = ["inspect", "--format", "{{.State.Health.Status}}", name]
-        took_s = seconds_until(lambda: docker(*health).strip() == "healthy", WARM_S)
+        took_s = seconds_until(lambda: docker(*health).strip() == "healthy", COLD_S)
         assert docker("exec", name, "id", "-u").strip() == "1234567"
         told(f"healthy in {took_s:.0f} s as user 1234567 with no network")
     finally:
         docker("rm", "--force", name)
+        docker("volume", "rm", f"{PROJECT}_other")
 
 
 def test_a_server_without_keys_does_not_start_beyond_loopback(cpu_image: str) -> None:
