@@ -27,7 +27,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -44,6 +43,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.processes import free_port
 from benchmarks.report import RESULTS, birth_certificate, quantiles, write
 from service.measures import percentile
 
@@ -148,11 +148,6 @@ async def until_ready(cluster: RunningCluster, replicas: int, without: Sequence[
                         return time.perf_counter() - start_s
             await asyncio.sleep(POLL_S)
     raise TimeoutError(f"not {replicas} replicas within {WAIT_S:g} s: {cluster.log[-2000:]}")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 async def ask(session: aiohttp.ClientSession, url: str, prompt: str, stream: bool = True) -> Outcome:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from benchmarks.faults.bench import LONG_TOKENS, PROMPTS, VARIANTS, Bench, ask_all, questions
 from benchmarks.faults.case import Case
 from benchmarks.faults.clients import Kind, Question, Seen, ask
-from benchmarks.faults.server import POLL_S, Server, is_running
+from benchmarks.faults.server import POLL_S, Server
+from benchmarks.processes import is_running
 
 QUANTIZING = "quantizing layers"
 ORPHAN_S = 5.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.processes import children, free_port, rss_mb
 
 ROOT = Path(__file__).parents[2]
 START_S = 240.0
@@ -32,7 +33,7 @@ class Server:
     """
 
     def __init__(self, log: Path, arguments: Sequence[str], program: Sequence[str] = OTTAVA) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.log = log
         self.num_variants = 1 if "--variants" in arguments else 2
         command = [sys.executable, "-m", *program, "serve", *arguments, "--port", str(self.port)]
@@ -54,14 +55,13 @@ class Server:
     @property
     def engine_pid(self) -> int:
         """The process of its engines, its only child."""
-        pid = self.process.pid
-        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-        return int(child)
+        (child,) = children(self.process.pid)
+        return child
 
     @property
     def rss_mb(self) -> float:
         """Resident memory of both processes."""
-        return _rss_mb(self.process.pid) + _rss_mb(self.engine_pid)
+        return rss_mb(self.process.pid) + rss_mb(self.engine_pid)
 
     async def get(self, path: str) -> httpx.Response:
         """One GET on a connection of its own."""
@@ -141,19 +141,6 @@ class Server:
         self.process.send_signal(number)
 
 
-def is_running(pid: int) -> bool:
-    """Whether there is such a process, one that has ended and is not yet waited for aside."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def _rss_mb(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
-
-
 def environment() -> dict[str, str]:
     """This process's environment without settings of ottava, off the network, with one thread for a small model."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OTTAVA_")}
@@ -166,8 +153,3 @@ def run_command(*arguments: str, limit_s: float = START_S) -> subprocess.Complet
     return subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=limit_s
     )
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

@@ -32,6 +32,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.processes import children, rss_mb
+
 Sample = dict[str, Any]
 IDLE = ("ottava_num_requests_running", "ottava_num_requests_waiting", "ottava_kv_cache_usage_ratio")
 BAD_OUTCOMES = ("error", "timeout")
@@ -75,7 +77,10 @@ def watch(url: str, pid: int | None, every_s: float, out: Path) -> None:
 def sample(url: str, pid: int | None) -> Sample:
     """Memory and open files by process, and the values of /metrics; `metrics` is empty where that does not answer."""
     found: Sample = {"time_s": time.time(), "rss_mb": {}, "files": {}, "metrics": {}}
-    for number, one in enumerate([] if pid is None else [pid, *children(pid)]):
+    watched = [] if pid is None else [pid]
+    with suppress(OSError):
+        watched += [child for parent in watched for child in children(parent)]
+    for number, one in enumerate(watched):
         name = "web" if number == 0 else f"engine {number}" if number > 1 else "engine"
         with suppress(OSError, StopIteration):
             found["rss_mb"][name] = rss_mb(one)
@@ -92,17 +97,6 @@ def values(text: str) -> Iterator[tuple[str, float]]:
             if not one.name.endswith(("_bucket", "_created")):
                 labels = ",".join(f'{name}="{value}"' for name, value in sorted(one.labels.items()))
                 yield f"{one.name}{{{labels}}}", one.value
-
-
-def children(pid: int) -> list[int]:
-    with suppress(OSError):
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
-    return []
-
-
-def rss_mb(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
 
 
 def judge(samples: Sequence[Sample], results: Sequence[dict[str, Any]], max_growth: float) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -196,6 +198,22 @@ async def until(condition: Callable[[], bool], deadline_s: float = DEADLINE_S, m
     while not condition() and loop.time() < end:
         await asyncio.sleep(0.002)
     assert condition() or not must
+
+
+async def until_ready(client: httpx.AsyncClient, server: subprocess.Popen[bytes]) -> None:
+    """Wait until a server in a process of its own is ready; it must not end before."""
+    end_s = time.monotonic() + DEADLINE_S
+    while not await _is_ready(client):
+        assert server.poll() is None
+        assert time.monotonic() < end_s
+        await asyncio.sleep(0.05)
+
+
+async def _is_ready(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/ready")).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def post(body: object, app: FastAPI | None = None, **engine_options: Any) -> httpx.Response:

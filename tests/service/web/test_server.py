@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -17,7 +16,7 @@ import pytest
 
 from service.web.server import FAILED
 from tests.service.kinds import Samples
-from tests.support.harness import DEADLINE_S, events_of, metrics_of, until
+from tests.support.harness import DEADLINE_S, events_of, metrics_of, until, until_ready
 from tests.support.life import LETTERS, Life
 from tests.support.narrowed import present
 from tests.support.scripted_runner import Hang, raising
@@ -200,13 +199,6 @@ sys.exit(server.run(life.app, life.settings))
 """
 
 
-async def _is_ready(client: httpx.AsyncClient) -> bool:
-    try:
-        return (await client.get("/ready")).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 @asynccontextmanager
 async def process(more: str = "") -> AsyncIterator[tuple[subprocess.Popen[bytes], httpx.AsyncClient]]:
     """`server.run` in a process of its own, and a client of it."""
@@ -215,11 +207,7 @@ async def process(more: str = "") -> AsyncIterator[tuple[subprocess.Popen[bytes]
     child = subprocess.Popen([sys.executable, "-c", PROGRAM.format(port=port, more=more)], stderr=subprocess.PIPE)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE_S) as client:
-            end_s = time.monotonic() + DEADLINE_S
-            while not await _is_ready(client):
-                assert child.poll() is None
-                assert time.monotonic() < end_s
-                await asyncio.sleep(0.05)
+            await until_ready(client, child)
             yield child, client
     finally:
         child.kill()

@@ -16,11 +16,12 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from benchmarks.processes import children, is_running
 from service.host.channel.process import ProcessLink
 from service.settings import Settings
 from service.web.app import create_app
 from tests.service.kinds import Samples
-from tests.support.harness import DEADLINE_S, events_of, host_of, metrics_of, server_of, total, until
+from tests.support.harness import DEADLINE_S, events_of, host_of, metrics_of, server_of, total, until, until_ready
 from tests.support.narrowed import present
 
 ROOT = Path(__file__).parents[4]
@@ -36,15 +37,6 @@ def app_of(options: dict[str, object] | None = None, **settings: Any) -> FastAPI
 def engine_pid(app: FastAPI) -> int:
     pid: int = app.state.serving.host._link._process.pid
     return pid
-
-
-def is_gone(pid: int) -> bool:
-    """No such process, or one that only waits to be looked at."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(") ")[2][0]
-    except FileNotFoundError:
-        return True
-    return state in "ZX"
 
 
 def client_at(port: int) -> httpx.AsyncClient:
@@ -105,7 +97,7 @@ def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told(tmp_path
     assert [response.json()["text"] for response in served] == ["ABCDE"] * 10
     assert again.status_code == 200
     assert old != new
-    assert is_gone(old)
+    assert not is_running(old)
     assert samples["ottava_engine_restarts_total", "variant=w8a8"] == 1
     assert samples["ottava_requests_total", "outcome=error", "variant=w8a8"] == 50
     assert samples["ottava_requests_total", "outcome=length", "variant=w8a8"] == 10
@@ -116,11 +108,13 @@ def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told(tmp_path
     assert total(samples, "ottava_step_batch_size_count") > 0
 
 
-def test_a_client_that_leaves_while_the_engine_is_started_again_costs_nobody() -> None:
+def test_a_client_that_leaves_while_the_engine_is_started_again_costs_nobody(tmp_path: Path) -> None:
     """Two run and three wait; one of these goes while there is no engine, which the next one must not hear of."""
+    gate = tmp_path / "gate"
+    gate.touch()
 
     async def go() -> tuple[list[httpx.Response], httpx.Response, Samples]:
-        app = app_of({"step_s": 0.02, "rows": 2, "start_s": 0.5}, variants="w8a8")
+        app = app_of({"step_s": 0.02, "rows": 2, "gate": str(gate)}, variants="w8a8")
         async with server_of(app) as port, client_at(port) as client:
             running = [asyncio.ensure_future(told(client, body_of(2000))) for _ in range(2)]
             engine = app.state.serving.engines["w8a8"]
@@ -128,13 +122,14 @@ def test_a_client_that_leaves_while_the_engine_is_started_again_costs_nobody() -
             waiting = [asyncio.ensure_future(client.post("/generate", json=body_of(5))) for _ in range(3)]
             await until(lambda: engine.stats().num_waiting == 3)
             old = engine_pid(app)
+            gate.unlink()
             os.kill(old, signal.SIGKILL)
             await asyncio.gather(*running)
             await until(lambda: engine_pid(app) != old)
-            await asyncio.sleep(0.2)
             waiting[0].cancel()
             await until(lambda: engine.stats().num_waiting == 2)
             assert not app.state.serving.is_ready
+            gate.touch()
             served = await asyncio.gather(*waiting[1:])
             return served, await client.post("/generate", json=body_of(5)), await metrics_of(client)
 
@@ -156,7 +151,7 @@ def test_an_engine_that_cannot_read_what_it_is_sent_is_replaced() -> None:
 
     old, new, response = asyncio.run(go())
     assert old != new
-    assert is_gone(old)
+    assert not is_running(old)
     assert response.json()["text"] == "ABCDE"
 
 
@@ -186,7 +181,7 @@ def test_a_process_that_cannot_go_on_is_replaced(options: dict[str, object]) -> 
             old = engine_pid(app)
             lost = await client.post("/generate", json=body_of(50))
             await until(lambda: engine_pid(app) != old and app.state.serving.is_ready)
-            return lost, await client.post("/generate", json=body_of(2)), is_gone(old)
+            return lost, await client.post("/generate", json=body_of(2)), not is_running(old)
 
     lost, served, is_old_gone = asyncio.run(go())
     assert (lost.status_code, lost.json()["error"]["code"]) == (500, "engine_failed")
@@ -238,30 +233,20 @@ def test_a_web_that_is_killed_leaves_no_engine() -> None:
 
     async def running() -> int:
         async with client_at(port) as client:
-
-            async def is_ready() -> bool:
-                try:
-                    return (await client.get("/ready")).status_code == 200
-                except httpx.TransportError:
-                    return False
-
-            end_s = time.monotonic() + DEADLINE_S
-            while not await is_ready():
-                assert time.monotonic() < end_s
-                await asyncio.sleep(0.05)
+            await until_ready(client, web)
             asked = [asyncio.ensure_future(client.post("/generate", json=body_of(3000))) for _ in range(8)]
             await asyncio.sleep(0.3)
-            children = Path(f"/proc/{web.pid}/task/{web.pid}/children").read_text(encoding="ascii").split()
+            (engine,) = children(web.pid)
             web.kill()
             await asyncio.gather(*asked, return_exceptions=True)
-            return int(children[0])
+            return engine
 
     try:
         engine = asyncio.run(running())
         killed_s = time.monotonic()
-        while not is_gone(engine) and time.monotonic() < killed_s + DEADLINE_S:
+        while is_running(engine) and time.monotonic() < killed_s + DEADLINE_S:
             time.sleep(0.02)
-        assert is_gone(engine)
+        assert not is_running(engine)
     finally:
         web.kill()
         web.wait()
