@@ -25,7 +25,7 @@ from service.web.failures import error_body, refusal
 from service.web.generation.sse import ClientGone, event, unless_disconnected
 from service.web.lifecycle import Lifecycle
 from service.web.middleware.envelope import REQUEST_ID
-from service.web.middleware.gate import is_generation, too_large
+from service.web.middleware.gate import is_generation, refuse_declared, too_large
 from service.web.state import STOPPING
 
 ASK_S = 5.0
@@ -147,9 +147,7 @@ class Gateway:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body. Raises TooLarge, or ClientGone if the client leaves before it is complete."""
-        length = HeadersOf(scope=scope).get("content-length", "0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            raise too_large(self._max_body_bytes, f"{length} bytes")
+        refuse_declared(HeadersOf(scope=scope), self._max_body_bytes)
         parts: list[bytes] = []
         num_bytes, more = 0, True
         while more:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -56,22 +57,32 @@ def generation(description: str, *events: type[BaseModel]) -> Responses:
     return {200: ok, **failures(400, 401, 404, 422, 429, 503, 504)}
 
 
-def document_events(app: FastAPI, *events: type[BaseModel]) -> None:
-    """Add the models of events to the components of the app's OpenAPI, since no route returns them directly.
+def amend(app: FastAPI, change: Callable[[dict[str, Any]], None]) -> None:
+    """Apply a change to the app's OpenAPI document when it is built.
 
-    The document is built at the first call of `app.openapi`, which takes about 130 ms.
+    That is at the first call of `app.openapi`, and takes about 130 ms.
     """
+    build = app.openapi
 
     def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            components = FastAPI.openapi(app)["components"]["schemas"]
-            _, found = models_json_schema([(model, "serialization") for model in events], ref_template=REFERENCE)
-            for name, schema in found["$defs"].items():
-                components.setdefault(name, schema)
-        document: dict[str, Any] = FastAPI.openapi(app)
+        is_new = app.openapi_schema is None
+        document = build()
+        if is_new:
+            change(document)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def document_events(app: FastAPI, *events: type[BaseModel]) -> None:
+    """Add the models of events to the components of the app's OpenAPI, since no route returns them directly."""
+
+    def add(document: dict[str, Any]) -> None:
+        _, found = models_json_schema([(model, "serialization") for model in events], ref_template=REFERENCE)
+        for name, schema in found["$defs"].items():
+            document["components"]["schemas"].setdefault(name, schema)
+
+    amend(app, add)
 
 
 def _reference(model: type[BaseModel]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
@@ -14,6 +15,7 @@ from service.settings import PublicRoute, Settings
 from service.telemetry.metrics import NO_VARIANT, REJECTED
 from service.telemetry.record import ANONYMOUS, RequestRecord
 from service.web.failures import refusal
+from service.web.openapi import amend
 from service.web.state import Serving
 
 ALWAYS_PUBLIC = frozenset({"/health", "/ready"})
@@ -71,9 +73,7 @@ class Gate:
         headers = Headers(scope=scope)
         is_public = self._is_public(scope["path"])
         record.key = ANONYMOUS if is_public else self._serving.keys.name_of(headers.get("authorization"))
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            raise too_large(self._max_body_bytes, f"{length} bytes")
+        refuse_declared(headers, self._max_body_bytes)
         if counts:
             self._serving.lifecycle.refuse_if_draining()
             self._serving.limits.enter(record.key)
@@ -90,12 +90,15 @@ def public_paths(settings: Settings) -> frozenset[str]:
 
 def document_key(app: FastAPI, settings: Settings) -> None:
     """Mark in the app's OpenAPI which requests need a key, so that /docs asks for one."""
-    schema = app.openapi()
-    schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    schema["security"] = [{"key": []}]
-    for path in public_paths(settings) & schema["paths"].keys():
-        for operation in schema["paths"][path].values():
-            operation["security"] = []
+
+    def add(document: dict[str, Any]) -> None:
+        document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+        for path in public_paths(settings) & document["paths"].keys():
+            for operation in document["paths"][path].values():
+                operation["security"] = []
+
+    amend(app, add)
 
 
 def is_generation(scope: Scope) -> bool:
@@ -119,6 +122,13 @@ def _limited(receive: Receive, max_body_bytes: int) -> Receive:
         return message
 
     return limited
+
+
+def refuse_declared(headers: Headers, max_body_bytes: int) -> None:
+    """Raise TooLarge if the request declares a body above the limit."""
+    length = headers.get("content-length", "0")
+    if length.isdigit() and int(length) > max_body_bytes:
+        raise too_large(max_body_bytes, f"{length} bytes")
 
 
 def too_large(max_body_bytes: int, given: str) -> TooLarge:
