@@ -61,9 +61,9 @@ class Detokenizer:
 
     def _end_of(self, context: Sequence[int]) -> list[int]:
         """The last tokens of the context, starting at the beginning of a character: a decoder may reject all bytes of
-        a run that starts inside one."""
+        a run that starts inside one. (The text itself may hold U+FFFD, so the start with the fewest is taken.)"""
         ends = [list(context[-num:]) for num in range(NUM_CONTEXT, NUM_CONTEXT + MAX_BYTES)]
-        return next((end for end in ends if not self._decode(end).startswith(REPLACEMENT)), ends[0])
+        return min(ends, key=lambda end: self._decode(end).count(REPLACEMENT))
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)

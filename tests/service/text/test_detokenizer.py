@@ -83,6 +83,7 @@ def test_pieces_add_up_and_are_never_taken_back(tokenizer: Tokenizer, text: str)
 @given(TEXTS, st.integers(0, 40))
 @example("hello world", 1)
 @example("hello  world", 2)
+@example(f"�{FAMILY}", 14)
 @settings(deadline=None)
 def test_an_answer_continues_its_prompt(tokenizer: Tokenizer, text: str, num_prompt: int) -> None:
     """Prompt and answer together read as one text: no space is lost or gained where they meet."""
