@@ -115,7 +115,7 @@ def _paged(scene: Scene, is_int8: bool) -> list[Call]:
     k, v = (_cache(slots, G, D, is_int8, scene.device) for _ in range(2))
     tables = scene.tables(copies)
     q = torch.randn(scene.batch * scene.queries, H, D, device=scene.device, dtype=torch.float16)
-    rest = scene.query_starts, scene.context_lens, scene.queries, D**-0.5
+    rest = scene.query_starts, scene.context_lens, scene.queries == 1, D**-0.5
     # int8 caches come as the same pair that passes between all ops.
     attend: Any = kernels.paged_attention
     y = attend(q, k, v, tables[0], *rest)

@@ -143,7 +143,7 @@ def _check(
         query_starts=step.query_starts.cpu(),
         context_lens=step.context_lens.cpu(),
         block_tables=step.block_tables.cpu(),
-        max_query_len=step.max_query_len,
+        is_decode=step.is_decode,
     )
     want, want_h = on_cpu(
         x.cpu(), residual.cpu(), there, rope.cpu(), KVCache(_on_cpu_too(cache.k), _on_cpu_too(cache.v))
@@ -166,7 +166,7 @@ def _decode_rows(config: ModelConfig, tokens: int, context: int) -> Rows:
         query_starts=torch.arange(tokens + 1, dtype=torch.int32, device=device),
         context_lens=torch.full_like(requests, context),
         block_tables=tables,
-        max_query_len=1,
+        is_decode=True,
     )
 
 
@@ -179,5 +179,5 @@ def _prefill_rows(config: ModelConfig, tokens: int) -> Rows:
         query_starts=torch.tensor([0, tokens], dtype=torch.int32, device=positions.device),
         context_lens=torch.tensor([tokens], dtype=torch.int32, device=positions.device),
         block_tables=positions[: -(-tokens // BLOCK_SIZE)][None],
-        max_query_len=tokens,
+        is_decode=False,
     )

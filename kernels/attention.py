@@ -24,6 +24,9 @@ from kernels.tiles import AttentionTile, Target, current_gpu, decode_tile, prefi
 __all__ = ["paged_attention"]
 
 HOPPER = 90
+REQUESTS = tl.constexpr(256)
+"""Requests whose first tiles a program reads at once."""
+
 MIN_ROWS = 16
 """Fewest rows of a tile that a matrix instruction multiplies."""
 
@@ -35,7 +38,7 @@ def paged_attention(
     block_tables: Tensor,
     query_starts: Tensor,
     context_lens: Tensor,
-    max_query_len: int,
+    is_decode: bool,
     scale: float,
     quantize: ToInt8 | None = None,
     window: int | None = None,
@@ -67,10 +70,10 @@ def paged_attention(
     )
     gpu = current_gpu(q.device)
     splits = decode_tile(gpu, layout.BLOCK_D, q.element_size(), step.k.element_size())
-    if max_query_len == 1:
+    if is_decode:
         return decode(step, splits, quantize)
     y = torch.empty(q.flatten(1).shape, dtype=q.dtype, device=q.device)
-    _prefill(step, _prefill_tile(gpu, step), y, max_query_len)
+    _prefill(step, _prefill_tile(gpu, step), y)
     decode(step, splits, None, y)
     return quantized(y, quantize)
 
@@ -85,18 +88,37 @@ def _prefill_tile(gpu: Target, step: Operands) -> AttentionTile:
     return replace(tile, block_m=tile.block_m // 2)
 
 
-def _prefill(step: Operands, tile: AttentionTile, y: Tensor, max_query_len: int) -> None:
-    """Launches the tiles of every request with more than one query row."""
+def _prefill(step: Operands, tile: AttentionTile, y: Tensor) -> None:
+    """Launches the tiles of every request with more than one query row.
+
+    The grid follows from the operands' shapes alone, so that a captured launch fits any step of these shapes.
+    """
     block_m = max(tile.block_m, triton.next_power_of_2(step.layout.GROUP))
-    grid = (triton.cdiv(max_query_len, block_m // step.layout.GROUP), step.k.shape[2], len(step.context_lens))
+    num_requests = len(step.context_lens)
+    grid = (len(y) // (block_m // step.layout.GROUP) + num_requests, step.k.shape[2])
     _paged_attention_kernel[grid](
         step.q, step.k, step.v, step.k_scale, step.v_scale, y, step.block_tables, step.query_starts, step.context_lens,
-        step.block_tables.shape[1], step.scale, LAYOUT=step.layout, BLOCK_M=block_m, BLOCK_N=tile.block_n,
+        num_requests, step.block_tables.shape[1], step.scale, LAYOUT=step.layout, BLOCK_M=block_m, BLOCK_N=tile.block_n,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_early(y.device, len(y)),
     )  # fmt: skip
 
 
 @triton.jit
+def _owner_of(tile, query_starts_ptr, num_requests, QUERIES: tl.constexpr):
+    """The request of a tile. Request r owns the tiles from query_starts[r] // QUERIES + r on, as many as it needs.
+
+    These are below the next request's first, as cdiv(n, QUERIES) <= (start + n) // QUERIES - start // QUERIES + 1.
+    """
+    request = -1
+    for first in range(0, num_requests, REQUESTS):
+        requests = first + tl.arange(0, REQUESTS)
+        starts = tl.load(query_starts_ptr + requests, mask=requests < num_requests, other=2**30)
+        request += tl.sum((starts // QUERIES + requests <= tile).to(tl.int32))
+    return request
+
+
+# The number of requests changes with every step; specialized on its value, three kernels would be compiled.
+@triton.jit(do_not_specialize=["num_requests"])
 def _paged_attention_kernel(
     q_ptr,
     k_ptr,
@@ -107,6 +129,7 @@ def _paged_attention_kernel(
     table_ptr,
     query_starts_ptr,
     context_lens_ptr,
+    num_requests,
     max_blocks,
     scale,
     LAYOUT: tl.constexpr,
@@ -121,19 +144,22 @@ def _paged_attention_kernel(
     BLOCK_D: tl.constexpr = LAYOUT.BLOCK_D
     WINDOW: tl.constexpr = LAYOUT.WINDOW
     QUERIES: tl.constexpr = BLOCK_M // GROUP
-    kv_head, request = tl.program_id(1), tl.program_id(2)
+    kv_head = tl.program_id(1)
+    # The last tile of a request runs first: it sees the most keys.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    request = _owner_of(tile, query_starts_ptr, num_requests, QUERIES)
     query_start = tl.load(query_starts_ptr + request)
     num_queries = tl.load(query_starts_ptr + request + 1) - query_start
-    # The last tile runs first: it sees the most keys.
-    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    first_query = (tile - query_start // QUERIES - request) * QUERIES
     if (num_queries < 2) | (first_query >= num_queries):
         return
     context = tl.load(context_lens_ptr + request)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     queries = first_query + rows // GROUP
     is_row = (queries < num_queries) & (rows < QUERIES * GROUP)
-    heads = kv_head * GROUP + rows % GROUP
-    at = ((query_start + queries).to(tl.int64) * tl.num_programs(1) * GROUP + heads)[:, None] * D + columns[None, :]
+    num_heads = tl.num_programs(1) * GROUP
+    q_rows = (query_start + queries).to(tl.int64) * num_heads + kv_head * GROUP + rows % GROUP
+    at = q_rows[:, None] * D + columns[None, :]
     mask = is_row[:, None] & (columns < D)[None, :]
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
 

@@ -169,7 +169,8 @@ def prefill_tile(gpu: Target, block_d: int, element_bytes: int, cache_bytes: int
     if gpu == INTERPRETER:
         return AttentionTile(16, 16, num_warps=4, num_stages=1)
     if element_bytes == 4:
-        return AttentionTile(16, 16, num_warps=8, num_stages=1)
+        # With 8 warps sm_89 would spill.
+        return AttentionTile(16, 16, num_warps=16 if gpu.capability == 89 else 8, num_stages=1)
     is_int8 = cache_bytes == 1
     if block_d > 128:
         # Only Hopper has room for 128 rows of 256 columns and three tiles of keys.

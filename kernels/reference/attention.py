@@ -87,7 +87,7 @@ def paged_attention(
     block_tables: Tensor,
     query_starts: Tensor,
     context_lens: Tensor,
-    max_query_len: int,
+    is_decode: bool,
     scale: float,
     quantize: ToInt8 | None = None,
     window: int | None = None,
@@ -109,7 +109,7 @@ def paged_attention(
         block_tables: [B, max_blocks] int32; entries beyond the context are not read.
         query_starts: [B + 1] int32, rising.
         context_lens: [B] int32, keys of each request, this step's own included.
-        max_query_len: the largest number of query rows of one request; 1 for a decode step.
+        is_decode: whether no request has more than one query row.
         scale: positive, usually D ** -0.5.
         quantize: None writes y in q's dtype; `ToInt8` writes codes and scale of y rounded to q's dtype.
         window: a row sees only the last window keys up to its own position, at least 1; None for all.
@@ -121,7 +121,7 @@ def paged_attention(
     Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; PagedAttention (arXiv 2309.06180); window: Longformer
     (arXiv 2004.05150), section 3.1; soft cap: Gemma 2 (arXiv 2408.00118), section 2.
     """
-    if max_query_len == 1 and len(context_lens) == len(q):
+    if is_decode and len(context_lens) == len(q):
         out = _decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale, window, soft_cap)
         return store(out, q.dtype, quantize)
     out = torch.empty_like(q).flatten(1)

@@ -19,7 +19,7 @@ class Rows:
     """The positions and cache locations of a step's T token rows. int32 tensors on the device.
 
     positions, slots: [T].   query_starts: [B + 1].   context_lens: [B].   block_tables: [B, W].
-    max_query_len: the largest number of rows of one request.
+    is_decode: whether no request has more than one row.
     """
 
     positions: Tensor
@@ -27,7 +27,7 @@ class Rows:
     query_starts: Tensor
     context_lens: Tensor
     block_tables: Tensor
-    max_query_len: int
+    is_decode: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Attention:
             rows.block_tables,
             rows.query_starts,
             rows.context_lens,
-            rows.max_query_len,
+            rows.is_decode,
             self.scale,
             self.o.input_format,
             self.window,

@@ -176,7 +176,7 @@ def score(decoder: Decoder, token_ids: Tensor) -> Tensor:
         query_starts=torch.tensor([0, length], dtype=torch.int32, device=device),
         context_lens=torch.tensor([length], dtype=torch.int32, device=device),
         block_tables=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
-        max_query_len=length,
+        is_decode=length == 1,
     )
     caches = decoder.new_caches(num_blocks, block_size)
     return decoder.logits(decoder(token_ids.to(device), rows, caches))

@@ -42,7 +42,7 @@ class Layer:
         q = kernels.rope_and_cache(
             kernels.int8_linear(codes_of(x), *qkv), self.lens, slots, self.cos_sin, self.k, self.v, H
         )
-        y = kernels.paged_attention(q, self.k, self.v, self.tables, self.starts, self.lens, 1, D**-0.5)
+        y = kernels.paged_attention(q, self.k, self.v, self.tables, self.starts, self.lens, True, D**-0.5)
         attended = kernels.int8_linear(kernels.quantize_rows(floats_of(y)), *out)
         x, h = kernels.rms_norm(attended, self.norm, 1e-5, h, ToInt8())
         x = kernels.silu_mul(kernels.int8_linear(codes_of(x), *gate_up), ToInt8())

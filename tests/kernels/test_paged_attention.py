@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import overload
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from kernels import attention, decode_attention, paging, quantize, reference
@@ -56,7 +58,7 @@ class Case:
         starts = torch.tensor([0] + [rows for rows, _ in requests]).cumsum(0)
         self.query_starts = starts.to(place.device, torch.int32)
         self.q = place.randn(int(starts[-1]), H, D)
-        self.max_query_len = max(rows for rows, _ in requests)
+        self.is_decode = all(rows <= 1 for rows, _ in requests)
 
     def slots(self, b: int, block_size: int) -> tuple[Tensor, Tensor]:
         tokens = torch.arange(self.requests[b][1], device=self.tables.device)
@@ -86,7 +88,7 @@ class Case:
 
     def run(self, to_int8: ToInt8 | None = None) -> Tensor | Quantized:
         y = attention.paged_attention(
-            self.q, self.k, self.v, self.tables, self.query_starts, self.context_lens, self.max_query_len, self.scale,
+            self.q, self.k, self.v, self.tables, self.query_starts, self.context_lens, self.is_decode, self.scale,
             to_int8, self.window, self.soft_cap,
         )  # fmt: skip
         return floats_of(y) if to_int8 is None else codes_of(y)
@@ -158,6 +160,38 @@ def test_padding_requests_of_a_captured_graph(place: Place) -> None:
     case.requests[1] = (0, 0)
     case.q, kept = torch.cat((case.q[:1], case.q[2:])), torch.cat((out[:1], out[2:]))
     case.check(kept)
+
+
+def padded(case: Case, num_rows: int, num_requests: int) -> Case:
+    """The case with rows of no request, NaN, and requests of no row behind its own."""
+    fresh = copy(case)
+    fresh.q = torch.cat((case.q, torch.full_like(case.q[:1], float("nan")).expand(num_rows, -1, -1)))
+    fresh.query_starts = torch.cat((case.query_starts, case.query_starts[-1:].expand(num_requests)))
+    fresh.context_lens = torch.cat((case.context_lens, case.context_lens.new_zeros(num_requests)))
+    fresh.tables = torch.cat((case.tables, case.tables[:1].expand(num_requests, -1)))
+    return fresh
+
+
+@pytest.mark.parametrize("int8", ["", "kv"])
+@pytest.mark.parametrize("requests", [MIXED, DECODES, [(70, 70)]], ids=["mixed", "decodes", "prompt"])
+def test_padding_of_a_mixed_step(place: Place, requests: list[tuple[int, int]], int8: str) -> None:
+    """A step padded to the shape of a captured one gives the same bits, however many tiles and requests it adds."""
+    case = Case(place, requests, 64, 6, 2, int8=int8)
+    case.is_decode = False
+    want = case.run()
+    case.check(want)
+    for num_rows, num_requests in ((1, 0), (0, 3), (150, 9)):
+        assert torch.equal(padded(case, num_rows, num_requests).run()[: len(want)], want)
+
+
+def test_more_requests_than_a_program_reads_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [(1, 9), (2, 16), (0, 0), (3, 3)] * 2
+    if place.device == "cpu":
+        monkeypatch.setattr(attention, "REQUESTS", tl.constexpr(4))
+    else:
+        requests *= 50
+    case = Case(place, requests, 64, 6, 2)
+    case.check(case.run())
 
 
 @pytest.mark.parametrize("requests", [MIXED, DECODES], ids=["mixed", "decodes"])
@@ -282,7 +316,7 @@ def test_reference_window_and_soft_cap(place: Place) -> None:
             case.tables.clamp_(max=len(case.k) - 1)
             case.check(
                 reference.paged_attention(
-                    case.q, case.k, case.v, case.tables, case.query_starts, case.context_lens, case.max_query_len,
+                    case.q, case.k, case.v, case.tables, case.query_starts, case.context_lens, case.is_decode,
                     case.scale, None, window, cap,
                 )
             )  # fmt: skip
@@ -298,7 +332,7 @@ def test_reference_multiplies_no_slot_of_others(place: Place, int8: str) -> None
         case.tables.clamp_(max=case.tables[case.tables < 2**30].max().item())
         case.check(
             reference.paged_attention(
-                case.q, case.k, case.v, case.tables, case.query_starts, case.context_lens, case.max_query_len,
+                case.q, case.k, case.v, case.tables, case.query_starts, case.context_lens, case.is_decode,
                 case.scale,
             )
         )  # fmt: skip

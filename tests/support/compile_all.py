@@ -37,7 +37,7 @@ TYPES = {
     torch.int8: "*i8",
     torch.int32: "*i32",
 }
-VARYING = {"T", "N", "K", "scale", "max_blocks"}
+VARYING = {"T", "N", "K", "scale", "max_blocks", "num_requests"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -170,9 +170,9 @@ def attend(
     )
     for max_blocks in (4, 256) if D == 128 else (256,):
         table, starts, contexts = meta(B, max_blocks, **ints), meta(B + 1, **ints), meta(B, **ints)
-        attention.paged_attention(q, cache, cache, table, starts, contexts, T, D**-0.5, None, window, soft_cap)
+        attention.paged_attention(q, cache, cache, table, starts, contexts, False, D**-0.5, None, window, soft_cap)
         for to in (None, ToInt8(), ToInt8(meta(1, **floats))) if D == 128 else (ToInt8(),):
-            attention.paged_attention(q[:B], cache, cache, table, starts, contexts, 1, D**-0.5, to, window, soft_cap)
+            attention.paged_attention(q[:B], cache, cache, table, starts, contexts, True, D**-0.5, to, window, soft_cap)
 
 
 def record() -> list[Launch]:

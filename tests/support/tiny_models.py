@@ -191,7 +191,7 @@ def rows_of(start: int, stop: int, table: Tensor, block_size: int = 16) -> Rows:
         query_starts=torch.tensor([0, stop - start], dtype=torch.int32),
         context_lens=torch.tensor([stop], dtype=torch.int32),
         block_tables=table,
-        max_query_len=stop - start,
+        is_decode=stop - start == 1,
     )
 
 
