@@ -163,7 +163,7 @@ def _decode_attention(
     longest = -(-int(context_lens.max()) // VECTOR) * VECTOR
     positions = torch.arange(longest, device=q.device)
     # Past the end of a context its last key is read again: a slot never written may hold NaN, and 0 * NaN is NaN.
-    inside = torch.minimum(positions, context_lens[:, None] - 1)
+    inside = torch.minimum(positions, context_lens[:, None] - 1).clamp_(min=0)
     slots = block_tables.gather(1, (inside // block_size).long()) * block_size + inside % block_size
     keys, values = (_gather(cache, slots) for cache in (k_cache, v_cache))
     beyond = positions >= context_lens[:, None]

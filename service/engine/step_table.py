@@ -20,6 +20,19 @@ ALIGNMENT = 4
 """Each column starts at a multiple of this many int32."""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """The sizes that a step is padded to.
+
+    num_tokens, num_requests: token rows and requests, padding included; as many requests sample.
+    is_decode: whether each request has one token row and samples after it, so that num_tokens == num_requests.
+    """
+
+    num_tokens: int
+    num_requests: int
+    is_decode: bool = False
+
+
 class TableLayout:
     """Column offsets in the one array that is copied to the device, sized for the largest step.
 
@@ -48,7 +61,7 @@ class TableLayout:
         num_samples: int,
         num_tables: int,
         width: int,
-        max_query_len: int,
+        is_decode: bool,
     ) -> StepTable:
         """View the array as a step of these sizes, without writing to it."""
         tables = self.starts["block_tables"]
@@ -68,7 +81,7 @@ class TableLayout:
             sample_index=column("sample_index", num_samples),
             sample_rows=column("sample_rows", num_samples),
             block_tables=used[tables:].reshape(num_tables, width),
-            max_query_len=max_query_len,
+            is_decode=is_decode,
         )
 
 
@@ -81,9 +94,10 @@ class StepTable:
     from_row: [T], the request row whose last sampled id is this token, or -1.
     positions: [T], of the token in its request.   slots: [T], of the token in the cache, or -1 for none.
     query_starts: [B + 1], the first token row of each request.   context_lens: [B], keys its last token attends to.
-    sample_index: [S], token row that yields a sample.   sample_rows: [S], its request's row.
+    sample_index: [S], token row that yields a sample.   sample_rows: [S], its request's row; padding samples token row
+        0 for the row behind all requests.
     block_tables: [R, W] of the R requests that are not padding; W is the most blocks that one of them owns.
-    max_query_len: the largest number of token rows of one request.
+    is_decode: whether no request has more than one token row.
     """
 
     numbers: Ints
@@ -96,7 +110,7 @@ class StepTable:
     sample_index: Ints
     sample_rows: Ints
     block_tables: Ints
-    max_query_len: int
+    is_decode: bool
 
 
 class StepTableBuilder:
@@ -110,8 +124,8 @@ class StepTableBuilder:
         self._num_blocks = np.zeros(layout.max_requests, dtype=np.int32)
         self._owner: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * layout.max_requests
 
-    def build(self, step: Step, numbers: Ints, bucket: int | None = None) -> StepTable:
-        """Write a step into an array of the layout's size. A bucket pads a decode step to that many requests."""
+    def build(self, step: Step, numbers: Ints, shape: Shape | None = None) -> StepTable:
+        """Write a step into an array of the layout's size, padded to a shape if one is given."""
         chunks = step.chunks
         requests = [chunk.request for chunk in chunks]
         self._learn_blocks(requests)
@@ -127,29 +141,29 @@ class StepTableBuilder:
             dtype=np.int32,
         )
         num_requests, ends, sampling = len(chunks), lengths.cumsum(dtype=np.int32), samples.nonzero()[0]
-        num_tokens = int(ends[-1])
+        num_tokens, num_samples = int(ends[-1]), len(sampling)
         table = self._layout.table(
             numbers,
-            num_tokens=bucket or num_tokens,
-            num_requests=bucket or num_requests,
-            num_samples=len(sampling),
+            num_tokens=shape.num_tokens if shape else num_tokens,
+            num_requests=shape.num_requests if shape else num_requests,
+            num_samples=shape.num_requests if shape else num_samples,
             num_tables=num_requests,
             width=int(self._num_blocks[rows].max()),
-            max_query_len=int(lengths.max()),
+            is_decode=shape.is_decode if shape else num_tokens == num_requests,
         )
         table.query_starts[0] = 0
         table.query_starts[1 : num_requests + 1] = ends
         table.context_lens[:num_requests] = starts + lengths
-        table.sample_index[:] = ends[sampling] - 1
-        table.sample_rows[:] = rows[sampling]
+        table.sample_index[:num_samples] = ends[sampling] - 1
+        table.sample_rows[:num_samples] = rows[sampling]
         table.block_tables[:] = self._blocks[rows, : table.block_tables.shape[1]]
         known_ids = _known_ids([chunks[place] for place in (starts < num_known).nonzero()[0].tolist()])
         if num_tokens > num_requests:
             rows, num_known = rows.repeat(lengths), num_known.repeat(lengths)
             starts = (starts - ends + lengths).repeat(lengths) + np.arange(num_tokens, dtype=np.int32)
         self._write_tokens(table, rows, starts, starts < num_known, known_ids)
-        if bucket:
-            _pad(table, num_requests)
+        if shape:
+            _pad(table, num_tokens, num_requests, num_samples, self._layout.max_requests)
         return table
 
     def _write_tokens(
@@ -185,11 +199,13 @@ def _known_ids(chunks: Sequence[Chunk]) -> list[int]:
     return ids
 
 
-def _pad(table: StepTable, num_requests: int) -> None:
-    """Pad a decode step with rows that read no key and write no slot."""
-    table.token_ids[num_requests:] = 0
-    table.from_row[num_requests:] = -1
-    table.positions[num_requests:] = 0
-    table.slots[num_requests:] = -1
-    table.query_starts[num_requests + 1 :] = num_requests
+def _pad(table: StepTable, num_tokens: int, num_requests: int, num_samples: int, spare_row: int) -> None:
+    """Pad a step with rows that read no key and write no slot, and with samples that nobody reads."""
+    table.token_ids[num_tokens:] = 0
+    table.from_row[num_tokens:] = -1
+    table.positions[num_tokens:] = 0
+    table.slots[num_tokens:] = -1
+    table.query_starts[num_requests + 1 :] = num_tokens
     table.context_lens[num_requests:] = 0
+    table.sample_index[num_samples:] = 0
+    table.sample_rows[num_samples:] = spare_row

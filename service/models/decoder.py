@@ -127,10 +127,11 @@ class Decoder:
         assert isinstance(y, Tensor)
         return y
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [S, V] float32 of hidden states [S, hidden_size]."""
-        logits, cap = self.head(hidden).float(), self.config.logit_cap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits [S, V] float32 of hidden states [S, hidden_size], written to out if it is given."""
+        logits, cap = self.head(hidden), self.config.logit_cap
+        logits = logits.float() if out is None else out.copy_(logits)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     @property
     def kv_dtype(self) -> torch.dtype:

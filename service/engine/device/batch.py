@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from service.engine.device.staging import Staging
-from service.engine.step_table import Ints, StepTable, TableLayout
+from service.engine.step_table import Ints, Shape, StepTable, TableLayout
 from service.models.attention import Rows
 
 
@@ -55,9 +55,14 @@ class BatchBuilder:
         # One contiguous copy, then a strided one on the device: a strided copy from the host would block.
         tables = self._ints[self._layout.starts["block_tables"] : size].view(num_tables, width)
         self._tables[:num_tables, :width] = tables
-        return self.view(len(table.token_ids), len(table.context_lens), len(table.sample_index), table.max_query_len)
+        return self.view(
+            num_tokens=len(table.token_ids),
+            num_requests=len(table.context_lens),
+            num_samples=len(table.sample_index),
+            is_decode=table.is_decode,
+        )
 
-    def view(self, num_tokens: int, num_requests: int, num_samples: int, max_query_len: int) -> Batch:
+    def view(self, *, num_tokens: int, num_requests: int, num_samples: int, is_decode: bool) -> Batch:
         """View the buffers as a step of these sizes, without writing to them."""
         starts = self._layout.starts
 
@@ -70,7 +75,7 @@ class BatchBuilder:
             query_starts=column("query_starts", num_requests + 1),
             context_lens=column("context_lens", num_requests),
             block_tables=self._tables[:num_requests],
-            max_query_len=max_query_len,
+            is_decode=is_decode,
         )
         return Batch(
             token_ids=column("token_ids", num_tokens),
@@ -80,19 +85,24 @@ class BatchBuilder:
             sample_rows=column("sample_rows", num_samples),
         )
 
-    def blank(self, num_requests: int, query_len: int = 1) -> Batch:
-        """A step of padding only, for warm-up and capture: it writes nothing to the cache and samples nothing.
+    def blank(self, shape: Shape, query_len: int) -> Batch:
+        """A step of padding only, for warm-up and capture: it writes no key, and nobody reads its samples.
 
-        Each request reads query_len keys of block 0, whose content is arbitrary.
+        Its token rows are shared out to the requests, query_len to each until none is left. Each request reads as many
+        keys of block 0, whose content is arbitrary.
         """
-        num_tokens = num_requests * query_len
-        batch = self.view(num_tokens, num_requests, 0, query_len)
-        steps = torch.arange(max(query_len, num_requests + 1), dtype=torch.int32, device=self._ints.device)
+        num_tokens, num_requests = shape.num_tokens, shape.num_requests
+        batch = self.view(
+            num_tokens=num_tokens, num_requests=num_requests, num_samples=num_requests, is_decode=shape.is_decode
+        )
+        steps = torch.arange(max(num_tokens, num_requests + 1), dtype=torch.int32, device=self._ints.device)
         batch.token_ids.zero_()
         batch.from_row.fill_(-1)
-        batch.rows.positions.view(num_requests, query_len)[:] = steps[:query_len]
+        batch.rows.positions[:] = steps[:num_tokens] % query_len
         batch.rows.slots.fill_(-1)
-        batch.rows.query_starts[:] = steps[: num_requests + 1] * query_len
-        batch.rows.context_lens.fill_(query_len)
+        batch.rows.query_starts[:] = (steps[: num_requests + 1] * query_len).clamp_(max=num_tokens)
+        batch.rows.context_lens[:] = batch.rows.query_starts.diff()
+        batch.sample_index.zero_()
+        batch.sample_rows.fill_(self._layout.max_requests)
         self._tables.zero_()
         return batch

@@ -1,72 +1,105 @@
-"""Decode steps as CUDA graphs, so that one call launches all kernels of a step."""
+"""Steps as CUDA graphs, so that one call launches all kernels of a step."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from service.engine.device.batch import Batch
 from service.engine.scheduler import Step
+from service.engine.step_table import Shape
 
-GRAPH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-"""Batch sizes of captured decode steps; a batch is padded to the smallest that holds it."""
+DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""Numbers of requests of captured decode steps."""
+
+TOKENS = (
+    *(16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024),
+    *(1280, 1536, 1792, 2048, 2560, 3072, 4096, 5120, 6144, 8192),
+)
+"""Numbers of token rows of captured steps with prompts. From 256 on at most a quarter of a step is padding."""
+
+REQUESTS = (16, 64, 256, 512)
+"""Numbers of requests of captured steps with prompts. An empty request costs programs of the attention kernels that
+only end."""
+
+Output = TypeVar("Output")
 
 
 @dataclass(frozen=True, slots=True)
-class Captured:
-    """A graph and its output, the logits of its requests."""
+class Captured(Generic[Output]):
+    """A graph and what it writes."""
 
     graph: torch.cuda.CUDAGraph
-    logits: Tensor
+    output: Output
 
 
-class DecodeGraphs:
-    """The captured decode steps of a runner, one per bucket; none before `capture` and after `destroy`.
+def shapes_of(max_tokens: int, max_requests: int) -> list[Shape]:
+    """The shapes that hold every step of so many tokens and requests, as far as the buckets reach, smallest first."""
+    decodes = [Shape(count, count, is_decode=True) for count in _up_to(DECODES, max_requests)]
+    requests = _up_to(REQUESTS, max_requests)
+    mixed = {Shape(tokens, min(tokens, count)) for tokens in _up_to(TOKENS, max_tokens) for count in requests}
+    return decodes + sorted(mixed)
+
+
+def _up_to(buckets: tuple[int, ...], largest: int) -> list[int]:
+    """The buckets below largest, and largest itself unless it is beyond all of them."""
+    below = [bucket for bucket in buckets if bucket < largest]
+    return [*below, largest] if largest <= buckets[-1] else below
+
+
+class StepGraphs(Generic[Output]):
+    """The captured steps of a runner, one per shape; none before `capture` and after `destroy`.
 
     Args:
-        max_requests: most requests of a step; larger buckets are left out.
+        max_tokens, max_requests: the largest step.
     """
 
-    def __init__(self, max_requests: int) -> None:
-        self.buckets = [bucket for bucket in GRAPH_BUCKETS if bucket <= max_requests]
-        self._captured: dict[int, Captured] = {}
+    def __init__(self, max_tokens: int, max_requests: int) -> None:
+        self.shapes = shapes_of(max_tokens, max_requests)
+        self._decodes = [shape for shape in self.shapes if shape.is_decode]
+        self._mixed = [shape for shape in self.shapes if not shape.is_decode]
+        self._captured: dict[Shape, Captured[Output]] = {}
 
-    def bucket_of(self, step: Step) -> int | None:
-        """The number of requests to pad the step to, or None if no graph can run it."""
-        if not self._captured or not step.is_decode:
+    def shape_of(self, step: Step) -> Shape | None:
+        """The smallest shape that holds the step, or None if no graph can run it."""
+        if not self._captured:
             return None
-        place = bisect_left(self.buckets, len(step.chunks))
-        return self.buckets[place] if place < len(self.buckets) else None
+        num_requests = len(step.chunks)
+        if step.is_decode:
+            place = bisect_left(self._decodes, num_requests, key=lambda shape: shape.num_requests)
+            return self._decodes[place] if place < len(self._decodes) else None
+        place = bisect_left(self._mixed, step.num_tokens, key=lambda shape: shape.num_tokens)
+        return next((shape for shape in self._mixed[place:] if shape.num_requests >= num_requests), None)
 
-    def capture(self, blank: Callable[[int], Batch], forward: Callable[[Batch], Tensor]) -> Iterator[int]:
-        """Capture a step of every bucket, yielding each bucket when done. The graphs are used once all are captured.
+    def capture(self, blank: Callable[[Shape], Batch], forward: Callable[[Batch], Output]) -> Iterator[Shape]:
+        """Capture a step of every shape, yielding each when done. The graphs are used once all are captured.
 
         Args:
-            blank: returns a step of so many requests, in the same buffers as later steps of that size.
-            forward: returns the logits of a step's requests; this call is captured.
+            blank: returns a step of a shape, in the same buffers as later steps of that shape.
+            forward: runs a step; this call is captured. What it returns must not be memory of the capture itself.
         """
         pool = torch.cuda.graph_pool_handle()
         captured = {}
         # Largest first, so that the smaller graphs reuse the memory of the largest.
-        for bucket in reversed(self.buckets):
-            batch = blank(bucket)
+        for shape in sorted(self.shapes, reverse=True):
+            batch = blank(shape)
             graph = torch.cuda.CUDAGraph()
             # The default mode forbids other threads to wait for their events meanwhile, as other engines do.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = forward(batch)
-            captured[bucket] = Captured(graph, logits)
-            yield bucket
+                output = forward(batch)
+            captured[shape] = Captured(graph, output)
+            yield shape
         self._captured = captured
 
-    def replay(self, bucket: int) -> Tensor:
-        """Launch the step in the buffers. Returns logits [bucket, V], valid until the next replay of any bucket."""
-        captured = self._captured[bucket]
+    def replay(self, shape: Shape) -> Output:
+        """Launch the step in the buffers. What it returns is valid until the next replay of any shape."""
+        captured = self._captured[shape]
         captured.graph.replay()
-        return captured.logits
+        return captured.output
 
     def destroy(self) -> None:
         """Free the graphs' memory; none of them may be running. Idempotent."""

@@ -1,6 +1,7 @@
 """Runs a step on the device: inputs, forward pass, sampling.
 
-Only `Sampled.read` waits for the device, and the forward pass of a decoder with experts (`can_be_captured` is False).
+On a GPU a step is padded to a shape that has been captured, prompts and all, and launched as one graph. Only
+`Sampled.read` waits for the device, and the forward pass of a decoder with experts (`can_be_captured` is False).
 """
 
 from __future__ import annotations
@@ -9,25 +10,40 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from kernels.tiles import BUCKETS
 from service.engine.device.batch import Batch, BatchBuilder
-from service.engine.device.graphs import DecodeGraphs
+from service.engine.device.graphs import DECODES, StepGraphs
 from service.engine.device.prompt_logprobs import Scores, score_prompts
-from service.engine.device.sampler import Choice, Fault, sample
+from service.engine.device.sampler import Choice, Fault, greedy, sample
 from service.engine.device.sampling import SamplingBuilder
 from service.engine.device.staging import Staging
 from service.engine.messages import Logprob
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step, StepResults
-from service.engine.step_table import StepTableBuilder, TableLayout
+from service.engine.step_table import Shape, StepTableBuilder, TableLayout
 from service.errors import EngineFailed
 from service.models.attention import KVCache
 from service.models.decoder import Decoder
+
+TIMED_REPLAYS = 2
+"""The last of them is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What the forward pass of a step yields, padding included.
+
+    hidden: [T, hidden_size].   logits: [S, V] float32.
+    likeliest: the likeliest tokens of all rows, computed and kept for the next step by a captured step only.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    likeliest: Choice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +120,7 @@ class Runner:
         decoder: the model.
         num_blocks, block_size: size of the KV cache.
         max_requests, max_tokens: the largest step.
-        use_graphs: let `warm_up` capture decode steps in CUDA graphs.
+        use_graphs: let `warm_up` capture steps in CUDA graphs.
         caches: KV caches to take over from the runner that this one replaces; None allocates new ones.
     """
 
@@ -131,10 +147,14 @@ class Runner:
         self._tables = StepTableBuilder(layout, block_size)
         self._batches = BatchBuilder(layout, self.device)
         self.caches = decoder.new_caches(num_blocks, block_size) if caches is None else caches
-        self._graphs = DecodeGraphs(max_requests)
+        self._graphs = StepGraphs[Forward](max_tokens, max_requests)
+        self._kept: Forward | None = None
+        self.step_times_s: dict[Shape, float] = {}
+        """What the device takes for a step of each captured shape; empty without graphs."""
         self._sampling = SamplingBuilder(max_requests, self.device)
         self._score_staging = Staging(self.device)
-        self._last_ids = torch.zeros(max_requests, dtype=torch.int64, device=self.device)
+        # The last row takes what padding samples.
+        self._last_ids = torch.zeros(max_requests + 1, dtype=torch.int64, device=self.device)
         self._seen: Tensor | None = None
         self._seen_owner: list[tuple[Request | None, int]] = [(None, 0)] * max_requests
 
@@ -148,22 +168,17 @@ class Runner:
 
         Of the earlier steps, only the last may still be unread: see `Staging`.
         """
-        bucket = self._graphs.bucket_of(step)
-        table = self._tables.build(step, self._batches.numbers(), bucket)
+        shape = self._graphs.shape_of(step)
+        table = self._tables.build(step, self._batches.numbers(), shape)
         batch = self._batches.build(table)
+        forward = self._graphs.replay(shape) if shape else self._forward(batch)
         chunks = [chunk for chunk in step.chunks if chunk.samples]
-        if bucket:
-            hidden, logits = None, self._graphs.replay(bucket)[: len(chunks)]
-        else:
-            hidden = self._hidden(batch)
-            logits = self._logits(hidden, batch)
-        choice = self._sample(logits, batch, chunks)
-        # A decode step scores no prompt token: what follows a prompt's last token is generated.
-        scores = None if hidden is None else score_prompts(self.decoder, hidden, step.chunks, self._score_staging)
+        choice = self._choose(forward, batch, chunks)
+        scores = score_prompts(self.decoder, forward.hidden, step.chunks, self._score_staging)
         return self._send(choice, scores, chunks)
 
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile every kernel that a request can need, and capture the decode steps."""
+        """Compile every kernel that a request can need, and capture the steps."""
         for done, total in self.warming():
             if on_progress:
                 on_progress(done, total)
@@ -173,45 +188,90 @@ class Runner:
         """`warm_up` as an iterator over (done, total), so that another runner's steps can run in between."""
         if not self.is_async:
             return
-        longest = min(self.max_tokens, self.decoder.config.max_model_len)
-        buckets = self._graphs.buckets
-        shapes = [(bucket, 1) for bucket in buckets]
-        shapes += [(1, length) for length in sorted({min(length, longest) for length in (2, 4, 8, *BUCKETS)})]
-        total = len(shapes) + (len(buckets) if self.use_graphs else 0)
-        for done, (num_requests, query_len) in enumerate(shapes, 1):
-            self._forward(self._batches.blank(num_requests, query_len), is_decode=query_len == 1)
+        longest = self._longest
+        decodes = [Shape(count, count, is_decode=True) for count in DECODES if count <= self.max_requests]
+        prompts = [Shape(length, 1) for length in sorted({min(length, longest) for length in (2, 4, 8, *BUCKETS)})]
+        total = len(decodes + prompts) + (len(self._graphs.shapes) if self.use_graphs else 0)
+        for done, shape in enumerate(decodes + prompts, 1):
+            self._forward(self._blank(shape))
             torch.cuda.synchronize()
             yield done, total
         if self.use_graphs:
-            captured = self._graphs.capture(self._batches.blank, partial(self._forward, is_decode=True))
-            for done, _ in enumerate(captured, len(shapes) + 1):
+            self._kept = self._allocate()
+            captured = self._graphs.capture(self._blank, self._captured)
+            for done, _ in enumerate(captured, len(decodes + prompts) + 1):
                 yield done, total
-            torch.cuda.synchronize()
+            self.step_times_s = {shape: self._timed(shape) for shape in self._graphs.shapes}
 
     def close(self) -> None:
         """Destroy the captured graphs; none may be running. The caches stay valid for another runner."""
         self._graphs.destroy()
 
-    def _forward(self, batch: Batch, is_decode: bool = False) -> Tensor:
-        """Logits of the sampling rows; in a decode step those are all rows, in order."""
+    def _allocate(self) -> Forward:
+        """Memory for what captured steps yield: the largest step's, shared by all."""
+        config, device = self.decoder.config, self.device
+        ids, faults = torch.zeros(2, self.max_requests, dtype=torch.int64, device=device)
+        return Forward(
+            torch.zeros(self.max_tokens, config.hidden_size, dtype=self.decoder.dtype, device=device),
+            torch.zeros(self.max_requests, config.vocab_size, dtype=torch.float32, device=device),
+            Choice(ids, faults),
+        )
+
+    @property
+    def _longest(self) -> int:
+        """Most token rows of one request in a step."""
+        return min(self.max_tokens, self.decoder.config.max_model_len)
+
+    def _blank(self, shape: Shape) -> Batch:
+        """A step of a shape, all of it one prompt if it fits the model's context; for a decode, requests of one key."""
+        return self._batches.blank(shape, 1 if shape.is_decode else min(shape.num_tokens, self._longest))
+
+    def _timed(self, shape: Shape) -> float:
+        """Seconds that the device takes for a captured step of a shape, with nothing before it in the cache."""
+        self._blank(shape)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        for _ in range(TIMED_REPLAYS):
+            begin.record()
+            self._graphs.replay(shape)
+            end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+    def _captured(self, batch: Batch) -> Forward:
+        """A step for a graph: `_forward` into memory of its own, and the likeliest tokens."""
+        assert self._kept is not None
+        assert self._kept.likeliest is not None
+        num_samples = len(batch.sample_index)
+        hidden = self._kept.hidden[: len(batch.token_ids)].copy_(self._hidden(batch))
+        logits = self._logits(hidden, batch, self._kept.logits[:num_samples])
+        found, kept = greedy(logits), self._kept.likeliest
+        likeliest = Choice(kept.ids[:num_samples].copy_(found.ids), kept.faults[:num_samples].copy_(found.faults))
+        self._last_ids[batch.sample_rows.long()] = likeliest.ids
+        return Forward(hidden, logits, likeliest)
+
+    def _forward(self, batch: Batch) -> Forward:
         hidden = self._hidden(batch)
-        return self.decoder.logits(hidden) if is_decode else self._logits(hidden, batch)
+        return Forward(hidden, self._logits(hidden, batch))
 
     def _hidden(self, batch: Batch) -> Tensor:
         last = self._last_ids[batch.from_row.clamp(min=0)]
         token_ids = torch.where(batch.from_row >= 0, last, batch.token_ids)
         return self.decoder(token_ids, batch.rows, self.caches)
 
-    def _logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        if len(batch.sample_index) < len(hidden):
-            hidden = hidden.index_select(0, batch.sample_index)
-        return self.decoder.logits(hidden)
+    def _logits(self, hidden: Tensor, batch: Batch, out: Tensor | None = None) -> Tensor:
+        """Logits of the sampling rows; in a decode step those are all rows, in order."""
+        is_all = batch.rows.is_decode and len(batch.sample_index) == len(hidden)
+        return self.decoder.logits(hidden if is_all else hidden.index_select(0, batch.sample_index), out)
 
-    def _sample(self, logits: Tensor, batch: Batch, chunks: list[Chunk]) -> Choice:
-        sampling = self._sampling.build(chunks)
-        rows = batch.sample_rows.long()
+    def _choose(self, forward: Forward, batch: Batch, chunks: list[Chunk]) -> Choice:
+        """The next token of each chunk, which its request's row keeps for the next step."""
+        sampling, num_samples = self._sampling.build(chunks), len(chunks)
+        if sampling.is_greedy and forward.likeliest is not None and self._seen is None:
+            likeliest = forward.likeliest
+            return Choice(likeliest.ids[:num_samples], likeliest.faults[:num_samples])
+        rows = batch.sample_rows[:num_samples].long()
         seen = self._seen_rows(chunks, rows) if sampling.is_penalized else None
-        choice = sample(logits, sampling, seen)
+        choice = sample(forward.logits[:num_samples], sampling, seen)
         self._last_ids[rows] = choice.ids
         if self._seen is not None:
             self._seen[rows, choice.ids] = True

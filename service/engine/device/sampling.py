@@ -53,6 +53,11 @@ class SamplingBatch:
     num_top_logprobs: int | None
     constraint: TokenMask | None
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every row takes its likeliest token, and nothing but the token is asked for."""
+        return self.params is None and self.num_top_logprobs is None and self.constraint is None
+
 
 class SamplingBuilder:
     """Collects the sampling parameters of steps of at most max_requests rows."""

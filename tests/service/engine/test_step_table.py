@@ -10,7 +10,7 @@ import pytest
 
 from service.engine.api import FinishReason
 from service.engine.scheduler import Scheduler, Step, StepResults
-from service.engine.step_table import StepTable, StepTableBuilder, TableLayout
+from service.engine.step_table import Shape, StepTable, StepTableBuilder, TableLayout
 from tests.support.requests import new_request
 
 BLOCK_SIZE = 4
@@ -28,7 +28,7 @@ COLUMNS = (
 )
 
 
-def expected_columns(step: Step, bucket: int | None = None) -> dict[str, list[int]]:
+def expected_columns(step: Step, shape: Shape | None = None) -> dict[str, list[int]]:
     """Token by token."""
     columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
     columns["query_starts"].append(0)
@@ -45,10 +45,14 @@ def expected_columns(step: Step, bucket: int | None = None) -> dict[str, list[in
         if chunk.samples:
             columns["sample_index"].append(len(columns["token_ids"]) - 1)
             columns["sample_rows"].append(request.row)
-    for _ in range(len(step.chunks), bucket or 0):
-        for name, value in {"token_ids": 0, "from_row": -1, "positions": 0, "slots": -1, "context_lens": 0}.items():
-            columns[name].append(value)
-        columns["query_starts"].append(len(step.chunks))
+    if shape is not None:
+        per_token = {"token_ids": 0, "from_row": -1, "positions": 0, "slots": -1}
+        per_request = {"context_lens": 0, "sample_index": 0, "sample_rows": MAX_REQUESTS}
+        for name, value in per_token.items():
+            columns[name] += [value] * (shape.num_tokens - step.num_tokens)
+        for name, value in per_request.items():
+            columns[name] += [value] * (shape.num_requests - len(columns[name]))
+        columns["query_starts"] += [step.num_tokens] * (shape.num_requests - len(step.chunks))
     return columns
 
 
@@ -56,10 +60,10 @@ def poisoned() -> npt.NDArray[np.int32]:
     return np.full(LAYOUT.size, -77, dtype=np.int32)
 
 
-def check(step: Step, table: StepTable, bucket: int | None = None) -> None:
-    for name, values in expected_columns(step, bucket).items():
+def check(step: Step, table: StepTable, shape: Shape | None = None) -> None:
+    for name, values in expected_columns(step, shape).items():
         assert getattr(table, name).tolist() == values, name
-    assert table.max_query_len == max(chunk.length for chunk in step.chunks)
+    assert table.is_decode == (shape.is_decode if shape else all(chunk.length == 1 for chunk in step.chunks))
     owned = [chunk.request.blocks for chunk in step.chunks]
     assert table.block_tables.shape == (len(owned), max(map(len, owned)))
     for row, blocks in zip(table.block_tables.tolist(), owned, strict=True):
@@ -102,9 +106,12 @@ def test_random_steps(num_blocks: int, num_in_flight: int) -> None:
             step = plan.schedule(0.0)
             if step is not None:
                 kinds.add((step.is_decode, len({chunk.length for chunk in step.chunks}) > 1))
-                buckets = [None, len(step.chunks), MAX_REQUESTS] if step.is_decode else [None]
-                for bucket in buckets:
-                    check(step, builder.build(step, poisoned(), bucket), bucket)
+                num_requests = len(step.chunks)
+                shapes = [None, Shape(step.num_tokens, num_requests), Shape(MAX_TOKENS, MAX_REQUESTS)]
+                if step.is_decode:
+                    shapes += [Shape(count, count, is_decode=True) for count in (num_requests, MAX_REQUESTS)]
+                for shape in shapes:
+                    check(step, builder.build(step, poisoned(), shape), shape)
                 in_flight.append(step)
             if in_flight and (len(in_flight) > num_in_flight or step is None):
                 commit(plan, in_flight.pop(0), rng)

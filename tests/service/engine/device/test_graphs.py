@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
 
-from service.engine.device.graphs import DecodeGraphs
+from service.engine.device.graphs import StepGraphs, shapes_of
 from service.engine.scheduler import Chunk, Step
+from service.engine.step_table import Shape
 from tests.support.requests import new_request
 
 
@@ -46,51 +46,80 @@ def decodes(count: int, length: int = 1, samples: bool = True) -> Step:
     return Step([Chunk(new_request(str(i), 4), 4, length, samples, 1) for i in range(count)])
 
 
-def captured(graphs: DecodeGraphs, log: list[str]) -> list[int]:
-    """Captures with logits that hold their bucket."""
+def decode(count: int) -> Shape:
+    return Shape(count, count, is_decode=True)
 
-    def blank(bucket: int) -> int:
-        log.append(f"blank {bucket}")
-        return bucket
 
-    def forward(bucket: int) -> Tensor:
-        return torch.full((bucket, 3), bucket)
+def captured(graphs: StepGraphs[Shape], log: list[str]) -> list[Shape]:
+    """Captures with each shape as its own output."""
 
-    return list(graphs.capture(blank, forward))  # type: ignore[arg-type]  # a batch is told by its size alone
+    def blank(shape: Shape) -> Shape:
+        log.append(f"blank {shape.num_tokens}")
+        return shape
+
+    return list(graphs.capture(blank, lambda batch: batch))  # type: ignore[arg-type,return-value]
+
+
+def test_shapes_reach_the_largest_step_and_no_further() -> None:
+    assert shapes_of(40, 20) == [
+        *map(decode, (1, 2, 4, 8, 16, 20)),
+        *(Shape(16, 16), Shape(32, 16), Shape(32, 20), Shape(40, 16), Shape(40, 20)),
+    ]
+    largest = shapes_of(1 << 17, 4096)
+    assert max(shape for shape in largest if shape.is_decode) == decode(512)
+    assert max(shape for shape in largest if not shape.is_decode) == Shape(8192, 512)
+
+
+def test_every_step_within_the_limits_has_a_shape_that_holds_it(log: list[str]) -> None:
+    graphs = StepGraphs[Shape](700, 70)
+    captured(graphs, log)
+    for num_requests in range(1, 71):
+        assert graphs.shape_of(decodes(num_requests)) in graphs.shapes
+        for num_tokens in range(max(2, num_requests), 701):
+            chunks = decodes(num_requests - 1).chunks
+            chunks.append(Chunk(new_request("p", 800), 0, num_tokens - len(chunks), False, 0))
+            shape = graphs.shape_of(Step(chunks))
+            assert shape is not None
+            assert not shape.is_decode
+            assert num_tokens <= shape.num_tokens <= max(16, 2 * num_tokens)
+            assert shape.num_requests >= num_requests
 
 
 def test_the_smallest_graph_that_holds_a_step_runs_it(log: list[str]) -> None:
-    graphs = DecodeGraphs(20)
-    assert graphs.bucket_of(decodes(1)) is None
-    assert captured(graphs, log) == [16, 8, 4, 2, 1], "the largest first"
-    assert log[:6] == ["blank 16", "begin", "end", "blank 8", "begin", "end"], "a blank step is made before a capture"
-    assert [graphs.bucket_of(decodes(n)) for n in (1, 2, 3, 4, 5, 9, 16, 17, 20)] == [
-        1, 2, 4, 4, 8, 16, 16, None, None
-    ]  # fmt: skip
-    assert graphs.bucket_of(decodes(3, length=2)) is None
-    assert graphs.bucket_of(decodes(3, samples=False)) is None
+    graphs = StepGraphs[Shape](20, 20)
+    assert graphs.shape_of(decodes(1)) is None
+    assert captured(graphs, log) == sorted(graphs.shapes, reverse=True), "the largest first"
+    assert log[:3] == ["blank 20", "begin", "end"], "a blank step is made before a capture"
+    assert [graphs.shape_of(decodes(n)) for n in (1, 2, 3, 5, 9, 17, 20)] == [
+        decode(n) for n in (1, 2, 4, 8, 16, 20, 20)
+    ]
+    assert graphs.shape_of(decodes(21)) is None
+    assert graphs.shape_of(decodes(3, length=2)) == Shape(16, 16)
+    assert graphs.shape_of(decodes(3, samples=False)) == Shape(16, 16), "one row that samples nothing is no decode"
+    assert graphs.shape_of(decodes(17, samples=False)) == Shape(20, 20)
+    assert graphs.shape_of(decodes(3, length=7)) is None, "more tokens than any shape"
 
 
-def test_replay_gives_the_logits_of_its_bucket(log: list[str]) -> None:
-    graphs = DecodeGraphs(8)
+def test_replay_gives_the_output_of_its_shape(log: list[str]) -> None:
+    graphs = StepGraphs[Shape](8, 8)
     captured(graphs, log)
     log.clear()
-    assert graphs.replay(4).tolist() == [[4] * 3] * 4
+    assert graphs.replay(decode(4)) == decode(4)
     assert log == ["replay"]
 
 
 def test_no_graph_is_used_before_all_are_there(log: list[str]) -> None:
-    graphs = DecodeGraphs(4)
-    for _ in graphs.capture(lambda bucket: bucket, torch.zeros):  # type: ignore[arg-type,return-value]  # as in `captured`
-        assert graphs.bucket_of(decodes(4)) is None
-    assert graphs.bucket_of(decodes(4)) == 4
+    graphs = StepGraphs[Shape](4, 4)
+    for _ in graphs.capture(lambda shape: shape, lambda batch: batch):  # type: ignore[arg-type,return-value]
+        assert graphs.shape_of(decodes(4)) is None
+    assert graphs.shape_of(decodes(4)) == decode(4)
 
 
 def test_destroyed_graphs_are_used_no_more(log: list[str]) -> None:
-    graphs = DecodeGraphs(4)
+    graphs = StepGraphs[Shape](4, 4)
     captured(graphs, log)
     log.clear()
     graphs.destroy()
     graphs.destroy()
-    assert log == ["reset"] * 3
-    assert graphs.bucket_of(decodes(1)) is None
+    assert log == ["reset"] * len(graphs.shapes)
+    assert graphs.shape_of(decodes(1)) is None
