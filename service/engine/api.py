@@ -90,6 +90,11 @@ class EngineStats:
     """Entry n counts the steps with n requests."""
     num_restarts: int = 0
     """How often the engine continued after a fault, in the same process or in a new one."""
+    num_graph_steps: int = 0
+    """Steps that one CUDA graph ran; `num_plain_steps` are those whose kernels were launched one by one."""
+    num_plain_steps: int = 0
+    num_padding_tokens: int = 0
+    """Token rows that only filled steps up to the sizes of their graphs."""
 
     @property
     def kv_cache_usage_ratio(self) -> float:

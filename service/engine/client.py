@@ -94,6 +94,9 @@ class EngineClient:
             kv_cache_bytes=gauges.kv_cache_bytes,
             step_batch_sizes=tuple(self._step_batch_sizes),
             num_restarts=before.num_restarts + gauges.num_restarts,
+            num_graph_steps=before.num_graph_steps + gauges.num_graph_steps,
+            num_plain_steps=before.num_plain_steps + gauges.num_plain_steps,
+            num_padding_tokens=before.num_padding_tokens + gauges.num_padding_tokens,
         )
 
     def refuse_if_failed(self) -> None:
@@ -154,6 +157,9 @@ class EngineClient:
         self._before = Gauges(
             num_preemptions=before.num_preemptions + gauges.num_preemptions,
             num_restarts=before.num_restarts + gauges.num_restarts + num_restarts,
+            num_graph_steps=before.num_graph_steps + gauges.num_graph_steps,
+            num_plain_steps=before.num_plain_steps + gauges.num_plain_steps,
+            num_padding_tokens=before.num_padding_tokens + gauges.num_padding_tokens,
         )
         self._gauges = Gauges()
         self._num_sent = len(self._streams)

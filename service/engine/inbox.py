@@ -198,6 +198,9 @@ class Inbox:
             num_restarts,
             weight_bytes,
             kv_cache_bytes,
+            scheduler.num_graph_steps,
+            scheduler.num_plain_steps,
+            scheduler.num_padding_tokens,
         )
 
     def _drop(self, requests: Sequence[Request], fault: Fault) -> None:

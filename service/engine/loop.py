@@ -215,6 +215,9 @@ class EngineLoop:
             kv_cache_bytes=gauges.kv_cache_bytes,
             step_batch_sizes=tuple(self._step_batch_sizes),
             num_restarts=gauges.num_restarts,
+            num_graph_steps=gauges.num_graph_steps,
+            num_plain_steps=gauges.num_plain_steps,
+            num_padding_tokens=gauges.num_padding_tokens,
         )
 
     def news(self) -> News:

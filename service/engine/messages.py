@@ -73,6 +73,9 @@ class Gauges(msgspec.Struct, array_like=True, frozen=True):
     num_restarts: int = 0
     weight_bytes: int = 0
     kv_cache_bytes: int = 0
+    num_graph_steps: int = 0
+    num_plain_steps: int = 0
+    num_padding_tokens: int = 0
 
 
 class Logprob(msgspec.Struct, array_like=True, frozen=True):

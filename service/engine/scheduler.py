@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from service.engine.api import FinishReason
 from service.engine.blocks import BlockPool
 from service.engine.messages import Logprob
+from service.engine.pacing import Pacing
 from service.engine.request import Request
+from service.engine.shapes import Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class StepResults:
     faults: place -> the error that ends its request, whose token id is then meaningless.
     logprobs: place -> the log-probability of its token, if requested.
     scored: requests with the log-probabilities of the prompt tokens that this step scored.
+    shape: the shape that the step was padded to and replayed in; None if its kernels were launched one by one.
+    device_s: seconds that the device took; None where it is not measured.
     """
 
     time_s: float
@@ -66,6 +70,8 @@ class StepResults:
     faults: Mapping[int, Exception] = field(default_factory=dict)
     logprobs: Mapping[int, Logprob] = field(default_factory=dict)
     scored: Sequence[tuple[Request, Sequence[Logprob]]] = ()
+    shape: Shape | None = None
+    device_s: float | None = None
 
 
 class Scheduler:
@@ -79,15 +85,19 @@ class Scheduler:
         max_num_requests: int,
         max_batched_tokens: int,
         eos_ids: frozenset[int] = frozenset(),
+        pacing: Pacing | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self.max_num_requests = max_num_requests
-        self.max_batched_tokens = max_batched_tokens
+        self.pacing = pacing or Pacing(max_batched_tokens)
         self.eos_ids = eos_ids
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.num_graph_steps = 0
+        self.num_plain_steps = 0
+        self.num_padding_tokens = 0
         self.admits_new = True
         """False holds back requests that have not started yet; see `is_drained`."""
         self.admitted: list[Request] = []
@@ -115,10 +125,12 @@ class Scheduler:
         """Plan the next step and advance the requests' lengths as if it had run. None if no request can run."""
         self.admitted = []
         chunks: list[Chunk] = []
-        budget = self.max_batched_tokens
+        decoding = [request for request in self.running if request.num_tokens - request.num_computed == 1]
+        reading = [request for request in self.running if request.num_tokens - request.num_computed > 1]
+        budget = self.pacing.budget(len(decoding))
         is_starved = False
         num_preemptions = self.num_preemptions
-        for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed > 1):
+        for request in decoding + reading:
             if request.row < 0 or request.is_behind or request.num_generated >= request.params.max_tokens:
                 continue  # preempted by this very call, or waiting for its last token to be read
             length = min(request.num_tokens - request.num_computed, budget)
@@ -145,6 +157,7 @@ class Scheduler:
         """
         took: list[tuple[int, Request]] = []
         num_requests, place = len(step.chunks), 0
+        self._count(step, results)
         for request, logprobs in results.scored:
             request.prompt_logprobs += logprobs
         for chunk in step.chunks:
@@ -164,6 +177,15 @@ class Scheduler:
             place += 1
         assert place == len(results.token_ids), f"{place} requests sampled, {len(results.token_ids)} tokens came"
         return took
+
+    def _count(self, step: Step, results: StepResults) -> None:
+        if results.shape is None:
+            self.num_plain_steps += 1
+            return
+        self.num_graph_steps += 1
+        self.num_padding_tokens += results.shape.num_tokens - step.num_tokens
+        if results.device_s is not None:
+            self.pacing.observe(results.shape, results.device_s)
 
     def finish(self, request: Request, reason: FinishReason, now_s: float) -> None:
         """End a running or queued request and free what it holds. Idempotent."""

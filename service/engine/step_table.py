@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step
+from service.engine.shapes import Shape
 
 Ints: TypeAlias = NDArray[np.int32]
 
@@ -18,19 +19,6 @@ PER_TOKEN = ("token_ids", "from_row", "positions", "slots")
 PER_REQUEST = ("context_lens", "sample_index", "sample_rows")
 ALIGNMENT = 4
 """Each column starts at a multiple of this many int32."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Shape:
-    """The sizes that a step is padded to.
-
-    num_tokens, num_requests: token rows and requests, padding included; as many requests sample.
-    is_decode: whether each request has one token row and samples after it, so that num_tokens == num_requests.
-    """
-
-    num_tokens: int
-    num_requests: int
-    is_decode: bool = False
 
 
 class TableLayout:

@@ -21,6 +21,7 @@ INT8_SCHEMES = tuple(name for name, scheme in PRESETS.items() if scheme.is_int8)
 Variant = Literal["w8a8", "fp16"]
 PublicRoute = Literal["page", "docs", "info", "metrics"]
 BASELINE: Variant = "fp16"
+DEFAULT_REQUESTS = 256
 
 
 def _default_cache_dir() -> Path:
@@ -80,13 +81,25 @@ class Settings(BaseSettings):
     max_model_len: Annotated[int | None, Panel("Memory and steps")] = Field(
         None, ge=1, description="Tokens of prompt and answer together; none: what the model was trained for."
     )
-    max_num_requests: int = Field(64, ge=1, le=4096, description="Requests that share a step (rows of the batch).")
+    max_num_requests: int = Field(
+        DEFAULT_REQUESTS,
+        ge=1,
+        le=4096,
+        description="Requests that share a step (rows of the batch); by default no more than max_batched_tokens.",
+    )
     max_batched_tokens: int | None = Field(
         None,
         ge=1,
         le=1 << 17,
-        description="Most tokens computed per step; longer prompts are split. None: 2048 on a GPU, 512 on a CPU, "
+        description="Most tokens computed per step; longer prompts are split. None: 4096 on a GPU, 512 on a CPU, "
         "and no fewer than max_num_requests.",
+    )
+    target_itl_ms: float = Field(
+        25.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest step while answers are being written: prompts are read in pieces that keep within it. "
+        "For steps that run as CUDA graphs, whose times are known.",
     )
     kv_cache: Literal["auto", "float", "int8"] = Field(
         "auto",
@@ -97,7 +110,7 @@ class Settings(BaseSettings):
         None, ge=1, description="Memory of one variant's KV cache; none: derived from the free memory."
     )
     block_size: int = Field(64, ge=1, le=256, description="Tokens per block of the KV cache; a power of two.")
-    cuda_graphs: bool = Field(True, description="Replay decode steps as CUDA graphs; off makes debugging easier.")
+    cuda_graphs: bool = Field(True, description="Replay steps as CUDA graphs; off makes debugging easier.")
     reload_room: bool = Field(
         True,
         description="Keep GPU memory free for a second copy of the w8a8 weights, which a reload needs; "
@@ -268,6 +281,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _refuse_starving_budget(self) -> Self:
+        if self.max_batched_tokens is not None and "max_num_requests" not in self.model_fields_set:
+            # Not by assignment, which would count as a value that the user has set.
+            self.__dict__["max_num_requests"] = min(DEFAULT_REQUESTS, self.max_batched_tokens)
         if self.max_batched_tokens is not None and self.max_batched_tokens < self.max_num_requests:
             raise ValueError(
                 f"max_batched_tokens is {self.max_batched_tokens}, below max_num_requests {self.max_num_requests}: "
@@ -294,13 +310,10 @@ class Settings(BaseSettings):
         return self
 
     def step_tokens(self, device_type: str) -> int:
-        """`max_batched_tokens`, or its default on a device of this type ("cuda" or "cpu").
-
-        An H100 takes 42 ms to launch a step of 16 as of 512 tokens, so prompts in small steps wait for launches.
-        """
+        """`max_batched_tokens`, or its default on a device of this type ("cuda" or "cpu")."""
         if self.max_batched_tokens is not None:
             return self.max_batched_tokens
-        return max(self.max_num_requests, 2048 if device_type == "cuda" else 512)
+        return max(self.max_num_requests, 4096 if device_type == "cuda" else 512)
 
     @property
     def kv(self) -> KVStorage | None:

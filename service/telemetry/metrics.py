@@ -243,13 +243,26 @@ class _EngineCollector(Collector):
         restarts = CounterMetricFamily(
             "ottava_engine_restarts", "Restarts after a fault, in the same process or a new one", labels=["variant"]
         )
+        steps = CounterMetricFamily(
+            "ottava_steps",
+            "Steps by how they were launched: as one graph, or kernel by kernel",
+            labels=["variant", "kind"],
+        )
+        padding = CounterMetricFamily(
+            "ottava_step_padding_tokens", "Token rows that filled steps up to the sizes of graphs", labels=["variant"]
+        )
         batches = HistogramMetricFamily("ottava_step_batch_size", "Requests per step", labels=["variant"])
         for variant, reading in stats.items():
             preemptions.add_metric([variant], reading.num_preemptions)
             restarts.add_metric([variant], reading.num_restarts)
+            steps.add_metric([variant, "graph"], reading.num_graph_steps)
+            steps.add_metric([variant, "plain"], reading.num_plain_steps)
+            padding.add_metric([variant], reading.num_padding_tokens)
             batches.add_metric([variant], *_batch_histogram(reading.step_batch_sizes))
         yield preemptions
         yield restarts
+        yield steps
+        yield padding
         yield batches
         yield from self._of_info()
 

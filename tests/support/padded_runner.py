@@ -10,7 +10,7 @@ import torch
 from service.engine.device.graphs import StepGraphs
 from service.engine.device.runner import Forward, Runner
 from service.engine.device.sampler import Choice
-from service.engine.step_table import Shape
+from service.engine.shapes import Shape
 
 
 class PaddedSteps(StepGraphs[Forward]):

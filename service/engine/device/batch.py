@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from service.engine.device.staging import Staging
-from service.engine.step_table import Ints, Shape, StepTable, TableLayout
+from service.engine.shapes import Shape
+from service.engine.step_table import Ints, StepTable, TableLayout
 from service.models.attention import Rows
 
 

@@ -11,20 +11,7 @@ import torch
 
 from service.engine.device.batch import Batch
 from service.engine.scheduler import Step
-from service.engine.step_table import Shape
-
-DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-"""Numbers of requests of captured decode steps."""
-
-TOKENS = (
-    *(16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024),
-    *(1280, 1536, 1792, 2048, 2560, 3072, 4096, 5120, 6144, 8192),
-)
-"""Numbers of token rows of captured steps with prompts. From 256 on at most a quarter of a step is padding."""
-
-REQUESTS = (16, 64, 256, 512)
-"""Numbers of requests of captured steps with prompts. An empty request costs programs of the attention kernels that
-only end."""
+from service.engine.shapes import Shape, shapes_of
 
 Output = TypeVar("Output")
 
@@ -35,20 +22,6 @@ class Captured(Generic[Output]):
 
     graph: torch.cuda.CUDAGraph
     output: Output
-
-
-def shapes_of(max_tokens: int, max_requests: int) -> list[Shape]:
-    """The shapes that hold every step of so many tokens and requests, as far as the buckets reach, smallest first."""
-    decodes = [Shape(count, count, is_decode=True) for count in _up_to(DECODES, max_requests)]
-    requests = _up_to(REQUESTS, max_requests)
-    mixed = {Shape(tokens, min(tokens, count)) for tokens in _up_to(TOKENS, max_tokens) for count in requests}
-    return decodes + sorted(mixed)
-
-
-def _up_to(buckets: tuple[int, ...], largest: int) -> list[int]:
-    """The buckets below largest, and largest itself unless it is beyond all of them."""
-    below = [bucket for bucket in buckets if bucket < largest]
-    return [*below, largest] if largest <= buckets[-1] else below
 
 
 class StepGraphs(Generic[Output]):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.tiles import BUCKETS
 from service.engine.device.batch import Batch, BatchBuilder
-from service.engine.device.graphs import DECODES, StepGraphs
+from service.engine.device.graphs import StepGraphs
 from service.engine.device.prompt_logprobs import Scores, score_prompts
 from service.engine.device.sampler import Choice, Fault, greedy, sample
 from service.engine.device.sampling import SamplingBuilder
@@ -24,7 +24,8 @@ from service.engine.device.staging import Staging
 from service.engine.messages import Logprob
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step, StepResults
-from service.engine.step_table import Shape, StepTableBuilder, TableLayout
+from service.engine.shapes import DECODES, Shape
+from service.engine.step_table import StepTableBuilder, TableLayout
 from service.errors import EngineFailed
 from service.models.attention import KVCache
 from service.models.decoder import Decoder
@@ -48,12 +49,18 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The sampled tokens and prompt scores of a step, being copied to the host until `ready`."""
+    """The sampled tokens and prompt scores of a step, being copied to the host until `ready`.
+
+    begun, ready: when the device began and ended the step; None on a CPU.
+    shape: the shape in which a graph ran the step, or None.
+    """
 
     choice: Choice
     scores: Scores | None
     chunks: list[Chunk]
-    ready: torch.cuda.Event | None
+    begun: torch.cuda.Event | None = None
+    ready: torch.cuda.Event | None = None
+    shape: Shape | None = None
 
     def read(self) -> StepResults:
         """Wait for the step and return its results."""
@@ -61,7 +68,15 @@ class Sampled:
             self.ready.synchronize()
         time_s = time.perf_counter()
         scored = [] if self.scores is None else self.scores.by_request()
-        return StepResults(time_s, self.choice.ids.tolist(), self._faults(scored), self._logprobs(), scored)
+        return StepResults(
+            time_s,
+            self.choice.ids.tolist(),
+            self._faults(scored),
+            self._logprobs(),
+            scored,
+            self.shape,
+            None if self.begun is None or self.ready is None else self.begun.elapsed_time(self.ready) / 1000,
+        )
 
     def _faults(self, scored: Sequence[tuple[Request, Sequence[Logprob]]]) -> dict[int, EngineFailed]:
         """Place -> error, for each request that the step's numbers have failed."""
@@ -168,6 +183,7 @@ class Runner:
 
         Of the earlier steps, only the last may still be unread: see `Staging`.
         """
+        begun = self._mark()
         shape = self._graphs.shape_of(step)
         table = self._tables.build(step, self._batches.numbers(), shape)
         batch = self._batches.build(table)
@@ -175,7 +191,10 @@ class Runner:
         chunks = [chunk for chunk in step.chunks if chunk.samples]
         choice = self._choose(forward, batch, chunks)
         scores = score_prompts(self.decoder, forward.hidden, step.chunks, self._score_staging)
-        return self._send(choice, scores, chunks)
+        if not self.is_async:
+            return Sampled(choice, scores, chunks, shape=shape)
+        on_host = None if scores is None else scores.to_host()
+        return Sampled(choice.to_host(), on_host, chunks, begun, self._mark(), shape)
 
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every kernel that a request can need, and capture the steps."""
@@ -277,15 +296,13 @@ class Runner:
             self._seen[rows, choice.ids] = True
         return choice
 
-    def _send(self, choice: Choice, scores: Scores | None, chunks: list[Chunk]) -> Sampled:
-        """Launch the copy of the results to the host."""
+    def _mark(self) -> torch.cuda.Event | None:
+        """An event after all that has been launched; None on a CPU."""
         if not self.is_async:
-            return Sampled(choice, scores, chunks, None)
-        on_host = None if scores is None else scores.to_host()
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        sampled = Sampled(choice.to_host(), on_host, chunks, ready)
-        ready.record()
-        return sampled
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def _seen_rows(self, chunks: list[Chunk], rows: Tensor) -> Tensor:
         """[S, V] bool: the tokens in each sampling row's prompt and output. A request new to its row is copied in."""

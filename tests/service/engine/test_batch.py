@@ -9,7 +9,8 @@ import torch
 
 from service.engine.device.batch import BatchBuilder
 from service.engine.scheduler import Scheduler, StepResults
-from service.engine.step_table import Shape, StepTableBuilder, TableLayout
+from service.engine.shapes import Shape
+from service.engine.step_table import StepTableBuilder, TableLayout
 from tests.support.engines import CPU
 from tests.support.requests import new_request
 

@@ -10,7 +10,8 @@ import pytest
 
 from service.engine.api import FinishReason
 from service.engine.scheduler import Scheduler, Step, StepResults
-from service.engine.step_table import Shape, StepTable, StepTableBuilder, TableLayout
+from service.engine.shapes import Shape
+from service.engine.step_table import StepTable, StepTableBuilder, TableLayout
 from tests.support.requests import new_request
 
 BLOCK_SIZE = 4

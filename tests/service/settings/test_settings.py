@@ -97,3 +97,8 @@ def test_steps_are_larger_on_a_gpu_unless_told_otherwise() -> None:
     assert Settings().step_tokens("cuda") > Settings().step_tokens("cpu") >= Settings().max_num_requests
     assert Settings(max_num_requests=4096).step_tokens("cpu") == 4096
     assert Settings(max_batched_tokens=300).step_tokens("cuda") == 300
+
+
+def test_as_many_requests_as_a_small_step_has_tokens() -> None:
+    assert [Settings(max_batched_tokens=tokens).max_num_requests for tokens in (1, 100, 300)] == [1, 100, 256]
+    assert Settings(max_batched_tokens=100, max_num_requests=7).max_num_requests == 7

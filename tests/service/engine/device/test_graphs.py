@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from service.engine.device.graphs import StepGraphs, shapes_of
+from service.engine.device.graphs import StepGraphs
 from service.engine.scheduler import Chunk, Step
-from service.engine.step_table import Shape
+from service.engine.shapes import Shape, shapes_of
 from tests.support.requests import new_request
 
 

@@ -12,7 +12,8 @@ from quant.scheme import PRESETS, Scheme
 from service.engine.api import Progress, SamplingParams, Token
 from service.engine.device.runner import Runner
 from service.engine.scheduler import Step
-from service.engine.step_table import Ints, Shape, StepTable
+from service.engine.shapes import Shape
+from service.engine.step_table import Ints, StepTable
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.random_weights import random_decoder

@@ -1,0 +1,45 @@
+"""The sizes that steps are padded to, so that a step captured once fits many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""Numbers of requests of captured decode steps."""
+
+TOKENS = (
+    *(16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024),
+    *(1280, 1536, 1792, 2048, 2560, 3072, 4096, 5120, 6144, 8192),
+)
+"""Numbers of token rows of captured steps with prompts. From 256 on at most a quarter of a step is padding."""
+
+REQUESTS = (16, 64, 256, 512)
+"""Numbers of requests of captured steps with prompts. An empty request costs programs of the attention kernels that
+only end."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """The sizes that a step is padded to.
+
+    num_tokens, num_requests: token rows and requests, padding included; as many requests sample.
+    is_decode: whether each request has one token row and samples after it, so that num_tokens == num_requests.
+    """
+
+    num_tokens: int
+    num_requests: int
+    is_decode: bool = False
+
+
+def shapes_of(max_tokens: int, max_requests: int) -> list[Shape]:
+    """The shapes that hold every step of so many tokens and requests, as far as the sizes reach, smallest first."""
+    decodes = [Shape(count, count, is_decode=True) for count in _up_to(DECODES, max_requests)]
+    requests = _up_to(REQUESTS, max_requests)
+    mixed = {Shape(tokens, min(tokens, count)) for tokens in _up_to(TOKENS, max_tokens) for count in requests}
+    return decodes + sorted(mixed)
+
+
+def _up_to(sizes: tuple[int, ...], largest: int) -> list[int]:
+    """The sizes below largest, and largest itself unless it is beyond all of them."""
+    below = [size for size in sizes if size < largest]
+    return [*below, largest] if largest <= sizes[-1] else below

@@ -1,0 +1,83 @@
+"""The token budget of a step, from measured times and from those of real steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.engine.pacing import MIN_CHUNK, SLOWEST, Pacing
+from service.engine.scheduler import Scheduler, StepResults
+from service.engine.shapes import Shape
+from tests.support.requests import new_request
+
+TIMES_S = {
+    Shape(4, 4, is_decode=True): 0.004,
+    Shape(128, 16): 0.005,
+    Shape(256, 16): 0.007,
+    Shape(256, 64): 0.009,
+    Shape(512, 64): 0.012,
+    Shape(1024, 64): 0.022,
+}
+
+
+def test_the_largest_step_within_the_target() -> None:
+    for target_s, budget in ((0.005, 128), (0.0089, 128), (0.009, 256), (0.02, 512), (1.0, 1024)):
+        assert Pacing(1024, target_s, TIMES_S).budget(num_decoding=3) == budget
+
+
+@pytest.mark.parametrize("pacing", [Pacing(900, None, TIMES_S), Pacing(900, 0.01), Pacing(900, 0.01, {})])
+def test_without_target_or_times_any_step_may_be_full(pacing: Pacing) -> None:
+    assert pacing.budget(num_decoding=3) == 900
+
+
+def test_while_nobody_decodes_the_step_is_full() -> None:
+    assert Pacing(1024, 0.006, TIMES_S).budget(num_decoding=0) == 1024
+
+
+def test_prompts_go_on_however_tight_the_target() -> None:
+    for num_decoding in (1, 200, 1000):
+        budget = Pacing(1024, 0.001, TIMES_S).budget(num_decoding)
+        assert budget == min(1024, num_decoding + MIN_CHUNK)
+
+
+def test_real_steps_that_take_longer_make_the_next_ones_shorter() -> None:
+    pacing = Pacing(1024, 0.025, TIMES_S)
+    assert pacing.budget(1) == 1024
+    for _ in range(60):
+        pacing.observe(Shape(256, 16), 0.014)
+    assert pacing.budget(1) == 512, "all take twice as long"
+    for _ in range(60):
+        pacing.observe(Shape(256, 16), 0.007)
+    assert pacing.budget(1) == 1024
+    pacing.observe(Shape(256, 16), 60.0)
+    assert pacing._ratio < 1 + SLOWEST / 10, "a step that was held up says little of the next"
+    pacing.observe(Shape(4, 4, is_decode=True), 1.0)
+    pacing.observe(Shape(8192, 16), 1.0)
+    assert pacing._ratio < 1 + SLOWEST / 10, "what was not measured is not compared"
+
+
+def test_a_scheduler_splits_a_prompt_by_it_and_learns() -> None:
+    plan = Scheduler(
+        num_blocks=400,
+        block_size=16,
+        max_num_requests=4,
+        max_batched_tokens=1024,
+        pacing=Pacing(1024, 0.01, TIMES_S),
+    )
+    first = new_request("a", 700, 50)
+    plan.add(first)
+    step = plan.schedule(0.0)
+    assert step is not None
+    assert step.num_tokens == 700, "nobody decodes yet"
+    plan.commit(step, StepResults(0.0, [1], shape=Shape(1024, 64), device_s=0.022))
+    plan.add(new_request("b", 700, 50))
+    lengths = []
+    while first.num_generated < 9:
+        step = plan.schedule(0.0)
+        assert step is not None
+        lengths.append(step.num_tokens)
+        samples = sum(chunk.samples for chunk in step.chunks)
+        plan.commit(step, StepResults(0.0, [1] * samples, shape=Shape(256, 16), device_s=0.014))
+    assert lengths[0] == 256
+    assert min(length for length in lengths if length > 2) < 256, "steps took twice as long as measured"
+    assert (plan.num_graph_steps, plan.num_plain_steps) == (len(lengths) + 1, 0)
+    assert plan.num_padding_tokens == 1024 - 700 + sum(256 - length for length in lengths)
