@@ -1,7 +1,7 @@
 """What a cluster gains and costs: replicas side by side, the gateway in front, a killed replica, a rolling update.
 
     python -m benchmarks.cluster                      a tiny random model on this machine's cores
-    python -m benchmarks.cluster --parts overhead     one part: scaling, overhead, kill or update
+    python -m benchmarks.cluster --parts overhead     one part: scaling, overhead, kill, update or costs
 
 Needs the extra `cluster`. Every part starts `ottava cluster` as a user would. Replicas, gateway, Ray and the clients,
 which are a process of their own, share this machine's cores: with two cores four replicas cannot be faster than two,
@@ -12,6 +12,7 @@ and the figures of one part only compare with those of the same part.
   to show what that way would cost, through a deployment behind Ray's own proxy, whose tokens go through Ray.
 - kill: two replicas under load, one of which gets SIGKILL; time until both are ready again.
 - update: two replicas under load, each replaced by one with another setting.
+- costs: one replica under load, with short and with long answers; CPU time of each process per request and per token.
 
 A request is lost if it ends without an answer, an error or an error event, or with other tokens than in a quiet
 cluster. The last line printed is JSON; the exit code is 1 if a request was lost.
@@ -43,14 +44,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.processes import free_port
+from benchmarks.processes import children, cpu_s, descendants, free_port
 from benchmarks.report import RESULTS, birth_certificate, quantiles, write
 from service.measures import percentile
 
-PARTS = ("scaling", "overhead", "kill", "update")
+PARTS = ("scaling", "overhead", "kill", "update", "costs")
+"""The last one only where it is asked for."""
+
 WAIT_S = 300.0
 POLL_S = 0.1
 TOKENS = 48
+FEW_TOKENS = 4
 PROMPTS = 24
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 SERVES = re.compile(r"pid=(\d+).*replica (\w+) serves at (http://\S+)")
@@ -150,10 +154,12 @@ async def until_ready(cluster: RunningCluster, replicas: int, without: Sequence[
     raise TimeoutError(f"not {replicas} replicas within {WAIT_S:g} s: {cluster.log[-2000:]}")
 
 
-async def ask(session: aiohttp.ClientSession, url: str, prompt: str, stream: bool = True) -> Outcome:
+async def ask(
+    session: aiohttp.ClientSession, url: str, prompt: str, stream: bool = True, tokens: int = TOKENS
+) -> Outcome:
     """One greedy request, and how it ended."""
     outcome = Outcome(prompt, sent_s=time.perf_counter())
-    body = {"prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True, "stream": stream}
+    body = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": stream}
     try:
         async with session.post(f"{url}/generate", json=body) as answer:
             if answer.status != 200:
@@ -193,10 +199,10 @@ async def _read_stream(answer: aiohttp.ClientResponse, outcome: Outcome) -> None
 
 
 @contextlib.asynccontextmanager
-async def load(url: str, streams: int, whole: int = 0) -> AsyncIterator[list[Outcome]]:
+async def load(url: str, streams: int, whole: int = 0, tokens: int = TOKENS) -> AsyncIterator[list[Outcome]]:
     """A closed loop of clients while the context lasts; the list has every request once it has ended.
 
-    streams, whole: clients that ask for streams, and for whole answers.
+    streams, whole: clients that ask for streams, and for whole answers. tokens: of an answer.
     """
     outcomes: list[Outcome] = []
     is_over = asyncio.Event()
@@ -204,7 +210,7 @@ async def load(url: str, streams: int, whole: int = 0) -> AsyncIterator[list[Out
     async def client(number: int, stream: bool) -> None:
         own = random.Random(number)
         while not is_over.is_set():
-            outcomes.append(await ask(session, url, own.choice(prompts()), stream))
+            outcomes.append(await ask(session, url, own.choice(prompts()), stream, tokens))
             if outcomes[-1].kind != OK:
                 await asyncio.sleep(POLL_S)
 
@@ -377,12 +383,51 @@ async def updated(cluster: RunningCluster, streams: int, seconds: float) -> dict
     } | await retries(cluster.url)
 
 
+def costs(model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    with running(model, 1, "--max-num-requests", str(args.streams)) as cluster:
+        spent = [asyncio.run(_spent(cluster, tokens, args)) for tokens in (FEW_TOKENS, TOKENS)]
+    rows = []
+    for role in spent[0]:
+        few, many = (each[role] for each in spent)
+        per_token = (many - few) / (TOKENS - FEW_TOKENS)
+        row = {"part": "costs", "role": role, "streams": args.streams, "ms_per_token": per_token * 1e3}
+        rows.append(row | {"ms_per_request": (few - FEW_TOKENS * per_token) * 1e3})
+    return rows
+
+
+async def _spent(cluster: RunningCluster, tokens: int, args: argparse.Namespace) -> dict[str, float]:
+    """CPU seconds per request of each process, or group of them, with answers of so many tokens."""
+    async with load(cluster.url, args.streams, tokens=tokens) as outcomes:
+        await asyncio.sleep(2.0)
+        roles = _roles(cluster)
+        count, before = len(outcomes), {role: sum(map(cpu_s, pids)) for role, pids in roles.items()}
+        await asyncio.sleep(args.seconds)
+        after = {role: sum(map(cpu_s, pids)) for role, pids in roles.items()}
+        done = len(outcomes) - count
+    assert all(each.kind == OK for each in outcomes), [each.said for each in outcomes if each.said]
+    return {role: (after[role] - before[role]) / done for role in roles}
+
+
+def _roles(cluster: RunningCluster) -> dict[str, list[int]]:
+    """The processes of a cluster with one replica, by what they do."""
+    ((web, _),) = cluster.members().values()
+    all_of_them = descendants(cluster.process.pid)
+    gateways = [pid for pid in all_of_them if ":gateway" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")]
+    assert gateways, "no process is named after the gateway"
+    roles = {"clients": [os.getpid()], "gateway": gateways, "replica": [web], "engine": children(web)}
+    named = {pid for pids in roles.values() for pid in pids}
+    return roles | {"Ray": [pid for pid in all_of_them if pid not in named]}
+
+
 async def retries(url: str) -> dict[str, Any]:
     """The gateway's counters of requests that it sent again."""
     async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as answer:
         text = await answer.text()
     found = re.findall(r'^ottava_cluster_retries_total\{reason="(\w+)"\} (\S+)', text, re.MULTILINE)
     return {"sent_again": {reason: int(float(count)) for reason, count in found}}
+
+
+MEASURES = {"scaling": scaling, "overhead": overhead, "kill": kill, "update": update, "costs": costs}
 
 
 def make_model(folder: Path, layers: int, width: int) -> Path:
@@ -417,7 +462,7 @@ def make_model(folder: Path, layers: int, width: int) -> Path:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1])
     parser.add_argument("--replicas", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=20.0)
@@ -438,12 +483,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", args.layers, args.width)
         for part in args.parts:
-            found = {"scaling": scaling, "overhead": overhead, "kill": kill, "update": update}[part](model, args)
+            found = MEASURES[part](model, args)
             print(*map(json.dumps, found), sep="\n", file=sys.stderr)
             rows += found
     write(args.out, certificate, rows)
     print(json.dumps(rows))
-    return int(any(row["requests"][LOST] for row in rows if isinstance(row["requests"], dict)))
+    return int(any(row["requests"][LOST] for row in rows if isinstance(row.get("requests"), dict)))
 
 
 if __name__ == "__main__":

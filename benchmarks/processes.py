@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -16,7 +17,20 @@ def is_running(pid: int) -> bool:
 
 def children(pid: int) -> list[int]:
     """The processes that a process has started. Raises OSError if there is no such process."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    folders = Path(f"/proc/{pid}/task").iterdir()
+    return [int(word) for folder in folders for word in (folder / "children").read_text(encoding="ascii").split()]
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and theirs. Raises OSError if one of them has ended."""
+    found = children(pid)
+    return found + [each for child in found for each in descendants(child)]
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of all its threads so far. Raises OSError if there is no such process."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def rss_mb(pid: int) -> float:

@@ -56,7 +56,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for batch in args.batches:
         rows += _decode(benches, batch, args)
-    rows += _rates(benches, "prefill", args.prefill_prompts, args.prefill, 1, args.rounds)
+    for prompt_len in args.prefill:
+        rows += _rates(benches, "prefill", args.prefill_prompts, prompt_len, 1, args.rounds)
     if args.burst:
         rows += _rates(benches, "burst", args.burst, args.prompt, args.burst_tokens, 1)
     _add_ratios(rows)
@@ -153,7 +154,7 @@ class Bench:
 
 def _decoder(variant: str, args: argparse.Namespace) -> Decoder:
     device = pick_device("auto")
-    max_model_len = max(args.prompt + max(args.steps, args.burst_tokens) + 16, args.prefill + 16)
+    max_model_len = max(args.prompt + max(args.steps, args.burst_tokens) + 16, max(args.prefill) + 16)
     scheme = PRESETS["fp16" if variant == "fp16" else args.scheme].with_kv(args.kv_cache)
     if args.shape:
         config = ModelConfig.of(SHAPES[args.shape], max_model_len)
@@ -168,10 +169,11 @@ def _decoder(variant: str, args: argparse.Namespace) -> Decoder:
 
 def _add_ratios(rows: list[dict[str, Any]]) -> None:
     """fp16's time over this variant's, wherever the same run measured both."""
-    baseline = {(row["what"], row["batch"]): row["tokens_per_s"] for row in rows if row["variant"] == "fp16"}
+    what = ("what", "batch", "prompt")
+    baseline = {tuple(row[key] for key in what): row["tokens_per_s"] for row in rows if row["variant"] == "fp16"}
     for row in rows:
-        if (row["what"], row["batch"]) in baseline:
-            row["speedup"] = row["tokens_per_s"] / baseline[row["what"], row["batch"]]
+        if (same := tuple(row[key] for key in what)) in baseline:
+            row["speedup"] = row["tokens_per_s"] / baseline[same]
 
 
 def _print_row(row: dict[str, Any]) -> None:
@@ -190,6 +192,10 @@ def _print_table(certificate: dict[str, Any], rows: list[dict[str, Any]]) -> Non
         )
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder or id; default: the demo model")
@@ -198,10 +204,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scheme", default="w8a8", help="preset of the w8a8 variant")
     parser.add_argument("--kv-cache", choices=["float", "int8"], default="float", help="of the w8a8 variant")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16])
+    parser.add_argument("--batches", type=_numbers, default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens of a decode run")
     parser.add_argument("--steps", type=int, default=48, help="decode steps measured")
-    parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of a prefill run")
+    parser.add_argument("--prefill", type=_numbers, default=[512], help="prompt tokens of prefill runs")
     parser.add_argument("--prefill-prompts", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="turns that each variant takes")
     parser.add_argument("--burst", type=int, default=0, help="requests that arrive at once; 0 for none")
