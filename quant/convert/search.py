@@ -325,12 +325,15 @@ def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype) -> float:
     step = max(1, len(inputs.rows) // LIKELY_ROWS)
     rows, weights = inputs.rows[::step], None if inputs.weights is None else inputs.weights[::step]
 
-    def error(share: float) -> float:
-        scale = static_scale(inputs.fitted.absmax.amax().reshape(1) * share, dtype).float()
+    shares = energies.new_tensor(RANGE_SHARES)
+    scales = static_scale(inputs.fitted.absmax.amax().reshape(1) * shares, dtype).float()
+
+    def error(scale: Tensor) -> float:
         off = (rows / scale).round_().clamp_(-CODE_MAX, CODE_MAX).mul_(scale).sub_(rows)
         return float(_weighed(off.square_(), weights).sum(0) @ energies)
 
-    return min(RANGE_SHARES, key=error)
+    errors = [error(scale) for scale in scales]
+    return RANGE_SHARES[errors.index(min(errors))]
 
 
 def _shares_scales(scheme: Scheme) -> bool:
