@@ -23,10 +23,8 @@ from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.host.channel.messages import Open, ToEngine
 from service.host.channel.socket import ThreadEnd
-from service.host.engine_process import run
 from service.host.memory import cache_budget
-from service.host.model_host import nothing_to_reload
-from service.host.server import HostServer
+from service.host.server import HostServer, nothing_to_reload, run
 from service.host.variants import Loaded, start_variant
 from service.models.config import ModelConfig
 from service.models.devices import pick_device, pick_dtype

@@ -11,8 +11,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Processes share the cores already; tiny models gain nothing from more threads.
+    # Processes share the cores already; tiny models gain nothing from more threads, those of child processes included.
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 LONG_FILES = ("test_demo_model.py", "test_paged_attention.py", "test_convert.py")

@@ -29,6 +29,7 @@ from quant.convert.smoothquant import (
     Threshold,
     copied,
     divide,
+    group_columns,
     group_migration,
 )
 from quant.convert.split import SHARES, Split
@@ -167,6 +168,7 @@ class _Trial:
         names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
         self.tensors = {name: state[name] for name in names if name in state}
         self.group = group
+        self.columns = group_columns(self.tensors, group)
         # Other readers of the activation, such as a router, stay float and have no error.
         self.sinks = [sink for sink in group.sinks if sink in inputs]
         self.inputs = {name: inputs[name] for name in (group.source, *self.sinks) if name in inputs}
@@ -192,6 +194,7 @@ class _Trial:
             self.inputs[sink].fitted, Channels.of(self.tensors[f"{sink}.weight"].float()), num_places
         )
         narrower.channels_split.apply(narrower.tensors, self.group)
+        narrower.columns = group_columns(narrower.tensors, self.group)
         narrower.inputs = self.inputs | {name: self.inputs[name].split(narrower.channels_split) for name in self.sinks}
         source = self.group.source
         if source in self.inputs:
@@ -218,7 +221,8 @@ class _Trial:
         changed = dict(self.tensors)
         if strength is None:
             return changed, torch.ones_like(read[self.sinks[0]].absmax)
-        return changed, divide(changed, self.group, group_migration(changed, self.group, read, strength), self.dtype)
+        s = group_migration(changed, self.group, read, strength, self.columns)
+        return changed, divide(changed, self.group, s, self.dtype)
 
     def error(self, strength: Strength | None) -> float:
         """The error on the rows held out, with ranges fitted to the others."""
@@ -230,7 +234,7 @@ class _Trial:
         return error / max(self.energy, TINY)
 
     def _error(self, name: str, weight: Tensor, inputs: Inputs) -> float:
-        return _energy(self._product(weight, inputs) - self.products[name], self.weights[name])
+        return _energy(self._product(weight, inputs).sub_(self.products[name]), self.weights[name])
 
     def _product(self, weight: Tensor, inputs: Inputs) -> Tensor:
         """The int8 product of a Linear on the rows held out, with ranges fitted to the others."""
@@ -272,7 +276,11 @@ def round_nearest(
     codes, scale = quantize_weight(weight, ScaleRule.of(scheme, dtype, ranges.weight))
     if absmax is None or scheme.activation != "static":
         return Int8Tensors(codes, scale, None)
-    return Int8Tensors(codes, scale, static_scale(absmax.amax().reshape(1) * ranges.input, dtype))
+    return Int8Tensors(codes, scale, _input_scale(absmax, ranges.input, dtype))
+
+
+def _input_scale(absmax: Tensor, input_range: float, dtype: torch.dtype) -> Tensor:
+    return static_scale(absmax.amax().reshape(1) * input_range, dtype)
 
 
 def product(int8: Int8Tensors, rows: Tensor, scheme: Scheme) -> Tensor:
@@ -289,17 +297,22 @@ def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dty
         return FULL_RANGES
     wanted = inputs.rows @ weight.T
 
-    def error(weight_range: float, input_range: float) -> float:
-        int8 = round_nearest(weight, inputs.fitted.absmax, scheme, dtype, Ranges(weight_range, input_range))
-        return _energy(product(int8, inputs.rows, scheme) - wanted, inputs.weights)
+    def rounded(weight_range: float, input_range: float) -> Int8Tensors:
+        return round_nearest(weight, inputs.fitted.absmax, scheme, dtype, Ranges(weight_range, input_range))
+
+    def error(int8: Int8Tensors) -> float:
+        return _energy(product(int8, inputs.rows, scheme).sub_(wanted), inputs.weights)
 
     weight_range = input_range = 1.0
     if scheme.activation == "static":
         input_range = likely_range(weight, inputs, dtype)
     if scheme.weight == "tensor":
-        weight_range = min((share for share in RANGE_SHARES if share <= 1), key=lambda share: error(share, input_range))
+        shares = [share for share in RANGE_SHARES if share <= 1]
+        weight_range = min(shares, key=lambda share: error(rounded(share, input_range)))
     if scheme.activation == "static":
-        input_range = min(RANGE_SHARES, key=lambda share: error(weight_range, share))
+        int8 = rounded(weight_range, input_range)
+        scales = {share: _input_scale(inputs.fitted.absmax, share, dtype) for share in RANGE_SHARES}
+        input_range = min(scales, key=lambda share: error(replace(int8, input_scale=scales[share])))
     return Ranges(weight_range, input_range)
 
 
@@ -312,12 +325,15 @@ def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype) -> float:
     step = max(1, len(inputs.rows) // LIKELY_ROWS)
     rows, weights = inputs.rows[::step], None if inputs.weights is None else inputs.weights[::step]
 
-    def error(share: float) -> float:
-        scale = static_scale(inputs.fitted.absmax.amax().reshape(1) * share, dtype).float()
+    shares = energies.new_tensor(RANGE_SHARES)
+    scales = static_scale(inputs.fitted.absmax.amax().reshape(1) * shares, dtype).float()
+
+    def error(scale: Tensor) -> float:
         off = (rows / scale).round_().clamp_(-CODE_MAX, CODE_MAX).mul_(scale).sub_(rows)
         return float(_weighed(off.square_(), weights).sum(0) @ energies)
 
-    return min(RANGE_SHARES, key=error)
+    errors = [error(scale) for scale in scales]
+    return RANGE_SHARES[errors.index(min(errors))]
 
 
 def _shares_scales(scheme: Scheme) -> bool:

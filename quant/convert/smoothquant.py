@@ -165,13 +165,18 @@ def balance(x: Channels, w: Channels, share: float = 1.0) -> Tensor:
 
 
 def group_migration(
-    state: Mapping[str, Tensor], group: SmoothGroup, read: Mapping[str, Channels], strength: Strength
+    state: Mapping[str, Tensor],
+    group: SmoothGroup,
+    read: Mapping[str, Channels],
+    strength: Strength,
+    columns: Channels | None = None,
 ) -> Tensor:
     """The divisor of a group's channels: `migration` over all its sinks and all copies of a channel.
 
     Args:
         state: tensors by checkpoint name.
         read: the input channels of each sink, by name; a sink without them (a float router) reads what the others read.
+        columns: the result of `group_columns`, if known already.
 
     Returns:
         s [N] float32, N the source's channels.
@@ -179,8 +184,18 @@ def group_migration(
     Raises:
         ValueError: a tensor of a sink is missing, no sink has an activation, or widths do not agree.
     """
+    activation = _joined(_read(read, group), group)
+    return migration(activation, group_columns(state, group) if columns is None else columns, strength)
+
+
+def group_columns(state: Mapping[str, Tensor], group: SmoothGroup) -> Channels:
+    """The columns of all weights that read a group's channels, [N].
+
+    Raises:
+        ValueError: a tensor of a sink is missing.
+    """
     weights = [Channels.of(_float_weight(state, sink, group)) for sink in group.sinks]
-    return migration(_joined(_read(read, group), group), _joined(_widest(weights), group), strength)
+    return _joined(_widest(weights), group)
 
 
 def divide(state: dict[str, Tensor], group: SmoothGroup, s: Tensor, norm_dtype: torch.dtype = torch.float32) -> Tensor:

@@ -6,7 +6,6 @@ stays allocated after the web has died.
 
 from __future__ import annotations
 
-import logging
 import signal
 import socket
 import sys
@@ -19,15 +18,10 @@ from service.host.channel.messages import Open, ToEngine
 from service.host.channel.socket import ThreadEnd
 from service.host.machine import quiet_libraries
 from service.host.reloader import open_host
-from service.host.server import HostServer
-from service.process import end_process, settle, start_thread
+from service.host.server import HostServer, run
+from service.process import end_process
 from service.settings import load_settings
 from service.telemetry.logs import configure_logging
-
-STOP_S = 1.0
-"""Time for the current step to end before the process exits anyway."""
-
-logger = logging.getLogger(__name__)
 
 
 def main() -> NoReturn:
@@ -49,29 +43,6 @@ def serve(end: socket.socket) -> NoReturn:
     quiet_libraries()
     server = HostServer(partial(open_host, settings), channel.send)
     run(server, channel)
-
-
-def run(server: HostServer, channel: ThreadEnd[ToEngine]) -> NoReturn:
-    """Open the server's host and serve it until the web sends `Stop` or exits."""
-    start_thread("channel", _read, channel, server)
-    if not server.open():
-        # The web must read why before it reads the end of the stream, so wait for its `Stop`.
-        server.stopped.result()
-        end_process(1)
-    settle()
-    server.stopped.result()
-    server.stop(STOP_S)
-    end_process(0)
-
-
-def _read(channel: ThreadEnd[ToEngine], server: HostServer) -> None:
-    try:
-        channel.read_all(server.receive)
-    except Exception:
-        # Unable to read, the engine would never end its requests; after an exit it is restarted.
-        logger.exception("the engine cannot read the web's messages")
-        end_process(1)
-    end_process(0)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from quant.scheme import PRESETS
-from service.engine.api import HostInfo, Reloaded
+from service.engine.api import HostInfo
 from service.engine.device.device_thread import DeviceThread
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
-from service.errors import InvalidSettings, ReloadFailed, SelfCheckFailed
+from service.errors import InvalidSettings, SelfCheckFailed
 from service.host.machine import device_name, versions
 from service.host.memory import cache_budget
 from service.host.one_token import describe_one_token
 from service.host.self_check import check, check_prompts
+from service.host.server import Reload, nothing_to_reload
 from service.host.variants import Variant, describe, load_variant, start_variant
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
@@ -28,14 +29,6 @@ from service.store.resolve import resolve_model
 from service.store.tokenizer import tokenizer_folder
 from service.text.json.compiler import JsonCompiler
 from service.text.tokenizer import Tokenizer
-
-Reload = Callable[[str | None], Reloaded]
-"""Reloads from a checkpoint folder, or from the present one if None. Blocks until done; raises ReloadFailed."""
-
-
-def nothing_to_reload(_model: str | None) -> Reloaded:
-    """A `Reload` that always fails, for engines without a checkpoint."""
-    raise ReloadFailed("the engines of this server hold no checkpoint that could be reloaded")
 
 
 class ModelHost:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 
@@ -15,7 +15,7 @@ from service.engine.api import HostInfo, Reloaded, Stage
 from service.engine.grammar import Grammars, compiled
 from service.engine.messages import Command, Fault, Finish, News, Sink, Submit, fault_of
 from service.engine.supervision import StepStuck, describe
-from service.errors import OttavaError, StartupError
+from service.errors import OttavaError, ReloadFailed, StartupError
 from service.host.channel.messages import (
     Call,
     EngineFacts,
@@ -28,13 +28,25 @@ from service.host.channel.messages import (
     ToEngine,
     ToWeb,
 )
-from service.process import start_thread
+from service.host.channel.socket import ThreadEnd
+from service.process import end_process, settle, start_thread
 from service.store.progress import Progress
 
 USERS = (StartupError, QuantError, OSError, torch.OutOfMemoryError)
 """Errors of opening that the user can fix; reported in one line without a traceback."""
 
+STOP_S = 1.0
+"""Time for the current step to end before the process exits anyway."""
+
+Reload = Callable[[str | None], Reloaded]
+"""Reloads from a checkpoint folder, or from the present one if None. Blocks until done; raises ReloadFailed."""
+
 logger = logging.getLogger(__name__)
+
+
+def nothing_to_reload(_model: str | None) -> Reloaded:
+    """A `Reload` that always fails, for engines without a checkpoint."""
+    raise ReloadFailed("the engines of this server hold no checkpoint that could be reloaded")
 
 
 class ServedEngine(Protocol):
@@ -68,7 +80,7 @@ class ServedHost(Protocol):
     def grammars(self) -> Grammars | None: ...
 
     @property
-    def reload(self) -> Callable[[str | None], Reloaded]: ...
+    def reload(self) -> Reload: ...
 
     def info(self) -> HostInfo: ...
 
@@ -165,3 +177,26 @@ def _done(host: ServedHost, call: Call) -> Returned:
         return Returned(call.number, reloaded=reloaded, info=host.info())
     compiled(host.grammars, call.argument or "")
     return Returned(call.number)
+
+
+def run(server: HostServer, channel: ThreadEnd[ToEngine]) -> NoReturn:
+    """Open the server's host and serve it until the web sends `Stop` or exits."""
+    start_thread("channel", _read, channel, server)
+    if not server.open():
+        # The web must read why before it reads the end of the stream, so wait for its `Stop`.
+        server.stopped.result()
+        end_process(1)
+    settle()
+    server.stopped.result()
+    server.stop(STOP_S)
+    end_process(0)
+
+
+def _read(channel: ThreadEnd[ToEngine], server: HostServer) -> None:
+    try:
+        channel.read_all(server.receive)
+    except Exception:
+        # Unable to read, the engine would never end its requests; after an exit it is restarted.
+        logger.exception("the engine cannot read the web's messages")
+        end_process(1)
+    end_process(0)

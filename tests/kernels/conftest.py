@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from kernels import gemm
+from tests.support.interpreter import patch_once_per_launch
 from tests.support.places import PLACES, POISON, TILES, Place
+
+if not torch.cuda.is_available():
+    patch_once_per_launch()
 
 
 def _name(place: Place) -> str:

@@ -16,8 +16,9 @@ settings.load_profile("quant")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    """A tiny model gains nothing from a second thread, which spins on a core that other tests could use."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

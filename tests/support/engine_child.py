@@ -22,8 +22,7 @@ from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
 from service.host.channel.messages import Open, ToEngine
 from service.host.channel.socket import ThreadEnd
-from service.host.engine_process import run
-from service.host.server import HostServer
+from service.host.server import HostServer, run
 from service.settings import load_settings
 from service.store.progress import Progress
 from tests.support.fake_engine import FakeHost

@@ -17,8 +17,7 @@ from service.engine.client import EngineClient
 from service.engine.grammar import Grammar, Grammars
 from service.engine.messages import Command, Ended, Fault, Gauges, Logprob, News, Scored, Sink, Submit, fault_of
 from service.errors import EngineFailed
-from service.host.model_host import nothing_to_reload
-from service.host.server import ServedEngine
+from service.host.server import ServedEngine, nothing_to_reload
 
 EOS = 0
 NUM_BLOCKS = 100

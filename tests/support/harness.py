@@ -24,8 +24,7 @@ from service.host.channel.client import HostClient, Link
 from service.host.channel.messages import ToEngine, ToWeb
 from service.host.channel.socket import LoopEnd, ThreadEnd, pair
 from service.host.limits import fault_limits
-from service.host.model_host import nothing_to_reload
-from service.host.server import HostServer, ServedHost
+from service.host.server import HostServer, ServedHost, nothing_to_reload
 from service.process import start_thread
 from service.settings import Settings
 from service.text.protocols import TokenizerLike

@@ -15,8 +15,7 @@ from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
 from service.host.channel.client import Link
-from service.host.model_host import Reload, nothing_to_reload
-from service.host.server import ServedHost
+from service.host.server import Reload, ServedHost, nothing_to_reload
 from service.settings import Settings
 from service.web.server import Server
 from tests.support.harness import DEADLINE_S, ThreadLink, app_of, until

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,17 @@ def convert(
     quantize_checkpoint(source, out, how, **said)
 
 
+@pytest.fixture(scope="module")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny model in a scheme, by name, converted without interruption; each made once."""
+
+    @cache
+    def get(name: str) -> Path:
+        return tiny.quantize(tmp_path_factory.mktemp("whole") / name, PRESETS[name])
+
+    return get
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -254,17 +266,17 @@ def interrupt_layer_1(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("name", ["w8a8", "rtn-token", "zeroquant-lkd"])
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tiny: Tiny, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    whole = tiny.quantize(tmp_path / "whole", PRESETS[name])
+    uninterrupted = files_of(whole(name))
     begun = interrupt_layer_1(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tiny.quantize(tmp_path / "out", PRESETS[name])
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.part", "whole"]
+    assert [path.name for path in tmp_path.iterdir()] == [".out.part"]
     out = tiny.quantize(tmp_path / "out", PRESETS[name])
     assert begun == [0, 1, 1]  # layer 0 was kept
-    assert files_of(out) == files_of(whole)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert files_of(out) == uninterrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_layers_of_another_scheme_are_not_taken_over(
@@ -277,8 +289,10 @@ def test_layers_of_another_scheme_are_not_taken_over(
     assert begun == [0, 1, 0, 1]
 
 
-def test_large_models_are_sharded(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tiny.quantize(tmp_path / "whole", PRESETS["w8a8"])
+def test_large_models_are_sharded(
+    tiny: Tiny, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_one_file = whole("w8a8")
     monkeypatch.setattr(safetensors_files.ShardWriter.__init__, "__defaults__", (30_000,))
     sharded = tiny.quantize(tmp_path / "sharded", PRESETS["w8a8"])
     files = sorted(path.name for path in sharded.glob("*.safetensors"))
@@ -286,7 +300,7 @@ def test_large_models_are_sharded(tiny: Tiny, tmp_path: Path, monkeypatch: pytes
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     assert sorted(set(index["weight_map"].values())) == files
-    one, other = (Checkpoint.open(folder, torch.float32, "cpu") for folder in (whole, sharded))
+    one, other = (Checkpoint.open(folder, torch.float32, "cpu") for folder in (in_one_file, sharded))
     assert one.files.names == other.files.names
     assert all(torch.equal(one.files.get(name), other.files.get(name)) for name in one.files.names)
     # A sharded float model is read as well.
@@ -310,10 +324,15 @@ def test_what_would_fail_again_leaves_nothing(tiny: Tiny, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
 @pytest.mark.parametrize("num_written", [0, 3])
 def test_a_full_disk_keeps_what_is_done(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], num_written: int
+    tiny: Tiny,
+    whole: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Exception],
+    num_written: int,
 ) -> None:
     """safetensors has an exception of its own for it."""
-    whole = tiny.quantize(tmp_path / "whole", PRESETS["w8a8"])
+    undisturbed = files_of(whole("w8a8"))
     written: list[str] = []
 
     def filling(*args: Any, **kwargs: Any) -> None:
@@ -326,10 +345,10 @@ def test_a_full_disk_keeps_what_is_done(
         patched.setattr(safetensors_files, "save_file", filling)
         with pytest.raises(OSError, match=rf"out is not written: .*No space left.*; {num_written // 2} of 2 layers"):
             tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.part", "whole"]
+    assert [path.name for path in tmp_path.iterdir()] == [".out.part"]
     out = tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
-    assert files_of(out) == files_of(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert files_of(out) == undisturbed
 
 
 @pytest.mark.parametrize("name", ["layer-00000.safetensors", "carried-00001.safetensors"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -300,39 +301,53 @@ def test_every_field_has_a_panel_and_no_panel_comes_twice() -> None:
     assert "" not in panels(FIELDS).values()
 
 
-def completed(line: str) -> list[str]:
-    """What bash would offer at the end of a line, from a process of its own."""
-    words = line.split(" ")
-    environment = os.environ | {
-        "_OTTAVA_COMPLETE": "complete_bash",
-        "COMP_WORDS": line,
-        "COMP_CWORD": str(len(words) - 1),
-    }
-    code = "import sys; from service.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+COMPLETIONS: dict[str, set[str]] = {
+    "ottava ": {"serve", "cluster", "chat", "bench", "quantize", "evaluate", "tune", "roofline"},
+    "ottava quantize a b --scheme ": set(INT8_SCHEMES),
+    "ottava serve --scheme zero": {"zeroquant", "zeroquant-lkd"},
+    "ottava serve --log-level ": {"debug", "info", "warning", "error"},
+    "ottava serve --variants w8a8,": {"w8a8,fp16"},
+    "ottava serve --no-cuda": {"--no-cuda-graphs"},
+    "ottava evaluate --schemes fp16,rtn-t": {"fp16,rtn-token"},
+    "ottava roofline llama-3.1-8b --gpu ": set(GPUS),
+    "ottava roofline llama-3": {"llama-3.1-8b", "llama-3.1-70b"},
+    "ottava chat --variant ": {"w8a8", "fp16"},
+}
+
+COMPLETE = """
+import contextlib, io, json, os, sys
+from service.cli import main
+
+lines, sys.argv = json.loads(sys.argv[1]), sys.argv[:1]
+said = {}
+os.environ["_OTTAVA_COMPLETE"] = "complete_bash"
+for line in lines:
+    os.environ |= {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+    code = None
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            main()
+        except SystemExit as exit:
+            code = exit.code
+    said[line] = [code, out.getvalue(), "torch" in sys.modules]
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def completed() -> dict[str, tuple[int, str, bool]]:
+    """Of each line: exit code, what bash would offer at its end, and whether torch was imported; from one process."""
+    command = [sys.executable, "-c", COMPLETE, json.dumps(list(COMPLETIONS))]
+    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == ""
-    return done.stdout.split()
+    return {line: (code, out, has_torch) for line, (code, out, has_torch) in json.loads(done.stdout).items()}
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("ottava ", {"serve", "cluster", "chat", "bench", "quantize", "evaluate", "tune", "roofline"}),
-        ("ottava quantize a b --scheme ", set(INT8_SCHEMES)),
-        ("ottava serve --scheme zero", {"zeroquant", "zeroquant-lkd"}),
-        ("ottava serve --log-level ", {"debug", "info", "warning", "error"}),
-        ("ottava serve --variants w8a8,", {"w8a8,fp16"}),
-        ("ottava serve --no-cuda", {"--no-cuda-graphs"}),
-        ("ottava evaluate --schemes fp16,rtn-t", {"fp16,rtn-token"}),
-        ("ottava roofline llama-3.1-8b --gpu ", set(GPUS)),
-        ("ottava roofline llama-3", {"llama-3.1-8b", "llama-3.1-70b"}),
-        ("ottava chat --variant ", {"w8a8", "fp16"}),
-    ],
-)
-def test_a_shell_completes(line: str, words: set[str]) -> None:
-    assert set(completed(line)) == words
+@pytest.mark.parametrize("line", COMPLETIONS)
+def test_a_shell_completes(completed: dict[str, tuple[int, str, bool]], line: str) -> None:
+    code, out, has_torch = completed[line]
+    assert set(out.split()) == COMPLETIONS[line]
+    assert (code, has_torch) == (0, False)
 
 
 def test_the_script_for_completion_is_shown() -> None:
