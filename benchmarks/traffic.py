@@ -1,0 +1,213 @@
+"""What clients see of ottava under load, and of another server beside it: one checkpoint, one client, one run.
+
+    python -m benchmarks.traffic --shape llama-3.1-8b
+    python -m benchmarks.traffic --shape llama-3.1-8b --peer vllm "vllm serve {folder} --port {port}"
+
+Servers are started one after the other, loaded by `ottava bench`, and stopped. The points: `latency` (requests one
+after the other), `rate:R:S` (R requests/s at random times for S seconds), `burst:N` (N at once). The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import free_port
+from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.report import RESULTS, birth_certificate, write
+from benchmarks.shapes import SHAPES
+
+POINTS = "latency,rate:4:12,rate:12:12,rate:20:12,rate:28:12,burst:256"
+START_S = 400.0
+STOP_S = 15.0
+TIMES = ("ttft", "tpot", "itl")
+LOWER = tuple(f"{quantile}_{time}_ms" for time in TIMES for quantile in ("median", "p99"))
+HIGHER = ("output_throughput",)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A server to load.
+
+    command: how to start it, with {folder} and {port}.   ready: the path that says that it serves.
+    """
+
+    name: str
+    command: str
+    ready: str
+
+
+def main() -> int:
+    args = _arguments()
+    certificate = birth_certificate(args.commit) | {"peer": args.peer[1] if args.peer else None}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch) / "checkpoint"
+        if not (folder / "config.json").exists():
+            num_bytes = write_checkpoint(folder, args.shape, is_int8=not args.float, max_model_len=args.max_model_len)
+            _tell(f"wrote a checkpoint of {num_bytes / 1e9:.1f} GB")
+        rows: list[dict[str, Any]] = []
+        for program in _programs(args):
+            with _served(program, folder, Path(args.logs or scratch)) as (port, started_s):
+                certificate[f"{program.name} started in s"] = round(started_s, 1)
+                rows += [_measured(program.name, port, point, args, Path(scratch)) for point in args.points.split(",")]
+    add_ratios(rows)
+    write(args.out or RESULTS / f"traffic-{args.shape}.json", certificate, rows)
+    print(table(rows))
+    print(json.dumps(rows))
+    return 0 if all(row["failed"] == 0 for row in rows) else 1
+
+
+def _programs(args: argparse.Namespace) -> list[Program]:
+    variant = "fp16" if args.float else "w8a8"
+    command = [sys.executable, "-m", "service", "serve", "{folder}", "--variants", variant, "--port", "{port}"]
+    ours = f"{shlex.join(command)} {args.serve}"
+    programs = [Program("ottava", ours, "/ready")]
+    return programs + ([Program(args.peer[0], args.peer[1], "/health")] if args.peer else [])
+
+
+@contextmanager
+def _served(program: Program, folder: Path, logs: Path) -> Iterator[tuple[int, float]]:
+    """Start a server and wait until it is ready: (port, seconds that took). It is ended in any case.
+
+    Raises:
+        RuntimeError: it ended before, or is not ready within START_S.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    port, log = free_port(), logs / f"{program.name}.log"
+    words = [word.format(folder=folder, port=port) for word in shlex.split(program.command)]
+    begun_s = time.monotonic()
+    with log.open("wb") as out:
+        process = subprocess.Popen(words, stdout=out, stderr=out, start_new_session=True)
+    try:
+        while not _is_ready(f"http://127.0.0.1:{port}{program.ready}"):
+            if process.poll() is not None or time.monotonic() - begun_s > START_S:
+                raise RuntimeError(f"{program.name} does not serve: {log.read_text(errors='replace')[-1500:]}")
+            time.sleep(0.2)
+        started_s = time.monotonic() - begun_s
+        _tell(f"{program.name} is ready after {started_s:.1f} s")
+        yield port, started_s
+    finally:
+        _stop(process)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and all that it has started."""
+    for number, patience_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience_s)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def _measured(name: str, port: int, point: str, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """One point of load, as `ottava bench` tells it."""
+    out = scratch / "point.json"
+    command = [sys.executable, "-m", "service", "bench", "--url", f"http://127.0.0.1:{port}", "--json", str(out)]
+    command += ["--input-len", str(args.input_len), "--output-len", str(args.output_len), *load_of(point)]
+    with Path(os.devnull).open("wb") as nowhere:
+        subprocess.run(command, check=True, stdout=nowhere)
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    kept = ("completed", "failed", "duration", "request_throughput", *LOWER, *HIGHER)
+    row = {"server": name, "point": point} | {key: found[key] for key in kept}
+    _tell(json.dumps({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}))
+    return row | {"is_valid": found["ottava"]["valid"], "why_invalid": found["ottava"]["why_invalid"]}
+
+
+def load_of(point: str) -> list[str]:
+    """The words of `ottava bench` for a point.
+
+    Raises:
+        ValueError: it is no point.
+    """
+    kind, *rest = point.split(":")
+    match kind, rest:
+        case "latency", []:
+            return ["--concurrency", "1", "--requests", "24"]
+        case "rate", [rate, seconds]:
+            return ["--rate", rate, "--seconds", seconds]
+        case "burst", [count]:
+            return ["--burst", count]
+    raise ValueError(f"{point!r} is no point; use latency, rate:REQUESTS_PER_S:SECONDS or burst:REQUESTS")
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Add to ottava's rows how much better it is than the peer, above 1 is better: times of the peer over its own."""
+    peers = {row["point"]: row for row in rows if row["server"] != "ottava"}
+    for row in rows:
+        peer = peers.get(row["point"])
+        if row["server"] != "ottava" or peer is None:
+            continue
+        for key in LOWER:
+            row[f"better_{key}"] = peer[key] / row[key] if row[key] and peer[key] else None
+        for key in HIGHER:
+            row[f"better_{key}"] = row[key] / peer[key] if peer[key] else None
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a point and server, milliseconds."""
+    head = (
+        f"{'point':<14}{'server':<10}{'ok':>5}{'out/s':>9}{'TTFT p50/p99':>18}{'TPOT p50/p99':>16}{'ITL p50/p99':>16}"
+    )
+    lines = [head]
+    for point in dict.fromkeys(row["point"] for row in rows):
+        for row in (row for row in rows if row["point"] == point):
+            times = [f"{row[f'median_{time}_ms']:.1f}/{row[f'p99_{time}_ms']:.1f}" for time in TIMES]
+            lines.append(
+                f"{point:<14}{row['server']:<10}{row['completed']:>5}{row['output_throughput']:>9.0f}"
+                f"{times[0]:>18}{times[1]:>16}{times[2]:>16}"
+            )
+    return "\n".join(lines)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
+    parser.add_argument("--folder", type=Path, help="checkpoint to serve; written if it does not exist")
+    parser.add_argument("--float", action="store_true", help="float16 weights: compare the baselines")
+    parser.add_argument("--points", default=POINTS, type=_points)
+    parser.add_argument("--input-len", type=int, default=512)
+    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--serve", default="", help="more flags of `ottava serve`")
+    parser.add_argument("--peer", nargs=2, metavar=("NAME", "COMMAND"))
+    parser.add_argument("--logs", help="folder for what the servers write")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit")
+    return parser.parse_args()
+
+
+def _points(text: str) -> str:
+    for point in text.split(","):
+        load_of(point)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
