@@ -55,8 +55,7 @@ def _measured(variant: str, args: argparse.Namespace) -> tuple[dict[str, Any], d
         max_tokens=args.max_batched_tokens,
     )
     before_bytes, marks = torch.cuda.mem_get_info()[0], [time.perf_counter()]
-    for _ in runner.warming():
-        marks.append(time.perf_counter())
+    marks += [time.perf_counter() for _ in runner.warming()]
     num_shapes = len(runner.step_times_s)
     # The compiler runs in the pieces before the captures, and the measuring of the times after the last.
     row = {
