@@ -225,6 +225,7 @@ class Runner:
     def close(self) -> None:
         """Destroy the captured graphs; none may be running. The caches stay valid for another runner."""
         self._graphs.destroy()
+        self._kept = None
 
     def _allocate(self) -> Forward:
         """Memory for what captured steps yield: the largest step's, shared by all."""

@@ -193,7 +193,7 @@ def test_a_closed_runner_computes_the_same_without_its_graphs() -> None:
         runner.close()
         freed_bytes.append(allocated_bytes - torch.cuda.memory_allocated())
     assert answers[0] == answers[1]
-    assert freed_bytes[0] > freed_bytes[1] == 0, "the logits of every bucket, once"
+    assert freed_bytes[0] > freed_bytes[1] == 0, "what captured steps yield, once"
 
 
 def test_preemption_with_a_step_in_flight_loses_nothing() -> None:
