@@ -26,6 +26,9 @@ class SamplingParams:
     prompt_logprobs: the same for every prompt token but the first.
     grammar: the rules that the answer must match, as passed to `Engine.compile`; None for any text. The end token ends
         a constrained answer even with ignore_eos.
+    salt: only prompts of the same salt are found in the prefix cache, so that nobody learns from the time to the first
+        token what others have sent.
+    max_cached: most prompt tokens to take from the prefix cache; None for any number.
     """
 
     max_tokens: int = 128
@@ -39,6 +42,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str | None = None
+    salt: str = ""
+    max_cached: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

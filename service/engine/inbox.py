@@ -108,6 +108,8 @@ class Inbox:
         with self.wake:
             waiting = [request for request in self._scheduler.waiting if request in was_lost]
             self._drop([*self._scheduler.running, *waiting], fault_of(error))
+            # A step that failed may have written anything.
+            self._scheduler.pool.forget_all()
             self._scheduler.check_integrity()
             self.publish()
 
@@ -154,6 +156,8 @@ class Inbox:
             command.seed,
             handle=command.handle,
             matcher=None if grammar is None else grammar.matcher(),
+            salt=command.params.salt,
+            max_cached=command.params.max_cached,
         )
         self._requests[command.handle] = request
         self._scheduler.add(request)

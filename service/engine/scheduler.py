@@ -2,7 +2,12 @@
 
 A step is a list of chunks: a decode is a chunk of one token, a prefill a chunk of as many as the token budget leaves.
 Decodes come first, so that a long prompt never stalls requests that are already generating. The scheduler uses lengths
-only, never token values, so it can plan the next step before the tokens of the one in flight have reached the host.
+only, never values of new tokens, so it can plan the next step before the tokens of the one in flight have reached the
+host.
+
+A prompt that begins like one computed before shares its blocks (`BlockPool`). At least its last two tokens are computed
+again: the last must be, and a single row would take another kernel than a prompt's rows do, which rounds differently.
+For the same reason no piece of a prompt has one row.
 """
 
 from __future__ import annotations
@@ -17,6 +22,9 @@ from service.engine.messages import Logprob
 from service.engine.pacing import Pacing
 from service.engine.request import Request
 from service.engine.shapes import Shape
+
+MIN_PIECE = 2
+"""Fewest rows of a piece of a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +94,10 @@ class Scheduler:
         max_batched_tokens: int,
         eos_ids: frozenset[int] = frozenset(),
         pacing: Pacing | None = None,
+        has_prefix_cache: bool = True,
     ) -> None:
         self.pool = BlockPool(num_blocks)
+        self._has_prefix_cache = has_prefix_cache
         self.block_size = block_size
         self.max_num_requests = max_num_requests
         self.pacing = pacing or Pacing(max_batched_tokens)
@@ -133,7 +143,7 @@ class Scheduler:
         for request in decoding + reading:
             if request.row < 0 or request.is_behind or request.num_generated >= request.params.max_tokens:
                 continue  # preempted by this very call, or waiting for its last token to be read
-            length = min(request.num_tokens - request.num_computed, budget)
+            length = _piece(request.num_tokens - request.num_computed, budget, is_alone=not chunks)
             if length == 0:
                 break
             if not self._grow(request, length, chunks):
@@ -142,13 +152,22 @@ class Scheduler:
             chunks.append(self._advance(request, length))
             budget -= length
         may_admit = not is_starved and self.num_preemptions == num_preemptions
-        while may_admit and self.waiting and budget and self._can_admit(self.waiting[0]):
-            request = self._admit(now_s)
-            length = min(request.num_tokens, budget)
-            request.blocks.extend(self.pool.allocate(self._num_blocks(length)))
+        while may_admit and self.waiting and budget:
+            found = self._found(self.waiting[0])
+            num_left = self.waiting[0].num_tokens - len(found) * self.block_size
+            length = _piece(num_left, budget, is_alone=not chunks)
+            if not length or not self._can_admit(self.waiting[0], found):
+                break
+            request = self._admit(now_s, found)
+            missing = self._num_blocks(request.num_computed + length) - len(request.blocks)
+            request.blocks.extend(self.pool.allocate(missing))
             chunks.append(self._advance(request, length))
             budget -= length
         return Step(chunks) if chunks else None
+
+    def num_cached(self, prompt_ids: Sequence[int], salt: str) -> int:
+        """How many tokens of a prompt are in the cache."""
+        return len(self._cached_blocks(prompt_ids, salt)) * self.block_size
 
     def commit(self, step: Step, results: StepResults) -> list[tuple[int, Request]]:
         """Apply the results of a finished step. Returns (place, request) for each request that got a token or a fault.
@@ -164,6 +183,8 @@ class Scheduler:
             request = chunk.request
             request.num_steps += 1
             request.num_batch_rows += num_requests
+            if (chunk.start + chunk.length) // self.block_size > len(request.block_keys):
+                self._remember(request, chunk.start + chunk.length)
             if not chunk.samples:
                 request.is_uncounted = True
                 continue
@@ -171,6 +192,7 @@ class Scheduler:
                 request.num_pending -= 1
                 took.append((place, request))
                 if place in results.faults:
+                    self.pool.forget(request.blocks)
                     self.finish(request, FinishReason.ABORT, results.time_s)
                 else:
                     self._append(request, results.token_ids[place], results.time_s)
@@ -253,25 +275,66 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 
-    def _can_admit(self, request: Request) -> bool:
+    def _found(self, request: Request) -> list[tuple[int, int]]:
+        """(block, key) of the blocks that the request can share; none if all its rows are wanted."""
+        if request.params.prompt_logprobs is not None or request.num_pending:
+            return []
+        return self._cached_blocks(request.known_ids(0, request.num_tokens), request.salt, request.max_cached)
+
+    def _cached_blocks(
+        self, token_ids: Sequence[int], salt: str, max_cached: int | None = None
+    ) -> list[tuple[int, int]]:
+        if not self._has_prefix_cache:
+            return []
+        num_tokens = max(0, len(token_ids) - MIN_PIECE)
+        num_tokens = num_tokens if max_cached is None else min(num_tokens, max_cached)
+        return self.pool.find(salt, token_ids[: num_tokens // self.block_size * self.block_size], self.block_size)
+
+    def _remember(self, request: Request, num_tokens: int) -> None:
+        """Tell the pool what the request's full blocks hold, now that num_tokens of it have been computed."""
+        if not self._has_prefix_cache or request.row < 0 or num_tokens > request.num_computed:
+            return  # it has ended, or has been preempted meanwhile
+        keys = request.block_keys
+        for index in range(len(keys), num_tokens // self.block_size):
+            start = index * self.block_size
+            ids = request.known_ids(start, start + self.block_size)
+            keys.append(self.pool.remember(keys[-1] if keys else request.salt, ids, request.blocks[index]))
+
+    def _can_admit(self, request: Request, found: Sequence[tuple[int, int]]) -> bool:
         """Whether a row is free, the host has read all its tokens, and all of them fit into the free blocks."""
-        fits = self._num_blocks(request.num_tokens + 1) <= self.pool.num_free or not self.running
+        num_shared = len(found) - self.pool.num_idle([block for block, _ in found])
+        fits = self._num_blocks(request.num_tokens + 1) - num_shared <= self.pool.num_free or not self.running
         may_start = self.admits_new or request.first_scheduled_s is not None
         return bool(self._free_rows) and request.num_pending == 0 and fits and may_start
 
-    def _admit(self, now_s: float) -> Request:
+    def _admit(self, now_s: float, found: Sequence[tuple[int, int]]) -> Request:
         request = self.waiting.popleft()
         request.row = self._free_rows.pop()
+        request.blocks += [block for block, _ in found]
+        request.block_keys = [key for _, key in found]
+        self.pool.share(request.blocks)
+        request.num_computed = len(found) * self.block_size
         if request.first_scheduled_s is None:
-            request.first_scheduled_s = now_s
+            request.first_scheduled_s, request.num_cached = now_s, request.num_computed
             self.admitted.append(request)
         self.running.append(request)
         return request
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
+        request.block_keys = []
         self._free_rows.append(request.row)
         request.row = -1
+
+
+def _piece(num_left: int, budget: int, is_alone: bool) -> int:
+    """How many of a request's num_left tokens the next step computes, so that no piece has one row; 0 to wait.
+
+    A request that is alone in its step always goes on, however small steps are.
+    """
+    length = min(num_left, budget)
+    shorter = length - 1 if num_left - length == 1 else length
+    return shorter if shorter >= min(num_left, MIN_PIECE) else length if is_alone else 0
 
 
 def _scored(request: Request, stop: int) -> range:

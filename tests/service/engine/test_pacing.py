@@ -62,6 +62,7 @@ def test_a_scheduler_splits_a_prompt_by_it_and_learns() -> None:
         max_num_requests=4,
         max_batched_tokens=1024,
         pacing=Pacing(1024, 0.01, TIMES_S),
+        has_prefix_cache=False,
     )
     first = new_request("a", 700, 50)
     plan.add(first)
