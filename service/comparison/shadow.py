@@ -8,7 +8,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.comparison.compare import agreement, speedup
 from service.comparison.tally import Comparisons
@@ -155,7 +155,10 @@ class Shadow:
     async def _replay(self, sample: Sample) -> None:
         submitted_s, num_prompt = time.perf_counter(), len(sample.prompt_ids)
         stream = self._engines[self._baseline].submit(
-            sample.prompt_ids, sample.params, f"{sample.request_id}-shadow", submitted_s
+            sample.prompt_ids,
+            replace(sample.params, max_cached=sample.progress.num_cached),
+            f"{sample.request_id}-shadow",
+            submitted_s,
         )
         self._stream = stream
         output = Output(self._tokenizer().detokenizer(sample.context), sample.stop)
@@ -172,7 +175,14 @@ class Shadow:
         times = engine_times(sample.progress, sample.tokens, num_prompt, sample.submitted_s)
         faster = speedup(times, engine_times(stream.progress, tokens, num_prompt, submitted_s))
         alike = agreement(sample.tokens, tokens)
-        self._comparisons.add("shadow", sample.variant, faster, alike, sample.is_contended)
+        self._comparisons.add(
+            "shadow",
+            sample.variant,
+            faster,
+            alike,
+            is_contended=sample.is_contended,
+            is_unequal=sample.progress.num_cached != stream.progress.num_cached,
+        )
 
     def _settle(self, sample: Sample, replay: asyncio.Task[None]) -> None:
         error = None if replay.cancelled() else replay.exception()

@@ -21,7 +21,11 @@ class ComparisonSummary(BaseModel):
 
     count: int = Field(description="Comparisons since the start.")
     contended: int = Field(description="Of these, how many ran beside other requests; left out of the speed-up.")
-    speedup_median: Speedup = Field(description="Of those that ran alone; above 1 is better; null if there are none.")
+    unequal: int = Field(
+        description="Of these, how many found more of their prompt in one variant's cache than in the other's; "
+        "left out of the speed-up."
+    )
+    speedup_median: Speedup = Field(description="Of the others; above 1 is better; null if there are none.")
     agreement_mean: float | None = Field(description="Mean share of tokens equal to the baseline's; null: none yet.")
     identical_ratio: float | None = Field(description="Share of answers that equal the baseline's token by token.")
 
@@ -32,15 +36,16 @@ class _Tally:
 
     count: int = 0
     num_contended: int = 0
+    num_unequal: int = 0
     agreements: deque[Agreement] = field(default_factory=lambda: deque(maxlen=WINDOW))
     speedups: deque[Speedup] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
-    def add(self, speedup: Speedup, agreement: Agreement, is_contended: bool) -> None:
+    def add(self, speedup: Speedup, agreement: Agreement, is_contended: bool, is_unequal: bool) -> None:
         self.count += 1
         self.agreements.append(agreement)
-        if is_contended:
-            self.num_contended += 1
-        else:
+        self.num_contended += is_contended
+        self.num_unequal += is_unequal
+        if not is_contended and not is_unequal:
             self.speedups.append(speedup)
 
     def summary(self) -> ComparisonSummary:
@@ -48,6 +53,7 @@ class _Tally:
         return ComparisonSummary(
             count=self.count,
             contended=self.num_contended,
+            unequal=self.num_unequal,
             speedup_median=Speedup(
                 **{name: _median(getattr(speedup, name) for speedup in self.speedups) for name in Speedup.model_fields}
             ),
@@ -60,17 +66,32 @@ class Comparisons:
     """All comparisons of this process by origin: requested with `compare`, or replayed in shadow mode.
 
     Agreement always counts, as it does not depend on time. Speedup counts only if both runs had the device to
-    themselves: the baseline runs alone, so a run that shared its steps would look too slow.
+    themselves, as the baseline runs alone and a run that shared its steps would look too slow, and if both began with
+    as much of the prompt in the prefix cache.
     """
 
     def __init__(self, metrics: ServiceMetrics) -> None:
         self._metrics = metrics
         self._tallies = {how: _Tally() for how in HOWS}
 
-    def add(self, how: How, variant: str, speedup: Speedup, agreement: Agreement, is_contended: bool) -> None:
-        """Add a comparison of a variant with the baseline."""
-        self._metrics.compared(how, variant, None if is_contended else speedup, agreement)
-        self._tallies[how].add(speedup, agreement, is_contended)
+    def add(
+        self,
+        how: How,
+        variant: str,
+        speedup: Speedup,
+        agreement: Agreement,
+        *,
+        is_contended: bool,
+        is_unequal: bool = False,
+    ) -> None:
+        """Add a comparison of a variant with the baseline.
+
+        Args:
+            is_contended: other requests ran meanwhile.
+            is_unequal: one of the two began with more of the prompt in the prefix cache.
+        """
+        self._metrics.compared(how, variant, None if is_contended or is_unequal else speedup, agreement)
+        self._tallies[how].add(speedup, agreement, is_contended, is_unequal)
 
     def summary(self) -> dict[How, ComparisonSummary]:
         """Medians and means over the last WINDOW comparisons of each origin."""

@@ -162,6 +162,14 @@ class Engine(Protocol):
         """
         ...
 
+    async def num_cached(self, prompt_ids: list[int], salt: str) -> int:
+        """How many tokens of a prompt are in the prefix cache now.
+
+        Raises:
+            EngineFailed: the engine is gone.
+        """
+        ...
+
     def stats(self) -> EngineStats: ...
 
     @property

@@ -16,6 +16,7 @@ from service.engine.stream import RequestStream
 from service.errors import EngineFailed, OttavaError, QueueFull
 
 Compile = Callable[[str], Awaitable[None]]
+CountCached = Callable[[str, list[int], str], Awaitable[int]]
 
 _handles = itertools.count(1)
 """Handles are unique within this process, so that a restarted engine never reuses one."""
@@ -27,7 +28,7 @@ class EngineClient:
     Args:
         variant: name of the variant.
         post: sends a command to the engine; must not block.
-        compile: see `Engine.compile`.
+        compile, count_cached: see `Engine.compile` and `Engine.num_cached`; the latter is given the variant too.
         max_waiting: most requests that may queue.
         max_model_len, dtype: see `Engine`.
         is_open: whether the engine accepts commands already; if not, requests are held until `resume`.
@@ -38,6 +39,7 @@ class EngineClient:
         variant: str,
         post: Callable[[Command], None],
         compile: Compile,  # noqa: A002 (the protocol's word)
+        count_cached: CountCached,
         *,
         max_waiting: int,
         max_model_len: int = 0,
@@ -50,6 +52,7 @@ class EngineClient:
         self.failure: str | None = None
         self._post = post
         self._compile = compile
+        self._count_cached = count_cached
         self.max_waiting = max_waiting
         self._streams: dict[int, RequestStream] = {}
         self._gauges = Gauges()
@@ -80,6 +83,10 @@ class EngineClient:
     async def compile(self, rules: str) -> None:
         """See `Engine.compile`."""
         await self._compile(rules)
+
+    async def num_cached(self, prompt_ids: list[int], salt: str) -> int:
+        """See `Engine.num_cached`."""
+        return await self._count_cached(self.variant, prompt_ids, salt)
 
     def stats(self) -> EngineStats:
         gauges, before = self._gauges, self._before

@@ -116,6 +116,7 @@ class EngineLoop:
             variant,
             self.put,
             self._compile,
+            self._count_cached,
             # `submit` below checks the limit itself, because the inbox has the exact length of the queue.
             max_waiting=sys.maxsize,
             max_model_len=max_model_len,
@@ -176,6 +177,15 @@ class EngineLoop:
         """See `Engine.compile`."""
         await self._compile(rules)
 
+    async def num_cached(self, prompt_ids: list[int], salt: str) -> int:
+        """See `Engine.num_cached`."""
+        return self.count_cached(prompt_ids, salt)
+
+    def count_cached(self, prompt_ids: list[int], salt: str) -> int:
+        """See `Engine.num_cached`. Thread-safe."""
+        with self._wake:
+            return self._scheduler.num_cached(prompt_ids, salt)
+
     def put(self, command: Command) -> None:
         """Queue a command; its results go to the sink. Thread-safe."""
         self._inbox.put(command)
@@ -234,6 +244,9 @@ class EngineLoop:
 
     async def _compile(self, rules: str) -> None:
         await asyncio.to_thread(compiled, self._grammars, rules)
+
+    async def _count_cached(self, _variant: str, prompt_ids: list[int], salt: str) -> int:
+        return self.count_cached(prompt_ids, salt)
 
     def _read_restarts_and_bytes(self) -> tuple[int, int, int]:
         return self._restarts.total, self._weight_bytes, self._runner.kv_cache_bytes

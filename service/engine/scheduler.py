@@ -292,7 +292,7 @@ class Scheduler:
 
     def _remember(self, request: Request, num_tokens: int) -> None:
         """Tell the pool what the request's full blocks hold, now that num_tokens of it have been computed."""
-        if not self._has_prefix_cache or request.row < 0 or num_tokens > request.num_computed:
+        if not self._has_prefix_cache or request.row < 0:
             return  # it has ended, or has been preempted meanwhile
         keys = request.block_keys
         for index in range(len(keys), num_tokens // self.block_size):

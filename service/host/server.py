@@ -64,6 +64,8 @@ class ServedEngine(Protocol):
 
     def serve(self, sink: Sink) -> None: ...
 
+    def count_cached(self, prompt_ids: list[int], salt: str) -> int: ...
+
     def news(self) -> News: ...
 
 
@@ -175,6 +177,9 @@ def _done(host: ServedHost, call: Call) -> Returned:
     if call.kind == "reload":
         reloaded = host.reload(call.argument)
         return Returned(call.number, reloaded=reloaded, info=host.info())
+    if call.kind == "cached":
+        engine = host.engines[call.variant]
+        return Returned(call.number, num_cached=engine.count_cached(call.prompt_ids, call.argument or ""))
     compiled(host.grammars, call.argument or "")
     return Returned(call.number)
 

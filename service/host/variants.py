@@ -98,6 +98,7 @@ def start_variant(
             max_num_requests=max_requests,
             max_batched_tokens=max_tokens,
             eos_ids=eos_ids,
+            has_prefix_cache=settings.prefix_cache,
             pacing=Pacing(max_tokens, settings.target_itl_ms / 1000, runner.step_times_s),
         ),
         runner,

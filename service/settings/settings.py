@@ -110,6 +110,9 @@ class Settings(BaseSettings):
         None, ge=1, description="Memory of one variant's KV cache; none: derived from the free memory."
     )
     block_size: int = Field(64, ge=1, le=256, description="Tokens per block of the KV cache; a power of two.")
+    prefix_cache: bool = Field(
+        True, description="Keep keys and values while memory lasts: prompts that begin alike compute only the rest."
+    )
     cuda_graphs: bool = Field(True, description="Replay steps as CUDA graphs; off makes debugging easier.")
     reload_room: bool = Field(
         True,
@@ -181,6 +184,11 @@ class Settings(BaseSettings):
     public_routes: tuple[PublicRoute, ...] = Field(
         ("page", "docs"),
         description="Routes without an API key, of page, docs, info and metrics; /health and /ready never need one.",
+    )
+    prefix_sharing: bool = Field(
+        False,
+        description="Let API keys start from each other's prompts in the prefix cache; off: nobody can tell by the "
+        "time to the first token what others have sent.",
     )
     max_concurrent_per_key: int | None = Field(
         None, ge=1, description="Concurrent requests per API key; more get 429. Clients without a key share one limit."

@@ -170,6 +170,9 @@ class FakeEngine:
     def serve(self, sink: Sink) -> None:
         self.sink = sink
 
+    def count_cached(self, prompt_ids: list[int], salt: str) -> int:
+        return 0
+
     def news(self) -> News:
         return News(
             self.variant,

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from service.engine.api import HostInfo, Reloaded, Stage
 from service.engine.client import EngineClient
 from service.engine.messages import Command, News, error_of
 from service.engine.supervision import FaultLimits, Restarts
 from service.errors import EngineFailed, NotReady, OttavaError, StartupError
-from service.host.channel.messages import Call, Failed, Opened, Refused, Returned, Staged, ToEngine, ToWeb
+from service.host.channel.messages import Call, CallKind, Failed, Opened, Refused, Returned, Staged, ToEngine, ToWeb
 from service.text.protocols import TokenizerLike
 
 STARTING = Stage("starting the engine")
@@ -88,7 +88,9 @@ class HostClient:
         watch: Watch | None = None,
     ) -> None:
         self.engines: Mapping[str, EngineClient] = {
-            name: EngineClient(name, self._post, self._compile, max_waiting=max_waiting, is_open=False)
+            name: EngineClient(
+                name, self._post, self._compile, self._count_cached, max_waiting=max_waiting, is_open=False
+            )
             for name in variants
         }
         self.stage: Stage | None = STARTING
@@ -305,14 +307,19 @@ class HostClient:
     async def _compile(self, rules: str) -> None:
         await self._call("compile", rules)
 
-    async def _call(self, kind: Literal["compile", "check", "reload"], argument: str | None = None) -> Returned:
+    async def _count_cached(self, variant: str, prompt_ids: list[int], salt: str) -> int:
+        return (await self._call("cached", salt, variant, prompt_ids)).num_cached
+
+    async def _call(
+        self, kind: CallKind, argument: str | None = None, variant: str = "", prompt_ids: Sequence[int] = ()
+    ) -> Returned:
         """Send a call and wait for its result. Raises what the call raised, or EngineFailed if the engine has died."""
         if self._gone is None or self._gone.done():
             raise EngineFailed("the engine is gone")
         number = next(self._numbers)
         done: asyncio.Future[Returned] = asyncio.get_running_loop().create_future()
         self._calls[number] = done
-        self._link.send(Call(number, kind, argument))
+        self._link.send(Call(number, kind, argument, variant, list(prompt_ids)))
         returned = await done
         if returned.fault is not None:
             raise error_of(returned.fault)

@@ -9,6 +9,8 @@ import msgspec
 from service.engine.api import HostInfo, Reloaded, Stage
 from service.engine.messages import Fault, Finish, News, Submit
 
+CallKind = Literal["compile", "check", "reload", "cached"]
+
 
 class Open(msgspec.Struct, array_like=True, frozen=True, tag="open"):
     """Load the model of these settings, which contain no secrets."""
@@ -19,12 +21,16 @@ class Open(msgspec.Struct, array_like=True, frozen=True, tag="open"):
 class Call(msgspec.Struct, array_like=True, frozen=True, tag="call"):
     """Run a slow operation and answer with a `Returned` of the same number.
 
-    argument: for compile, the rules of a grammar; for reload, a folder, or None for the present one; for check, None.
+    argument: for compile, the rules of a grammar; for reload, a folder, or None for the present one; for cached, the
+        salt.
+    variant, prompt_ids: for cached, the engine and the prompt that is looked up in its prefix cache.
     """
 
     number: int
-    kind: Literal["compile", "check", "reload"]
+    kind: CallKind
     argument: str | None = None
+    variant: str = ""
+    prompt_ids: list[int] = []
 
 
 class Stop(msgspec.Struct, array_like=True, frozen=True, tag="stop"):
@@ -61,7 +67,8 @@ class Refused(msgspec.Struct, array_like=True, frozen=True, tag="refused"):
 
 
 class Returned(msgspec.Struct, array_like=True, frozen=True, tag="returned"):
-    """The result of a `Call`: a fault; or of a check refused (variant -> reason); or of a reload reloaded.
+    """The result of a `Call`: a fault; or of a check refused (variant -> reason); or of a reload reloaded; or of cached
+    num_cached.
 
     info: after a check or a reload, both of which change it.
     """
@@ -71,6 +78,7 @@ class Returned(msgspec.Struct, array_like=True, frozen=True, tag="returned"):
     refused: dict[str, str] | None = None
     reloaded: Reloaded | None = None
     info: HostInfo | None = None
+    num_cached: int = 0
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from service.engine.api import SamplingParams
 from service.errors import InvalidRequest, PromptTooLong
 from service.settings import Settings
+from service.telemetry.record import current
 from service.text.protocols import TokenizerLike
 from service.web.schemas.bodies import Sampling
 
@@ -130,7 +131,7 @@ def _refuse_above_limits(asked: int | None, room: Room, settings: Settings) -> N
         )
 
 
-def sampling_params(body: Sampling, tokenizer: TokenizerLike, max_tokens: int) -> SamplingParams:
+def sampling_params(body: Sampling, tokenizer: TokenizerLike, max_tokens: int, settings: Settings) -> SamplingParams:
     """The engine's parameters from the fields that all routes share."""
     return SamplingParams(
         max_tokens=max_tokens,
@@ -142,7 +143,14 @@ def sampling_params(body: Sampling, tokenizer: TokenizerLike, max_tokens: int) -
         repetition_penalty=body.repetition_penalty,
         seed=body.seed,
         ignore_eos=body.ignore_eos,
+        salt=_salt(settings),
     )
+
+
+def _salt(settings: Settings) -> str:
+    """What separates the prefix cache's users: the name of the API key that the present request came with."""
+    record = current.get()
+    return "" if record is None or settings.prefix_sharing else record.key
 
 
 def _some(ids: list[int], param: str) -> list[int]:

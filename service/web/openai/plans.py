@@ -88,7 +88,7 @@ async def completion_plans(
         # The log-probabilities of a prompt come with a first token; with max_tokens 0 that token is then hidden.
         max_tokens = max(1, fitting(asked, body.max_tokens, room, serving.settings))
         params = replace(
-            sampling_params(body, tokenizer, max_tokens),
+            sampling_params(body, tokenizer, max_tokens, serving.settings),
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
@@ -122,7 +122,7 @@ async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving
         _asked_tokens(body), None, Room(len(ids), engine.max_model_len, "messages", limit), serving.settings
     )
     params = replace(
-        sampling_params(body, tokenizer, max_tokens),
+        sampling_params(body, tokenizer, max_tokens, serving.settings),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=await _grammar(body.response_format, engine),
     )

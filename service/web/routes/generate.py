@@ -79,7 +79,8 @@ async def make_plan(body: GenerateRequest, variant: str, serving: Serving, recei
     prompt_ids = await _prompt_ids(body, serving.tokenizer)
     room = Room(len(prompt_ids), min(engine.max_model_len for engine in engines), body.prompt_field)
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
-    params = sampling_params(body, serving.tokenizer, fitting(asked, body.max_tokens, room, serving.settings))
+    max_tokens = fitting(asked, body.max_tokens, room, serving.settings)
+    params = sampling_params(body, serving.tokenizer, max_tokens, serving.settings)
     # A comparison needs the chosen tokens' log-probabilities, and the same seed for both runs.
     logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
     seed = secrets.randbits(32) if body.seed is None and body.compare else body.seed
@@ -87,7 +88,15 @@ async def make_plan(body: GenerateRequest, variant: str, serving: Serving, recei
         id=f"gen-{uuid4().hex}",
         variant=variant,
         prompt_ids=prompt_ids,
-        params=replace(params, logprobs=logprobs, seed=seed),
+        params=replace(
+            params,
+            logprobs=logprobs,
+            seed=seed,
+            # Both runs of a comparison start from as much of the prompt.
+            max_cached=min([await engine.num_cached(prompt_ids, params.salt) for engine in engines])
+            if body.compare
+            else None,
+        ),
         stop=tuple(body.stop),
         shows_logprobs=body.logprobs is not None,
         continues=not body.opens_a_turn,
@@ -125,6 +134,7 @@ class Job:
                     first.plan,
                     id=f"{first.plan.id}-baseline",
                     variant=BASELINE,
+                    params=replace(first.plan.params, max_cached=first.progress.num_cached),
                     received_s=time.perf_counter(),
                     timeout_s=first.time_left_s,
                 )
@@ -157,7 +167,10 @@ class Job:
         faster = speedup(answer.metrics, baseline.metrics)
         alike = agreement(first.tokens, second.tokens)
         contended = self._visit.is_contended
-        self._serving.comparisons.add("compare", first.plan.variant, faster, alike, contended)
+        unequal = first.progress.num_cached != second.progress.num_cached
+        self._serving.comparisons.add(
+            "compare", first.plan.variant, faster, alike, is_contended=contended, is_unequal=unequal
+        )
         return GenerateResponse(
             **_fields(answer), baseline=baseline, speedup=faster, agreement=alike, contended=contended
         )

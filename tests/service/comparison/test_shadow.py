@@ -237,23 +237,30 @@ def test_the_summary_is_of_the_window_and_leaves_contended_times_out() -> None:
     alike = Agreement(common_prefix_tokens=1, match_ratio=1.0, logprob_delta_mean=None)
     parted = Agreement(common_prefix_tokens=0, match_ratio=0.5, logprob_delta_mean=None)
 
-    def add(ratio: float, agreement: Agreement = alike, contended: bool = False) -> None:
+    def add(ratio: float, agreement: Agreement = alike, contended: bool = False, unequal: bool = False) -> None:
         comparisons.add(
-            "shadow", "w8a8", Speedup(ttft=ratio, tpot=None, e2e=ratio, tokens_per_s=ratio), agreement, contended
+            "shadow",
+            "w8a8",
+            Speedup(ttft=ratio, tpot=None, e2e=ratio, tokens_per_s=ratio),
+            agreement,
+            is_contended=contended,
+            is_unequal=unequal,
         )
 
     add(100.0, parted)
     for ratio in (1.0, 2.0, 3.0):
         add(ratio)
     add(50.0, parted, contended=True)
+    add(70.0, alike, unequal=True)
     found = comparisons.summary()["shadow"]
-    assert (found.count, found.contended) == (5, 1)
+    assert (found.count, found.contended, found.unequal) == (6, 1, 1)
     assert found.speedup_median == Speedup(ttft=2.5, tpot=None, e2e=2.5, tokens_per_s=2.5)
-    assert (found.agreement_mean, found.identical_ratio) == (0.8, 0.6)
+    assert found.agreement_mean == pytest.approx(5 / 6)
+    assert found.identical_ratio == pytest.approx(4 / 6)
     for _ in range(WINDOW):
         add(4.0)
     found = comparisons.summary()["shadow"]
-    assert (found.count, found.agreement_mean, found.speedup_median.e2e) == (5 + WINDOW, 1.0, 4.0)
+    assert (found.count, found.agreement_mean, found.speedup_median.e2e) == (6 + WINDOW, 1.0, 4.0)
 
 
 def test_a_contended_comparison_gives_agreement_and_no_speed() -> None:

@@ -165,3 +165,60 @@ def test_compare_alone_is_clean_and_agrees(engines: dict[str, EngineLoop], stop:
         assert answer["contended"] is False
         assert answer["agreement"]["match_ratio"] == 1
         assert answer["agreement"]["logprob_delta_mean"] == 0
+
+
+PROMPT = "a system prompt that everybody sends, and then a question"
+FULL_BLOCKS = 48
+"""Tokens of the prompt's full blocks of 16."""
+
+
+async def _cached(client: httpx.AsyncClient, key: str | None = None, **body: Any) -> int:
+    """How many tokens of the prompt a request finds in the cache."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    response = await client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2} | body, headers=headers)
+    found: int = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return found
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_a_key_finds_its_own_prompts_in_the_cache_and_others_only_if_allowed(
+    engines: dict[str, EngineLoop], sharing: bool
+) -> None:
+    async def go() -> tuple[list[int], Samples]:
+        app = app_of(engines, api_keys="ann:aaaaaaaa,bob:bbbbbbbb", public_routes="metrics", prefix_sharing=sharing)
+        async with server_of(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            found = [await _cached(client, key) for key in ("aaaaaaaa", "aaaaaaaa", "bbbbbbbb", "bbbbbbbb")]
+            return found, await metrics_of(client)
+
+    found, samples = asyncio.run(go())
+    assert found == [0, FULL_BLOCKS, FULL_BLOCKS if sharing else 0, FULL_BLOCKS]
+    assert total(samples, "ottava_prefix_cache_hit_tokens_total") == sum(found)
+    assert samples["ottava_prompt_tokens_total", "variant=w8a8"] == 4 * len(PROMPT)
+
+
+def test_both_runs_of_a_comparison_start_from_as_much_of_the_prompt(engines: dict[str, EngineLoop]) -> None:
+    """The least that either has, not what the variant that everybody asks has."""
+
+    async def go() -> tuple[list[tuple[int, int]], dict[str, Any]]:
+        async with server_of(app_of(engines)) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            assert [await _cached(client) for _ in range(2)] == [0, FULL_BLOCKS]
+            compared = []
+            for _ in range(2):
+                await until(lambda: _in_engines(engines) == 0)
+                body = {"prompt": PROMPT, "compare": True, "max_tokens": 3}
+                answer = (await client.post("/generate", json=body)).json()
+                compared.append((answer["metrics"]["cached_tokens"], answer["baseline"]["metrics"]["cached_tokens"]))
+            return compared, (await client.get("/compare")).json()
+
+    compared, summary = asyncio.run(go())
+    assert compared == [(0, 0), (FULL_BLOCKS, FULL_BLOCKS)]
+    assert (summary["compare"]["count"], summary["compare"]["unequal"]) == (2, 0)
+    assert summary["compare"]["speedup_median"]["ttft"] is not None
+
+
+def test_echoed_log_probabilities_find_nothing(engines: dict[str, EngineLoop]) -> None:
+    async def go() -> list[int]:
+        async with server_of(app_of(engines)) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            return [await _cached(client), await _cached(client, echo=True, logprobs=0), await _cached(client)]
+
+    assert asyncio.run(go()) == [0, 0, FULL_BLOCKS]
