@@ -13,7 +13,7 @@ import torch
 from service.host import machine
 
 RESULTS = Path(__file__).parent / "results"
-LEFT_OUT = {"--out", "--commit"}
+LEFT_OUT = {"--out", "--commit", "--logs"}
 
 
 def birth_certificate(commit: str | None = None) -> dict[str, Any]:
