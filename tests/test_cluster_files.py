@@ -54,7 +54,7 @@ def test_the_settings_are_valid_and_those_of_the_gateway_agree() -> None:
     assert gateway_settings(settings) == gateway_settings(load_settings(**GATEWAYS.settings))
     assert settings.api_keys_file is not None
     assert settings.host == "0.0.0.0"
-    assert max_ongoing_requests(settings) == 64 + 1024
+    assert max_ongoing_requests(settings) == 256 + 1024
 
 
 def test_every_replica_and_every_gateway_finds_its_machine() -> None:

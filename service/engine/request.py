@@ -18,6 +18,7 @@ class Request:
     num_pending tokens that steps in flight will yield and the host has not yet read (at most 2).
 
     handle: identifies the request in messages; chosen by the submitter.
+    number: its place in the order of arrival.
     matcher: position of the output in its grammar; None without a grammar.
     output_ids: the tokens the host has read.
     row: the request's place in the runner's per-request state while it runs, else -1.
@@ -37,6 +38,7 @@ class Request:
     arrival_s: float
     seed: int
     handle: int = 0
+    number: int = 0
     matcher: Matcher | None = None
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0

@@ -12,7 +12,7 @@ For the same reason no piece of a prompt has one row.
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -102,8 +102,10 @@ class Scheduler:
         self.max_num_requests = max_num_requests
         self.pacing = pacing or Pacing(max_batched_tokens)
         self.eos_ids = eos_ids
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
+        """In the order in which they will start: see `_turn`."""
         self.running: list[Request] = []
+        """In the same order, so that for its sake the last ones are preempted."""
         self.num_preemptions = 0
         self.num_graph_steps = 0
         self.num_plain_steps = 0
@@ -112,6 +114,7 @@ class Scheduler:
         """False holds back requests that have not started yet; see `is_drained`."""
         self.admitted: list[Request] = []
         """The requests that the last `schedule` started for the first time."""
+        self._num_arrived = 0
         self._free_rows = list(range(max_num_requests - 1, -1, -1))
 
     @property
@@ -121,7 +124,7 @@ class Scheduler:
     @property
     def is_drained(self) -> bool:
         """Whether no request is running or preempted."""
-        return not self.running and not (self.waiting and self.waiting[0].first_scheduled_s is not None)
+        return not self.running and all(request.first_scheduled_s is None for request in self.waiting)
 
     def replace_pool(self, num_blocks: int) -> None:
         """Replace the pool by one of num_blocks free blocks. No request may be running."""
@@ -129,7 +132,9 @@ class Scheduler:
         self.pool = BlockPool(num_blocks)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self._num_arrived += 1
+        request.number = self._num_arrived
+        insort(self.waiting, request, key=_turn)
 
     def schedule(self, now_s: float) -> Step | None:
         """Plan the next step and advance the requests' lengths as if it had run. None if no request can run."""
@@ -143,7 +148,8 @@ class Scheduler:
         for request in decoding + reading:
             if request.row < 0 or request.is_behind or request.num_generated >= request.params.max_tokens:
                 continue  # preempted by this very call, or waiting for its last token to be read
-            length = _piece(request.num_tokens - request.num_computed, budget, is_alone=not chunks)
+            num_left = request.num_tokens - request.num_computed
+            length = _piece(num_left, self._share(request, num_left, budget, reading), is_alone=not chunks)
             if length == 0:
                 break
             if not self._grow(request, length, chunks):
@@ -152,13 +158,14 @@ class Scheduler:
             chunks.append(self._advance(request, length))
             budget -= length
         may_admit = not is_starved and self.num_preemptions == num_preemptions
-        while may_admit and self.waiting and budget:
-            found = self._found(self.waiting[0])
-            num_left = self.waiting[0].num_tokens - len(found) * self.block_size
-            length = _piece(num_left, budget, is_alone=not chunks)
-            if not length or not self._can_admit(self.waiting[0], found):
+        while may_admit and budget and (candidate := self._next()) is not None:
+            request = candidate
+            found = self._found(request)
+            num_left = request.num_tokens - len(found) * self.block_size
+            length = _piece(num_left, self._share(request, num_left, budget), is_alone=not chunks)
+            if not length or not self._fits(request, found):
                 break
-            request = self._admit(now_s, found)
+            self._admit(request, now_s, found)
             missing = self._num_blocks(request.num_computed + length) - len(request.blocks)
             request.blocks.extend(self.pool.allocate(missing))
             chunks.append(self._advance(request, length))
@@ -250,8 +257,29 @@ class Scheduler:
         request.num_pending += samples
         return chunk
 
+    def _share(self, request: Request, num_left: int, budget: int, reading: Sequence[Request] = ()) -> int:
+        """How much of the budget a request with num_left tokens may have.
+
+        All of it, unless that would not do: then it leaves up to half of it to the prompts behind it, of those that are
+        being read and those that could start, so that a short prompt does not wait for the end of a long one.
+        """
+        if num_left <= budget:
+            return budget
+        behind = [other.num_tokens - other.num_computed for other in reading if _turn(other) > _turn(request)]
+        num_free = self.pool.num_free - self._num_blocks(budget)
+        others = (other for other in self.waiting if other is not request)
+        for other, _ in zip(others, self._free_rows, strict=False):
+            num_free -= self._num_blocks(other.num_tokens + 1)
+            if num_free < 0 or not self._may_start(other):
+                break
+            behind.append(other.num_tokens)
+        return budget - min(budget // 2, sum(behind))
+
     def _grow(self, request: Request, length: int, chunks: Sequence[Chunk]) -> bool:
-        """Allocate blocks for length more tokens, preempting the newest requests not in this step. False if too few."""
+        """Allocate blocks for length more tokens. False if there are too few.
+
+        Requests that are not in this step are preempted for it, those of the lowest priority and of these the newest.
+        """
         missing = self._num_blocks(request.num_computed + length) - len(request.blocks)
         if not missing:
             return True
@@ -267,13 +295,16 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Free a request's blocks and put it first in the queue; its tokens are recomputed later."""
+        """Free a request's blocks and queue it before those of its priority that have not started.
+
+        What has left the cache by then is computed again.
+        """
         self.running.remove(request)
         self._release(request)
         request.num_computed = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=_turn)
 
     def _found(self, request: Request) -> list[tuple[int, int]]:
         """(block, key) of the blocks that the request can share; none if all its rows are wanted."""
@@ -300,15 +331,23 @@ class Scheduler:
             ids = request.known_ids(start, start + self.block_size)
             keys.append(self.pool.remember(keys[-1] if keys else request.salt, ids, request.blocks[index]))
 
-    def _can_admit(self, request: Request, found: Sequence[tuple[int, int]]) -> bool:
-        """Whether a row is free, the host has read all its tokens, and all of them fit into the free blocks."""
-        num_shared = len(found) - self.pool.num_idle([block for block, _ in found])
-        fits = self._num_blocks(request.num_tokens + 1) - num_shared <= self.pool.num_free or not self.running
-        may_start = self.admits_new or request.first_scheduled_s is not None
-        return bool(self._free_rows) and request.num_pending == 0 and fits and may_start
+    def _may_start(self, request: Request) -> bool:
+        return self.admits_new or request.first_scheduled_s is not None
 
-    def _admit(self, now_s: float, found: Sequence[tuple[int, int]]) -> Request:
-        request = self.waiting.popleft()
+    def _next(self) -> Request | None:
+        """The request whose turn it is to start, if a row is free and the host has read all its tokens."""
+        if not self._free_rows:
+            return None
+        request = next(filter(self._may_start, self.waiting), None)
+        return request if request is not None and request.num_pending == 0 else None
+
+    def _fits(self, request: Request, found: Sequence[tuple[int, int]]) -> bool:
+        """Whether all tokens of a request fit into the free blocks and the found ones."""
+        num_shared = len(found) - self.pool.num_idle([block for block, _ in found])
+        return self._num_blocks(request.num_tokens + 1) - num_shared <= self.pool.num_free or not self.running
+
+    def _admit(self, request: Request, now_s: float, found: Sequence[tuple[int, int]]) -> None:
+        self.waiting.remove(request)
         request.row = self._free_rows.pop()
         request.blocks += [block for block, _ in found]
         request.block_keys = [key for _, key in found]
@@ -317,14 +356,18 @@ class Scheduler:
         if request.first_scheduled_s is None:
             request.first_scheduled_s, request.num_cached = now_s, request.num_computed
             self.admitted.append(request)
-        self.running.append(request)
-        return request
+        insort(self.running, request, key=_turn)
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
         request.block_keys = []
         self._free_rows.append(request.row)
         request.row = -1
+
+
+def _turn(request: Request) -> tuple[int, bool, int]:
+    """Sorts requests by when they start: by priority, preempted ones before new ones, first come first served."""
+    return request.params.priority, request.first_scheduled_s is None, request.number
 
 
 def _piece(num_left: int, budget: int, is_alone: bool) -> int:

@@ -143,6 +143,7 @@ def sampling_params(body: Sampling, tokenizer: TokenizerLike, max_tokens: int, s
         repetition_penalty=body.repetition_penalty,
         seed=body.seed,
         ignore_eos=body.ignore_eos,
+        priority=body.priority,
         salt=_salt(settings),
     )
 

@@ -115,6 +115,12 @@ class Sampling(Body):
     seed: int | None = Field(
         None, ge=0, lt=1 << 63, description="The same request with the same seed gets the same answer; none: a new one."
     )
+    priority: int = Field(
+        0,
+        ge=-100,
+        le=100,
+        description="Requests of a lower number start first, and give way last when memory is short.",
+    )
     ignore_eos: bool = Field(False, description="Ignore end tokens and generate max_tokens.")
     stream: bool = Field(False, description="Answer as server-sent events, one per step.")
     timeout_s: float | None = Field(

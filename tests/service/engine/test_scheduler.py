@@ -218,3 +218,78 @@ def test_every_request_ends_and_nothing_leaks(
         assert request in aborted or len(request.output_ids) == request.params.max_tokens
         wanted = list(range(len(request.prompt_ids) - 1)) if request.params.prompt_logprobs is not None else []
         assert scored[request] == (wanted[: len(scored[request])] if request in aborted else wanted)
+
+
+def test_a_lower_number_starts_first_and_equals_in_the_order_of_arrival() -> None:
+    plan = scheduler(rows=1, budget=16)
+    requests = [new_request(name, 5, 1, priority=level) for name, level in (("a", 1), ("b", 0), ("c", 1), ("d", -1))]
+    for request in requests:
+        plan.add(request)
+    order = []
+    while (step := plan.schedule(0.0)) is not None:
+        order += [chunk.request.id for chunk in step.chunks]
+        plan.commit(step, tokens_of(step))
+    assert order == ["d", "b", "a", "c"]
+
+
+def test_the_lowest_priority_gives_way_and_starts_again_before_new_ones_of_its_own() -> None:
+    plan = scheduler(num_blocks=6, block_size=4, rows=3)
+    urgent, idle, late = (new_request(name, 7, 12, priority=level) for name, level in (("u", 0), ("i", 5), ("l", 5)))
+    plan.add(idle)
+    step = planned(plan)
+    plan.commit(step, tokens_of(step))
+    plan.add(urgent)
+    while idle.num_preemptions == 0:
+        step = planned(plan)
+        plan.commit(step, tokens_of(step))
+    assert urgent.num_preemptions == 0, "though it is the newer one"
+    plan.add(late)
+    assert plan.waiting == [idle, late]
+    plan.admits_new = False
+    while not idle.is_finished:
+        step = planned(plan)
+        plan.commit(step, tokens_of(step))
+    assert plan.waiting == [late]
+    assert plan.is_drained
+
+
+def test_draining_passes_by_new_requests_of_a_higher_priority() -> None:
+    plan = scheduler()
+    preempted, urgent = new_request("p", 5, 1, priority=3), new_request("u", 5, 1)
+    preempted.first_scheduled_s = 1.0
+    plan.add(preempted)
+    plan.add(urgent)
+    plan.admits_new = False
+    assert [chunk.request for chunk in planned(plan).chunks] == [preempted]
+    assert plan.schedule(0.0) is None
+
+
+def test_short_prompts_are_read_beside_a_long_one_and_neither_starves() -> None:
+    plan = Scheduler(num_blocks=400, block_size=4, max_num_requests=8, max_batched_tokens=32, has_prefix_cache=False)
+    long = new_request("long", 300, 1)
+    plan.add(long)
+    step = planned(plan)
+    assert step.num_tokens == 32, "all of it while nobody else is there"
+    plan.commit(step, tokens_of(step))
+    num_steps = 0
+    while not long.is_finished:
+        plan.add(new_request(f"short {num_steps}", 10, 1))
+        step = planned(plan)
+        lengths = {chunk.request.id: chunk.length for chunk in step.chunks}
+        assert lengths[f"short {num_steps}"] == 10 or long.num_computed == 300, "it is read in the step after it came"
+        assert lengths["long"] >= 16 or long.num_computed == 300
+        assert step.num_tokens <= 32
+        plan.commit(step, tokens_of(step))
+        num_steps += 1
+    assert num_steps <= (300 - 32) / 22 + 1
+
+
+def test_a_long_prompt_leaves_nothing_to_those_who_cannot_start() -> None:
+    plan = Scheduler(num_blocks=30, block_size=4, max_num_requests=2, max_batched_tokens=32, has_prefix_cache=False)
+    plan.add(new_request("long", 100, 1))
+    plan.add(new_request("no room", 90, 1))
+    plan.add(new_request("short", 10, 1))
+    for _ in range(3):
+        step = planned(plan)
+        assert [(chunk.request.id, chunk.length) for chunk in step.chunks] == [("long", 32)]
+        plan.commit(step, tokens_of(step))

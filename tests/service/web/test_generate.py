@@ -69,6 +69,7 @@ def test_every_parameter_reaches_the_engine() -> None:
         "min_p": 0.1,
         "repetition_penalty": 1.2,
         "seed": 5,
+        "priority": -3,
         "ignore_eos": True,
         "logprobs": 2,
     }

@@ -83,7 +83,7 @@ def test_default_lengths() -> None:
 
 
 def test_extensions_reach_the_engine() -> None:
-    wanted = {"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.2, "ignore_eos": True}
+    wanted = {"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.2, "priority": 7, "ignore_eos": True}
     for answer, engine in (complete(extra_body=wanted, top_p=0.5), chat(extra_body=wanted, top_p=0.5, max_tokens=20)):
         params = engine.submitted[0].params
         assert {name: getattr(params, name) for name in wanted} == wanted
