@@ -12,6 +12,10 @@ MIN_CHUNK = 64
 WEIGHT = 0.1
 """Share of the last step in the ratio of real times to measured ones."""
 
+FAST_ENOUGH = 0.97
+"""Share of the best rate, in tokens per second, that a larger step must have: some sizes are just beyond where the
+products' tiles begin another wave, and then the next smaller step reads more."""
+
 SLOWEST = 8.0
 """Largest such ratio. Beyond it a step was delayed by something else than its keys."""
 
@@ -19,9 +23,9 @@ SLOWEST = 8.0
 class Pacing:
     """Chooses the token budget of each step.
 
-    While requests decode, that is the largest measured step whose time stays under the target; otherwise max_tokens.
-    The times are those of steps with nothing before them in the cache. Real steps attend to more keys, so the times
-    are scaled by how long the last real ones took.
+    That is the largest measured step that is about as fast, per token, as any; while requests decode, of those whose
+    time stays under the target. The times are those of steps with nothing before them in the cache. Real steps attend
+    to more keys, so the times are scaled by how long the last real ones took.
 
     Args:
         max_tokens: largest budget.
@@ -33,17 +37,22 @@ class Pacing:
         self.max_tokens = max_tokens
         self._target_s = target_s
         self._times_s = {shape: time_s for shape, time_s in (times_s or {}).items() if not shape.is_decode}
-        self._slowest: dict[int, float] = {}
-        for shape, time_s in sorted(self._times_s.items()):
-            self._slowest[shape.num_tokens] = max(time_s, self._slowest.get(shape.num_tokens, 0.0))
+        # Tokens per second of steps of so many tokens, for as many requests as may share a step.
+        self._rates: dict[int, float] = {}
+        for shape, time_s in self._times_s.items():
+            rate = shape.num_tokens / time_s
+            self._rates[shape.num_tokens] = min(rate, self._rates.get(shape.num_tokens, rate))
         self._ratio = 1.0
 
     def budget(self, num_decoding: int) -> int:
         """Most tokens of the next step, in which so many requests decode."""
-        if self._target_s is None or not self._slowest or not num_decoding:
+        if not self._rates:
             return self.max_tokens
-        fitting = [tokens for tokens, time_s in self._slowest.items() if time_s * self._ratio <= self._target_s]
-        return min(self.max_tokens, max(num_decoding + MIN_CHUNK, *fitting, 0))
+        limit_s = self._target_s / self._ratio if num_decoding and self._target_s is not None else float("inf")
+        fitting = {tokens: rate for tokens, rate in self._rates.items() if tokens <= limit_s * rate}
+        fast = FAST_ENOUGH * max(fitting.values(), default=0.0)
+        largest = max((tokens for tokens, rate in fitting.items() if rate >= fast), default=0)
+        return min(self.max_tokens, max(num_decoding + MIN_CHUNK, largest))
 
     def observe(self, shape: Shape, time_s: float) -> None:
         """Learn from the time that a real step of a shape took on the device."""

@@ -24,6 +24,14 @@ def test_the_largest_step_within_the_target() -> None:
         assert Pacing(1024, target_s, TIMES_S).budget(num_decoding=3) == budget
 
 
+def test_a_size_just_beyond_a_wave_of_tiles_is_passed_by() -> None:
+    """Of steps that read about as many tokens a second the largest is taken, of others the fastest."""
+    for slow_s, budget in ((0.0121, 640), (0.0125, 512)):
+        times_s = {Shape(256, 16): 0.006, Shape(512, 16): 0.0095, Shape(640, 16): slow_s}
+        assert Pacing(640, 0.02, times_s).budget(num_decoding=1) == budget
+        assert Pacing(640, 0.02, times_s).budget(num_decoding=0) == budget
+
+
 @pytest.mark.parametrize("pacing", [Pacing(900, None, TIMES_S), Pacing(900, 0.01), Pacing(900, 0.01, {})])
 def test_without_target_or_times_any_step_may_be_full(pacing: Pacing) -> None:
     assert pacing.budget(num_decoding=3) == 900
