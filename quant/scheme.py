@@ -13,6 +13,7 @@ WeightScale = Literal["float", "tensor", "channel", "group"]
 ActivationScale = Literal["float", "static", "tensor", "token"]
 Smoothing = float | Literal["search"]
 KVStorage = Literal["float", "int8"]
+HeadStorage = Literal["float", "int8"]
 Rounding = Literal["nearest", "gptq"]
 
 MIN_GROUP_SIZE = 32
@@ -33,6 +34,10 @@ _ACTIVATIONS = {
 _KV = {
     "float": "float keys and values",
     "int8": "int8 keys and values with one scale per token and head",
+}
+_HEAD = {
+    "float": "a float head",
+    "int8": "an int8 head with one scale per token of the vocabulary and one per row",
 }
 _ROUNDING = {
     "nearest": "weights rounded to nearest",
@@ -59,6 +64,8 @@ class Scheme:
             data, or None for no smoothing.
         outliers: LLM.int8()'s threshold: input columns with a larger magnitude are multiplied in float; None for none.
         kv: the KV cache: "float", or "int8" (one scale per token and head).
+        head: the product with the vocabulary: "float", or "int8" (weights with one scale per output, rounded to nearest
+            when they are loaded, activations with one per row).
         rounding: of weights, "nearest" or "gptq".
         group_size: inputs that share a scale, a power of two from 32, with weight "group"; None otherwise.
         is_distilled: whether each layer's weights are trained towards the float layer's output before they are rounded.
@@ -78,6 +85,7 @@ class Scheme:
     smoothing: Smoothing | None = None
     outliers: float | None = None
     kv: KVStorage = "float"
+    head: HeadStorage = "float"
     rounding: Rounding = "nearest"
     group_size: int | None = None
     is_distilled: bool = False
@@ -86,6 +94,7 @@ class Scheme:
         _require("weight", self.weight, _WEIGHTS)
         _require("activation", self.activation, _ACTIVATIONS)
         _require("kv", self.kv, _KV)
+        _require("head", self.head, _HEAD)
         _require("rounding", self.rounding, _ROUNDING)
         if (self.weight == "float") != (self.activation == "float"):
             raise InvalidScheme(
@@ -104,10 +113,11 @@ class Scheme:
             )
 
     def _refuse_int8_knobs(self) -> None:
-        if self.kv == "int8":
-            raise InvalidScheme(
-                "kv = 'int8' in a float scheme is not served: the baseline stays float; leave it 'float'"
-            )
+        for part, storage in (("kv", self.kv), ("head", self.head)):
+            if storage == "int8":
+                raise InvalidScheme(
+                    f"{part} = 'int8' in a float scheme is not served: the baseline stays float; leave it 'float'"
+                )
         knobs = {
             "smoothing": (self.smoothing, None),
             "outliers": (self.outliers, None),
@@ -189,6 +199,10 @@ class Scheme:
         """The same scheme with another storage of keys and values, if one is given and the scheme is int8."""
         return self if kv is None or not self.is_int8 else replace(self, kv=kv)
 
+    def with_head(self, head: HeadStorage) -> Scheme:
+        """The same scheme with another storage of the head, if the scheme is int8."""
+        return replace(self, head=head) if self.is_int8 else self
+
     def with_rounding(self, rounding: Rounding | None) -> Scheme:
         """The same scheme with another rounding of weights, if one is given and the scheme is int8.
 
@@ -228,6 +242,8 @@ class Scheme:
             extras.append(self.rounding)
         if self.kv == "int8":
             extras.append("int8 KV")
+        if self.head == "int8":
+            extras.append("int8 head")
         return ", ".join([self.name, *extras])
 
     @property
@@ -249,6 +265,8 @@ class Scheme:
             parts.append(_ROUNDING[self.rounding])
         if self.kv != "float":
             parts.append(_KV[self.kv])
+        if self.head != "float":
+            parts.append(_HEAD[self.head])
         return ", ".join(parts) + "."
 
 

@@ -57,6 +57,9 @@ def evaluate(
             autocompletion=complete(["auto", "float", "int8", "both"]),
         ),
     ] = None,
+    quantize_head: Annotated[
+        bool, typer.Option("--quantize-head", help="Measure int8 schemes with an int8 head too.")
+    ] = False,
     windows: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 20,
     window_len: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
@@ -70,7 +73,7 @@ def evaluate(
         recipes = [scheme_of(name, chosen.alpha, rounding) for name in schemes.split(",")]
         storages: tuple[KVStorage | None, ...] = ("float", "int8") if kv_cache == "both" else (chosen.kv,)
         asked = evaluation.Evaluation(
-            evaluation.in_storages(recipes, storages),
+            evaluation.in_storages(recipes, storages, ("float", "int8") if quantize_head else ("float",)),
             text,
             choices,
             windows,

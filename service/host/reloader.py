@@ -140,7 +140,7 @@ class Reloader:
         try:
             with torch.inference_mode():
                 weights = InTurns(checkpoint, self._host.device_thread)
-                return checkpoint, Decoder(config, weights, self._settings.kv or checkpoint.kv)
+                return checkpoint, Decoder(config, weights, self._settings.kv or checkpoint.kv, self._settings.head)
         except UnlikeLinears as error:
             raise CheckpointError(f"{folder}: {error}") from error
 

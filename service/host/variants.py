@@ -115,7 +115,7 @@ def start_variant(
 
 def load_variant(name: str, folder: Path, settings: Settings, device: torch.device, on_progress: Progress) -> Loaded:
     scheme = Scheme.preset(BASELINE if name == BASELINE else settings.scheme).with_alpha(settings.alpha)
-    scheme = scheme.with_kv(settings.kv)
+    scheme = scheme.with_kv(settings.kv).with_head(settings.head)
     if settings.random_weights:
         config = ModelConfig.load(folder, settings.max_model_len)
         dtype = pick_dtype(settings.dtype, config, device)
@@ -132,13 +132,13 @@ def load_variant(name: str, folder: Path, settings: Settings, device: torch.devi
     config = ModelConfig.load(folder, settings.max_model_len)
     refuse_unsafe(folder)
     checkpoint = Checkpoint.open(folder, pick_dtype(settings.dtype, config, device), device)
-    decoder = decoder_of(config, checkpoint, kv)
+    decoder = decoder_of(config, checkpoint, kv, scheme.head)
     return Loaded(decoder, variant_notes(checkpoint, decoder, scheme), folder)
 
 
 def variant_notes(checkpoint: Checkpoint, decoder: Decoder, scheme: Scheme) -> dict[str, Any]:
     """The checkpoint's own notes on its quantization; if made elsewhere, its scheme may differ from the settings'."""
-    schemes = [stored.with_kv(decoder.kv) for stored in checkpoint.schemes] or [scheme]
+    schemes = [stored.with_kv(decoder.kv).with_head(scheme.head) for stored in checkpoint.schemes] or [scheme]
     names = {"scheme": checkpoint.scheme_name or scheme.name, "description": " ".join(s.describe() for s in schemes)}
     return {**checkpoint.notes, **names}
 

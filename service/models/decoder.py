@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import Quantized
-from quant.linear import FloatLinear
-from quant.scheme import KVStorage
+from quant.convert.rounding import ScaleRule, quantize_weight
+from quant.linear import FloatLinear, InputCodes, Int8Linear
+from quant.scheme import HeadStorage, KVStorage
 from service.models.attention import Attention, KVCache, Rows
 from service.models.config import ModelConfig
 from service.models.mlp import Experts, load_mlp
@@ -69,9 +70,12 @@ class Decoder:
         config: the model's configuration.
         weights: the model's weights.
         kv: storage type of the KV caches.
+        head: storage type of the head; "int8" rounds a float one.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, kv: KVStorage = "float") -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, kv: KVStorage = "float", head: HeadStorage = "float"
+    ) -> None:
         self.config = config
         self.kv = kv
         family, names = config.layout, config.layout.names
@@ -87,6 +91,8 @@ class Decoder:
             self.head: Linear = FloatLinear(self.embedding, None)
         else:
             self.head = weights.linear(names.head, *vocabulary, has_bias=False)
+        if head == "int8":
+            self.quantize_head()
         rope = config.rope.to(self.embedding.device)
         local_rope = rope if config.local_rope is None else config.local_rope.to(rope.device)
         self.cos_sin = [rope if window is None else local_rope for window in config.windows]
@@ -109,9 +115,18 @@ class Decoder:
     def weight_bytes(self) -> int:
         """Bytes of all Linears, the embeddings and the head; a tied head counts once."""
         linears = sum(linear.weight_bytes for layer in self.layers for linear in layer.linears)
-        head = 0 if self.config.is_tied else self.head.weight_bytes
+        is_shared = isinstance(self.head, FloatLinear) and self.head.weight is self.embedding
+        head = 0 if is_shared else self.head.weight_bytes
         positions = 0 if self.position_embedding is None else self.position_embedding.nbytes
         return linears + head + self.embedding.nbytes + positions
+
+    def quantize_head(self) -> None:
+        """Round a float head to int8: a scale per output channel, and one per row that it reads."""
+        if isinstance(self.head, FloatLinear):
+            codes, scale = quantize_weight(self.head.weight, ScaleRule("channel", torch.float32))
+            self.head = Int8Linear(
+                codes, scale.reshape(-1), input_codes=InputCodes("token"), out_dtype=self.dtype, bias=self.head.bias
+            )
 
     def __call__(self, token_ids: Tensor, rows: Rows, caches: list[KVCache]) -> Tensor:
         """Run T tokens through all layers. Returns normed hidden states [T, hidden_size]; writes to the caches."""

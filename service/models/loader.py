@@ -8,7 +8,7 @@ import torch
 
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError, UnlikeLinears
-from quant.scheme import KVStorage
+from quant.scheme import HeadStorage, KVStorage
 from service.errors import ModelNotFound, UnsafeCheckpoint
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
@@ -40,18 +40,21 @@ def load_decoder(
     return decoder_of(config, Checkpoint.open(folder, dtype or config.dtype, device), kv)
 
 
-def decoder_of(config: ModelConfig, checkpoint: Checkpoint, kv: KVStorage | None = None) -> Decoder:
+def decoder_of(
+    config: ModelConfig, checkpoint: Checkpoint, kv: KVStorage | None = None, head: HeadStorage = "float"
+) -> Decoder:
     """The decoder of an open checkpoint.
 
     Args:
         kv: storage type of keys and values; None for the checkpoint's own.
+        head: "int8" rounds a float head.
 
     Raises:
         CheckpointError: as `load_decoder`, or Linears to be fused are quantized in different ways.
     """
     try:
         with torch.inference_mode():
-            return Decoder(config, checkpoint, kv or checkpoint.kv)
+            return Decoder(config, checkpoint, kv or checkpoint.kv, head)
     except UnlikeLinears as error:
         raise CheckpointError(f"{checkpoint.folder}: {error}") from error
 

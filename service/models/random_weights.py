@@ -70,4 +70,4 @@ def random_decoder(
 ) -> Decoder:
     """A decoder with a model's shapes and random weights."""
     with torch.inference_mode():
-        return Decoder(config, RandomWeights(scheme, linear_names(config), dtype, device, seed), scheme.kv)
+        return Decoder(config, RandomWeights(scheme, linear_names(config), dtype, device, seed), scheme.kv, scheme.head)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from quant.scheme import PRESETS, KVStorage
+from quant.scheme import PRESETS, HeadStorage, KVStorage
 from service.errors import InvalidSettings
 from service.settings.fields import Choices, HostName, Origin, Panel, is_list, is_secret
 from service.settings.file import ENV_PREFIX, SettingsFile, complaint, unknown_variable
@@ -105,6 +105,11 @@ class Settings(BaseSettings):
         "auto",
         description="Storage type of the w8a8 variant's keys and values, the baseline's are always float; "
         "auto: as stated by the quantized model, else by the scheme.",
+    )
+    quantize_head: bool = Field(
+        False,
+        description="Round the w8a8 variant's head, the product with the vocabulary, to int8 too: fewer bytes for each "
+        "token; `ottava evaluate --quantize-head` tells what it costs.",
     )
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="Memory of one variant's KV cache; none: derived from the free memory."
@@ -309,6 +314,15 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _refuse_an_int8_head_of_the_baseline(self) -> Self:
+        if self.quantize_head and "w8a8" not in self.variants:
+            raise ValueError(
+                f"quantize_head is true and variants is {','.join(self.variants)}: the baseline's head stays float; "
+                "add w8a8 to variants, or leave quantize_head off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _refuse_a_shadow_without_baseline(self) -> Self:
         if self.shadow_rate and "fp16" not in self.variants:
             raise ValueError(
@@ -322,6 +336,11 @@ class Settings(BaseSettings):
         if self.max_batched_tokens is not None:
             return self.max_batched_tokens
         return max(self.max_num_requests, 4096 if device_type == "cuda" else 512)
+
+    @property
+    def head(self) -> HeadStorage:
+        """The storage of the w8a8 variant's head."""
+        return "int8" if self.quantize_head else "float"
 
     @property
     def kv(self) -> KVStorage | None:

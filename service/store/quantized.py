@@ -86,7 +86,7 @@ def quantized_folder(
     The storage type of keys and values changes no tensor, so one folder, marked "float", serves both. A folder with a
     damaged file is created again, because a flipped bit in a weight would not be noticed anywhere else.
     """
-    scheme = scheme.with_kv("float")
+    scheme = scheme.with_kv("float").with_head("float")
     key = _fingerprint(source, scheme, calibration)
     out = cache / "quantized" / f"{source.resolve().name}-{scheme.name}-{key}"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,17 @@ def test_keys_and_values_are_float_unless_asked_for() -> None:
     assert Scheme.preset("fp16").with_kv("int8") == PRESETS["fp16"]
 
 
+def test_the_head_is_float_unless_asked_for() -> None:
+    assert {scheme.head for scheme in PRESETS.values()} == {"float"}
+    scheme = PRESETS["w8a8"].with_head("int8")
+    assert scheme == dataclasses.replace(PRESETS["w8a8"], head="int8")
+    assert (scheme.label, scheme.with_kv("int8").label) == ("w8a8, int8 head", "w8a8, int8 KV, int8 head")
+    assert "an int8 head" in scheme.describe()
+    assert PRESETS["fp16"].with_head("int8") == PRESETS["fp16"]
+    with pytest.raises(InvalidScheme, match="head = 'int8' in a float scheme"):
+        dataclasses.replace(PRESETS["fp16"], head="int8")
+
+
 def test_alpha_replaces_the_preset_s() -> None:
     assert Scheme.preset("w8a8", alpha=0.75) == dataclasses.replace(PRESETS["w8a8"], smoothing=0.75)
     assert "0.75" in Scheme.preset("w8a8", alpha=0.75).describe()

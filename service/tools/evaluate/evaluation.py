@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from quant.scheme import KVStorage, Scheme
+from quant.scheme import HeadStorage, KVStorage, Scheme
 from service.errors import InvalidSettings
 from service.host.machine import birth_certificate
 from service.models.config import ModelConfig
@@ -113,9 +113,12 @@ class Evaluation:
             draw(rows, self.plot, f"{Path(run['model']).name}, {run['device']}, {run['dtype']}, torch {run['torch']}")
 
 
-def in_storages(schemes: Sequence[Scheme], storages: Sequence[KVStorage | None]) -> list[Scheme]:
-    """Each scheme with each storage type of keys and values, without duplicates; a float scheme keeps its own."""
-    return list(dict.fromkeys(scheme.with_kv(kv) for scheme in schemes for kv in storages))
+def in_storages(
+    schemes: Sequence[Scheme], storages: Sequence[KVStorage | None], heads: Sequence[HeadStorage] = ("float",)
+) -> list[Scheme]:
+    """Each scheme with each storage of keys and values, and of the head, each once; a float scheme keeps its own."""
+    stored = (scheme.with_kv(kv).with_head(head) for scheme in schemes for kv in storages for head in heads)
+    return list(dict.fromkeys(stored))
 
 
 def show(run: dict[str, Any], rows: Sequence[Row], console: Console) -> None:

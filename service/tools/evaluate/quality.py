@@ -94,7 +94,7 @@ def measure_quality(
     """A row for the float baseline, then one for each int8 scheme, in the order given.
 
     Only the baseline and one int8 model are in memory at a time; consecutive schemes that differ only in the storage of
-    keys and values share one.
+    keys, values and head share one.
 
     Args:
         folder: a float model.
@@ -132,7 +132,7 @@ def measure_quality(
                 out = Path(scratch) / "model"
                 quantize_model(folder, out, group[0], calibration, device, on_progress=on_progress, windows=read)
                 weights = load(out)
-                candidates = {scheme.label: _with_kv(weights, scheme) for scheme in group}
+                candidates = {scheme.label: _stored(weights, scheme) for scheme in group}
                 rows = bench.rows(candidates)
                 if has_layers:
                     stored = Checkpoint.open(out, torch.float32, device)
@@ -224,17 +224,24 @@ def _sharing_weights(schemes: Sequence[Scheme]) -> list[list[Scheme]]:
     """Group consecutive schemes that store the same weights."""
     groups: list[list[Scheme]] = []
     for scheme in schemes:
-        if groups and groups[-1][0].with_kv("float") == scheme.with_kv("float"):
+        if groups and _stored_weights(groups[-1][0]) == _stored_weights(scheme):
             groups[-1].append(scheme)
         else:
             groups.append([scheme])
     return groups
 
 
-def _with_kv(decoder: Decoder, scheme: Scheme) -> Decoder:
-    """A decoder with the same weights and the scheme's storage type of keys and values."""
+def _stored_weights(scheme: Scheme) -> Scheme:
+    """The scheme without what is decided when its weights are loaded."""
+    return scheme.with_kv("float").with_head("float")
+
+
+def _stored(decoder: Decoder, scheme: Scheme) -> Decoder:
+    """A decoder with the same weights and the scheme's storage of keys, values and head."""
     twin = copy(decoder)
     twin.kv = scheme.kv
+    if scheme.head == "int8":
+        twin.quantize_head()
     return twin
 
 

@@ -469,6 +469,13 @@ def test_evaluate_measures_an_int8_cache_and_names_it(evaluated: Evaluated) -> N
     assert [row["scheme"] for row in rows["both"]] == ["fp16", "w8a8", "w8a8, int8 KV"]
 
 
+def test_evaluate_measures_an_int8_head_beside_the_float_one(evaluated: Evaluated) -> None:
+    rows = evaluated("--schemes", "fp16,w8a8", "--quantize-head")[1]
+    assert [row["scheme"] for row in rows] == ["fp16", "w8a8", "w8a8, int8 head"]
+    assert rows[2]["kl"] != rows[1]["kl"]
+    assert 0 < rows[2]["kl"] < 3 * rows[1]["kl"]
+
+
 def test_evaluate_prints_a_table(evaluated: Evaluated, questions: Path) -> None:
     said = evaluated("--schemes", "w8a8")[2]
     headings = (

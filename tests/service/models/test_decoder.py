@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 import kernels
 from kernels import Quantized
-from quant.linear import Int8Linear
+from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import PRESETS, KVStorage, Scheme
 from service.errors import UnsupportedModel
 from service.models.config import ModelConfig, linear_names
@@ -87,6 +87,27 @@ def test_random_weights_quantize_every_linear_but_the_head() -> None:
     assert all(isinstance(linear, Int8Linear) for layer in decoder.layers for linear in layer.linears)
     assert not isinstance(decoder.head, Int8Linear)
     assert score(decoder, torch.arange(9)).isfinite().all()
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_an_int8_head(is_tied: bool) -> None:
+    """Its logits are those of the rounded weights and rows, the embedding stays as it is, and both are counted."""
+    config = ModelConfig.of(llama(tie_word_embeddings=is_tied))
+    schemes = [PRESETS["w8a8"], PRESETS["w8a8"].with_head("int8")]
+    floating, int8 = (random_decoder(config, scheme, torch.float32, CPU) for scheme in schemes)
+    head, weight = int8.head, floating.head.weight if isinstance(floating.head, FloatLinear) else None
+    assert isinstance(head, Int8Linear)
+    assert weight is not None
+    assert (head.weight_q * head.weight_scale[:, None] - weight).abs().max() <= head.weight_scale.max() * 0.5001
+    assert torch.equal(int8.embedding, floating.embedding)
+    hidden = torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    rows = kernels.quantize_rows(hidden)
+    expected = (rows.codes.double() * rows.scale.double()[:, None]) @ (
+        head.weight_q.double() * head.weight_scale.double()[:, None]
+    ).T
+    assert (int8.logits(hidden) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert 0 < (int8.logits(hidden) - floating.logits(hidden)).norm() < 0.03 * floating.logits(hidden).norm()
+    assert int8.weight_bytes - floating.weight_bytes == head.weight_bytes - (0 if is_tied else weight.nbytes)
 
 
 IDS = torch.randint(3, 256, (100,), generator=torch.Generator().manual_seed(5))

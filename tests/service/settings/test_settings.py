@@ -72,6 +72,7 @@ def test_an_unknown_name_names_the_nearest() -> None:
         ({"max_num_requests": 600, "max_batched_tokens": 512}, "max_batched_tokens is 512, below max_num_requests 600"),
         ({"kv_cache_bytes": 0}, "kv_cache_bytes"),
         ({"kv_cache": "int4"}, "kv_cache = 'int4'.*'auto', 'float' or 'int8'"),
+        ({"quantize_head": True, "variants": "fp16"}, "quantize_head is true and variants is fp16.*add w8a8"),
         ({"kv_cache": "int8", "variants": "fp16"}, "kv_cache is 'int8' and variants is fp16.*add w8a8 to variants"),
     ],
 )
