@@ -135,6 +135,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         max_num_requests=args.streams,
         max_batched_tokens=max(512, args.streams),
         kv_cache="float",
+        # All ways send the same prompts.
+        prefix_cache=False,
         in_process=args.in_process,
     )
 

@@ -85,6 +85,7 @@ def paced_engine(variant: str, runner: PacedRunner, max_model_len: int, settings
         block_size=block_size,
         max_num_requests=rows,
         max_batched_tokens=settings.step_tokens("cpu"),
+        has_prefix_cache=settings.prefix_cache,
     )
     return EngineLoop(
         variant,

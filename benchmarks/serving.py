@@ -123,6 +123,8 @@ class Bench:
             block_size=block_size,
             max_num_requests=self.rows,
             max_batched_tokens=args.max_batched_tokens,
+            # Every round reads the same prompts.
+            has_prefix_cache=False,
         )
         started = time.perf_counter()
         self.runner.warm_up()

@@ -11,6 +11,11 @@ from torch.nn import functional as F
 from kernels.quantized import Quantized, ToInt8
 from kernels.reference.common import quantize_rows, store
 
+TILE = 64
+"""Query rows that are multiplied at once: those of positions t * TILE .. (t + 1) * TILE - 1, some of which may not be
+in the step, over as many keys as there are positions up to the last. So the shapes of a row's products, and with them
+the order of its sums, follow from its position alone, not from the piece of the prompt that it is computed in."""
+
 VECTOR = 16
 """Number of float32 values in the widest vector register."""
 
@@ -137,13 +142,20 @@ def paged_attention(
     for b, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
         if length < 2:
             continue
-        chunk = slice(starts[b], starts[b + 1])
-        keys, values = (_gather_blocks(cache, block_tables[b : b + 1], context) for cache in (k_cache, v_cache))
-        mask = torch.ones(length, context, dtype=torch.bool, device=q.device).tril(context - length)
-        if window is not None:
-            mask = mask.triu(context - length - window + 1)
-        y = _attend(q[chunk].float().transpose(0, 1)[None], keys, values, mask, scale, soft_cap)
-        out[chunk] = y[0].transpose(0, 1).flatten(1).to(q.dtype)
+        first, num_keys = context - length, -(-context // TILE) * TILE
+        keys, values = (
+            _gather_blocks(cache, block_tables[b : b + 1], context, num_keys) for cache in (k_cache, v_cache)
+        )
+        for start in range(first // TILE * TILE, context, TILE):
+            stop, begin, end = start + TILE, max(start, first), min(start + TILE, context)
+            here = slice(starts[b] + begin - first, starts[b] + end - first)
+            tile = torch.zeros(TILE, *q.shape[1:], device=q.device)
+            tile[begin - start : end - start] = q[here]
+            mask = torch.ones(TILE, stop, dtype=torch.bool, device=q.device).tril(start)
+            if window is not None:
+                mask = mask.triu(start - window + 1)
+            y = _attend(tile.transpose(0, 1)[None], keys[:, :, :stop], values[:, :, :stop], mask, scale, soft_cap)
+            out[here] = y[0, :, begin - start : end - start].transpose(0, 1).flatten(1).to(q.dtype)
     return store(out, q.dtype, quantize)
 
 
@@ -183,15 +195,17 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float,
     return scores.softmax(-1) @ values
 
 
-def _gather_blocks(cache: Tensor | Quantized, block_tables: Tensor, num_tokens: int) -> Tensor:
-    """The first num_tokens slots of each request's blocks: [B, G, num_tokens, D] float32."""
+def _gather_blocks(cache: Tensor | Quantized, block_tables: Tensor, num_tokens: int, size: int) -> Tensor:
+    """The first num_tokens slots of each request's blocks, then zeros: [B, G, size, D] float32."""
     if isinstance(cache, Quantized):
-        codes, scale = _gather_blocks(cache.codes, block_tables, num_tokens), cache.scale.unsqueeze(-1)
-        return codes * _gather_blocks(scale, block_tables, num_tokens)
+        codes, scale = _gather_blocks(cache.codes, block_tables, num_tokens, size), cache.scale.unsqueeze(-1)
+        return codes * _gather_blocks(scale, block_tables, num_tokens, size)
     block_size = cache.shape[1]
     num_blocks = -(-num_tokens // block_size)
     blocks = cache.index_select(0, block_tables[:, :num_blocks].reshape(-1))
-    return blocks.view(len(block_tables), -1, *cache.shape[2:])[:, :num_tokens].float().transpose(1, 2)
+    tokens = torch.zeros(len(block_tables), size, *cache.shape[2:], device=cache.device)
+    tokens[:, :num_tokens] = blocks.view(len(block_tables), -1, *cache.shape[2:])[:, :num_tokens]
+    return tokens.transpose(1, 2)
 
 
 def _gather(cache: Tensor | Quantized, slots: Tensor) -> Tensor:

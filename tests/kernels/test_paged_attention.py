@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from itertools import pairwise
 from typing import overload
 
 import pytest
@@ -336,6 +337,28 @@ def test_reference_multiplies_no_slot_of_others(place: Place, int8: str) -> None
                 case.scale,
             )
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("int8", ["", "kv"])
+@pytest.mark.parametrize("window", [None, 50])
+def test_reference_rows_do_not_depend_on_the_piece_of_the_prompt(place: Place, int8: str, window: int | None) -> None:
+    """To the bit: a prompt in pieces, or behind keys that were there, rounds as the whole one."""
+    if place.device != "cpu":
+        return
+    case = Case(place, [(200, 200)], 64, 6, 2, int8=int8, window=window)
+    case.tables.clamp_(max=case.tables[case.tables < 2**30].max().item())
+
+    def piece(first: int, last: int) -> Tensor:
+        starts, contexts = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, last - first], [last]))
+        y = reference.paged_attention(
+            case.q[first:last], case.k, case.v, case.tables, starts, contexts, False, case.scale, None, window
+        )
+        return floats_of(y)
+
+    whole = piece(0, 200)
+    for cuts in ([64, 128], [2, 63, 65, 150], [100], [7, 11, 197]):
+        edges = [0, *cuts, 200]
+        assert torch.equal(torch.cat([piece(*edge) for edge in pairwise(edges)]), whole), cuts
 
 
 def test_window_and_soft_cap_twins_fail(place: Place) -> None:

@@ -39,6 +39,7 @@ def make_engine(
         max_num_requests=rows,
         max_batched_tokens=budget,
         eos_ids=frozenset(kwargs.pop("eos_ids", ())),
+        has_prefix_cache=kwargs.pop("has_prefix_cache", True),
     )
     return EngineLoop(
         "w8a8",

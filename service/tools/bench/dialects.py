@@ -13,11 +13,19 @@ from service.tools.bench.record import Counted
 DONE = b"[DONE]"
 
 
+class Told(NamedTuple):
+    """What a server says of a request: tokens of the prompt, of these found in its prefix cache, and generated."""
+
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
+
+
 class News(NamedTuple):
     """What one event says. num_tokens: that came with it; of OpenAI's routes 1, since those do not tell."""
 
     num_tokens: int = 0
-    usage: tuple[int, int] | None = None
+    usage: Told | None = None
     error: str | None = None
 
 
@@ -41,9 +49,17 @@ class Dialect(Protocol):
         ...
 
 
+class _Cached(msgspec.Struct, gc=False):
+    cached_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    prompt_tokens_details: _Cached | None = None
+
+    def told(self, details: _Cached | None) -> Told:
+        return Told(self.prompt_tokens, (details and details.cached_tokens) or 0, self.completion_tokens)
 
 
 class _Delta(msgspec.Struct, gc=False):
@@ -70,6 +86,7 @@ class _Generated(msgspec.Struct, gc=False):
     token_ids: list[int] = []
     finish_reason: str | None = None
     usage: _Usage | None = None
+    metrics: _Cached | None = None
     error: Any = None
 
 
@@ -120,7 +137,7 @@ class Generate:
             return News(len(told.token_ids))
         # The last event is the whole answer, whose ids came before.
         usage = told.usage
-        return News(usage=None if usage is None else (usage.prompt_tokens, usage.completion_tokens))
+        return News(usage=None if usage is None else usage.told(told.metrics))
 
 
 ROUTES: Mapping[str, Dialect] = {"completions": Completions(), "chat": Chat(), "generate": Generate()}
@@ -162,7 +179,7 @@ def _news(event: bytes, brings: Callable[[_Choice], bool]) -> News:
         is_token = is_token or brings(choice)
     if usage is None:
         return _TOKEN if is_token else _NOTHING
-    return News(int(is_token), (usage.prompt_tokens, usage.completion_tokens))
+    return News(int(is_token), usage.told(usage.prompt_tokens_details))
 
 
 def _brings_text(choice: _Choice) -> bool:

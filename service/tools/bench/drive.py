@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from service.tools.bench.arrivals import Concurrency, Load
 from service.tools.bench.client import CUT, Client, Exchange
-from service.tools.bench.dialects import DONE, Dialect, error_code, error_message
+from service.tools.bench.dialects import DONE, Dialect, Told, error_code, error_message
 from service.tools.bench.http import Events
 from service.tools.bench.measure import Phase
 from service.tools.bench.record import Counted, Record
@@ -61,7 +61,7 @@ class Stream:
         self._dialect = dialect
         self._tally = tally
         self._events = Events()
-        self._usage: tuple[int, int] | None = None
+        self._usage: Told | None = None
         self._told: str | None = None
         self._last_s = 0.0
         self._is_done = False
@@ -70,7 +70,7 @@ class Stream:
         """Complete the record after the exchange's end."""
         record, exchange = self.record, self.exchange
         record.end_s = exchange.end_s
-        if not record.token_s and self._is_done and self._usage is not None and self._usage[1] > 0:
+        if not record.token_s and self._is_done and self._usage is not None and self._usage.generated:
             # All tokens were without text, and told by usage alone.
             record.token_s.append(self._last_s)
         failure = exchange.failure or self._refusal()
@@ -113,10 +113,9 @@ class Stream:
         if self._usage is None:
             record.counted = Counted.IDS if self._dialect.counted is Counted.IDS else Counted.EVENTS
             return
-        prompt_tokens, output_tokens = self._usage
-        record.prompt_tokens = prompt_tokens
+        record.prompt_tokens, record.cached_tokens = self._usage.prompt, self._usage.cached
         if self._dialect.counted is Counted.USAGE:
-            record.output_tokens = output_tokens
+            record.output_tokens = self._usage.generated
 
 
 @dataclass

@@ -75,6 +75,7 @@ class Summary:
     completed: int
     errors: Mapping[str, int]
     input_tokens: int
+    cached_tokens: int
     output_tokens: int
     good: int | None
     ttft: Distribution | None
@@ -111,6 +112,7 @@ def summarize(phases: Sequence[Phase], slos: Mapping[str, float] | None = None) 
         completed=len(answered),
         errors=dict(Counter(kind for kind, _ in failed).most_common()),
         input_tokens=sum(r.prompt_tokens or 0 for r in answered),
+        cached_tokens=sum(r.cached_tokens for r in answered),
         output_tokens=num_tokens,
         good=sum(is_good(r, slos) for r in answered) if slos else None,
         ttft=Distribution.of(_ms(r.ttft_s) for r in answered),

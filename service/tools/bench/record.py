@@ -22,6 +22,7 @@ class Record:
     scheduled_s: when it was to be sent. sent_s: when it was, before a connection was opened for it if none was free.
     token_s: when each token came, or where `counted` is not IDS, each event that brought text.
     error: kind of failure; None if the answer came to its end.
+    cached_tokens: those of the prompt that the server found in its prefix cache.
     """
 
     scheduled_s: float
@@ -33,6 +34,7 @@ class Record:
     error: str | None = None
     detail: str = ""
     counted: Counted = Counted.EVENTS
+    cached_tokens: int = 0
 
     @property
     def is_answered(self) -> bool:

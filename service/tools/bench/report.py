@@ -149,6 +149,7 @@ def _own(result: Result, point: Point, name: str, summary: Summary) -> dict[str,
         "tokens_per_event": summary.tokens_per_event,
         "itl_between": "tokens" if list(summary.counted) == [Counted.IDS] else "events",
         "good_requests": summary.good,
+        "cached_input_tokens": summary.cached_tokens,
     }
 
 
@@ -280,6 +281,12 @@ def _notes(result: Result) -> Iterator[str]:
     yield f"the generator took {100 * cpu:.0f} % of a core at most"
     for point, name, summary in summaries:
         where = " · ".join([str(point.load), *([name] if name else [])])
+        if summary.cached_tokens:
+            share = 100 * summary.cached_tokens / summary.input_tokens
+            yield (
+                f"{where}: {share:.0f} % of the prompts' tokens were in the server's prefix cache; the same --seed "
+                "sends the same prompts again"
+            )
         for kind, number in summary.errors.items():
             yield f"{where}: {number} x {kind}: {summary.details[kind]}"
         if (why := result.why_saturated(point, name)) is not None:

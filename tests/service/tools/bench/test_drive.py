@@ -157,11 +157,15 @@ def test_ids_count_tokens_of_generate() -> None:
     async def script(asked: Asked) -> None:
         await asked.write(HEAD + chunk({"id": "a", "token_ids": [5, 6], "text": ""}))
         await asked.event({"token_ids": [7], "text": "x"})
-        await asked.event({"token_ids": [5, 6, 7], "finish_reason": "length", "usage": {"prompt_tokens": 4}})
+        await asked.event(
+            {"token_ids": [5, 6, 7], "finish_reason": "length", "usage": {"prompt_tokens": 4}}
+            | {"metrics": {"cached_tokens": 2}}
+        )
         await asked.write(chunk("[DONE]") + END)
 
     (record,) = drive(script, in_turn(1), route="generate")
     assert (record.output_tokens, record.prompt_tokens, record.counted) == (3, 4, Counted.IDS)
+    assert record.cached_tokens == 2
     assert len(record.gaps_s) == 2
     assert record.gaps_s[0] == 0.0
 

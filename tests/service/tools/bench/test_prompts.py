@@ -104,6 +104,21 @@ def test_which_events_of_a_completion_bring_a_token(event: bytes, num_tokens: in
     assert ROUTES["completions"].read(event).num_tokens == num_tokens
 
 
+@pytest.mark.parametrize("route", ["chat", "completions"])
+@pytest.mark.parametrize(
+    ("details", "cached"),
+    [
+        ("", 0),
+        (', "prompt_tokens_details": null', 0),
+        (', "prompt_tokens_details": {}', 0),
+        (', "prompt_tokens_details": {"cached_tokens": 5}', 5),
+    ],
+)
+def test_usage_tells_what_was_in_the_prefix_cache(route: str, details: str, cached: int) -> None:
+    event = f'{{"choices": [], "usage": {{"prompt_tokens": 7, "completion_tokens": 2{details}}}}}'
+    assert ROUTES[route].read(event.encode()).usage == (7, cached, 2)
+
+
 def test_a_dataset(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     file.write_text(

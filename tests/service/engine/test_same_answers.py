@@ -1,0 +1,93 @@
+"""INT8 answers are the same bits, alone or in a crowd, whole or in pieces, preempted or found in the prefix cache."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from quant.scheme import PRESETS, Scheme
+from service.engine.api import SamplingParams, Token
+from service.models.config import ModelConfig
+from service.models.random_weights import random_decoder
+from tests.support.engines import CPU, collect, make_engine
+from tests.support.tiny_models import make_model
+
+NUM_REQUESTS = 120
+MAX_TOKENS = 6
+PARAMS = SamplingParams(MAX_TOKENS, ignore_eos=True, logprobs=0)
+# With a float head, whose product is a library's, log-probabilities would differ in their last bits.
+SCHEME = PRESETS["w8a8"].with_head("int8")
+
+
+def prompts_of(rng: random.Random) -> list[list[int]]:
+    """Prompts of 2 to 150 tokens; two thirds begin like others."""
+    begins = [[rng.randrange(3, 250) for _ in range(size)] for size in (17, 48, 100)]
+    prompts = []
+    for _ in range(NUM_REQUESTS):
+        begin = rng.choice([*begins, *begins, [], [], []])
+        prompts.append(begin + [rng.randrange(3, 250) for _ in range(rng.randrange(2, 50))])
+    return prompts
+
+
+def told(tokens: list[Token]) -> list[tuple[int, float | None]]:
+    return [(token.id, token.logprob) for token in tokens]
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, SCHEME.with_kv("int8")], ids=lambda scheme: scheme.label)
+def test_a_crowd_changes_no_bit(scheme: Scheme) -> None:
+    """Ids and log-probabilities, exactly. Answers are short, since a preempted one is computed again as a prompt."""
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float32, CPU)
+    rng = random.Random(0)
+    prompts = prompts_of(rng)
+
+    def run(together: bool, **limits: Any) -> tuple[list[list[tuple[int, float | None]]], int, int]:
+        engine = make_engine(decoder, **limits)
+
+        async def one(number: int) -> tuple[list[tuple[int, float | None]], int]:
+            if together:
+                await asyncio.sleep(rng.random() * 0.3)
+            stream = engine.submit(prompts[number], PARAMS, str(number))
+            tokens = [token async for new in stream for token in new]
+            return told(tokens), stream.progress.num_cached
+
+        async def go() -> list[tuple[list[tuple[int, float | None]], int]]:
+            if together:
+                return await asyncio.gather(*map(one, range(NUM_REQUESTS)))
+            return [await one(number) for number in range(NUM_REQUESTS)]
+
+        try:
+            answers = asyncio.run(go())
+        finally:
+            engine.stop()
+        return [answer for answer, _ in answers], sum(cached for _, cached in answers), engine.stats().num_preemptions
+
+    alone, num_cached, _ = run(together=False, has_prefix_cache=False, num_blocks=40)
+    assert num_cached == 0
+    in_turn, num_cached, _ = run(together=False, num_blocks=200)
+    assert num_cached > 1000
+    assert in_turn == alone
+    crowd, num_cached, _ = run(together=True, num_blocks=200, budget=37)
+    assert num_cached > 1000
+    assert crowd == alone
+
+
+def test_an_answer_goes_on_from_the_cache_with_the_same_bits() -> None:
+    """The next turn of a conversation, whose beginning holds what was generated."""
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CPU)
+    prompt = [(7 * i) % 250 + 3 for i in range(40)]
+    engine = make_engine(decoder)
+
+    async def go() -> tuple[list[Token], list[Token]]:
+        first = await collect(engine, prompt, SamplingParams(30, ignore_eos=True))
+        again = prompt + [token.id for token in first[:20]]
+        return first[20:], await collect(engine, again, SamplingParams(10, ignore_eos=True))
+
+    try:
+        rest, continued = asyncio.run(go())
+    finally:
+        engine.stop()
+    assert [token.id for token in continued] == [token.id for token in rest]
