@@ -171,7 +171,7 @@ def test_guidellm_is_served(watched: Stack, tmp_path: Path, told: Told) -> None:
     if shutil.which("guidellm") is None:
         pytest.skip("guidellm is missing in PATH")
     container = watched("ps", "--quiet", "ottava").strip()
-    first = "find /var/cache/ottava -name tokenizer.json -exec dirname {} ; -quit".split()
+    first = ["find", "/var/cache/ottava", "-name", "tokenizer.json", "-exec", "dirname", "{}", ";", "-quit"]
     folder = docker("exec", container, *first).strip()
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
