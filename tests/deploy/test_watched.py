@@ -181,7 +181,7 @@ def test_guidellm_is_served(watched: Stack, tmp_path: Path, told: Told) -> None:
     done = subprocess.run(
         [
             *("guidellm", "run", "--backend", f"kind=openai_http,target={URL},model=w8a8"),
-            *("--profile", "kind=poisson,rate=1", "--constraint", "kind=max_duration,seconds=20"),
+            *("--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_duration,seconds=20"),
             *("--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16"),
             *("--tokenizer", f"kind=hf_auto,model={tokenizer}", "--output", f"kind=json,path={out}"),
             "--disable-progress",
