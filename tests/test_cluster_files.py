@@ -106,7 +106,16 @@ def test_the_compose_file_runs_the_command_with_time_to_drain() -> None:
     assert service["image"] == f"ottava:{__version__}-cluster"
     assert service["profiles"] == ["cluster"]
     assert int(service["stop_grace_period"].removesuffix("s")) > Settings().drain_timeout_s + FAREWELL_S + 5
-    for name in service["environment"]:
-        assert not name.startswith("OTTAVA_") or name.removeprefix("OTTAVA_").lower() in Settings.model_fields
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
+
+
+def test_the_compose_file_passes_on_what_that_of_one_server_does() -> None:
+    def passed_on(service: dict[str, Any]) -> set[str]:
+        return {name for name in service["environment"] if name.startswith("OTTAVA_")}
+
+    (cluster,) = COMPOSE["services"].values()
+    server = yaml.safe_load(text_of(ROOT / "docker" / "compose.yaml"))["services"]["ottava"]
+    assert passed_on(cluster) == passed_on(server)
+    assert cluster["secrets"] == server["secrets"]
+    assert cluster["volumes"] == server["volumes"]

@@ -6,19 +6,22 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from quant import __version__
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 COMPOSE_FILE = ROOT / "docker" / "compose.yaml"
+CLUSTER_FILE = ROOT / "docker" / "compose.cluster.yaml"
 HOST_FILE = Path(__file__).with_name("compose.host.yaml")
+CLUSTER_HOST_FILE = Path(__file__).with_name("compose.cluster.host.yaml")
 OLD_FILE = Path(__file__).with_name("compose.old.yaml")
 BUILD_ARGUMENTS = ("BASE", "PIP_INDEX_URL", "TORCH_INDEX")
 """Taken from the environment where they are set, as docker/.env does."""
@@ -27,9 +30,15 @@ KNOWS_START_INTERVAL = (1, 44)
 """API of Docker Engine 25."""
 
 PROJECT = "ottava-test"
-PORT, PROMETHEUS_PORT = 8000, 9090  # where docker/prometheus looks for them
+PORT = 8000  # where docker/prometheus looks for it
 URL = f"http://127.0.0.1:{PORT}"
-CPU_IMAGE = f"ottava:{__version__}-cpu"
+PROMETHEUS, ALERTMANAGER = "http://127.0.0.1:9090", "http://127.0.0.1:9093"
+CPU_IMAGE, CLUSTER_IMAGE = f"ottava:{__version__}-cpu", f"ottava:{__version__}-cluster"
+Told: TypeAlias = Callable[[str], None]
+"""Prints a figure."""
+
+COLD_S, WARM_S = 1800.0, 300.0
+"""Most time to be ready with empty and with full caches."""
 
 
 def output_of(command: Sequence[str], **options: Any) -> str:
@@ -75,8 +84,9 @@ def has_bridge() -> bool:
     return "bridge" in docker("network", "ls", "--format", "{{.Driver}}").split()
 
 
-def build(device: str, tag: str, knows_start_interval: bool, network: str) -> None:
+def build(device: str, tag: str, *, knows_start_interval: bool, extras: str = "otel") -> None:
     """Build docker/Dockerfile; without --start-interval for an engine that does not know it."""
+    network = "default" if has_bridge() else "host"
     text = DOCKERFILE.read_text(encoding="utf-8")
     arguments = [part for name in BUILD_ARGUMENTS if name in os.environ for part in ("--build-arg", name)]
     # Beside the original, so that its .dockerignore is found.
@@ -87,7 +97,7 @@ def build(device: str, tag: str, knows_start_interval: bool, network: str) -> No
         shutil.copy(f"{DOCKERFILE}.dockerignore", ignored)
         docker(
             *("build", "--file", str(copy), "--tag", tag, "--network", network),
-            *("--build-arg", f"DEVICE={device}", *arguments, str(ROOT)),
+            *("--build-arg", f"DEVICE={device}", "--build-arg", f"EXTRAS={extras}", *arguments, str(ROOT)),
             env={**os.environ, "DOCKER_BUILDKIT": "1"},
         )
     finally:
@@ -101,18 +111,41 @@ def inspected(image: str) -> dict[str, Any]:
     return found
 
 
+def build_of_this_machine(tag: str, programs: Sequence[Path], folder: str) -> None:
+    """An image of programs of this machine, the first of which is what it runs; `folder` takes its data.
+
+    What Debian's packages keep in share/prometheus beside the programs comes with them.
+    """
+    base = os.environ.get("BASE", "python:3.11.16-slim-bookworm")
+    with tempfile.TemporaryDirectory() as context:
+        for program in programs:
+            shutil.copy(program, context)
+        (Path(context) / "share").mkdir()
+        shared = programs[0].parents[1] / "share" / "prometheus" / "alertmanager"
+        if shared.is_dir():
+            shutil.copytree(shared, Path(context) / "share" / "alertmanager")
+        names = " ".join(program.name for program in programs)
+        lines = f"FROM {base}\nCOPY {names} /usr/bin/\nCOPY share /usr/share/prometheus\n"
+        lines += f'RUN install -d -m 1777 {folder}\nUSER 65534\nENTRYPOINT ["{programs[0].name}"]\n'
+        (Path(context) / "Dockerfile").write_text(lines, encoding="utf-8")
+        docker("build", "--quiet", "--network", "host", "--tag", tag, context)
+
+
 class Stack:
-    """The services of docker/compose.yaml under a project name of their own.
+    """The services of compose files under a project name of their own.
 
     Args:
         command: Compose.
         files: compose files.
         variables: of the shell that runs Compose.
+        project: its name.
     """
 
-    def __init__(self, command: Sequence[str], files: Sequence[Path], variables: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], files: Sequence[Path], variables: Mapping[str, str], project: str = PROJECT
+    ) -> None:
         named = [part for file in files for part in ("--file", str(file))]
-        self._command = [*command, "--project-name", PROJECT, *named]
+        self._command = [*command, "--project-name", project, *named]
         self._variables = {**os.environ, **variables}
 
     def __call__(self, *arguments: str) -> str:
@@ -121,6 +154,15 @@ class Stack:
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Run a command beside the test."""
         return subprocess.Popen([*self._command, *arguments], env=self._variables, stderr=subprocess.DEVNULL)
+
+
+def ask_to_compare() -> dict[str, Any]:
+    """The answer of /generate to a request that both variants run."""
+    body = json.dumps({"prompt": "The capital of France is", "max_tokens": 24, "compare": True})
+    sent = ["curl", "--silent", "--show-error", "--fail", f"{URL}/generate"]
+    answer = json.loads(output_of([*sent, "--header", "content-type: application/json", "--data", body]))
+    assert isinstance(answer, dict)
+    return answer
 
 
 def get(path: str, url: str = URL) -> tuple[int, bytes]:

@@ -1,7 +1,7 @@
 """docker/ for real: the image is built, the compose file brought up, asked, and stopped under load.
 
 Run with `make test-deploy`. DOCKER_HOST names the engine, DOCKER its client; BASE, PIP_INDEX_URL and TORCH_INDEX are
-build arguments, as in docker/.env; DEVICES=cpu,cuda builds the CUDA image as well. Figures are printed as they come.
+build arguments, as in docker/.env; DEVICES=cpu,cuda,cluster builds all images. Figures are printed as they come.
 """
 
 from __future__ import annotations
@@ -11,32 +11,28 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.deploy.engine import (
+    COLD_S,
     COMPOSE_FILE,
     CPU_IMAGE,
-    HOST_FILE,
     KNOWS_START_INTERVAL,
-    OLD_FILE,
     PORT,
     PROJECT,
-    PROMETHEUS_PORT,
     ROOT,
     URL,
+    WARM_S,
     Stack,
-    api_version,
+    Told,
+    ask_to_compare,
     build,
-    compose_binary,
     docker,
     docker_binary,
     get,
-    has_bridge,
     inspected,
     listeners,
     output_of,
@@ -46,76 +42,26 @@ from tests.deploy.load import streams_until_refused
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(3600)]
 
-LIMITS_BYTES = {"cpu": 1_500_000_000, "cuda": 8_000_000_000}
-COLD_S, WARM_S, STOP_S = 1800.0, 300.0, 45.0
+LIMITS_BYTES = {"cpu": 1_500_000_000, "cuda": 8_000_000_000, "cluster": 2_000_000_000}
+STOP_S = 45.0
 RIGHTS = ["--read-only", "--tmpfs", "/tmp:size=256m,mode=1777", "--cap-drop", "ALL"]
 RIGHTS += ["--security-opt", "no-new-privileges:true"]
-Told = Callable[[str], None]
 
 
-@pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Told:
-    """Prints a figure past pytest's capture."""
-
-    def tell(line: str) -> None:
-        with capsys.disabled():
-            sys.stdout.write(f"\n  {line}")
-
-    return tell
-
-
-@pytest.fixture(scope="module")
-def api() -> tuple[int, ...]:
-    found = api_version()
-    if found is None:
-        pytest.skip("no Docker engine answers: start one, or name it in DOCKER_HOST")
-    return found
-
-
-@pytest.fixture(scope="module")
-def compose() -> list[str]:
-    found = compose_binary()
-    if found is None:
-        pytest.skip("Docker Compose is missing: install its plugin, or docker-compose into PATH")
-    return found
-
-
-@pytest.fixture(scope="module", params=["cpu", "cuda"])
+@pytest.fixture(scope="module", params=["cpu", "cuda", "cluster"])
 def image(request: pytest.FixtureRequest, api: tuple[int, ...]) -> str:
     """The image of a device, built."""
     device: str = request.param
     if device not in os.environ.get("DEVICES", "cpu").split(","):
         pytest.skip(f"{device} is not in DEVICES")
     tag = CPU_IMAGE.replace("-cpu", f"-{device}")
-    build(device, tag, api >= KNOWS_START_INTERVAL, "default" if has_bridge() else "host")
+    build(
+        "cpu" if device == "cluster" else device,
+        tag,
+        knows_start_interval=api >= KNOWS_START_INTERVAL,
+        extras="otel cluster" if device == "cluster" else "otel",
+    )
     return tag
-
-
-@pytest.fixture(scope="module")
-def cpu_image(api: tuple[int, ...]) -> str:
-    build("cpu", CPU_IMAGE, api >= KNOWS_START_INTERVAL, "default" if has_bridge() else "host")
-    return CPU_IMAGE
-
-
-@pytest.fixture(scope="module")
-def stack(compose: list[str], cpu_image: str, api: tuple[int, ...]) -> Iterator[Stack]:
-    """Compose under a project name of its own, with nothing of an earlier run."""
-    files = [COMPOSE_FILE]
-    if not has_bridge():
-        files.append(HOST_FILE)
-    if api < KNOWS_START_INTERVAL:
-        files.append(OLD_FILE)
-    made = Stack(compose, files, {"COMPOSE_PROFILES": "cpu"})
-    made("down", "--volumes", "--timeout", "5")
-    yield made
-    made("down", "--volumes", "--timeout", "5")
-
-
-@pytest.fixture(scope="module")
-def cold_s(stack: Stack) -> float:
-    """Starts ottava with empty volumes. Seconds until it was ready."""
-    stack("up", "--detach", "--no-build", "ottava")
-    return seconds_until(lambda: get("/ready")[0] == 200, COLD_S)
 
 
 @pytest.mark.parametrize("profiles", ["cpu", "gpu", "cpu,alerts", "gpu,alerts", "cpu,loadtest", "gpu,loadtest"])
@@ -187,18 +133,7 @@ def test_the_container_becomes_healthy(stack: Stack) -> None:
 
 @pytest.mark.usefixtures("cold_s")
 def test_a_request_is_compared(told: Told) -> None:
-    body = json.dumps({"prompt": "The capital of France is", "max_tokens": 24, "compare": True})
-    sent = [
-        "curl",
-        "--silent",
-        "--fail",
-        f"{URL}/generate",
-        "--header",
-        "content-type: application/json",
-        "--data",
-        body,
-    ]
-    answer = json.loads(output_of(sent))
+    answer = ask_to_compare()
     told(f"/generate: {answer['text'][:20]!r}, e2e speed-up {answer['speedup']['e2e']}")
     assert "Paris" in answer["text"]
     assert answer["agreement"]["common_prefix_tokens"] > 0
@@ -298,20 +233,6 @@ def test_a_server_without_keys_does_not_start_beyond_loopback(cpu_image: str) ->
     assert "there are no API keys" in " ".join(done.stderr.split())
 
 
-def test_prometheus_scrapes_the_service(stack: Stack, told: Told) -> None:
-    if not (ROOT / "docker" / "prometheus" / "prometheus.yml").is_file():
-        pytest.skip("docker/prometheus/prometheus.yml is missing")
-    is_local = not has_bridge()
-    if is_local and (shutil.which("prometheus") is None or shutil.which("promtool") is None):
-        pytest.skip("prometheus and promtool are missing in PATH, of which the image for this machine is made")
-    if is_local:
-        _build_prometheus()
-    stack("up", "--detach", "--no-build", "ottava", "prometheus")
-    url = f"http://127.0.0.1:{PROMETHEUS_PORT}"
-    took_s = seconds_until(lambda: b'"result":[{' in get("/api/v1/query?query=ottava_info", url)[1], WARM_S)
-    told(f"ottava_info in Prometheus after {took_s:.0f} s")
-
-
 def test_no_package_of_the_image_has_a_known_vulnerability(cpu_image: str, tmp_path: Path, told: Told) -> None:
     if shutil.which("pip-audit") is None:
         pytest.skip("pip-audit is missing in PATH")
@@ -324,26 +245,12 @@ def test_no_package_of_the_image_has_a_known_vulnerability(cpu_image: str, tmp_p
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if not done.stdout.startswith("{"):
         pytest.skip(f"pip-audit cannot ask for advisories: {done.stderr.strip()[-200:]}")
+    asked = json.loads(done.stdout)["dependencies"]
+    audited = [package for package in asked if "skip_reason" not in package]
+    if not audited:
+        pytest.skip(f"pip-audit found advisories for no package: {asked[0]['skip_reason']}")
     found = {
-        f"{package['name']} {package['version']}: {flaw['id']}"
-        for package in json.loads(done.stdout)["dependencies"]
-        for flaw in package.get("vulns", ())
+        f"{package['name']} {package['version']}: {flaw['id']}" for package in audited for flaw in package["vulns"]
     }
-    told(f"pip-audit: {len(lines)} packages, {len(found)} findings")
+    told(f"pip-audit: {len(audited)} of {len(asked)} packages known to it, {len(found)} findings")
     assert not found
-
-
-def _build_prometheus() -> None:
-    """This machine's Prometheus as an image."""
-    base = os.environ.get("BASE", "python:3.11.16-slim-bookworm")
-    binaries = [shutil.which("prometheus"), shutil.which("promtool")]
-    folder = Path(output_of(["mktemp", "-d"]).strip())
-    try:
-        for binary in binaries:
-            assert binary is not None
-            shutil.copy(binary, folder)
-        lines = f"FROM {base}\nCOPY prometheus promtool /usr/bin/\nRUN install -d -m 1777 /prometheus\nUSER 65534\n"
-        (folder / "Dockerfile").write_text(f'{lines}ENTRYPOINT ["prometheus"]\n', encoding="utf-8")
-        docker("build", "--quiet", "--network", "host", "--tag", f"{PROJECT}:prometheus", str(folder))
-    finally:
-        shutil.rmtree(folder)
