@@ -11,23 +11,27 @@ import torch
 
 from quant.scheme import PRESETS, Scheme
 from service.engine.api import SamplingParams, Token
+from service.engine.device.runner import Runner
 from service.models.config import ModelConfig
 from service.models.random_weights import random_decoder
 from tests.support.engines import CPU, collect, make_engine
 from tests.support.tiny_models import make_model
 
-NUM_REQUESTS = 120
 MAX_TOKENS = 6
 PARAMS = SamplingParams(MAX_TOKENS, ignore_eos=True, logprobs=0)
 # With a float head, whose product is a library's, log-probabilities would differ in their last bits.
 SCHEME = PRESETS["w8a8"].with_head("int8")
 
 
-def prompts_of(rng: random.Random) -> list[list[int]]:
+PLACES = [(CPU, 120), pytest.param((torch.device("cuda"), 500), marks=pytest.mark.gpu)]
+"""Where, and how many requests."""
+
+
+def prompts_of(rng: random.Random, count: int) -> list[list[int]]:
     """Prompts of 2 to 150 tokens; two thirds begin like others."""
     begins = [[rng.randrange(3, 250) for _ in range(size)] for size in (17, 48, 100)]
     prompts = []
-    for _ in range(NUM_REQUESTS):
+    for _ in range(count):
         begin = rng.choice([*begins, *begins, [], [], []])
         prompts.append(begin + [rng.randrange(3, 250) for _ in range(rng.randrange(2, 50))])
     return prompts
@@ -37,15 +41,23 @@ def told(tokens: list[Token]) -> list[tuple[int, float | None]]:
     return [(token.id, token.logprob) for token in tokens]
 
 
+def warm(runner: Runner) -> Runner:
+    """On a GPU the steps are graphs."""
+    runner.warm_up()
+    return runner
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[0].type)
 @pytest.mark.parametrize("scheme", [SCHEME, SCHEME.with_kv("int8")], ids=lambda scheme: scheme.label)
-def test_a_crowd_changes_no_bit(scheme: Scheme) -> None:
+def test_a_crowd_changes_no_bit(scheme: Scheme, place: tuple[torch.device, int]) -> None:
     """Ids and log-probabilities, exactly. Answers are short, since a preempted one is computed again as a prompt."""
-    decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float32, CPU)
+    device, count = place
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float32, device)
     rng = random.Random(0)
-    prompts = prompts_of(rng)
+    prompts = prompts_of(rng, count)
 
     def run(together: bool, **limits: Any) -> tuple[list[list[tuple[int, float | None]]], int, int]:
-        engine = make_engine(decoder, **limits)
+        engine = make_engine(decoder, wrap=warm, **limits)
 
         async def one(number: int) -> tuple[list[tuple[int, float | None]], int]:
             if together:
@@ -56,8 +68,8 @@ def test_a_crowd_changes_no_bit(scheme: Scheme) -> None:
 
         async def go() -> list[tuple[list[tuple[int, float | None]], int]]:
             if together:
-                return await asyncio.gather(*map(one, range(NUM_REQUESTS)))
-            return [await one(number) for number in range(NUM_REQUESTS)]
+                return await asyncio.gather(*map(one, range(count)))
+            return [await one(number) for number in range(count)]
 
         try:
             answers = asyncio.run(go())
