@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from service.engine.shapes import shapes_of
 from service.errors import InvalidSettings
 from service.models.decoder import Decoder
 from service.settings import Settings
@@ -13,14 +14,40 @@ CPU_CACHE_BYTES = 2**30
 
 
 GPU_MEMORY_SHARE = 0.9
-"""Share of the GPU memory free after loading weights that the KV caches take; the rest is for activations."""
+"""Largest share of the GPU memory free after loading weights that the KV caches take; steps need some, too."""
+
+
+GRAPH_BYTES = 4 * 2**20
+"""What the driver keeps of one captured step; 77 of Llama-3.1-8B took 3.6 MiB each on an H200."""
+
+
+SAMPLING_BYTES = 400 * 10**6
+"""What choosing tokens takes on the way; see `service.engine.device.sampler.SLICE_LOGITS`."""
+
+
+def step_bytes(decoder: Decoder, settings: Settings) -> int:
+    """GPU memory that a variant's steps take beside weights and cache, by the sizes of the largest.
+
+    Activations of a layer, of which the widest are the output of gate and up and what is made of it; what captured
+    steps yield; the graphs; and what sampling takes.
+    """
+    max_tokens, max_requests = settings.step_tokens("cuda"), settings.max_num_requests
+    config, itemsize = decoder.config, decoder.dtype.itemsize
+    widest = max(linear.shape[0] for linear in decoder.layers[0].linears)
+    activations = max_tokens * itemsize * (4 * config.hidden_size + 2 * widest)
+    if not settings.cuda_graphs:
+        return activations + max_requests * config.vocab_size * 4 + SAMPLING_BYTES
+    yielded = max_tokens * config.hidden_size * itemsize + max_requests * config.vocab_size * (4 + itemsize)
+    graphs = len(shapes_of(max_tokens, max_requests)) * GRAPH_BYTES
+    # Steps beyond the largest graph are not captured, and then take as much beside the graphs' memory.
+    return 2 * activations + yielded + graphs + SAMPLING_BYTES
 
 
 def cache_blocks(name: str, decoder: Decoder, settings: Settings, kv_cache_bytes: int) -> int:
     """Number of blocks of a KV cache of kv_cache_bytes, at most what max_num_requests can fill.
 
     Raises:
-        InvalidSettings: the cache would not hold one request of max_model_len tokens.
+        InvalidSettings: the cache would not hold one request of max_model_len tokens; the message names what would.
     """
     max_model_len = decoder.config.max_model_len
     block_bytes = settings.block_size * decoder.kv_bytes_per_token
@@ -30,13 +57,36 @@ def cache_blocks(name: str, decoder: Decoder, settings: Settings, kv_cache_bytes
         raise InvalidSettings(
             f"the KV cache of {name} has {kv_cache_bytes / 2**20:.3g} MiB; one request of {max_model_len} "
             f"tokens takes {num_needed * block_bytes / 2**20:.3g} MiB: lower max_model_len or raise kv_cache_bytes"
+            + _remedies(decoder, settings, kv_cache_bytes // block_bytes * settings.block_size)
         )
     return num_blocks
 
 
-def cache_budget(device: torch.device, num_variants: int, room: int = 0) -> int:
-    """Bytes for the next KV cache if num_variants still need one and room bytes are to stay free."""
+def _remedies(decoder: Decoder, settings: Settings, num_tokens: int) -> str:
+    """What else makes room, with figures, for a cache whose size follows from the memory of a GPU."""
+    if settings.kv_cache_bytes is not None or decoder.embedding.device.type == "cpu":
+        return ""
+    told = [f"max_model_len {num_tokens} would fit"] if num_tokens else []
+    told.append(
+        f"steps take {step_bytes(decoder, settings) / 2**20:.0f} MiB, fewer with a lower max_batched_tokens "
+        f"({settings.step_tokens('cuda')}) and max_num_requests ({settings.max_num_requests})"
+    )
+    if settings.reload_room:
+        told.append(f"no-reload-room frees {decoder.weight_bytes / 2**20:.0f} MiB")
+    if len(settings.variants) > 1:
+        told.append("so does serving one variant alone (variants)")
+    return "; " + "; ".join(told)
+
+
+def cache_budget(device: torch.device, num_variants: int, room: int = 0, steps: int = 0) -> int:
+    """Bytes for the next KV cache.
+
+    Args:
+        num_variants: how many still need a cache.
+        room: bytes that are to stay free.
+        steps: bytes that the steps of those variants will take.
+    """
     if device.type == "cpu":
         return CPU_CACHE_BYTES
     num_free = torch.cuda.mem_get_info(device)[0] - room
-    return max(0, int(num_free * GPU_MEMORY_SHARE)) // num_variants
+    return max(0, min(int(num_free * GPU_MEMORY_SHARE), num_free - steps)) // num_variants

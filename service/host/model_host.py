@@ -15,7 +15,7 @@ from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.errors import InvalidSettings, SelfCheckFailed
 from service.host.machine import device_name, versions
-from service.host.memory import cache_budget
+from service.host.memory import cache_budget, step_bytes
 from service.host.one_token import describe_one_token
 from service.host.self_check import check, check_prompts
 from service.host.server import Reload, nothing_to_reload
@@ -134,7 +134,9 @@ def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress
     )
     try:
         for name, variant in loaded.items():
-            budget = settings.kv_cache_bytes or cache_budget(device, len(loaded) - len(host.variants), room)
+            left = [other.decoder for key, other in loaded.items() if key not in host.variants]
+            steps = sum(step_bytes(decoder, settings) for decoder in left)
+            budget = settings.kv_cache_bytes or cache_budget(device, len(left), room, steps)
             host.variants[name] = start_variant(
                 name,
                 variant,

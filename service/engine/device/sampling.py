@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class RowParams:
     min_p: Tensor
     repetition_penalty: Tensor
     uniform: Tensor
+
+    def rows(self, part: slice) -> RowParams:
+        """Those of some rows."""
+        return RowParams(*(getattr(self, field.name)[part] for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -337,3 +337,6 @@ def test_room_for_a_second_copy_stays_free(monkeypatch: pytest.MonkeyPatch) -> N
     assert cache_budget(cuda, 2) == 450
     assert cache_budget(cuda, 2, room=400) == 270
     assert cache_budget(cuda, 1, room=2000) == 0
+    assert cache_budget(cuda, 2, room=400, steps=60) == 270, "steps fit into the tenth that stays free"
+    assert cache_budget(cuda, 2, room=400, steps=200) == 200
+    assert cache_budget(cuda, 1, steps=2000) == 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from service.engine.api import SamplingParams
+from service.engine.device import sampler
 from service.engine.device.sampler import Choice, sample
 from service.engine.device.sampling import SamplingBuilder, uniform
 from service.engine.request import Request
@@ -72,6 +73,15 @@ def test_filters_keep_exactly_their_tokens(params: dict[str, Any], kept: set[int
     assert set(found.nonzero().flatten().tolist()) == kept
     expected = LOGITS.softmax(-1).where(torch.tensor([i in kept for i in range(6)]), 0.0)
     assert (found - expected / expected.sum()).abs().max() < 0.03
+
+
+def test_a_few_rows_at_a_time_give_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(0))
+    params = [SamplingParams(temperature=0.5 + i / 5, top_k=3 * (i % 3), top_p=1 - i / 20) for i in range(9)]
+    together = draw(logits, *params).ids
+    for num_logits in (50, 199, 400):
+        monkeypatch.setattr(sampler, "SLICE_LOGITS", num_logits)
+        assert torch.equal(draw(logits, *params).ids, together)
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
