@@ -311,13 +311,26 @@ ENGINE = (
     ),
     Panel(
         "Steps",
-        "Per second.",
-        "suffix:/s", (Query(rate("ottava_step_batch_size_count", "variant"), "{{variant}}"),), 6,
+        "Per second, by launch: as one CUDA graph, or kernel by kernel (plain), as all are on a CPU.",
+        "suffix:/s", (Query(rate("ottava_steps_total", "variant, kind"), "{{variant}} {{kind}}"),), 6,
     ),
     Panel(
         "Preemptions",
         "Requests per second that lost their blocks and are computed again.",
         "suffix:/s", (Query(rate("ottava_preemptions_total", "variant"), "{{variant}}"),), 6,
+    ),
+    Panel(
+        "Prompts found in the cache",
+        "Share of the prompts' tokens whose keys and values were there already.",
+        "percentunit",
+        (
+            Query(
+                f"{rate('ottava_prefix_cache_hit_tokens_total', 'variant')} "
+                f"/ {rate('ottava_prompt_tokens_total', 'variant')}",
+                "{{variant}}",
+            ),
+        ),
+        6, top=1.05,
     ),
     Panel(
         "Restarts and reloads",
@@ -348,7 +361,7 @@ ENGINE = (
             Query(f"sum by (variant) (ottava_weight_bytes{{{CHOSEN}}})", "{{variant}} weights"),
             Query(f"sum by (variant) (ottava_kv_cache_bytes{{{CHOSEN}}})", "{{variant}} KV"),
         ),
-        6, is_stacked=True,
+        12, is_stacked=True,
     ),
 )  # fmt: skip
 
