@@ -57,13 +57,13 @@ def _measured(variant: str, args: argparse.Namespace) -> tuple[dict[str, Any], d
     before_bytes, marks = torch.cuda.mem_get_info()[0], [time.perf_counter()]
     marks += [time.perf_counter() for _ in runner.warming()]
     num_shapes = len(runner.step_times_s)
-    # The compiler runs in the pieces before the captures, and the measuring of the times after the last.
+    # The compiler runs in the pieces before the captures; the times are measured after the last.
     row = {
         "what": "capture",
         "variant": variant,
         "shapes": num_shapes,
-        "compile_s": marks[-num_shapes - 1] - marks[0],
-        "capture_s": marks[-1] - marks[-num_shapes - 1],
+        "compile_s": marks[-2 * num_shapes - 1] - marks[0],
+        "capture_s": marks[-num_shapes - 1] - marks[-2 * num_shapes - 1],
         "bytes": before_bytes - torch.cuda.mem_get_info()[0],
     }
     times_s = dict(runner.step_times_s)

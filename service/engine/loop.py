@@ -325,7 +325,11 @@ class EngineLoop:
             if not is_placed:
                 self._lost.update(chunk.request for chunk in step.chunks)
         if is_placed:
-            self._inbox.commit(step, results)
+            try:
+                self._inbox.commit(step, results)
+            except Exception:
+                self._lost.update(chunk.request for chunk in step.chunks)
+                raise
 
     def _watched(self, doing: str, step: Step, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a function under the watchdog. Raises StepStuck if the watchdog has given up the step meanwhile."""

@@ -7,7 +7,7 @@ host.
 
 A prompt that begins like one computed before shares its blocks (`BlockPool`). At least its last two tokens are computed
 again: the last must be, and a single row would take another kernel than a prompt's rows do, which rounds differently.
-For the same reason no piece of a prompt has one row.
+For the same reason no piece of a prompt has one row, unless a step leaves room for fewer than three.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class Scheduler:
         self.admitted: list[Request] = []
         """The requests that the last `schedule` started for the first time."""
         self._num_arrived = 0
+        self._blocked: tuple[Request, int] | None = None
         self._free_rows = list(range(max_num_requests - 1, -1, -1))
 
     @property
@@ -140,18 +141,23 @@ class Scheduler:
         """Plan the next step and advance the requests' lengths as if it had run. None if no request can run."""
         self.admitted = []
         chunks: list[Chunk] = []
-        decoding = [request for request in self.running if request.num_tokens - request.num_computed == 1]
-        reading = [request for request in self.running if request.num_tokens - request.num_computed > 1]
+        decoding: list[tuple[Request, int]] = []
+        reading: list[tuple[Request, int]] = []
+        for request in self.running:
+            num_left = request.num_tokens - request.num_computed
+            if num_left == 1:
+                decoding.append((request, 1))
+            elif num_left:
+                reading.append((request, num_left))
         budget = self.pacing.budget(len(decoding))
         is_starved = False
         num_preemptions = self.num_preemptions
-        for request in decoding + reading:
+        for request, num_left in decoding + reading:
             if request.row < 0 or request.is_behind or request.num_generated >= request.params.max_tokens:
                 continue  # preempted by this very call, or waiting for its last token to be read
-            num_left = request.num_tokens - request.num_computed
-            length = _piece(num_left, self._share(request, num_left, budget, reading), is_alone=not chunks)
-            if length == 0:
+            if not budget:
                 break
+            length = 1 if num_left == 1 else _piece(num_left, self._share(request, num_left, budget, reading))
             if not self._grow(request, length, chunks):
                 is_starved = True
                 continue
@@ -160,11 +166,14 @@ class Scheduler:
         may_admit = not is_starved and self.num_preemptions == num_preemptions
         while may_admit and budget and (candidate := self._next()) is not None:
             request = candidate
-            found = self._found(request)
-            num_left = request.num_tokens - len(found) * self.block_size
-            length = _piece(num_left, self._share(request, num_left, budget), is_alone=not chunks)
-            if not length or not self._fits(request, found):
+            if self._is_blocked(request):
                 break
+            found = self._found(request)
+            if not self._fits(request, found):
+                self._blocked = request, self.pool.num_free
+                break
+            num_left = request.num_tokens - len(found) * self.block_size
+            length = _piece(num_left, self._share(request, num_left, budget))
             self._admit(request, now_s, found)
             missing = self._num_blocks(request.num_computed + length) - len(request.blocks)
             request.blocks.extend(self.pool.allocate(missing))
@@ -190,8 +199,6 @@ class Scheduler:
             request = chunk.request
             request.num_steps += 1
             request.num_batch_rows += num_requests
-            if (chunk.start + chunk.length) // self.block_size > len(request.block_keys):
-                self._remember(request, chunk.start + chunk.length)
             if not chunk.samples:
                 request.is_uncounted = True
                 continue
@@ -202,6 +209,9 @@ class Scheduler:
                     self.pool.forget(request.blocks)
                     self.finish(request, FinishReason.ABORT, results.time_s)
                 else:
+                    # Not before: the keys of a prompt are known to be sound once its last row is finite.
+                    if (chunk.start + chunk.length) // self.block_size > len(request.block_keys):
+                        self._remember(request, chunk.start + chunk.length)
                     self._append(request, results.token_ids[place], results.time_s)
             place += 1
         assert place == len(results.token_ids), f"{place} requests sampled, {len(results.token_ids)} tokens came"
@@ -257,7 +267,7 @@ class Scheduler:
         request.num_pending += samples
         return chunk
 
-    def _share(self, request: Request, num_left: int, budget: int, reading: Sequence[Request] = ()) -> int:
+    def _share(self, request: Request, num_left: int, budget: int, reading: Sequence[tuple[Request, int]] = ()) -> int:
         """How much of the budget a request with num_left tokens may have.
 
         All of it, unless that would not do: then it leaves up to half of it to the prompts behind it, of those that are
@@ -265,20 +275,22 @@ class Scheduler:
         """
         if num_left <= budget:
             return budget
-        behind = [other.num_tokens - other.num_computed for other in reading if _turn(other) > _turn(request)]
+        behind = [other_left for other, other_left in reading if _turn(other) > _turn(request)]
         num_free = self.pool.num_free - self._num_blocks(budget)
         others = (other for other in self.waiting if other is not request)
-        for other, _ in zip(others, self._free_rows, strict=False):
+        # One of the free rows will be its own if it has none yet.
+        for other, _ in zip(others, self._free_rows[request.row < 0 :], strict=False):
             num_free -= self._num_blocks(other.num_tokens + 1)
             if num_free < 0 or not self._may_start(other):
                 break
             behind.append(other.num_tokens)
-        return budget - min(budget // 2, sum(behind))
+        return max(budget - min(budget // 2, sum(behind)), min(budget, MIN_PIECE + 1))
 
     def _grow(self, request: Request, length: int, chunks: Sequence[Chunk]) -> bool:
         """Allocate blocks for length more tokens. False if there are too few.
 
-        Requests that are not in this step are preempted for it, those of the lowest priority and of these the newest.
+        Requests behind it that are not in this step are preempted for it, those of the lowest priority and of these the
+        newest.
         """
         missing = self._num_blocks(request.num_computed + length) - len(request.blocks)
         if not missing:
@@ -286,7 +298,7 @@ class Scheduler:
         if missing > self.pool.num_free:
             # This set is needed only here, which is rare, so it is built here.
             kept = {request, *(chunk.request for chunk in chunks)}
-            victims = [r for r in self.running if r not in kept]
+            victims = [r for r in self.running if _turn(r) > _turn(request) and r not in kept]
             while missing > self.pool.num_free:
                 if not victims:
                     return False
@@ -341,6 +353,13 @@ class Scheduler:
         request = next(filter(self._may_start, self.waiting), None)
         return request if request is not None and request.num_pending == 0 else None
 
+    def _is_blocked(self, request: Request) -> bool:
+        """Whether it was too large for the free blocks, and there are no more now: looking its tokens up takes time."""
+        if self._blocked is None or not self.running:
+            return False
+        blocked, num_free = self._blocked
+        return blocked is request and self.pool.num_free <= num_free
+
     def _fits(self, request: Request, found: Sequence[tuple[int, int]]) -> bool:
         """Whether all tokens of a request fit into the free blocks and the found ones."""
         num_shared = len(found) - self.pool.num_idle([block for block, _ in found])
@@ -370,14 +389,11 @@ def _turn(request: Request) -> tuple[int, bool, int]:
     return request.params.priority, request.first_scheduled_s is None, request.number
 
 
-def _piece(num_left: int, budget: int, is_alone: bool) -> int:
-    """How many of a request's num_left tokens the next step computes, so that no piece has one row; 0 to wait.
-
-    A request that is alone in its step always goes on, however small steps are.
-    """
+def _piece(num_left: int, budget: int) -> int:
+    """How many of a request's num_left tokens the next step computes: if possible not 1, nor all but 1."""
     length = min(num_left, budget)
     shorter = length - 1 if num_left - length == 1 else length
-    return shorter if shorter >= min(num_left, MIN_PIECE) else length if is_alone else 0
+    return shorter if shorter >= min(num_left, MIN_PIECE) else length
 
 
 def _scored(request: Request, stop: int) -> range:

@@ -22,7 +22,11 @@ GRAPH_BYTES = 4 * 2**20
 
 
 SAMPLING_BYTES = 400 * 10**6
-"""What choosing tokens takes on the way; see `service.engine.device.sampler.SLICE_LOGITS`."""
+"""What drawing tokens takes on the way; see `service.engine.device.sampler.SLICE_LOGITS`."""
+
+
+LOGIT_BYTES = 20
+"""What a logit takes on the way where all are needed at once: five float32, for penalties and log-probabilities."""
 
 
 def step_bytes(decoder: Decoder, settings: Settings) -> int:
@@ -35,12 +39,13 @@ def step_bytes(decoder: Decoder, settings: Settings) -> int:
     config, itemsize = decoder.config, decoder.dtype.itemsize
     widest = max(linear.shape[0] for linear in decoder.layers[0].linears)
     activations = max_tokens * itemsize * (4 * config.hidden_size + 2 * widest)
+    sampling = SAMPLING_BYTES + LOGIT_BYTES * max_requests * config.vocab_size
     if not settings.cuda_graphs:
-        return activations + max_requests * config.vocab_size * 4 + SAMPLING_BYTES
+        return activations + max_requests * config.vocab_size * 4 + sampling
     yielded = max_tokens * config.hidden_size * itemsize + max_requests * config.vocab_size * (4 + itemsize)
     graphs = len(shapes_of(max_tokens, max_requests)) * GRAPH_BYTES
     # Steps beyond the largest graph are not captured, and then take as much beside the graphs' memory.
-    return 2 * activations + yielded + graphs + SAMPLING_BYTES
+    return 2 * activations + yielded + graphs + sampling
 
 
 def cache_blocks(name: str, decoder: Decoder, settings: Settings, kv_cache_bytes: int) -> int:

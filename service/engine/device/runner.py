@@ -210,7 +210,8 @@ class Runner:
         longest = self._longest
         decodes = [Shape(count, count, is_decode=True) for count in DECODES if count <= self.max_requests]
         prompts = [Shape(length, 1) for length in sorted({min(length, longest) for length in (2, 4, 8, *BUCKETS)})]
-        total = len(decodes + prompts) + (len(self._graphs.shapes) if self.use_graphs else 0)
+        # Each shape is captured, then timed.
+        total = len(decodes + prompts) + (2 * len(self._graphs.shapes) if self.use_graphs else 0)
         for done, shape in enumerate(decodes + prompts, 1):
             self._forward(self._blank(shape))
             torch.cuda.synchronize()
@@ -220,7 +221,9 @@ class Runner:
             captured = self._graphs.capture(self._blank, self._captured)
             for done, _ in enumerate(captured, len(decodes + prompts) + 1):
                 yield done, total
-            self.step_times_s = {shape: self._timed(shape) for shape in self._graphs.shapes}
+            for done, shape in enumerate(self._graphs.shapes, total - len(self._graphs.shapes) + 1):
+                self.step_times_s[shape] = self._timed(shape)
+                yield done, total
 
     def close(self) -> None:
         """Destroy the captured graphs; none may be running. The caches stay valid for another runner."""

@@ -316,6 +316,8 @@ class HostClient:
         """Send a call and wait for its result. Raises what the call raised, or EngineFailed if the engine has died."""
         if self._gone is None or self._gone.done():
             raise EngineFailed("the engine is gone")
+        if self._opened is None or not self._opened.done():
+            raise EngineFailed("the engine is starting again; send the request again")
         number = next(self._numbers)
         done: asyncio.Future[Returned] = asyncio.get_running_loop().create_future()
         self._calls[number] = done

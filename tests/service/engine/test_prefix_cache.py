@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from itertools import accumulate
 
 import pytest
@@ -326,3 +327,43 @@ def test_ten_thousand_requests_leave_nothing_behind() -> None:
     assert plan.pool.num_free == 40
     assert num_hits > 5000
     assert len(plan.pool._content) == len(plan.pool._found) <= 40
+
+
+def test_a_request_without_room_is_looked_up_again_only_when_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, keys = scheduler(num_blocks=20), Keys()
+    find, lookups = plan.pool.find, list[str]()
+
+    def noted(salt: str, token_ids: Sequence[int], block_size: int) -> list[tuple[int, int]]:
+        lookups.append(salt)
+        return find(salt, token_ids, block_size)
+
+    monkeypatch.setattr(plan.pool, "find", noted)
+    plan.add(request_of("a", list(range(100, 130)), 30))
+    step = plan.schedule(0.0)
+    assert step is not None
+    plan.commit(step, keys.run(step))
+    plan.add(request_of("b", list(range(200, 270)), 2))
+    lookups.clear()
+    while plan.running and plan.running[0].id == "a":
+        step = plan.schedule(0.0)
+        assert step is not None
+        plan.commit(step, keys.run(step))
+    assert len(lookups) == 1
+    finish(plan, keys=keys)
+
+
+def test_keys_of_a_prompt_are_found_once_its_last_row_was_finite() -> None:
+    """Of a prompt that ends before, nobody knows whether they are."""
+    plan, keys = scheduler(budget=8), Keys()
+    prompt = list(range(100, 130))
+    request = request_of("a", prompt, 3)
+    plan.add(request)
+    for _ in range(2):
+        step = plan.schedule(0.0)
+        assert step is not None
+        plan.commit(step, keys.run(step))
+    assert plan.num_cached(prompt, "") == 0
+    plan.finish(request, FinishReason.ABORT, 0.0)
+    assert plan.num_cached(prompt, "") == 0
+    finish(plan, request_of("b", prompt, 1), keys=keys)
+    assert plan.num_cached(prompt, "") == 28

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -293,3 +294,69 @@ def test_a_long_prompt_leaves_nothing_to_those_who_cannot_start() -> None:
         step = planned(plan)
         assert [(chunk.request.id, chunk.length) for chunk in step.chunks] == [("long", 32)]
         plan.commit(step, tokens_of(step))
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 4, 5])
+def test_prompts_go_on_beside_decodes_however_small_steps_are(budget: int) -> None:
+    """Also where the decodes leave room for one row or two."""
+    for num_decoding in range(budget):
+        for length in (2, 3, 9):
+            plan = Scheduler(
+                num_blocks=400,
+                block_size=4,
+                max_num_requests=budget + 1,
+                max_batched_tokens=budget,
+                has_prefix_cache=False,
+            )
+            for i in range(num_decoding):
+                plan.add(new_request(f"d{i}", 1, 300))
+                step = planned(plan)
+                plan.commit(step, tokens_of(step))
+            prompts = [new_request(f"p{i}", length, 1) for i in range(2)]
+            for request in prompts:
+                plan.add(request)
+            for _ in range(8 * length):
+                following = plan.schedule(0.0)
+                if following is not None:
+                    plan.commit(following, tokens_of(following))
+            assert all(request.is_finished for request in prompts), (num_decoding, length)
+
+
+def test_pieces_have_two_rows_where_a_step_has_room_for_three() -> None:
+    for budget in (3, 4, 7, 8):
+        plan = Scheduler(
+            num_blocks=400, block_size=4, max_num_requests=4, max_batched_tokens=budget, has_prefix_cache=False
+        )
+        for i in range(6):
+            plan.add(new_request(str(i), 2 + 5 * i, 1))
+        while (step := plan.schedule(0.0)) is not None:
+            assert all(chunk.length > 1 for chunk in step.chunks if step.num_tokens < budget or len(step.chunks) == 1)
+            plan.commit(step, tokens_of(step))
+
+
+def test_an_urgent_prompt_does_not_give_way_to_the_answer_of_an_idle_one() -> None:
+    plan = Scheduler(num_blocks=10, block_size=4, max_num_requests=4, max_batched_tokens=6, has_prefix_cache=False)
+    idle, urgent = new_request("idle", 5, 30, priority=10), new_request("urgent", 24, 2, priority=-10)
+    plan.add(idle)
+    for _ in range(8):
+        step = planned(plan)
+        plan.commit(step, tokens_of(step))
+    plan.add(urgent)
+    while not urgent.is_finished:
+        step = planned(plan)
+        plan.commit(step, tokens_of(step))
+    assert urgent.num_preemptions == 0
+    while (following := plan.schedule(0.0)) is not None:
+        plan.commit(following, tokens_of(following))
+    assert idle.is_finished
+
+
+def test_a_prompt_leaves_nothing_for_a_row_that_it_takes_itself() -> None:
+    plan = Scheduler(num_blocks=400, block_size=4, max_num_requests=1, max_batched_tokens=64, has_prefix_cache=False)
+    for name in ("a", "b"):
+        plan.add(new_request(name, 192, 1))
+    lengths = []
+    while (step := plan.schedule(0.0)) is not None:
+        lengths.append(step.num_tokens)
+        plan.commit(step, tokens_of(step))
+    assert lengths == [64] * 6

@@ -46,10 +46,11 @@ def settings_of(**values: object) -> Settings:
 
 
 def test_what_was_measured_fits_and_not_much_more() -> None:
+    """Measured is what capturing takes, without the sampling of a full step."""
     decoder = decoder_of("llama-3.1-8b")
     for row in json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]:
         if row["what"] == "capture":
-            assert row["bytes"] < step_bytes(decoder, settings_of()) < 3 * row["bytes"]
+            assert row["bytes"] < step_bytes(decoder, settings_of()) < 4 * row["bytes"]
 
 
 def test_smaller_steps_take_less() -> None:
