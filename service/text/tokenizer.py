@@ -34,7 +34,8 @@ class Tokenizer:
         self._backend.no_padding()
         self._names = TokenBytes(self._backend)
         self._template = template
-        self._vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        # Ids may have gaps, so their number says nothing.
+        self._vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.eos_ids = eos_ids
         """Tokens that end an answer."""
 
@@ -57,7 +58,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids run from 0 to vocab_size - 1, including added tokens."""
+        """The largest token id + 1, including added tokens; a model may have fewer rows or more."""
         return self._vocab_size
 
     def encode(self, text: str) -> list[int]:
@@ -82,10 +83,13 @@ class Tokenizer:
         """A detokenizer for one request; context: the tokens that its text continues, to keep a leading space."""
         return Detokenizer(self._backend, context)
 
-    def vocabulary(self) -> list[bytes]:
-        """The UTF-8 bytes of each token, empty for special ones. Takes seconds for 256,000 tokens."""
+    def vocabulary(self, size: int) -> list[bytes]:
+        """The UTF-8 bytes of the tokens 0 to size - 1, empty for special and for unknown ones.
+
+        Takes seconds for 256,000 tokens.
+        """
         special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        return [b"" if i in special else self.token_bytes(i) for i in range(self.vocab_size)]
+        return [b"" if i in special else self.token_bytes(i) for i in range(size)]
 
     def token_text(self, token_id: int) -> str:
         """See `TokenBytes.text`."""
