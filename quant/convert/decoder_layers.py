@@ -171,6 +171,20 @@ def skeleton(folder: Path) -> PreTrainedModel:
     return model
 
 
+def has_own_head(model: PreTrainedModel, files: TensorFiles) -> bool:
+    """Whether a checkpoint has a head that differs from its embedding.
+
+    Args:
+        model: of the checkpoint, with or without values.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    head, embedding = (
+        f"{names.get(module)}.weight"
+        for module in (model.get_output_embeddings(), model.get_input_embeddings())  # type: ignore[no-untyped-call]
+    )
+    return head in files and not (embedding in files and files.is_equal(head, embedding))
+
+
 def _width(linear: nn.Module) -> int:
     # Conv1D, GPT-2's Linear, stores its weight [K, N].
     weight = linear.weight

@@ -19,7 +19,7 @@ from quant.checkpoint.compressed_tensors import parse, render
 from quant.checkpoint.notes import NOTES_NAME, notes_of
 from quant.checkpoint.safetensors_files import ShardWriter, TensorFiles, cast, read_json
 from quant.checkpoint.sha256sums import write_sums
-from quant.convert.decoder_layers import LayerStream
+from quant.convert.decoder_layers import LayerStream, has_own_head
 from quant.convert.layer import LayerQuantizer, Recipe
 from quant.convert.resume import PartFolder
 from quant.errors import CheckpointError, QuantError
@@ -72,6 +72,9 @@ def quantize_checkpoint(
     recipe = replace(recipe, scheme=recipe.scheme.fitted(stream.widths(recipe.linear_names)))
     settings = _fingerprint(files, recipe, notes)
     ignored = _ignored(files, recipe.linear_names)
+    if stream.model.config.tie_word_embeddings and has_own_head(stream.model, files):
+        # Readers differ in what they believe if the two contradict each other; the weights are what was trained.
+        config["tie_word_embeddings"] = False
     # Closed: an open file keeps every page that was read from it in memory.
     del files
     part = PartFolder(out, settings)

@@ -13,13 +13,16 @@ from typing import Any, Never
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
+from quant.linear import FloatLinear
 from quant.scheme import PRESETS, Scheme
 from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint, UnsupportedModel
 from service.models.devices import pick_device
+from service.models.loader import load_decoder
 from service.store import calibration, demo, quantized, resolve
 from service.store.calibration import Calibration, calibration_text, calibration_windows
 from service.store.quantized import quantize_model, quantized_folder
@@ -272,8 +275,13 @@ def test_quantizing_refuses_before_it_calibrates(
             CheckpointError,
             "q_proj.bias would be loaded and never used",
         ),
+        (
+            {f"v_head.{number}.weight": torch.ones(3) for number in range(5)},
+            CheckpointError,
+            r"v_head.0.weight, v_head.1.weight, v_head.2.weight and 2 more would never be used.* mend config.json",
+        ),
     ],
-    ids=["norm", "linear", "shape", "nan", "left over"],
+    ids=["norm", "linear", "shape", "nan", "left over", "nobody's"],
 )
 def test_a_damaged_model_is_refused_before_anything_is_written(
     tmp_path: Path, changes: dict[str, torch.Tensor | None], error: type[Exception], complaint: str
@@ -283,6 +291,27 @@ def test_a_damaged_model_is_refused_before_anything_is_written(
     with pytest.raises(error, match=complaint):
         quantize_model(source, tmp_path / "out", W8A8, SHORT, CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_left_over_tensor_is_refused_without_calibration_too(tmp_path: Path) -> None:
+    source = change_tensors(save_tiny_model(tmp_path / "model"), {"model.layers.2.mlp.up_proj.weight": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"model.layers.2.mlp.up_proj.weight would never be used"):
+        quantize_model(source, tmp_path / "out", PRESETS["rtn-token"], SHORT, CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("scheme", ["rtn-token", "w8a8"])
+def test_a_head_of_its_own_stays_the_head_and_the_new_configuration_says_so(tmp_path: Path, scheme: str) -> None:
+    source = save_tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    quantize_model(source, tmp_path / "out", PRESETS[scheme], SHORT, CPU)
+    stored = load_file(source / "model.safetensors")["lm_head.weight"].bfloat16()
+    for folder in (source, tmp_path / "out"):
+        head = load_decoder(folder, torch.bfloat16, CPU).head
+        assert isinstance(head, FloatLinear)
+        assert torch.equal(head.weight, stored)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_nan_in_what_calibration_cannot_see_is_refused(tmp_path: Path) -> None:
