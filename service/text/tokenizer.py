@@ -10,12 +10,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from service.errors import InvalidRequest, UnsupportedModel, first_line
+from service.errors import InvalidRequest
+from service.store.tokenizer_file import read_tokenizer
 from service.text.chat_template import ChatTemplate, read_object, read_template, special_tokens
 from service.text.detokenizer import Detokenizer
 from service.text.token_bytes import TokenBytes
-
-FILE = "tokenizer.json"
 
 
 class Tokenizer:
@@ -29,9 +28,6 @@ class Tokenizer:
 
     def __init__(self, backend: Backend, eos_ids: frozenset[int], template: ChatTemplate | None = None) -> None:
         self._backend = backend
-        # A tokenizer.json may contain settings from training, which would silently cut or pad prompts.
-        self._backend.no_truncation()
-        self._backend.no_padding()
         self._names = TokenBytes(self._backend)
         self._template = template
         # Ids may have gaps, so their number says nothing.
@@ -44,16 +40,9 @@ class Tokenizer:
         """Load tokenizer, chat template and end tokens.
 
         Raises:
-            UnsupportedModel: the folder has no tokenizer.json that the `tokenizers` library can read, or another file
-                cannot be read.
+            UnsupportedModel: as `read_tokenizer`, or another file cannot be read.
         """
-        path = folder / FILE
-        if not path.is_file():
-            raise UnsupportedModel(f"{folder}: no usable tokenizer: it has no {FILE}; convert its tokenizer to one")
-        try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # The library raises nothing narrower.
-            raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
+        backend = read_tokenizer(folder)
         return cls(backend, _eos_ids(folder, backend), read_template(folder))
 
     @property

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from quant.analysis.choices import Continuation, Question, compare, encode, picks, read_questions
 from quant.analysis.layer_errors import LinearError, linear_errors
@@ -26,10 +25,11 @@ from service.models.decoder import Decoder, Layer, score
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
 from service.settings import Settings
-from service.store.calibration import Calibration, calibration_windows
+from service.store.calibration import Calibration, calibration_windows, refuse_beyond
 from service.store.progress import Progress, silent
 from service.store.quantized import quantize_model
 from service.store.resolve import is_quantized
+from service.store.tokenizer import text_tokenizer
 from service.tools.evaluate.speed import decode_tokens_per_s
 
 LAYER_WINDOWS = 4
@@ -213,11 +213,13 @@ class _Bench:
 def _encoded(folder: Path, questions: Sequence[Question], context: int) -> list[list[Continuation]]:
     if not questions:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = text_tokenizer(folder)
     try:
-        return [encode(tokenizer, question, context) for question in questions]
+        encoded = [encode(tokenizer, question, context) for question in questions]
     except InvalidQuestions as error:
         raise InvalidSettings(str(error)) from error
+    refuse_beyond(folder, max(max(choice.ids) for choices in encoded for choice in choices))
+    return encoded
 
 
 def _sharing_weights(schemes: Sequence[Scheme]) -> list[list[Scheme]]:

@@ -14,8 +14,10 @@ from typing import Any, Never
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from quant.analysis.choices import Question
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
 from quant.linear import FloatLinear
@@ -27,8 +29,11 @@ from service.store import calibration, demo, quantized, resolve
 from service.store.calibration import Calibration, calibration_text, calibration_windows
 from service.store.quantized import quantize_model, quantized_folder
 from service.store.resolve import is_quantized, resolve_model
+from service.text.tokenizer import Tokenizer
+from service.tools.evaluate import quality
 from tests.support.narrowed import int8_of
 from tests.support.tiny_models import change_tensors, save_tiny_model
+from tests.support.tokenizers import byte_level_backend
 
 CPU = torch.device("cpu")
 SHORT = Calibration(num_windows=2, window_len=32)
@@ -235,8 +240,40 @@ def test_a_model_of_little_context_writes_shorter_windows(tmp_path: Path) -> Non
 def test_a_calibration_text_that_is_too_short_is_refused_with_both_numbers(tiny_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("hello")
-    with pytest.raises(InvalidSettings, match=r"short\.txt: the text is too short: it has \d+ tokens and .* take 64"):
+    with pytest.raises(InvalidSettings, match=r"short\.txt: the text is too short: it has \d+ tokens and .* take 62"):
         calibration_windows(tiny_folder, replace(SHORT, text=text), CPU)
+
+
+@pytest.mark.parametrize(
+    "declared", [None, "GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "NoSuchTokenizer"]
+)
+def test_texts_are_tokenized_as_the_file_says_whatever_class_is_named(tmp_path: Path, declared: str | None) -> None:
+    """A class of transformers would bring its own pre-tokenizer: here it would not split digits in threes."""
+    backend = byte_level_backend()
+    digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|[^\p{N}]+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    folder = save_tiny_model(tmp_path / "model")
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|end|>"} | ({} if declared is None else {"tokenizer_class": declared})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    text = tmp_path / "text.txt"
+    text.write_text("In 2023, 650841823 of the 1234567 foxes " * 20)
+    plain = backend.encode(text.read_text(), add_special_tokens=False).ids
+    windows = calibration.text_windows(folder, text, 2, 32)
+    assert windows.tolist() == [[1, *plain[:31]], [1, *plain[31:62]]]
+    assert Tokenizer.from_folder(folder).encode(text.read_text()) == [1, *plain]
+    questions = [Question("In 2023,", ("650841823", "no"), 0)]
+    (choices,) = quality._encoded(folder, questions, 100)
+    assert list(choices[0].ids) == [1, *backend.encode("In 2023, 650841823", add_special_tokens=False).ids]
+
+
+def test_a_text_with_a_token_that_the_model_has_no_row_for_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", vocab_size=200, bos_token_id=250)
+    with pytest.raises(UnsupportedModel, match=r"makes token \d+ of the text, but the model's token ids .* 0 to 199"):
+        calibration.text_windows(folder, None, 2, 32)
+    assert int(calibration_windows(folder, SHORT, CPU).max()) < 200
 
 
 def test_a_text_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
