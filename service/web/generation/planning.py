@@ -16,6 +16,9 @@ from service.web.state import Serving
 THREAD_CHARS = 4096
 """Longer texts are encoded on a thread; encoding a shorter one takes less time than switching threads."""
 
+MESSAGE_CHARS = 64
+"""Characters that take as long to encode as the chat template takes for a message."""
+
 
 class Room(NamedTuple):
     """A prompt's length, the context's length, and the body's fields to name in errors.
@@ -51,7 +54,7 @@ async def chat_ids(messages: Sequence[dict[str, str]], serving: Serving, is_open
     if not messages:
         return _some([], "messages")
     tokenizer = serving.tokenizer
-    is_long = sum(len(message["content"]) for message in messages) > THREAD_CHARS
+    is_long = sum(len(message["content"]) for message in messages) + MESSAGE_CHARS * len(messages) > THREAD_CHARS
     ids = (
         await asyncio.to_thread(tokenizer.apply_chat, messages, is_open)
         if is_long
