@@ -22,7 +22,7 @@ from quant.checkpoint.sha256sums import write_sums
 from quant.convert.decoder_layers import LayerStream, has_own_head
 from quant.convert.layer import LayerQuantizer, Recipe
 from quant.convert.resume import PartFolder
-from quant.errors import CheckpointError, QuantError
+from quant.errors import CheckpointError
 from quant.scheme import Scheme
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -91,7 +91,9 @@ def quantize_checkpoint(
             f"{out} is not written: {error}; {part.num_done} of {len(stream.prefixes)} layers are kept in "
             f"{part.folder.name} beside it: make room, or mend what it says, and start again"
         ) from error
-    except (ValueError, QuantError):
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:
         # It would fail again, so nothing is kept.
         part.remove()
         raise

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quant.convert.calibration import self_written, windows_from_text
+from quant.convert.decoder_layers import unpadded_config
 from quant.errors import NotFinite, TextTooShort
 from service.errors import InvalidSettings, UnsupportedModel, first_line
 from service.models.config import ModelConfig
@@ -115,6 +116,7 @@ def calibration_windows(
         return text_windows(folder, calibration.text, calibration.num_windows, window_len, calibration.offset)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
+        config=unpadded_config(folder),
         dtype=pick_dtype("auto", config, device),
         device_map=str(device),
         trust_remote_code=False,

@@ -351,6 +351,16 @@ def test_a_head_of_its_own_stays_the_head_and_the_new_configuration_says_so(tmp_
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize("pad", [339, 340, 99999, -1])
+def test_any_padding_id_is_quantized(tmp_path: Path, pad: int) -> None:
+    source = save_tiny_model(tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+    quantize_model(source, tmp_path / "out", W8A8, SHORT, CPU)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == pad
+    load_decoder(tmp_path / "out", torch.bfloat16, CPU)
+
+
 def test_nan_in_what_calibration_cannot_see_is_refused(tmp_path: Path) -> None:
     """Without calibration the model is not run: rounding itself finds the weight that has no scale."""
     source = save_tiny_model(tmp_path / "model")
