@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ from service.host.machine import birth_certificate
 from service.models.config import ModelConfig
 from service.models.devices import pick_device, pick_dtype
 from service.settings import Settings
-from service.store.calibration import Calibration, text_windows
+from service.store.calibration import Calibration, calibration_text, text_windows
 from service.store.progress import Progress
 from service.store.resolve import resolve_model
 from service.tools.evaluate.quality import Row, load_questions, measure_quality
@@ -73,7 +73,7 @@ class Evaluation:
         folder = resolve_model(model, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
         config = ModelConfig.load(folder, self.window_len)
         windows = text_windows(folder, self.text, self.num_windows, self.window_len)
-        calibration = self._calibration(settings)
+        calibration = self._calibration(folder, settings)
         rows = list(
             measure_quality(
                 folder,
@@ -98,11 +98,12 @@ class Evaluation:
         self._write(run, rows)
         return run, rows
 
-    def _calibration(self, settings: Settings) -> Calibration:
-        # If both read the same file, calibration starts where the measured windows end.
-        is_shared = self.text is not None and settings.calibration == self.text
-        offset = self.num_windows if is_shared else 0
-        return Calibration(settings.calibration, settings.seed, self.num_calibration_windows, self.window_len, offset)
+    def _calibration(self, folder: Path, settings: Settings) -> Calibration:
+        """What schemes are calibrated on: if it is the text that is measured on, what follows the measured windows."""
+        made = Calibration(settings.calibration, settings.seed, self.num_calibration_windows, self.window_len)
+        if made.is_self_written(folder) or calibration_text(made.text) != calibration_text(self.text):
+            return made
+        return replace(made, offset=self.num_windows)
 
     def _write(self, run: dict[str, Any], rows: Sequence[Row]) -> None:
         if self.json_file is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from quant import __version__
 from quant.checkpoint.reader import Checkpoint
 from quant.scheme import PRESETS
 from service import cli
+from service.errors import InvalidSettings
 from service.models.families import FAMILIES
 from service.settings import Settings
+from service.store.calibration import Calibration, calibration_windows
 from tests.support.harness import until
 from tests.support.narrowed import int8_of
 from tests.support.tiny_models import change_tensors, save_tiny_model
@@ -567,6 +570,32 @@ def test_evaluate_calibrates_on_what_it_does_not_measure(
     num_tokens = int(counted[1])
     said = refusal(*arguments, *SMALL, "--windows", num_tokens // 64)
     assert "windows of 64 after" in said
+
+
+@pytest.mark.parametrize("case", ["same", "relative", "link", "copy", "none", "self-written"])
+def test_no_window_is_both_calibrated_on_and_measured(
+    ottava: Command, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, case: str
+) -> None:
+    """Whatever the two are called; without either, a model too large to write its own text reads the help topics."""
+    read: dict[str, Any] = {}
+
+    def measured(folder: Path, schemes: Any, windows: Any, calibration: Calibration, *_: Any, **__: Any) -> list[Any]:
+        read["measured"], read["calibrated"] = windows, calibration_windows(folder, calibration, torch.device("cpu"))
+        raise InvalidSettings("seen")
+
+    monkeypatch.setattr("service.tools.evaluate.evaluation.measure_quality", measured)
+    if case == "none":
+        monkeypatch.setattr("service.store.calibration.SELF_WRITTEN_MAX_BYTES", 0)
+    monkeypatch.chdir(tmp_path)
+    text, rng = tmp_path / "same.txt", random.Random(0)
+    text.write_text(" ".join(rng.choice(["the", "quick", "fox", "hello"]) for _ in range(1200)), encoding="utf-8")
+    (tmp_path / "link.txt").symlink_to(text)
+    (tmp_path / "copy.txt").write_bytes(text.read_bytes())
+    given = Path("same.txt") if case == "relative" else tmp_path / f"{case}.txt"
+    options = ("--text", text, "--calibration", given) if case not in ("none", "self-written") else ()
+    ottava("evaluate", tiny_folder, *SMALL, *options)
+    pairs = [(a, b) for a in read["measured"].tolist() for b in read["calibrated"].tolist()]
+    assert not [a for a, b in pairs if a == b]
 
 
 def test_evaluate_refuses_windows_beyond_the_context(refusal: Refusal, tiny_folder: Path) -> None:
