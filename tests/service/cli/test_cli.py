@@ -397,6 +397,7 @@ def test_a_quantized_model_is_neither_quantized_nor_evaluated_again(
     assert ottava("quantize", tiny_folder, out)[0] == 0
     assert "quantized already" in refusal("quantize", out, tmp_path / "again")
     assert "quantized already" in refusal("evaluate", out, "--windows", 1, "--window-len", 16)
+    assert "name the float model with --baseline" in refusal("evaluate", out, "--windows", 1, "--window-len", 16)
     assert "name the float model with --baseline" in refusal("serve", out)
 
 
@@ -430,6 +431,7 @@ def questions(tmp_path: Path) -> Path:
 MEASURED = {
     *("scheme", "perplexity", "perplexity_ratio", "kl", "top1_agreement", "num_tokens"),
     *("weight_bytes", "kv_bytes_per_token", "tokens_per_s", "num_questions"),
+    *("perplexity_ratio_interval", "kl_interval"),
 }
 
 
@@ -470,6 +472,46 @@ def test_evaluate_measures_an_int8_cache_and_names_it(evaluated: Evaluated) -> N
     apart = [rows["float"][0], rows["float"][1], rows["int8"][1]]
     assert [row["kl"] for row in rows["both"]] == [row["kl"] for row in apart]
     assert [row["scheme"] for row in rows["both"]] == ["fp16", "w8a8", "w8a8, int8 KV"]
+
+
+def test_evaluate_measures_a_folder_that_is_quantized_already(
+    ottava: Command, refusal: Refusal, evaluated: Evaluated, tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    """As it is, against the float model that is named; its scheme and calibration are read from the folder."""
+    assert ottava("quantize", tiny_folder, tmp_path / "int8", "--scheme", "w8a8-static")[0] == 0
+    stored = ("evaluate", tmp_path / "int8", "--baseline", tiny_folder, "--text", text, *SMALL)
+    code, said, err = ottava(*stored, "--kv-cache", "both", "--layers", "--json", tmp_path / "stored.json")
+    assert (code, err) == (0, "")
+    result = json.loads((tmp_path / "stored.json").read_text())
+    assert [row["scheme"] for row in result["rows"]] == ["fp16", "w8a8-static", "w8a8-static, int8 KV"]
+    assert (result["run"]["model"], result["run"]["baseline"]) == (str(tmp_path / "int8"), str(tiny_folder))
+    assert result["run"]["calibration"].endswith("text that the model wrote itself, seed 0")
+    again = evaluated("--schemes", "fp16")[1]
+    assert result["rows"][0]["perplexity"] == again[0]["perplexity"]
+    assert 0 < result["rows"][1]["kl"] < 1
+    assert len(result["rows"][1]["linear_errors"]) == 2 * 7
+    assert said.count("w8a8-static: perplexity") == 1
+    assert "measured as it is" in refusal(*stored, "--schemes", "w8a8")
+    assert "measured as it is" in refusal(*stored, "--alpha", 0.5)
+    assert "not quantized; leave it out" in refusal("evaluate", tiny_folder, "--baseline", tiny_folder, *SMALL)
+    other = save_tiny_model(tmp_path / "other", vocab_size=352)
+    assert "not one model" in refusal("evaluate", tmp_path / "int8", "--baseline", other, "--text", text, *SMALL)
+    (tmp_path / "int8" / "ottava.json").unlink()
+    assert "leave --layers out" in refusal(*stored, "--layers")
+
+
+def test_evaluate_tells_each_row_as_soon_as_it_is_known(
+    ottava: Command, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, text: Path
+) -> None:
+    """A scheme that fails takes only itself along."""
+
+    def failing(*_: object, **__: object) -> None:
+        raise InvalidSettings("no int8 today")
+
+    monkeypatch.setattr("service.tools.evaluate.quality.quantize_model", failing)
+    code, said, err = ottava("evaluate", tiny_folder, "--text", text, *SMALL)
+    assert (code, "no int8 today" in err) == (1, True)
+    assert re.match(r"fp16: perplexity \d+\.\d\d \(\+0\.00%\), KL 0\.0000 nats, top-1 agreement 100\.0%", said)
 
 
 def test_evaluate_prints_a_table(evaluated: Evaluated, questions: Path) -> None:
