@@ -297,6 +297,33 @@ def test_a_head_of_its_own_is_used_whatever_the_configuration_says(
         assert relative_error(score(decoder, ids_of(decoder.config)), expected) < allowed_error(decoder.config)
 
 
+@pytest.mark.parametrize("scheme", [name for name, scheme in PRESETS.items() if scheme.activation == "static"])
+@pytest.mark.parametrize("name", TINY)
+def test_readers_of_one_activation_have_one_static_scale(tiny: Tiny, tmp_path: Path, name: str, scheme: str) -> None:
+    """In the file already: other readers load one of them over the others."""
+    _, folder = tiny(name)
+    config = ModelConfig.load(folder)
+    windows = IDS.view(4, 50)[:, : config.max_model_len]
+    quantize_checkpoint(
+        folder,
+        tmp_path / "out",
+        Recipe(
+            scheme=PRESETS[scheme],
+            linear_names=tuple(linear_names(config)),
+            groups=tuple(smooth_groups(config)),
+            dtype=torch.float32,
+            windows=windows,
+        ),
+    )
+    files, names = Checkpoint.open(tmp_path / "out", torch.float32, CPU).files, config.layout.names
+    for index in range(config.num_layers):
+        groups = [[f"{names.layer(index)}.{part}" for part in names.qkv]]
+        groups += [[mlp + part for part in names.up] for mlp in names.mlps(index, config.num_experts(index))]
+        for group in groups:
+            scales = {files.get(f"{linear}.input_scale").item() for linear in group}
+            assert len(scales) == 1, group
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_every_tensor_is_used_or_named(tiny: Tiny, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """A copy of the embedding as head and buffers of older code are listed; any other left-over is refused."""
