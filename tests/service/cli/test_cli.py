@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 from fastapi import FastAPI
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from quant import __version__
@@ -376,6 +377,36 @@ def test_quantize_stores_what_the_cache_is(ottava: Command, tiny_folder: Path, t
         assert ("int8 keys and values" in said) == (kv_cache == "int8")
     assert Checkpoint.open(tmp_path / "int8", torch.float32, "cpu").schemes == (PRESETS["w8a8"].with_kv("int8"),)
     assert Checkpoint.open(tmp_path / "auto", torch.float32, "cpu").schemes == (PRESETS["w8a8"],)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "family", "note"),
+    [
+        ("w8a8", "llama", None),
+        ("rtn", "gpt_neox", None),
+        ("rtn-dynamic", "llama", "vLLM has no loader for activations with one scale per step"),
+        ("zeroquant", "llama", "vLLM has no loader for int8 weights with scales per group"),
+        ("llm-int8", "llama", "others serve it as rtn-token"),
+        ("rtn-token", "gpt2", "transformers does not load gpt2 in int8"),
+        ("rtn-token", "qwen3_moe", "transformers does not load qwen3_moe in int8"),
+    ],
+)
+def test_quantize_tells_who_else_loads_it(
+    ottava: Command, tmp_path: Path, scheme: str, family: str, note: str | None
+) -> None:
+    """And nothing more: transformers loads what is not named, and computes what it should."""
+    source = save_tiny_model(tmp_path / "model", family)
+    code, said, _ = ottava("quantize", source, tmp_path / "out", "--scheme", scheme, "--calibration-windows", 1)
+    assert code == 0
+    notes = [line for line in said.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (note is not None)
+    assert note is None or note in notes[0]
+    if note is not None and "transformers" in note:
+        return
+    theirs, floats = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (tmp_path / "out", source))
+    with torch.inference_mode():
+        found, expected = (model(torch.arange(40)[None]).logits for model in (theirs, floats))
+    assert (found - expected).norm() < 0.3 * expected.norm()
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(refusal: Refusal, tiny_folder: Path, tmp_path: Path) -> None:
