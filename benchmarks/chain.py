@@ -44,6 +44,9 @@ class Moved:
     ) -> Linear:
         return self.weights.linear(name, out_features, in_features, has_bias, is_transposed).to(self.device)
 
+    def differs(self, name: str, other: str) -> bool:
+        return self.weights.differs(name, other)
+
 
 def chain_rows(
     shape: str,

@@ -47,11 +47,13 @@ class OneEngine:
     reload = staticmethod(nothing_to_reload)
     tokenizer_folder = Path()
 
-    def __init__(self, engine: EngineLoop) -> None:
+    def __init__(self, engine: EngineLoop, vocab_size: int) -> None:
         self.engines = {VARIANT: engine}
+        self._vocab_size = vocab_size
 
     def info(self) -> HostInfo:
-        return HostInfo("overhead", "", self.engines[VARIANT].max_model_len, {}, OneToken({}, {}, ""), "", None, {})
+        max_model_len = self.engines[VARIANT].max_model_len
+        return HostInfo("overhead", "", max_model_len, self._vocab_size, {}, OneToken({}, {}, ""), "", None, {})
 
     def self_check(self) -> dict[str, str]:
         return {}
@@ -70,14 +72,15 @@ def main() -> None:
 
 def open_engine(args: argparse.Namespace, settings: Settings, _: Progress) -> OneEngine:
     """The engine that the benchmark's arguments name, started."""
+    tokenizer = tokenizer_of(args, settings)
     if args.engine == "paced":
-        return OneEngine(paced(args, settings))
+        return OneEngine(paced(args, settings, tokenizer), tokenizer.vocab_size)
     device_thread = DeviceThread()
-    return OneEngine(device_thread.run(real, args, settings, device_thread))
+    return OneEngine(device_thread.run(real, args, settings, device_thread), tokenizer.vocab_size)
 
 
-def paced(args: argparse.Namespace, settings: Settings) -> EngineLoop:
-    said = tokenizer_of(args, settings).encode(calibration_text(None)[:20_000])
+def paced(args: argparse.Namespace, settings: Settings, tokenizer: Tokenizer) -> EngineLoop:
+    said = tokenizer.encode(calibration_text(None)[:20_000])
     runner = PacedRunner(said, args.step_ms / 1e3, args.launch_ms / 1e3, args.acquires)
     return paced_engine(VARIANT, runner, context_of(args), settings)
 

@@ -26,18 +26,16 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from benchmarks.mmlu import load_mmlu
 from benchmarks.report import RESULTS, birth_certificate, write
 from benchmarks.wheels import fetch_member
 from quant.analysis.choices import Question
-from quant.convert.calibration import windows_from_text
 from quant.scheme import PRESETS, Rounding, Scheme
 from service.models.config import ModelConfig, smooth_groups
 from service.models.devices import pick_device, pick_dtype
 from service.settings import Settings, load_settings
-from service.store.calibration import Calibration
+from service.store.calibration import Calibration, text_windows
 from service.store.resolve import resolve_model
 from service.tools.evaluate.evaluation import in_storages
 from service.tools.evaluate.plot import draw
@@ -117,10 +115,7 @@ def measure(
     settings: Settings,
 ) -> Iterator[Row]:
     """Rows of one model as they are known, the baseline's first."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    windows = windows_from_text(
-        tokenizer, text.read_text(encoding="utf-8"), num_windows=num_windows, window_len=WINDOW_LEN
-    )
+    windows = text_windows(folder, text, num_windows, WINDOW_LEN)
     calibration = Calibration(text, 0, CALIBRATION_WINDOWS, WINDOW_LEN, offset=num_windows)
     yield from measure_quality(folder, schemes, windows, calibration, settings, questions=questions)
 

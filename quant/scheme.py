@@ -252,6 +252,17 @@ class Scheme:
         is_data_driven = self.rounding == "gptq" or self.is_distilled
         return self.activation == "static" or self.smoothing is not None or is_data_driven
 
+    @property
+    def elsewhere(self) -> str | None:
+        """What readers of compressed-tensors other than transformers make of its checkpoint; None if they load it."""
+        if self.activation == "tensor":
+            return "vLLM has no loader for activations with one scale per step"
+        if self.weight == "group":
+            return "vLLM has no loader for int8 weights with scales per group"
+        if self.outliers is not None:
+            return "others serve it as rtn-token: the format has no place for columns in float"
+        return None
+
     def describe(self) -> str:
         """One sentence for tables, logs and /info."""
         parts = [_WEIGHTS[self.weight].format(group_size=self.group_size), _ACTIVATIONS[self.activation]]

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from quant.analysis.perplexity import LogitsOf
-from quant.convert.calibration import prompt_lead
+from quant.convert.calibration import plain_ids, prompt_lead
 from quant.errors import InvalidQuestions, NotFinite
 
 MIN_CHOICES = 2
@@ -102,8 +102,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, question: Question, max_len: int) -> list[Continuation]:
-    """The question, a space and each choice, tokenized as one text, after BOS if prompts begin with it.
+def encode(tokenizer: Tokenizer, question: Question, max_len: int) -> list[Continuation]:
+    """The question, a space and each choice, tokenized as one text, after what prompts begin with (BOS).
 
     A choice begins where the tokens first differ from those of the question alone.
 
@@ -116,7 +116,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question, max_len: int)
     lead, text = prompt_lead(tokenizer), question.question.rstrip()
 
     def ids_of(words: str) -> tuple[int, ...]:
-        return *lead, *tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+        return *lead, *plain_ids(tokenizer, words)
 
     alone, found = ids_of(text), []
     for choice in question.choices:

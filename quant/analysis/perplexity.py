@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from quant.errors import NotFinite
 
 LogitsOf = Callable[[Tensor], Tensor]
 """Token ids [L] int64 -> logits [L, V] float, row t predicting token t + 1."""
+
+RESAMPLES = 2000
 
 _ROWS_AT_ONCE = 128
 """Positions that are compared together: limits each float32 copy to 128 x V x 4 bytes (25 MB at V = 49152)."""
@@ -24,6 +26,9 @@ class Quality:
     scheme: its name.
     perplexity: exp(mean_t -log p(token_{t+1} | token_0..t)), p the candidate's softmax.
     kl: mean_t sum_v p_v (log p_v - log q_v) in nats, p the baseline's and q the candidate's softmax at t.
+    ratio_interval, kl_interval: of perplexity over the baseline's and of kl, the middle 95 % of RESAMPLES draws of as
+        many windows, with replacement: how far other windows of such a text may be off. With one window both ends are
+        equal.
     top1_agreement: share of positions at which both argmaxes are the same token, 0..1.
     num_tokens: number of positions, n (L - 1).
     """
@@ -31,25 +36,51 @@ class Quality:
     scheme: str
     perplexity: float
     kl: float
+    ratio_interval: tuple[float, float]
+    kl_interval: tuple[float, float]
     top1_agreement: float
     num_tokens: int
 
 
 @dataclass(slots=True)
 class _Sums:
-    """Running float64 sums over positions."""
+    """Float64 sums over the positions of one window."""
 
     nll: float = 0.0
     kl: float = 0.0
     num_agreeing: int = 0
     num_tokens: int = 0
 
-    def quality(self, scheme: str) -> Quality:
-        # torch's exp gives inf where math.exp raises: a collapsed scheme still gets its row.
-        perplexity = torch.tensor(self.nll / self.num_tokens, dtype=torch.float64).exp().item()
-        return Quality(
-            scheme, perplexity, self.kl / self.num_tokens, self.num_agreeing / self.num_tokens, self.num_tokens
-        )
+
+def _quality(scheme: str, windows: Sequence[_Sums], baseline: Sequence[_Sums]) -> Quality:
+    num_tokens = sum(window.num_tokens for window in windows)
+    nll, kl = (
+        torch.tensor([getattr(window, name) for window in windows], dtype=torch.float64) for name in ("nll", "kl")
+    )
+    surplus = nll - torch.tensor([window.nll for window in baseline], dtype=torch.float64)
+    per_window = len(windows) / num_tokens
+    (low, high), (kl_low, kl_high) = _interval(surplus * per_window), _interval(kl * per_window)
+    return Quality(
+        scheme,
+        _exp(sum(window.nll for window in windows) / num_tokens),
+        sum(window.kl for window in windows) / num_tokens,
+        ratio_interval=(_exp(low), _exp(high)),
+        kl_interval=(kl_low, kl_high),
+        top1_agreement=sum(window.num_agreeing for window in windows) / num_tokens,
+        num_tokens=num_tokens,
+    )
+
+
+def _exp(x: float) -> float:
+    # torch's exp gives inf where math.exp raises: a collapsed scheme still gets its row.
+    return torch.tensor(x, dtype=torch.float64).exp().item()
+
+
+def _interval(sums: Tensor) -> tuple[float, float]:
+    """The middle 95 % of the mean of sums [n], over resamples."""
+    draws = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=torch.Generator().manual_seed(0))
+    low, high = sums[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 @torch.inference_mode()
@@ -79,18 +110,18 @@ def evaluate(
     name, baseline_logits_of = baseline
     if name in candidates:
         raise ValueError(f"{name!r} names both the baseline and a candidate; each row needs a name of its own")
-    sums = {scheme: _Sums() for scheme in (name, *candidates)}
+    sums = {scheme: [_Sums() for _ in windows] for scheme in (name, *candidates)}
     for index, window in enumerate(windows):
         reference = _checked(baseline_logits_of(window), window, name, index)
-        _accumulate(sums[name], reference, reference, window)
+        _accumulate(sums[name][index], reference, reference, window)
         for scheme, logits_of in candidates.items():
             logits = _checked(logits_of(window), window, scheme, index)
             if logits.shape != reference.shape:
                 raise ValueError(f"{scheme} gives logits {list(logits.shape)}, {name} {list(reference.shape)}")
-            _accumulate(sums[scheme], reference, logits, window)
+            _accumulate(sums[scheme][index], reference, logits, window)
         if on_progress is not None:
             on_progress(index + 1, len(windows))
-    return [total.quality(scheme) for scheme, total in sums.items()]
+    return [_quality(scheme, found, sums[name]) for scheme, found in sums.items()]
 
 
 def _checked(logits: Tensor, window: Tensor, scheme: str, index: int) -> Tensor:

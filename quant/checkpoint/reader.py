@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,16 @@ from quant.checkpoint.targets import LinearFormat, Quantization
 from quant.errors import CheckpointError, InvalidScheme
 from quant.linear import FloatLinear, InputCodes, Int8Linear
 from quant.scheme import KVStorage, Scheme
+
+BUFFERS = re.compile(
+    r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$"  # angles, which follow from config.json
+    r"|\.(attn|attention)\.(bias|masked_bias)$"  # the causal mask of GPT-2 and GPT-NeoX
+    r"|^model\.decoder\.version$"  # of OPT's first code
+)
+"""Names of tensors that older code saved beside the weights: constants."""
+
+NUM_NAMED = 3
+"""Most tensors that a message names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +152,31 @@ class Checkpoint:
         input_codes = InputCodes(linear_format.activation, input_scale, zero_point, outliers)
         return Int8Linear(codes, weight_scale, input_codes=input_codes, out_dtype=self.dtype, bias=bias)
 
+    def differs(self, name: str, other: str) -> bool:
+        """Whether a tensor of that name is stored, and is not equal to the other one."""
+        if name not in self.files:
+            return False
+        is_equal = other in self.files and self.files.is_equal(name, other)
+        if is_equal:
+            self.files.copies.add(name)
+        return not is_equal
+
+    def refuse_unused(self) -> list[str]:
+        """Names of tensors that nothing has read and that change nothing: copies, and buffers that older code saved.
+
+        Raises:
+            CheckpointError: another tensor has not been read, so the model is not the one that was saved.
+        """
+        unused = [name for name in self.files.names if name not in self.files.taken]
+        left = [name for name in unused if not BUFFERS.search(name) and name not in self.files.copies]
+        if left:
+            raise CheckpointError(
+                f"{self.files.path(left[0])}: {some_of(left)} would never be used: config.json and "
+                "the weights do not belong together, or the model's family reads no such tensor; mend config.json, or "
+                "remove the tensors if the model does without them"
+            )
+        return unused
+
     def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.files.get(name)
         if tuple(tensor.shape) != shape:
@@ -222,6 +258,12 @@ def _matrix(
 ) -> Tensor:
     """A weight of that shape, stored so or transposed."""
     return read(name, shape[::-1]).t().contiguous() if is_transposed else read(name, shape)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(names[:NUM_NAMED]) + more
 
 
 def _dtype_name(tensor: Tensor) -> str:

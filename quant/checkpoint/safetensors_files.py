@@ -70,6 +70,10 @@ class TensorFiles:
         self._file_of = {prefix + name: handle for name, handle in self._file_of.items()}
         self._path_of = {prefix + name: path for name, path in self._path_of.items()}
         self.names = sorted(self._file_of)
+        self.taken: set[str] = set()
+        """Names of the tensors that were read with `get`."""
+        self.copies: set[str] = set()
+        """Names of the tensors that equal another one, which is used in their place."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -90,11 +94,23 @@ class TensorFiles:
         """
         if name not in self._file_of:
             raise CheckpointError(f"{self.folder} has no tensor {name}; is it a checkpoint of this model?")
+        self.taken.add(name)
+        return self.peek(name)
+
+    def peek(self, name: str) -> Tensor:
+        """A stored tensor, without counting it as `taken`. Raises CheckpointError if its file cannot be read."""
         try:
             tensor: Tensor = self._file_of[name].get_tensor(self._stored_name[name])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._path_of[name]}: tensor {name} cannot be read ({error})") from error
         return tensor
+
+    def is_equal(self, name: str, other: str) -> bool:
+        """Whether two stored tensors have equal values; their dtypes may differ."""
+        if self.shape(name) != self.shape(other):
+            return False
+        first, second = self.peek(name), self.peek(other)
+        return torch.equal(first, second) if first.dtype == second.dtype else bool((first == second).all())
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

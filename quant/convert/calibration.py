@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from quant.errors import NotFinite, TextTooShort
 
@@ -14,13 +15,11 @@ Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 
-def windows_from_text(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, num_windows: int, window_len: int, offset: int = 0
-) -> Tensor:
+def windows_from_text(tokenizer: Tokenizer, text: str, *, num_windows: int, window_len: int, offset: int = 0) -> Tensor:
     """Disjoint windows of a text, one after the other.
 
     The text is tokenized once, without special tokens, and cut into consecutive pieces. If the tokenizer begins prompts
-    with a BOS token, each window begins with it, as each served prompt does.
+    with a BOS token or other ones, each window begins with them, as each served prompt does.
 
     Args:
         num_windows, window_len: n and L, both at least 1.
@@ -41,7 +40,7 @@ def windows_from_text(
         )
     lead = prompt_lead(tokenizer)
     piece_len = window_len - len(lead)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = plain_ids(tokenizer, text)
     num_needed = (offset + num_windows) * piece_len
     if len(ids) < num_needed:
         raise TextTooShort(
@@ -115,14 +114,22 @@ def _vocab_size(model: PreTrainedModel) -> int:
 
 
 def _bos(model: PreTrainedModel) -> list[int]:
+    """[BOS] if the model has one and a row for it."""
     bos = model.config.bos_token_id
-    return [] if bos is None else [int(bos)]
+    return [int(bos)] if bos is not None and 0 <= bos < _vocab_size(model) else []
 
 
-def prompt_lead(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] if the tokenizer begins every prompt with it, else []."""
-    ids = tokenizer("")["input_ids"]
-    return [ids[0]] if ids and ids[0] == tokenizer.bos_token_id else []
+def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text, without the special tokens around a prompt."""
+    # The fast call omits each token's offset in the text.
+    return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+
+def prompt_lead(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the tokenizer begins every prompt with, for instance [BOS]; [] if there are none."""
+    encoded = tokenizer.encode("a")
+    num_lead = next((place for place, is_special in enumerate(encoded.special_tokens_mask) if not is_special), 0)
+    return list(encoded.ids[:num_lead])
 
 
 def _check_counts(model: PreTrainedModel, num_windows: int, window_len: int, min_len: int) -> None:

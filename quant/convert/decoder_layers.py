@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quant.checkpoint.safetensors_files import TensorFiles
@@ -158,17 +158,42 @@ class LayerStream:
         return nn.Parameter(tensor.to(self.device, self.dtype, copy=True), requires_grad=False)
 
 
+def unpadded_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a folder for a model that is never given padding.
+
+    transformers refuses a padding id beyond the embedding's rows, which many fine-tunes have, and torch one beyond the
+    rows that are loaded; in a forward pass the id changes nothing.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.pad_token_id = None
+    return config
+
+
 def skeleton(folder: Path) -> PreTrainedModel:
     """The model of a folder's config.json: parameters without values, buffers with theirs.
 
     Stacked experts are separated, so that modules have the names that checkpoints give their tensors.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = unpadded_config(folder)
     with _valueless_parameters():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         separate_experts(model)
     model.train(mode=False)
     return model
+
+
+def has_own_head(model: PreTrainedModel, files: TensorFiles) -> bool:
+    """Whether a checkpoint has a head that differs from its embedding.
+
+    Args:
+        model: of the checkpoint, with or without values.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    head, embedding = (
+        f"{names.get(module)}.weight"
+        for module in (model.get_output_embeddings(), model.get_input_embeddings())  # type: ignore[no-untyped-call]
+    )
+    return head in files and not (embedding in files and files.is_equal(head, embedding))
 
 
 def _width(linear: nn.Module) -> int:

@@ -16,7 +16,7 @@ from quant.convert.gptq import round_gptq
 from quant.convert.inputs import Inputs, gather
 from quant.convert.int8 import Int8Module, Int8Tensors
 from quant.convert.rounding import ScaleRule, dequantize
-from quant.convert.search import FULL_RANGES, best_ranges, round_nearest, smooth_layer
+from quant.convert.search import FULL_RANGES, Ranges, best_ranges, readers_of_one, round_nearest, smooth_layer
 from quant.convert.smoothquant import SmoothGroup
 from quant.errors import Unquantizable
 from quant.scheme import Scheme
@@ -94,7 +94,8 @@ class LayerQuantizer:
             self._smooth(inputs)
         if scheme.is_distilled:
             self._distill(windows, hidden)
-        int8 = {name: self._rounded(name, inputs.get(name)) for name in self.linears}
+        ranges = self._ranges(inputs)
+        int8 = {name: self._rounded(name, inputs.get(name), ranges.get(name, FULL_RANGES)) for name in self.linears}
         self.notes["error"] = self._error(int8, windows, hidden)
         return QuantizedLayer(self._stored(int8), self.notes, hidden)
 
@@ -135,7 +136,23 @@ class LayerQuantizer:
         for name, student in students.items():
             self.state[f"{name}.weight"] = student.weight.data
 
-    def _rounded(self, name: str, inputs: Inputs | None) -> Int8Tensors:
+    def _ranges(self, inputs: dict[str, Inputs]) -> dict[str, Ranges]:
+        """The ranges of each Linear that was reached; readers of one activation share its range."""
+        scheme, found = self.recipe.scheme, dict[str, Ranges]()
+        if scheme.weight != "tensor" and scheme.activation != "static":
+            return found
+        for names in readers_of_one(inputs):
+            weights = {name: self.state[f"{name}.weight"] for name in names}
+            try:
+                found |= best_ranges(weights, {name: inputs[name] for name in names}, scheme, self.recipe.dtype)
+            except Unquantizable as error:
+                raise Unquantizable(f"{', '.join(names)}: a weight cannot be quantized: {error}") from error
+        clipped = {name: ranges for name, ranges in found.items() if ranges != FULL_RANGES}
+        if clipped:
+            self.notes["ranges"] = clipped
+        return found
+
+    def _rounded(self, name: str, inputs: Inputs | None, ranges: Ranges) -> Int8Tensors:
         scheme, dtype, weight = self.recipe.scheme, self.recipe.dtype, self.state[f"{name}.weight"]
         try:
             if inputs is None:
@@ -144,9 +161,6 @@ class LayerQuantizer:
                         "no calibration token reached it, so it has no static range; give a longer text"
                     )
                 return round_nearest(weight, None, scheme, dtype)
-            ranges = best_ranges(weight, inputs, scheme, dtype)
-            if ranges != FULL_RANGES:
-                self.notes.setdefault("ranges", {})[name] = ranges
             nearest = round_nearest(weight, inputs.channels.absmax, scheme, dtype, ranges)
             if inputs.gram is None:
                 return nearest

@@ -19,10 +19,10 @@ from quant.checkpoint.compressed_tensors import parse, render
 from quant.checkpoint.notes import NOTES_NAME, notes_of
 from quant.checkpoint.safetensors_files import ShardWriter, TensorFiles, cast, read_json
 from quant.checkpoint.sha256sums import write_sums
-from quant.convert.decoder_layers import LayerStream
+from quant.convert.decoder_layers import LayerStream, has_own_head
 from quant.convert.layer import LayerQuantizer, Recipe
 from quant.convert.resume import PartFolder
-from quant.errors import CheckpointError, QuantError
+from quant.errors import CheckpointError
 from quant.scheme import Scheme
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -72,6 +72,9 @@ def quantize_checkpoint(
     recipe = replace(recipe, scheme=recipe.scheme.fitted(stream.widths(recipe.linear_names)))
     settings = _fingerprint(files, recipe, notes)
     ignored = _ignored(files, recipe.linear_names)
+    if stream.model.config.tie_word_embeddings and has_own_head(stream.model, files):
+        # Readers differ in what they believe if the two contradict each other; the weights are what was trained.
+        config["tie_word_embeddings"] = False
     # Closed: an open file keeps every page that was read from it in memory.
     del files
     part = PartFolder(out, settings)
@@ -88,7 +91,9 @@ def quantize_checkpoint(
             f"{out} is not written: {error}; {part.num_done} of {len(stream.prefixes)} layers are kept in "
             f"{part.folder.name} beside it: make room, or mend what it says, and start again"
         ) from error
-    except (ValueError, QuantError):
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:
         # It would fail again, so nothing is kept.
         part.remove()
         raise

@@ -227,18 +227,23 @@ class _Trial:
     def error(self, strength: Strength | None) -> float:
         """The error on the rows held out, with ranges fitted to the others."""
         changed, s = self.smoothed(strength, {sink: self.inputs[sink].fitted for sink in self.sinks})
-        error = sum(self._error(sink, changed[f"{sink}.weight"], self.inputs[sink].divided(s)) for sink in self.sinks)
+        read = {sink: self.inputs[sink].divided(s) for sink in self.sinks}
+        weights = {sink: changed[f"{sink}.weight"] for sink in self.sinks}
+        input_range = self._input_range(weights, read)
+        error = sum(self._error(sink, weights[sink], read[sink], input_range) for sink in self.sinks)
         # Dividing rows does not affect scales per row or group, but it does affect one scale for all rows.
         if self.scheme.weight == "tensor" and self.group.source in self.inputs:
             error += self._carried_error(changed)
         return error / max(self.energy, TINY)
 
-    def _error(self, name: str, weight: Tensor, inputs: Inputs) -> float:
-        return _energy(self._product(weight, inputs).sub_(self.products[name]), self.weights[name])
+    def _input_range(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Inputs]) -> float:
+        return likely_range(weights, inputs, self.dtype) if self.scheme.activation == "static" else 1.0
 
-    def _product(self, weight: Tensor, inputs: Inputs) -> Tensor:
+    def _error(self, name: str, weight: Tensor, inputs: Inputs, input_range: float) -> float:
+        return _energy(self._product(weight, inputs, input_range).sub_(self.products[name]), self.weights[name])
+
+    def _product(self, weight: Tensor, inputs: Inputs, input_range: float) -> Tensor:
         """The int8 product of a Linear on the rows held out, with ranges fitted to the others."""
-        input_range = likely_range(weight, inputs, self.dtype) if self.scheme.activation == "static" else 1.0
         ranges = Ranges(input=input_range)
         int8 = round_nearest(weight, inputs.fitted.absmax, self.scheme, self.dtype, ranges)
         return product(int8, inputs.rows, self.scheme)
@@ -252,7 +257,8 @@ class _Trial:
         name = self.group.source
         before, after = self.tensors[f"{name}.weight"], changed[f"{name}.weight"]
         s = before.abs().sum(1) / after.abs().sum(1).clamp_min(TINY)
-        off = self._product(after, self.inputs[name]) * s - self.products[name]
+        input_range = self._input_range({name: after}, {name: self.inputs[name]})
+        off = self._product(after, self.inputs[name], input_range) * s - self.products[name]
         energy = self.products[name].square().sum(0).clamp_min(TINY)
         share = copied(off.square().sum(0) / energy, self.group)
         if self.channels_split is not None:
@@ -288,52 +294,85 @@ def product(int8: Int8Tensors, rows: Tensor, scheme: Scheme) -> Tensor:
     return int8.linear(scheme, None)(rows)
 
 
-def best_ranges(weight: Tensor, inputs: Inputs, scheme: Scheme, dtype: torch.dtype) -> Ranges:
-    """The ranges with the smallest error of the product on the rows held out.
+def best_ranges(
+    weights: Mapping[str, Tensor], inputs: Mapping[str, Inputs], scheme: Scheme, dtype: torch.dtype
+) -> dict[str, Ranges]:
+    """The ranges of Linears that read one activation, with the smallest error of their products on the rows held out.
 
-    Only scales per matrix, and static ones, gain from clipping; others are not clipped.
+    Only scales per matrix, and static ones, gain from clipping; others are not clipped. The Linears share the range of
+    their input: where they are served as one product it is rounded once, with one scale.
+
+    Args:
+        weights: [N, K] by name.
+        inputs: of the same names; they differ in the weights of their rows alone.
     """
     if scheme.weight != "tensor" and scheme.activation != "static":
-        return FULL_RANGES
-    wanted = inputs.rows @ weight.T
+        return dict.fromkeys(weights, FULL_RANGES)
+    is_static = scheme.activation == "static"
+    wanted = {name: inputs[name].rows @ weight.T for name, weight in weights.items()}
 
-    def rounded(weight_range: float, input_range: float) -> Int8Tensors:
-        return round_nearest(weight, inputs.fitted.absmax, scheme, dtype, Ranges(weight_range, input_range))
+    def rounded(name: str, weight_range: float, input_range: float) -> Int8Tensors:
+        ranges = Ranges(weight_range, input_range)
+        return round_nearest(weights[name], inputs[name].fitted.absmax, scheme, dtype, ranges)
 
-    def error(int8: Int8Tensors) -> float:
-        return _energy(product(int8, inputs.rows, scheme).sub_(wanted), inputs.weights)
+    def error(name: str, int8: Int8Tensors) -> float:
+        read = inputs[name]
+        return _energy(product(int8, read.rows, scheme).sub_(wanted[name]), read.weights)
 
-    weight_range = input_range = 1.0
-    if scheme.activation == "static":
-        input_range = likely_range(weight, inputs, dtype)
+    input_range = likely_range(weights, inputs, dtype) if is_static else 1.0
+    weight_ranges = dict.fromkeys(weights, 1.0)
     if scheme.weight == "tensor":
         shares = [share for share in RANGE_SHARES if share <= 1]
-        weight_range = min(shares, key=lambda share: error(rounded(share, input_range)))
-    if scheme.activation == "static":
-        int8 = rounded(weight_range, input_range)
-        scales = {share: _input_scale(inputs.fitted.absmax, share, dtype) for share in RANGE_SHARES}
-        input_range = min(scales, key=lambda share: error(replace(int8, input_scale=scales[share])))
-    return Ranges(weight_range, input_range)
+        weight_ranges = {
+            name: min(shares, key=lambda share: error(name, rounded(name, share, input_range))) for name in weights
+        }
+    if is_static:
+        int8 = {name: rounded(name, weight_ranges[name], input_range) for name in weights}
+        absmax = next(iter(inputs.values())).fitted.absmax
+        scales = {share: _input_scale(absmax, share, dtype) for share in RANGE_SHARES}
+        input_range = min(
+            scales,
+            key=lambda share: sum(error(name, replace(int8[name], input_scale=scales[share])) for name in weights),
+        )
+    return {name: Ranges(weight_range, input_range) for name, weight_range in weight_ranges.items()}
 
 
-def likely_range(weight: Tensor, inputs: Inputs, dtype: torch.dtype) -> float:
-    """The share of the input's largest magnitude with the smallest error if the weight's columns were orthogonal.
+def likely_range(weights: Mapping[str, Tensor], inputs: Mapping[str, Inputs], dtype: torch.dtype) -> float:
+    """The share of the input's largest magnitude with the smallest error if the weights' columns were orthogonal.
 
-    error = sum_tk w_t (int8(x_tk) - x_tk)^2 ||w_k||^2 over some of the rows, without a matrix product.
+    error = sum_tk w_t (int8(x_tk) - x_tk)^2 ||w_k||^2 over some of the rows and all readers, without a matrix product.
     """
-    energies = weight.square().sum(0)
-    step = max(1, len(inputs.rows) // LIKELY_ROWS)
-    rows, weights = inputs.rows[::step], None if inputs.weights is None else inputs.weights[::step]
-
-    shares = energies.new_tensor(RANGE_SHARES)
-    scales = static_scale(inputs.fitted.absmax.amax().reshape(1) * shares, dtype).float()
+    first = next(iter(inputs.values()))
+    step = max(1, len(first.rows) // LIKELY_ROWS)
+    rows = first.rows[::step]
+    energies = {name: weight.square().sum(0) for name, weight in weights.items()}
+    shares = rows.new_tensor(RANGE_SHARES)
+    scales = static_scale(first.fitted.absmax.amax().reshape(1) * shares, dtype).float()
 
     def error(scale: Tensor) -> float:
-        off = (rows / scale).round_().clamp_(-CODE_MAX, CODE_MAX).mul_(scale).sub_(rows)
-        return float(_weighed(off.square_(), weights).sum(0) @ energies)
+        off = (rows / scale).round_().clamp_(-CODE_MAX, CODE_MAX).mul_(scale).sub_(rows).square_()
+        total = 0.0
+        for name, energy in energies.items():
+            by_row = inputs[name].weights
+            total += float(_weighed(off, None if by_row is None else by_row[::step]).sum(0) @ energy)
+        return total
 
     errors = [error(scale) for scale in scales]
     return RANGE_SHARES[errors.index(min(errors))]
+
+
+def readers_of_one(inputs: Mapping[str, Inputs]) -> list[list[str]]:
+    """The names of Linears, those together that read the same activation."""
+    groups: list[list[str]] = []
+    for name, read in inputs.items():
+        for group in groups:
+            other = inputs[group[0]]
+            if read.rows.shape == other.rows.shape and torch.equal(read.rows, other.rows):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
 
 
 def _shares_scales(scheme: Scheme) -> bool:

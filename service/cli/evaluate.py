@@ -19,27 +19,31 @@ EXAMPLES = """
 Examples:
   $ ottava evaluate --schemes w8a8,rtn --windows 4
   $ ottava evaluate FOLDER --schemes w8a8 --kv-cache both --layers
+  $ ottava evaluate INT8_FOLDER --baseline FOLDER   # what was quantized before, by ottava or another tool
   $ ottava evaluate FOLDER --text text.txt --json out.json --plot out.png
 """
 
 if TYPE_CHECKING:
     from service.host import machine
-    from service.tools.evaluate import evaluation
+    from service.tools.evaluate import evaluation, report
 else:
     machine, evaluation = Later("service.host.machine"), Later("service.tools.evaluate.evaluation")
+    report = Later("service.tools.evaluate.report")
 
 
-@takes_settings("alpha", "calibration", "calibration_windows", "dtype", "device", "seed", "cache_dir", "config")
+@takes_settings(
+    "baseline", "alpha", "calibration", "calibration_windows", "dtype", "device", "seed", "cache_dir", "config"
+)
 def evaluate(
     model: Model = None,
     schemes: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=f"Presets, separated by commas, of {', '.join(PRESETS)}.",
             show_default="all",
             autocompletion=complete_list(PRESETS),
         ),
-    ] = ",".join(PRESETS),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to measure on.", show_default="Python's help topics")
     ] = None,
@@ -70,10 +74,15 @@ def evaluate(
     with told_in_one_line():
         machine.quiet_libraries()
         chosen = load_settings(model=model, kv_cache=None if kv_cache == "both" else kv_cache, **settings)
-        recipes = [scheme_of(name, chosen.alpha, rounding) for name in schemes.split(",")]
+        # None for all: in a folder that is quantized already there is one, and it cannot be chosen.
+        is_chosen = not (schemes is None and chosen.alpha is None and rounding is None)
+        names = ",".join(PRESETS) if schemes is None else schemes
+        recipes = [scheme_of(name, chosen.alpha, rounding) for name in names.split(",")] if is_chosen else None
         storages: tuple[KVStorage | None, ...] = ("float", "int8") if kv_cache == "both" else (chosen.kv,)
         asked = evaluation.Evaluation(
-            evaluation.in_storages(recipes, storages, ("float", "int8") if quantize_head else ("float",)),
+            recipes,
+            storages,
+            ("float", "int8") if quantize_head else ("float",),
             text,
             choices,
             windows,
@@ -84,6 +93,12 @@ def evaluate(
             plot,
         )
         with progress() as on_progress:
-            run, rows = asked.run(chosen.model, chosen, on_progress, ["ottava", *sys.argv[1:]])
+            run, rows = asked.run(
+                chosen.model,
+                chosen,
+                on_progress,
+                ["ottava", *sys.argv[1:]],
+                lambda row: typer.echo(report.line(row)),
+            )
     # A pipe has no width, and a scheme's name and eight columns take up to 120 characters.
     evaluation.show(run, rows, Console() if sys.stdout.isatty() else Console(width=120))

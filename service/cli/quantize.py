@@ -21,12 +21,16 @@ Examples:
   $ ottava serve OUT --baseline FOLDER        # then
 """
 
+NOT_LOADED_ELSEWHERE = ("gpt2", "qwen3_moe")
+ALONE = "transformers does not load {family} in int8: its Linears there are of another kind than in the checkpoint"
+
 if TYPE_CHECKING:
     from service.host import machine
-    from service.models import devices
+    from service.models import config, devices
     from service.store import calibration, quantized, resolve
 else:
     machine, devices = Later("service.host.machine"), Later("service.models.devices")
+    config = Later("service.models.config")
     calibration, quantized = Later("service.store.calibration"), Later("service.store.quantized")
     resolve = Later("service.store.resolve")
 
@@ -41,7 +45,10 @@ def quantize(
     rounding: RoundingOfWeights = None,
     **settings: Any,
 ) -> None:
-    """Write MODEL as a W8A8 checkpoint (compressed-tensors) that ottava, transformers and vLLM load."""
+    """Write MODEL as a W8A8 checkpoint (compressed-tensors).
+
+    Which schemes and families transformers and vLLM load as well is told at the end, and in docs/schemes.md.
+    """
     with told_in_one_line():
         machine.quiet_libraries()
         chosen = load_settings(**settings)
@@ -55,3 +62,8 @@ def quantize(
             device = devices.pick_device(chosen.device)
             quantized.quantize_model(source, out, recipe, ranges_from, device, on_progress=on_progress)
     typer.echo(f"{out}: {recipe.name}, {recipe.describe()}")
+    family = config.ModelConfig.load(source).family
+    limits = (recipe.elsewhere, ALONE if family in NOT_LOADED_ELSEWHERE else None)
+    for limit in limits:
+        if limit is not None:
+            typer.echo(f"note: {limit.format(family=family)}; ottava serves it as described")

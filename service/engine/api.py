@@ -237,11 +237,15 @@ class OneToken:
 
 @dataclass(frozen=True, slots=True)
 class HostInfo:
-    """The answer to GET /info."""
+    """The answer to GET /info.
+
+    vocab_size: rows of the model's embedding: token ids run from 0 to vocab_size - 1, whatever the tokenizer knows.
+    """
 
     model: str
     family: str
     max_model_len: int
+    vocab_size: int
     variants: Mapping[str, VariantInfo]
     one_token: OneToken
     device: str

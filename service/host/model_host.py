@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,11 +15,11 @@ from service.engine.api import HostInfo
 from service.engine.device.device_thread import DeviceThread
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
-from service.errors import InvalidSettings, SelfCheckFailed
+from service.errors import InvalidSettings, SelfCheckFailed, UnsupportedModel
 from service.host.machine import device_name, versions
 from service.host.memory import cache_budget, step_bytes
 from service.host.one_token import describe_one_token
-from service.host.self_check import check, check_prompts
+from service.host.self_check import CHECK_PROMPTS, check, check_prompts
 from service.host.server import Reload, nothing_to_reload
 from service.host.variants import Variant, describe, load_variant, start_variant
 from service.models.config import ModelConfig
@@ -29,6 +31,8 @@ from service.store.resolve import resolve_model
 from service.store.tokenizer import tokenizer_folder
 from service.text.json.compiler import JsonCompiler
 from service.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class ModelHost:
@@ -76,6 +80,7 @@ class ModelHost:
             model=self.name,
             family=first.decoder.config.family,
             max_model_len=first.decoder.config.max_model_len,
+            vocab_size=min(decoder.config.vocab_size for decoder in decoders.values()),
             variants={name: describe(variant) for name, variant in self.variants.items()},
             one_token=describe_one_token(decoders, BASELINE, device_name(device)),
             device=device_name(device),
@@ -119,9 +124,10 @@ def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress
         raise InvalidSettings(f"scheme = {settings.scheme!r} is not an int8 scheme; choose one of {served}")
     folder = resolve_model(settings.model, settings.cache_dir, lambda stage: on_progress(stage, 0, 0))
     # Fails on an unsupported model before minutes of quantizing rather than after.
-    ModelConfig.load(folder, settings.max_model_len)
+    num_rows = ModelConfig.load(folder, settings.max_model_len).vocab_size
     tokens_folder = tokenizer_folder(folder, settings.cache_dir)
     tokenizer = Tokenizer.from_folder(tokens_folder)
+    _refuse_alien(tokenizer, tokens_folder, num_rows)
     loaded = {name: load_variant(name, folder, settings, device, on_progress) for name in settings.variants}
     reloadable = [variant.decoder.weight_bytes for name, variant in loaded.items() if name != BASELINE]
     room = max(reloadable, default=0) if settings.reload_room else 0
@@ -130,7 +136,9 @@ def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress
         tokenizer,
         folder=tokens_folder,
         device_thread=device_thread,
-        grammars=JsonCompiler(tokenizer.vocabulary, tokenizer.eos_ids),
+        grammars=JsonCompiler(
+            partial(tokenizer.vocabulary, num_rows), frozenset(i for i in tokenizer.eos_ids if 0 <= i < num_rows)
+        ),
     )
     try:
         for name, variant in loaded.items():
@@ -151,6 +159,27 @@ def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress
         host.stop()
         raise
     return host
+
+
+def _refuse_alien(tokenizer: Tokenizer, folder: Path, num_rows: int) -> None:
+    """Raise UnsupportedModel if ordinary text has tokens for which the model has no row; warn if any token has none.
+
+    Text that has such a token anyway is refused request by request.
+    """
+    beyond = max(token_id for text in CHECK_PROMPTS for token_id in tokenizer.encode(text))
+    if beyond >= num_rows:
+        raise UnsupportedModel(
+            f"{folder}: the tokenizer makes token {beyond} ({tokenizer.token_text(beyond)!r}) of ordinary text, but "
+            f"the model's token ids run from 0 to {num_rows - 1}: they do not belong together; use the model's own one"
+        )
+    if tokenizer.vocab_size > num_rows:
+        logger.warning(
+            "%s: the tokenizer knows tokens up to %d (%r), the model only up to %d; requests with others are refused",
+            folder,
+            tokenizer.vocab_size - 1,
+            tokenizer.token_text(tokenizer.vocab_size - 1),
+            num_rows - 1,
+        )
 
 
 def _gpu_memory_bytes(device: torch.device) -> int | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quant.checkpoint.reader import Checkpoint
-from quant.errors import CheckpointError, QuantError, UnlikeLinears
+from quant.errors import QuantError
 from quant.scheme import Scheme
 from service.engine.api import Reloaded
 from service.engine.device.device_thread import DeviceThread
@@ -25,7 +25,7 @@ from service.host.self_check import CHECK_PROMPTS
 from service.host.variants import Variant, variant_notes
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
-from service.models.loader import refuse_unsafe
+from service.models.loader import decoder_of, refuse_unsafe
 from service.models.weights import Linear, Weights
 from service.process import settle
 from service.settings import BASELINE, Settings
@@ -59,6 +59,10 @@ class InTurns:
         """See `Weights`."""
         read = torch.inference_mode()(self._weights.linear)
         return self._device_thread.run(read, name, out_features, in_features, has_bias, is_transposed)
+
+    def differs(self, name: str, other: str) -> bool:
+        """See `Weights`."""
+        return self._weights.differs(name, other)
 
 
 class Reloader:
@@ -137,12 +141,8 @@ class Reloader:
         _refuse_other_architecture(folder, config, served.config)
         self._refuse_other_tokenizer(folder)
         checkpoint = Checkpoint.open(folder, served.dtype, old.runner.device)
-        try:
-            with torch.inference_mode():
-                weights = InTurns(checkpoint, self._host.device_thread)
-                return checkpoint, Decoder(config, weights, self._settings.kv or checkpoint.kv, self._settings.head)
-        except UnlikeLinears as error:
-            raise CheckpointError(f"{folder}: {error}") from error
+        weights = InTurns(checkpoint, self._host.device_thread)
+        return checkpoint, decoder_of(config, checkpoint, self._settings.kv, self._settings.head, weights)
 
     def _warm(self, name: str, old: Variant, decoder: Decoder) -> tuple[int, Runner]:
         """A warmed-up runner for the decoder, and its blocks. It takes over the old KV cache if the type matches."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +16,8 @@ from service.models.attention import Attention, KVCache, Rows
 from service.models.config import ModelConfig
 from service.models.mlp import Experts, load_mlp
 from service.models.weights import Linear, Norm, Weights
+
+logger = logging.getLogger(__name__)
 
 
 class Layer:
@@ -66,6 +70,9 @@ def _normed(x: Tensor, norm: Norm | None) -> Tensor:
 class Decoder:
     """Maps token ids to hidden states and logits; the same code for `fp16` and `w8a8`.
 
+    A head in the weights that differs from the embedding is used even if the configuration says they are tied, as
+    transformers does: the weights are what was trained.
+
     Args:
         config: the model's configuration.
         weights: the model's weights.
@@ -87,10 +94,15 @@ class Decoder:
         self.embedding_scale = scale if family.has_scaled_embedding else None
         self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         self.norm = Norm.load(config, weights, names.norm)
-        if config.is_tied:
+        self.is_tied = config.is_tied and not weights.differs(f"{names.head}.weight", f"{names.embedding}.weight")
+        if self.is_tied:
             self.head: Linear = FloatLinear(self.embedding, None)
         else:
             self.head = weights.linear(names.head, *vocabulary, has_bias=False)
+        if config.is_tied and not self.is_tied:
+            logger.warning(
+                "config.json says tie_word_embeddings, but the weights have a %s of their own: it is used", names.head
+            )
         if head == "int8":
             self.quantize_head()
         rope = config.rope.to(self.embedding.device)

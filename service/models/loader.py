@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
-from quant.checkpoint.reader import Checkpoint
+from quant.checkpoint.reader import Checkpoint, some_of
 from quant.errors import CheckpointError, UnlikeLinears
 from quant.scheme import HeadStorage, KVStorage
 from service.errors import ModelNotFound, UnsafeCheckpoint
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
+from service.models.weights import Weights
+
+logger = logging.getLogger(__name__)
 
 
 def load_decoder(
@@ -33,7 +37,7 @@ def load_decoder(
         ModelNotFound: the folder does not exist.
         UnsupportedModel: as `ModelConfig.load`.
         UnsafeCheckpoint: the weights are pickled.
-        CheckpointError: a tensor is missing, corrupt, of another shape, or quantized in an unsupported way.
+        CheckpointError: a tensor is missing, corrupt, of another shape, quantized in an unsupported way, or left over.
     """
     refuse_unsafe(folder)
     config = ModelConfig.load(folder, max_model_len)
@@ -41,22 +45,31 @@ def load_decoder(
 
 
 def decoder_of(
-    config: ModelConfig, checkpoint: Checkpoint, kv: KVStorage | None = None, head: HeadStorage = "float"
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    kv: KVStorage | None = None,
+    head: HeadStorage = "float",
+    weights: Weights | None = None,
 ) -> Decoder:
     """The decoder of an open checkpoint.
 
     Args:
         kv: storage type of keys and values; None for the checkpoint's own.
         head: "int8" rounds a float head.
+        weights: reads the checkpoint; None for the checkpoint itself.
 
     Raises:
         CheckpointError: as `load_decoder`, or Linears to be fused are quantized in different ways.
     """
     try:
         with torch.inference_mode():
-            return Decoder(config, checkpoint, kv or checkpoint.kv, head)
+            decoder = Decoder(config, weights or checkpoint, kv or checkpoint.kv, head)
     except UnlikeLinears as error:
         raise CheckpointError(f"{checkpoint.folder}: {error}") from error
+    idle = checkpoint.refuse_unused()
+    if idle:
+        logger.info("%s: not used, as they change nothing: %s", checkpoint.folder, some_of(idle))
+    return decoder
 
 
 def refuse_unsafe(folder: Path) -> None:

@@ -58,6 +58,10 @@ class RandomWeights:
         input_codes = InputCodes(activation, input_scale, outliers=self.scheme.outliers)
         return Int8Linear(codes.to(torch.int8), scale, input_codes=input_codes, out_dtype=self.dtype, bias=bias)
 
+    def differs(self, name: str, other: str) -> bool:  # noqa: ARG002 (nothing is stored)
+        """See `Weights`."""
+        return False
+
     def _scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         group_size = self.scheme.fitted([in_features]).group_size
         if group_size is not None:

@@ -23,6 +23,10 @@ class Weights(Protocol):
         self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
     ) -> Linear: ...
 
+    def differs(self, name: str, other: str) -> bool:
+        """Whether a tensor of that name is stored, and is not equal to the other one."""
+        ...
+
 
 class Norm:
     """Residual add and RMSNorm, or LayerNorm if there is a bias; outputs the input format of the next Linear."""

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from quant.convert.calibration import self_written, windows_from_text
+from quant.convert.decoder_layers import unpadded_config
 from quant.errors import NotFinite, TextTooShort
 from service.errors import InvalidSettings, UnsupportedModel, first_line
 from service.models.config import ModelConfig
 from service.models.devices import pick_dtype
 from service.models.loader import load_decoder
 from service.store.progress import Progress, silent
+from service.store.tokenizer import text_tokenizer
 
 SELF_WRITTEN_TOKENS = 128
 """Longest window that the model writes itself: many short ones are more varied and need fewer steps."""
@@ -77,15 +79,23 @@ def text_windows(folder: Path, path: Path | None, num_windows: int, window_len: 
         InvalidSettings: the text cannot be read or is too short.
         UnsupportedModel: the folder has no usable tokenizer.
     """
-    text = calibration_text(path)
+    text, tokenizer = calibration_text(path), text_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
-    try:
-        return windows_from_text(tokenizer, text, num_windows=num_windows, window_len=window_len, offset=offset)
+        windows = windows_from_text(tokenizer, text, num_windows=num_windows, window_len=window_len, offset=offset)
     except TextTooShort as error:
         raise InvalidSettings(f"text {path or 'of the standard library'}: {error}") from error
+    refuse_beyond(folder, int(windows.max()))
+    return windows
+
+
+def refuse_beyond(folder: Path, token_id: int) -> None:
+    """Raise UnsupportedModel if the model of a folder has no row for a token of a text."""
+    num_rows = ModelConfig.load(folder).vocab_size
+    if token_id >= num_rows:
+        raise UnsupportedModel(
+            f"{folder}: the tokenizer makes token {token_id} of the text, but the model's token ids run from 0 to "
+            f"{num_rows - 1}; leave that token out of the text, or use the model's own tokenizer"
+        )
 
 
 def calibration_windows(
@@ -106,6 +116,7 @@ def calibration_windows(
         return text_windows(folder, calibration.text, calibration.num_windows, window_len, calibration.offset)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
+        config=unpadded_config(folder),
         dtype=pick_dtype("auto", config, device),
         device_map=str(device),
         trust_remote_code=False,

@@ -19,6 +19,7 @@ from quant.errors import InvalidScheme, Unquantizable
 from quant.scheme import Scheme
 from service.errors import UnsupportedModel
 from service.models.config import ModelConfig, linear_names, smooth_groups
+from service.models.loader import load_decoder
 from service.store.calibration import Calibration, calibration_windows
 from service.store.progress import Progress, silent
 from service.store.resolve import is_quantized
@@ -50,7 +51,10 @@ def quantize_model(
     if is_quantized(source):
         raise UnsupportedModel(f"{source} is quantized already; start from the float model")
     config = ModelConfig.load(source)
-    if windows is None and scheme.needs_calibration:
+    if not scheme.needs_calibration:
+        # Names and shapes are checked, as `calibration_windows` does.
+        load_decoder(source, None, torch.device("meta"))
+    elif windows is None:
         windows = calibration_windows(source, calibration, device, on_progress)
     try:
         quantize_checkpoint(

@@ -9,11 +9,12 @@ import tempfile
 from pathlib import Path
 
 from filelock import FileLock
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from service.errors import UnsupportedModel, first_line
+from service.store.tokenizer_file import FILE, read_tokenizer
 
-FILE = "tokenizer.json"
 OLDER = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer_config.json")
 COMPANIONS = ("generation_config.json", "config.json", "chat_template.jinja", "chat_template.json")
 """Files that `service.text.tokenizer.Tokenizer` also reads, to be copied if the conversion has not written them."""
@@ -35,6 +36,16 @@ def tokenizer_folder(folder: Path, cache: Path) -> Path:
         if not out.is_dir():
             _convert(folder, out)
     return out
+
+
+def text_tokenizer(folder: Path) -> Tokenizer:
+    """What a model's texts are tokenized with for calibration and measurements: the same as for serving.
+
+    Raises:
+        UnsupportedModel: as `tokenizer_folder`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        return read_tokenizer(tokenizer_folder(folder, Path(scratch)))
 
 
 def _convert(folder: Path, out: Path) -> None:

@@ -6,6 +6,7 @@ The variables and filters are those that templates of the Hugging Face Hub expec
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -16,37 +17,49 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from service.errors import InvalidRequest, UnsupportedModel
+from service.errors import InvalidRequest, UnsupportedModel, first_line
+from service.text.sandbox import BoundedEnvironment, OutOfBudget
+
+logger = logging.getLogger(__name__)
 
 PARAM = "messages"
+INSTEAD = "send `prompt` with the whole text instead"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ChatTemplate:
     """A Jinja template in a sandbox, because it is part of an untrusted model.
 
+    A template that does not compile, or that does not come to an end, refuses every conversation: the model can still
+    continue texts.
+
     Args:
         source: the template's text.
         special_tokens: name -> text of the special tokens that it may use, such as `bos_token`.
-
-    Raises:
-        UnsupportedModel: the source is not a valid template.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
         )
-        environment.filters["tojson"] = _to_json
+        environment.add_filter("tojson", _to_json)
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         self._special_tokens = dict(special_tokens)
         self.knows_developers = "developer" in source
+        self._environment = environment
+        self._template: jinja2.Template | None = None
+        self.fault: str | None = None
+        """Why the template refuses every conversation; None if it does not."""
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UnsupportedModel(f"the model's chat template is not valid: {error}") from error
+            # Found here, since at a request it would take that long each time.
+            self._rendered(messages=[{"role": "user", "content": "x"}], add_generation_prompt=True)
+        except OutOfBudget as error:
+            self.fault = f"does not come to an end: {error}"
+        except Exception as error:  # noqa: BLE001 (Python compiles what Jinja made of it, and may raise anything)
+            if self._template is None:
+                self.fault = f"is not valid: {_words(error)}"
 
     def render(self, messages: Sequence[Mapping[str, str]], is_open: bool = True) -> str:
         """The text of a conversation.
@@ -57,8 +70,10 @@ class ChatTemplate:
                 assistant's, at the end of its content.
 
         Raises:
-            InvalidRequest: the template refuses these messages.
+            InvalidRequest: the template refuses these messages, fails on them, does not come to an end, or is broken.
         """
+        if self.fault is not None:
+            raise InvalidRequest(f"the model's chat template {self.fault}; {INSTEAD}", PARAM)
         shown = [dict(message) for message in messages]
         continues = is_open and shown[-1]["role"] == "assistant"
         # A random mark shows where the last message ends in the rendered text.
@@ -66,16 +81,19 @@ class ChatTemplate:
         if continues:
             shown[-1]["content"] += mark
         try:
-            text = self._template.render(
-                messages=shown,
-                tools=None,
-                documents=None,
-                add_generation_prompt=is_open and not continues,
-                **self._special_tokens,
-            )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            # A template is a program, and may raise any of these for messages that it does not expect.
-            raise _refusal(str(error) or type(error).__name__) from error
+            text = self._rendered(messages=shown, add_generation_prompt=is_open and not continues)
+        except OutOfBudget as error:
+            raise InvalidRequest(
+                f"the model's chat template does not come to an end on these messages: {error}; send fewer messages, "
+                "or `prompt`",
+                PARAM,
+            ) from error
+        except jinja2.TemplateError as error:
+            raise _refusal(_words(error)) from error
+        except Exception as error:
+            raise InvalidRequest(
+                f"the model's chat template fails on these messages: {_words(error)}; {INSTEAD}", PARAM
+            ) from error
         if not continues:
             return text
         before, found, _ = text.rpartition(mark)
@@ -83,16 +101,38 @@ class ChatTemplate:
             raise _refusal("it leaves out the assistant's message that is to be continued")
         return before
 
+    def _rendered(self, **variables: object) -> str:
+        template = self._template
+        assert template is not None
+        given = {"tools": None, "documents": None, **variables, **self._special_tokens}
+        return self._environment.within_budget(lambda: template.render(given))
+
+
+def _words(error: Exception) -> str:
+    """What an error of a template says, with its kind unless the template wrote it."""
+    if type(error) is jinja2.TemplateError:
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error)}"
+
 
 def read_template(folder: Path) -> ChatTemplate | None:
     """The template of a model folder, or None if it has none.
 
     Raises:
-        UnsupportedModel: a file of the folder cannot be read, or the template is not valid.
+        UnsupportedModel: a file of the folder cannot be read.
     """
     config = read_object(folder / "tokenizer_config.json")
     source = _source(folder, config)
-    return None if source is None else ChatTemplate(source, special_tokens(folder))
+    if source is None:
+        return None
+    if isinstance(source, list):
+        template = ChatTemplate("", {})
+        template.fault = f"has no default: it has {', '.join(map(repr, source))} alone"
+    else:
+        template = ChatTemplate(source, special_tokens(folder))
+    if template.fault is not None:
+        logger.warning("%s: the chat template %s; chats are refused", folder, template.fault)
+    return template
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
@@ -123,14 +163,23 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template's text, from its own file if there is one, else from the tokenizer's configuration."""
+def _source(folder: Path, config: Mapping[str, Any]) -> str | list[str] | None:
+    """The template's text, from its own file if there is one, else from the tokenizer's configuration.
+
+    If several are named and none is the default, their names.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UnsupportedModel(f"{path} cannot be read: {first_line(error)}") from error
     found = read_object(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(found, list):
-        found = next((each.get("template") for each in found if each.get("name") == "default"), None)
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        if named and "default" not in named:
+            return [str(name) for name in named]
+        found = named.get("default")
     return found if isinstance(found, str) and found else None
 
 

@@ -21,9 +21,6 @@ class DetokenizerLike(Protocol):
 class TokenizerLike(Protocol):
     """Implemented by `service.text.tokenizer.Tokenizer`, and by a fake in tests."""
 
-    @property
-    def vocab_size(self) -> int: ...
-
     def encode(self, text: str) -> list[int]: ...
 
     def apply_chat(self, messages: Sequence[dict[str, str]], is_open: bool = True) -> list[int]:

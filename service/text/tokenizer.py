@@ -10,12 +10,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from service.errors import InvalidRequest, UnsupportedModel, first_line
+from service.errors import InvalidRequest
+from service.store.tokenizer_file import read_tokenizer
 from service.text.chat_template import ChatTemplate, read_object, read_template, special_tokens
 from service.text.detokenizer import Detokenizer
 from service.text.token_bytes import TokenBytes
-
-FILE = "tokenizer.json"
 
 
 class Tokenizer:
@@ -29,12 +28,10 @@ class Tokenizer:
 
     def __init__(self, backend: Backend, eos_ids: frozenset[int], template: ChatTemplate | None = None) -> None:
         self._backend = backend
-        # A tokenizer.json may contain settings from training, which would silently cut or pad prompts.
-        self._backend.no_truncation()
-        self._backend.no_padding()
         self._names = TokenBytes(self._backend)
         self._template = template
-        self._vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        # Ids may have gaps, so their number says nothing.
+        self._vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.eos_ids = eos_ids
         """Tokens that end an answer."""
 
@@ -43,21 +40,14 @@ class Tokenizer:
         """Load tokenizer, chat template and end tokens.
 
         Raises:
-            UnsupportedModel: the folder has no tokenizer.json that the `tokenizers` library can read, or another file
-                cannot be read.
+            UnsupportedModel: as `read_tokenizer`, or another file cannot be read.
         """
-        path = folder / FILE
-        if not path.is_file():
-            raise UnsupportedModel(f"{folder}: no usable tokenizer: it has no {FILE}; convert its tokenizer to one")
-        try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # The library raises nothing narrower.
-            raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
+        backend = read_tokenizer(folder)
         return cls(backend, _eos_ids(folder, backend), read_template(folder))
 
     @property
     def vocab_size(self) -> int:
-        """Token ids run from 0 to vocab_size - 1, including added tokens."""
+        """The largest token id + 1, including added tokens; a model may have fewer rows or more."""
         return self._vocab_size
 
     def encode(self, text: str) -> list[int]:
@@ -82,10 +72,13 @@ class Tokenizer:
         """A detokenizer for one request; context: the tokens that its text continues, to keep a leading space."""
         return Detokenizer(self._backend, context)
 
-    def vocabulary(self) -> list[bytes]:
-        """The UTF-8 bytes of each token, empty for special ones. Takes seconds for 256,000 tokens."""
+    def vocabulary(self, size: int) -> list[bytes]:
+        """The UTF-8 bytes of the tokens 0 to size - 1, empty for special and for unknown ones.
+
+        Takes seconds for 256,000 tokens.
+        """
         special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        return [b"" if i in special else self.token_bytes(i) for i in range(self.vocab_size)]
+        return [b"" if i in special else self.token_bytes(i) for i in range(size)]
 
     def token_text(self, token_id: int) -> str:
         """See `TokenBytes.text`."""

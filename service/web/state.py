@@ -138,6 +138,11 @@ class Serving:
         """The model's tokenizer. Raises NotReady before it is loaded."""
         return self.host.tokenizer
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding, see `HostInfo`. Raises NotReady before the engines are open."""
+        return self.host.info.vocab_size
+
     def visit(self) -> Visit:
         """Register a client's request; call `leave` on the result when it ends."""
         return Visit(self.traffic, self.engines.values())

@@ -26,6 +26,7 @@ INFO = HostInfo(
     model="fake",
     family="fake",
     max_model_len=64,
+    vocab_size=256,
     variants={},
     one_token=OneToken({}, {}, ""),
     device="fake",
@@ -36,8 +37,6 @@ INFO = HostInfo(
 
 class ByteTokenizer:
     """One token per UTF-8 byte; byte 0 ends an answer and gives no text."""
-
-    vocab_size = 256
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from quant.analysis.choices import Continuation, Question, compare, encode, picks, read_questions
 from quant.analysis.layer_errors import LinearError, linear_errors
 from quant.analysis.perplexity import LogitsOf, Quality, evaluate
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import InvalidQuestions, NotFinite
-from quant.scheme import Scheme
+from quant.scheme import KVStorage, Scheme
 from service.errors import InvalidSettings, UnsupportedModel
 from service.models.attention import KVCache, Rows
 from service.models.config import ModelConfig, smooth_groups
@@ -26,10 +25,11 @@ from service.models.decoder import Decoder, Layer, score
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
 from service.settings import Settings
-from service.store.calibration import Calibration, calibration_windows
+from service.store.calibration import Calibration, calibration_windows, refuse_beyond
 from service.store.progress import Progress, silent
 from service.store.quantized import quantize_model
 from service.store.resolve import is_quantized
+from service.store.tokenizer import text_tokenizer
 from service.tools.evaluate.speed import decode_tokens_per_s
 
 LAYER_WINDOWS = 4
@@ -40,7 +40,7 @@ LAYER_WINDOWS = 4
 class Row:
     """The quality, memory and speed of one scheme.
 
-    perplexity, kl, top1_agreement, num_tokens: see `Quality`.   perplexity_ratio: over the float model's.
+    perplexity, kl, top1_agreement, num_tokens, *_interval: see `Quality`.   perplexity_ratio: over the float model's.
     weight_bytes: of Linears, embeddings and head.   kv_bytes_per_token: of all layers' keys and values on this device.
     tokens_per_s: see `service.tools.evaluate.speed.SPEED_OF`.
     choice_accuracy, choice_agreement: see `ChoiceQuality`, over num_questions questions; None without questions.
@@ -57,6 +57,8 @@ class Row:
     weight_bytes: int
     kv_bytes_per_token: int
     tokens_per_s: float
+    perplexity_ratio_interval: tuple[float, float] | None = None
+    kl_interval: tuple[float, float] | None = None
     choice_accuracy: float | None = None
     choice_agreement: float | None = None
     num_questions: int = 0
@@ -90,8 +92,9 @@ def measure_quality(
     on_progress: Progress = silent,
     questions: Sequence[Question] = (),
     has_layers: bool = False,
+    stored: Path | None = None,
 ) -> Iterator[Row]:
-    """A row for the float baseline, then one for each int8 scheme, in the order given.
+    """A row for the float baseline, then one for each int8 scheme, in the order given, each as soon as it is known.
 
     Only the baseline and one int8 model are in memory at a time; consecutive schemes that differ only in the storage of
     keys, values and head share one.
@@ -103,14 +106,19 @@ def measure_quality(
         calibration: the tokens that all schemes are calibrated on.
         questions: multiple-choice questions.
         has_layers: also measure the error of every Linear and layer, on the first LAYER_WINDOWS windows.
+        stored: the int8 folder of the same model to measure as it is; schemes then only say how keys and values are
+            stored (`stored_schemes`).
 
     Raises:
         UnsupportedModel: the model is quantized already, not of a served family, has a context shorter than a window,
-            or has logits that are not finite.
+            or has logits that are not finite; stored is of another vocabulary.
         InvalidSettings: a question is longer than the context.
     """
     if is_quantized(folder):
-        raise UnsupportedModel(f"{folder} is quantized already; evaluate the float model and name schemes")
+        raise UnsupportedModel(
+            f"{folder} is quantized already; evaluate the float model and name schemes, or name the float model with "
+            "--baseline"
+        )
     # The longest context that is served, because questions may be longer than windows.
     config = ModelConfig.load(folder, max(windows.shape[1], ModelConfig.load(folder).max_model_len))
     device = pick_device(settings.device)
@@ -118,7 +126,9 @@ def measure_quality(
     asked = _encoded(folder, questions, config.max_model_len)
     quantized = [scheme for scheme in schemes if scheme.is_int8]
     read: Tensor | None = None
-    if any(scheme.needs_calibration for scheme in quantized):
+    if stored is not None:
+        _refuse_other_vocabulary(stored, config)
+    elif any(scheme.needs_calibration for scheme in quantized):
         read = calibration_windows(folder, calibration, device, on_progress)
 
     def load(path: Path) -> Decoder:
@@ -129,20 +139,48 @@ def measure_quality(
         yield bench.baseline_row()
         for group in _sharing_weights(quantized):
             with TemporaryDirectory(prefix="ottava-evaluate-") as scratch:
-                out = Path(scratch) / "model"
-                quantize_model(folder, out, group[0], calibration, device, on_progress=on_progress, windows=read)
+                out = stored or Path(scratch) / "model"
+                if stored is None:
+                    quantize_model(folder, out, group[0], calibration, device, on_progress=on_progress, windows=read)
                 weights = load(out)
                 candidates = {scheme.label: _stored(weights, scheme) for scheme in group}
                 rows = bench.rows(candidates)
                 if has_layers:
-                    stored = Checkpoint.open(out, torch.float32, device)
-                    errors = _linear_errors(folder, stored, config, group[0], windows=windows, on_progress=on_progress)
+                    opened = Checkpoint.open(out, torch.float32, device)
+                    errors = _linear_errors(folder, opened, config, group[0], windows=windows, on_progress=on_progress)
                     rows = [replace(row, linear_errors=errors) for row in bench.with_hidden_errors(rows, candidates)]
             yield from rows
             # Otherwise two int8 models would be in memory while the next one is loaded.
             del weights, candidates
     except NotFinite as error:
         raise UnsupportedModel(f"{folder} cannot be measured: {error}") from error
+
+
+def stored_schemes(folder: Path, storages: Sequence[KVStorage | None], has_layers: bool = False) -> list[Scheme]:
+    """How an int8 folder is quantized, with each storage type of keys and values; None for the folder's own.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+        InvalidSettings: layers are to be compared, and only the tool that wrote the folder knows how it smoothed.
+    """
+    checkpoint = Checkpoint.open(folder, torch.float32, "meta")
+    if has_layers and not checkpoint.notes:
+        raise InvalidSettings(
+            f"--layers: {folder} was not written by ottava, and does not say how it was smoothed; leave --layers out"
+        )
+    scheme = checkpoint.schemes[0]
+    if len(checkpoint.schemes) > 1:
+        scheme = replace(scheme, name=checkpoint.scheme_name or scheme.name)
+    return list(dict.fromkeys(scheme.with_kv(kv) for kv in storages))
+
+
+def _refuse_other_vocabulary(stored: Path, config: ModelConfig) -> None:
+    size = ModelConfig.load(stored).vocab_size
+    if size != config.vocab_size:
+        raise UnsupportedModel(
+            f"{stored} has {size} token ids and the baseline {config.vocab_size}: they are not one model; name the "
+            "float model that it was made of with --baseline"
+        )
 
 
 class _Bench:
@@ -195,7 +233,9 @@ class _Bench:
             scheme=quality.scheme,
             perplexity=quality.perplexity,
             perplexity_ratio=ratio,
+            perplexity_ratio_interval=quality.ratio_interval,
             kl=quality.kl,
+            kl_interval=quality.kl_interval,
             top1_agreement=quality.top1_agreement,
             num_tokens=quality.num_tokens,
             weight_bytes=decoder.weight_bytes,
@@ -213,11 +253,13 @@ class _Bench:
 def _encoded(folder: Path, questions: Sequence[Question], context: int) -> list[list[Continuation]]:
     if not questions:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = text_tokenizer(folder)
     try:
-        return [encode(tokenizer, question, context) for question in questions]
+        encoded = [encode(tokenizer, question, context) for question in questions]
     except InvalidQuestions as error:
         raise InvalidSettings(str(error)) from error
+    refuse_beyond(folder, max(max(choice.ids) for choices in encoded for choice in choices))
+    return encoded
 
 
 def _sharing_weights(schemes: Sequence[Scheme]) -> list[list[Scheme]]:

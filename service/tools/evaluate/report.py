@@ -21,18 +21,30 @@ def quality_table(rows: Sequence[Row], device: str) -> Table:
     """One row per scheme, the float model first."""
     num_tokens, num_questions = rows[0].num_tokens, rows[0].num_questions
     measured = f"{num_tokens} tokens" + (f" and {num_questions} questions" if num_questions else "")
-    table = Table(title=f"quality over {measured}; tokens/s on {device}: {SPEED_OF}")
+    table = Table(title=f"quality over {measured}; tokens/s on {device}: {SPEED_OF}; ranges: 95 % over windows")
     table.add_column("scheme", no_wrap=True)
     headings = ["perplexity", "vs. float", "KL (nats)", "top-1 agreement"]
     headings += ["choices right", "same choice"] * bool(num_questions)
     for heading in (*headings, "weights, MB", "tokens/s"):
         table.add_column(heading, justify="right")
     for row in rows:
-        cells = [f"{row.perplexity:.2f}", f"{row.perplexity_ratio:.4f}", f"{row.kl:.4f}", f"{row.top1_agreement:.1%}"]
+        # The baseline is exactly itself.
+        ranges = (None, None) if row is rows[0] else (row.perplexity_ratio_interval, row.kl_interval)
+        ratio, kl = ("" if ends is None else "\n{:.4f}-{:.4f}".format(*ends) for ends in ranges)
+        cells = [f"{row.perplexity:.2f}", f"{row.perplexity_ratio:.4f}{ratio}", f"{row.kl:.4f}{kl}"]
+        cells.append(f"{row.top1_agreement:.1%}")
         if row.choice_accuracy is not None and row.choice_agreement is not None:
             cells += [f"{row.choice_accuracy:.1%}", f"{row.choice_agreement:.1%}"]
         table.add_row(row.scheme, *cells, f"{row.weight_bytes / 1e6:.1f}", f"{row.tokens_per_s:.1f}")
     return table
+
+
+def line(row: Row) -> str:
+    """A row in one line, for printing as soon as it is known."""
+    return (
+        f"{row.scheme}: perplexity {row.perplexity:.2f} ({row.perplexity_ratio - 1:+.2%}), KL {row.kl:.4f} nats, "
+        f"top-1 agreement {row.top1_agreement:.1%}, {row.tokens_per_s:.1f} tokens/s"
+    )
 
 
 def layer_tables(row: Row) -> Iterator[Table]:

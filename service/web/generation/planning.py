@@ -10,11 +10,14 @@ from service.engine.api import SamplingParams
 from service.errors import InvalidRequest, PromptTooLong
 from service.settings import Settings
 from service.telemetry.record import current
-from service.text.protocols import TokenizerLike
 from service.web.schemas.bodies import Sampling
+from service.web.state import Serving
 
 THREAD_CHARS = 4096
 """Longer texts are encoded on a thread; encoding a shorter one takes less time than switching threads."""
+
+MESSAGE_CHARS = 64
+"""Characters that take as long to encode as the chat template takes for a message."""
 
 
 class Room(NamedTuple):
@@ -29,46 +32,50 @@ class Room(NamedTuple):
     limit: str = "max_tokens"
 
 
-async def text_ids(text: str, tokenizer: TokenizerLike, param: str) -> list[int]:
+async def text_ids(text: str, serving: Serving, param: str) -> list[int]:
     """Token ids of a text.
 
     Raises:
-        InvalidRequest: the text has no tokens.
+        InvalidRequest: the text has no tokens, or one for which the model has no row.
     """
     if not text:
         return _some([], param)
-    is_long = len(text) > THREAD_CHARS
-    return _some(await asyncio.to_thread(tokenizer.encode, text) if is_long else tokenizer.encode(text), param)
+    encode, is_long = serving.tokenizer.encode, len(text) > THREAD_CHARS
+    return _spelled(await asyncio.to_thread(encode, text) if is_long else encode(text), serving, param)
 
 
-async def chat_ids(messages: Sequence[dict[str, str]], tokenizer: TokenizerLike, is_open: bool = True) -> list[int]:
+async def chat_ids(messages: Sequence[dict[str, str]], serving: Serving, is_open: bool = True) -> list[int]:
     """Token ids of a conversation in the model's chat template; is_open as in `TokenizerLike.apply_chat`.
 
     Raises:
-        InvalidRequest: the conversation is empty, or the template refuses it.
+        InvalidRequest: the conversation is empty, the template refuses it, or the model has no row for one of its
+            tokens.
     """
     if not messages:
         return _some([], "messages")
-    is_long = sum(len(message["content"]) for message in messages) > THREAD_CHARS
+    tokenizer = serving.tokenizer
+    is_long = sum(len(message["content"]) for message in messages) + MESSAGE_CHARS * len(messages) > THREAD_CHARS
     ids = (
         await asyncio.to_thread(tokenizer.apply_chat, messages, is_open)
         if is_long
         else tokenizer.apply_chat(messages, is_open)
     )
-    return _some(ids, "messages")
+    return _spelled(ids, serving, "messages")
 
 
-def known_ids(ids: list[int], tokenizer: TokenizerLike, param: str) -> list[int]:
+def known_ids(ids: list[int], serving: Serving, param: str) -> list[int]:
     """Check token ids sent by a client and return them.
 
+    All ids that the model can generate are accepted, including those that its tokenizer does not know.
+
     Raises:
-        InvalidRequest: ids is empty, or one is outside the vocabulary.
+        InvalidRequest: ids is empty, or the model has no row for one.
     """
-    limit = tokenizer.vocab_size - 1
+    limit = serving.vocab_size - 1
     for token_id in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= token_id <= limit:
             raise InvalidRequest(
-                f"`{param}` holds {token_id}, outside the vocabulary: ids run from 0 to {limit}", param
+                f"`{param}` holds {token_id}, outside the vocabulary: ids run from 0 to {limit}; send only those", param
             )
     return _some(ids, param)
 
@@ -131,20 +138,20 @@ def _refuse_above_limits(asked: int | None, room: Room, settings: Settings) -> N
         )
 
 
-def sampling_params(body: Sampling, tokenizer: TokenizerLike, max_tokens: int, settings: Settings) -> SamplingParams:
+def sampling_params(body: Sampling, serving: Serving, max_tokens: int) -> SamplingParams:
     """The engine's parameters from the fields that all routes share."""
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,
         # A top_k of the whole vocabulary filters nothing; 0 saves the sampler a sort.
-        top_k=body.top_k if body.top_k < tokenizer.vocab_size else 0,
+        top_k=body.top_k if body.top_k < serving.vocab_size else 0,
         top_p=body.top_p,
         min_p=body.min_p,
         repetition_penalty=body.repetition_penalty,
         seed=body.seed,
         ignore_eos=body.ignore_eos,
         priority=body.priority,
-        salt=_salt(settings),
+        salt=_salt(serving.settings),
     )
 
 
@@ -152,6 +159,21 @@ def _salt(settings: Settings) -> str:
     """What separates the prefix cache's users: the name of the API key that the present request came with."""
     record = current.get()
     return "" if record is None or settings.prefix_sharing else record.key
+
+
+def _spelled(ids: list[int], serving: Serving, param: str) -> list[int]:
+    """Token ids that the tokenizer made of a client's text, if the model has a row for each.
+
+    A tokenizer may know more tokens than the model, for instance a [PAD] that was added for training.
+    """
+    found = max(ids, default=0)
+    if found >= serving.vocab_size:
+        raise InvalidRequest(
+            f"`{param}` spells {serving.tokenizer.token_text(found)!r}, which is token {found}: the tokenizer knows "
+            f"it, but the model's token ids run from 0 to {serving.vocab_size - 1}; leave it out of the text",
+            param,
+        )
+    return _some(ids, param)
 
 
 def _some(ids: list[int], param: str) -> list[int]:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from service.engine.api import Engine, SamplingParams
 from service.errors import InvalidRequest
 from service.text.json.schema import json_grammar
-from service.text.protocols import TokenizerLike
 from service.web.generation.planning import (
     Room,
     allowed_timeout,
@@ -77,10 +76,10 @@ async def completion_plans(
         PromptTooLong: as `fitting`.
         NotReady, EngineFailed: as `Serving.engine`.
     """
-    engine, tokenizer = serving.engine(variant), serving.tokenizer
+    engine = serving.engine(variant)
     _refuse_lone_stream_options(body)
     _refuse_unseen_answers(body)
-    prompts = [await _prompt(prompt, tokenizer, body.echo) for prompt in body.prompt]
+    prompts = [await _prompt(prompt, serving, body.echo) for prompt in body.prompt]
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     wanted = []
     for prompt in prompts:
@@ -88,7 +87,7 @@ async def completion_plans(
         # The log-probabilities of a prompt come with a first token; with max_tokens 0 that token is then hidden.
         max_tokens = max(1, fitting(asked, body.max_tokens, room, serving.settings))
         params = replace(
-            sampling_params(body, tokenizer, max_tokens, serving.settings),
+            sampling_params(body, serving, max_tokens),
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
@@ -108,7 +107,7 @@ async def completion_plans(
 
 async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving, received_s: float) -> list[Plan]:
     """n plans. Raises as `completion_plans` and, for `response_format`, as `json_grammar` and `Engine.compile`."""
-    engine, tokenizer = serving.engine(variant), serving.tokenizer
+    engine = serving.engine(variant)
     _refuse_lone_stream_options(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest(
@@ -116,13 +115,13 @@ async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving
             "top_logprobs",
         )
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
-    ids = await chat_ids(messages, tokenizer, body.add_generation_prompt)
+    ids = await chat_ids(messages, serving, body.add_generation_prompt)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = fitting(
         _asked_tokens(body), None, Room(len(ids), engine.max_model_len, "messages", limit), serving.settings
     )
     params = replace(
-        sampling_params(body, tokenizer, max_tokens, serving.settings),
+        sampling_params(body, serving, max_tokens),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=await _grammar(body.response_format, engine),
     )
@@ -139,11 +138,11 @@ async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving
     return order.plans([(ids, params)], body.n)
 
 
-async def _prompt(prompt: str | list[int], tokenizer: TokenizerLike, is_echoed: bool) -> Prompt:
+async def _prompt(prompt: str | list[int], serving: Serving, is_echoed: bool) -> Prompt:
     if isinstance(prompt, str):
-        return Prompt(await text_ids(prompt, tokenizer, "prompt"), prompt)
-    ids = known_ids(prompt, tokenizer, "prompt")
-    decoder = tokenizer.detokenizer()
+        return Prompt(await text_ids(prompt, serving, "prompt"), prompt)
+    ids = known_ids(prompt, serving, "prompt")
+    decoder = serving.tokenizer.detokenizer()
     return Prompt(ids, "".join(map(decoder.push, ids)) + decoder.flush() if is_echoed else "")
 
 

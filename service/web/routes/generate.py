@@ -18,7 +18,6 @@ from service.comparison.compare import agreement, speedup
 from service.errors import InvalidRequest
 from service.settings import BASELINE
 from service.telemetry.metrics import NO_VARIANT
-from service.text.protocols import TokenizerLike
 from service.web.failures import CountedRoute
 from service.web.generation.planning import (
     Room,
@@ -76,11 +75,11 @@ async def make_plan(body: GenerateRequest, variant: str, serving: Serving, recei
     if body.compare:
         _require_baseline(variant, serving)
         engines.append(serving.engine(BASELINE))
-    prompt_ids = await _prompt_ids(body, serving.tokenizer)
+    prompt_ids = await _prompt_ids(body, serving)
     room = Room(len(prompt_ids), min(engine.max_model_len for engine in engines), body.prompt_field)
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     max_tokens = fitting(asked, body.max_tokens, room, serving.settings)
-    params = sampling_params(body, serving.tokenizer, max_tokens, serving.settings)
+    params = sampling_params(body, serving, max_tokens)
     # A comparison needs the chosen tokens' log-probabilities, and the same seed for both runs.
     logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
     seed = secrets.randbits(32) if body.seed is None and body.compare else body.seed
@@ -208,10 +207,10 @@ def _require_baseline(variant: str, serving: Serving) -> None:
         )
 
 
-async def _prompt_ids(body: GenerateRequest, tokenizer: TokenizerLike) -> list[int]:
+async def _prompt_ids(body: GenerateRequest, serving: Serving) -> list[int]:
     """The token ids of the prompt, whichever field it was sent in."""
     if body.prompt_ids is not None:
-        return known_ids(body.prompt_ids, tokenizer, "prompt_ids")
+        return known_ids(body.prompt_ids, serving, "prompt_ids")
     if body.messages is not None:
-        return await chat_ids([message.model_dump() for message in body.messages], tokenizer)
-    return await text_ids(body.prompt or "", tokenizer, "prompt")
+        return await chat_ids([message.model_dump() for message in body.messages], serving)
+    return await text_ids(body.prompt or "", serving, "prompt")

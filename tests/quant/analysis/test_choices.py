@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from quant.analysis.choices import ChoiceQuality, Continuation, Question, compare, encode, pick, picks, read_questions
 from quant.errors import InvalidQuestions, NotFinite
-from tests.support.tokenizers import byte_level_backend, save
+from tests.support.tokenizers import byte_level_backend
 
 VOCAB = 7
 GOOD = {"question": "Two and two make", "choices": ["four", "five"], "answer": 0}
@@ -97,20 +97,18 @@ def test_shares() -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(save(tmp_path_factory.mktemp("tokenizer"), byte_level_backend()))
+def tokenizer() -> Tokenizer:
+    return byte_level_backend()
 
 
-def test_a_choice_begins_behind_the_question(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_choice_begins_behind_the_question(tokenizer: Tokenizer) -> None:
     found = encode(tokenizer, Question("hello  ", ("world", "fox é"), 0), 100)
     assert [tokenizer.decode(list(c.ids[c.start :])) for c in found] == [" world", " fox é"]
     assert [tokenizer.decode(list(c.ids[: c.start])) for c in found] == ["hello", "hello"]
     assert [c.num_bytes for c in found] == [5, 6]
 
 
-def test_a_question_beyond_the_context_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_question_beyond_the_context_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidQuestions, match=r"takes \d+ tokens with choice 'world', more than 2; shorten it"):
         encode(tokenizer, Question("hello naïve", ("world", "fox"), 0), 2)
 

@@ -34,7 +34,7 @@ def by_definition(scheme: str, base: Callable[[Tensor], Tensor], candidate: Call
             kl += sum(float(p[t, v]) * (math.log(p[t, v]) - math.log(q[t, v])) for v in range(VOCAB))
             agree += int(p[t].argmax() == q[t].argmax())
             count += 1
-    return Quality(scheme, math.exp(nll / count), kl / count, agree / count, count)
+    return Quality(scheme, math.exp(nll / count), kl / count, (1, 1), (0, 0), agree / count, count)
 
 
 def test_rows_are_the_definitions() -> None:
@@ -51,6 +51,21 @@ def test_rows_are_the_definitions() -> None:
     assert rows[1].kl > 0
     assert rows[1].top1_agreement < 1
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_intervals_hold_what_windows_differ_in() -> None:
+    """Resampling windows that are alike changes nothing; of two kinds, the ends are near those of each kind alone."""
+    base, near = logits_of(0), logits_of(0, noise=0.3)
+    (_, alike) = evaluate(("fp16", base), {"near": near}, WINDOWS[:1].expand(6, -1))
+    assert alike.kl_interval == pytest.approx((alike.kl, alike.kl))
+    row, one, other = (
+        evaluate(("fp16", base), {"near": near}, windows) for windows in (WINDOWS, WINDOWS[:1], WINDOWS[1:])
+    )
+    ends = sorted(found[1].kl for found in (one, other))
+    assert row[1].kl_interval == pytest.approx(ends)
+    ratios = sorted(found[1].perplexity / found[0].perplexity for found in (one, other))
+    assert row[1].ratio_interval == pytest.approx(ratios)
+    assert (row[0].kl_interval, row[0].ratio_interval) == ((0, 0), (1, 1))
 
 
 def test_uniform_logits_have_the_vocabulary_as_perplexity() -> None:

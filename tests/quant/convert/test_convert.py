@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import pytest
 import torch
@@ -319,6 +319,24 @@ def test_what_would_fail_again_leaves_nothing(tiny: Tiny, tmp_path: Path) -> Non
     with pytest.raises(Unquantizable, match=r"layers\.1\.self_attn\.o_proj\.weight cannot be quantized: .*nan"):
         convert(tmp_path / "float", tmp_path / "out", tiny.linear_names)
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_kept"),
+    [(AssertionError, False), (KeyError, False), (MemoryError, True), (torch.OutOfMemoryError, True)],
+)
+def test_what_is_kept_after_a_fault(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], is_kept: bool
+) -> None:
+    """A fault of the program comes again; with more memory the run goes on."""
+
+    def failing(*_: object) -> Never:
+        raise kind("no")
+
+    monkeypatch.setattr(layer.LayerQuantizer, "quantize", failing)
+    with pytest.raises(kind):
+        tiny.quantize(tmp_path / "out", PRESETS["w8a8"])
+    assert [path.name for path in tmp_path.iterdir()] == [".out.part"] * is_kept
 
 
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])

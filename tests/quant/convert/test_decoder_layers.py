@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,15 @@ def from_config(family: str) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.parametrize("pad", [None, 0, 89, 90, 4000, -1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layer_by_layer_is_the_whole_model(family: str, tmp_path: Path) -> None:
+def test_layer_by_layer_is_the_whole_model(family: str, pad: int | None, tmp_path: Path) -> None:
+    """Whatever the padding id: the last row, or one beyond the rows, as fine-tunes have that did not resize."""
     torch.manual_seed(0)
     model = evaluated(in_float32(from_config(family)))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
     windows = torch.randint(90, (2, 20), generator=torch.Generator().manual_seed(1))
     wanted = []
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)

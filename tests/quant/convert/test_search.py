@@ -9,7 +9,17 @@ from quant.convert.distill import Student, distill
 from quant.convert.gptq import round_gptq
 from quant.convert.inputs import Inputs
 from quant.convert.rounding import ScaleRule, Strategy, dequantize, quantize_weight, static_scale
-from quant.convert.search import ALPHAS, BALANCES, RANGE_SHARES, THRESHOLDS, best_ranges, smooth_layer
+from quant.convert.search import (
+    ALPHAS,
+    BALANCES,
+    RANGE_SHARES,
+    THRESHOLDS,
+    Ranges,
+    best_ranges,
+    product,
+    round_nearest,
+    smooth_layer,
+)
 from quant.convert.smoothquant import Channels, SmoothGroup, divide, group_migration
 from quant.errors import Unquantizable
 from quant.linear import InputCodes, Int8Linear
@@ -87,10 +97,37 @@ def test_ranges_are_clipped_where_it_helps_and_nowhere_else() -> None:
     rows[0, 0] = 60.0  # one rare value that costs all others their precision
     weight = noise(16, 64, seed=1)
     inputs = inputs_of(rows)
-    assert best_ranges(weight, inputs, PRESETS["w8a8"], torch.float32) == (1.0, 1.0)
-    weight_range, input_range = best_ranges(weight, inputs, PRESETS["w8a8-static"], torch.float32)
+    assert best_ranges({"a": weight}, {"a": inputs}, PRESETS["w8a8"], torch.float32) == {"a": (1.0, 1.0)}
+    weight_range, input_range = best_ranges({"a": weight}, {"a": inputs}, PRESETS["w8a8-static"], torch.float32)["a"]
     assert weight_range == 1.0
     assert input_range in RANGE_SHARES
+
+
+@pytest.mark.parametrize("name", ["w8a8-static", "smoothquant-o3"])
+def test_readers_of_one_activation_share_the_range_that_is_best_for_them_together(name: str) -> None:
+    """Alone they would choose different ones: one reads the rare large values, the other the many small ones."""
+    rows = noise(512, 64, seed=0)
+    rows[::16, 0] *= 30
+    loud, soft = noise(16, 64, seed=1), noise(16, 64, seed=2)
+    loud[:, 1:] *= 0.01
+    soft[:, 0] = 0
+    weights, inputs, scheme = {"loud": loud, "soft": soft}, inputs_of(rows), PRESETS[name]
+    alone = {each: best_ranges({each: weights[each]}, {each: inputs}, scheme, torch.float32)[each] for each in weights}
+    assert alone["loud"].input > alone["soft"].input
+    both = best_ranges(weights, dict.fromkeys(weights, inputs), scheme, torch.float32)
+    assert both["loud"].input == both["soft"].input
+
+    def error(share: float) -> float:
+        ranges = {each: Ranges(both[each].weight, share) for each in weights}
+        int8 = {
+            each: round_nearest(weights[each], inputs.fitted.absmax, scheme, torch.float32, ranges[each])
+            for each in weights
+        }
+        return sum(
+            float((product(int8[each], rows, scheme) - rows @ weights[each].T).square().sum()) for each in weights
+        )
+
+    assert error(both["loud"].input) == min(error(share) for share in RANGE_SHARES)
 
 
 @pytest.mark.parametrize("strategy", ["channel", "tensor", "group"])

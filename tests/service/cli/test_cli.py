@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -15,14 +16,17 @@ from typing import Any, Protocol
 import pytest
 import torch
 from fastapi import FastAPI
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from quant import __version__
 from quant.checkpoint.reader import Checkpoint
 from quant.scheme import PRESETS
 from service import cli
+from service.errors import InvalidSettings
 from service.models.families import FAMILIES
 from service.settings import Settings
+from service.store.calibration import Calibration, calibration_windows
 from tests.support.harness import until
 from tests.support.narrowed import int8_of
 from tests.support.tiny_models import change_tensors, save_tiny_model
@@ -375,6 +379,36 @@ def test_quantize_stores_what_the_cache_is(ottava: Command, tiny_folder: Path, t
     assert Checkpoint.open(tmp_path / "auto", torch.float32, "cpu").schemes == (PRESETS["w8a8"],)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "family", "note"),
+    [
+        ("w8a8", "llama", None),
+        ("rtn", "gpt_neox", None),
+        ("rtn-dynamic", "llama", "vLLM has no loader for activations with one scale per step"),
+        ("zeroquant", "llama", "vLLM has no loader for int8 weights with scales per group"),
+        ("llm-int8", "llama", "others serve it as rtn-token"),
+        ("rtn-token", "gpt2", "transformers does not load gpt2 in int8"),
+        ("rtn-token", "qwen3_moe", "transformers does not load qwen3_moe in int8"),
+    ],
+)
+def test_quantize_tells_who_else_loads_it(
+    ottava: Command, tmp_path: Path, scheme: str, family: str, note: str | None
+) -> None:
+    """And nothing more: transformers loads what is not named, and computes what it should."""
+    source = save_tiny_model(tmp_path / "model", family)
+    code, said, _ = ottava("quantize", source, tmp_path / "out", "--scheme", scheme, "--calibration-windows", 1)
+    assert code == 0
+    notes = [line for line in said.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (note is not None)
+    assert note is None or note in notes[0]
+    if note is not None and "transformers" in note:
+        return
+    theirs, floats = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (tmp_path / "out", source))
+    with torch.inference_mode():
+        found, expected = (model(torch.arange(40)[None]).logits for model in (theirs, floats))
+    assert (found - expected).norm() < 0.3 * expected.norm()
+
+
 def test_a_folder_that_is_not_empty_is_left_alone(refusal: Refusal, tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep")
     assert "exists and is not empty" in refusal("quantize", tiny_folder, tmp_path)
@@ -394,6 +428,7 @@ def test_a_quantized_model_is_neither_quantized_nor_evaluated_again(
     assert ottava("quantize", tiny_folder, out)[0] == 0
     assert "quantized already" in refusal("quantize", out, tmp_path / "again")
     assert "quantized already" in refusal("evaluate", out, "--windows", 1, "--window-len", 16)
+    assert "name the float model with --baseline" in refusal("evaluate", out, "--windows", 1, "--window-len", 16)
     assert "name the float model with --baseline" in refusal("serve", out)
 
 
@@ -427,6 +462,7 @@ def questions(tmp_path: Path) -> Path:
 MEASURED = {
     *("scheme", "perplexity", "perplexity_ratio", "kl", "top1_agreement", "num_tokens"),
     *("weight_bytes", "kv_bytes_per_token", "tokens_per_s", "num_questions"),
+    *("perplexity_ratio_interval", "kl_interval"),
 }
 
 
@@ -474,6 +510,46 @@ def test_evaluate_measures_an_int8_head_beside_the_float_one(evaluated: Evaluate
     assert [row["scheme"] for row in rows] == ["fp16", "w8a8", "w8a8, int8 head"]
     assert rows[2]["kl"] != rows[1]["kl"]
     assert 0 < rows[2]["kl"] < 3 * rows[1]["kl"]
+
+
+def test_evaluate_measures_a_folder_that_is_quantized_already(
+    ottava: Command, refusal: Refusal, evaluated: Evaluated, tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    """As it is, against the float model that is named; its scheme and calibration are read from the folder."""
+    assert ottava("quantize", tiny_folder, tmp_path / "int8", "--scheme", "w8a8-static")[0] == 0
+    stored = ("evaluate", tmp_path / "int8", "--baseline", tiny_folder, "--text", text, *SMALL)
+    code, said, err = ottava(*stored, "--kv-cache", "both", "--layers", "--json", tmp_path / "stored.json")
+    assert (code, err) == (0, "")
+    result = json.loads((tmp_path / "stored.json").read_text())
+    assert [row["scheme"] for row in result["rows"]] == ["fp16", "w8a8-static", "w8a8-static, int8 KV"]
+    assert (result["run"]["model"], result["run"]["baseline"]) == (str(tmp_path / "int8"), str(tiny_folder))
+    assert result["run"]["calibration"].endswith("text that the model wrote itself, seed 0")
+    again = evaluated("--schemes", "fp16")[1]
+    assert result["rows"][0]["perplexity"] == again[0]["perplexity"]
+    assert 0 < result["rows"][1]["kl"] < 1
+    assert len(result["rows"][1]["linear_errors"]) == 2 * 7
+    assert said.count("w8a8-static: perplexity") == 1
+    assert "measured as it is" in refusal(*stored, "--schemes", "w8a8")
+    assert "measured as it is" in refusal(*stored, "--alpha", 0.5)
+    assert "not quantized; leave it out" in refusal("evaluate", tiny_folder, "--baseline", tiny_folder, *SMALL)
+    other = save_tiny_model(tmp_path / "other", vocab_size=352)
+    assert "not one model" in refusal("evaluate", tmp_path / "int8", "--baseline", other, "--text", text, *SMALL)
+    (tmp_path / "int8" / "ottava.json").unlink()
+    assert "leave --layers out" in refusal(*stored, "--layers")
+
+
+def test_evaluate_tells_each_row_as_soon_as_it_is_known(
+    ottava: Command, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, text: Path
+) -> None:
+    """A scheme that fails takes only itself along."""
+
+    def failing(*_: object, **__: object) -> None:
+        raise InvalidSettings("no int8 today")
+
+    monkeypatch.setattr("service.tools.evaluate.quality.quantize_model", failing)
+    code, said, err = ottava("evaluate", tiny_folder, "--text", text, *SMALL)
+    assert (code, "no int8 today" in err) == (1, True)
+    assert re.match(r"fp16: perplexity \d+\.\d\d \(\+0\.00%\), KL 0\.0000 nats, top-1 agreement 100\.0%", said)
 
 
 def test_evaluate_prints_a_table(evaluated: Evaluated, questions: Path) -> None:
@@ -574,6 +650,32 @@ def test_evaluate_calibrates_on_what_it_does_not_measure(
     num_tokens = int(counted[1])
     said = refusal(*arguments, *SMALL, "--windows", num_tokens // 64)
     assert "windows of 64 after" in said
+
+
+@pytest.mark.parametrize("case", ["same", "relative", "link", "copy", "none", "self-written"])
+def test_no_window_is_both_calibrated_on_and_measured(
+    ottava: Command, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, case: str
+) -> None:
+    """Whatever the two are called; without either, a model too large to write its own text reads the help topics."""
+    read: dict[str, Any] = {}
+
+    def measured(folder: Path, schemes: Any, windows: Any, calibration: Calibration, *_: Any, **__: Any) -> list[Any]:
+        read["measured"], read["calibrated"] = windows, calibration_windows(folder, calibration, torch.device("cpu"))
+        raise InvalidSettings("seen")
+
+    monkeypatch.setattr("service.tools.evaluate.evaluation.measure_quality", measured)
+    if case == "none":
+        monkeypatch.setattr("service.store.calibration.SELF_WRITTEN_MAX_BYTES", 0)
+    monkeypatch.chdir(tmp_path)
+    text, rng = tmp_path / "same.txt", random.Random(0)
+    text.write_text(" ".join(rng.choice(["the", "quick", "fox", "hello"]) for _ in range(1200)), encoding="utf-8")
+    (tmp_path / "link.txt").symlink_to(text)
+    (tmp_path / "copy.txt").write_bytes(text.read_bytes())
+    given = Path("same.txt") if case == "relative" else tmp_path / f"{case}.txt"
+    options = ("--text", text, "--calibration", given) if case not in ("none", "self-written") else ()
+    ottava("evaluate", tiny_folder, *SMALL, *options)
+    pairs = [(a, b) for a in read["measured"].tolist() for b in read["calibrated"].tolist()]
+    assert not [a for a, b in pairs if a == b]
 
 
 def test_evaluate_refuses_windows_beyond_the_context(refusal: Refusal, tiny_folder: Path) -> None:

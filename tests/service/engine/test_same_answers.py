@@ -57,7 +57,7 @@ def warm(runner: Runner) -> Runner:
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[0].type)
 @pytest.mark.parametrize("scheme", [SCHEME, SCHEME.with_kv("int8")], ids=lambda scheme: scheme.label)
 def test_a_crowd_changes_no_bit(scheme: Scheme, place: tuple[torch.device, int]) -> None:
-    """Ids, and log-probabilities as exactly as torch gives them. Answers are short, since a preempted one is computed again as a prompt."""
+    """Answers are short, since a preempted one is computed again as a prompt."""
     device, count = place
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float32, device)
     rng = random.Random(0)

@@ -26,6 +26,9 @@ class Nowhere:
     def tensor(self, _name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.float16, device="meta")
 
+    def differs(self, _name: str, _other: str) -> bool:
+        return False
+
     def linear(
         self,
         name: str,

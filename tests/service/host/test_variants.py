@@ -353,6 +353,44 @@ def test_more_positions_than_the_model_has_are_refused_before_quantizing(float_f
     assert not (tmp_path / "quantized").exists()
 
 
+def with_added_token(folder: Path, token_id: int) -> None:
+    """Add [PAD] to a folder's tokenizer, as a fine-tune does that leaves the embedding as it is."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["model"]["vocab"]["[PAD]"] = token_id
+    content["added_tokens"].append({"id": token_id, "content": "[PAD]", "special": True, **flags})
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("token_id", [340, 900])
+def test_a_token_that_the_model_has_no_row_for_costs_its_own_request_alone(
+    float_folder: Path, tmp_path: Path, token_id: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(float_folder, tmp_path / "model")
+    with_added_token(folder, token_id)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, -1, token_id]}))
+    bad: Asked = ("POST", "/generate", {"prompt": "hello [PAD]", "max_tokens": 2})
+    good: Asked = ("POST", "/generate", {"prompt": "hello", "max_tokens": 2})
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1]}}}
+    chat = {"messages": [{"role": "user", "content": "hello"}], "response_format": wanted, "max_tokens": 4}
+    with hosted(folder, tmp_path / "cache", variants="fp16") as (host, settings):
+        answers = ask(host, settings, *[bad] * 5, good, ("POST", "/v1/chat/completions", chat))
+    assert [answer.status_code for answer in answers] == [400] * 5 + [200] * 2
+    assert f"spells '[PAD]', which is token {token_id}" in answers[0].json()["error"]["message"]
+    assert answers[-1].json()["choices"][0]["message"]["content"] == "1"
+    assert f"knows tokens up to {token_id}" in caplog.text
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", vocab_size=300)
+    with (
+        pytest.raises(UnsupportedModel, match=r"of ordinary text, but the model's token ids run from 0 to 299"),
+        hosted(folder, tmp_path / "cache", variants="fp16"),
+    ):
+        pass
+
+
 def test_weights_of_another_shape_are_refused(float_folder: Path, tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "model")
     embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, PreTrainedConfig
 
 from kernels import quantize_rows
 from quant.checkpoint.reader import Checkpoint
 from quant.convert.layer import Recipe
 from quant.convert.model import quantize_checkpoint
 from quant.convert.smoothquant import SmoothGroup, divide
+from quant.errors import CheckpointError
 from quant.linear import FloatLinear, InputCodes, Int8Linear
 from quant.scheme import PRESETS
 from service.errors import UnsupportedModel
@@ -26,7 +30,16 @@ from service.models.mlp import Experts
 from service.models.random_weights import random_decoder
 from service.models.weights import Linear
 from tests.service.kinds import Tiny
-from tests.support.tiny_models import HALF_ROPE, SHAPE, TINY, in_chunks, make_config, make_model
+from tests.support.tiny_models import (
+    HALF_ROPE,
+    SHAPE,
+    TINY,
+    change_tensors,
+    in_chunks,
+    make_config,
+    make_model,
+    save_tiny_model,
+)
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(3))
@@ -110,6 +123,9 @@ class State:
             return FloatLinear(weight, bias)
         rows = quantize_rows(weight)
         return Int8Linear(rows.codes, rows.scale, input_codes=InputCodes("token"), out_dtype=torch.float32, bias=bias)
+
+    def differs(self, name: str, other: str) -> bool:
+        return name in self.tensors and not torch.equal(self.tensors[name], self.tensors[other])
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:
@@ -263,6 +279,73 @@ def test_gpt2_saved_without_its_head_is_found(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model(IDS[None]).logits[0]
         assert relative_error(score(decoder, IDS), expected) < allowed_error(decoder.config)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_head_of_its_own_is_used_whatever_the_configuration_says(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_tiny_model(tmp_path / "model", name, tie_word_embeddings=False)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    decoder = load_decoder(folder, torch.float32, CPU)
+    assert "of their own: it is used" in caplog.text
+    assert not decoder.is_tied
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        expected = model(ids_of(decoder.config)[None]).logits[0]
+        assert relative_error(score(decoder, ids_of(decoder.config)), expected) < allowed_error(decoder.config)
+
+
+@pytest.mark.parametrize("scheme", [name for name, scheme in PRESETS.items() if scheme.activation == "static"])
+@pytest.mark.parametrize("name", TINY)
+def test_readers_of_one_activation_have_one_static_scale(tiny: Tiny, tmp_path: Path, name: str, scheme: str) -> None:
+    """In the file already: other readers load one of them over the others."""
+    _, folder = tiny(name)
+    config = ModelConfig.load(folder)
+    windows = IDS.view(4, 50)[:, : config.max_model_len]
+    quantize_checkpoint(
+        folder,
+        tmp_path / "out",
+        Recipe(
+            scheme=PRESETS[scheme],
+            linear_names=tuple(linear_names(config)),
+            groups=tuple(smooth_groups(config)),
+            dtype=torch.float32,
+            windows=windows,
+        ),
+    )
+    files, names = Checkpoint.open(tmp_path / "out", torch.float32, CPU).files, config.layout.names
+    for index in range(config.num_layers):
+        groups = [[f"{names.layer(index)}.{part}" for part in names.qkv]]
+        groups += [[mlp + part for part in names.up] for mlp in names.mlps(index, config.num_experts(index))]
+        for group in groups:
+            scales = {files.get(f"{linear}.input_scale").item() for linear in group}
+            assert len(scales) == 1, group
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_tensor_is_used_or_named(tiny: Tiny, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A copy of the embedding as head and buffers of older code are listed; any other left-over is refused."""
+    caplog.set_level("INFO")
+    _, source = tiny(name)
+    folder = shutil.copytree(source, tmp_path / "model")
+    names = ModelConfig.load(folder).layout.names
+    tensors = load_file(folder / "model.safetensors")
+    head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
+    harmless = {f"{names.layer(0)}.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    harmless |= {f"{names.layer(0)}.attn.bias": torch.ones(1, 1, 4, 4)}
+    if head not in tensors:
+        harmless[head] = tensors[embedding].clone()
+    change_tensors(folder, dict(harmless))
+    decoder = load_decoder(folder, torch.float32, CPU)
+    assert decoder.is_tied == (head in harmless)
+    assert all(each in caplog.text for each in harmless)
+    for extra in (f"{names.layer(99)}.{names.o}.weight", f"{names.norm}.scale", f"{names.head}.bias", "v_head.weight"):
+        change_tensors(folder, {extra: torch.ones(4)})
+        with pytest.raises(CheckpointError, match=rf"{re.escape(extra)} would (be loaded and )?never (be )?used"):
+            load_decoder(folder, torch.float32, CPU)
+        change_tensors(folder, {extra: None})
 
 
 def test_a_window_does_not_bound_the_context() -> None:

@@ -13,19 +13,27 @@ from typing import Any, Never
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from quant.analysis.choices import Question
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
+from quant.linear import FloatLinear
 from quant.scheme import PRESETS, Scheme
 from service.errors import InvalidSettings, ModelNotFound, UnsafeCheckpoint, UnsupportedModel
 from service.models.devices import pick_device
+from service.models.loader import load_decoder
 from service.store import calibration, demo, quantized, resolve
 from service.store.calibration import Calibration, calibration_text, calibration_windows
 from service.store.quantized import quantize_model, quantized_folder
 from service.store.resolve import is_quantized, resolve_model
+from service.text.tokenizer import Tokenizer
+from service.tools.evaluate import quality
 from tests.support.narrowed import int8_of
 from tests.support.tiny_models import change_tensors, save_tiny_model
+from tests.support.tokenizers import byte_level_backend
 
 CPU = torch.device("cpu")
 SHORT = Calibration(num_windows=2, window_len=32)
@@ -232,8 +240,40 @@ def test_a_model_of_little_context_writes_shorter_windows(tmp_path: Path) -> Non
 def test_a_calibration_text_that_is_too_short_is_refused_with_both_numbers(tiny_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("hello")
-    with pytest.raises(InvalidSettings, match=r"short\.txt: the text is too short: it has \d+ tokens and .* take 64"):
+    with pytest.raises(InvalidSettings, match=r"short\.txt: the text is too short: it has \d+ tokens and .* take 62"):
         calibration_windows(tiny_folder, replace(SHORT, text=text), CPU)
+
+
+@pytest.mark.parametrize(
+    "declared", [None, "GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "NoSuchTokenizer"]
+)
+def test_texts_are_tokenized_as_the_file_says_whatever_class_is_named(tmp_path: Path, declared: str | None) -> None:
+    """A class of transformers would bring its own pre-tokenizer: here it would not split digits in threes."""
+    backend = byte_level_backend()
+    digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|[^\p{N}]+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    folder = save_tiny_model(tmp_path / "model")
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|end|>"} | ({} if declared is None else {"tokenizer_class": declared})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    text = tmp_path / "text.txt"
+    text.write_text("In 2023, 650841823 of the 1234567 foxes " * 20)
+    plain = backend.encode(text.read_text(), add_special_tokens=False).ids
+    windows = calibration.text_windows(folder, text, 2, 32)
+    assert windows.tolist() == [[1, *plain[:31]], [1, *plain[31:62]]]
+    assert Tokenizer.from_folder(folder).encode(text.read_text()) == [1, *plain]
+    questions = [Question("In 2023,", ("650841823", "no"), 0)]
+    (choices,) = quality._encoded(folder, questions, 100)
+    assert list(choices[0].ids) == [1, *backend.encode("In 2023, 650841823", add_special_tokens=False).ids]
+
+
+def test_a_text_with_a_token_that_the_model_has_no_row_for_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", vocab_size=200, bos_token_id=250)
+    with pytest.raises(UnsupportedModel, match=r"makes token \d+ of the text, but the model's token ids .* 0 to 199"):
+        calibration.text_windows(folder, None, 2, 32)
+    assert int(calibration_windows(folder, SHORT, CPU).max()) < 200
 
 
 def test_a_text_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
@@ -272,8 +312,13 @@ def test_quantizing_refuses_before_it_calibrates(
             CheckpointError,
             "q_proj.bias would be loaded and never used",
         ),
+        (
+            {f"v_head.{number}.weight": torch.ones(3) for number in range(5)},
+            CheckpointError,
+            r"v_head.0.weight, v_head.1.weight, v_head.2.weight and 2 more would never be used.* mend config.json",
+        ),
     ],
-    ids=["norm", "linear", "shape", "nan", "left over"],
+    ids=["norm", "linear", "shape", "nan", "left over", "nobody's"],
 )
 def test_a_damaged_model_is_refused_before_anything_is_written(
     tmp_path: Path, changes: dict[str, torch.Tensor | None], error: type[Exception], complaint: str
@@ -283,6 +328,37 @@ def test_a_damaged_model_is_refused_before_anything_is_written(
     with pytest.raises(error, match=complaint):
         quantize_model(source, tmp_path / "out", W8A8, SHORT, CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_left_over_tensor_is_refused_without_calibration_too(tmp_path: Path) -> None:
+    source = change_tensors(save_tiny_model(tmp_path / "model"), {"model.layers.2.mlp.up_proj.weight": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"model.layers.2.mlp.up_proj.weight would never be used"):
+        quantize_model(source, tmp_path / "out", PRESETS["rtn-token"], SHORT, CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("scheme", ["rtn-token", "w8a8"])
+def test_a_head_of_its_own_stays_the_head_and_the_new_configuration_says_so(tmp_path: Path, scheme: str) -> None:
+    source = save_tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    quantize_model(source, tmp_path / "out", PRESETS[scheme], SHORT, CPU)
+    stored = load_file(source / "model.safetensors")["lm_head.weight"].bfloat16()
+    for folder in (source, tmp_path / "out"):
+        head = load_decoder(folder, torch.bfloat16, CPU).head
+        assert isinstance(head, FloatLinear)
+        assert torch.equal(head.weight, stored)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("pad", [339, 340, 99999, -1])
+def test_any_padding_id_is_quantized(tmp_path: Path, pad: int) -> None:
+    source = save_tiny_model(tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+    quantize_model(source, tmp_path / "out", W8A8, SHORT, CPU)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == pad
+    load_decoder(tmp_path / "out", torch.bfloat16, CPU)
 
 
 def test_nan_in_what_calibration_cannot_see_is_refused(tmp_path: Path) -> None:

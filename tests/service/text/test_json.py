@@ -416,7 +416,7 @@ def test_over_a_real_vocabulary(backend: Callable[[], Backend]) -> None:
     made = backend()
     tokenizer = Tokenizer(made, frozenset({0}))
     special = [i for i, t in made.get_added_tokens_decoder().items() if t.special]
-    compiler = JsonCompiler(tokenizer.vocabulary, tokenizer.eos_ids)
+    compiler = JsonCompiler(lambda: tokenizer.vocabulary(tokenizer.vocab_size), tokenizer.eos_ids)
     for seed in range(12):
         rng, decoder, text = random.Random(seed), tokenizer.detokenizer(), ""
         matcher = compiled(SERVED["properties"], compiler).matcher()
@@ -439,7 +439,27 @@ def test_over_a_real_vocabulary(backend: Callable[[], Backend]) -> None:
         jsonschema.validate(json.loads(text + decoder.flush()), SERVED["properties"])
 
 
+def test_ids_with_gaps_and_rows_beyond_the_tokenizer() -> None:
+    """The last ids come after a gap: a mask that ends at the number of tokens would not reach them."""
+    state = json.loads(byte_level_backend().to_str())
+    for name in ("{", "}"):
+        state["model"]["vocab"][name] += 1000
+    state["model"]["merges"] = []
+    name = state["added_tokens"][0]["content"]
+    state["added_tokens"][0]["id"] = state["model"]["vocab"][name] = end = 2000
+    tokenizer = Tokenizer(Backend.from_str(json.dumps(state)), frozenset({end}))
+    assert tokenizer.vocab_size == 2001
+    compiler = JsonCompiler(lambda: tokenizer.vocabulary(2005), tokenizer.eos_ids)
+    matcher = compiled({"type": "object", "properties": {}, "additionalProperties": False}, compiler).matcher()
+    for wanted in (*(tokenizer._backend.get_vocab()[name] for name in "{}"), end):
+        bits = np.unpackbits(np.frombuffer(matcher.allowed(), np.uint8), bitorder="little")
+        assert wanted >= 1000
+        assert bits[wanted]
+        assert not bits[2001:].any()
+        matcher.accept(wanted)
+
+
 def test_a_model_without_an_end_token_is_told() -> None:
     tokenizer = Tokenizer(byte_level_backend(), frozenset())
     with pytest.raises(InvalidRequest, match="names no end token"):
-        compiled(None, JsonCompiler(tokenizer.vocabulary, tokenizer.eos_ids))
+        compiled(None, JsonCompiler(lambda: tokenizer.vocabulary(tokenizer.vocab_size), tokenizer.eos_ids))

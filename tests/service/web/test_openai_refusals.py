@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -10,12 +11,12 @@ import pytest
 
 from service.errors import InvalidRequest, QueueFull
 from service.text.json.schema import json_grammar
-from tests.support.fake_engine import FakeGrammars, FakeRequest
+from tests.support.fake_engine import INFO, FakeGrammars, FakeRequest
 from tests.support.harness import app_of, client_of, two_engines
 
 USER = [{"role": "user", "content": "x"}]
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
-NEEDED: dict[str, dict[str, object]] = {TEXT: {"prompt": "a"}, CHAT: {"messages": USER}}
+NEEDED: dict[str, dict[str, object]] = {TEXT: {"prompt": "a"}, CHAT: {"messages": USER}, "/generate": {}}
 
 
 def post(path: str, body: Mapping[str, object], **app_options: Any) -> tuple[httpx.Response, list[FakeRequest]]:
@@ -135,6 +136,36 @@ def test_a_refusal_names_parameter_and_remedy(
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert [word for word in words if word not in error["message"]] == []
     assert not submitted
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        (TEXT, {"prompt": "all"}, "prompt", ["spells 'l', which is token 108", "0 to 107", "leave it out"]),
+        (TEXT, {"prompt": ["ah", "al"]}, "prompt", ["token 108"]),
+        (TEXT, {"prompt": "a" * 5000 + "l"}, "prompt", ["token 108"]),
+        (TEXT, {"prompt": [97, 108]}, "prompt", ["holds 108", "0 to 107", "send only those"]),
+        (CHAT, {"messages": USER}, "messages", ["spells 'x', which is token 120"]),
+        ("/generate", {"prompt": "all"}, "prompt", ["token 108"]),
+        ("/generate", {"prompt_ids": [108]}, "prompt_ids", ["holds 108"]),
+        ("/generate", {"messages": USER}, "messages", ["token 120"]),
+    ],
+)
+def test_a_token_without_a_row_in_the_model_is_refused_at_the_door(
+    path: str, body: dict[str, object], param: str, words: list[str]
+) -> None:
+    response, submitted = post(path, body, info=replace(INFO, vocab_size=108))
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert [word for word in words if word not in error["message"]] == []
+    assert not submitted
+
+
+@pytest.mark.parametrize(("path", "field"), [(TEXT, "prompt"), ("/generate", "prompt_ids")])
+def test_rows_beyond_the_tokenizer_are_ids_of_the_model(path: str, field: str) -> None:
+    response, submitted = post(path, {field: [97, 299], "top_k": 280}, info=replace(INFO, vocab_size=300))
+    assert response.status_code == 200
+    assert (submitted[0].prompt_ids, submitted[0].params.top_k) == ([97, 299], 280)
 
 
 NEUTRAL: dict[str, dict[str, object]] = {
