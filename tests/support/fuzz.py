@@ -6,6 +6,7 @@ ARGS='tests/service -k fuzz'` runs tens of thousands of requests.
 
 import json
 import os
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from jsonschema import Draft202012Validator
 
 from service.text.chat_template import ChatTemplate
 from service.text.tokenizer import Tokenizer
+from tests.support.fake_engine import INFO
 from tests.support.harness import app_of, two_engines
 from tests.support.tokenizers import TEMPLATE, byte_level_backend
 
@@ -35,9 +37,8 @@ thorough = settings(
 def fuzz_app(**options: Any) -> FastAPI:
     """The whole app over fake engines and a real tokenizer, with a chat template and a compiler of grammars."""
     engines = two_engines(reply="naïve 😀 end", max_model_len=MAX_MODEL_LEN, tokens_per_step=8)
-    return app_of(
-        engines, tokenizer=Tokenizer(byte_level_backend(), frozenset({0}), ChatTemplate(TEMPLATE, {})), **options
-    )
+    tokenizer = Tokenizer(byte_level_backend(), frozenset({0}), ChatTemplate(TEMPLATE, {}))
+    return app_of(engines, tokenizer=tokenizer, info=replace(INFO, vocab_size=tokenizer.vocab_size), **options)
 
 
 def strictly(text: str | bytes) -> Any:

@@ -343,7 +343,9 @@ def test_quantize_writes_a_folder_that_serves(
     out = tmp_path / "deep" / scheme
     code, said, err = ottava("quantize", tiny_folder, out, "--scheme", scheme, "--calibration", _long(text, tmp_path))
     assert (code, err) == (0, "")
-    assert said == f"{out}: {scheme}, {PRESETS[scheme].describe()}\n"
+    told, *notes = said.splitlines()
+    assert told == f"{out}: {scheme}, {PRESETS[scheme].describe()}"
+    assert all(note.startswith("note: ") for note in notes)
     checkpoint = Checkpoint.open(out, torch.float32, "cpu")
     assert checkpoint.scheme_name == scheme
     linear = checkpoint.linear("model.layers.0.mlp.down_proj", 192, 160, has_bias=False)
