@@ -142,7 +142,10 @@ class Reloader:
         self._refuse_other_tokenizer(folder)
         checkpoint = Checkpoint.open(folder, served.dtype, old.runner.device)
         weights = InTurns(checkpoint, self._host.device_thread)
-        return checkpoint, decoder_of(config, checkpoint, self._settings.kv, self._settings.head, weights)
+        decoder = decoder_of(config, checkpoint, self._settings.kv, weights=weights)
+        if self._settings.quantize_head:
+            self._host.device_thread.run(torch.inference_mode()(decoder.quantize_head))
+        return checkpoint, decoder
 
     def _warm(self, name: str, old: Variant, decoder: Decoder) -> tuple[int, Runner]:
         """A warmed-up runner for the decoder, and its blocks. It takes over the old KV cache if the type matches."""

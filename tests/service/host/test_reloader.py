@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import PRESETS, KVStorage
 from service.errors import ReloadFailed
 from service.host.memory import cache_budget
@@ -328,6 +329,15 @@ def test_a_model_that_was_quantized_at_start_reloads_from_the_cache(float_folder
     """Its folder is the one in the cache, not the float model's."""
     with hosted(float_folder, tmp_path) as (host, _, reload):
         assert reload(None).checkpoint.startswith("tiny-w8a8-")
+        assert host.self_check() == {}
+
+
+def test_a_reload_keeps_the_head_in_int8(float_folder: Path, tmp_path: Path) -> None:
+    with hosted(float_folder, tmp_path, quantize_head=True) as (host, _, reload):
+        for _ in range(2):
+            assert isinstance(host.variants["w8a8"].decoder.head, Int8Linear)
+            assert isinstance(host.variants["fp16"].decoder.head, FloatLinear)
+            assert reload(None).generation == host.variants["w8a8"].generation
         assert host.self_check() == {}
 
 
