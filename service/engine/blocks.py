@@ -91,7 +91,6 @@ class BlockPool:
         known = self._found.get(content)
         if known is not None:
             return known[1]
-        self._forget(block)
         self._num_keys += 1
         self._found[content] = block, self._num_keys
         self._content[block] = content

@@ -16,7 +16,7 @@ from service.engine.stream import RequestStream
 from service.errors import EngineFailed, OttavaError, QueueFull
 
 Compile = Callable[[str], Awaitable[None]]
-CountCached = Callable[[str, list[int], str], Awaitable[int]]
+CountCached = Callable[[list[int], str], Awaitable[int]]
 
 _handles = itertools.count(1)
 """Handles are unique within this process, so that a restarted engine never reuses one."""
@@ -28,7 +28,7 @@ class EngineClient:
     Args:
         variant: name of the variant.
         post: sends a command to the engine; must not block.
-        compile, count_cached: see `Engine.compile` and `Engine.num_cached`; the latter is given the variant too.
+        compile, count_cached: see `Engine.compile` and `Engine.num_cached`.
         max_waiting: most requests that may queue.
         max_model_len, dtype: see `Engine`.
         is_open: whether the engine accepts commands already; if not, requests are held until `resume`.
@@ -86,7 +86,7 @@ class EngineClient:
 
     async def num_cached(self, prompt_ids: list[int], salt: str) -> int:
         """See `Engine.num_cached`."""
-        return await self._count_cached(self.variant, prompt_ids, salt)
+        return await self._count_cached(prompt_ids, salt)
 
     def stats(self) -> EngineStats:
         gauges, before = self._gauges, self._before

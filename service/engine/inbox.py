@@ -156,8 +156,6 @@ class Inbox:
             command.seed,
             handle=command.handle,
             matcher=None if grammar is None else grammar.matcher(),
-            salt=command.params.salt,
-            max_cached=command.params.max_cached,
         )
         self._requests[command.handle] = request
         self._scheduler.add(request)

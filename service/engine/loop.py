@@ -116,7 +116,7 @@ class EngineLoop:
             variant,
             self.put,
             self._compile,
-            self._count_cached,
+            self.num_cached,
             # `submit` below checks the limit itself, because the inbox has the exact length of the queue.
             max_waiting=sys.maxsize,
             max_model_len=max_model_len,
@@ -245,9 +245,6 @@ class EngineLoop:
     async def _compile(self, rules: str) -> None:
         await asyncio.to_thread(compiled, self._grammars, rules)
 
-    async def _count_cached(self, _variant: str, prompt_ids: list[int], salt: str) -> int:
-        return self.count_cached(prompt_ids, salt)
-
     def _read_restarts_and_bytes(self) -> tuple[int, int, int]:
         return self._restarts.total, self._weight_bytes, self._runner.kv_cache_bytes
 
@@ -320,16 +317,12 @@ class EngineLoop:
         is_placed = False
         try:
             results = self._watched("reading", step, handle.read)
-            is_placed = not self._lost
+            if not self._lost:
+                self._inbox.commit(step, results)
+                is_placed = True
         finally:
             if not is_placed:
                 self._lost.update(chunk.request for chunk in step.chunks)
-        if is_placed:
-            try:
-                self._inbox.commit(step, results)
-            except Exception:
-                self._lost.update(chunk.request for chunk in step.chunks)
-                raise
 
     def _watched(self, doing: str, step: Step, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a function under the watchdog. Raises StepStuck if the watchdog has given up the step meanwhile."""

@@ -24,8 +24,6 @@ class Request:
     row: the request's place in the runner's per-request state while it runs, else -1.
     num_steps, num_batch_rows: finished steps it took part in, and the sum of the requests in them.
     is_uncounted: the news must send its step counts, since a step after its last token may have yielded none.
-    salt: only requests of the same salt share blocks.
-    max_cached: most tokens to take from the cache on arrival; None for any number.
     num_cached: prompt tokens whose keys and values were already in the cache on arrival.
     block_keys: the keys of its first blocks, as far as the pool knows what they hold.
     prompt_logprobs: if requested, entry i belongs to prompt token i + 1; complete with the first output token.
@@ -52,8 +50,6 @@ class Request:
     num_steps: int = 0
     num_batch_rows: int = 0
     is_uncounted: bool = True
-    salt: str = ""
-    max_cached: int | None = None
     num_cached: int = 0
     block_keys: list[int] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)

@@ -93,14 +93,15 @@ class Scheduler:
         max_num_requests: int,
         max_batched_tokens: int,
         eos_ids: frozenset[int] = frozenset(),
-        pacing: Pacing | None = None,
+        target_itl_s: float | None = None,
+        step_times_s: Mapping[Shape, float] | None = None,
         has_prefix_cache: bool = True,
     ) -> None:
         self.pool = BlockPool(num_blocks)
         self._has_prefix_cache = has_prefix_cache
         self.block_size = block_size
         self.max_num_requests = max_num_requests
-        self.pacing = pacing or Pacing(max_batched_tokens)
+        self.pacing = Pacing(max_batched_tokens, target_itl_s, step_times_s)
         self.eos_ids = eos_ids
         self.waiting: list[Request] = []
         """In the order in which they will start: see `_turn`."""
@@ -164,20 +165,17 @@ class Scheduler:
             chunks.append(self._advance(request, length))
             budget -= length
         may_admit = not is_starved and self.num_preemptions == num_preemptions
-        while may_admit and budget and (candidate := self._next()) is not None:
-            request = candidate
-            if self._is_blocked(request):
+        while may_admit and budget and (head := self._next()) is not None and not self._is_blocked(head):
+            found = self._found(head)
+            if not self._fits(head, found):
+                self._blocked = head, self.pool.num_free
                 break
-            found = self._found(request)
-            if not self._fits(request, found):
-                self._blocked = request, self.pool.num_free
-                break
-            num_left = request.num_tokens - len(found) * self.block_size
-            length = _piece(num_left, self._share(request, num_left, budget))
-            self._admit(request, now_s, found)
-            missing = self._num_blocks(request.num_computed + length) - len(request.blocks)
-            request.blocks.extend(self.pool.allocate(missing))
-            chunks.append(self._advance(request, length))
+            num_left = head.num_tokens - len(found) * self.block_size
+            length = _piece(num_left, self._share(head, num_left, budget))
+            self._admit(head, now_s, found)
+            missing = self._num_blocks(head.num_computed + length) - len(head.blocks)
+            head.blocks.extend(self.pool.allocate(missing))
+            chunks.append(self._advance(head, length))
             budget -= length
         return Step(chunks) if chunks else None
 
@@ -322,7 +320,8 @@ class Scheduler:
         """(block, key) of the blocks that the request can share; none if all its rows are wanted."""
         if request.params.prompt_logprobs is not None or request.num_pending:
             return []
-        return self._cached_blocks(request.known_ids(0, request.num_tokens), request.salt, request.max_cached)
+        params = request.params
+        return self._cached_blocks(request.known_ids(0, request.num_tokens), params.salt, params.max_cached)
 
     def _cached_blocks(
         self, token_ids: Sequence[int], salt: str, max_cached: int | None = None
@@ -341,7 +340,7 @@ class Scheduler:
         for index in range(len(keys), num_tokens // self.block_size):
             start = index * self.block_size
             ids = request.known_ids(start, start + self.block_size)
-            keys.append(self.pool.remember(keys[-1] if keys else request.salt, ids, request.blocks[index]))
+            keys.append(self.pool.remember(keys[-1] if keys else request.params.salt, ids, request.blocks[index]))
 
     def _may_start(self, request: Request) -> bool:
         return self.admits_new or request.first_scheduled_s is not None

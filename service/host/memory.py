@@ -79,7 +79,7 @@ def _remedies(decoder: Decoder, settings: Settings, num_tokens: int) -> str:
     if settings.reload_room:
         told.append(f"no-reload-room frees {decoder.weight_bytes / 2**20:.0f} MiB")
     if len(settings.variants) > 1:
-        told.append("so does serving one variant alone (variants)")
+        told.append("one variant alone (variants) leaves more")
     return "; " + "; ".join(told)
 
 

@@ -17,7 +17,6 @@ from service.engine.device.device_thread import DeviceThread
 from service.engine.device.runner import Runner
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
-from service.engine.pacing import Pacing
 from service.engine.scheduler import Scheduler
 from service.errors import InvalidSettings
 from service.host.limits import fault_limits
@@ -99,7 +98,8 @@ def start_variant(
             max_batched_tokens=max_tokens,
             eos_ids=eos_ids,
             has_prefix_cache=settings.prefix_cache,
-            pacing=Pacing(max_tokens, settings.target_itl_ms / 1000, runner.step_times_s),
+            target_itl_s=settings.target_itl_ms / 1000,
+            step_times_s=runner.step_times_s,
         ),
         runner,
         device_thread=device_thread,

@@ -127,8 +127,7 @@ class Decoder:
     def weight_bytes(self) -> int:
         """Bytes of all Linears, the embeddings and the head; a tied head counts once."""
         linears = sum(linear.weight_bytes for layer in self.layers for linear in layer.linears)
-        is_shared = isinstance(self.head, FloatLinear) and self.head.weight is self.embedding
-        head = 0 if is_shared else self.head.weight_bytes
+        head = 0 if self.is_tied else self.head.weight_bytes
         positions = 0 if self.position_embedding is None else self.position_embedding.nbytes
         return linears + head + self.embedding.nbytes + positions
 
@@ -139,6 +138,7 @@ class Decoder:
             self.head = Int8Linear(
                 codes, scale.reshape(-1), input_codes=InputCodes("token"), out_dtype=self.dtype, bias=self.head.bias
             )
+            self.is_tied = False
 
     def __call__(self, token_ids: Tensor, rows: Rows, caches: list[KVCache]) -> Tensor:
         """Run T tokens through all layers. Returns normed hidden states [T, hidden_size]; writes to the caches."""

@@ -89,7 +89,12 @@ class HostClient:
     ) -> None:
         self.engines: Mapping[str, EngineClient] = {
             name: EngineClient(
-                name, self._post, self._compile, self._count_cached, max_waiting=max_waiting, is_open=False
+                name,
+                self._post,
+                self._compile,
+                partial(self._count_cached, name),
+                max_waiting=max_waiting,
+                is_open=False,
             )
             for name in variants
         }

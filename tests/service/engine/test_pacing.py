@@ -69,7 +69,8 @@ def test_a_scheduler_splits_a_prompt_by_it_and_learns() -> None:
         block_size=16,
         max_num_requests=4,
         max_batched_tokens=1024,
-        pacing=Pacing(1024, 0.01, TIMES_S),
+        target_itl_s=0.01,
+        step_times_s=TIMES_S,
         has_prefix_cache=False,
     )
     first = new_request("a", 700, 50)

@@ -28,8 +28,10 @@ def request_of(
     max_cached: int | None = None,
     prompt_logprobs: int | None = None,
 ) -> Request:
-    params = SamplingParams(max_tokens, ignore_eos=True, prompt_logprobs=prompt_logprobs)
-    return Request(name, prompt_ids, params, 0.0, 0, salt=salt, max_cached=max_cached)
+    params = SamplingParams(
+        max_tokens, ignore_eos=True, prompt_logprobs=prompt_logprobs, salt=salt, max_cached=max_cached
+    )
+    return Request(name, prompt_ids, params, 0.0, 0)
 
 
 def scheduler(num_blocks: int = 64, rows: int = 8, budget: int = 64, has_prefix_cache: bool = True) -> Scheduler:
