@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -24,6 +26,24 @@ async def one_stream(client: httpx.AsyncClient, max_tokens: int) -> str:
     except httpx.TransportError as error:
         return f"lost: {error!r}" if is_accepted else "not reached"
     return "done" if "data: [DONE]" in text else f"lost: {text[-200:]!r}"
+
+
+def stopped_under_load(
+    url: str, start_stop: Callable[[], subprocess.Popen[bytes]], after_s: float
+) -> tuple[Counter[str], float]:
+    """Keep eight streams open, and stop the server after so many seconds. Returns outcomes and how long it took."""
+    stopping: list[subprocess.Popen[bytes]] = []
+
+    async def go() -> Counter[str]:
+        is_over = lambda: bool(stopping) and stopping[0].poll() is not None  # noqa: E731
+        load = asyncio.ensure_future(streams_until_refused(url, clients=8, max_tokens=48, is_over=is_over))
+        await asyncio.sleep(after_s)
+        stopping.append(start_stop())
+        return await load
+
+    started = time.monotonic()
+    outcomes = asyncio.run(go())
+    return outcomes, time.monotonic() - started - after_s
 
 
 async def streams_until_refused(url: str, clients: int, max_tokens: int, is_over: Callable[[], bool]) -> Counter[str]:

@@ -5,11 +5,8 @@ Run by `make test-deploy` where DEVICES names `cluster`. It takes the port of th
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import subprocess
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -32,7 +29,7 @@ from tests.deploy.engine import (
     has_bridge,
     seconds_until,
 )
-from tests.deploy.load import streams_until_refused
+from tests.deploy.load import stopped_under_load
 
 pytestmark = [
     pytest.mark.deploy,
@@ -82,18 +79,8 @@ def test_one_scrape_has_both() -> None:
 
 @pytest.mark.usefixtures("ready_s")
 def test_a_stop_under_load_loses_no_accepted_request(cluster: Stack, told: Told) -> None:
-    stopping: list[subprocess.Popen[bytes]] = []
-
-    async def stopped_under_load() -> dict[str, int]:
-        is_over = lambda: bool(stopping) and stopping[0].poll() is not None  # noqa: E731
-        load = asyncio.ensure_future(streams_until_refused(URL, clients=8, max_tokens=48, is_over=is_over))
-        await asyncio.sleep(15.0)
-        stopping.append(cluster.start("stop"))
-        return await load
-
-    started = time.monotonic()
-    outcomes = asyncio.run(stopped_under_load())
-    told(f"stopped in {time.monotonic() - started - 15:.1f} s under load: {dict(outcomes)}")
+    outcomes, stopped_s = stopped_under_load(URL, lambda: cluster.start("stop"), after_s=15.0)
+    told(f"stopped in {stopped_s:.1f} s under load: {dict(outcomes)}")
     container = cluster("ps", "--all", "--quiet").strip()
     assert docker("inspect", "--format", "{{.State.ExitCode}}", container).strip() == "0"
     assert outcomes["done"] >= 8

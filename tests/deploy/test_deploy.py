@@ -6,7 +6,6 @@ build arguments, as in docker/.env; DEVICES=cpu,cuda,cluster builds all images. 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -38,7 +37,7 @@ from tests.deploy.engine import (
     output_of,
     seconds_until,
 )
-from tests.deploy.load import streams_until_refused
+from tests.deploy.load import stopped_under_load
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(3600)]
 
@@ -165,18 +164,8 @@ def test_the_container_cannot_write_elsewhere_and_has_no_capability(stack: Stack
 @pytest.mark.usefixtures("cold_s")
 def test_a_stop_under_load_loses_no_accepted_request(stack: Stack, told: Told) -> None:
     """Streams that began are finished, later ones are told to come back, and the exit code is 0."""
-    stopping: list[subprocess.Popen[bytes]] = []
-
-    async def stopped_under_load() -> dict[str, int]:
-        is_over = lambda: bool(stopping) and stopping[0].poll() is not None  # noqa: E731
-        load = asyncio.ensure_future(streams_until_refused(URL, clients=8, max_tokens=48, is_over=is_over))
-        await asyncio.sleep(10.0)
-        stopping.append(stack.start("stop", "ottava"))
-        return await load
-
-    started = time.monotonic()
-    outcomes = asyncio.run(stopped_under_load())
-    told(f"stopped in {time.monotonic() - started - 10:.1f} s under load: {dict(outcomes)}")
+    outcomes, stopped_s = stopped_under_load(URL, lambda: stack.start("stop", "ottava"), after_s=10.0)
+    told(f"stopped in {stopped_s:.1f} s under load: {dict(outcomes)}")
     container = stack("ps", "--all", "--quiet", "ottava").strip()
     assert docker("inspect", "--format", "{{.State.ExitCode}}", container).strip() == "0"
     assert outcomes["done"] >= 8
