@@ -35,7 +35,8 @@ def decoder_of(scheme: Scheme, name: str = "llama") -> Decoder:
 class Padded:
     """Makes an engine's runner pad, and its results come one step late, as a GPU's do.
 
-    wrong: a column of the step's table whose padding is overwritten with 0, 1, 2, ... or, of sample_rows, with 0.
+    wrong: a column of the step's table whose padding is overwritten: slots with those of the step itself, whose keys
+        are then lost, and sample_rows with 0.
     """
 
     steps: PaddedSteps
@@ -55,7 +56,8 @@ class Padded:
                 if column == "sample_rows":
                     table.sample_rows[num_samples:] = 0
                 else:
-                    table.slots[step.num_tokens :] = np.arange(len(table.slots) - step.num_tokens)
+                    padding = table.slots[step.num_tokens :]
+                    padding[:] = np.resize(table.slots[: step.num_tokens], len(padding))
                 return table
 
             runner._tables.build = spoilt  # type: ignore[method-assign]
