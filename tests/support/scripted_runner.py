@@ -51,10 +51,11 @@ class Hang:
 
     def __init__(self, from_step: int) -> None:
         self.from_step = from_step
-        self.release = threading.Event()
+        self.begun, self.release = threading.Event(), threading.Event()
 
     def __call__(self, number: int) -> None:
         if number >= self.from_step:
+            self.begun.set()
             self.release.wait(120)
 
 

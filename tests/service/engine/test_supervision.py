@@ -220,7 +220,9 @@ def test_a_step_that_waits_behind_a_stuck_one_fails_too(
     second = engine_of(other, device_thread=device_thread, step_timeout_s=0.2)
 
     async def go() -> list[list[int] | EngineFailed]:
-        streams = [engine.submit([1], SamplingParams(max_tokens=3), "r") for engine in (first, second)]
+        streams = [first.submit([1], SamplingParams(max_tokens=3), "r")]
+        assert await asyncio.to_thread(hang.begun.wait, DEADLINE_S)
+        streams.append(second.submit([1], SamplingParams(max_tokens=3), "r"))
         return await asyncio.gather(*map(outcome, streams))
 
     assert all(isinstance(result, EngineFailed) for result in asyncio.run(go()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from service.engine.step_table import Ints, StepTable
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.random_weights import random_decoder
-from tests.support.engines import CPU, PROMPTS, collect_all, make_engine
+from tests.support.engines import CPU, PROMPTS, collect, collect_all, make_engine
 from tests.support.grammars import EOS, RULES, finished
 from tests.support.lateness import LateRunner
 from tests.support.padded_runner import PaddedSteps, pad_steps
 from tests.support.tiny_models import make_model
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
+BLOCK_SIZE = 16
 INT8_KV = PRESETS["w8a8"].with_kv("int8")
 
 
@@ -35,8 +37,8 @@ def decoder_of(scheme: Scheme, name: str = "llama") -> Decoder:
 class Padded:
     """Makes an engine's runner pad, and its results come one step late, as a GPU's do.
 
-    wrong: a column of the step's table whose padding is overwritten: slots with those of the step itself, whose keys
-        are then lost, and sample_rows with 0.
+    wrong: a column of the step's table whose padding is overwritten: slots with those of the requests' first keys,
+        which are then lost, and sample_rows with 0.
     """
 
     steps: PaddedSteps
@@ -57,11 +59,31 @@ class Padded:
                     table.sample_rows[num_samples:] = 0
                 else:
                     padding = table.slots[step.num_tokens :]
-                    padding[:] = np.resize(table.slots[: step.num_tokens], len(padding))
+                    padding[:] = np.resize(table.block_tables[::-1, 0], len(padding)) * BLOCK_SIZE
                 return table
 
             runner._tables.build = spoilt  # type: ignore[method-assign]
         return LateRunner(runner)
+
+
+def told(decoder: Decoder, wrap: Padded | None) -> list[list[Token]]:
+    """Answers with their log-probabilities, which show keys that are lost before any token does."""
+    engine = make_engine(decoder, wrap=wrap)
+    params = replace(PARAMS, logprobs=0)
+
+    async def go() -> list[list[Token]]:
+        return await asyncio.gather(*(collect(engine, prompt, params) for prompt in PROMPTS))
+
+    try:
+        return asyncio.run(go())
+    finally:
+        engine.stop()
+
+
+def distance(found: list[list[Token]], wanted: list[list[Token]]) -> float:
+    """The largest difference of log-probabilities; infinite where the ids part."""
+    pairs = [(a, b) for one, other in zip(found, wanted, strict=True) for a, b in zip(one, other, strict=True)]
+    return max(abs((a.logprob or 0.0) - (b.logprob or 0.0)) if a.id == b.id else float("inf") for a, b in pairs)
 
 
 def answers(decoder: Decoder, params: SamplingParams, wrap: Padded | None, **limits: Any) -> list[list[int]]:
@@ -134,8 +156,13 @@ def test_log_probabilities_and_grammars_beside_plain_requests() -> None:
             assert scored.logprob == pytest.approx(score.logprob, abs=1e-5)
 
 
-@pytest.mark.parametrize("wrong", ["slots", "sample_rows"])
-def test_a_wrong_padding_is_found(wrong: str) -> None:
-    """Twins: padding that writes keys where somebody's are, and padding that samples for somebody's row."""
+def test_padding_that_samples_for_somebody_is_found() -> None:
     decoder = decoder_of(PRESETS["w8a8"])
-    assert answers(decoder, PARAMS, Padded(wrong)) != answers(decoder, PARAMS, None)
+    assert answers(decoder, PARAMS, Padded("sample_rows")) != answers(decoder, PARAMS, None)
+
+
+def test_padding_that_writes_where_keys_are_is_found() -> None:
+    decoder = decoder_of(PRESETS["w8a8"])
+    plain = told(decoder, None)
+    assert distance(told(decoder, Padded()), plain) < 1e-4
+    assert distance(told(decoder, Padded("slots")), plain) > 1e-2
