@@ -16,6 +16,7 @@ from service.engine.device.runner import Runner
 from service.engine.scheduler import Step
 from service.engine.shapes import Shape
 from service.engine.step_table import Ints, StepTable
+from service.errors import EngineFailed
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.random_weights import random_decoder
@@ -165,4 +166,8 @@ def test_padding_that_writes_where_keys_are_is_found() -> None:
     decoder = decoder_of(PRESETS["w8a8"])
     plain = told(decoder, None)
     assert distance(told(decoder, Padded()), plain) < 1e-4
-    assert distance(told(decoder, Padded("slots")), plain) > 1e-2
+    try:
+        spoilt = distance(told(decoder, Padded("slots")), plain)
+    except EngineFailed:
+        return  # attention leaves the rows of padding as they were in memory, and NaN is found as well
+    assert spoilt > 1e-2
