@@ -3,8 +3,16 @@
     python -m benchmarks.traffic --shape llama-3.1-8b
     python -m benchmarks.traffic --shape llama-3.1-8b --peer vllm "vllm serve {folder} --port {port}"
 
-Servers are started one after the other, loaded by `ottava bench`, and stopped. The points: `latency` (requests one
-after the other), `rate:R:S` (R requests/s at random times for S seconds), `burst:N` (N at once). The last line is JSON.
+Servers are started one after the other, loaded by `ottava bench`, and stopped. The points:
+
+    latency, latency:N         requests one after the other, of --input-len or N prompt tokens
+    rate:R:S                   R requests/s at random times, for S seconds
+    burst:N                    N requests at once
+    reading:N:COUNT            16 streams while COUNT prompts of N tokens are read
+    turns:N                    conversations of four turns, one after the other, that share N tokens of a system prompt
+    saturation:LOW:HIGH:S      the highest of six bisected rates at which 99 % of requests meet SLOS, for S seconds each
+
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -31,7 +40,13 @@ from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.report import RESULTS, birth_certificate, write
 from benchmarks.shapes import SHAPES
 
-POINTS = "latency,rate:4:12,rate:12:12,rate:20:12,rate:28:12,burst:256"
+POINTS = "latency,latency:16,rate:4:12,rate:12:12,rate:20:12,rate:28:12,burst:256,reading:3500:8,turns:1000"
+SLOS = ("ttft:200", "tpot:20")
+GOOD_SHARE = 0.99
+BISECTIONS = 6
+READERS, READ_TOKENS = 16, 768
+"""Streams beside which prompts are read, and how many tokens each of them gets."""
+TURNS, TURN_LEN, TURN_OUTPUT = 4, 64, 32
 START_S = 400.0
 STOP_S = 15.0
 TIMES = ("ttft", "tpot", "itl")
@@ -63,8 +78,10 @@ def main() -> int:
         for program in _programs(args):
             with _served(program, folder, Path(args.logs or scratch)) as (port, started_s):
                 certificate[f"{program.name} started in s"] = round(started_s, 1)
-                rows += [_measured(program.name, port, point, args, Path(scratch)) for point in args.points.split(",")]
+                load = Loader(program.name, port, args, Path(scratch))
+                rows += [row for point in args.points.split(",") for row in load.measured(point)]
     add_ratios(rows)
+    certificate |= {f"{server} serves requests/s": rate for server, rate in served_rates(rows).items()}
     write(args.out or RESULTS / f"traffic-{args.shape}.json", certificate, rows)
     print(table(rows))
     print(json.dumps(rows))
@@ -122,40 +139,104 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _measured(name: str, port: int, point: str, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """One point of load, as `ottava bench` tells it."""
-    out = scratch / "point.json"
-    command = [sys.executable, "-m", "service", "bench", "--url", f"http://127.0.0.1:{port}", "--json", str(out)]
-    command += ["--input-len", str(args.input_len), "--output-len", str(args.output_len), *load_of(point)]
-    with Path(os.devnull).open("wb") as nowhere:
-        subprocess.run(command, check=True, stdout=nowhere)
-    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    kept = ("completed", "failed", "duration", "request_throughput", *LOWER, *HIGHER)
-    row = {"server": name, "point": point} | {key: found[key] for key in kept}
-    _tell(json.dumps({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}))
-    return row | {"is_valid": found["ottava"]["valid"], "why_invalid": found["ottava"]["why_invalid"]}
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Loads one server with `ottava bench`."""
+
+    name: str
+    port: int
+    args: argparse.Namespace
+    scratch: Path
+
+    def measured(self, point: str) -> list[dict[str, Any]]:
+        """The rows of a point: one, and of a saturation one for each rate."""
+        kind, *numbers = read_point(point)
+        if kind != "saturation":
+            return [self._row(point, self._words(kind, numbers))]
+        low, high, seconds = numbers
+        rows: list[dict[str, Any]] = []
+        for _ in range(BISECTIONS):
+            rate = round((low * high) ** 0.5, 1)
+            words = ["--rate", f"{rate:g}", "--seconds", f"{seconds:g}", "--goodput", *SLOS]
+            row = self._row(point, self._sizes() + words) | {"rate": rate}
+            row["is_served"] = row["good_requests"] >= GOOD_SHARE * (row["completed"] + row["failed"])
+            low, high = (rate, high) if row["is_served"] else (low, rate)
+            rows.append(row)
+        return rows
+
+    def _words(self, kind: str, numbers: Sequence[float]) -> list[str]:
+        """The words of `ottava bench` for a point."""
+        match kind, [f"{number:g}" for number in numbers]:
+            case "latency", sizes:
+                sizes = [*self._sizes(), "--input-len", *sizes] if sizes else self._sizes()
+                return [*sizes, "--concurrency", "1", "--requests", "24"]
+            case "rate", [rate, seconds]:
+                return [*self._sizes(), "--rate", rate, "--seconds", seconds]
+            case "burst", [count]:
+                return [*self._sizes(), "--burst", count]
+            case "reading", [_, count]:
+                lines = self.scratch / "reading.jsonl"
+                write_reading(lines, int(numbers[0]), int(count), self.args.shape)
+                return ["--dataset", str(lines), "--warmup", "0", "--burst", str(READERS + int(count))]
+            case "turns", [shared]:
+                words = ["--prefixes", f"1:{shared}", "--turns", str(TURNS), "--concurrency", "1", "--requests", "24"]
+                return [*words, "--input-len", str(TURN_LEN), "--output-len", str(TURN_OUTPUT)]
+        raise AssertionError(kind)
+
+    def _sizes(self) -> list[str]:
+        return ["--input-len", str(self.args.input_len), "--output-len", str(self.args.output_len)]
+
+    def _row(self, point: str, words: Sequence[str]) -> dict[str, Any]:
+        out = self.scratch / "point.json"
+        command = [sys.executable, "-m", "service", "bench", "--url", f"http://127.0.0.1:{self.port}"]
+        with Path(os.devnull).open("wb") as nowhere:
+            subprocess.run([*command, "--json", str(out), *words], check=True, stdout=nowhere)
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        kept = ("completed", "failed", "duration", "request_throughput", *LOWER, *HIGHER)
+        row = {"server": self.name, "point": point} | {key: found[key] for key in kept}
+        own = found["ottava"]
+        row |= {"good_requests": own["good_requests"], "cached_share": cached_share(found)}
+        _tell(json.dumps({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}))
+        return row | {"is_valid": own["valid"], "why_invalid": own["why_invalid"]}
 
 
-def load_of(point: str) -> list[str]:
-    """The words of `ottava bench` for a point.
+def read_point(point: str) -> tuple[Any, ...]:
+    """A point's kind and its numbers.
 
     Raises:
         ValueError: it is no point.
     """
     kind, *rest = point.split(":")
-    match kind, rest:
-        case "latency", []:
-            return ["--concurrency", "1", "--requests", "24"]
-        case "rate", [rate, seconds]:
-            return ["--rate", rate, "--seconds", seconds]
-        case "burst", [count]:
-            return ["--burst", count]
-    raise ValueError(f"{point!r} is no point; use latency, rate:REQUESTS_PER_S:SECONDS or burst:REQUESTS")
+    counts = {"latency": (0, 1), "rate": (2,), "burst": (1,), "reading": (2,), "turns": (1,), "saturation": (3,)}
+    try:
+        numbers = [float(word) for word in rest]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(rest) or len(rest) not in counts.get(kind, ()) or min(numbers, default=1) <= 0:
+        raise ValueError(
+            f"{point!r} is no point; use latency, rate:REQUESTS_PER_S:SECONDS, burst:REQUESTS or see --help"
+        )
+    return kind, *numbers
+
+
+def write_reading(path: Path, prompt_len: int, count: int, shape: str) -> None:
+    """Write the requests of a reading as a dataset: streams of short prompts, then long prompts of two tokens each."""
+    rng = random.Random(0)
+    vocabulary = range(3, SHAPES[shape].vocab_size)
+    sizes = [(32, READ_TOKENS)] * READERS + [(prompt_len, 2)] * count
+    lines = [{"prompt": rng.choices(vocabulary, k=length), "max_tokens": tokens} for length, tokens in sizes]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def cached_share(found: dict[str, Any]) -> float | None:
+    """Share of the prompt tokens that the server says it found in its cache; None where it says nothing."""
+    cached = found["ottava"]["cached_input_tokens"]
+    return None if cached is None else cached / found["total_input_tokens"]
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
     """Add to ottava's rows how much better it is than the peer, above 1 is better: times of the peer over its own."""
-    peers = {row["point"]: row for row in rows if row["server"] != "ottava"}
+    peers = {row["point"]: row for row in rows if row["server"] != "ottava" and "rate" not in row}
     for row in rows:
         peer = peers.get(row["point"])
         if row["server"] != "ottava" or peer is None:
@@ -164,6 +245,15 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
             row[f"better_{key}"] = peer[key] / row[key] if row[key] and peer[key] else None
         for key in HIGHER:
             row[f"better_{key}"] = row[key] / peer[key] if peer[key] else None
+
+
+def served_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Server -> the highest rate that it served within the SLOs; 0 if none, and none at all without a saturation."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if "rate" in row:
+            found[row["server"]] = max(found.get(row["server"], 0.0), row["rate"] if row["is_served"] else 0.0)
+    return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -175,10 +265,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for point in dict.fromkeys(row["point"] for row in rows):
         for row in (row for row in rows if row["point"] == point):
             times = [f"{row[f'median_{time}_ms']:.1f}/{row[f'p99_{time}_ms']:.1f}" for time in TIMES]
+            name = f"{row['rate']:g}/s {'+' if row['is_served'] else '-'}" if "rate" in row else point
             lines.append(
-                f"{point:<14}{row['server']:<10}{row['completed']:>5}{row['output_throughput']:>9.0f}"
+                f"{name:<14}{row['server']:<10}{row['completed']:>5}{row['output_throughput']:>9.0f}"
                 f"{times[0]:>18}{times[1]:>16}{times[2]:>16}"
             )
+    lines += [f"{server} serves {rate:g}/s within {' '.join(SLOS)}" for server, rate in served_rates(rows).items()]
     return "\n".join(lines)
 
 
@@ -205,7 +297,7 @@ def _arguments() -> argparse.Namespace:
 
 def _points(text: str) -> str:
     for point in text.split(","):
-        load_of(point)
+        read_point(point)
     return text
 
 

@@ -9,28 +9,44 @@ import pytest
 import torch
 
 from benchmarks.random_checkpoint import write_checkpoint
-from benchmarks.traffic import HIGHER, LOWER, add_ratios, load_of, table
+from benchmarks.traffic import HIGHER, LOWER, add_ratios, read_point, served_rates, table, write_reading
 from service.models.decoder import score
 from service.models.loader import load_decoder
 from service.text.tokenizer import Tokenizer
+from service.tools.bench.prompts import read_dataset
 
 
 @pytest.mark.parametrize(
-    ("point", "words"),
+    ("point", "read"),
     [
-        ("latency", ["--concurrency", "1", "--requests", "24"]),
-        ("rate:28:12", ["--rate", "28", "--seconds", "12"]),
-        ("burst:256", ["--burst", "256"]),
+        ("latency", ("latency",)),
+        ("latency:16", ("latency", 16)),
+        ("rate:28:12", ("rate", 28, 12)),
+        ("burst:256", ("burst", 256)),
+        ("saturation:20:90:10", ("saturation", 20, 90, 10)),
     ],
 )
-def test_points(point: str, words: list[str]) -> None:
-    assert load_of(point) == words
+def test_points(point: str, read: tuple[Any, ...]) -> None:
+    assert read_point(point) == read
 
 
-@pytest.mark.parametrize("point", ["", "rate:28", "burst", "latency:3", "sweep:1"])
+@pytest.mark.parametrize("point", ["", "rate:28", "rate:28:x", "rate:-1:3", "burst", "latency:3:4", "sweep:1"])
 def test_what_is_no_point_is_refused(point: str) -> None:
     with pytest.raises(ValueError, match="no point; use latency"):
-        load_of(point)
+        read_point(point)
+
+
+def test_the_requests_of_a_reading_can_be_sent(tmp_path: Path) -> None:
+    write_reading(tmp_path / "lines", 3500, 2, "tiny")
+    prompts = read_dataset(tmp_path / "lines", 1)
+    assert [len(prompt.ids) for prompt in prompts] == [32] * 16 + [3500] * 2
+    assert [prompt.max_tokens for prompt in prompts] == [768] * 16 + [2] * 2
+
+
+def test_the_highest_rate_is_that_of_the_rows_that_were_served() -> None:
+    rows = [{"server": "a", "rate": rate, "is_served": rate < 50} for rate in (40.0, 56.6, 47.6, 51.9)]
+    assert served_rates([*rows, {"server": "b", "rate": 40.0, "is_served": False}]) == {"a": 47.6, "b": 0.0}
+    assert served_rates([{"server": "a", "point": "latency"}]) == {}
 
 
 def test_ratios_are_above_one_where_ottava_is_better() -> None:

@@ -23,11 +23,14 @@ WORDS = tuple(_TEXT.split())
 """Common English words, of about one token each in the vocabularies of large models."""
 
 
+Parts = tuple[tuple[str, str | list[int]], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt, in parts of a role and its text or token ids; all parts are of one kind."""
 
-    parts: tuple[tuple[str, str | list[int]], ...]
+    parts: Parts
     max_tokens: int
     is_conversation: bool = False
 
@@ -136,7 +139,8 @@ def dataset_prompts(lines: list[Prompt]) -> Iterator[Prompt]:
 
 
 def read_dataset(path: Path, output_len: int) -> list[Prompt]:
-    """A JSON line each: {"prompt": text} or {"messages": [{"role", "content"}, ...]}, "max_tokens" if not output_len.
+    """A JSON line each: {"prompt": text or token ids} or {"messages": [{"role", "content"}, ...]}, and "max_tokens" if
+    it is not output_len.
 
     Raises:
         InvalidSettings: a line is none of these, named by its number, or there is none.
@@ -150,7 +154,7 @@ def read_dataset(path: Path, output_len: int) -> list[Prompt]:
     return prompts
 
 
-_SHAPE = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, each with "max_tokens" if you like'
+_SHAPE = '{"prompt": "..." or [ids]} or {"messages": [{"role": "user", "content": "..."}]}, each with "max_tokens" if you like'
 
 
 def _line(line: str, output_len: int, where: str) -> Prompt:
@@ -158,11 +162,15 @@ def _line(line: str, output_len: int, where: str) -> Prompt:
         found: Any = json.loads(line)
         max_tokens = int(found.get("max_tokens", output_len))
         if "messages" in found:
-            parts = tuple((str(turn["role"]), str(turn["content"])) for turn in found["messages"])
+            parts: Parts = tuple((str(turn["role"]), str(turn["content"])) for turn in found["messages"])
         else:
-            parts = (("user", str(found["prompt"])),)
+            parts = (("user", _asked(found["prompt"])),)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InvalidSettings(f"{where} is not a request ({error!r}); write {_SHAPE}") from error
     if not parts or max_tokens < 1:
         raise InvalidSettings(f"{where} asks for nothing: messages must not be empty, and max_tokens be at least 1")
     return Prompt(parts, max_tokens, is_conversation="messages" in found)
+
+
+def _asked(prompt: object) -> str | list[int]:
+    return [int(id_) for id_ in prompt] if isinstance(prompt, list) else str(prompt)
