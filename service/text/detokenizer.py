@@ -63,6 +63,8 @@ class Detokenizer:
         """The last tokens of the context, starting at the beginning of a character: a decoder may reject all bytes of
         a run that starts inside one. (The text itself may hold U+FFFD, so the start with the fewest is taken.)"""
         ends = [list(context[-num:]) for num in range(NUM_CONTEXT, NUM_CONTEXT + MAX_BYTES)]
+        if REPLACEMENT not in self._decode(ends[0]):
+            return ends[0]
         return min(ends, key=lambda end: self._decode(end).count(REPLACEMENT))
 
     def _decode(self, ids: list[int]) -> str:

@@ -31,7 +31,7 @@ def _prompts(value: Any) -> Prompts:
 
 
 def _are_ids(items: list[Any]) -> bool:
-    return all(type(item) is int for item in items)
+    return set(map(type, items)) <= {int}
 
 
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
