@@ -154,7 +154,10 @@ def read_dataset(path: Path, output_len: int) -> list[Prompt]:
     return prompts
 
 
-_SHAPE = '{"prompt": "..." or [ids]} or {"messages": [{"role": "user", "content": "..."}]}, each with "max_tokens" if you like'
+_SHAPE = (
+    '{"prompt": "..." or [ids]} or {"messages": [{"role": "user", "content": "..."}]}, each with "max_tokens" if you '
+    "like"
+)
 
 
 def _line(line: str, output_len: int, where: str) -> Prompt:
