@@ -162,7 +162,10 @@ class Settings(BaseSettings):
         30.0, gt=0, allow_inf_nan=False, description="Seconds a client has to send its request before it is cut off."
     )
     send_timeout_s: float = Field(
-        30.0, gt=0, allow_inf_nan=False, description="Seconds a client may leave bytes unread before it is cut off."
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds a client may read nothing of what waits for it before it is cut off.",
     )
     keep_alive_s: int = Field(30, ge=1, description="Seconds a connection may stay open between two requests.")
     allowed_hosts: tuple[HostName, ...] = Field(
