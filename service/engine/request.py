@@ -68,6 +68,10 @@ class Request:
         return self.finish_reason is not None
 
     @property
+    def has_started(self) -> bool:
+        return self.first_scheduled_s is not None
+
+    @property
     def is_behind(self) -> bool:
         """Whether its grammar must wait for the host to read the last token before it can constrain the next."""
         return self.matcher is not None and self.num_pending > 0
