@@ -23,7 +23,7 @@ from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
 from service.engine.stream import RequestStream
 from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, Watchdog, describe, is_poison, stacks
-from service.errors import EngineFailed, OttavaError, QueueFull, ReloadFailed, WeightsReplaced
+from service.errors import EngineFailed, OttavaError, ReloadFailed, WeightsReplaced
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -174,8 +174,7 @@ class EngineLoop:
         """
         if self._inbox.is_closed:
             raise EngineFailed(f"the engine of variant {self.variant!r} has stopped")
-        if self._inbox.num_waiting >= self._max_waiting:
-            raise QueueFull(f"{self._max_waiting} requests are waiting for variant {self.variant!r}; try again later")
+        self._client.refuse_if_full(self._inbox.num_waiting, self._max_waiting, params.owner)
         self._event_loop = asyncio.get_running_loop()
         return self._client.submit(prompt_ids, params, request_id, arrival_s)
 

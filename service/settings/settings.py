@@ -207,7 +207,10 @@ class Settings(BaseSettings):
         "time to the first token what others have sent.",
     )
     max_concurrent_per_key: int | None = Field(
-        None, ge=1, description="Concurrent requests per API key; more get 429. Clients without a key share one limit."
+        None,
+        ge=1,
+        description="Answers per API key at a time: choices, prompts and both runs of a comparison; more get 429. "
+        "Clients without a key share one limit.",
     )
     max_requests_per_minute: int | None = Field(
         None, ge=1, description="Requests per minute and API key, which may all come at once; more get 429."

@@ -64,7 +64,8 @@ class Gate:
         finally:
             if counts:
                 self._serving.lifecycle.leave()
-                self._serving.limits.leave(record.key, time.perf_counter() - record.received_s)
+                took_s = time.perf_counter() - record.received_s
+                self._serving.limits.leave(record.key, took_s, record.num_answers)
 
     def _admit(self, scope: Scope, record: RequestRecord, counts: bool) -> None:
         """Set the key's name in the record and, if it `counts` as a generation, count it as running.

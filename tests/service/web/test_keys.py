@@ -157,6 +157,21 @@ def test_a_known_key_is_served() -> None:
         assert response.status_code == 200
 
 
+@pytest.mark.parametrize("sharing", [False, True])
+def test_the_engine_is_told_whose_a_request_is(sharing: bool) -> None:
+    async def go() -> list[tuple[str, str]]:
+        engines = two_engines()
+        async with client_of(app_of(engines, api_keys=KEYS, prefix_sharing=sharing)) as client:
+            for key in (ALICE, BOB):
+                for path in ("/generate", "/v1/completions"):
+                    assert (await client.post(path, json={"prompt": "a"}, headers=bearer(key))).status_code == 200
+        return [(request.params.owner, request.params.salt) for request in engines["w8a8"].submitted]
+
+    told = asyncio.run(go())
+    assert [owner for owner, _ in told] == ["alice", "alice", "key2", "key2"]
+    assert [salt for _, salt in told] == ([""] * 4 if sharing else ["alice", "alice", "key2", "key2"])
+
+
 DEFAULT_PUBLIC = {"/health", "/ready", "/", "/docs", "/openapi.json"}
 GUARDED = {"/info", "/metrics", "/requests/recent", "/compare", "/nowhere", "/health/", "/HEALTH"}
 
