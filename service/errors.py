@@ -5,6 +5,7 @@ OttavaError
  |  + InvalidRequest     400   a value out of its range
  |  + PromptTooLong      400   more tokens than the context holds
  |  + Unauthorized       401   no API key, or an unknown one
+ |  + Forbidden          403   an admin route of a server that has no admin keys
  |  + UnknownVariant     404   a variant that is not served
  |  + UnknownModel       404   a model that is not served
  |  + TooLarge           413   a body above the limit
@@ -18,6 +19,7 @@ OttavaError
  |  + QueueTimeout       503   queued too long
  |  + NotReady           503   starting, or refused by the self-check
  |  + Draining           503   the server is stopping
+ |  + WeightsReplaced    503   ended by a reload that had waited for it
  + EngineError                the server is at fault
  |  + EngineFailed       500   a step raised; the request is lost
  + ChatError                  `ottava chat`: no server answers, or it refused; one line, exit code 1
@@ -84,6 +86,14 @@ class Unauthorized(RequestError):
     @property
     def headers(self) -> Mapping[str, str]:
         return {"www-authenticate": 'Bearer realm="ottava"'}
+
+
+class Forbidden(RequestError):
+    """An admin route is closed, since the server has no admin keys."""
+
+    status = 403
+    type = "permission_error"
+    code = "admin_closed"
 
 
 class UnknownVariant(RequestError):
@@ -181,6 +191,12 @@ class Draining(CapacityError):
     """The server is stopping and accepts no new requests."""
 
     code = "draining"
+
+
+class WeightsReplaced(CapacityError):
+    """The request ran when the weights were replaced, and would have held up those that waited for the new ones."""
+
+    code = "weights_replaced"
 
 
 class EngineError(OttavaError):

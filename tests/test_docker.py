@@ -27,7 +27,7 @@ JOBS = ("loadtest",)
 
 VARIABLE = re.compile(r"\$\{(\w+)")
 PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+(-[\w-]+)?")
-NOT_PASSED_ON = {"config", "api_keys", "host", "port", "cache_dir", "in_process"}
+NOT_PASSED_ON = {"config", "api_keys", "admin_api_keys", "host", "port", "cache_dir", "in_process"}
 """Settings that the image or the compose file decides, and keys, which come as a file."""
 
 

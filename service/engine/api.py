@@ -26,7 +26,8 @@ class SamplingParams:
     prompt_logprobs: the same for every prompt token but the first.
     grammar: the rules that the answer must match, as passed to `Engine.compile`; None for any text. The end token ends
         a constrained answer even with ignore_eos.
-    priority: requests of a lower number start before others, and are preempted after them.
+    priority: of the requests of one owner, those of a lower number start before others, and are preempted after them.
+    owner: the API key that it came with. Owners share rows, blocks and steps fairly.
     salt: only prompts of the same salt are found in the prefix cache, so that nobody learns from the time to the first
         token what others have sent.
     max_cached: most prompt tokens to take from the prefix cache; None for any number.
@@ -44,6 +45,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     grammar: str | None = None
     priority: int = 0
+    owner: str = ""
     salt: str = ""
     max_cached: int | None = None
 

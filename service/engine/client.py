@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -66,8 +67,7 @@ class EngineClient:
     ) -> RequestStream:
         """See `Engine.submit`."""
         self.refuse_if_failed()
-        if self._num_waiting >= self.max_waiting:
-            raise QueueFull(f"{self.max_waiting} requests are waiting for variant {self.variant!r}; try again later")
+        self.refuse_if_full(self._num_waiting, self.max_waiting, params.owner)
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         arrival_s = time.perf_counter() if arrival_s is None else arrival_s
         command = Submit(
@@ -110,6 +110,16 @@ class EngineClient:
         """Raise EngineFailed if the engine has failed for good."""
         if self.failure is not None:
             raise EngineFailed(f"the engine of variant {self.variant!r} has stopped")
+
+    def refuse_if_full(self, num_waiting: int, limit: int, owner: str) -> None:
+        """Raise QueueFull if so many requests wait, unless this API key has less than its share of the queue."""
+        if num_waiting < limit:
+            return
+        waiting = (stream.command.params.owner for stream in self._streams.values() if stream.is_waiting)
+        num_of = Counter(waiting)
+        num_owners = len({*num_of, owner})
+        if num_owners == 1 or num_of[owner] >= limit // num_owners:
+            raise QueueFull(f"{limit} requests are waiting for variant {self.variant!r}; try again later")
 
     def receive(self, news: News) -> None:
         """Pass the engine's news to the streams, in order."""

@@ -113,6 +113,12 @@ class Inbox:
             self._scheduler.check_integrity()
             self.publish()
 
+    def fail_started(self, error: OttavaError) -> None:
+        """End all requests that have started with the error, preempted ones too. Others stay."""
+        with self.wake:
+            self._drop([request for request in self._requests.values() if request.has_started], fault_of(error))
+            self.publish()
+
     def close(self, error: OttavaError) -> None:
         """Accept no more requests and end all present ones with the error. Idempotent: the first error is kept."""
         with self.wake:

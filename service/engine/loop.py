@@ -23,7 +23,7 @@ from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
 from service.engine.stream import RequestStream
 from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, Watchdog, describe, is_poison, stacks
-from service.errors import EngineFailed, OttavaError, QueueFull, ReloadFailed
+from service.errors import EngineFailed, OttavaError, ReloadFailed, WeightsReplaced
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,11 +53,17 @@ class StepRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A pending replacement of the runner. done: resolves once it is in place, or to the error that prevented it."""
+    """A pending replacement of the runner.
+
+    wait_s, until_s: how long running requests may go on, and until when, from `time.perf_counter`.
+    done: resolves once it is in place, or to the error that prevented it.
+    """
 
     runner: StepRunner
     num_blocks: int
     weight_bytes: int
+    wait_s: float
+    until_s: float
     done: Future[None] = field(default_factory=Future)
 
 
@@ -168,8 +174,7 @@ class EngineLoop:
         """
         if self._inbox.is_closed:
             raise EngineFailed(f"the engine of variant {self.variant!r} has stopped")
-        if self._inbox.num_waiting >= self._max_waiting:
-            raise QueueFull(f"{self._max_waiting} requests are waiting for variant {self.variant!r}; try again later")
+        self._client.refuse_if_full(self._inbox.num_waiting, self._max_waiting, params.owner)
         self._event_loop = asyncio.get_running_loop()
         return self._client.submit(prompt_ids, params, request_id, arrival_s)
 
@@ -194,8 +199,10 @@ class EngineLoop:
         """Send all news to this sink. Call it before the first request."""
         self._inbox.sink = sink
 
-    def exchange(self, runner: StepRunner, num_blocks: int, weight_bytes: int) -> Future[None]:
+    def exchange(self, runner: StepRunner, num_blocks: int, weight_bytes: int, wait_s: float) -> Future[None]:
         """Replace the runner once all running requests have finished; queued requests start on the new one.
+
+        Those that still run after wait_s seconds end with WeightsReplaced.
 
         Returns:
             A future that resolves when the new runner is in place; ReloadFailed if the engine ends before that.
@@ -207,7 +214,8 @@ class EngineLoop:
             if self._inbox.is_closed:
                 raise EngineFailed(f"the engine of variant {self.variant!r} has stopped")
             assert self._exchange is None, "one exchange at a time"
-            self._exchange = exchange = Exchange(runner, num_blocks, weight_bytes)
+            until_s = time.perf_counter() + wait_s
+            self._exchange = exchange = Exchange(runner, num_blocks, weight_bytes, wait_s, until_s)
             self._wake.notify()
         return exchange.done
 
@@ -289,7 +297,16 @@ class EngineLoop:
 
     def _exchange_if_drained(self) -> None:
         self._scheduler.admits_new = self._exchange is None
-        if self._exchange is None or self._unread or not self._scheduler.is_drained:
+        if self._exchange is None:
+            return
+        if not self._scheduler.is_drained and time.perf_counter() >= self._exchange.until_s:
+            self._inbox.fail_started(
+                WeightsReplaced(
+                    f"new weights of variant {self.variant!r} had waited {self._exchange.wait_s:g} s for this request "
+                    "to be done, which is the limit; send it again"
+                )
+            )
+        if self._unread or not self._scheduler.is_drained:
             return
         exchange, self._exchange = self._exchange, None
         self._runner, self._weight_bytes = exchange.runner, exchange.weight_bytes

@@ -19,6 +19,7 @@ class Request:
 
     handle: identifies the request in messages; chosen by the submitter.
     number: its place in the order of arrival.
+    rank: its place among the running requests of several API keys; 0 while there is but one key.
     matcher: position of the output in its grammar; None without a grammar.
     output_ids: the tokens the host has read.
     row: the request's place in the runner's per-request state while it runs, else -1.
@@ -37,6 +38,7 @@ class Request:
     seed: int
     handle: int = 0
     number: int = 0
+    rank: int = 0
     matcher: Matcher | None = None
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -66,6 +68,10 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def has_started(self) -> bool:
+        return self.first_scheduled_s is not None
 
     @property
     def is_behind(self) -> bool:

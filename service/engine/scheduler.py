@@ -8,16 +8,22 @@ host.
 A prompt that begins like one computed before shares its blocks (`BlockPool`). At least its last two tokens are computed
 again: the last must be, and a single row would take another kernel than a prompt's rows do, which rounds differently.
 For the same reason no piece of a prompt has one row, unless a step leaves room for fewer than three.
+
+Requests of several API keys share rows and blocks as `fairness` says. A key that waits below its share gets what a key
+above its own has: the newest request of that is put back and computed again. Each key keeps its first one, so that all
+get on.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from service.engine.api import FinishReason
 from service.engine.blocks import BlockPool
+from service.engine.fairness import Shares, Waiting, turn
 from service.engine.messages import Logprob
 from service.engine.pacing import Pacing
 from service.engine.request import Request
@@ -103,10 +109,12 @@ class Scheduler:
         self.max_num_requests = max_num_requests
         self.pacing = Pacing(max_batched_tokens, target_itl_s, step_times_s)
         self.eos_ids = eos_ids
-        self.waiting: list[Request] = []
-        """In the order in which they will start: see `_turn`."""
+        self.waiting = Waiting()
         self.running: list[Request] = []
-        """In the same order, so that for its sake the last ones are preempted."""
+        """In the order in which they keep their blocks: for the sake of the first the last ones are preempted."""
+        self._shares = Shares(max_num_requests)
+        self._is_ranked = True
+        self._was_shared = False
         self.num_preemptions = 0
         self.num_graph_steps = 0
         self.num_plain_steps = 0
@@ -136,11 +144,16 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self._num_arrived += 1
         request.number = self._num_arrived
-        insort(self.waiting, request, key=_turn)
+        num_owners = self._shares.num_owners
+        self._shares.enter(request.params.owner)
+        self._is_ranked &= self._shares.num_owners == num_owners
+        self.waiting.add(request)
 
     def schedule(self, now_s: float) -> Step | None:
         """Plan the next step and advance the requests' lengths as if it had run. None if no request can run."""
         self.admitted = []
+        self._rank()
+        self._make_room()
         chunks: list[Chunk] = []
         decoding: list[tuple[Request, int]] = []
         reading: list[tuple[Request, int]] = []
@@ -229,6 +242,7 @@ class Scheduler:
         if request.is_finished:
             return
         request.finish_reason, request.finished_s = reason, now_s
+        self._shares.leave(request.params.owner)
         if request.row >= 0:
             self.running.remove(request)
             self._release(request)
@@ -260,6 +274,7 @@ class Scheduler:
         start = request.num_computed
         samples = start + length == request.num_tokens
         chunk = Chunk(request, start, length, samples, request.num_generated, _scored(request, start + length))
+        self._shares.charge(request.params.owner, length)
         request.num_scored += len(chunk.scored)
         request.num_computed += length
         request.num_pending += samples
@@ -273,7 +288,7 @@ class Scheduler:
         """
         if num_left <= budget:
             return budget
-        behind = [other_left for other, other_left in reading if _turn(other) > _turn(request)]
+        behind = [other_left for other, other_left in reading if _place(other) > _place(request)]
         num_free = self.pool.num_free - self._num_blocks(budget)
         others = (other for other in self.waiting if other is not request)
         # One of the free rows will be its own if it has none yet.
@@ -287,8 +302,7 @@ class Scheduler:
     def _grow(self, request: Request, length: int, chunks: Sequence[Chunk]) -> bool:
         """Allocate blocks for length more tokens. False if there are too few.
 
-        Requests behind it that are not in this step are preempted for it, those of the lowest priority and of these the
-        newest.
+        Requests behind it that are not in this step are preempted for it, the last first.
         """
         missing = self._num_blocks(request.num_computed + length) - len(request.blocks)
         if not missing:
@@ -296,7 +310,7 @@ class Scheduler:
         if missing > self.pool.num_free:
             # This set is needed only here, which is rare, so it is built here.
             kept = {request, *(chunk.request for chunk in chunks)}
-            victims = [r for r in self.running if _turn(r) > _turn(request) and r not in kept]
+            victims = [r for r in self.running if _place(r) > _place(request) and r not in kept]
             while missing > self.pool.num_free:
                 if not victims:
                     return False
@@ -305,7 +319,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Free a request's blocks and queue it before those of its priority that have not started.
+        """Free a request's blocks and queue it before those of its key and priority that have not started.
 
         What has left the cache by then is computed again.
         """
@@ -314,7 +328,55 @@ class Scheduler:
         request.num_computed = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
-        insort(self.waiting, request, key=_turn)
+        self.waiting.add(request)
+
+    def _rank(self) -> None:
+        """Sort the running requests of several keys: the first of each by arrival, then the second of each, and on."""
+        is_shared, was_shared = self._shares.num_owners > 1, self._was_shared
+        # One key's requests are in order already, and sorting hundreds of them would take 0.1 ms.
+        if self._is_ranked or not (is_shared or was_shared):
+            return
+        self._is_ranked, self._was_shared = True, is_shared
+        self.running.sort(key=turn)
+        if is_shared:
+            num_before: Counter[str] = Counter()
+            places = {}
+            for request in self.running:
+                places[request] = num_before[request.params.owner], request.number
+                num_before[request.params.owner] += 1
+            self.running.sort(key=places.__getitem__)
+        for rank, request in enumerate(self.running):
+            request.rank = rank if is_shared else 0
+
+    def _make_room(self) -> None:
+        """Preempt a request of a key above its share if one of a key below its own waits for its row or blocks.
+
+        One in a step, so that no row stays empty for long.
+        """
+        num_owners = self._shares.num_owners
+        if num_owners < 2 or not self.waiting or not self.running:
+            return
+        head = self._head()
+        if head is None or head.num_pending or (self._free_rows and not self._is_blocked(head)):
+            return
+        num_blocks: Counter[str] = Counter()
+        for request in self.running:
+            num_blocks[request.params.owner] += len(request.blocks)
+        rows, blocks = self._shares.num_rows, self.pool.num_blocks // num_owners
+        owner = head.params.owner
+        is_below = num_blocks[owner] + self._num_blocks(head.num_tokens + 1) <= blocks
+        if self._shares.num_running(owner) and not (self._shares.num_running(owner) < rows and is_below):
+            return
+        above = {
+            other
+            for other, count in num_blocks.items()
+            if other != owner and (self._shares.num_running(other) > rows or count > blocks)
+        }
+        firsts = {request.params.owner: request for request in reversed(self.running)}
+        victims = (r for r in reversed(self.running) if r.params.owner in above and r is not firsts[r.params.owner])
+        victim = next(victims, None)
+        if victim is not None:
+            self._preempt(victim)
 
     def _found(self, request: Request) -> list[tuple[int, int]]:
         """(block, key) of the blocks that the request can share; none if all its rows are wanted."""
@@ -345,11 +407,15 @@ class Scheduler:
     def _may_start(self, request: Request) -> bool:
         return self.admits_new or request.first_scheduled_s is not None
 
+    def _head(self) -> Request | None:
+        """The request whose turn it is to start."""
+        return min(self.waiting.heads(self._may_start).values(), key=self._shares.order, default=None)
+
     def _next(self) -> Request | None:
         """The request whose turn it is to start, if a row is free and the host has read all its tokens."""
         if not self._free_rows:
             return None
-        request = next(filter(self._may_start, self.waiting), None)
+        request = self._head()
         return request if request is not None and request.num_pending == 0 else None
 
     def _is_blocked(self, request: Request) -> bool:
@@ -374,18 +440,24 @@ class Scheduler:
         if request.first_scheduled_s is None:
             request.first_scheduled_s, request.num_cached = now_s, request.num_computed
             self.admitted.append(request)
-        insort(self.running, request, key=_turn)
+        owner = request.params.owner
+        request.rank = len(self.running) if self._shares.num_owners > 1 else 0
+        self._shares.start(owner)
+        self._is_ranked = False
+        insort(self.running, request, key=_place)
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
         request.block_keys = []
         self._free_rows.append(request.row)
         request.row = -1
+        self._shares.stop(request.params.owner)
+        self._is_ranked = False
 
 
-def _turn(request: Request) -> tuple[int, bool, int]:
-    """Sorts requests by when they start: by priority, preempted ones before new ones, first come first served."""
-    return request.params.priority, request.first_scheduled_s is None, request.number
+def _place(request: Request) -> tuple[int, int, bool, int]:
+    """Sorts running requests by the rank they had at the start of the step; if there is one key alone, by `turn`."""
+    return request.rank, *turn(request)
 
 
 def _piece(num_left: int, budget: int) -> int:

@@ -57,6 +57,11 @@ class RequestStream:
         )
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether it has neither started nor ended."""
+        return self.first_scheduled_s is None and not self._is_over
+
+    @property
     def seed(self) -> int:
         return self.command.seed
 

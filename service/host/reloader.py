@@ -18,7 +18,7 @@ from quant.scheme import Scheme
 from service.engine.api import Reloaded
 from service.engine.device.device_thread import DeviceThread
 from service.engine.device.runner import Runner
-from service.errors import EngineFailed, ReloadFailed, StartupError, first_line
+from service.errors import EngineFailed, InvalidRequest, ReloadFailed, StartupError, first_line
 from service.host.memory import cache_blocks
 from service.host.model_host import ModelHost, open_model
 from service.host.self_check import CHECK_PROMPTS
@@ -69,8 +69,8 @@ class Reloader:
     """Implements `service.host.model_host.Reload`. Call it on its own thread, one call at a time.
 
     The new weights are loaded next to the old ones, checked against the baseline, and warmed up on the KV cache in use,
-    all in between the engines' steps. Only then does the engine stop starting requests, finish the running ones, and
-    continue with the new weights. If anything fails before that, nothing has changed.
+    all in between the engines' steps. Only then does the engine stop starting requests, let the running ones finish for
+    at most reload_wait_s, and continue with the new weights. If anything fails before that, nothing has changed.
     """
 
     def __init__(self, host: ModelHost, settings: Settings) -> None:
@@ -81,13 +81,14 @@ class Reloader:
         """Serve the checkpoint of a folder, or re-read the present one if None.
 
         Raises:
-            ReloadFailed: no int8 variant is served or its engine has failed; the folder is missing, corrupt, not
-                quantized, or of another architecture or tokenizer; memory is short; or the self-check refuses it.
+            InvalidRequest: the name is of no folder below `reload_root`.
+            ReloadFailed: no int8 variant is served or its engine has failed; the folder is corrupt, not quantized, or
+                of another architecture or tokenizer; memory is short; or the self-check refuses it.
         """
         name = next((name for name in self._host.variants if name != BASELINE), None)
         if name is None:
             raise ReloadFailed(f"only {BASELINE} is served here, so there is no int8 checkpoint to reload")
-        folder = _folder(self._host.variants[name], model)
+        folder = _folder(self._host.variants[name], model, self._settings.reload_root)
         try:
             reloaded = self._serve(name, folder)
         # A traceback's frames refer to the new weights, so an error that is kept would keep their memory.
@@ -110,7 +111,7 @@ class Reloader:
         num_blocks, runner = self._warm(name, old, decoder)
         pause_s = time.perf_counter()
         log.info("%s: %s is loaded and checked; it takes over when the running requests have finished", name, folder)
-        old.engine.exchange(runner, num_blocks, decoder.weight_bytes).result()
+        old.engine.exchange(runner, num_blocks, decoder.weight_bytes, self._settings.reload_wait_s).result()
         end_s = time.perf_counter()
         new = replace(
             old,
@@ -188,14 +189,29 @@ def open_host(settings: Settings, on_progress: Progress = silent) -> ModelHost:
     return host
 
 
-def _folder(old: Variant, model: str | None) -> Path:
+def _folder(old: Variant, model: str | None, root: Path | None) -> Path:
+    """The folder to read. Raises InvalidRequest, with one answer for all that is not a folder below the root."""
     if model is None:
         if old.folder is None:
             raise ReloadFailed("random weights are served, so there is no folder to read again; name one as `model`")
         return old.folder
-    folder = Path(model)
-    if not folder.is_dir():
-        raise ReloadFailed(f"`model` is {model[:80]!r}, which is no folder on the server; name one", "model")
+    if root is None:
+        raise InvalidRequest(
+            "`model` names a folder, but this server has no reload_root; leave `model` out to read the served folder "
+            "again, or start it with --reload-root",
+            "model",
+        )
+    try:
+        top = root.resolve()
+        folder = (top / model).resolve()
+        is_below = top in folder.parents and folder.is_dir()
+    # Names with a NUL, half a surrogate pair, too many letters or a loop of links; folders that may not be entered.
+    except (OSError, RuntimeError, ValueError):
+        is_below = False
+    if not is_below:
+        raise InvalidRequest(
+            f"`model` is {model[:80]!r}, which is no folder below this server's reload_root; name one that is", "model"
+        )
     return folder
 
 

@@ -162,7 +162,10 @@ class Settings(BaseSettings):
         30.0, gt=0, allow_inf_nan=False, description="Seconds a client has to send its request before it is cut off."
     )
     send_timeout_s: float = Field(
-        30.0, gt=0, allow_inf_nan=False, description="Seconds a client may leave bytes unread before it is cut off."
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds a client may read nothing of what waits for it before it is cut off.",
     )
     keep_alive_s: int = Field(30, ge=1, description="Seconds a connection may stay open between two requests.")
     allowed_hosts: tuple[HostName, ...] = Field(
@@ -183,6 +186,14 @@ class Settings(BaseSettings):
         None,
         description="File of API keys, one `key` or `name:key` per line, # before a comment; read again on reload.",
     )
+    admin_api_keys: SecretStr | None = Field(
+        None,
+        description="Keys for /admin, written as `api_keys` are, which open nothing else. None: /admin answers on "
+        "loopback without API keys, and nowhere else.",
+    )
+    admin_api_keys_file: Path | None = Field(
+        None, description="File of keys for /admin, written as `api_keys_file` is; read again on reload."
+    )
     allow_anonymous: bool = Field(
         False, description="Allow other machines to connect although no API key is set; every client is served."
     )
@@ -196,7 +207,10 @@ class Settings(BaseSettings):
         "time to the first token what others have sent.",
     )
     max_concurrent_per_key: int | None = Field(
-        None, ge=1, description="Concurrent requests per API key; more get 429. Clients without a key share one limit."
+        None,
+        ge=1,
+        description="Answers per API key at a time: choices, prompts and both runs of a comparison; more get 429. "
+        "Clients without a key share one limit.",
     )
     max_requests_per_minute: int | None = Field(
         None, ge=1, description="Requests per minute and API key, which may all come at once; more get 429."
@@ -219,6 +233,17 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds that running requests may still take after SIGTERM; then they are ended with 503. "
         "Keep it below the supervisor's timeout.",
+    )
+    reload_root: Path | None = Field(
+        None,
+        description="Folder below which /admin/reload may name checkpoints; none: it reads the served one again.",
+    )
+    reload_wait_s: float = Field(
+        10.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that a reload holds up new requests for those that run on the old weights; the rest of "
+        "these are then ended with 503.",
     )
     engine_restarts: int = Field(
         3, ge=0, description="Restarts of an engine after a fault, within engine_restart_window_s."

@@ -36,6 +36,7 @@ class RequestRecord:
     status: None until an answer has started; stays None if the client disconnects before.
     server: address and port that it was sent to.
     route: the template of its path, which has few values, unlike the path itself.
+    num_answers: the answers that the limits of its key count.
     trace: its headers `traceparent` and `tracestate`, if present.
     trace_id, is_sampled: its trace, and whether that will be exported; set on arrival by the tracer, if there is one.
     """
@@ -52,6 +53,7 @@ class RequestRecord:
     status: int | None = None
     route: str = "unknown"
     key: str = ANONYMOUS
+    num_answers: int = 1
     runs: list[RunRecord] = field(default_factory=list)
     trace_id: int | None = None
     is_sampled: bool = False

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from service.engine.api import EngineStats
-from service.errors import RateLimited
+from service.errors import InvalidRequest, RateLimited
 
 MAX_RETRY_AFTER_S = 600
 PACE_WEIGHT = 0.1
@@ -58,7 +58,10 @@ class Pace:
 
 
 class KeyLimits:
-    """Limits the requests of each API key: how many at a time, and how many per minute. None is no limit.
+    """Limits each API key: answers at a time, and requests per minute. None is no limit.
+
+    A request counts as one answer until its body has been read, then as all that it wants: `n` of each prompt, and two
+    for a comparison.
 
     A whole minute's requests may come at once; after that one is allowed every 60 / per_minute seconds.
     """
@@ -74,18 +77,12 @@ class KeyLimits:
         self._buckets: dict[str, TokenBucket] = {}
 
     def enter(self, name: str) -> None:
-        """Count a request of the key as running until `leave`.
+        """Count a request of the key as one running answer until `leave`.
 
         Raises:
             RateLimited: the key has reached one of its limits. Nothing is counted.
         """
-        if self._max_concurrent is not None and self._num_active[name] >= self._max_concurrent:
-            raise RateLimited(
-                f"{self._num_active[name]} requests of this API key are running; the limit is "
-                f"{self._max_concurrent} at a time; wait for one to end",
-                # Of n running requests that last mean_s each, one ends every mean_s / n.
-                retry_after_s=whole_seconds(self._mean_s / self._num_active[name]),
-            )
+        self._refuse_more(name, 1)
         if self._per_minute is not None:
             bucket = self._buckets.get(name)
             if bucket is None:
@@ -99,12 +96,39 @@ class KeyLimits:
                 )
         self._num_active[name] += 1
 
-    def leave(self, name: str, took_s: float) -> None:
-        """Count a request of the key as ended, took_s after it arrived."""
+    def widen(self, name: str, num_answers: int, param: str | None) -> None:
+        """Count a request that has entered as so many running answers; `leave` must then be told.
+
+        Raises:
+            InvalidRequest: that is above the limit by itself. param: the field that asks for them.
+            RateLimited: it is, with the key's other requests. Nothing is counted.
+        """
+        if self._max_concurrent is not None and num_answers > self._max_concurrent:
+            raise InvalidRequest(
+                f"the request asks for {num_answers} answers; the limit of an API key is {self._max_concurrent} at a "
+                "time, choices, prompts and both runs of a comparison together; ask for fewer",
+                param,
+            )
+        self._refuse_more(name, num_answers - 1)
+        self._num_active[name] += num_answers - 1
+
+    def leave(self, name: str, took_s: float, num_answers: int = 1) -> None:
+        """Count a request of the key as ended, took_s after it arrived. num_answers: as it was counted last."""
         self._mean_s = _moved(self._mean_s or took_s, took_s)
-        self._num_active[name] -= 1
+        self._num_active[name] -= num_answers
         if not self._num_active[name]:
             del self._num_active[name]
+
+    def _refuse_more(self, name: str, num_more: int) -> None:
+        """Raise RateLimited if so many more answers would be above the limit."""
+        num_active = self._num_active[name]
+        if self._max_concurrent is not None and num_active + num_more > self._max_concurrent:
+            raise RateLimited(
+                f"{num_active} answers to this API key are running, and this request would add {num_more}; the limit "
+                f"is {self._max_concurrent} at a time; wait for others to end",
+                # Of n running answers that last mean_s each, one ends every mean_s / n.
+                retry_after_s=whole_seconds(self._mean_s / max(1, num_active)),
+            )
 
 
 def _moved(mean: float, value: float) -> float:

@@ -20,6 +20,7 @@ EVERY_ROUTE = (413, 421, 500)
 _MEANINGS = {
     400: "A value outside its range: the message names field, value, limit and remedy.",
     401: "No API key, or an unknown one; only if keys are set.",
+    403: "An admin route of a server that has no admin keys.",
     404: "A model or variant that is not served here.",
     409: "The reload failed and changed nothing, or another one is running.",
     413: "A body above the limit.",

@@ -17,6 +17,7 @@ from service.errors import EngineFailed, InvalidSettings, NotReady, OttavaError,
 from service.settings import BASELINE, Settings
 from service.telemetry.metrics import ServiceMetrics
 from service.telemetry.recent import Recent
+from service.telemetry.record import current
 from service.text.protocols import TokenizerLike
 from service.web.keys import Keyring
 from service.web.lifecycle import Lifecycle
@@ -171,6 +172,13 @@ class Serving:
         if reason is not None:
             raise NotReady(f"variant {variant} is not ready: {reason}", "variant")
         return engine
+
+    def count_answers(self, num_answers: int, param: str | None) -> None:
+        """Count the answers that the current request wants, its runs; see `KeyLimits.widen`."""
+        record = current.get()
+        if record is not None:
+            self.limits.widen(record.key, num_answers, param)
+            record.num_answers = num_answers
 
     async def reload(self, model: str | None) -> Reloaded:
         """Read the API keys again, then reload the checkpoint: see `Reloads.run`.

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from service.settings import Settings
 from service.web.connection import BoundedProtocol, ConnectionLimits
+from service.web.parsing import ParsingTurns
 
 OTHER_FILES = 256
 """Open files other than connections: the model's, the libraries' and the listeners."""
@@ -26,7 +27,7 @@ def server_config(app: ASGIApp, settings: Settings, **others: Any) -> uvicorn.Co
     options: dict[str, Any] = {
         "host": settings.host,
         "port": settings.port,
-        "http": cast("type[BoundedProtocol]", partial(BoundedProtocol, limits=limits)),
+        "http": cast("type[BoundedProtocol]", partial(BoundedProtocol, limits=limits, turns=ParsingTurns())),
         "ws": "none",
         "log_config": None,
         "log_level": settings.log_level,

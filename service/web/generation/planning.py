@@ -151,14 +151,15 @@ def sampling_params(body: Sampling, serving: Serving, max_tokens: int) -> Sampli
         seed=body.seed,
         ignore_eos=body.ignore_eos,
         priority=body.priority,
-        salt=_salt(serving.settings),
+        owner=_owner(),
+        salt="" if serving.settings.prefix_sharing else _owner(),
     )
 
 
-def _salt(settings: Settings) -> str:
-    """What separates the prefix cache's users: the name of the API key that the present request came with."""
+def _owner() -> str:
+    """The name of the API key that the present request came with."""
     record = current.get()
-    return "" if record is None or settings.prefix_sharing else record.key
+    return "" if record is None else record.key
 
 
 def _spelled(ids: list[int], serving: Serving, param: str) -> list[int]:

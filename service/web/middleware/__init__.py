@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from service.telemetry.record import RequestRecord
 from service.web.middleware.envelope import REQUEST_ID, Envelope
 from service.web.middleware.faults import Faults
-from service.web.middleware.gate import Gate, document_key
+from service.web.middleware.gate import Gate, document_keys
 from service.web.middleware.names import KnownNames, names_of
 from service.web.state import Serving
 
@@ -23,8 +23,7 @@ def surround(
 ) -> None:
     """Add the middleware to an app. on_start, on_end: see `Envelope`."""
     settings = serving.settings
-    if not serving.keys.is_empty:
-        document_key(app, settings)
+    document_keys(app, serving.keys, settings)
     app.add_middleware(Gate, serving=serving)
     app.add_middleware(Faults)
     if settings.cors_origins:

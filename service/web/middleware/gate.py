@@ -15,6 +15,7 @@ from service.settings import PublicRoute, Settings
 from service.telemetry.metrics import NO_VARIANT, REJECTED
 from service.telemetry.record import ANONYMOUS, RequestRecord
 from service.web.failures import refusal
+from service.web.keys import Keyring
 from service.web.openapi import amend
 from service.web.state import Serving
 
@@ -28,13 +29,14 @@ PUBLIC_PATHS: dict[PublicRoute, frozenset[str]] = {
     "metrics": frozenset({"/metrics"}),
 }
 PAGE_FILES = "/page/"
+ADMIN = "/admin/"
 
 
 class Gate:
     """Refuses requests without a valid key or above a limit, before their body is read.
 
-    Every path needs a key except those that the settings make public, so a new route is protected by default. The
-    limits of a key count generations only.
+    Every path needs a key except those that the settings make public, so a new route is protected by default; one below
+    ADMIN needs an admin key. The limits of a key count generations only.
     """
 
     def __init__(self, app: ASGIApp, serving: Serving) -> None:
@@ -62,22 +64,29 @@ class Gate:
         finally:
             if counts:
                 self._serving.lifecycle.leave()
-                self._serving.limits.leave(record.key, time.perf_counter() - record.received_s)
+                took_s = time.perf_counter() - record.received_s
+                self._serving.limits.leave(record.key, took_s, record.num_answers)
 
     def _admit(self, scope: Scope, record: RequestRecord, counts: bool) -> None:
         """Set the key's name in the record and, if it `counts` as a generation, count it as running.
 
         Raises:
-            Unauthorized, TooLarge, Draining, RateLimited: the request is refused, and nothing is counted.
+            Unauthorized, Forbidden, TooLarge, Draining, RateLimited: the request is refused, and nothing is counted.
         """
         headers = Headers(scope=scope)
-        is_public = self._is_public(scope["path"])
-        record.key = ANONYMOUS if is_public else self._serving.keys.name_of(headers.get("authorization"))
+        record.key = self._key_of(scope["path"], headers.get("authorization"))
         refuse_declared(headers, self._max_body_bytes)
         if counts:
             self._serving.lifecycle.refuse_if_draining()
             self._serving.limits.enter(record.key)
             self._serving.lifecycle.enter()
+
+    def _key_of(self, path: str, authorization: str | None) -> str:
+        """The name of the key that a request came with. Raises Unauthorized or Forbidden if the path needs another."""
+        keys = self._serving.keys
+        if self._is_public(path):
+            return ANONYMOUS
+        return keys.admin_name_of(authorization) if path.startswith(ADMIN) else keys.name_of(authorization)
 
     def _is_public(self, path: str) -> bool:
         return path in self._public or (self._has_public_page and path.startswith(PAGE_FILES))
@@ -88,15 +97,23 @@ def public_paths(settings: Settings) -> frozenset[str]:
     return ALWAYS_PUBLIC.union(*(PUBLIC_PATHS[route] for route in settings.public_routes))
 
 
-def document_key(app: FastAPI, settings: Settings) -> None:
-    """Mark in the app's OpenAPI which requests need a key, so that /docs asks for one."""
+def document_keys(app: FastAPI, keys: Keyring, settings: Settings) -> None:
+    """Mark in the app's OpenAPI which requests need a key, and which an admin key, so that /docs asks for them."""
 
     def add(document: dict[str, Any]) -> None:
-        document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}]
-        for path in public_paths(settings) & document["paths"].keys():
-            for operation in document["paths"][path].values():
-                operation["security"] = []
+        kinds = {"key": not keys.is_empty, "admin": keys.has_admins}
+        document.setdefault("components", {})["securitySchemes"] = {
+            name: {"type": "http", "scheme": "bearer"} for name, is_used in kinds.items() if is_used
+        }
+        if kinds["key"]:
+            document["security"] = [{"key": []}]
+        public = public_paths(settings)
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
+                if path.startswith(ADMIN) and kinds["admin"]:
+                    operation["security"] = [{"admin": []}]
+                elif path in public:
+                    operation["security"] = []
 
     amend(app, add)
 

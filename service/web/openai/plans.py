@@ -79,6 +79,7 @@ async def completion_plans(
     engine = serving.engine(variant)
     _refuse_lone_stream_options(body)
     _refuse_unseen_answers(body)
+    serving.count_answers(len(body.prompt) * body.n, "n" if body.n > 1 else "prompt")
     prompts = [await _prompt(prompt, serving, body.echo) for prompt in body.prompt]
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     wanted = []
@@ -114,6 +115,7 @@ async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving
             f"`top_logprobs` is {body.top_logprobs}, but `logprobs` is false; send `logprobs` true as well",
             "top_logprobs",
         )
+    serving.count_answers(body.n, "n")
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
     ids = await chat_ids(messages, serving, body.add_generation_prompt)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"

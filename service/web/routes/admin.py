@@ -21,7 +21,10 @@ class ReloadRequest(Body):
     """Which checkpoint to serve."""
 
     model: Text | None = Field(
-        None, min_length=1, max_length=4096, description="Folder on the server; null: read the present one again."
+        None,
+        min_length=1,
+        max_length=4096,
+        description="Folder below the server's `reload_root`; null: read the present one again.",
     )
 
 
@@ -40,12 +43,13 @@ class ReloadResponse(BaseModel):
     "/admin/reload",
     response_model=ReloadResponse,
     summary="Serve another checkpoint",
-    responses=failures(400, 401, 409, 422),
+    responses=failures(400, 401, 403, 409, 422),
 )
 async def reload(body: ReloadRequest, http: HTTPRequest) -> Response:
     """Load an int8 checkpoint next to the present one, check it against the baseline, and switch to it.
 
-    Running requests finish on the old weights; queued ones start on the new weights. Answers when it is done.
+    Running requests have `reload_wait_s` to finish on the old weights, then they end with 503; queued ones start on the
+    new weights. Answers when it is done.
     """
     reloaded = await serving_of(http).reload(body.model)
     return Response(ReloadResponse(**asdict(reloaded)).model_dump_json(), media_type="application/json")

@@ -75,6 +75,7 @@ async def make_plan(body: GenerateRequest, variant: str, serving: Serving, recei
     if body.compare:
         _require_baseline(variant, serving)
         engines.append(serving.engine(BASELINE))
+        serving.count_answers(len(engines), "compare")
     prompt_ids = await _prompt_ids(body, serving)
     room = Room(len(prompt_ids), min(engine.max_model_len for engine in engines), body.prompt_field)
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None

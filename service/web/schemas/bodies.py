@@ -119,7 +119,8 @@ class Sampling(Body):
         0,
         ge=-100,
         le=100,
-        description="Requests of a lower number start first, and give way last when memory is short.",
+        description="Of an API key's requests, those of a lower number start first, and give way last when memory is "
+        "short.",
     )
     ignore_eos: bool = Field(False, description="Ignore end tokens and generate max_tokens.")
     stream: bool = Field(False, description="Answer as server-sent events, one per step.")

@@ -77,7 +77,7 @@ def test_weights_are_exchanged_between_the_steps_of_two_engines() -> None:
             )
         )
         num_meanwhile = engine.stats().num_steps - num_steps
-        await asyncio.wrap_future(engine.exchange(replacement, 200, new.weight_bytes))
+        await asyncio.wrap_future(engine.exchange(replacement, 200, new.weight_bytes, 60.0))
         after = await collect_all(engine, PROMPTS, PARAMS)
         is_over.set()
         await asyncio.gather(*busy)

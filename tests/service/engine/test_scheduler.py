@@ -245,12 +245,12 @@ def test_the_lowest_priority_gives_way_and_starts_again_before_new_ones_of_its_o
         plan.commit(step, tokens_of(step))
     assert urgent.num_preemptions == 0, "though it is the newer one"
     plan.add(late)
-    assert plan.waiting == [idle, late]
+    assert list(plan.waiting) == [idle, late]
     plan.admits_new = False
     while not idle.is_finished:
         step = planned(plan)
         plan.commit(step, tokens_of(step))
-    assert plan.waiting == [late]
+    assert list(plan.waiting) == [late]
     assert plan.is_drained
 
 

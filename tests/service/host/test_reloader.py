@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import PRESETS, KVStorage
-from service.errors import ReloadFailed
+from service.errors import InvalidRequest, ReloadFailed
 from service.host.memory import cache_budget
 from service.host.model_host import ModelHost
 from service.host.reloader import Reloader, open_host
@@ -74,7 +74,7 @@ def new_folder(tmp_path_factory: pytest.TempPathFactory, float_folder: Path) -> 
 @contextmanager
 def hosted(model: Path, cache: Path, **changes: Any) -> Iterator[tuple[ModelHost, Settings, Reloader]]:
     given: dict[str, Any] = {"model": str(model), "cache_dir": cache, "device": "cpu", "dtype": "float32"}
-    settings = Settings(**given | {"block_size": 16} | changes)
+    settings = Settings(**given | {"block_size": 16, "reload_root": Path("/"), "reload_wait_s": 60.0} | changes)
     host = open_host(settings)
     try:
         yield host, settings, Reloader(host, settings)
@@ -230,8 +230,6 @@ def test_a_checkpoint_of_another_cache_gets_one(
 
 
 def broken(kind: str, source: Path, float_folder: Path, folder: Path) -> Path:
-    if kind == "missing":
-        return folder
     if kind == "float":
         return float_folder
     if kind == "architecture":
@@ -260,7 +258,6 @@ def broken(kind: str, source: Path, float_folder: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("missing", "is no folder on the server"),
         ("float", "is not quantized, so it cannot replace an int8 variant: run `ottava quantize"),
         ("architecture", "its num_layers is 1, that of the served model 2"),
         ("truncated", "is not whole|is not a whole safetensors file"),
@@ -300,6 +297,35 @@ def test_what_fails_changes_nothing(
         assert [ref() for ref in seen] == [None] * (kind in ("nan", "far"))
         assert caught.value.status == 409
         assert answers_of(host, settings, reload) == expected[0]
+
+
+def test_a_reload_names_folders_below_the_root_and_learns_nothing_of_others(
+    float_folder: Path, old_folder: Path, new_folder: Path, tmp_path: Path
+) -> None:
+    """What is there and what is not is answered alike, whatever its name."""
+    root = tmp_path / "root"
+    shutil.copytree(new_folder, root / "new")
+    (root / "file").touch()
+    (root / "way-out").symlink_to(new_folder)
+    (root / "loop").symlink_to(root / "loop")
+    outside = [str(new_folder), str(tmp_path), "/nowhere", "/etc", "/etc/passwd", "/proc/self/root/etc", "/proc/1/cwd"]
+    odd = ["", ".", "..", "~", " ", "a" * 300, "a/" * 2000, "a\0b", "\ud800", "missing", "file", "way-out", "loop"]
+    odd += [str(root), f"{root}/../root2", "new/../..", "new/../../root2", f"{root}/missing"]
+    with hosted(old_folder, tmp_path / "cache", baseline=str(float_folder), reload_root=root) as (_, _, reload):
+        for name in [*outside, *odd]:
+            with pytest.raises(InvalidRequest) as caught:
+                reload(name)
+            said = caught.value.message.replace(repr(name[:80]), "NAME")
+            assert said == "`model` is NAME, which is no folder below this server's reload_root; name one that is"
+        assert [reload(name).checkpoint for name in ("new", f"{root}/new", "new/../new/.")] == ["new"] * 3
+
+
+def test_without_a_root_a_reload_names_no_folder(float_folder: Path, old_folder: Path, tmp_path: Path) -> None:
+    with hosted(old_folder, tmp_path, baseline=str(float_folder), reload_root=None) as (_, _, reload):
+        for name in (str(old_folder), "/nowhere"):
+            with pytest.raises(InvalidRequest, match="no reload_root"):
+                reload(name)
+        assert reload(None).checkpoint == "old"
 
 
 def test_an_engine_that_has_ended_takes_no_other_weights(

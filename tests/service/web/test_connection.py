@@ -169,6 +169,26 @@ def test_a_client_that_reads_slowly_gets_everything(connect: Connect) -> None:
     assert received.count(b'"usage"') == 1
 
 
+def test_a_client_that_reads_one_long_answer_slowly_gets_all_of_it(connect: Connect) -> None:
+    """The answer takes longer than send_timeout_s, and no pause does."""
+
+    async def go() -> tuple[bytes, float]:
+        _, app = long_stream(send_timeout_s=2.0)
+        async with server_of(app) as port:
+            client = connect(port, receive_buffer=1 << 16)
+            await send(client, generate({**LONG, "stream": False, "max_tokens": 16_000}))
+            received, start_s = await _some(client), time.perf_counter()
+            length = int(received.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+            while len(received) < length and (part := await _some(client)):
+                received += part
+                await asyncio.sleep(0.02)
+            return received, time.perf_counter() - start_s
+
+    received, took_s = asyncio.run(go())
+    assert took_s > 2.0
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 16_000
+
+
 def test_the_others_are_served_while_one_does_not_read(connect: Connect) -> None:
     async def go() -> list[int]:
         engines, app = long_stream(send_timeout_s=20)

@@ -16,7 +16,7 @@ from service.web.keys import Keyring, is_loopback
 from tests.service.kinds import Samples
 from tests.support.harness import app_of, client_of, metrics_of, two_engines
 
-ALICE, BOB = "alice-0123456789", "bob-0123456789"
+ALICE, BOB, ADMIN = "alice-0123456789", "bob-0123456789", "admin-0123456789"
 KEYS = f"alice:{ALICE}, {BOB}"
 
 
@@ -157,8 +157,23 @@ def test_a_known_key_is_served() -> None:
         assert response.status_code == 200
 
 
+@pytest.mark.parametrize("sharing", [False, True])
+def test_the_engine_is_told_whose_a_request_is(sharing: bool) -> None:
+    async def go() -> list[tuple[str, str]]:
+        engines = two_engines()
+        async with client_of(app_of(engines, api_keys=KEYS, prefix_sharing=sharing)) as client:
+            for key in (ALICE, BOB):
+                for path in ("/generate", "/v1/completions"):
+                    assert (await client.post(path, json={"prompt": "a"}, headers=bearer(key))).status_code == 200
+        return [(request.params.owner, request.params.salt) for request in engines["w8a8"].submitted]
+
+    told = asyncio.run(go())
+    assert [owner for owner, _ in told] == ["alice", "alice", "key2", "key2"]
+    assert [salt for _, salt in told] == ([""] * 4 if sharing else ["alice", "alice", "key2", "key2"])
+
+
 DEFAULT_PUBLIC = {"/health", "/ready", "/", "/docs", "/openapi.json"}
-GUARDED = {"/info", "/metrics", "/requests/recent", "/compare", "/nowhere", "/health/", "/HEALTH", "/admin/reload"}
+GUARDED = {"/info", "/metrics", "/requests/recent", "/compare", "/nowhere", "/health/", "/HEALTH"}
 
 
 @pytest.mark.parametrize("path", sorted(DEFAULT_PUBLIC | GUARDED))
@@ -197,8 +212,53 @@ def test_the_api_says_that_it_needs_a_key() -> None:
     (known,) = answers(("GET", "/openapi.json", {}), api_keys=KEYS)
     assert known.json()["security"] == [{"key": []}]
     assert known.json()["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
+    assert "security" not in known.json()["paths"]["/admin/reload"]["post"]
     (open_to_all,) = answers(("GET", "/openapi.json", {}))
     assert "security" not in open_to_all.json()
+    (with_admins,) = answers(("GET", "/openapi.json", {}), api_keys=KEYS, admin_api_keys=ADMIN)
+    assert with_admins.json()["paths"]["/admin/reload"]["post"]["security"] == [{"admin": []}]
+    assert with_admins.json()["components"]["securitySchemes"]["admin"] == {"type": "http", "scheme": "bearer"}
+
+
+RELOAD = ("POST", "/admin/reload")
+
+
+def reload_statuses(*keys: str | None, **settings: Any) -> list[int]:
+    """422 is past the gate: the request has no body."""
+    requests = [(*RELOAD, {} if key is None else bearer(key)) for key in keys]
+    return [response.status_code for response in answers(*requests, **settings)]
+
+
+def test_admin_routes_have_keys_of_their_own() -> None:
+    assert reload_statuses(None, ALICE, ADMIN, api_keys=KEYS, admin_api_keys=f"op:{ADMIN}") == [401, 401, 422]
+    assert reload_statuses(None, ADMIN, admin_api_keys=ADMIN) == [401, 422]
+    requests = [("POST", "/generate", bearer(ADMIN)), ("GET", "/info", bearer(ADMIN))]
+    assert [r.status_code for r in answers(*requests, api_keys=KEYS, admin_api_keys=ADMIN)] == [401, 401]
+
+
+def test_without_admin_keys_admin_routes_answer_on_loopback_without_keys_alone() -> None:
+    assert reload_statuses(None, ALICE) == [422, 422]
+    assert reload_statuses(None, ALICE, api_keys=KEYS) == [403, 403]
+    assert reload_statuses(None, host="0.0.0.0", allow_anonymous=True, allowed_hosts="*") == [403]
+    (refused,) = answers((*RELOAD, bearer(ALICE)), api_keys=KEYS)
+    assert refused.json()["error"]["code"] == "admin_closed"
+    assert "OTTAVA_ADMIN_API_KEYS" in refused.json()["error"]["message"]
+
+
+def test_a_file_of_admin_keys_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "admins"
+    file.write_text(f"op:{ADMIN}\n")
+    keys = keyring(admin_api_keys_file=file)
+    assert keys.admin_name_of(f"Bearer {ADMIN}") == "op"
+    file.write_text(f"op:{ADMIN}2\n")
+    keys.reload()
+    with pytest.raises(Unauthorized, match="admin key"):
+        keys.admin_name_of(f"Bearer {ADMIN}")
+
+
+def test_no_key_is_both() -> None:
+    with pytest.raises(InvalidSettings, match="as API key or as admin key"):
+        keyring(api_keys=KEYS, admin_api_keys=ALICE)
 
 
 def test_refusals_are_counted_once() -> None:

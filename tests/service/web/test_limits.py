@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message
 
-from service.engine.api import EngineStats
-from service.errors import RateLimited
+from service.engine.api import EngineStats, SamplingParams
+from service.engine.messages import Submit
+from service.engine.stream import RequestStream
+from service.errors import InvalidRequest, QueueFull, RateLimited
 from service.web.limits import MAX_RETRY_AFTER_S, KeyLimits, Pace, TokenBucket, whole_seconds
 from tests.service.kinds import Samples
 from tests.support.fake_engine import FakeEngine, FakeRequest
@@ -97,6 +99,24 @@ def test_one_refused_for_concurrency_costs_no_rate() -> None:
     assert caught.value.retry_after_s == 30
 
 
+def test_answers_count_and_not_requests() -> None:
+    limits = KeyLimits(4, None)
+    limits.enter("a")
+    limits.widen("a", 3, "n")
+    limits.enter("a")
+    with pytest.raises(RateLimited, match="4 answers to this API key are running, and this request would add 1"):
+        limits.widen("a", 2, "n")
+    with pytest.raises(RateLimited):
+        limits.enter("a")
+    with pytest.raises(InvalidRequest, match="asks for 5 answers; the limit of an API key is 4") as caught:
+        limits.widen("a", 5, "n")
+    assert caught.value.param == "n"
+    limits.leave("a", 1.0, 3)
+    limits.widen("a", 4, "n")
+    limits.leave("a", 1.0, 4)
+    assert not limits._num_active
+
+
 def test_no_limits_refuse_nothing() -> None:
     limits = KeyLimits(None, None)
     for _ in range(1000):
@@ -168,6 +188,64 @@ def test_concurrency_over_http_is_freed_when_the_answer_has_gone_out(stream: boo
     assert [response.status_code for response in again] == [200] * 3
     assert [response.status_code for response in invalid] == [422] * 5
     assert not active
+
+
+WIDE: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": "a", "n": 3}),
+    ("/v1/completions", {"prompt": ["a", "b", "c"]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 3}),
+    ("/generate", {"prompt": "a", "compare": True}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), WIDE)
+def test_one_request_of_many_answers_counts_as_many(path: str, body: dict[str, Any]) -> None:
+    async def go() -> tuple[list[int], dict[str, int]]:
+        app = app_of(two_engines(delay_s=0.02), max_concurrent_per_key=4)
+        async with client_of(app) as client:
+            answers = await asyncio.gather(*(client.post(path, json=body) for _ in range(3)))
+            again = await client.post(path, json=body)
+            return [response.status_code for response in (*answers, again)], app.state.serving.limits._num_active
+
+    (*together, again), active = asyncio.run(go())
+    assert sorted(together) == ([200, 200, 429] if path == "/generate" else [200, 429, 429])
+    assert again == 200
+    assert not active
+
+
+def test_more_answers_than_a_key_may_ever_have_are_refused_for_good() -> None:
+    async def go() -> list[httpx.Response]:
+        async with client_of(app_of(two_engines(), max_concurrent_per_key=1)) as client:
+            return [await client.post(path, json=body) for path, body in WIDE]
+
+    for response, field in zip(asyncio.run(go()), ("n", "prompt", "n", "compare"), strict=True):
+        assert assert_refused(response, 400, "invalid_value")["param"] == field
+
+
+def test_a_full_queue_has_room_for_the_share_of_another_key() -> None:
+    """One key alone fills it; another one still gets in, up to half of it."""
+
+    async def go() -> list[int]:
+        app = app_of({"w8a8": FakeEngine("w8a8")}, max_waiting=4, api_keys="anna:anna-key-1,ben:ben-key-1")
+        async with client_of(app):
+            engine = app.state.serving.engines["w8a8"]
+            told = []
+            for owner in ("anna",) * 5 + ("ben",) * 3 + ("anna",):
+                try:
+                    engine.refuse_if_full(len(engine._streams), 4, owner)
+                except QueueFull:
+                    told.append(0)
+                    continue
+                told.append(1)
+                engine._streams[len(told)] = RequestStream(
+                    Submit("w8a8", 1, len(told), "r", [1], SamplingParams(owner=owner), 0.0, 0),
+                    lambda *_: None,
+                    asyncio.get_running_loop(),
+                )
+            engine._streams.clear()
+            return told
+
+    assert asyncio.run(go()) == [1, 1, 1, 1, 0, 1, 1, 0, 0]
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:

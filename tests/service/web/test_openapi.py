@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 from tests.support.fake_engine import FakeEngine, FakeRequest
 from tests.support.harness import app_of, client_of, engines_of, two_engines, until
 
-KEY = "a-key-for-the-tests"
+KEY, ADMIN_KEY = "a-key-for-the-tests", "an-admin-key-for-the-tests"
 Document = dict[str, Any]
 EVERYWHERE = {"413", "421", "500"}
 GENERATION = {"200", "400", "401", "404", "413", "421", "422", "429", "500", "503", "504"}
@@ -19,7 +19,7 @@ STATUSES = {
     "POST /generate": GENERATION,
     "POST /v1/completions": GENERATION,
     "POST /v1/chat/completions": GENERATION,
-    "POST /admin/reload": {"200", "400", "401", "409", "422", *EVERYWHERE},
+    "POST /admin/reload": {"200", "400", "401", "403", "409", "422", *EVERYWHERE},
     "GET /v1/models": {"200", "401", "503", *EVERYWHERE},
     "GET /v1/models/{model}": {"200", "401", "404", "422", "503", *EVERYWHERE},
     "GET /health": {"200", "503", *EVERYWHERE},
@@ -106,10 +106,12 @@ def test_what_is_not_ready_or_not_alive_is_told_as_declared(document: Document) 
 def test_what_stands_around_the_routes_answers_as_declared(document: Document, label: str) -> None:
     async def go() -> tuple[httpx.Response, httpx.Response, httpx.Response]:
         method, path = label.split()
-        async with client_of(app_of(two_engines(), api_keys=KEY, allowed_hosts="localhost")) as client:
+        key = ADMIN_KEY if path.startswith("/admin/") else KEY
+        app = app_of(two_engines(), api_keys=KEY, admin_api_keys=ADMIN_KEY, allowed_hosts="localhost")
+        async with client_of(app) as client:
             no_key = await client.request(method, path)
             wrong_name = await client.request(method, path, headers={"host": "evil.example"})
-            large = {"authorization": f"Bearer {KEY}", "content-length": str(1 << 40)}
+            large = {"authorization": f"Bearer {key}", "content-length": str(1 << 40)}
             return no_key, wrong_name, await client.request(method, path, headers=large)
 
     no_key, wrong_name, too_large = asyncio.run(go())

@@ -195,7 +195,7 @@ def test_the_keys_are_read_again_and_a_bad_file_reloads_nothing(tmp_path: Path) 
     reload.go.set()
 
     async def go() -> tuple[list[int], httpx.Response]:
-        async with client_of(app_with(reload, api_keys_file=path)) as client:
+        async with client_of(app_with(reload, admin_api_keys_file=path)) as client:
             old, new = ({"authorization": f"Bearer {key}-key-of-all"} for key in ("first", "second"))
             path.write_text("anna:second-key-of-all\n")
             answers = [await client.post("/admin/reload", json={}, headers=h) for h in (new, old, old, new)]

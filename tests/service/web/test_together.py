@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from service.engine.api import FinishReason, SamplingParams, Token
 from service.engine.messages import Submit
 from service.engine.stream import MAX_TOGETHER, RequestStream
-from service.web.connection import QuickConnection
 from service.web.generation.sse import MARK, Form, event
 from service.web.openai.answers import ChatChunkChoice, ChatCompletionChunk, ChatDelta, Completion, CompletionChoice
 from service.web.openai.choices import Reply
+from service.web.parsing import QuickConnection
 from service.web.schemas.generate import Delta
 from tests.service.kinds import Samples
 from tests.support.harness import app_of, client_of, events_of, metrics_of, two_engines
