@@ -71,13 +71,14 @@ class Keyring:
         """The name of the admin key in an Authorization header; ANONYMOUS on loopback without any keys.
 
         Raises:
-            Unauthorized: as `name_of`, of the admin keys.
+            Unauthorized: as `name_of`, of the admin keys; where there are none, of the API keys.
             Forbidden: there are none, and the server has API keys or listens beyond this machine.
         """
         if self.has_admins:
             return _name_of(authorization, self._admin_keys, "admin key")
+        name = self.name_of(authorization)
         if self.is_empty and is_loopback(self._settings.host):
-            return ANONYMOUS
+            return name
         raise Forbidden(
             "this server has no admin keys, so /admin is closed; start it with OTTAVA_ADMIN_API_KEYS or "
             "--admin-api-keys-file"

@@ -17,6 +17,7 @@ from tests.support.fuzz import Streams, fuzz_app, strictly, thorough
 from tests.support.narrowed import present
 
 KEY = "a-key-for-the-tests"
+ADMIN_KEY = "an-admin-key-for-the-tests"
 Body = dict[str, Any]
 URL = "http://localhost"
 TEXT, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
@@ -36,8 +37,9 @@ def api_of(app: FastAPI) -> BaseSchema:
     return api
 
 
-opened, keyed = api_of(fuzz_app()), api_of(fuzz_app(api_keys=KEY))
+opened, keyed = api_of(fuzz_app()), api_of(fuzz_app(api_keys=KEY, admin_api_keys=ADMIN_KEY))
 keyed.config.auth.openapi.schemes["key"] = HttpBearerAuthConfig(bearer=KEY)
+keyed.config.auth.openapi.schemes["admin"] = HttpBearerAuthConfig(bearer=ADMIN_KEY)
 
 
 @pytest.fixture(scope="module", autouse=True)
