@@ -16,13 +16,13 @@ from kernels.hopper.common import can_copy
 from kernels.hopper.pingpong import launch_pingpong
 from kernels.hopper.stream import launch_stream
 from kernels.quantize import quantize_rows, quantized
-from kernels.quantized import CODE_MAX, Quantized, ToInt8
+from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import Tile, choose, current_gpu
 
 __all__ = ["MAX_DEPTH", "int8_gated_linear", "int8_linear", "int8_matmul"]
 
-MAX_DEPTH = (2**31 - 1) // (CODE_MAX * CODE_MAX)
-"""Largest K whose int32 accumulator cannot overflow: 133,144."""
+MAX_DEPTH = (2**31 - 1) // (128 * 128)
+"""Largest K whose int32 accumulator cannot overflow with codes of -128: 131,071."""
 
 FALLBACKS = {
     "pingpong": Tile("plain", 128, 128, 128, num_warps=8, num_stages=3),

@@ -136,8 +136,8 @@ def is_dynamic(quantize: ToInt8 | None) -> bool:
 
 @triton.jit
 def to_codes(y, scale):
-    """clamp(rint(y / scale), -127, 127) as int8. NaN becomes 0; the scale of its row is then not finite."""
-    return _to_codes_between(y, scale, -CODE_LIMIT, CODE_LIMIT, 0)
+    """clamp(rint(y / scale), -128, 127) as int8. NaN becomes 0; the scale of its row is then not finite."""
+    return _to_codes_between(y, scale, LOWEST_CODE, CODE_LIMIT, 0)
 
 
 @triton.jit

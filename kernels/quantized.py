@@ -19,7 +19,8 @@ __all__ = [
 ]
 
 CODE_MAX = 127
-"""Largest code. Codes are in -127..127: the range is symmetric, so -128 is never written without a zero point."""
+"""Largest code, and the one that the largest magnitude gets where a scale is found: weights, rows and heads have codes
+in -127..127. Under a given scale, which activations may exceed, codes are in -128..127, as other tools' are."""
 
 MIN_GROUP = 32
 """Smallest group of columns with its own scale: one step of the int8 tensor cores."""
@@ -31,7 +32,7 @@ TINY = 2.0**-100
 class Quantized(NamedTuple):
     """An int8 tensor: real = codes * scale.
 
-    codes: [T, K] int8 in -127..127, rows contiguous.
+    codes: [T, K] int8, -128 only under a static scale; rows contiguous.
     scale: float32, [T] (one per row) or [1] (one for the tensor).
     """
 
@@ -60,7 +61,7 @@ class ToInt8:
     """Asks an op to write `Quantized` instead of float.
 
     scale: None for one dynamic scale per row (max |y_t| / 127), or float32 [1], one static scale for the whole tensor,
-        with which values beyond 127 scales saturate.
+        with which values beyond 127 or -128 scales saturate.
     """
 
     scale: Tensor | None = None

@@ -13,7 +13,7 @@ from quant.errors import UnlikeLinears
 from quant.linear import FloatLinear, InputCodes, Int8Linear
 
 LOWEST_CODE = -128
-"""Lowest code of an activation with a zero point, whose range need not be symmetric."""
+"""Lowest code of an activation under a static scale."""
 
 
 class GatedLinear:

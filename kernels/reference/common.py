@@ -38,7 +38,7 @@ def quantize_rows(x: Tensor) -> Quantized:
 def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Quantized:
     """Round all of x to int8 with one scale, given or found.
 
-    scale = max |x| / 127 unless given        codes = clamp(rint(x / scale), -127, 127)
+    scale = max |x| / 127 unless given        codes = clamp(rint(x / scale), -128, 127)
     with a zero point                         codes = clamp(rint(x / scale) + zero_point, -128, 127)
 
     Args:
@@ -48,7 +48,7 @@ def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor |
             and what multiplies the codes has to subtract the zero point.
 
     Returns:
-        codes [T, K] int8 (ties to even), in -127..127 without a zero point, and scale [1] float32.
+        codes [T, K] int8 (ties to even), in -127..127 unless a scale is given, and scale [1] float32.
 
     Raises:
         ValueError: a zero point without a scale.
@@ -62,8 +62,8 @@ def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor |
         absmax = x.abs().amax().reshape(1)
         scale = (absmax / CODE_MAX).masked_fill_(absmax < TINY, 1.0)
     codes = (x / scale).round_()
-    codes = codes.clamp_(-CODE_MAX, CODE_MAX) if zero_point is None else codes.add_(zero_point).clamp_(-128, CODE_MAX)
-    return Quantized(codes.to(torch.int8), scale)
+    codes = codes if zero_point is None else codes.add_(zero_point)
+    return Quantized(codes.clamp_(-128, CODE_MAX).to(torch.int8), scale)
 
 
 def split_outliers(x: Tensor, threshold: float) -> tuple[Quantized, Outliers]:

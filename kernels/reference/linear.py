@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.quantized import CODE_MAX, Quantized, ToInt8, group_size_of
+from kernels.quantized import Quantized, ToInt8, group_size_of
 from kernels.reference.common import ROWS_AT_ONCE, joined, row_slices, split_outliers, store
 
-MAX_DEPTH = (2**31 - 1) // (CODE_MAX * CODE_MAX)
+MAX_DEPTH = (2**31 - 1) // (128 * 128)
 
 
 def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
     """Multiply int8 by int8 exactly: accumulator [T, N] int32 = x_q [T, K] @ weight_q [N, K]^T.
 
     Raises:
-        ValueError: K is above 133,144, where 127 * 127 * K no longer fits in int32.
+        ValueError: K is above 131,071, where 128 * 128 * K no longer fits in int32.
     """
     if x_q.shape[-1] > MAX_DEPTH:
         raise ValueError(f"K = {x_q.shape[-1]} can overflow the int32 accumulator; the limit is {MAX_DEPTH}")

@@ -33,6 +33,7 @@ from quant.convert.smoothquant import (
     group_migration,
 )
 from quant.convert.split import SHARES, Split
+from quant.fused import LOWEST_CODE
 from quant.scheme import Scheme
 
 ALPHAS = tuple(step / 10 for step in range(11))
@@ -350,7 +351,7 @@ def likely_range(weights: Mapping[str, Tensor], inputs: Mapping[str, Inputs], dt
     scales = static_scale(first.fitted.absmax.amax().reshape(1) * shares, dtype).float()
 
     def error(scale: Tensor) -> float:
-        off = (rows / scale).round_().clamp_(-CODE_MAX, CODE_MAX).mul_(scale).sub_(rows).square_()
+        off = (rows / scale).round_().clamp_(LOWEST_CODE, CODE_MAX).mul_(scale).sub_(rows).square_()
         total = 0.0
         for name, energy in energies.items():
             by_row = inputs[name].weights

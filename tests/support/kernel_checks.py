@@ -50,6 +50,6 @@ def check_codes(got: Tensor | Quantized, want: Tensor, static: Tensor | None = N
         exact = torch.where(absmax < TINY, 1.0, absmax / 127)
         assert scale.shape == exact.shape
         assert bool(((scale.double() - exact).abs() <= FLOAT32_SLACK * exact).all()), "scale"
-    ratio = (want / scale.double().reshape(-1, 1)).clamp(-127, 127)
+    ratio = (want / scale.double().reshape(-1, 1)).clamp(-127 if static is None else -128, 127)
     distance = (codes.double() - ratio).abs().max().item()
     assert distance <= 0.5 + 1e-3, f"a code is {distance:.4f} from its value"
