@@ -15,6 +15,7 @@ from service.cli.terminal import err, told_in_one_line
 from service.errors import InvalidSettings
 from service.later import Later
 from service.settings import load_settings
+from service.settings.file import tell_service_links
 
 if TYPE_CHECKING:
     from service.cluster import launch, options
@@ -86,6 +87,7 @@ def cluster(
         os.environ |= {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"} | os.environ
         settings = load_settings(model=model, **flags)
         logs.configure_logging(settings, sys.stderr, "cluster")
+        tell_service_links()
         given = options.cluster_options(
             replicas=replicas,
             max_replicas=max_replicas,

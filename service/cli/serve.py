@@ -16,7 +16,7 @@ from service.cli.terminal import Lines, err, progress, told_in_one_line
 from service.engine.api import HostInfo, Stage
 from service.later import Later
 from service.settings import Settings, load_settings
-from service.settings.file import variable_of
+from service.settings.file import tell_service_links, variable_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -52,6 +52,7 @@ def serve(model: Model = None, **flags: Any) -> None:
         settings = load_settings(model=model, **flags)
         tracing.check_tracing()
         logs.configure_logging(settings, sys.stderr)
+        tell_service_links()
         start_up = StartUp(settings, bars)
         start_up.app = assemble.assemble(settings, start_up)
         exit_code = server.run(start_up.app, settings)

@@ -130,9 +130,11 @@ class Gateway:
         self.lifecycle.enter()
         try:
             sent = Sent(scope["method"], _target(scope), _forwarded(scope, record.id), await self._body(scope, receive))
-            own = self._own.get((sent.method, scope["path"]))
+            # The server sends the head alone of what answers HEAD.
+            asked = replace(sent, method="GET") if sent.method == "HEAD" else sent
+            own = self._own.get((asked.method, scope["path"]))
             if own is not None:
-                await (await own(sent))(scope, receive, send)
+                await (await own(asked))(scope, receive, send)
                 return
             relay = Relay(sent, is_generation(scope))
             if relay.is_generation:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -18,6 +20,11 @@ from service.settings.fields import Fields, is_list, leaves, shown
 ENV_PREFIX = "OTTAVA_"
 CHAT_VARIABLES = ("OTTAVA_URL", "OTTAVA_API_KEY")
 """Variables of `ottava chat`, which are not settings of the server."""
+
+_LINK = re.compile(r"_PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?|_SERVICE_HOST|_SERVICE_PORT(_\w+)?")
+"""What follows a service's name in the variables that Kubernetes sets for it in each pod of its namespace."""
+
+logger = logging.getLogger(__name__)
 
 _TOML_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "a list"}
 
@@ -60,11 +67,63 @@ def read_file(path: Path, fields: Fields) -> dict[str, Any]:
     return values
 
 
+class Environment(PydanticBaseSettingsSource):
+    """Settings from environment variables, without those that Kubernetes sets for a service.
+
+    Args:
+        inner: pydantic-settings' own source.
+    """
+
+    def __init__(self, inner: PydanticBaseSettingsSource) -> None:
+        super().__init__(inner.settings_cls)
+        self._inner = inner
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self._inner.get_field_value(field, field_name)
+
+    def __call__(self) -> dict[str, Any]:
+        """The values by setting."""
+        links = {name.upper() for name in service_links()}
+        return {name: value for name, value in self._inner().items() if variable_of(name) not in links}
+
+
+def service_links() -> list[str]:
+    """The variables that Kubernetes has set for services whose name begins with ottava.
+
+    For a service NAME these are NAME_SERVICE_HOST, NAME_SERVICE_PORT, NAME_PORT, which is a URL, and more. A variable
+    OTTAVA_PORT with a number is the setting.
+
+    Source: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    """
+    ours = [name for name in os.environ if name.startswith(ENV_PREFIX)]
+    services = [name.removesuffix("_SERVICE_HOST") for name in ours if name.endswith("_SERVICE_HOST")]
+    return sorted({name for service in services for name in ours if _is_link(name, service)})
+
+
+def _is_link(name: str, service: str) -> bool:
+    if name == f"{service}_PORT":
+        return "://" in os.environ[name]
+    return name.startswith(service) and _LINK.fullmatch(name[len(service) :]) is not None
+
+
+def tell_service_links() -> None:
+    """Log one line about variables that are passed over as those of a Kubernetes service, if there are any."""
+    links = service_links()
+    if links:
+        logger.warning(
+            "%d variables such as %s are links to a Kubernetes service, not settings, and are passed over; "
+            "enableServiceLinks: false in the pod keeps them away",
+            len(links),
+            links[0],
+        )
+
+
 def unknown_variable(fields: Fields) -> str | None:
     """An error message for an unknown variable with our prefix, which pydantic-settings would ignore; None if none."""
     known = [variable_of(name) for name in fields]
+    passed = {*known, *CHAT_VARIABLES, *service_links()}
     for name in os.environ:
-        if name.upper().startswith(ENV_PREFIX) and name.upper() not in (*known, *CHAT_VARIABLES):
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in passed:
             return f"unknown environment variable {name}; the nearest known one is {nearest(name.upper(), known)}"
     return None
 

@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from quant.scheme import PRESETS, HeadStorage, KVStorage
 from service.errors import InvalidSettings
 from service.settings.fields import Choices, HostName, Origin, Panel, is_list, is_secret
-from service.settings.file import ENV_PREFIX, SettingsFile, complaint, unknown_variable
+from service.settings.file import ENV_PREFIX, Environment, SettingsFile, complaint, unknown_variable
 
 INT8_SCHEMES = tuple(name for name, scheme in PRESETS.items() if scheme.is_int8)
 Variant = Literal["w8a8", "fp16"]
@@ -285,7 +285,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The sources of settings, in order of precedence."""
-        return init_settings, env_settings, SettingsFile(settings_cls)
+        return init_settings, Environment(env_settings), SettingsFile(settings_cls)
 
     @model_validator(mode="before")
     @classmethod

@@ -120,12 +120,21 @@ def _message(text: str) -> str:
 
 def _events(response: httpx.Response) -> Iterator[str]:
     """The data of each server-sent event, up to the one that marks the answer as complete."""
-    for line in response.iter_lines():
+    for line in _lines(response):
         if line == DATA + END:
             return
         if line.startswith(DATA):
             yield line.removeprefix(DATA)
     raise ChatError("the answer broke off: the server closed the connection before its end; ask again")
+
+
+def _lines(response: httpx.Response) -> Iterator[str]:
+    """The complete lines. httpx's own reader also ends a line at U+2028 and others that may be part of an answer."""
+    rest = b""
+    for chunk in response.iter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r").decode(errors="replace")
 
 
 def _item(event: str) -> Delta | GenerateResponse:

@@ -18,6 +18,9 @@ events wait for their tokens anyway."""
 
 DONE = b"data: [DONE]\n\n"
 
+SEPARATORS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\u0085\u2028\u2029")
+"""What else than a line feed ends a line for some clients, and how JSON writes it in ASCII."""
+
 MARK = "\0text\0"
 """A placeholder for text that changes; see `Form`."""
 
@@ -28,7 +31,15 @@ class ClientGone(Exception):
 
 def event(body: BaseModel) -> bytes:
     """Encode an event with its set fields as JSON."""
-    return b"data: " + body.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+    return one_line(b"data: " + body.model_dump_json(exclude_unset=True).encode() + b"\n\n")
+
+
+def one_line(event: bytes) -> bytes:
+    """Escape what clients that split at Unicode's line ends would take for the end of the event's line."""
+    for separator, escape in SEPARATORS:
+        if separator in event:
+            event = event.replace(separator, escape)
+    return event
 
 
 class Form:
@@ -51,7 +62,7 @@ class Form:
 
     def event(self, *values: object) -> bytes:
         """The event with these values."""
-        return self._form % tuple(map(to_json, values))
+        return one_line(self._form % tuple(map(to_json, values)))
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[object, object, T]) -> T:

@@ -17,9 +17,11 @@ from service.web.schemas.operation import Health, Readiness
 from service.web.state import STOPPING, Serving, serving_of
 
 router = APIRouter(tags=["operation"], responses=failures())
+"""Each route answers HEAD as well, which monitors of uptime send; the document of the routes shows GET alone."""
 Shared = Annotated[Serving, Depends(serving_of)]
 
 
+@router.head("/health", include_in_schema=False)
 @router.get(
     "/health",
     summary="Alive?",
@@ -34,6 +36,7 @@ async def health(serving: Shared) -> Response:
     return JSONResponse({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get(
     "/ready",
     summary="Ready?",
@@ -53,12 +56,14 @@ async def ready(serving: Shared) -> Response:
     return JSONResponse({"ready": True, "variants": dict.fromkeys(serving.engines, "ready")})
 
 
+@router.head("/info", include_in_schema=False)
 @router.get("/info", summary="What is served", responses=failures(401, 503))
 async def info(serving: Shared) -> HostInfo:
     """Model, variants, scheme, calibration, memory, device and versions; 503 until the engines are open."""
     return serving.host.info
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get(
     "/metrics",
     summary="Prometheus metrics",

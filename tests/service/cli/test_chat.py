@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
 
+import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -185,6 +186,22 @@ def test_servers_that_misbehave(body: bytes, status: int, said: str) -> None:
     assert result.exit_code == 1
     assert said in result.stderr
     assert len(result.stderr) < 1000
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_line_ends_at_a_line_feed_alone(end: bytes) -> None:
+    """Also behind a server or proxy that sends other separators as they are."""
+    text = "a\u2028b\u2029c\x85d"
+    with served(page_app(engines(text))) as url:
+        sent = httpx.post(f"{url}/generate", json={"prompt": "x", "stream": True}).text
+        assert ask(url, "hi").stdout == f"{text}\n"
+    body = "".join(
+        "data: " + (data if data == "[DONE]" else json.dumps(json.loads(data), ensure_ascii=False)) + "\n\n"
+        for data in (part.removeprefix("data: ") for part in sent.split("\n\n") if part)
+    )
+    assert "\u2028" in body
+    with scripted(body.encode().replace(b"\n", end)) as url:
+        assert ask(url, "hi").stdout == f"{text}\n"
 
 
 @pytest.fixture

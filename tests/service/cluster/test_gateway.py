@@ -337,6 +337,18 @@ def test_health_is_the_gateways_own() -> None:
     assert cluster.sent == []
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+def test_head_is_answered_as_get_is(path: str) -> None:
+    def answer() -> Scripted:
+        content = b"" if path == "/metrics" else json.dumps({"ready": True, "variants": {}}).encode()
+        return Scripted(200, JSON, content)
+
+    cluster = Cluster(a=[answer(), answer()])
+    get, head = cluster.ask("GET", path), cluster.ask("HEAD", path)
+    assert (head.status_code, head.headers["content-length"]) == (get.status_code, get.headers["content-length"])
+    assert {sent.method for _, sent in cluster.sent} <= {"GET"}
+
+
 def test_a_cluster_is_ready_with_one_replica() -> None:
     ready: dict[str, Any] = {"ready": True, "variants": {"w8a8": "ready"}}
     starting: dict[str, Any] = {"ready": False, "variants": {"w8a8": "loading"}}

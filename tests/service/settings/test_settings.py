@@ -10,6 +10,7 @@ import pytest
 import service
 from service.errors import InvalidSettings
 from service.settings import BASELINE, Settings, Variant, load_settings
+from service.settings.file import tell_service_links
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +104,64 @@ def test_steps_are_larger_on_a_gpu_unless_told_otherwise() -> None:
 def test_as_many_requests_as_a_small_step_has_tokens() -> None:
     assert [Settings(max_batched_tokens=tokens).max_num_requests for tokens in (1, 100, 300)] == [1, 100, 256]
     assert Settings(max_batched_tokens=100, max_num_requests=7).max_num_requests == 7
+
+
+LINKS = {
+    "OTTAVA_SERVICE_HOST": "10.0.0.5",
+    "OTTAVA_SERVICE_PORT": "8000",
+    "OTTAVA_SERVICE_PORT_HTTP": "8000",
+    "OTTAVA_PORT": "tcp://10.0.0.5:8000",
+    "OTTAVA_PORT_8000_TCP": "tcp://10.0.0.5:8000",
+    "OTTAVA_PORT_8000_TCP_PROTO": "tcp",
+    "OTTAVA_PORT_8000_TCP_PORT": "8000",
+    "OTTAVA_PORT_8000_TCP_ADDR": "10.0.0.5",
+}
+OTHER_SERVICE = {name.replace("OTTAVA", "OTTAVA_GATEWAY"): value for name, value in LINKS.items()}
+
+
+@pytest.mark.parametrize("links", [LINKS, OTHER_SERVICE, {**LINKS, **OTHER_SERVICE}])
+def test_links_to_a_kubernetes_service_are_passed_over_in_one_line(
+    links: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in links.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OTTAVA_HOST", "0.0.0.0")
+    settings = load_settings()
+    assert (settings.host, settings.port) == ("0.0.0.0", 8000)
+    tell_service_links()
+    assert [record.getMessage().split(" ")[0] for record in caplog.records] == [str(len(links))]
+    assert "links to a Kubernetes service" in caplog.text
+
+
+def test_without_links_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    tell_service_links()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("OTTAVA_SERVICE_PROT", "8000", "unknown environment variable OTTAVA_SERVICE_PROT"),
+        ("OTTAVA_PORTS", "8000", "the nearest known one is OTTAVA_PORT"),
+        ("OTTAVA_PORT_TCP", "8000", "unknown environment variable OTTAVA_PORT_TCP"),
+    ],
+)
+def test_beside_links_a_misspelt_setting_stays_an_error(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for link, target in {**LINKS, name: value}.items():
+        monkeypatch.setenv(link, target)
+    with pytest.raises(InvalidSettings, match=said):
+        load_settings()
+
+
+def test_a_port_that_is_a_number_stays_a_setting_beside_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**LINKS, "OTTAVA_PORT": "9000"}.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().port == 9000
+
+
+def test_a_link_alone_is_no_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTTAVA_PORT", "tcp://10.0.0.5:8000")
+    with pytest.raises(InvalidSettings, match=r"port = 'tcp://10\.0\.0\.5:8000'"):
+        load_settings()

@@ -1,6 +1,7 @@
 """Tokens that go out together say what they would one by one, and an event that is filled in what pydantic says."""
 
 import asyncio
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -189,6 +190,16 @@ def test_an_event_that_is_filled_in_is_the_models_json(text: str, ids: list[int]
         assert Form(model(MARK), MARK).event(text) == event(model(text))
     form = Form(Delta(id="%", variant="%s", text=MARK, token_ids=[-1]), MARK, [-1])
     assert form.event(text, ids) == event(Delta(id="%", variant="%s", text=text, token_ids=ids))
+
+
+@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85", "\v", "\f", "\x1c", "\x1d", "\x1e", "\r", "\n"])
+def test_no_event_holds_a_line_end_of_unicode(char: str) -> None:
+    text = f"a{char}b\\{char}"
+    filled_in = Form(Delta(id="1", variant=char, text=MARK, token_ids=[-1]), MARK, [-1]).event(text, [7])
+    for said in (filled_in, event(Delta(id="1", variant=char, text=text, token_ids=[7]))):
+        line, *rest = said.decode().splitlines()
+        assert (line + "\n\n", rest) == (said.decode(), [""])
+        assert json.loads(line.removeprefix("data: ")) == {"id": "1", "variant": char, "text": text, "token_ids": [7]}
 
 
 def test_a_mark_that_is_not_there_once_is_refused() -> None:
