@@ -29,7 +29,8 @@ class Sample:
     """A live request that has been answered.
 
     params: with the seed that was used, so that a sampled answer can agree too.
-    stop: its stop strings.   context: tokens that its text continues.   tokens: those sent to the client.
+    stop: its stop strings.   shown: special tokens that its text shows.   context: tokens that its text continues.
+    tokens: those sent to the client.
     submitted_s: when it was submitted to the engine.   is_contended: other requests ran at the same time.
     """
 
@@ -39,6 +40,7 @@ class Sample:
     params: SamplingParams
     progress: Progress
     stop: tuple[str, ...]
+    shown: frozenset[str]
     context: Sequence[int]
     tokens: list[Token]
     submitted_s: float
@@ -161,7 +163,7 @@ class Shadow:
             submitted_s,
         )
         self._stream = stream
-        output = Output(self._tokenizer().detokenizer(sample.context), sample.stop)
+        output = Output(self._tokenizer().detokenizer(sample.context, sample.shown), sample.stop)
         tokens: list[Token] = []
         try:
             async for step in stream:

@@ -20,11 +20,14 @@ from jinja2.parser import Parser
 
 from service.errors import InvalidRequest, UnsupportedModel, first_line
 from service.text.sandbox import BoundedEnvironment, OutOfBudget
+from service.text.tools.formats import format_of
 
 logger = logging.getLogger(__name__)
 
 PARAM = "messages"
 INSTEAD = "send `prompt` with the whole text instead"
+TOOL_USE = "tool_use"
+"""The name of a template for conversations with tools, beside the default one."""
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -47,6 +50,8 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         self._special_tokens = dict(special_tokens)
         self.knows_developers = "developer" in source
+        self.tool_format = format_of(source)
+        """How the model writes calls of tools; None if the template knows none, or has another format."""
         self._environment = environment
         self._template: jinja2.Template | None = None
         self.fault: str | None = None
@@ -61,13 +66,20 @@ class ChatTemplate:
             if self._template is None:
                 self.fault = f"is not valid: {_words(error)}"
 
-    def render(self, messages: Sequence[Mapping[str, str]], is_open: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        is_open: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The text of a conversation.
 
         Args:
-            messages: at least one, each with `role` and `content`.
+            messages: at least one, each with `role` and `content`, which is a text. Those that call tools have
+                `tool_calls` as OpenAI's do, but for the arguments, which are objects.
             is_open: end the text inside the assistant's turn: at the start of a new message or, if the last one is the
-                assistant's, at the end of its content.
+                assistant's and calls no tools, at the end of its content.
+            tools: as OpenAI's; None for none.
 
         Raises:
             InvalidRequest: the template refuses these messages, fails on them, does not come to an end, or is broken.
@@ -75,13 +87,13 @@ class ChatTemplate:
         if self.fault is not None:
             raise InvalidRequest(f"the model's chat template {self.fault}; {INSTEAD}", PARAM)
         shown = [dict(message) for message in messages]
-        continues = is_open and shown[-1]["role"] == "assistant"
+        continues = is_open and shown[-1]["role"] == "assistant" and not shown[-1].get("tool_calls")
         # A random mark shows where the last message ends in the rendered text.
         mark = f"<{secrets.token_hex(16)}>"
         if continues:
             shown[-1]["content"] += mark
         try:
-            text = self._rendered(messages=shown, add_generation_prompt=is_open and not continues)
+            text = self._rendered(messages=shown, add_generation_prompt=is_open and not continues, tools=tools or None)
         except OutOfBudget as error:
             raise InvalidRequest(
                 f"the model's chat template does not come to an end on these messages: {error}; send fewer messages, "
@@ -115,14 +127,14 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def read_template(folder: Path) -> ChatTemplate | None:
-    """The template of a model folder, or None if it has none.
+def read_template(folder: Path, name: str = "default") -> ChatTemplate | None:
+    """The template of this name of a model folder, or None if it has none.
 
     Raises:
         UnsupportedModel: a file of the folder cannot be read.
     """
     config = read_object(folder / "tokenizer_config.json")
-    source = _source(folder, config)
+    source = _source(folder, config) if name == "default" else _named_source(folder, config, name)
     if source is None:
         return None
     if isinstance(source, list):
@@ -181,6 +193,20 @@ def _source(folder: Path, config: Mapping[str, Any]) -> str | list[str] | None:
             return [str(name) for name in named]
         found = named.get("default")
     return found if isinstance(found, str) and found else None
+
+
+def _named_source(folder: Path, config: Mapping[str, Any], name: str) -> str | None:
+    """The text of a template beside the default one, from its own file or from the tokenizer's configuration."""
+    path = folder / "additional_chat_templates" / f"{name}.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UnsupportedModel(f"{path} cannot be read: {first_line(error)}") from error
+    found = config.get("chat_template")
+    listed = found if isinstance(found, list) else []
+    named = {each.get("name"): each.get("template") for each in listed if isinstance(each, dict)}
+    return named[name] if isinstance(named.get(name), str) else None
 
 
 def _text(token: object) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from tokenizers import Tokenizer as Backend
 
@@ -23,15 +23,21 @@ MAX_BYTES = 4
 
 
 class Detokenizer:
-    """Turns one request's tokens into text that never ends inside a character. Special tokens have no text.
+    """Turns one request's tokens into text that never ends inside a character.
 
     A window of the last tokens is decoded again with each new one, since the text of a token depends on those before
     it; _prefix is the text of the part already sent. (`tokenizers`' DecodeStream does the same, but raises if a
     byte-fallback tokenizer changes text that it has already returned, as it does after invalid UTF-8.)
+
+    Args:
+        backend: tokenizer of the `tokenizers` library.
+        context: the tokens that the text continues.
+        hidden: the tokens that have no text; None for all special ones.
     """
 
-    def __init__(self, backend: Backend, context: Sequence[int] = ()) -> None:
+    def __init__(self, backend: Backend, context: Sequence[int] = (), hidden: Set[int] | None = None) -> None:
         self._backend = backend
+        self._hidden = hidden
         self._window = self._end_of(context)
         self._num_sent = len(self._window)
         self._prefix = self._decode(self._window)
@@ -68,4 +74,6 @@ class Detokenizer:
         return min(ends, key=lambda end: self._decode(end).count(REPLACEMENT))
 
     def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
+        if self._hidden is None:
+            return self._backend.decode(ids, skip_special_tokens=True)
+        return self._backend.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+from service.text.tools.format import Format
 
 
 class DetokenizerLike(Protocol):
@@ -21,9 +23,24 @@ class DetokenizerLike(Protocol):
 class TokenizerLike(Protocol):
     """Implemented by `service.text.tokenizer.Tokenizer`, and by a fake in tests."""
 
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """The special tokens by name; an answer's text leaves them out unless they are `shown`."""
+        ...
+
+    @property
+    def tool_format(self) -> Format | None:
+        """How the model writes calls of tools; None if its chat template knows no tools, or has another format."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
 
-    def apply_chat(self, messages: Sequence[dict[str, str]], is_open: bool = True) -> list[int]:
+    def apply_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        is_open: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation; is_open ends it inside the assistant's turn, see `ChatTemplate.render`.
 
         Raises:
@@ -39,6 +56,9 @@ class TokenizerLike(Protocol):
         """The UTF-8 bytes that a token adds to a text; for a special token, its name."""
         ...
 
-    def detokenizer(self, context: Sequence[int] = ()) -> DetokenizerLike:
-        """A detokenizer for one request; context: the tokens that its text continues."""
+    def detokenizer(self, context: Sequence[int] = (), shown: Collection[str] = ()) -> DetokenizerLike:
+        """A detokenizer for one request.
+
+        context: the tokens that its text continues. shown: the special tokens that have a text, their name.
+        """
         ...

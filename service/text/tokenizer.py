@@ -5,16 +5,21 @@ It is defined by tokenizer.json alone; no model class of a library and no code o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from service.errors import InvalidRequest
 from service.store.tokenizer_file import read_tokenizer
-from service.text.chat_template import ChatTemplate, read_object, read_template, special_tokens
+from service.text.chat_template import TOOL_USE, ChatTemplate, read_object, read_template, special_tokens
 from service.text.detokenizer import Detokenizer
 from service.text.token_bytes import TokenBytes
+from service.text.tools.format import Format
+
+NO_TEXT = b"\xff"
+"""A byte of no text in UTF-8, so that a grammar allows a special token only where it names the token."""
 
 
 class Tokenizer:
@@ -24,12 +29,22 @@ class Tokenizer:
         backend: tokenizer of the `tokenizers` library.
         eos_ids: tokens that end an answer.
         template: None if the model has no chat template.
+        tool_template: the one for conversations with tools, if the model has one of its own for them.
     """
 
-    def __init__(self, backend: Backend, eos_ids: frozenset[int], template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        eos_ids: frozenset[int],
+        template: ChatTemplate | None = None,
+        tool_template: ChatTemplate | None = None,
+    ) -> None:
         self._backend = backend
         self._names = TokenBytes(self._backend)
         self._template = template
+        self._tool_template = tool_template or template
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         # Ids may have gaps, so their number says nothing.
         self._vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.eos_ids = eos_ids
@@ -43,18 +58,34 @@ class Tokenizer:
             UnsupportedModel: as `read_tokenizer`, or another file cannot be read.
         """
         backend = read_tokenizer(folder)
-        return cls(backend, _eos_ids(folder, backend), read_template(folder))
+        templates = read_template(folder), read_template(folder, TOOL_USE)
+        return cls(backend, _eos_ids(folder, backend), *templates)
 
     @property
     def vocab_size(self) -> int:
         """The largest token id + 1, including added tokens; a model may have fewer rows or more."""
         return self._vocab_size
 
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """See `TokenizerLike.special_ids`."""
+        return self._special_ids
+
+    @property
+    def tool_format(self) -> Format | None:
+        """See `TokenizerLike.tool_format`."""
+        return None if self._tool_template is None else self._tool_template.tool_format
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the model expects around a prompt."""
         return self._encode(text, add_special_tokens=True)
 
-    def apply_chat(self, messages: Sequence[dict[str, str]], is_open: bool = True) -> list[int]:
+    def apply_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        is_open: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation in the model's chat template; see `ChatTemplate.render`.
 
         The role developer becomes system if the template does not have it.
@@ -62,23 +93,30 @@ class Tokenizer:
         Raises:
             InvalidRequest: the model has no chat template, or its template refuses these messages.
         """
-        if self._template is None:
+        template = self._tool_template if tools else self._template
+        if template is None:
             raise InvalidRequest("this model has no chat template: send `prompt` instead of `messages`", "messages")
-        if not self._template.knows_developers:
+        if not template.knows_developers:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-        return self._encode(self._template.render(messages, is_open), add_special_tokens=False)
+        return self._encode(template.render(messages, is_open, tools), add_special_tokens=False)
 
-    def detokenizer(self, context: Sequence[int] = ()) -> Detokenizer:
-        """A detokenizer for one request; context: the tokens that its text continues, to keep a leading space."""
-        return Detokenizer(self._backend, context)
+    def detokenizer(self, context: Sequence[int] = (), shown: Collection[str] = ()) -> Detokenizer:
+        """A detokenizer for one request.
+
+        context: the tokens that its text continues, to keep a leading space.
+        shown: the special tokens that have a text, their name.
+        """
+        shown_ids = {self._special_ids[name] for name in shown if name in self._special_ids}
+        hidden = frozenset(self._special_ids.values()) - shown_ids if shown_ids else None
+        return Detokenizer(self._backend, context, hidden)
 
     def vocabulary(self, size: int) -> list[bytes]:
-        """The UTF-8 bytes of the tokens 0 to size - 1, empty for special and for unknown ones.
+        """The UTF-8 bytes of the tokens 0 to size - 1, empty for unknown ones and NO_TEXT for special ones.
 
         Takes seconds for 256,000 tokens.
         """
-        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        return [b"" if i in special else self.token_bytes(i) for i in range(size)]
+        special = set(self._special_ids.values())
+        return [NO_TEXT if i in special else self.token_bytes(i) for i in range(size)]
 
     def token_text(self, token_id: int) -> str:
         """See `TokenBytes.text`."""

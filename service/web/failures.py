@@ -41,6 +41,12 @@ _VALUE_ERRORS = {
     "temperature_too_small": "but {message}",
     "not_honoured": "which this server does not honour; {message}",
     "not_text": "which is not text; {message}",
+    "not_arguments": "which is no JSON of an object; {message}",
+    "too_deep": "which is nested too deep; {message}",
+    "tools_alone": "which has `tools` without `messages`; {message}",
+    "no_choice": "which is no choice of a tool; {message}",
+    "no_content": "which has no `content`; {message}",
+    "string_pattern_mismatch": "which does not match {pattern}; send a name that does",
 }
 _MAX_SHOWN = 80
 _SHORT = reprlib.Repr()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from service.engine.api import FinishReason, HostInfo, OneToken, Reloaded, SamplingParams
 from service.engine.client import EngineClient
@@ -18,6 +19,7 @@ from service.engine.grammar import Grammar, Grammars
 from service.engine.messages import Command, Ended, Fault, Gauges, Logprob, News, Scored, Sink, Submit, fault_of
 from service.errors import EngineFailed
 from service.host.server import ServedEngine, nothing_to_reload
+from service.text.tools.format import Format
 
 EOS = 0
 NUM_BLOCKS = 100
@@ -38,12 +40,23 @@ INFO = HostInfo(
 class ByteTokenizer:
     """One token per UTF-8 byte; byte 0 ends an answer and gives no text."""
 
+    special_ids: Mapping[str, int] = {"<eos>": EOS}
+
+    def __init__(self, tool_format: Format | None = None) -> None:
+        self.tool_format = tool_format
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def apply_chat(self, messages: Sequence[dict[str, str]], is_open: bool = True) -> list[int]:
-        text = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
-        return self.encode(text[:-1] if is_open and messages[-1]["role"] == "assistant" else text)
+    def apply_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        is_open: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        head = f"tools:{json.dumps(tools)}\n" if tools else ""
+        text = "".join(f"{m['role']}:{m['content']}{_beside(m)}\n" for m in messages)
+        return self.encode(head + (text[:-1] if is_open and messages[-1]["role"] == "assistant" else text))
 
     def token_text(self, token_id: int) -> str:
         return "<eos>" if token_id == EOS else chr(token_id) if token_id < 128 else f"bytes:\\x{token_id:02x}"
@@ -51,16 +64,23 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return b"<eos>" if token_id == EOS else bytes([token_id])
 
-    def detokenizer(self, context: Sequence[int] = ()) -> ByteDetokenizer:
-        return ByteDetokenizer()
+    def detokenizer(self, context: Sequence[int] = (), shown: Collection[str] = ()) -> ByteDetokenizer:
+        return ByteDetokenizer("<eos>" if "<eos>" in shown else "")
+
+
+def _beside(message: Mapping[str, Any]) -> str:
+    """What a message has beside role and content."""
+    rest = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return json.dumps(rest) if rest else ""
 
 
 class ByteDetokenizer:
-    def __init__(self) -> None:
+    def __init__(self, end: str = "") -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._end = end
 
     def push(self, token_id: int) -> str:
-        return "" if token_id == EOS else self._decoder.decode(bytes([token_id]))
+        return self._end if token_id == EOS else self._decoder.decode(bytes([token_id]))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)

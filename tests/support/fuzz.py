@@ -19,6 +19,7 @@ from tests.support.fake_engine import INFO
 from tests.support.harness import app_of, two_engines
 from tests.support.tokenizers import TEMPLATE, byte_level_backend
 
+TOOLS = "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"
 NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))
 MAX_MODEL_LEN = 4096
 TYPES = {"invalid_request_error", "authentication_error", "rate_limit_error", "overloaded_error", "timeout_error"}
@@ -37,7 +38,7 @@ thorough = settings(
 def fuzz_app(**options: Any) -> FastAPI:
     """The whole app over fake engines and a real tokenizer, with a chat template and a compiler of grammars."""
     engines = two_engines(reply="naïve 😀 end", max_model_len=MAX_MODEL_LEN, tokens_per_step=8)
-    tokenizer = Tokenizer(byte_level_backend(), frozenset({0}), ChatTemplate(TEMPLATE, {}))
+    tokenizer = Tokenizer(byte_level_backend(), frozenset({0}), ChatTemplate(TOOLS + TEMPLATE, {}))
     return app_of(engines, tokenizer=tokenizer, info=replace(INFO, vocab_size=tokenizer.vocab_size), **options)
 
 

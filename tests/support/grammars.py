@@ -9,11 +9,12 @@ from service.engine.grammar import Grammar, Matcher
 from service.engine.loop import EngineLoop
 from service.text.json.compiler import JsonCompiler
 from service.text.json.schema import json_grammar
+from service.text.tokenizer import NO_TEXT
 
 EOS = 2
 
 
-TOKENS = [b"", b"", b"", *(bytes([byte]) for byte in range(3, 256))]
+TOKENS = [NO_TEXT, NO_TEXT, b"", *(bytes([byte]) for byte in range(3, 256))]
 
 
 JSON = JsonCompiler(lambda: TOKENS, frozenset({EOS}))

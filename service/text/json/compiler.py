@@ -60,7 +60,8 @@ class JsonCompiler:
     """Compiles rules for one vocabulary, one at a time, and caches them. Implements `service.engine.grammar.Grammars`.
 
     Args:
-        vocabulary: returns the bytes that each token adds to a text, empty if none; called on first use.
+        vocabulary: returns the bytes that each token adds to a text; called on first use. A token without any is never
+            allowed; one of bytes that are no UTF-8 only where the rules say `Token(id)`.
         eos_ids: tokens that end an answer; allowed only once the JSON is complete.
     """
 
@@ -86,8 +87,9 @@ class JsonCompiler:
             return known
         if not self._eos_ids:
             raise InvalidRequest(
-                "this model names no end token, so an answer in JSON could not end: leave `response_format` out, or "
-                "put eos_token_id into the model's generation_config.json",
+                "this model names no end token, so an answer that is held to a grammar could not end: leave "
+                "`response_format`, or the forced `tool_choice`, out, or put eos_token_id into the model's "
+                "generation_config.json",
                 PARAM,
             )
         if not self._room.acquire(blocking=False):

@@ -8,8 +8,8 @@ string with a length contains no escapes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from typing import Any
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 from service.text.json.keywords import (
     ANNOTATIONS,
@@ -48,6 +48,23 @@ REMEDIES = {
     "patternProperties": "name the properties, or give `additionalProperties` alone",
     "prefixItems": "use an object with a property for each place",
 }
+
+
+class GrammarRules(NamedTuple):
+    """Rules by name, and the name of the one that stands for a whole text."""
+
+    bodies: Mapping[str, str]
+    root: str
+
+    def text(self) -> str:
+        """All rules in xgrammar's notation, with `root` last."""
+        return "\n".join(f"{name} ::= {body}" for name, body in {**self.bodies, "root": self.root}.items()) + "\n"
+
+    def __or__(self, other: GrammarRules) -> GrammarRules:
+        """The rules for texts that either matches; rules of one name must be equal."""
+        return GrammarRules({**self.bodies, **other.bodies}, f"{self.root} | {other.root}")
+
+
 Needs = Sequence[Set[str]]
 """For each alternative of a rule, the rules that it requires."""
 
@@ -59,18 +76,25 @@ def json_grammar(schema: dict[str, Any] | None) -> str:
         InvalidRequest: a keyword or a combination of keywords is not served, a keyword's value is invalid, a limit is
             exceeded, or no finite text satisfies the schema.
     """
-    schema = {"type": "object"} if schema is None else schema
-    size = len(json_text(schema, ()).encode())
-    if size > MAX_SCHEMA_BYTES:
-        refuse((), f"has {size} bytes; at most {MAX_SCHEMA_BYTES} are served: split it, or leave descriptions out")
-    return _Rules(schema).text()
+    return json_rules(schema).text()
 
 
-class _Rules:
-    """Collects the rules of one schema; `at` is the location of a part."""
+def json_rules(schema: dict[str, Any] | None) -> GrammarRules:
+    """The rules of `json_grammar`. Raises as it does."""
+    return Rules({"type": "object"} if schema is None else schema).all()
 
-    def __init__(self, schema: dict[str, Any]) -> None:
+
+class Rules:
+    """Collects the rules of one schema; `at` is the location of a part.
+
+    Args:
+        schema: see `json_grammar`.
+        prefix: of the names of all rules that differ between schemas, so that those of several go into one grammar.
+    """
+
+    def __init__(self, schema: dict[str, Any], prefix: str = "") -> None:
         self._schema = schema
+        self._prefix = prefix
         self._bodies: dict[str, str] = {name: COMMON[name] for name in ("space", "string")}
         self._needs: dict[str, Needs] = {}
         self._references: dict[Place, str] = {}
@@ -80,12 +104,15 @@ class _Rules:
         self._num_optional = 0
         self._depth = 0
 
-    def text(self) -> str:
-        """All rules, with `root` last."""
+    def all(self) -> GrammarRules:
+        """All rules. Raises InvalidRequest as `json_grammar`."""
+        size = len(json_text(self._schema, ()).encode())
+        if size > MAX_SCHEMA_BYTES:
+            refuse((), f"has {size} bytes; at most {MAX_SCHEMA_BYTES} are served: split it, or leave descriptions out")
         root = self._reference("#", ())
         if not self._can_end(root):
             refuse((), "is fulfilled by no finite text: let what refers to itself be optional, or give it an end")
-        return "\n".join(f"{name} ::= {body}" for name, body in {**self._bodies, "root": root}.items()) + "\n"
+        return GrammarRules(self._bodies, root)
 
     def _can_end(self, root: str) -> bool:
         """Whether a finite text satisfies a rule, by growing the set of rules with one until nothing is added."""
@@ -97,7 +124,7 @@ class _Rules:
         return root in ends
 
     def _add(self, body: str, needs: Needs = (frozenset(),), name: str | None = None) -> str:
-        name = name or f"r{len(self._bodies)}"
+        name = name or f"{self._prefix}r{len(self._bodies)}"
         self._bodies[name], self._needs[name] = body, needs
         return name
 
@@ -148,7 +175,7 @@ class _Rules:
         if place in self._chain:
             refuse(at, f"is {shown(pointer)}, which leads back here: put a property or an item in between")
         if place not in self._references:
-            name = self._references[place] = f"ref{len(self._references)}"
+            name = self._references[place] = f"{self._prefix}ref{len(self._references)}"
             self._chain = (*self._chain, place)
             rule = self._rule(part, place)
             self._chain = self._chain[:-1]

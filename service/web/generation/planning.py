@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from service.engine.api import SamplingParams
 from service.errors import InvalidRequest, PromptTooLong
@@ -44,8 +44,13 @@ async def text_ids(text: str, serving: Serving, param: str) -> list[int]:
     return _spelled(await asyncio.to_thread(encode, text) if is_long else encode(text), serving, param)
 
 
-async def chat_ids(messages: Sequence[dict[str, str]], serving: Serving, is_open: bool = True) -> list[int]:
-    """Token ids of a conversation in the model's chat template; is_open as in `TokenizerLike.apply_chat`.
+async def chat_ids(
+    messages: Sequence[dict[str, Any]],
+    serving: Serving,
+    is_open: bool = True,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> list[int]:
+    """Token ids of a conversation in the model's chat template; is_open and tools as in `TokenizerLike.apply_chat`.
 
     Raises:
         InvalidRequest: the conversation is empty, the template refuses it, or the model has no row for one of its
@@ -54,11 +59,12 @@ async def chat_ids(messages: Sequence[dict[str, str]], serving: Serving, is_open
     if not messages:
         return _some([], "messages")
     tokenizer = serving.tokenizer
-    is_long = sum(len(message["content"]) for message in messages) + MESSAGE_CHARS * len(messages) > THREAD_CHARS
+    num_chars = sum(len(message["content"]) for message in messages) + MESSAGE_CHARS * len(messages)
+    has_calls = tools or any("tool_calls" in message for message in messages)
     ids = (
-        await asyncio.to_thread(tokenizer.apply_chat, messages, is_open)
-        if is_long
-        else tokenizer.apply_chat(messages, is_open)
+        await asyncio.to_thread(tokenizer.apply_chat, messages, is_open, tools)
+        if num_chars > THREAD_CHARS or has_calls
+        else tokenizer.apply_chat(messages, is_open, tools)
     )
     return _spelled(ids, serving, "messages")
 

@@ -28,6 +28,7 @@ class Plan:
     """A checked request: variant, prompt ids and parameters.
 
     shows_logprobs: whether the answer contains log-probabilities; params.logprobs may be set for internal use only.
+    shown: the special tokens that the answer's text shows by their names.
     continues: whether the answer continues the prompt's text, so that a leading space matters.
     route: the route of the request.
     timeout_s: seconds from received_s to the last token; None for the settings' limit.
@@ -39,6 +40,7 @@ class Plan:
     prompt_ids: list[int]
     params: SamplingParams
     stop: tuple[str, ...] = ()
+    shown: frozenset[str] = frozenset()
     shows_logprobs: bool = False
     continues: bool = False
     received_s: float = field(default_factory=time.perf_counter)
@@ -78,7 +80,8 @@ class Run:
         self._exemplar = exemplar_of(current.get())
         self._is_counted = False
         self._engine = serving.engines[plan.variant]
-        self._output = Output(serving.tokenizer.detokenizer(plan.prompt_ids if plan.continues else ()), plan.stop)
+        context = plan.prompt_ids if plan.continues else ()
+        self._output = Output(serving.tokenizer.detokenizer(context, plan.shown), plan.stop)
         self._visit = serving.visit() if visit is None else visit
         self._has_own_visit = visit is None
         self._submitted_s = time.perf_counter()
@@ -238,6 +241,7 @@ class Run:
             replace(plan.params, seed=self._stream.seed),
             self._stream.progress,
             plan.stop,
+            plan.shown,
             plan.prompt_ids if plan.continues else (),
             self.tokens,
             self._submitted_s,

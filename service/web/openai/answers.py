@@ -8,7 +8,8 @@ from pydantic import BaseModel, Field
 
 from service.engine.api import FinishReason
 from service.measures import RunMetrics
-from service.web.schemas.generate import Usage
+from service.web.schemas.generate import End, Usage
+from service.web.schemas.tools import ToolCall, ToolCallDelta
 
 UNLIKELY = -9999.0
 """OpenAI's log-probability of a token whose probability is 0 in float32; JSON has no infinity."""
@@ -90,8 +91,9 @@ class AssistantMessage(BaseModel):
     """The model's message."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="Null if there is nothing but calls of tools.")
     refusal: None = None
+    tool_calls: list[ToolCall] = Field([], description="Only if there are any.")
 
 
 class ChatChoice(BaseModel):
@@ -100,7 +102,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: End
     metrics: RunMetrics
 
 
@@ -116,7 +118,8 @@ class ChatDelta(BaseModel):
     """What one or more steps added to a message."""
 
     role: Literal["assistant"] | None = Field(default=None, description="Only in the first event of each answer.")
-    content: str
+    content: str | None = Field(default=None, description="Left out if there is nothing but calls of tools.")
+    tool_calls: list[ToolCallDelta] = Field([], description="Only if there are any.")
 
 
 class ChatChunkChoice(BaseModel):
@@ -125,7 +128,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: End | None = None
     metrics: RunMetrics | None = Field(default=None, description="This answer's times, in its last event.")
 
 

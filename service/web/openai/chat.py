@@ -16,6 +16,7 @@ from service.text.protocols import TokenizerLike
 from service.web.failures import CountedRoute
 from service.web.generation.reply import answered, streamed
 from service.web.generation.run import Piece, Run
+from service.web.generation.tool_use import Answering, ToolUse, end_of, whole
 from service.web.openai.answers import (
     AssistantMessage,
     ChatChoice,
@@ -54,10 +55,11 @@ async def chat(body: ChatRequest, http: HTTPRequest) -> Response:
         variant = serving.models.variant_of(body.model)
     id_ = f"chatcmpl-{uuid4().hex}"
     with serving.metrics.counting_refusals(variant):
-        plans = await chat_plans(id_, body, variant, serving, http.state.received_s)
+        use, plans = await chat_plans(id_, body, variant, serving, http.state.received_s)
     head = head_of(id_, "chat.completion.chunk" if body.stream else "chat.completion", variant, serving.models)
     choices = Choices(plans, serving)
-    reply = Reply(choices, _Dialect(head, choices.runs, body.logprobs, serving.tokenizer), body)
+    dialect = _Dialect(head, choices.runs, use=use, shows_logprobs=body.logprobs, tokenizer=serving.tokenizer)
+    reply = Reply(choices, dialect, body)
     if body.stream:
         return streamed(reply.events, http, choices.close)
     return await answered(reply.answer, http, choices.close)
@@ -65,13 +67,22 @@ async def chat(body: ChatRequest, http: HTTPRequest) -> Response:
 
 class _Dialect:
     def __init__(
-        self, head: dict[str, Any], runs: Sequence[Run], shows_logprobs: bool, tokenizer: TokenizerLike
+        self,
+        head: dict[str, Any],
+        runs: Sequence[Run],
+        *,
+        use: ToolUse | None,
+        shows_logprobs: bool,
+        tokenizer: TokenizerLike,
     ) -> None:
         self._head = head
         self._runs = runs
+        self._use = use
         self._shows_logprobs = shows_logprobs
         self._tokenizer = tokenizer
         self._begun: set[int] = set()
+        self._answering = [Answering(use) for _ in runs]
+        self.is_plain = use is None
 
     def event(self, news: Sequence[New], **usage: Any) -> ChatCompletionChunk:
         return ChatCompletionChunk(**self._head, choices=[self._piece(*new) for new in news], **usage)
@@ -82,23 +93,31 @@ class _Dialect:
 
     def _piece(self, index: int, piece: Piece, end: FinishReason | None) -> ChatChunkChoice:
         """A choice of an event. The role is sent with the first text, so that no event precedes the first token."""
-        said = (
-            ChatDelta(content=piece.text) if index in self._begun else ChatDelta(role="assistant", content=piece.text)
-        )
+        answering = self._answering[index]
+        content, calls = answering.grown(piece.text, is_last=end is not None)
+        said: dict[str, Any] = {} if index in self._begun else {"role": "assistant"}
+        if calls:
+            said["tool_calls"] = calls
+        if content or not calls:
+            said["content"] = content
         self._begun.add(index)
         logprobs = self._logprobs(piece.logprobs or ())
-        choice = ChatChunkChoice(index=index, delta=said, logprobs=logprobs, finish_reason=None)
+        choice = ChatChunkChoice(index=index, delta=ChatDelta(**said), logprobs=logprobs, finish_reason=None)
         if end is not None:
-            choice.finish_reason, choice.metrics = end, self._runs[index].times()
+            choice.finish_reason, choice.metrics = end_of(end, answering.num_calls), self._runs[index].times()
         return choice
 
     def _whole(self, index: int, run: Run) -> ChatChoice:
         answer = run.answer()
+        content, calls = whole(self._use, answer.text)
+        shown = {"tool_calls": calls} if calls else {}
         return ChatChoice(
             index=index,
-            message=AssistantMessage(role="assistant", content=answer.text, refusal=None),
+            message=AssistantMessage(
+                role="assistant", content=content if content or not calls else None, refusal=None, **shown
+            ),
             logprobs=self._logprobs(answer.logprobs),
-            finish_reason=answer.finish_reason,
+            finish_reason=end_of(answer.finish_reason, len(calls)),
             metrics=answer.metrics,
         )
 

@@ -90,7 +90,12 @@ def head_of(id_: str, kind: str, variant: str, models: ModelNames) -> dict[str, 
 
 
 class Dialect(Protocol):
-    """How a route formats events and answers."""
+    """How a route formats events and answers.
+
+    is_plain: whether the text of an event is what the piece holds.
+    """
+
+    is_plain: bool
 
     def event(self, news: Sequence[New], **usage: Any) -> OpenAIAnswer: ...
 
@@ -138,7 +143,7 @@ class Reply:
         is_first = new.choice not in self._forms
         form = self._forms.setdefault(new.choice, None)
         has_more = new.finish_reason is not None or new.piece.logprobs is not None or usage.get("usage") is not None
-        if is_first or has_more or not self._counts_answers:
+        if is_first or has_more or not (self._counts_answers and self._dialect.is_plain):
             return None
         if form is None:
             like = New(new.choice, Piece(MARK, []), None)

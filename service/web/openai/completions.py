@@ -57,6 +57,8 @@ async def complete(body: CompletionRequest, http: HTTPRequest) -> Response:
 
 
 class _Dialect:
+    is_plain = True
+
     def __init__(self, head: dict[str, Any], texts: Sequence[_Text]) -> None:
         self._head = head
         self._texts = texts
@@ -83,7 +85,7 @@ class _Text:
     def whole(self) -> CompletionChoice:
         """The complete choice, after its run has ended."""
         answer = self._run.answer()
-        return self.grown(answer.text, answer.logprobs, answer.finish_reason)
+        return self.grown(answer.text, answer.logprobs, self._run.finish_reason)
 
     def grown(self, text: str, entries: Sequence[TokenLogprob] | None, end: FinishReason | None) -> CompletionChoice:
         """A choice with the new text. The first one begins with an echoed prompt, the last has the finish reason."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from service.engine.api import Engine, SamplingParams
+from service.engine.api import SamplingParams
 from service.errors import InvalidRequest
-from service.text.json.schema import json_grammar
+from service.text.json.schema import GrammarRules, json_rules
 from service.web.generation.planning import (
     Room,
     allowed_timeout,
@@ -20,6 +19,7 @@ from service.web.generation.planning import (
     text_ids,
 )
 from service.web.generation.run import Plan
+from service.web.generation.tool_use import ToolUse, answer_grammar, is_continued, shown_messages, shown_tools, tool_use
 from service.web.openai.requests import MAX_CHOICES, ChatRequest, CompletionRequest, OpenAIRequest, ResponseFormat
 from service.web.state import Serving
 
@@ -41,6 +41,7 @@ class Order:
     route: str
     variant: str
     stop: tuple[str, ...]
+    shown: frozenset[str]
     shows_logprobs: bool
     continues: bool
     received_s: float
@@ -55,6 +56,7 @@ class Order:
                 prompt_ids=ids,
                 params=params if params.seed is None else replace(params, seed=(params.seed + i) % NUM_SEEDS),
                 stop=self.stop,
+                shown=self.shown,
                 shows_logprobs=self.shows_logprobs,
                 continues=self.continues,
                 received_s=self.received_s,
@@ -98,6 +100,7 @@ async def completion_plans(
         route="/v1/completions",
         variant=variant,
         stop=tuple(body.stop),
+        shown=frozenset(),
         shows_logprobs=body.logprobs is not None,
         continues=True,
         received_s=received_s,
@@ -106,8 +109,14 @@ async def completion_plans(
     return prompts, order.plans(wanted, body.n)
 
 
-async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving, received_s: float) -> list[Plan]:
-    """n plans. Raises as `completion_plans` and, for `response_format`, as `json_grammar` and `Engine.compile`."""
+async def chat_plans(
+    id_: str, body: ChatRequest, variant: str, serving: Serving, received_s: float
+) -> tuple[ToolUse | None, list[Plan]]:
+    """How the answers may call tools, and n plans.
+
+    Raises as `completion_plans`, `tool_use` and `shown_messages` and, where answers are held to a grammar, as
+    `json_grammar`, `call_grammar` and `Engine.compile`.
+    """
     engine = serving.engine(variant)
     _refuse_lone_stream_options(body)
     if body.top_logprobs is not None and not body.logprobs:
@@ -116,8 +125,9 @@ async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving
             "top_logprobs",
         )
     serving.count_answers(body.n, "n")
-    messages = [{"role": message.role, "content": message.content} for message in body.messages]
-    ids = await chat_ids(messages, serving, body.add_generation_prompt)
+    use = tool_use(body, serving.tokenizer)
+    messages = shown_messages(body.messages, serving.tokenizer)
+    ids = await chat_ids(messages, serving, body.add_generation_prompt, shown_tools(body, use))
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = fitting(
         _asked_tokens(body), None, Room(len(ids), engine.max_model_len, "messages", limit), serving.settings
@@ -125,19 +135,20 @@ async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving
     params = replace(
         sampling_params(body, serving, max_tokens),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=await _grammar(body.response_format, engine),
+        grammar=await answer_grammar(_schema_rules(body.response_format), use, serving.tokenizer, engine),
     )
     order = Order(
         id=id_,
         route="/v1/chat/completions",
         variant=variant,
         stop=tuple(body.stop),
+        shown=frozenset(() if use is None else use.format.markers),
         shows_logprobs=body.logprobs,
-        continues=body.add_generation_prompt and body.messages[-1].role == "assistant",
+        continues=body.add_generation_prompt and is_continued(body.messages),
         received_s=received_s,
         timeout_s=allowed_timeout(body.timeout_s, serving.settings),
     )
-    return order.plans([(ids, params)], body.n)
+    return use, order.plans([(ids, params)], body.n)
 
 
 async def _prompt(prompt: str | list[int], serving: Serving, is_echoed: bool) -> Prompt:
@@ -148,8 +159,8 @@ async def _prompt(prompt: str | list[int], serving: Serving, is_echoed: bool) ->
     return Prompt(ids, "".join(map(decoder.push, ids)) + decoder.flush() if is_echoed else "")
 
 
-async def _grammar(wanted: ResponseFormat | None, engine: Engine) -> str | None:
-    """The grammar's rules for `response_format`, already compiled by the engine; None for any text."""
+def _schema_rules(wanted: ResponseFormat | None) -> Callable[[], GrammarRules] | None:
+    """Makes the rules for `response_format`; None for any text."""
     if wanted is None:
         return None
     if (wanted.json_schema is not None) != (wanted.type == "json_schema"):
@@ -162,9 +173,7 @@ async def _grammar(wanted: ResponseFormat | None, engine: Engine) -> str | None:
     if wanted.type == "text":
         return None
     schema = None if wanted.json_schema is None else wanted.json_schema.schema_
-    rules = await asyncio.to_thread(json_grammar, schema)
-    await engine.compile(rules)
-    return rules
+    return lambda: json_rules(schema)
 
 
 def _asked_tokens(body: ChatRequest) -> int | None:

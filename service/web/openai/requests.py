@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.web.openai.inert import EmptyList, EmptyObject, InertText, Metadata, Nothing, Only, Zero
-from service.web.schemas.bodies import Body, Sampling, Temperature, Text, whole_unicode
+from service.web.schemas.bodies import NullIsAbsent, Sampling, Temperature, Text, whole_unicode
+from service.web.schemas.tools import PastCall, ToolFields
 
 MAX_CHOICES = 128
 """Most answers to one request: prompts times `n`."""
@@ -67,34 +68,6 @@ _TEXT_PART_SCHEMA = {
 _CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART_SCHEMA}]}
 
 
-def _nullable(schema: dict[str, Any]) -> None:
-    """Allow null in the JSON schema for every optional field."""
-    for name, field in schema["properties"].items():
-        is_optional = name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ())
-        if is_optional and field.get("type") != "null":
-            outer = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **outer}
-
-
-class NullIsAbsent(Body):
-    """A body in which null means that the field is absent, as OpenAI's clients send it."""
-
-    model_config = ConfigDict(json_schema_extra=_nullable)
-    unknown = "unknown_parameter"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {name: value for name, value in values.items() if value is not None or not cls._is_optional(name)}
-
-    @classmethod
-    def _is_optional(cls, name: str) -> bool:
-        field = cls.model_fields.get(name)
-        return field is not None and not field.is_required()
-
-
 class StreamOptions(NullIsAbsent):
     """What a stream contains besides the text."""
 
@@ -147,18 +120,28 @@ class CompletionRequest(OpenAIRequest):
 class ChatMessage(NullIsAbsent):
     """One turn of a conversation. The fields after `content` allow an answer's message to be sent back unchanged."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="Role of the author; developer becomes system if the model's chat template has no developer role."
     )
-    content: Annotated[Text, BeforeValidator(_joined), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
-        description="The text: a string, or text parts, which are joined by line breaks."
+    content: Annotated[Text, BeforeValidator(_joined), WithJsonSchema(_CONTENT_SCHEMA)] | None = Field(
+        None,
+        description="The text: a string, or text parts, which are joined by line breaks. Only the assistant's may be "
+        "null.",
     )
-    name: Nothing = Field(None, description="Accepted: null; chat templates have no names.")
+    name: Text | None = Field(None, description="The author's name, for chat templates that show it.")
+    tool_calls: list[PastCall] = Field([], description="The assistant's calls of tools.")
+    tool_call_id: Text | None = Field(None, description="The call that a message of the role tool answers.")
     refusal: Nothing = Field(None, description="Accepted: null.")
     audio: Nothing = Field(None, description="Accepted: null.")
     function_call: Nothing = Field(None, description="Accepted: null.")
-    tool_calls: EmptyList = Field([], description="Accepted: [].")
     annotations: EmptyList = Field([], description="Accepted: [].")
+    parsed: Any = Field(None, description="Accepted: any; OpenAI's client adds what it read in `content`.")
+
+    @model_validator(mode="after")
+    def _require_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("no_content", "send a text")
+        return self
 
 
 class JsonSchema(NullIsAbsent):
@@ -177,7 +160,7 @@ class ResponseFormat(NullIsAbsent):
     json_schema: JsonSchema | None = Field(None, description="Only for the type json_schema, which requires it.")
 
 
-class ChatRequest(OpenAIRequest):
+class ChatRequest(OpenAIRequest, ToolFields):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(
@@ -198,10 +181,7 @@ class ChatRequest(OpenAIRequest):
     add_generation_prompt: bool = Field(
         True, description="End the prompt inside the assistant's turn, so that it is continued; false: end as sent."
     )
-    tools: EmptyList = Field([], description="Accepted: [], no tools.")
-    tool_choice: Only[Literal["none", "auto"]] = Field("none", description="Accepted: none, auto; there are no tools.")
-    parallel_tool_calls: bool = Field(True, description="Accepted: any; there are no tools.")
-    functions: EmptyList = Field([], description="Accepted: [], no tools.")
+    functions: EmptyList = Field([], description="Accepted: []; send `tools`.")
     function_call: Only[Literal["none", "auto"]] = Field("none", description="Accepted: none, auto.")
     modalities: Only[list[Literal["text"]]] = Field(["text"], description="Accepted: text.")
     audio: Nothing = Field(None, description="Accepted: null; answers are text.")

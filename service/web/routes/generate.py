@@ -31,6 +31,17 @@ from service.web.generation.planning import (
 from service.web.generation.reply import answered, streamed
 from service.web.generation.run import Piece, Plan, Run
 from service.web.generation.sse import MARK, Form
+from service.web.generation.tool_use import (
+    Answering,
+    Told,
+    ToolUse,
+    answer_grammar,
+    end_of,
+    shown_messages,
+    shown_tools,
+    tool_use,
+    whole,
+)
 from service.web.openapi import generation
 from service.web.schemas.generate import Answer, Delta, GenerateRequest, GenerateResponse
 from service.web.state import Serving, serving_of
@@ -56,18 +67,21 @@ async def generate(body: GenerateRequest, http: HTTPRequest) -> Response:
     serving = serving_of(http)
     variant = serving.default_variant if body.variant is None else body.variant
     with serving.metrics.counting_refusals(variant if variant in serving.engines else NO_VARIANT):
-        plan = await make_plan(body, variant, serving, http.state.received_s)
-    job = Job(plan, body.compare, serving)
+        use, plan = await make_plan(body, variant, serving, http.state.received_s)
+    job = Job(plan, use, body.compare, serving)
     if body.stream:
         return streamed(job.events, http, job.close)
     return await answered(job.answer, http, job.close)
 
 
-async def make_plan(body: GenerateRequest, variant: str, serving: Serving, received_s: float) -> Plan:
-    """Check a body and turn it into a plan.
+async def make_plan(
+    body: GenerateRequest, variant: str, serving: Serving, received_s: float
+) -> tuple[ToolUse | None, Plan]:
+    """Check a body; returns how its answer may call tools, and the plan.
 
     Raises:
-        InvalidRequest: a value is out of range, or `compare` is not possible.
+        InvalidRequest: a value is out of range, or `compare` is not possible; also as `tool_use`, `shown_messages`,
+            `call_grammar` and `Engine.compile`.
         PromptTooLong: as `fitting`.
         UnknownVariant, NotReady, EngineFailed: as `Serving.engine`.
     """
@@ -76,7 +90,8 @@ async def make_plan(body: GenerateRequest, variant: str, serving: Serving, recei
         _require_baseline(variant, serving)
         engines.append(serving.engine(BASELINE))
         serving.count_answers(len(engines), "compare")
-    prompt_ids = await _prompt_ids(body, serving)
+    use = tool_use(body, serving.tokenizer)
+    prompt_ids = await _prompt_ids(body, use, serving)
     room = Room(len(prompt_ids), min(engine.max_model_len for engine in engines), body.prompt_field)
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     max_tokens = fitting(asked, body.max_tokens, room, serving.settings)
@@ -84,7 +99,8 @@ async def make_plan(body: GenerateRequest, variant: str, serving: Serving, recei
     # A comparison needs the chosen tokens' log-probabilities, and the same seed for both runs.
     logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
     seed = secrets.randbits(32) if body.seed is None and body.compare else body.seed
-    return Plan(
+    grammars = [await answer_grammar(None, use, serving.tokenizer, engine) for engine in engines]
+    return use, Plan(
         id=f"gen-{uuid4().hex}",
         variant=variant,
         prompt_ids=prompt_ids,
@@ -92,12 +108,14 @@ async def make_plan(body: GenerateRequest, variant: str, serving: Serving, recei
             params,
             logprobs=logprobs,
             seed=seed,
+            grammar=grammars[0],
             # Both runs of a comparison start from as much of the prompt.
             max_cached=min([await engine.num_cached(prompt_ids, params.salt) for engine in engines])
             if body.compare
             else None,
         ),
         stop=tuple(body.stop),
+        shown=frozenset(() if use is None else use.format.markers),
         shows_logprobs=body.logprobs is not None,
         continues=not body.opens_a_turn,
         received_s=received_s,
@@ -109,9 +127,10 @@ async def make_plan(body: GenerateRequest, variant: str, serving: Serving, recei
 class Job:
     """The run of a /generate request and, for a comparison, the baseline's run after it."""
 
-    def __init__(self, plan: Plan, compare: bool, serving: Serving) -> None:
+    def __init__(self, plan: Plan, use: ToolUse | None, compare: bool, serving: Serving) -> None:
         """Submit the plan. Raises QueueFull or EngineFailed, as `Engine.submit`."""
         self._serving = serving
+        self._use = use
         self._compare = compare
         self._visit = serving.visit()
         self._runs: list[Run] = []
@@ -124,9 +143,9 @@ class Job:
     async def events(self) -> AsyncGenerator[Delta | bytes | GenerateResponse, None]:
         """Yield what each step of each run added, then the whole answer. Raises as `Run` and `Run.pieces`."""
         first = self._runs[0]
-        async for event in _deltas(first):
+        async for event in _deltas(first, self._use):
             yield event
-        answer = GenerateResponse(**_fields(first.answer()))
+        answer = GenerateResponse(**_fields(self._answer(first)))
         if self._compare:
             await first.released()
             second = self._start(
@@ -139,7 +158,7 @@ class Job:
                     timeout_s=first.time_left_s,
                 )
             )
-            async for event in _deltas(second):
+            async for event in _deltas(second, self._use):
                 yield event
             answer = self._compared(first, second)
         yield answer
@@ -162,8 +181,19 @@ class Job:
         self._runs.append(Run(plan, self._serving, self._visit))
         return self._runs[-1]
 
+    def _answer(self, run: Run) -> Answer:
+        """The run's answer, its calls of tools apart from its text."""
+        answer = run.answer()
+        if self._use is None:
+            return answer
+        text, calls = whole(self._use, answer.text)
+        shown: dict[str, object] = {"tool_calls": calls} if calls else {}
+        return answer.model_copy(
+            update={"text": text, "finish_reason": end_of(answer.finish_reason, len(calls)), **shown}
+        )
+
     def _compared(self, first: Run, second: Run) -> GenerateResponse:
-        answer, baseline = first.answer(), second.answer()
+        answer, baseline = self._answer(first), self._answer(second)
         faster = speedup(answer.metrics, baseline.metrics)
         alike = agreement(first.tokens, second.tokens)
         contended = self._visit.is_contended
@@ -176,16 +206,21 @@ class Job:
         )
 
 
-async def _deltas(run: Run) -> AsyncIterator[Delta | bytes]:
+async def _deltas(run: Run, use: ToolUse | None) -> AsyncIterator[Delta | bytes]:
     """An event for each piece of a run. Raises as `Run.pieces`."""
-    form = Form(_delta(run, Piece(MARK, NO_IDS)), MARK, NO_IDS)
+    form = Form(_delta(run, Piece(MARK, NO_IDS), Told(MARK, [])), MARK, NO_IDS)
+    answering = Answering(use)
     async for piece in run.pieces():
-        yield form.event(piece.text, piece.token_ids) if piece.logprobs is None else _delta(run, piece)
+        told = answering.grown(piece.text, is_last=run.finish_reason is not None)
+        is_plain = piece.logprobs is None and not told.calls
+        yield form.event(told.content, piece.token_ids) if is_plain else _delta(run, piece, told)
 
 
-def _delta(run: Run, piece: Piece) -> Delta:
-    shown = {} if piece.logprobs is None else {"logprobs": piece.logprobs}
-    return Delta(id=run.plan.id, variant=run.plan.variant, text=piece.text, token_ids=piece.token_ids, **shown)
+def _delta(run: Run, piece: Piece, told: Told) -> Delta:
+    shown: dict[str, Any] = {} if piece.logprobs is None else {"logprobs": piece.logprobs}
+    if told.calls:
+        shown["tool_calls"] = told.calls
+    return Delta(id=run.plan.id, variant=run.plan.variant, text=told.content, token_ids=piece.token_ids, **shown)
 
 
 def _fields(answer: Answer) -> dict[str, Any]:
@@ -208,10 +243,11 @@ def _require_baseline(variant: str, serving: Serving) -> None:
         )
 
 
-async def _prompt_ids(body: GenerateRequest, serving: Serving) -> list[int]:
+async def _prompt_ids(body: GenerateRequest, use: ToolUse | None, serving: Serving) -> list[int]:
     """The token ids of the prompt, whichever field it was sent in."""
     if body.prompt_ids is not None:
         return known_ids(body.prompt_ids, serving, "prompt_ids")
     if body.messages is not None:
-        return await chat_ids([message.model_dump() for message in body.messages], serving)
+        messages = shown_messages(body.messages, serving.tokenizer)
+        return await chat_ids(messages, serving, tools=shown_tools(body, use))
     return await text_ids(body.prompt or "", serving, "prompt")

@@ -97,6 +97,34 @@ class Body(BaseModel):
         return values
 
 
+def _nullable(schema: dict[str, Any]) -> None:
+    """Allow null in the JSON schema for every optional field."""
+    for name, field in schema["properties"].items():
+        is_optional = name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ())
+        if is_optional and field.get("type") != "null":
+            outer = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **outer}
+
+
+class NullIsAbsent(Body):
+    """A body in which null means that the field is absent, as OpenAI's clients send it."""
+
+    model_config = ConfigDict(json_schema_extra=_nullable)
+    unknown = "unknown_parameter"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or not cls._is_optional(name)}
+
+    @classmethod
+    def _is_optional(cls, name: str) -> bool:
+        field = cls.model_fields.get(name)
+        return field is not None and not field.is_required()
+
+
 class Sampling(Body):
     """How the next token is chosen, where the answer ends, and whether it is streamed."""
 

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from service.engine.api import FinishReason
 from service.measures import Agreement, RunMetrics, Speedup
 from service.web.schemas.bodies import Body, Sampling, Text
+from service.web.schemas.tools import PastCall, ToolCall, ToolCallDelta, ToolFields
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_ids")
 
@@ -17,8 +18,17 @@ PROMPT_FIELDS = ("prompt", "messages", "prompt_ids")
 class Message(Body):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"] = Field(description="Role of the author.")
-    content: Text = Field(description="The text.")
+    role: Literal["system", "user", "assistant", "tool"] = Field(description="Role of the author.")
+    content: Text | None = Field(None, description="The text; only the assistant's may be null.")
+    name: Text | None = Field(None, description="The author's name, for chat templates that show it.")
+    tool_calls: list[PastCall] = Field([], description="The assistant's calls of tools.")
+    tool_call_id: Text | None = Field(None, description="The call that a message of the role tool answers.")
+
+    @model_validator(mode="after")
+    def _require_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("no_content", "send a text")
+        return self
 
 
 def _exactly_one_prompt(schema: dict[str, Any]) -> None:
@@ -26,7 +36,7 @@ def _exactly_one_prompt(schema: dict[str, Any]) -> None:
     schema["oneOf"] = [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in PROMPT_FIELDS]
 
 
-class GenerateRequest(Sampling):
+class GenerateRequest(Sampling, ToolFields):
     """Body of POST /generate: exactly one of `prompt`, `messages` and `prompt_ids`, and sampling fields."""
 
     model_config = ConfigDict(json_schema_extra=_exactly_one_prompt)
@@ -62,13 +72,15 @@ class GenerateRequest(Sampling):
                 "exactly one of prompt, messages and prompt_ids is needed, not {given}",
                 {"given": " and ".join(given) or "none"},
             )
+        if self.tools and self.messages is None:
+            raise PydanticCustomError("tools_alone", "send `messages`, or leave `tools` out")
         return self
 
     @property
     def opens_a_turn(self) -> bool:
         """Whether the answer is a new message, rather than the continuation of a text or of the last message."""
         messages = self.messages or []
-        return bool(messages) and messages[-1].role != "assistant"
+        return bool(messages) and (messages[-1].role != "assistant" or bool(messages[-1].tool_calls))
 
     @property
     def prompt_field(self) -> str:
@@ -97,14 +109,19 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+End = FinishReason | Literal["tool_calls"]
+"""Why an answer ended; tool_calls: it is complete, and calls tools."""
+
+
 class Answer(BaseModel):
     """The answer of one variant."""
 
     id: str
     variant: str
-    text: str
+    text: str = Field(description="Without calls of tools.")
     token_ids: list[int] = Field(description="All tokens, including stop strings and the end token.")
-    finish_reason: FinishReason = Field(description="stop: end token or stop string; length: max_tokens; abort.")
+    finish_reason: End = Field(description="stop: end token or stop string; length: max_tokens; tool_calls; abort.")
+    tool_calls: list[ToolCall] = Field([], description="Only if the answer calls tools.")
     usage: Usage
     logprobs: list[TokenLogprob] = Field(default=[], description="One entry per token; only if requested.")
     metrics: RunMetrics
@@ -126,4 +143,5 @@ class Delta(BaseModel):
     variant: str
     text: str = Field(description="May be empty: a character or a possible stop string is not yet complete.")
     token_ids: list[int]
+    tool_calls: list[ToolCallDelta] = Field([], description="Only if the event adds to calls of tools.")
     logprobs: list[TokenLogprob] = []

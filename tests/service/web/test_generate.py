@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Never
 
 import httpx
@@ -12,6 +12,7 @@ import pytest
 from tests.support.fake_engine import ByteDetokenizer, ByteTokenizer, FakeEngine
 from tests.support.harness import app_of, client_of, engines_of, events_of, post, two_engines
 
+FUNCTION = {"type": "function", "function": {"name": "f"}}
 RUN_METRICS = {
     "queue_ms",
     "prefill_ms",
@@ -164,8 +165,10 @@ BAD = [
     ({"prompt": "a", "variant": 3}, 422, "variant", ["3"]),
     ({}, 422, None, ["prompt, messages and prompt_ids", "none"]),
     ({"prompt": "a", "prompt_ids": [1]}, 422, None, ["prompt and prompt_ids"]),
-    ({"messages": [{"role": "user"}]}, 422, "messages", ["messages.0.content", "missing"]),
-    ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, 422, "messages", ["messages.0.name"]),
+    ({"messages": [{"role": "user"}]}, 400, "messages", ["`messages.0`", "no `content`"]),
+    ({"messages": [{"role": "user", "content": "a", "nam": "b"}]}, 422, "messages", ["messages.0.nam", "`name`"]),
+    ({"prompt": "a", "tools": [FUNCTION]}, 400, None, ["`tools` without `messages`"]),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": [FUNCTION]}, 400, "tools", ["has no tools"]),
     ([1], 422, None, ["JSON object"]),
     ({"prompt": ""}, 400, "prompt", ["empty"]),
     ({"messages": []}, 400, "messages", ["empty"]),
@@ -332,7 +335,7 @@ def test_a_fault_in_decoding_frees_the_request() -> None:
         def encode(self, text: str) -> list[int]:
             return [1]
 
-        def detokenizer(self, context: Sequence[int] = ()) -> Faulty:
+        def detokenizer(self, context: Sequence[int] = (), shown: Collection[str] = ()) -> Faulty:
             return Faulty()
 
     for stream in (False, True):

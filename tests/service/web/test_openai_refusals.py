@@ -32,6 +32,14 @@ def post(path: str, body: Mapping[str, object], **app_options: Any) -> tuple[htt
     return asyncio.run(go())
 
 
+def tool(name: str, **more: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+def called(arguments: str) -> dict[str, object]:
+    return {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
+
+
 BOTH = [
     ({"presence_penalty": 0.5}, 400, "presence_penalty", ["0.5", "does not honour", "leave it out"]),
     ({"presence_penalty": False}, 400, "presence_penalty", ["False"]),
@@ -76,8 +84,19 @@ ONLY_TEXT = [
     ({"prompt": ["a"] * 65, "n": 2}, 400, "prompt", ["130 answers"]),
 ]
 ONLY_CHAT = [
-    ({"tools": [{"type": "function"}]}, 400, "tools", ["does not honour"]),
-    ({"tool_choice": "required"}, 400, "tool_choice", ["required"]),
+    ({"tools": [{"type": "function"}]}, 422, "tools", ["`tools.0.function` is missing"]),
+    ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, 400, "tools", ["custom", "'function'"]),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools", ["'a b'", "does not match"]),
+    ({"tools": [tool("f", parameters={"description": "\ud800"})]}, 400, "tools", ["surrogate"]),
+    ({"tools": [tool("f", parameters=[])]}, 422, "tools", ["`tools.0.function.parameters` is []"]),
+    ({"tools": [tool("f", arguments={})]}, 400, "tools", ["`tools.0.function.arguments` is not a field"]),
+    ({"tools": [tool("f")]}, 400, "tools", ["chat template has no tools", "Hermes", "leave `tools` out"]),
+    ({"tool_choice": "required"}, 400, "tool_choice", ["there are no `tools`"]),
+    ({"tool_choice": "sometimes"}, 400, "tool_choice", ["sometimes", "none, auto, required"]),
+    ({"tool_choice": {"type": "function"}}, 400, "tool_choice", ["no choice of a tool"]),
+    ({"tool_choice": ["auto"]}, 400, "tool_choice", ["no choice of a tool"]),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "tool_choice", ["no `tools`"]),
+    ({"parallel_tool_calls": 1}, 422, "parallel_tool_calls", ["1"]),
     ({"functions": [{}]}, 400, "functions", ["does not honour"]),
     ({"function_call": {"name": "f"}}, 400, "function_call", ["does not honour"]),
     ({"modalities": ["text", "audio"]}, 400, "modalities", ["audio"]),
@@ -94,12 +113,23 @@ ONLY_CHAT = [
     ({"max_completion_tokens": 0}, 400, "max_completion_tokens", ["at least 1"]),
     ({"max_completion_tokens": 64}, 400, "max_completion_tokens", ["`max_completion_tokens` is 64"]),
     ({"messages": []}, 400, "messages", ["too few"]),
-    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", ["tool", "'developer'"]),
-    ({"messages": [{"role": "user", "content": None}]}, 422, "messages", ["messages.0.content"]),
+    ({"messages": [{"role": "critic", "content": "x"}]}, 400, "messages", ["critic", "'developer'"]),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", ["chat template has no tools", "leave"]),
+    ({"messages": [{"role": "user", "content": None}]}, 400, "messages", ["`messages.0`", "no `content`"]),
+    ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, 400, "messages", ["`messages.0`", "no `content`"]),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", ["not text"]),
     ({"messages": [{"role": "user", "content": ["x"]}]}, 400, "messages", ["not text"]),
-    ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, 400, "messages", ["messages.0.name"]),
-    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, 400, "messages", ["tool_calls"]),
+    ({"messages": [{"role": "user", "content": "x", "name": 5}]}, 422, "messages", ["messages.0.name"]),
+    (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+        422,
+        "messages",
+        ["`messages.0.tool_calls.0.function` is missing"],
+    ),
+    ({"messages": [called("[1]")]}, 400, "messages", ["arguments", "no JSON of an object"]),
+    ({"messages": [called("{")]}, 400, "messages", ["no JSON of an object"]),
+    ({"messages": [called('{"a": "\\ud800"}')]}, 400, "messages", ["surrogate"]),
+    ({"messages": [called("{}")]}, 400, "messages", ["chat template has no tools"]),
     ({"response_format": {"type": "json_schema"}}, 400, "response_format", ["no `json_schema`", "as well"]),
     (
         {"response_format": {"type": "text", "json_schema": {"name": "x"}}},

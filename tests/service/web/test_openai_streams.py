@@ -115,15 +115,15 @@ def test_errors_are_the_clients_own() -> None:
     async def work(client: openai.AsyncOpenAI) -> tuple[openai.NotFoundError, openai.BadRequestError]:
         with pytest.raises(openai.NotFoundError, match="use one of: fake, fake:w8a8, fake:fp16") as unknown:
             await client.completions.create(model="fake:int4", prompt="a")
-        with pytest.raises(openai.BadRequestError, match=r"`tools` is .* does not honour") as refused:
-            await client.chat.completions.create(model="fake", messages=MESSAGES, tools=[{"type": "function"}])  # type: ignore[list-item]  # a tool that lacks its function
+        with pytest.raises(openai.BadRequestError, match=r"`tool_choice` is 'sometimes'") as refused:
+            await client.chat.completions.create(model="fake", messages=MESSAGES, tool_choice="sometimes")  # type: ignore[call-overload]  # no choice
         with pytest.raises(openai.NotFoundError):
             await client.models.retrieve("no/such")
         return unknown.value, refused.value
 
     unknown, refused = ask(work)[0]
     assert (unknown.code, unknown.param) == ("model_not_found", "model")
-    assert refused.param == "tools"
+    assert refused.param == "tool_choice"
 
 
 def test_an_engines_failure_reaches_the_stream() -> None:

@@ -116,7 +116,9 @@ def limited_generate(body: Body) -> Body:
         body["prompt_ids"] = [token_id % 256 for token_id in body["prompt_ids"]]
     if "messages" in body:
         body["messages"] = said_by_users(body["messages"])
-    return body
+    else:
+        body.pop("tools", None)
+    return with_free_tools(body)
 
 
 def limited_openai(body: Body) -> Body:
@@ -144,6 +146,15 @@ def limited_chat(body: Body) -> Body:
         body.pop(name, None)
     if not body.get("logprobs"):
         body.pop("top_logprobs", None)
+    return with_free_tools(body)
+
+
+def with_free_tools(body: Body) -> Body:
+    """Without a forced call, which needs a schema that the grammar serves, and with each tool once."""
+    if body.get("tool_choice") not in (None, "none", "auto"):
+        body.pop("tool_choice")
+    if body.get("tools"):
+        body["tools"] = list({tool["function"]["name"]: tool for tool in body["tools"]}.values())
     return body
 
 
@@ -154,8 +165,10 @@ def known(item: Any) -> str | float | list[int]:
 
 
 def said_by_users(messages: list[Body]) -> list[Body]:
-    """A template may want the system's message first."""
-    return [{**message, "role": "user"} for message in messages]
+    """A template may want the system's message first. Arguments of calls are JSON."""
+    for call in (call for message in messages for call in message.get("tool_calls") or ()):
+        call["function"]["arguments"] = "{}"
+    return [{**message, "role": "user", "content": message.get("content") or "x"} for message in messages]
 
 
 LIMITS = {GENERATE: limited_generate, TEXT: limited_text, CHAT: limited_chat}
