@@ -19,8 +19,13 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the next token is chosen. The service validates the ranges; the engine does not check them again.
 
-    temperature: 0 is greedy, and then only the repetition penalty still has an effect.
+    temperature: 0 is greedy, and then only penalties and biases still have an effect.
     top_k, min_p, top_p: 0, 0 and 1 switch the filter off.
+    presence_penalty, frequency_penalty: subtracted from the logits of tokens in the output, once and for each time; 0
+        is off.
+    logit_bias: (token id, value to add to its logit), each token once.
+    end_ids: tokens that end the answer, beside the model's own, even with ignore_eos.
+    min_tokens, held_ids: none of these tokens is sampled before the answer has min_tokens.
     seed: None draws a new one.
     logprobs: None for none, n for the chosen token's log-probability and those of the n likeliest (0..20).
     prompt_logprobs: the same for every prompt token but the first.
@@ -39,6 +44,12 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    end_ids: tuple[int, ...] = ()
+    held_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     seed: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -237,10 +248,15 @@ class OneToken:
     text: str
 
 
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""The sampling parameters that a model's generation_config.json may recommend."""
+
+
 @dataclass(frozen=True, slots=True)
 class HostInfo:
     """The answer to GET /info.
 
+    sampling_defaults: values of RECOMMENDED that a request has unless it names its own.
     vocab_size: rows of the model's embedding: token ids run from 0 to vocab_size - 1, whatever the tokenizer knows.
     """
 
@@ -250,6 +266,7 @@ class HostInfo:
     vocab_size: int
     variants: Mapping[str, VariantInfo]
     one_token: OneToken
+    sampling_defaults: Mapping[str, float]
     device: str
     gpu_memory_bytes: int | None
     versions: Mapping[str, str]

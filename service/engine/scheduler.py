@@ -262,7 +262,7 @@ class Scheduler:
         if request.matcher is not None:
             request.matcher.accept(token_id)
         ends = request.matcher is not None or not request.params.ignore_eos
-        if ends and token_id in self.eos_ids:
+        if (ends and token_id in self.eos_ids) or token_id in request.params.end_ids:
             self.finish(request, FinishReason.STOP, time_s)
         elif len(request.output_ids) >= request.params.max_tokens:
             self.finish(request, FinishReason.LENGTH, time_s)

@@ -31,6 +31,7 @@ INFO = HostInfo(
     vocab_size=256,
     variants={},
     one_token=OneToken({}, {}, ""),
+    sampling_defaults={},
     device="fake",
     gpu_memory_bytes=None,
     versions={"ottava": "0"},
@@ -41,6 +42,7 @@ class ByteTokenizer:
     """One token per UTF-8 byte; byte 0 ends an answer and gives no text."""
 
     special_ids: Mapping[str, int] = {"<eos>": EOS}
+    eos_ids = frozenset({EOS})
 
     def __init__(self, tool_format: Format | None = None) -> None:
         self.tool_format = tool_format

@@ -21,6 +21,7 @@ from service.engine.device.prompt_logprobs import Scores, score_prompts
 from service.engine.device.sampler import Choice, Fault, greedy, sample
 from service.engine.device.sampling import SamplingBuilder
 from service.engine.device.staging import Staging
+from service.engine.device.token_counts import TokenCounts
 from service.engine.messages import Logprob
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step, StepResults
@@ -166,11 +167,12 @@ class Runner:
         self._kept: Forward | None = None
         self.step_times_s: dict[Shape, float] = {}
         """What the device takes for a step of each captured shape; empty without graphs."""
-        self._sampling = SamplingBuilder(max_requests, self.device)
+        self._sampling = SamplingBuilder(max_requests, decoder.config.vocab_size, self.device)
         self._score_staging = Staging(self.device)
         # The last row takes what padding samples.
         self._last_ids = torch.zeros(max_requests + 1, dtype=torch.int64, device=self.device)
         self._seen: Tensor | None = None
+        self._counts = TokenCounts(max_requests, decoder.config.vocab_size, self.device)
         self._seen_owner: list[tuple[Request | None, int]] = [(None, 0)] * max_requests
 
     @property
@@ -294,8 +296,11 @@ class Runner:
             return Choice(likeliest.ids[:num_samples], likeliest.faults[:num_samples])
         rows = batch.sample_rows[:num_samples].long()
         seen = self._seen_rows(chunks, rows) if sampling.is_penalized else None
-        choice = sample(forward.logits[:num_samples], sampling, seen)
+        counts = self._counts.of(chunks, rows, self._last_ids) if sampling.counts_tokens else None
+        choice = sample(forward.logits[:num_samples], sampling, seen, counts)
         self._last_ids[rows] = choice.ids
+        if sampling.counts_tokens:
+            self._counts.add(rows, choice.ids)
         if self._seen is not None:
             self._seen[rows, choice.ids] = True
         return choice

@@ -1,4 +1,7 @@
-"""Samples token ids from logits: penalty, grammar, temperature, top-k, top-p, min-p, one uniform number per row."""
+"""Samples token ids from logits, with one uniform number per row.
+
+In this order: penalties, bias, grammar, temperature, top-k, top-p, min-p.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +47,16 @@ class Choice:
         return Choice(*(None if t is None else t.to("cpu", non_blocking=True) for t in tensors))  # type: ignore[arg-type]
 
 
-def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None) -> Choice:
+def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None, counts: Tensor | None = None) -> Choice:
     """Choose one token per row.
 
-    Log-probabilities are the model's own, before penalty, grammar, temperature and filters.
+    Log-probabilities are the model's own, before penalties, bias, grammar, temperature and filters.
 
     Args:
         logits: [S, V] float32.
         batch: the sampling parameters of each row.
         seen: [S, V] bool, the tokens of each row's prompt and output; required if a row is penalized.
+        counts: [S, V] int32, how often each token is in the row's output; required if the batch counts tokens.
     """
     if batch.is_greedy:
         return greedy(logits)
@@ -60,6 +64,11 @@ def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None) -> Choice:
     if batch.is_penalized:
         assert batch.params is not None
         chosen = penalize(logits, seen, batch.params.repetition_penalty)
+    if batch.counts_tokens:
+        assert batch.params is not None
+        chosen = discourage(chosen, counts, batch.params)
+    if batch.bias is not None:
+        chosen = batch.bias.apply(chosen)
     faults = _faults(logits)
     if batch.constraint is not None:
         chosen = batch.constraint.apply(chosen)
@@ -95,6 +104,16 @@ def penalize(logits: Tensor, seen: Tensor | None, penalty: Tensor) -> Tensor:
     assert seen is not None
     penalty = penalty[:, None]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def discourage(logits: Tensor, counts: Tensor | None, params: RowParams) -> Tensor:
+    """logits - frequency_penalty * counts - presence_penalty * (counts > 0), for tokens that the output holds.
+
+    Source: OpenAI's API reference, "Frequency and presence penalties".
+    """
+    assert counts is not None
+    penalty = params.frequency_penalty[:, None] * counts + params.presence_penalty[:, None]
+    return torch.where(counts > 0, logits - penalty, logits)
 
 
 def _draw(logits: Tensor, params: RowParams, is_filtered: bool) -> Tensor:

@@ -43,6 +43,7 @@ INFO = HostInfo(
     family="llama",
     max_model_len=2048,
     vocab_size=128256,
+    sampling_defaults={},
     device="NVIDIA H100 80GB HBM3",
     gpu_memory_bytes=None,
     versions={"ottava": "1.2.3"},

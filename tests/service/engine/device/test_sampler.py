@@ -25,11 +25,12 @@ def draw(
     seeds: Sequence[int] | None = None,
     index: int = 0,
     seen: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Choice:
     seeds = seeds or range(len(params))
     requests = [Request(str(i), [1], p, 0.0, seed) for i, (p, seed) in enumerate(zip(params, seeds, strict=True))]
     chunks = [Chunk(request, 0, 1, True, index) for request in requests]
-    return sample(logits, SamplingBuilder(len(chunks), CPU).build(chunks), seen)
+    return sample(logits, SamplingBuilder(len(chunks), logits.shape[-1], CPU).build(chunks), seen, counts)
 
 
 def frequencies(logits: Tensor, params: SamplingParams, num_draws: int = 4000) -> torch.Tensor:

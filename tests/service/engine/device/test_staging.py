@@ -51,23 +51,32 @@ def test_a_set_grows_when_more_is_asked_of_it(device: torch.device) -> None:
     assert staging.take(120).data_ptr() == first.data_ptr()
 
 
+SINGLES = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
 def chunks_of(*params: SamplingParams) -> list[Chunk]:
     return [Chunk(Request(str(i), [1], p, 0.0, 40 + i), 0, 1, True, 3 + i) for i, p in enumerate(params)]
 
 
 def test_the_device_gets_what_the_requests_say(device: torch.device) -> None:
     """Row by row in the type of each column, in steps of other sizes one after the other."""
-    builder = SamplingBuilder(9, device)
+    builder = SamplingBuilder(9, 20, device)
     for size in (9, 1, 5, 8):
         params = [
             SamplingParams(
-                temperature=i % 3 / 3, top_k=2**31 + i, top_p=1 - i / 7, min_p=i / 11, repetition_penalty=1 + i / 13
+                temperature=i % 3 / 3,
+                top_k=2**31 + i,
+                top_p=1 - i / 7,
+                min_p=i / 11,
+                repetition_penalty=1 + i / 13,
+                presence_penalty=i / 17,
+                frequency_penalty=i / 19,
             )
             for i in range(2, 2 + size)
         ]
         found = builder.build(chunks_of(*params)).params
         assert found is not None
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        for name in SINGLES:
             column = getattr(found, name)
             assert column.dtype == torch.float32
             assert torch.equal(column.cpu(), torch.tensor([getattr(p, name) for p in params], dtype=torch.float32))
@@ -78,7 +87,7 @@ def test_the_device_gets_what_the_requests_say(device: torch.device) -> None:
 
 def test_greedy_steps_send_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever filters such requests name; with log-probabilities too."""
-    builder = SamplingBuilder(4, device)
+    builder = SamplingBuilder(4, 20, device)
     monkeypatch.setattr(Staging, "take", lambda *_: pytest.fail("a greedy step took staging memory"))
     batch = builder.build(chunks_of(SamplingParams(top_k=3, top_p=0.5), SamplingParams(), SamplingParams(logprobs=2)))
     assert batch.params is None
@@ -93,13 +102,18 @@ def test_any_top_k_that_a_client_may_name() -> None:
     ids = []
     for top_k in (30, 2**64 - 1):
         params = SamplingParams(temperature=1.0, top_k=top_k)
-        ids.append(sample(logits, SamplingBuilder(2, CPU).build(chunks_of(params, params)), None).ids.tolist())
+        ids.append(sample(logits, SamplingBuilder(2, 30, CPU).build(chunks_of(params, params)), None).ids.tolist())
     assert ids[0] == ids[1]
 
 
-@pytest.mark.parametrize("params", [{"temperature": 0.5}, {"repetition_penalty": 1.1}], ids=str)
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 0.5}, {"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}],
+    ids=str,
+)
 def test_one_row_that_is_not_plain_brings_the_parameters_of_all(params: dict[str, Any]) -> None:
-    batch = SamplingBuilder(2, CPU).build(chunks_of(SamplingParams(), SamplingParams(**params)))
+    batch = SamplingBuilder(2, 30, CPU).build(chunks_of(SamplingParams(), SamplingParams(**params)))
     assert batch.params is not None
     assert len(batch.params.temperature) == 2
     assert (batch.is_random, batch.is_penalized) == ("temperature" in params, "repetition_penalty" in params)
+    assert batch.counts_tokens == ("presence_penalty" in params or "frequency_penalty" in params)

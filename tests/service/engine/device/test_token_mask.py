@@ -33,7 +33,7 @@ from tests.support.tiny_models import make_model
 def choose(logits: Tensor, *params: SamplingParams, seen: Tensor | None = None) -> Choice:
     requests = [Request(str(i), [1], p, 0.0, i, matcher=matcher_of(p)) for i, p in enumerate(params)]
     chunks = [Chunk(r, 0, 1, True, 0) for r in requests]
-    return sample(logits, SamplingBuilder(len(chunks), CPU).build(chunks), seen)
+    return sample(logits, SamplingBuilder(len(chunks), logits.shape[-1], CPU).build(chunks), seen)
 
 
 SETTINGS: list[dict[str, Any]] = [
