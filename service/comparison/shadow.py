@@ -17,7 +17,7 @@ from service.engine.api import Engine, FinishReason, Progress, SamplingParams, S
 from service.measures import RunMetrics, measure
 from service.telemetry.metrics import ABANDONED, DROPPED, REPLAYED, ServiceMetrics
 from service.text.protocols import TokenizerLike
-from service.text.stops import Output
+from service.text.stops import Ending
 
 IDLE_POLL_S = 0.01
 
@@ -29,8 +29,7 @@ class Sample:
     """A live request that has been answered.
 
     params: with the seed that was used, so that a sampled answer can agree too.
-    stop: its stop strings.   shown: special tokens that its text shows.   context: tokens that its text continues.
-    tokens: those sent to the client.
+    ending: what ended its text.   context: tokens that its text continues.   tokens: those sent to the client.
     submitted_s: when it was submitted to the engine.   is_contended: other requests ran at the same time.
     """
 
@@ -39,8 +38,7 @@ class Sample:
     prompt_ids: list[int]
     params: SamplingParams
     progress: Progress
-    stop: tuple[str, ...]
-    shown: frozenset[str]
+    ending: Ending
     context: Sequence[int]
     tokens: list[Token]
     submitted_s: float
@@ -163,7 +161,7 @@ class Shadow:
             submitted_s,
         )
         self._stream = stream
-        output = Output(self._tokenizer().detokenizer(sample.context, sample.shown), sample.stop)
+        output = sample.ending.output(self._tokenizer(), sample.context)
         tokens: list[Token] = []
         try:
             async for step in stream:

@@ -16,6 +16,7 @@ from service.engine.device.device_thread import DeviceThread
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.errors import InvalidSettings, SelfCheckFailed, UnsupportedModel
+from service.host.generation_config import sampling_defaults
 from service.host.machine import device_name, versions
 from service.host.memory import cache_budget, step_bytes
 from service.host.one_token import describe_one_token
@@ -44,6 +45,7 @@ class ModelHost:
         folder: contains the tokenizer's files.
         device_thread: the thread on which all variants compute.
         grammars: compiles the grammars of requests; None if the engines accept none.
+        sampling_defaults: see `HostInfo`.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class ModelHost:
         folder: Path,
         device_thread: DeviceThread,
         grammars: Grammars | None = None,
+        sampling_defaults: Mapping[str, float] | None = None,
     ) -> None:
         self.name = name
+        self._sampling_defaults = sampling_defaults or {}
         self.variants: dict[str, Variant] = {}
         self.tokenizer = tokenizer
         self.tokenizer_folder = folder
@@ -83,6 +87,7 @@ class ModelHost:
             vocab_size=min(decoder.config.vocab_size for decoder in decoders.values()),
             variants={name: describe(variant) for name, variant in self.variants.items()},
             one_token=describe_one_token(decoders, BASELINE, device_name(device)),
+            sampling_defaults=self._sampling_defaults,
             device=device_name(device),
             gpu_memory_bytes=_gpu_memory_bytes(device),
             versions=versions(),
@@ -136,6 +141,7 @@ def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress
         tokenizer,
         folder=tokens_folder,
         device_thread=device_thread,
+        sampling_defaults={} if settings.generation_config == "none" else sampling_defaults(tokens_folder),
         grammars=JsonCompiler(
             partial(tokenizer.vocabulary, num_rows), frozenset(i for i in tokenizer.eos_ids if 0 <= i < num_rows)
         ),

@@ -77,6 +77,11 @@ class Settings(BaseSettings):
         description="Float type of activations and of the baseline; auto: the fastest accurate one here.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto: a GPU if present.")
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="Sampling values of requests that name none; auto: those of the model's generation_config.json, as "
+        "/info shows them; none: the routes' own.",
+    )
 
     max_model_len: Annotated[int | None, Panel("Memory and steps")] = Field(
         None, ge=1, description="Tokens of prompt and answer together; none: what the model was trained for."

@@ -38,6 +38,8 @@ OUTCOMES = (*FinishReason, ERROR, REJECTED, TIMEOUT)
 HOWS: tuple[How, ...] = ("compare", "shadow")
 REPLAYED, DROPPED, ABANDONED = "replayed", "dropped", "abandoned"
 RELOADED, FAILED = "reloaded", "failed"
+WHOLE_BODY, UNKNOWN_FIELD = "body", "unknown"
+"""Labels of refusals that blame no field, or one that no body has."""
 NO_VARIANT = "none"
 """Label of a request with an unreadable body, or with a variant that is not served."""
 
@@ -107,6 +109,13 @@ class ServiceMetrics:
         )
         self._shadow = self._counter("shadow", "Requests drawn for shadow mode by what became of them", "outcome")
         self._requests = self._counter("requests", "Runs by how they ended", "outcome")
+        self._refused = Counter(
+            "refusals",
+            "Requests refused with 400, 404 or 422 by the field at fault",
+            ("field",),
+            namespace="ottava",
+            registry=self._registry,
+        )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of runs that got a first token")
         self._tokens = self._counter("generation_tokens", "Tokens sent")
         self._per_token: dict[str, tuple[Counter, Histogram]] = {}
@@ -114,6 +123,8 @@ class ServiceMetrics:
         self._reloads = Counter(
             "reloads", "Reloads of the int8 checkpoint", ("outcome",), namespace="ottava", registry=self._registry
         )
+        for field in (WHOLE_BODY, UNKNOWN_FIELD):
+            self._refused.labels(field)
         for outcome in (RELOADED, FAILED):
             self._reloads.labels(outcome)
         for variant in engines:
@@ -136,6 +147,10 @@ class ServiceMetrics:
     def count(self, variant: str, outcome: str) -> None:
         """Count the outcome of a run, or of a request that was refused before it had one."""
         self._requests.labels(variant, outcome).inc()
+
+    def refused(self, field: str) -> None:
+        """Count a refusal by the request's field at fault, which has few values."""
+        self._refused.labels(field).inc()
 
     @contextmanager
     def counting_refusals(self, variant: str) -> Iterator[None]:

@@ -29,6 +29,11 @@ class TokenizerLike(Protocol):
         ...
 
     @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        ...
+
+    @property
     def tool_format(self) -> Format | None:
         """How the model writes calls of tools; None if its chat template knows no tools, or has another format."""
         ...

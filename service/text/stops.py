@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from service.text.protocols import DetokenizerLike
+from service.text.protocols import DetokenizerLike, TokenizerLike
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What ends an answer's text, and which special tokens are part of it.
+
+    stops: strings that end it.
+    token_ids: tokens that end it; they have no text of their own.
+    is_included: whether the text has the string or token that ended it.
+    min_tokens: tokens whose text is not searched for stops.
+    shown: special tokens that are shown by their names.
+    """
+
+    stops: tuple[str, ...] = ()
+    token_ids: frozenset[int] = frozenset()
+    is_included: bool = False
+    min_tokens: int = 0
+    shown: frozenset[str] = frozenset()
+
+    def output(self, tokenizer: TokenizerLike, context: Sequence[int] = ()) -> Output:
+        """A decoder of one answer; context: the tokens that its text continues."""
+        return Output(tokenizer.detokenizer(context, self.shown), self)
 
 
 class Output:
     """Decodes one answer incrementally, up to the first stop string."""
 
-    def __init__(self, decoder: DetokenizerLike, stops: Sequence[str]) -> None:
+    def __init__(self, decoder: DetokenizerLike, ending: Ending) -> None:
         self._decoder = decoder
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(ending.stops, ending.is_included)
+        self._silent_ids = frozenset() if ending.is_included else ending.token_ids
+        self._num_unsearched = ending.min_tokens
 
     @property
     def is_stopped(self) -> bool:
@@ -23,7 +48,12 @@ class Output:
         """Add tokens. Returns the text to send and the number of tokens taken: those up to a stop string's last."""
         text = ""
         for place, token_id in enumerate(token_ids):
-            text += self._stops.push(self._decoder.push(token_id))
+            new = "" if token_id in self._silent_ids else self._decoder.push(token_id)
+            if self._num_unsearched:
+                self._num_unsearched -= 1
+                text += new
+                continue
+            text += self._stops.push(new)
             if self.is_stopped:
                 return text, place + 1
         return text, len(token_ids)
@@ -40,9 +70,11 @@ class StopStrings:
     the same character, the longer. So the cut does not depend on how the text was split into tokens.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], is_included: bool = False) -> None:
+        """is_included: whether the stop string is part of the text."""
         self.found: str | None = None
         self._stops = tuple(stops)
+        self._is_included = is_included
         self._held = ""
 
     def push(self, text: str) -> str:
@@ -54,9 +86,9 @@ class StopStrings:
         text = self._held + text
         matches = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if matches:
-            _, at, self.found = min(matches)
+            end, at, self.found = min(matches)
             self._held = ""
-            return text[:at]
+            return text[: end if self._is_included else at]
         num_held = self._num_held(text)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]

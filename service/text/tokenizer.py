@@ -45,6 +45,8 @@ class Tokenizer:
         self._tool_template = tool_template or template
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        begin = self._encode("", add_special_tokens=True)[:1]
+        self._first_ids = begin if set(begin) <= set(self._special_ids.values()) else []
         # Ids may have gaps, so their number says nothing.
         self._vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.eos_ids = eos_ids
@@ -77,8 +79,12 @@ class Tokenizer:
         return None if self._tool_template is None else self._tool_template.tool_format
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the model expects around a prompt."""
-        return self._encode(text, add_special_tokens=True)
+        """Token ids of a text, with the special tokens that the model expects around a prompt.
+
+        A text that begins with the first of them, as one that a chat template has made, does not get it twice.
+        """
+        ids = self._encode(text, add_special_tokens=True)
+        return ids[1:] if ids[:1] == ids[1:2] == self._first_ids else ids
 
     def apply_chat(
         self,

@@ -7,7 +7,7 @@ import logging
 import re
 import reprlib
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from http import HTTPStatus
 from typing import Any
 
@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service.errors import InvalidRequest, Malformed, OttavaError, RequestError
-from service.telemetry.metrics import NO_VARIANT, REJECTED
+from service.telemetry.metrics import NO_VARIANT, REJECTED, UNKNOWN_FIELD, WHOLE_BODY
 from service.web.schemas.failure import ErrorDetail, ErrorResponse
 from service.web.state import serving_of
 
@@ -38,7 +38,6 @@ _VALUE_ERRORS = {
     "string_too_short": "which is too short; send at least {min_length} character",
     "literal_error": "which is not one of {expected}; send one of these",
     "string_unicode": "which holds half a surrogate pair; send valid Unicode",
-    "temperature_too_small": "but {message}",
     "not_honoured": "which this server does not honour; {message}",
     "not_text": "which is not text; {message}",
     "not_arguments": "which is no JSON of an object; {message}",
@@ -48,6 +47,8 @@ _VALUE_ERRORS = {
     "no_content": "which has no `content`; {message}",
     "string_pattern_mismatch": "which does not match {pattern}; send a name that does",
 }
+REFUSALS = (400, 404, 422)
+"""Statuses that blame a field of the request."""
 _MAX_SHOWN = 80
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _MAX_SHOWN
@@ -56,19 +57,35 @@ _LONG_NUMBER = re.compile(rf"\d{{{_MAX_SHOWN + 1},}}")
 
 
 class CountedRoute(APIRoute):
-    """A generation route that counts requests with an unreadable body as rejected."""
+    """A generation route that counts what it refuses by field, and requests with an unreadable body as rejected."""
 
     def get_route_handler(self) -> Callable[[HTTPRequest], Awaitable[Response]]:  # type: ignore[override]
         handler = super().get_route_handler()
+        body = None if self.body_field is None else self.body_field.field_info.annotation
+        fields: frozenset[str] = getattr(body, "names", frozenset())
 
         async def counted(request: HTTPRequest) -> Response:
             try:
                 return await handler(request)
-            except (RequestValidationError, HTTPException):
-                serving_of(request).metrics.count(NO_VARIANT, REJECTED)
+            except (RequestValidationError, HTTPException) as error:
+                metrics = serving_of(request).metrics
+                metrics.count(NO_VARIANT, REJECTED)
+                param = describe(error.errors()).param if isinstance(error, RequestValidationError) else None
+                metrics.refused(known_field(param, fields))
+                raise
+            except RequestError as error:
+                if error.status in REFUSALS:
+                    serving_of(request).metrics.refused(known_field(error.param, fields))
                 raise
 
         return counted
+
+
+def known_field(param: str | None, fields: Set[str]) -> str:
+    """A field's label in metrics, one of few: the field if the body has such a one."""
+    if param is None:
+        return WHOLE_BODY
+    return param if param in fields else UNKNOWN_FIELD
 
 
 def add_handlers(app: FastAPI) -> None:

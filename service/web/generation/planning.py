@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from service.engine.api import SamplingParams
+from service.engine.api import RECOMMENDED, SamplingParams
 from service.errors import InvalidRequest, PromptTooLong
 from service.settings import Settings
 from service.telemetry.record import current
+from service.text.protocols import TokenizerLike
+from service.text.stops import Ending
 from service.web.schemas.bodies import Sampling
 from service.web.state import Serving
 
@@ -38,8 +40,6 @@ async def text_ids(text: str, serving: Serving, param: str) -> list[int]:
     Raises:
         InvalidRequest: the text has no tokens, or one for which the model has no row.
     """
-    if not text:
-        return _some([], param)
     encode, is_long = serving.tokenizer.encode, len(text) > THREAD_CHARS
     return _spelled(await asyncio.to_thread(encode, text) if is_long else encode(text), serving, param)
 
@@ -145,21 +145,90 @@ def _refuse_above_limits(asked: int | None, room: Room, settings: Settings) -> N
 
 
 def sampling_params(body: Sampling, serving: Serving, max_tokens: int) -> SamplingParams:
-    """The engine's parameters from the fields that all routes share."""
+    """The engine's parameters from the fields that all routes share.
+
+    What the body leaves out is what the model's generation_config.json recommends, if that is used.
+
+    Raises:
+        InvalidRequest: a token id is outside the vocabulary, or `min_tokens` is above max_tokens.
+    """
+    _refuse_unknown_ids(body, serving.vocab_size)
+    if body.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"`min_tokens` is {body.min_tokens}, but the answer has at most {max_tokens} tokens; send at most that",
+            "min_tokens",
+        )
+    chosen = {
+        name: getattr(body, name) if name in body.model_fields_set else value
+        for name, value in {**_own(body), **serving.host.info.sampling_defaults}.items()
+    }
+    top_k = int(chosen["top_k"])
+    ends = set(body.stop_token_ids)
+    # The engine's own end tokens are not sampled early either.
+    held = {i for i in serving.tokenizer.eos_ids if i < serving.vocab_size} if body.min_tokens else set()
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=body.temperature,
+        temperature=chosen["temperature"],
         # A top_k of the whole vocabulary filters nothing; 0 saves the sampler a sort.
-        top_k=body.top_k if body.top_k < serving.vocab_size else 0,
-        top_p=body.top_p,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
+        top_k=top_k if top_k < serving.vocab_size else 0,
+        top_p=chosen["top_p"],
+        min_p=chosen["min_p"],
+        repetition_penalty=chosen["repetition_penalty"],
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=tuple((int(token), value) for token, value in body.logit_bias.items() if value),
+        end_ids=tuple(sorted(ends)),
+        held_ids=tuple(sorted(ends | held)) if body.min_tokens else (),
+        min_tokens=body.min_tokens,
         seed=body.seed,
         ignore_eos=body.ignore_eos,
         priority=body.priority,
         owner=_owner(),
         salt="" if serving.settings.prefix_sharing else _owner(),
     )
+
+
+def refuse_early_ends(body: Sampling, grammar: str | None) -> None:
+    """Raise InvalidRequest if the answer may be complete before it may end."""
+    if grammar is not None and body.min_tokens:
+        raise InvalidRequest(
+            f"`min_tokens` is {body.min_tokens}, but the answer is held to a grammar, which says where it ends; leave "
+            "`min_tokens` out",
+            "min_tokens",
+        )
+
+
+def ending_of(
+    body: Sampling, tokenizer: TokenizerLike, markers: Collection[str] = (), params: SamplingParams | None = None
+) -> Ending:
+    """What ends the text of an answer. markers: special tokens that its parser must see."""
+    named = {name for name in tokenizer.special_ids if any(name in stop for stop in body.stop)}
+    shown = named.union(markers) if body.skip_special_tokens else {*tokenizer.special_ids, *markers}
+    is_held_to_grammar = params is not None and params.grammar is not None
+    ends = frozenset() if body.ignore_eos and not is_held_to_grammar else tokenizer.eos_ids
+    return Ending(
+        stops=tuple(body.stop),
+        token_ids=ends.union(body.stop_token_ids),
+        is_included=body.include_stop_str_in_output,
+        min_tokens=body.min_tokens,
+        shown=frozenset(shown),
+    )
+
+
+def _own(body: Sampling) -> dict[str, float]:
+    """The route's own defaults of what a model may recommend."""
+    return {name: getattr(body, name) for name in RECOMMENDED}
+
+
+def _refuse_unknown_ids(body: Sampling, vocab_size: int) -> None:
+    for name, ids in (("stop_token_ids", body.stop_token_ids), ("logit_bias", map(int, body.logit_bias))):
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequest(
+                    f"`{name}` names token {token_id}, outside the vocabulary: ids run from 0 to {vocab_size - 1}; "
+                    "send only those",
+                    name,
+                )
 
 
 def _owner() -> str:

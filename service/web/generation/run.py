@@ -15,7 +15,7 @@ from service.measures import RunMetrics, measure
 from service.settings import BASELINE
 from service.telemetry.metrics import ERROR, REJECTED, TIMEOUT, exemplar_of
 from service.telemetry.record import RunRecord, current
-from service.text.stops import Output
+from service.text.stops import Ending
 from service.web.generation.deadlines import Deadlines
 from service.web.schemas.generate import Answer, TokenLogprob, TopLogprob, Usage
 from service.web.state import Serving
@@ -28,7 +28,7 @@ class Plan:
     """A checked request: variant, prompt ids and parameters.
 
     shows_logprobs: whether the answer contains log-probabilities; params.logprobs may be set for internal use only.
-    shown: the special tokens that the answer's text shows by their names.
+    ending: what ends the answer's text.
     continues: whether the answer continues the prompt's text, so that a leading space matters.
     route: the route of the request.
     timeout_s: seconds from received_s to the last token; None for the settings' limit.
@@ -39,8 +39,7 @@ class Plan:
     variant: str
     prompt_ids: list[int]
     params: SamplingParams
-    stop: tuple[str, ...] = ()
-    shown: frozenset[str] = frozenset()
+    ending: Ending = field(default_factory=Ending)
     shows_logprobs: bool = False
     continues: bool = False
     received_s: float = field(default_factory=time.perf_counter)
@@ -80,8 +79,7 @@ class Run:
         self._exemplar = exemplar_of(current.get())
         self._is_counted = False
         self._engine = serving.engines[plan.variant]
-        context = plan.prompt_ids if plan.continues else ()
-        self._output = Output(serving.tokenizer.detokenizer(context, plan.shown), plan.stop)
+        self._output = plan.ending.output(serving.tokenizer, plan.prompt_ids if plan.continues else ())
         self._visit = serving.visit() if visit is None else visit
         self._has_own_visit = visit is None
         self._submitted_s = time.perf_counter()
@@ -240,8 +238,7 @@ class Run:
             plan.prompt_ids,
             replace(plan.params, seed=self._stream.seed),
             self._stream.progress,
-            plan.stop,
-            plan.shown,
+            plan.ending,
             plan.prompt_ids if plan.continues else (),
             self.tokens,
             self._submitted_s,

@@ -114,7 +114,7 @@ class Reply:
         self._dialect = dialect
         self._options = body.stream_options or StreamOptions()
         self._n = body.n
-        self._counts_answers = body.max_tokens != 0
+        self._counts_answers = 0 not in (body.max_tokens, body.max_completion_tokens)
         self._num_told = 0
         self._forms: dict[int, Form | None] = {}
 

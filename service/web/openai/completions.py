@@ -78,8 +78,10 @@ class _Text:
         self._index = index
         self._run = run
         self._echo = prompt.text if body.echo else None
-        self._is_silent = body.max_tokens == 0
-        self._logprobs = None if body.logprobs is None else TextLogprobs(prompt, body.echo, tokenizer)
+        self._is_silent = 0 in (body.max_tokens, body.max_completion_tokens)
+        self._logprobs = (
+            None if body.logprobs is None else TextLogprobs(prompt, body.echo, tokenizer, run.plan.ending.shown)
+        )
         self._has_begun = False
 
     def whole(self) -> CompletionChoice:

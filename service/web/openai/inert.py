@@ -27,8 +27,6 @@ Only = Annotated[T, WrapValidator(_refuse)]
 
 Nothing = Only[None]
 EmptyList = Only[Annotated[list[Any], Field(max_length=0)]]
-EmptyObject = Only[Annotated[dict[str, Any], Field(max_length=0)]]
-Zero = Only[Annotated[float, Field(ge=0, le=0)]]
 
 InertText = Annotated[Text, Field(max_length=MAX_NOTE_CHARS)]
 """A note for the client's own use."""

@@ -17,11 +17,14 @@ class TextLogprobs:
     the offset of that character.
     """
 
-    def __init__(self, prompt: Prompt, is_echoed: bool, tokenizer: TokenizerLike) -> None:
+    def __init__(
+        self, prompt: Prompt, is_echoed: bool, tokenizer: TokenizerLike, shown: frozenset[str] = frozenset()
+    ) -> None:
+        """shown: the special tokens that the answer's text shows."""
         self._tokenizer = tokenizer
         self._prompt = prompt
         self._offset = len(prompt.text) if is_echoed else 0
-        self._decoder = tokenizer.detokenizer(prompt.ids)
+        self._decoder = tokenizer.detokenizer(prompt.ids, shown)
 
     def of_prompt(self, entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
         """The entries of all prompt tokens; entries holds all but the first, which has no prediction."""

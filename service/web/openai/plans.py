@@ -9,12 +9,15 @@ from typing import NamedTuple
 from service.engine.api import SamplingParams
 from service.errors import InvalidRequest
 from service.text.json.schema import GrammarRules, json_rules
+from service.text.stops import Ending
 from service.web.generation.planning import (
     Room,
     allowed_timeout,
     chat_ids,
+    ending_of,
     fitting,
     known_ids,
+    refuse_early_ends,
     sampling_params,
     text_ids,
 )
@@ -40,8 +43,7 @@ class Order:
     id: str
     route: str
     variant: str
-    stop: tuple[str, ...]
-    shown: frozenset[str]
+    ending: Ending
     shows_logprobs: bool
     continues: bool
     received_s: float
@@ -55,8 +57,7 @@ class Order:
                 variant=self.variant,
                 prompt_ids=ids,
                 params=params if params.seed is None else replace(params, seed=(params.seed + i) % NUM_SEEDS),
-                stop=self.stop,
-                shown=self.shown,
+                ending=self.ending,
                 shows_logprobs=self.shows_logprobs,
                 continues=self.continues,
                 received_s=self.received_s,
@@ -83,10 +84,10 @@ async def completion_plans(
     _refuse_unseen_answers(body)
     serving.count_answers(len(body.prompt) * body.n, "n" if body.n > 1 else "prompt")
     prompts = [await _prompt(prompt, serving, body.echo) for prompt in body.prompt]
-    asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
+    asked = _asked_tokens(body)
     wanted = []
     for prompt in prompts:
-        room = Room(len(prompt.ids), engine.max_model_len)
+        room = Room(len(prompt.ids), engine.max_model_len, "prompt", _limit_of(body))
         # The log-probabilities of a prompt come with a first token; with max_tokens 0 that token is then hidden.
         max_tokens = max(1, fitting(asked, body.max_tokens, room, serving.settings))
         params = replace(
@@ -99,8 +100,7 @@ async def completion_plans(
         id=id_,
         route="/v1/completions",
         variant=variant,
-        stop=tuple(body.stop),
-        shown=frozenset(),
+        ending=ending_of(body, serving.tokenizer),
         shows_logprobs=body.logprobs is not None,
         continues=True,
         received_s=received_s,
@@ -119,7 +119,7 @@ async def chat_plans(
     """
     engine = serving.engine(variant)
     _refuse_lone_stream_options(body)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest(
             f"`top_logprobs` is {body.top_logprobs}, but `logprobs` is false; send `logprobs` true as well",
             "top_logprobs",
@@ -128,21 +128,19 @@ async def chat_plans(
     use = tool_use(body, serving.tokenizer)
     messages = shown_messages(body.messages, serving.tokenizer)
     ids = await chat_ids(messages, serving, body.add_generation_prompt, shown_tools(body, use))
-    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    max_tokens = fitting(
-        _asked_tokens(body), None, Room(len(ids), engine.max_model_len, "messages", limit), serving.settings
-    )
+    room = Room(len(ids), engine.max_model_len, "messages", _limit_of(body))
+    max_tokens = fitting(_asked_tokens(body), None, room, serving.settings)
     params = replace(
         sampling_params(body, serving, max_tokens),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=await answer_grammar(_schema_rules(body.response_format), use, serving.tokenizer, engine),
     )
+    refuse_early_ends(body, params.grammar)
     order = Order(
         id=id_,
         route="/v1/chat/completions",
         variant=variant,
-        stop=tuple(body.stop),
-        shown=frozenset(() if use is None else use.format.markers),
+        ending=ending_of(body, serving.tokenizer, () if use is None else use.format.markers, params),
         shows_logprobs=body.logprobs,
         continues=body.add_generation_prompt and is_continued(body.messages),
         received_s=received_s,
@@ -176,8 +174,14 @@ def _schema_rules(wanted: ResponseFormat | None) -> Callable[[], GrammarRules] |
     return lambda: json_rules(schema)
 
 
-def _asked_tokens(body: ChatRequest) -> int | None:
-    newer, older = body.max_completion_tokens, body.max_tokens
+def _limit_of(body: OpenAIRequest) -> str:
+    """The field that says how many tokens to generate."""
+    return "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+
+
+def _asked_tokens(body: OpenAIRequest) -> int | None:
+    newer = body.max_completion_tokens
+    older = body.max_tokens if "max_tokens" in body.model_fields_set else None
     if newer is not None and older is not None and newer != older:
         raise InvalidRequest(
             f"`max_tokens` is {older} and `max_completion_tokens` is {newer}; send one of them", "max_tokens"

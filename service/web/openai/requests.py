@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.web.openai.inert import EmptyList, EmptyObject, InertText, Metadata, Nothing, Only, Zero
-from service.web.schemas.bodies import NullIsAbsent, Sampling, Temperature, Text, whole_unicode
+from service.web.openai.inert import EmptyList, InertText, Metadata, Nothing, Only
+from service.web.schemas.bodies import TEMPERATURE, NullIsAbsent, Sampling, Temperature, Text, whole_unicode
 from service.web.schemas.tools import PastCall, ToolFields
 
 MAX_CHOICES = 128
@@ -38,8 +38,8 @@ def _are_ids(items: list[Any]) -> bool:
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT_SCHEMA = {
     "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MAX_CHOICES},
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_CHOICES},
         _IDS_SCHEMA,
         {"type": "array", "items": _IDS_SCHEMA, "minItems": 1, "maxItems": MAX_CHOICES},
     ]
@@ -77,27 +77,28 @@ class StreamOptions(NullIsAbsent):
     continuous_usage_stats: bool = Field(
         default=False, description="Usage so far in every event; needs `include_usage`."
     )
-    include_obfuscation: Only[Literal[False]] = Field(
-        default=False, description="Accepted: false; events are never padded."
-    )
+    include_obfuscation: bool = Field(default=False, description="Accepted: any; events are never padded.")
 
 
 class OpenAIRequest(NullIsAbsent, Sampling):
     """The fields shared by both routes."""
 
     model: str | None = Field(None, description="NAME, NAME:VARIANT or VARIANT, see /v1/models; none: the first there.")
-    temperature: Temperature = Field(
-        1.0, ge=0, le=2, description="0: always the likeliest token; above: logits are divided by it."
-    )
+    temperature: Temperature = Field(1.0, ge=0, le=2, description=TEMPERATURE)
     max_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, description="The newer name of `max_tokens`.")
     n: int = Field(
         1, ge=1, le=MAX_CHOICES, description="Answers per prompt, generated concurrently; the i-th uses `seed` + i."
     )
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     user: InertText = Field("", description="Accepted; it has no effect on answers.")
-    presence_penalty: Zero = Field(0, description="Accepted: 0. See `repetition_penalty`.")
-    frequency_penalty: Zero = Field(0, description="Accepted: 0. See `repetition_penalty`.")
-    logit_bias: EmptyObject = Field({}, description="Accepted: {}, no bias.")
+    store: bool = Field(False, description="Accepted: any; answers are not stored.")
+    metadata: Metadata = Field({}, description="Accepted: labels of stored answers; no answers are stored.")
+    service_tier: InertText = Field("auto", description="Accepted: any; there is one tier.")
+    safety_identifier: InertText = Field("", description="Accepted; it has no effect on answers.")
+    prompt_cache_key: InertText = Field("", description="Accepted; prompts are found by their content.")
+    prompt_cache_retention: InertText = Field("", description="Accepted; the cache keeps what fits.")
+    prompt_cache_options: dict[str, Any] = Field({}, description="Accepted; prompts are found by their content.")
 
 
 class CompletionRequest(OpenAIRequest):
@@ -109,6 +110,7 @@ class CompletionRequest(OpenAIRequest):
     max_tokens: int = Field(
         16, ge=0, description="Most tokens to generate. If left out, 16 or as many as fit in the context."
     )
+    max_completion_tokens: int | None = Field(None, ge=0, description="Another name of `max_tokens`.")
     echo: bool = Field(False, description="Begin the text, and its `logprobs`, with the prompt.")
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="Log-probabilities of each token and this many likeliest ones."
@@ -185,15 +187,8 @@ class ChatRequest(OpenAIRequest, ToolFields):
     function_call: Only[Literal["none", "auto"]] = Field("none", description="Accepted: none, auto.")
     modalities: Only[list[Literal["text"]]] = Field(["text"], description="Accepted: text.")
     audio: Nothing = Field(None, description="Accepted: null; answers are text.")
-    prediction: Nothing = Field(None, description="Accepted: null.")
+    prediction: Any = Field(None, description="Accepted: any; it would only save time.")
     web_search_options: Nothing = Field(None, description="Accepted: null; nothing is searched.")
     moderation: Nothing = Field(None, description="Accepted: null; nothing is moderated.")
-    reasoning_effort: Only[Literal["none"]] = Field("none", description="Accepted: none.")
-    verbosity: Only[Literal["medium"]] = Field("medium", description="Accepted: medium, OpenAI's default.")
-    service_tier: Only[Literal["auto", "default"]] = Field("auto", description="Accepted: auto, default; one tier.")
-    store: Only[Literal[False]] = Field(False, description="Accepted: false; answers are not stored.")
-    metadata: Metadata = Field({}, description="Accepted: labels of stored answers; no answers are stored.")
-    safety_identifier: InertText = Field("", description="Accepted; it has no effect on answers.")
-    prompt_cache_key: InertText = Field("", description="Accepted; it has no effect on answers.")
-    prompt_cache_options: Nothing = Field(None, description="Accepted: null.")
-    prompt_cache_retention: Nothing = Field(None, description="Accepted: null.")
+    reasoning_effort: InertText = Field("", description="Accepted: any; it has no effect on answers.")
+    verbosity: InertText = Field("", description="Accepted: any; it has no effect on answers.")

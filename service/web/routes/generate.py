@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from fastapi import Request as HTTPRequest
 from starlette.responses import Response
 
 from service.comparison.compare import agreement, speedup
+from service.engine.api import Engine
 from service.errors import InvalidRequest
 from service.settings import BASELINE
 from service.telemetry.metrics import NO_VARIANT
@@ -23,8 +24,10 @@ from service.web.generation.planning import (
     Room,
     allowed_timeout,
     chat_ids,
+    ending_of,
     fitting,
     known_ids,
+    refuse_early_ends,
     sampling_params,
     text_ids,
 )
@@ -96,10 +99,11 @@ async def make_plan(
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     max_tokens = fitting(asked, body.max_tokens, room, serving.settings)
     params = sampling_params(body, serving, max_tokens)
+    params = replace(params, grammar=await _grammar(use, engines, serving))
+    refuse_early_ends(body, params.grammar)
     # A comparison needs the chosen tokens' log-probabilities, and the same seed for both runs.
     logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
     seed = secrets.randbits(32) if body.seed is None and body.compare else body.seed
-    grammars = [await answer_grammar(None, use, serving.tokenizer, engine) for engine in engines]
     return use, Plan(
         id=f"gen-{uuid4().hex}",
         variant=variant,
@@ -108,14 +112,12 @@ async def make_plan(
             params,
             logprobs=logprobs,
             seed=seed,
-            grammar=grammars[0],
             # Both runs of a comparison start from as much of the prompt.
             max_cached=min([await engine.num_cached(prompt_ids, params.salt) for engine in engines])
             if body.compare
             else None,
         ),
-        stop=tuple(body.stop),
-        shown=frozenset(() if use is None else use.format.markers),
+        ending=ending_of(body, serving.tokenizer, () if use is None else use.format.markers, params),
         shows_logprobs=body.logprobs is not None,
         continues=not body.opens_a_turn,
         received_s=received_s,
@@ -241,6 +243,12 @@ def _require_baseline(variant: str, serving: Serving) -> None:
             f"or start the server with --variants {variant},{BASELINE}",
             "compare",
         )
+
+
+async def _grammar(use: ToolUse | None, engines: Sequence[Engine], serving: Serving) -> str | None:
+    """The rules of forced calls, compiled by every engine that the request will run on."""
+    rules = [await answer_grammar(None, use, serving.tokenizer, engine) for engine in engines]
+    return rules[0]
 
 
 async def _prompt_ids(body: GenerateRequest, use: ToolUse | None, serving: Serving) -> list[int]:

@@ -21,13 +21,8 @@ def _stop_list(value: Any) -> Any:
 
 
 def _usable_temperature(value: float) -> float:
-    if 0.0 < value < MIN_TEMPERATURE:
-        raise PydanticCustomError(
-            "temperature_too_small",
-            "the smallest temperature above 0 is {limit}, where logits still fit in float32; send 0 for greedy",
-            {"limit": MIN_TEMPERATURE},
-        )
-    return value
+    """0 for temperatures below MIN_TEMPERATURE: logits divided by them would not fit in float32."""
+    return 0.0 if 0.0 < value < MIN_TEMPERATURE else value
 
 
 def _whole(value: Any, depth: int = MAX_DEPTH) -> Any:
@@ -50,8 +45,12 @@ def whole_unicode(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(whole_unicode)]
-_TEMPERATURE_SCHEMA = {"type": "number", "maximum": 2, "anyOf": [{"const": 0}, {"minimum": MIN_TEMPERATURE}]}
-Temperature = Annotated[float, AfterValidator(_usable_temperature), WithJsonSchema(_TEMPERATURE_SCHEMA)]
+Temperature = Annotated[float, AfterValidator(_usable_temperature)]
+TEMPERATURE = "0, or below 0.001: always the likeliest token; above: logits are divided by it."
+MAX_BIAS = 100
+MAX_BIASES = 1024
+MAX_STOP_TOKENS = 128
+MAX_PENALTY = 2
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), AfterValidator(whole_unicode)]
 _STOP_SCHEMA = {
     "anyOf": [
@@ -125,21 +124,52 @@ class NullIsAbsent(Body):
         return field is not None and not field.is_required()
 
 
+BIAS_KEYS = "^[0-9]{1,9}$"
+TokenKey = Annotated[str, Field(pattern=BIAS_KEYS)]
+Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+_BIAS_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"pattern": BIAS_KEYS},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+    "maxProperties": MAX_BIASES,
+}
+
+
 class Sampling(Body):
     """How the next token is chosen, where the answer ends, and whether it is streamed."""
 
-    temperature: Temperature = Field(
-        0.0, ge=0, le=2, description="0: always the likeliest token; above: logits are divided by it."
-    )
+    temperature: Temperature = Field(0.0, ge=0, le=2, description=TEMPERATURE)
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the fewest tokens of at least this probability.")
     top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0: from all.")
     min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens less likely than this share of the likeliest.")
     repetition_penalty: float = Field(
         1.0, ge=0.1, le=10, description="Above 1 makes tokens of prompt and answer less likely; 1: off."
     )
-    stop: Annotated[list[StopString], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] = Field(
-        [], max_length=MAX_STOPS, description="A string or a list of strings that end the answer and are cut off it."
+    presence_penalty: float = Field(
+        0.0,
+        ge=-MAX_PENALTY,
+        le=MAX_PENALTY,
+        description="Subtracted from logits of tokens in the answer; 0: off.",
     )
+    frequency_penalty: float = Field(
+        0.0, ge=-MAX_PENALTY, le=MAX_PENALTY, description="Subtracted for each time that it has them; 0: off."
+    )
+    logit_bias: Annotated[dict[TokenKey, Bias], WithJsonSchema(_BIAS_SCHEMA)] = Field(
+        {}, max_length=MAX_BIASES, description="Token id -> value to add to its logit, -100 to 100."
+    )
+    stop: Annotated[list[StopString], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] = Field(
+        [],
+        max_length=MAX_STOPS,
+        description="A string or a list of strings that end the answer and are cut off it; also special tokens' names.",
+    )
+    stop_token_ids: list[int] = Field(
+        [], max_length=MAX_STOP_TOKENS, fail_fast=True, description="Tokens that end the answer, with ignore_eos too."
+    )
+    include_stop_str_in_output: bool = Field(
+        False, description="Keep the stop string or token that ended the answer in its text."
+    )
+    min_tokens: int = Field(0, ge=0, description="No end token, and no stop, before the answer has so many tokens.")
+    skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text; false: show names.")
     seed: int | None = Field(
         None, ge=0, lt=1 << 63, description="The same request with the same seed gets the same answer; none: a new one."
     )

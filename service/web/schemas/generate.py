@@ -41,7 +41,7 @@ class GenerateRequest(Sampling, ToolFields):
 
     model_config = ConfigDict(json_schema_extra=_exactly_one_prompt)
 
-    prompt: Text | None = Field(None, description="Text to continue.", json_schema_extra={"minLength": 1})
+    prompt: Text | None = Field(None, description="Text to continue; empty: only what the tokenizer begins with.")
     messages: list[Message] | None = Field(
         None,
         fail_fast=True,

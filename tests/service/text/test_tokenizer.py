@@ -134,3 +134,18 @@ def test_bytes_that_are_no_text_raise_nothing_and_hold_nothing_back(any_tokenize
         assert "".join(out).endswith("hello world")
     endless = _byte_ids(any_tokenizer, 0x80) * 1000
     assert max(len(piece) for piece in decoded(any_tokenizer, endless)) <= 64
+
+
+def test_a_text_does_not_get_a_second_beginning(tokenizer: Tokenizer) -> None:
+    begin = SPECIAL.index("<|bos|>")
+    assert tokenizer.encode("") == [begin]
+    assert tokenizer.encode("<|bos|>") == [begin]
+    assert tokenizer.encode("<|bos|>hello") == tokenizer.encode("hello")
+    assert tokenizer.encode("<|bos|><|bos|>hello")[:3] == [begin, begin, *tokenizer.encode("hello")[1:2]]
+    assert tokenizer.encode("<|user|>hello")[:2] == [begin, SPECIAL.index("<|user|>")]
+
+
+def test_a_tokenizer_without_beginning_adds_none() -> None:
+    plain = Tokenizer(byte_fallback_backend(), frozenset())
+    assert plain.encode("") == []
+    assert plain.encode("he he") == plain._encode("he he", add_special_tokens=False)

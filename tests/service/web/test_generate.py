@@ -187,7 +187,6 @@ BAD = [
     ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", ["is 0", "at least 1"]),
     ({"prompt": "a", "temperature": -0.1}, 400, "temperature", ["-0.1", "at least 0"]),
     ({"prompt": "a", "temperature": 2.1}, 400, "temperature", ["2.1", "at most 2"]),
-    ({"prompt": "a", "temperature": 1e-9}, 400, "temperature", ["0.001", "send 0"]),
     ({"prompt": "a", "top_p": 0}, 400, "top_p", ["more than 0"]),
     ({"prompt": "a", "top_p": 1.1}, 400, "top_p", ["at most 1"]),
     ({"prompt": "a", "top_k": -1}, 400, "top_k", ["-1", "at least 0"]),

@@ -12,7 +12,7 @@ import pytest
 from service.errors import InvalidRequest, QueueFull
 from service.text.json.schema import json_grammar
 from tests.support.fake_engine import INFO, FakeGrammars, FakeRequest
-from tests.support.harness import app_of, client_of, two_engines
+from tests.support.harness import app_of, client_of, metrics_of, two_engines
 
 USER = [{"role": "user", "content": "x"}]
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -41,11 +41,15 @@ def called(arguments: str) -> dict[str, object]:
 
 
 BOTH = [
-    ({"presence_penalty": 0.5}, 400, "presence_penalty", ["0.5", "does not honour", "leave it out"]),
-    ({"presence_penalty": False}, 400, "presence_penalty", ["False"]),
-    ({"frequency_penalty": -1}, 400, "frequency_penalty", ["-1"]),
-    ({"logit_bias": {"50256": -100}}, 400, "logit_bias", ["50256", "does not honour"]),
-    ({"min_tokens": 3}, 400, "min_tokens", ["not a field", "did you mean `max_tokens`"]),
+    ({"presence_penalty": 2.5}, 400, "presence_penalty", ["2.5", "at most 2"]),
+    ({"presence_penalty": False}, 422, "presence_penalty", ["False"]),
+    ({"frequency_penalty": -3}, 400, "frequency_penalty", ["-3", "at least -2"]),
+    ({"logit_bias": {"256": -100}}, 400, "logit_bias", ["token 256", "0 to 255"]),
+    ({"logit_bias": {"5": 101}}, 400, "logit_bias", ["101", "at most 100"]),
+    ({"logit_bias": {"x": 1}}, 400, "logit_bias", ["'x'", "does not match"]),
+    ({"stop_token_ids": [3, -1]}, 400, "stop_token_ids", ["token -1", "0 to 255"]),
+    ({"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens", ["`min_tokens` is 9", "at most 8"]),
+    ({"min_token": 3}, 400, "min_token", ["not a field", "did you mean `min_tokens`"]),
     ({"use_beam_search": True}, 400, "use_beam_search", ["not a field", "leave it out"]),
     ({"max_token": None}, 400, "max_token", ["did you mean `max_tokens`"]),
     ({"n": 0}, 400, "n", ["at least 1"]),
@@ -53,7 +57,6 @@ BOTH = [
     ({"n": True}, 422, "n", ["True"]),
     ({"temperature": 2.5}, 400, "temperature", ["at most 2"]),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", ["`stream` is false", "leave it out"]),
-    ({"stream": True, "stream_options": {"include_obfuscation": True}}, 400, "stream_options", ["obfuscation"]),
     ({"stream": True, "stream_options": {"nope": 1}}, 400, "stream_options", ["stream_options.nope"]),
     ({"user": 5}, 422, "user", ["5"]),
     ({"model": "int4"}, 404, "model", ["'int4'", "fake:w8a8"]),
@@ -74,6 +77,7 @@ ONLY_TEXT = [
     ({"prompt": ["a", 1]}, 422, "prompt", ["token ids"]),
     ({"prompt": [True]}, 422, "prompt", ["True"]),
     ({"prompt": ""}, 400, "prompt", ["empty"]),
+    ({"max_completion_tokens": 3, "max_tokens": 2}, 400, "max_tokens", ["one of them"]),
     ({"prompt": []}, 400, "prompt", ["empty"]),
     ({"prompt": ["a", ""]}, 400, "prompt", ["empty"]),
     ({"prompt": [[1], []]}, 400, "prompt", ["empty"]),
@@ -101,12 +105,8 @@ ONLY_CHAT = [
     ({"function_call": {"name": "f"}}, 400, "function_call", ["does not honour"]),
     ({"modalities": ["text", "audio"]}, 400, "modalities", ["audio"]),
     ({"audio": {"voice": "alloy"}}, 400, "audio", ["alloy"]),
-    ({"prediction": {"type": "content"}}, 400, "prediction", ["does not honour"]),
     ({"web_search_options": {}}, 400, "web_search_options", ["does not honour"]),
-    ({"reasoning_effort": "high"}, 400, "reasoning_effort", ["high"]),
-    ({"verbosity": "low"}, 400, "verbosity", ["low"]),
-    ({"service_tier": "flex"}, 400, "service_tier", ["flex"]),
-    ({"store": True}, 400, "store", ["True"]),
+    ({"min_tokens": 2, "response_format": {"type": "json_object"}}, 400, "min_tokens", ["held to a grammar"]),
     ({"best_of": 1}, 400, "best_of", ["not a field"]),
     ({"top_logprobs": 2}, 400, "top_logprobs", ["`logprobs` is false", "as well"]),
     ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens", ["3", "4", "one of them"]),
@@ -199,26 +199,38 @@ def test_rows_beyond_the_tokenizer_are_ids_of_the_model(path: str, field: str) -
 
 
 NEUTRAL: dict[str, dict[str, object]] = {
-    TEXT: {"best_of": 1, "suffix": ""},
+    TEXT: {"best_of": 1, "suffix": "", "max_completion_tokens": 5},
     CHAT: {
         "tools": [],
         "tool_choice": "auto",
         "parallel_tool_calls": False,
         "functions": [],
         "modalities": ["text"],
-        "reasoning_effort": "none",
-        "verbosity": "medium",
-        "service_tier": "default",
-        "store": False,
-        "metadata": {"run": "1"},
-        "safety_identifier": "u",
-        "prompt_cache_key": "k",
+        "reasoning_effort": "high",
+        "verbosity": "low",
+        "prediction": {"type": "content", "content": "x"},
+        "top_logprobs": 0,
         "response_format": {"type": "text"},
         "max_tokens": 5,
         "max_completion_tokens": 5,
     },
 }
-ALL_NEUTRAL = {"user": "u", "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}}
+ALL_NEUTRAL = {
+    "user": "u",
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0,
+    "logit_bias": {"7": 0},
+    "stop_token_ids": [],
+    "min_tokens": 0,
+    "skip_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "store": True,
+    "metadata": {"run": "1"},
+    "service_tier": "flex",
+    "safety_identifier": "u",
+    "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h",
+}
 
 
 @pytest.mark.parametrize("path", [TEXT, CHAT])
@@ -284,21 +296,46 @@ def test_text_needs_no_grammar() -> None:
 
 
 def test_refusals_are_counted_once() -> None:
-    async def go() -> str:
+    async def go() -> Mapping[tuple[str, ...], float]:
         async with client_of(app_of(two_engines())) as client:
             await client.post(TEXT, json={"prompt": "a", "model": "int4"})
             await client.post(TEXT, json={"prompt": "a", "tools": 1})
             await client.post(CHAT, json={"messages": USER, "top_logprobs": 1})
-            return (await client.get("/metrics")).text
+            return await metrics_of(client)
 
-    lines = [
-        line for line in asyncio.run(go()).splitlines() if 'outcome="rejected"' in line and not line.startswith("#")
-    ]
-    counts = {line.split("{")[1].split("}")[0]: float(line.split()[-1]) for line in lines if "_total" in line}
-    assert {labels: count for labels, count in counts.items() if count} == {
-        'outcome="rejected",variant="none"': 2.0,
-        'outcome="rejected",variant="w8a8"': 1.0,
-    }
+    samples = asyncio.run(go())
+    runs = {key[1:]: count for key, count in samples.items() if count and key[0] == "ottava_requests_total"}
+    assert runs == {("outcome=rejected", "variant=none"): 2.0, ("outcome=rejected", "variant=w8a8"): 1.0}
+    assert refused_fields(samples) == {"model": 1.0, "unknown": 1.0, "top_logprobs": 1.0}
+
+
+def refused_fields(samples: Mapping[tuple[str, ...], float]) -> dict[str, float]:
+    counted = {key[1]: count for key, count in samples.items() if key[0] == "ottava_refusals_total"}
+    return {label.removeprefix("field="): count for label, count in counted.items() if count}
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"messages": [', "body"),
+        (b"[]", "body"),
+        (b'{"prompt": 5, "messages": []}', "unknown"),
+        (b'{"messages": [], "evil\\n\\"": 1}', "unknown"),
+        (b'{"messages": [{"role": "user", "content": "x", "nam": 1}]}', "messages"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 9}', "temperature"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}', "tool_choice"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 999}', "max_tokens"),
+    ],
+)
+def test_refusals_are_counted_by_field(body: bytes, field: str) -> None:
+    async def go() -> tuple[int, Mapping[tuple[str, ...], float]]:
+        async with client_of(app_of(two_engines())) as client:
+            answer = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
+            return answer.status_code, await metrics_of(client)
+
+    status, samples = asyncio.run(go())
+    assert status in (400, 422)
+    assert refused_fields(samples) == {field: 1.0}
 
 
 def test_openapi_documents_every_field() -> None:
@@ -329,3 +366,56 @@ def _refs(node: object) -> Iterator[str]:
     elif isinstance(node, list):
         for item in node:
             yield from _refs(item)
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT, "/generate"])
+def test_what_is_sent_reaches_the_sampler(path: str) -> None:
+    prompt = {"prompt": "a"} if path == "/generate" else {}
+    wanted = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "logit_bias": {"7": 2, "9": -100.0},
+        "stop_token_ids": [5, 3],
+        "min_tokens": 4,
+        "max_tokens": 8,
+    }
+    _, (request,) = post(path, {**prompt, **wanted})
+    params = request.params
+    assert (params.presence_penalty, params.frequency_penalty) == (0.5, -1)
+    assert sorted(params.logit_bias) == [(7, 2), (9, -100)]
+    assert (params.end_ids, params.held_ids, params.min_tokens) == ((3, 5), (0, 3, 5), 4)
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT, "/generate"])
+@pytest.mark.parametrize(("sent", "used"), [(1e-8, 0.0), (0.0009, 0.0), (0.001, 0.001), (0, 0.0)])
+def test_a_temperature_too_small_for_float32_is_greedy(path: str, sent: float, used: float) -> None:
+    prompt = {"prompt": "a"} if path == "/generate" else {}
+    _, (request,) = post(path, {**prompt, "temperature": sent})
+    assert request.params.temperature == used
+
+
+DEFAULTS = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT, "/generate"])
+def test_what_the_model_recommends_is_the_default_of_a_request(path: str) -> None:
+    prompt = {"prompt": "a"} if path == "/generate" else {}
+    info = replace(INFO, sampling_defaults=DEFAULTS)
+    _, (request,) = post(path, prompt, info=info)
+    assert {name: getattr(request.params, name) for name in DEFAULTS} == DEFAULTS
+    own = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+    _, (request,) = post(path, {**prompt, **own}, info=info)
+    assert {name: getattr(request.params, name) for name in own} == own
+    _, (request,) = post(path, {**prompt, "top_k": 3}, info=replace(INFO, sampling_defaults={"top_p": 0.5}))
+    assert (request.params.top_k, request.params.top_p) == (3, 0.5)
+    assert request.params.temperature == (0 if path == "/generate" else 1)
+
+
+def test_null_takes_what_the_model_recommends() -> None:
+    _, (request,) = post(CHAT, dict.fromkeys(DEFAULTS), info=replace(INFO, sampling_defaults=DEFAULTS))
+    assert {name: getattr(request.params, name) for name in DEFAULTS} == DEFAULTS
+
+
+def test_a_name_reaches_the_template() -> None:
+    _, (request,) = post(CHAT, {"messages": [{**USER[0], "name": "Ann"}], "max_tokens": 2})
+    assert bytes(request.prompt_ids) == b'user:x{"name": "Ann"}\n'

@@ -105,6 +105,9 @@ def limited(body: Body) -> Body:
         "timeout_s": 60,
         # Above 2**53 schemathesis reckons in floats and leaves the range.
         "seed": body.get("seed") and body["seed"] % 2**53,
+        "logit_bias": {str(int(key) % 256): value for key, value in (body.get("logit_bias") or {}).items()},
+        "stop_token_ids": [token_id % 256 for token_id in body.get("stop_token_ids") or ()],
+        "min_tokens": 0,
     }
     return {name: value for name, value in {**body, **options}.items() if value is not None}
 
@@ -123,7 +126,8 @@ def limited_generate(body: Body) -> Body:
 
 def limited_openai(body: Body) -> Body:
     body = limited(body)
-    body.pop("model", None)
+    for name in ("model", "max_completion_tokens"):
+        body.pop(name, None)
     body["n"] = body.get("n", 1) % 3 + 1
     if not body.get("stream"):
         body.pop("stream_options", None)
@@ -142,8 +146,7 @@ def limited_text(body: Body) -> Body:
 def limited_chat(body: Body) -> Body:
     body = limited_openai(body)
     body["messages"] = said_by_users(body["messages"])
-    for name in ("max_completion_tokens", "response_format"):
-        body.pop(name, None)
+    body.pop("response_format", None)
     if not body.get("logprobs"):
         body.pop("top_logprobs", None)
     return with_free_tools(body)
