@@ -123,7 +123,7 @@ class StepTableBuilder:
                 [request.row for request in requests],
                 [chunk.start for chunk in chunks],
                 [chunk.length for chunk in chunks],
-                [len(request.prompt_ids) + len(request.output_ids) for request in requests],
+                [_num_known(chunk) for chunk in chunks],
                 [chunk.samples for chunk in chunks],
             ],
             dtype=np.int32,
@@ -179,11 +179,21 @@ class StepTableBuilder:
             self._owner[request.row] = request, request.num_preemptions, stop
 
 
+def _num_known(chunk: Chunk) -> int:
+    """How many tokens of its request the host knows, or assumes to know."""
+    if chunk.draft is not None:
+        return chunk.start + 1
+    return len(chunk.request.prompt_ids) + len(chunk.request.output_ids)
+
+
 def _known_ids(chunks: Sequence[Chunk]) -> list[int]:
-    """The concatenated ids of the chunks' tokens that the host has read."""
+    """The concatenated ids of the chunks' tokens that the host has read, and of drafts."""
     ids: list[int] = []
     for chunk in chunks:
-        ids += chunk.request.known_ids(chunk.start, chunk.start + chunk.length)
+        if chunk.draft is not None:
+            ids.append(chunk.draft)
+        else:
+            ids += chunk.request.known_ids(chunk.start, chunk.start + chunk.length)
     return ids
 
 
