@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SIZES = (4, 2)
-"""Lengths of the last tokens that are looked up, the longest first."""
+"""Lengths of the last tokens that are looked up, the longest first. With 2 alone a step of an edited file yielded 5 %
+fewer tokens, with 4 alone 17 %; 3 or 5 beside them changed nothing."""
 
 WEIGHT = 1 / 8
 """Share of the last token in the hit rate."""
-
-MIN_CHANCE = 0.3
-"""A token is drafted only if it is at least this likely to be right, going by the hit rate."""
 
 
 class Drafter:
@@ -49,11 +47,11 @@ class Drafter:
         self._source = source + 1 if is_hit and source is not None else self._found(grams)
         self._learn(grams)
 
-    def outlook(self, most: int) -> tuple[int, float]:
-        """(how many tokens are worth drafting, how many of them will be right on average)."""
+    def outlook(self, most: int, min_chance: float) -> tuple[int, float]:
+        """(drafts that are right with at least this chance, how many of them will be right on average)."""
         count, expected, chance = 0, 0.0, self.hit_rate
         if self._source is not None:
-            while count < most and chance >= MIN_CHANCE:
+            while count < most and chance >= min_chance:
                 count, expected, chance = count + 1, expected + chance, chance * self.hit_rate
         return count, expected
 

@@ -13,6 +13,9 @@ from service.engine.drafts import Drafter
 from service.engine.request import Request
 from service.engine.shapes import DECODES, Shape
 
+MIN_CHANCE = 0.3
+"""A token is drafted only if it is at least this likely to be right, going by the hit rate."""
+
 MARGIN = 1.1
 """How many times as many tokens per second drafts must promise: both sides of the comparison are estimates."""
 
@@ -30,14 +33,22 @@ class Speculation:
         max_draft_tokens: most draft tokens of a request in a step.
         max_rows: most rows of a step with drafts.
         step_times_s: seconds of a step of each captured shape; empty if steps are not captured.
+        min_chance: see `MIN_CHANCE`.
     """
 
-    def __init__(self, max_draft_tokens: int, max_rows: int, step_times_s: Mapping[Shape, float] | None = None) -> None:
+    def __init__(
+        self,
+        max_draft_tokens: int,
+        max_rows: int,
+        step_times_s: Mapping[Shape, float] | None = None,
+        min_chance: float = MIN_CHANCE,
+    ) -> None:
         sizes = {shape.num_tokens: time_s for shape, time_s in (step_times_s or {}).items() if shape.is_decode}
         self.max_rows = min(max_rows, max(sizes, default=max_rows))
         self._limits = [max_draft_tokens >> halvings for halvings in range(max_draft_tokens.bit_length())]
         # (rows as `_size_of` rounds them, whether some are drafts) -> seconds.
         self._times_s = {(size, drafts): time_s for size, time_s in sizes.items() for drafts in (False, True)}
+        self._min_chance = min_chance
         self._num_decisions = 0
 
     def plan(self, requests: Sequence[Request]) -> dict[Request, int]:
@@ -72,7 +83,7 @@ class Speculation:
         num_free, depths, tokens = self.max_rows - len(requests), {}, float(len(requests))
         for request, drafter in drafters:
             num_wanted = request.params.max_tokens - request.num_generated - 1
-            depth, expected = drafter.outlook(min(limit, num_wanted, num_free))
+            depth, expected = drafter.outlook(min(limit, num_wanted, num_free), self._min_chance)
             if depth > 0:
                 depths[request], tokens, num_free = depth, tokens + expected, num_free - depth
         return depths, tokens

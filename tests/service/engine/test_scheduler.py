@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,22 +12,9 @@ from service.engine.api import FinishReason
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
 from service.errors import EngineFailed
-from tests.support.requests import new_request
+from tests.support.requests import Anything, new_request
 
 EOS = 7
-
-
-class Anything:
-    """A grammar of every text."""
-
-    def matcher(self) -> Self:
-        return self
-
-    def allowed(self) -> bytes:
-        return b"\xff"
-
-    def accept(self, token_id: int) -> None:
-        pass
 
 
 def scheduler(num_blocks: int = 64, block_size: int = 4, rows: int = 8, budget: int = 32) -> Scheduler:
