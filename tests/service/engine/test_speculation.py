@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+from itertools import groupby
 from typing import Any
 
 import pytest
+import torch
 
-from service.engine.api import FinishReason
+from quant.scheme import PRESETS
+from service.engine.api import FinishReason, Progress, SamplingParams, Token
+from service.engine.client import EngineClient
 from service.engine.drafts import Drafter
+from service.engine.messages import Gauges, News
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
 from service.engine.shapes import Shape
 from service.engine.speculation import TRIAL_EVERY, TRIAL_LENGTH, Speculation
 from service.errors import EngineFailed
+from service.models.config import ModelConfig
+from service.models.random_weights import random_decoder
 from tests.support.eager import Eager
+from tests.support.engines import CPU, make_engine
 from tests.support.requests import Anything, new_request
+from tests.support.tiny_models import make_model
 
 EOS = 7
 
@@ -280,3 +290,37 @@ def test_what_was_accepted_of_a_request_that_has_been_preempted_meanwhile_counts
     play.plan.finish(late, FinishReason.ABORT, 0.0)
     again = play.next()
     assert [(c.start, c.length, c.index) for c in again.chunks if c.request is young] == [(12, 4, 4)], "12 were cached"
+
+
+def test_several_tokens_of_a_step_reach_their_stream_and_the_step_counts_once() -> None:
+    decoder = random_decoder(ModelConfig.of(make_model("llama").config), PRESETS["w8a8"], torch.float32, CPU)
+    engine = make_engine(decoder, speculation=Eager(3, 16))
+
+    async def go() -> tuple[list[list[Token]], Progress]:
+        stream = engine.submit([5, 6, 7, 8] * 6, SamplingParams(40, ignore_eos=True), "a")
+        news = [tokens async for tokens in stream]
+        return news, stream.progress
+
+    try:
+        news, progress = asyncio.run(go())
+        stats = engine.stats()
+    finally:
+        engine.stop()
+    assert sum(map(len, news)) == progress.num_generated == 40
+    assert progress.batch_size_mean == 1.0
+    assert stats.num_steps == 40 - stats.num_accepted_tokens < 40
+    assert stats.step_batch_sizes[1] == stats.num_steps
+    of_steps = [list(step) for _, step in groupby((token for tokens in news for token in tokens), lambda t: t.time_s)]
+    assert len(of_steps) == stats.num_steps
+    assert max(map(len, of_steps)) == 4
+
+
+def test_a_client_adds_up_the_drafts_of_engines_that_died() -> None:
+    async def refuse(*_: object) -> Any:
+        raise AssertionError
+
+    client = EngineClient("w8a8", lambda _: None, refuse, refuse, max_waiting=9)
+    client.receive(News("w8a8", Gauges(num_draft_tokens=7, num_accepted_tokens=4)))
+    client.lost(EngineFailed("gone"))
+    client.receive(News("w8a8", Gauges(num_draft_tokens=2, num_accepted_tokens=1)))
+    assert (client.stats().num_draft_tokens, client.stats().num_accepted_tokens) == (9, 5)
