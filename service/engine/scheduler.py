@@ -243,7 +243,9 @@ class Scheduler:
             if not chunk.samples:
                 request.is_uncounted = True
                 continue
-            if not request.is_finished and self._settles(chunk):
+            if not request.is_finished and (chunk.draft is None or self._accepts(chunk)):
+                request.num_pending -= chunk.draft is None
+                request.has_drafts = False
                 took.append((place, request))
                 if place in results.faults:
                     self.pool.forget(request.blocks)
@@ -257,13 +259,9 @@ class Scheduler:
         assert place == len(results.token_ids), f"{place} requests sampled, {len(results.token_ids)} tokens came"
         return took
 
-    def _settles(self, chunk: Chunk) -> bool:
-        """Note that the sample of a chunk has been read. Returns whether it belongs to the answer."""
+    def _accepts(self, chunk: Chunk) -> bool:
+        """Whether the draft of a chunk is the token sampled before it. Then its keys count, and so does its sample."""
         request = chunk.request
-        if chunk.draft is None:
-            request.num_pending -= 1
-            request.has_drafts = False
-            return True
         if len(request.output_ids) != chunk.index or request.output_ids[-1] != chunk.draft:
             return False
         self.num_accepted_tokens += 1

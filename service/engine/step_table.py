@@ -83,7 +83,8 @@ class StepTable:
     positions: [T], of the token in its request.   slots: [T], of the token in the cache, or -1 for none.
     query_starts: [B + 1], the first token row of each request.   context_lens: [B], keys its last token attends to.
     sample_index: [S], token row that yields a sample.   sample_rows: [S], its request's row; padding samples token row
-        0 for the row behind all requests.
+        0 for the row behind all requests. Drafts sample for their request's row too: the host reads them before it
+        plans the request's next step, so nothing depends on which sample the row keeps.
     block_tables: [R, W] of the R requests that are not padding; W is the most blocks that one of them owns.
     is_decode: whether no request has more than one token row.
     """
@@ -123,7 +124,12 @@ class StepTableBuilder:
                 [request.row for request in requests],
                 [chunk.start for chunk in chunks],
                 [chunk.length for chunk in chunks],
-                [_num_known(chunk) for chunk in chunks],
+                [
+                    len(chunk.request.prompt_ids) + len(chunk.request.output_ids)
+                    if chunk.draft is None
+                    else chunk.start + 1
+                    for chunk in chunks
+                ],
                 [chunk.samples for chunk in chunks],
             ],
             dtype=np.int32,
@@ -177,13 +183,6 @@ class StepTableBuilder:
             self._blocks[request.row, first:stop] = request.blocks[first:]
             self._num_blocks[request.row] = stop
             self._owner[request.row] = request, request.num_preemptions, stop
-
-
-def _num_known(chunk: Chunk) -> int:
-    """How many tokens of its request the host knows, or assumes to know."""
-    if chunk.draft is not None:
-        return chunk.start + 1
-    return len(chunk.request.prompt_ids) + len(chunk.request.output_ids)
 
 
 def _known_ids(chunks: Sequence[Chunk]) -> list[int]:
