@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from service.engine.api import FinishReason, SamplingParams
-from service.engine.drafts import Drafter
+from service.engine.drafts.drafter import Drafter
 from service.engine.grammar import Matcher
 from service.engine.messages import Logprob
 

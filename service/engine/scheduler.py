@@ -29,12 +29,12 @@ from dataclasses import dataclass, field
 
 from service.engine.api import FinishReason
 from service.engine.blocks import BlockPool
+from service.engine.drafts.speculation import Speculation
 from service.engine.fairness import Shares, Waiting, turn
 from service.engine.messages import Logprob
 from service.engine.pacing import Pacing
 from service.engine.request import Request
 from service.engine.shapes import Shape
-from service.engine.speculation import Speculation
 
 MIN_PIECE = 2
 """Fewest rows of a piece of a prompt."""

@@ -15,10 +15,10 @@ from quant.scheme import Scheme
 from service.engine.api import VariantInfo
 from service.engine.device.device_thread import DeviceThread
 from service.engine.device.runner import Runner
+from service.engine.drafts.speculation import Speculation
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
-from service.engine.speculation import Speculation
 from service.errors import InvalidSettings
 from service.host.limits import fault_limits
 from service.host.memory import cache_blocks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.engine.speculation import Speculation
+from service.engine.drafts.speculation import Speculation
 
 
 class Eager(Speculation):

@@ -13,9 +13,9 @@ from quant.scheme import PRESETS, Scheme
 from service.engine.api import EngineStats, FinishReason, Progress, SamplingParams, Token
 from service.engine.device.device_thread import DeviceThread
 from service.engine.device.runner import Runner
+from service.engine.drafts.speculation import Speculation
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
-from service.engine.speculation import Speculation
 from service.models.config import ModelConfig, linear_names
 from service.models.decoder import Decoder, score
 from service.models.loader import load_decoder

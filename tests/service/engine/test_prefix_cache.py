@@ -17,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from service.engine.api import FinishReason, SamplingParams
 from service.engine.blocks import BlockPool
+from service.engine.drafts.speculation import Speculation
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Scheduler, Step, StepResults
-from service.engine.speculation import Speculation
 from tests.support.eager import Eager
 
 BLOCK_SIZE = 4

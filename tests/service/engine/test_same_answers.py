@@ -14,8 +14,8 @@ import torch
 from quant.scheme import PRESETS, Scheme
 from service.engine.api import EngineStats, FinishReason, SamplingParams, Token
 from service.engine.device.runner import Runner
+from service.engine.drafts.speculation import Speculation
 from service.engine.loop import StepRunner
-from service.engine.speculation import Speculation
 from service.models.config import ModelConfig
 from service.models.random_weights import random_decoder
 from tests.support.eager import Eager

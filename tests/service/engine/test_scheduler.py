@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.api import FinishReason
+from service.engine.drafts.speculation import Speculation
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
-from service.engine.speculation import Speculation
 from service.errors import EngineFailed
 from tests.support.eager import Eager
 from tests.support.requests import Anything, new_request

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pytest
 
 from service.engine.api import FinishReason
+from service.engine.drafts.speculation import Speculation
 from service.engine.scheduler import Scheduler, Step, StepResults
 from service.engine.shapes import Shape
-from service.engine.speculation import Speculation
 from service.engine.step_table import StepTable, StepTableBuilder, TableLayout
 from tests.support.eager import Eager
 from tests.support.requests import new_request

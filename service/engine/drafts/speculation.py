@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from service.engine.drafts import Drafter
+from service.engine.drafts.drafter import Drafter
 from service.engine.request import Request
 from service.engine.shapes import DECODES, Shape
 

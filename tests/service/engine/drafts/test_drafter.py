@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.drafts import SIZES, WEIGHT, Drafter
+from service.engine.drafts.drafter import SIZES, WEIGHT, Drafter
 
 
 def drafter_of(token_ids: Sequence[int]) -> Drafter:

@@ -12,12 +12,12 @@ import torch
 from quant.scheme import PRESETS
 from service.engine.api import FinishReason, Progress, SamplingParams, Token
 from service.engine.client import EngineClient
-from service.engine.drafts import Drafter
+from service.engine.drafts.drafter import Drafter
+from service.engine.drafts.speculation import TRIAL_EVERY, TRIAL_LENGTH, Speculation
 from service.engine.messages import Gauges, News
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
 from service.engine.shapes import Shape
-from service.engine.speculation import TRIAL_EVERY, TRIAL_LENGTH, Speculation
 from service.errors import EngineFailed
 from service.models.config import ModelConfig
 from service.models.random_weights import random_decoder
