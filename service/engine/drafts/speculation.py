@@ -22,6 +22,9 @@ MARGIN = 1.1
 WEIGHT = 0.25
 """Share of the last step in the time of steps of its size."""
 
+SLOWEST = 2.0
+"""Most that a step may take of what such steps took before, to be believed: beyond it something else was in its way."""
+
 TRIAL_EVERY, TRIAL_LENGTH = 256, 4
 """So many decisions out of so many go the other way, since a time that is no longer measured becomes outdated."""
 
@@ -59,6 +62,8 @@ class Speculation:
         if 2 * len(requests) > self.max_rows:
             return {}
         drafters = [(request, _drafter_of(request)) for request in requests if request.can_draft]
+        # The usual case is that nobody has anything to draft; then there is no more to do.
+        drafters = [pair for pair in drafters if pair[1].outlook(1, self._min_chance)[0]]
         plans = [plan for limit in self._limits if (plan := self._planned(requests, drafters, limit))[0]]
         if not plans:
             return {}
@@ -74,7 +79,7 @@ class Speculation:
         """Learn from the time of a step of decodes."""
         key = _size_of(num_rows), has_drafts
         before_s = self._times_s.get(key, time_s)
-        self._times_s[key] = before_s + WEIGHT * (time_s - before_s)
+        self._times_s[key] = before_s + WEIGHT * (min(time_s, SLOWEST * before_s) - before_s)
 
     def _planned(
         self, requests: Sequence[Request], drafters: Sequence[tuple[Request, Drafter]], limit: int

@@ -81,6 +81,15 @@ def test_what_real_steps_take_replaces_what_was_measured() -> None:
     assert speculation.plan([request]) == {request: 1}
 
 
+def test_a_step_that_was_held_up_says_little() -> None:
+    request, speculation = repeating("a"), Speculation(1, 64, captured(r1=1.0, r2=1.0))
+    speculation.observe(2, has_drafts=True, time_s=100.0)
+    assert speculation.plan([request]) == {request: 1}
+    for _ in range(20):
+        speculation.observe(2, has_drafts=True, time_s=100.0)
+    assert speculation.plan([request]) == {}
+
+
 @pytest.mark.parametrize("time_s", [1.0, 9.0], ids=["paying", "not paying"])
 def test_now_and_then_it_goes_the_other_way(time_s: float) -> None:
     request, speculation = repeating("a"), Speculation(1, 64, captured(r1=1.0, r2=time_s))
