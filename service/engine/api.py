@@ -115,6 +115,9 @@ class EngineStats:
     num_plain_steps: int = 0
     num_padding_tokens: int = 0
     """Token rows that only filled steps up to the sizes of their graphs."""
+    num_draft_tokens: int = 0
+    """Tokens that were guessed and checked; `num_accepted_tokens` of them were right."""
+    num_accepted_tokens: int = 0
 
     @property
     def kv_cache_usage_ratio(self) -> float:

@@ -104,6 +104,8 @@ class EngineClient:
             num_graph_steps=before.num_graph_steps + gauges.num_graph_steps,
             num_plain_steps=before.num_plain_steps + gauges.num_plain_steps,
             num_padding_tokens=before.num_padding_tokens + gauges.num_padding_tokens,
+            num_draft_tokens=before.num_draft_tokens + gauges.num_draft_tokens,
+            num_accepted_tokens=before.num_accepted_tokens + gauges.num_accepted_tokens,
         )
 
     def refuse_if_failed(self) -> None:
@@ -177,6 +179,8 @@ class EngineClient:
             num_graph_steps=before.num_graph_steps + gauges.num_graph_steps,
             num_plain_steps=before.num_plain_steps + gauges.num_plain_steps,
             num_padding_tokens=before.num_padding_tokens + gauges.num_padding_tokens,
+            num_draft_tokens=before.num_draft_tokens + gauges.num_draft_tokens,
+            num_accepted_tokens=before.num_accepted_tokens + gauges.num_accepted_tokens,
         )
         self._gauges = Gauges()
         self._num_sent = len(self._streams)
@@ -204,15 +208,17 @@ class EngineClient:
         sizes[num_requests] += 1
 
     def _hand_out(self, news: News) -> None:
-        """Pass each stream its token."""
-        logprobs, time_s, streams = dict(news.logprobs), news.time_s, self._streams
+        """Pass each stream its tokens."""
+        logprobs, time_s, streams, before = dict(news.logprobs), news.time_s, self._streams, 0
         for place, (handle, token_id) in enumerate(zip(news.handles, news.token_ids, strict=True)):
             stream = streams.get(handle)
             if stream is None:
                 continue
             stream.num_generated += 1
-            stream.num_steps += 1
-            stream.num_rows += news.num_requests
+            if handle != before:
+                stream.num_steps += 1
+                stream.num_rows += news.num_requests
+                before = handle
             found = logprobs.get(place) if logprobs else None
             stream.put([Token(token_id, time_s) if found is None else _token(token_id, time_s, found)])
 

@@ -101,7 +101,7 @@ class Inbox:
         """Apply a step's results to the scheduler and publish them."""
         with self.wake:
             took = self._scheduler.commit(step, results)
-            self.publish(self.news(len(step.chunks), took, results))
+            self.publish(self.news(step.num_requests, took, results))
 
     def fail_running(self, was_lost: set[Request], error: OttavaError) -> None:
         """End all running requests, and the queued ones in was_lost, with the error. Other queued requests stay."""
@@ -180,7 +180,9 @@ class Inbox:
             news.counted.append((request.handle, request.num_steps, request.num_batch_rows))
             if request.prompt_logprobs:
                 news.scored.append(Scored(request.handle, results.time_s, request.prompt_logprobs))
-        for place, request in [pair for pair in took if pair[1].finish_reason is not None]:
+        # A request with drafts took several tokens; only the last can be a fault.
+        ended = {request: place for place, request in took if request.finish_reason is not None}
+        for request, place in ended.items():
             self._end(request, results.faults.get(place))
         return news
 
@@ -209,6 +211,8 @@ class Inbox:
             scheduler.num_graph_steps,
             scheduler.num_plain_steps,
             scheduler.num_padding_tokens,
+            scheduler.num_draft_tokens,
+            scheduler.num_accepted_tokens,
         )
 
     def _drop(self, requests: Sequence[Request], fault: Fault) -> None:

@@ -236,6 +236,8 @@ class EngineLoop:
             num_graph_steps=gauges.num_graph_steps,
             num_plain_steps=gauges.num_plain_steps,
             num_padding_tokens=gauges.num_padding_tokens,
+            num_draft_tokens=gauges.num_draft_tokens,
+            num_accepted_tokens=gauges.num_accepted_tokens,
         )
 
     def news(self) -> News:
@@ -324,7 +326,7 @@ class EngineLoop:
         if step is not None:
             handle = self._watched("launching", step, self._device_thread.run, self._runner.execute, step)
             self._unread.append((step, handle))
-            self._step_batch_sizes[len(step.chunks)] += 1
+            self._step_batch_sizes[step.num_requests] += 1
         for _ in range(num_before if self._runner.is_async else len(self._unread)):
             self._settle()
 

@@ -76,6 +76,8 @@ class Gauges(msgspec.Struct, array_like=True, frozen=True):
     num_graph_steps: int = 0
     num_plain_steps: int = 0
     num_padding_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 class Logprob(msgspec.Struct, array_like=True, frozen=True):
@@ -110,7 +112,7 @@ class News(msgspec.Struct, array_like=True, tag="news"):
 
     num_requests: requests in the step; 0 if the news holds no step.
     time_s: when the step's results were read.
-    handles, token_ids: the requests that got a token, and the tokens.
+    handles, token_ids: the requests that got a token, and the tokens; several of a request, in order, with drafts.
     logprobs: (index into `handles`, log-probabilities), for the requests that want them.
     scheduled: (handle, time of its first step, cached prompt tokens), sent before the request's first token.
     counted: (handle, steps so far, requests in them so far), for requests that took part in steps without a token.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from service.engine.api import FinishReason, SamplingParams
+from service.engine.drafts.drafter import Drafter
 from service.engine.grammar import Matcher
 from service.engine.messages import Logprob
 
@@ -15,7 +16,8 @@ class Request:
 
     Always: num_computed <= num_tokens. Keys and values of the first num_computed tokens are in the cache (or are
     being written by the step in flight); num_tokens counts the prompt, the tokens the host has read, and the
-    num_pending tokens that steps in flight will yield and the host has not yet read (at most 2).
+    num_pending tokens that steps in flight will yield and the host has not yet read (at most 2). What drafts may yield
+    beyond that counts once it has been read.
 
     handle: identifies the request in messages; chosen by the submitter.
     number: its place in the order of arrival.
@@ -23,6 +25,8 @@ class Request:
     matcher: position of the output in its grammar; None without a grammar.
     output_ids: the tokens the host has read.
     row: the request's place in the runner's per-request state while it runs, else -1.
+    drafter: guesses its next tokens; None until they are first wanted.
+    has_drafts: the step in flight checks draft tokens of it.
     num_steps, num_batch_rows: finished steps it took part in, and the sum of the requests in them.
     is_uncounted: the news must send its step counts, since a step after its last token may have yielded none.
     num_cached: prompt tokens whose keys and values were already in the cache on arrival.
@@ -45,6 +49,8 @@ class Request:
     num_pending: int = 0
     blocks: list[int] = field(default_factory=list)
     row: int = -1
+    drafter: Drafter | None = None
+    has_drafts: bool = False
     finish_reason: FinishReason | None = None
     first_scheduled_s: float | None = None
     finished_s: float | None = None
@@ -75,8 +81,14 @@ class Request:
 
     @property
     def is_behind(self) -> bool:
-        """Whether its grammar must wait for the host to read the last token before it can constrain the next."""
-        return self.matcher is not None and self.num_pending > 0
+        """Whether it must wait for the host to read its last tokens: its grammar constrains the next by them, and of
+        drafts nobody knows before how many are right."""
+        return self.num_pending > 0 and (self.matcher is not None or self.has_drafts)
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether drafts can be checked: not against a grammar or penalties, which depend on the tokens before."""
+        return self.matcher is None and self.params.repetition_penalty == 1
 
     def known_ids(self, start: int, stop: int) -> list[int]:
         """The tokens at positions start .. stop - 1 that the host has read."""

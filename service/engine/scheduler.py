@@ -12,6 +12,12 @@ For the same reason no piece of a prompt has one row, unless a step leaves room 
 Requests of several API keys share rows and blocks as `fairness` says. A key that waits below its share gets what a key
 above its own has: the newest request of that is put back and computed again. Each key keeps its first one, so that all
 get on.
+
+With speculation a decode may bring draft tokens, each in a chunk of its own behind it. For the model these are requests
+of one row, so they are computed as decodes are, to the same bits. Every one samples: as long as what was sampled is the
+next draft, that draft's own sample counts too. Since a sample depends only on the tokens before it and on the request's
+seed, an answer has the tokens that it would have without drafts. The keys of wrong drafts are overwritten by the
+positions' next tokens before anything reads them.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from dataclasses import dataclass, field
 
 from service.engine.api import FinishReason
 from service.engine.blocks import BlockPool
+from service.engine.drafts.speculation import Speculation
 from service.engine.fairness import Shares, Waiting, turn
 from service.engine.messages import Logprob
 from service.engine.pacing import Pacing
@@ -40,6 +47,7 @@ class Chunk:
     samples: the chunk reaches the request's last token, so its last row yields the next one.
     index: which generated token that is, counted from 0.
     scored: its positions whose next token is a prompt token that gets its log-probability; empty unless requested.
+    draft: the token that its one position is assumed to hold; None where the tokens are known or on their way.
     """
 
     request: Request
@@ -48,21 +56,27 @@ class Chunk:
     samples: bool
     index: int
     scored: range = range(0)
+    draft: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The work of one forward pass."""
+    """The work of one forward pass. num_drafts: how many of the chunks check a draft token."""
 
     chunks: list[Chunk]
+    num_drafts: int = 0
 
     @property
     def num_tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
 
     @property
+    def num_requests(self) -> int:
+        return len(self.chunks) - self.num_drafts
+
+    @property
     def is_decode(self) -> bool:
-        """Whether every request computes one token and samples one."""
+        """Whether every chunk computes one token and samples one."""
         return all(chunk.length == 1 and chunk.samples for chunk in self.chunks)
 
 
@@ -102,9 +116,11 @@ class Scheduler:
         target_itl_s: float | None = None,
         step_times_s: Mapping[Shape, float] | None = None,
         has_prefix_cache: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks)
         self._has_prefix_cache = has_prefix_cache
+        self._speculation = speculation
         self.block_size = block_size
         self.max_num_requests = max_num_requests
         self.pacing = Pacing(max_batched_tokens, target_itl_s, step_times_s)
@@ -119,11 +135,14 @@ class Scheduler:
         self.num_graph_steps = 0
         self.num_plain_steps = 0
         self.num_padding_tokens = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
         self.admits_new = True
         """False holds back requests that have not started yet; see `is_drained`."""
         self.admitted: list[Request] = []
         """The requests that the last `schedule` started for the first time."""
         self._num_arrived = 0
+        self._last_time_s = 0.0
         self._blocked: tuple[Request, int] | None = None
         self._free_rows = list(range(max_num_requests - 1, -1, -1))
 
@@ -150,8 +169,13 @@ class Scheduler:
         self.waiting.add(request)
 
     def schedule(self, now_s: float) -> Step | None:
-        """Plan the next step and advance the requests' lengths as if it had run. None if no request can run."""
+        """Plan the next step and advance the requests' lengths as if it had run.
+
+        None if no request can run, or if drafts pay and must wait for the results of the step in flight.
+        """
         self.admitted = []
+        if not self.running:
+            self._last_time_s = now_s
         self._rank()
         self._make_room()
         chunks: list[Chunk] = []
@@ -163,6 +187,9 @@ class Scheduler:
                 decoding.append((request, 1))
             elif num_left:
                 reading.append((request, num_left))
+        num_drafts = {} if reading else self._num_drafts([request for request, _ in decoding])
+        if num_drafts and any(request.num_pending for request, _ in decoding):
+            return None
         budget = self.pacing.budget(len(decoding))
         is_starved = False
         num_preemptions = self.num_preemptions
@@ -177,6 +204,8 @@ class Scheduler:
                 continue
             chunks.append(self._advance(request, length))
             budget -= length
+        if num_drafts and chunks:
+            return self._with_drafts(chunks, num_drafts)
         may_admit = not is_starved and self.num_preemptions == num_preemptions
         while may_admit and budget and (head := self._next()) is not None and not self._is_blocked(head):
             found = self._found(head)
@@ -202,19 +231,21 @@ class Scheduler:
         A fault ends its request only. Results of requests that have ended meanwhile are dropped.
         """
         took: list[tuple[int, Request]] = []
-        num_requests, place = len(step.chunks), 0
+        num_requests, place = step.num_requests, 0
         self._count(step, results)
         for request, logprobs in results.scored:
             request.prompt_logprobs += logprobs
         for chunk in step.chunks:
             request = chunk.request
-            request.num_steps += 1
-            request.num_batch_rows += num_requests
+            if chunk.draft is None:
+                request.num_steps += 1
+                request.num_batch_rows += num_requests
             if not chunk.samples:
                 request.is_uncounted = True
                 continue
-            if not request.is_finished:
-                request.num_pending -= 1
+            if not request.is_finished and (chunk.draft is None or self._accepts(chunk)):
+                request.num_pending -= chunk.draft is None
+                request.has_drafts = False
                 took.append((place, request))
                 if place in results.faults:
                     self.pool.forget(request.blocks)
@@ -228,7 +259,23 @@ class Scheduler:
         assert place == len(results.token_ids), f"{place} requests sampled, {len(results.token_ids)} tokens came"
         return took
 
+    def _accepts(self, chunk: Chunk) -> bool:
+        """Whether the draft of a chunk is the token sampled before it. Then its keys count, and so does its sample."""
+        request = chunk.request
+        if len(request.output_ids) != chunk.index or request.output_ids[-1] != chunk.draft:
+            return False
+        self.num_accepted_tokens += 1
+        # A preempted request starts over.
+        if request.row >= 0:
+            request.num_computed += 1
+        return True
+
     def _count(self, step: Step, results: StepResults) -> None:
+        self.num_draft_tokens += step.num_drafts
+        if self._speculation is not None:
+            if step.is_decode:
+                self._speculation.observe(len(step.chunks), step.num_drafts > 0, results.time_s - self._last_time_s)
+            self._last_time_s = results.time_s
         if results.shape is None:
             self.num_plain_steps += 1
             return
@@ -279,6 +326,35 @@ class Scheduler:
         request.num_computed += length
         request.num_pending += samples
         return chunk
+
+    def _num_drafts(self, decoding: Sequence[Request]) -> dict[Request, int]:
+        """How many tokens the decoding requests should draft. None does while prompts wait for the rest of a step."""
+        if self._speculation is None or self.waiting or not decoding:
+            return {}
+        return self._speculation.plan([r for r in decoding if r.num_generated < r.params.max_tokens])
+
+    def _with_drafts(self, decodes: Sequence[Chunk], num_drafts: Mapping[Request, int]) -> Step:
+        """A step of decodes that all have their blocks, and of the drafts for which blocks are left."""
+        chunks: list[Chunk] = []
+        for chunk in decodes:
+            chunks.append(chunk)
+            if chunk.request in num_drafts:
+                chunks += self._draft(chunk, num_drafts[chunk.request])
+        return Step(chunks, len(chunks) - len(decodes))
+
+    def _draft(self, chunk: Chunk, count: int) -> list[Chunk]:
+        """Chunks for up to count draft tokens behind a decode, as far as there are free blocks."""
+        request = chunk.request
+        assert request.drafter is not None
+        num_slots = (len(request.blocks) + self.pool.num_free) * self.block_size
+        drafts = request.drafter.propose(min(count, num_slots - request.num_computed))
+        missing = self._num_blocks(request.num_computed + len(drafts)) - len(request.blocks)
+        request.blocks.extend(self.pool.allocate(max(0, missing)))
+        request.has_drafts = bool(drafts)
+        return [
+            Chunk(request, chunk.start + number, 1, True, chunk.index + number, draft=token_id)
+            for number, token_id in enumerate(drafts, 1)
+        ]
 
     def _share(self, request: Request, num_left: int, budget: int, reading: Sequence[tuple[Request, int]] = ()) -> int:
         """How much of the budget a request with num_left tokens may have.

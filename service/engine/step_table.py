@@ -83,7 +83,8 @@ class StepTable:
     positions: [T], of the token in its request.   slots: [T], of the token in the cache, or -1 for none.
     query_starts: [B + 1], the first token row of each request.   context_lens: [B], keys its last token attends to.
     sample_index: [S], token row that yields a sample.   sample_rows: [S], its request's row; padding samples token row
-        0 for the row behind all requests.
+        0 for the row behind all requests. Drafts sample for their request's row too: the host reads them before it
+        plans the request's next step, so nothing depends on which sample the row keeps.
     block_tables: [R, W] of the R requests that are not padding; W is the most blocks that one of them owns.
     is_decode: whether no request has more than one token row.
     """
@@ -123,7 +124,12 @@ class StepTableBuilder:
                 [request.row for request in requests],
                 [chunk.start for chunk in chunks],
                 [chunk.length for chunk in chunks],
-                [len(request.prompt_ids) + len(request.output_ids) for request in requests],
+                [
+                    len(chunk.request.prompt_ids) + len(chunk.request.output_ids)
+                    if chunk.draft is None
+                    else chunk.start + 1
+                    for chunk in chunks
+                ],
                 [chunk.samples for chunk in chunks],
             ],
             dtype=np.int32,
@@ -180,10 +186,13 @@ class StepTableBuilder:
 
 
 def _known_ids(chunks: Sequence[Chunk]) -> list[int]:
-    """The concatenated ids of the chunks' tokens that the host has read."""
+    """The concatenated ids of the chunks' tokens that the host has read, and of drafts."""
     ids: list[int] = []
     for chunk in chunks:
-        ids += chunk.request.known_ids(chunk.start, chunk.start + chunk.length)
+        if chunk.draft is not None:
+            ids.append(chunk.draft)
+        else:
+            ids += chunk.request.known_ids(chunk.start, chunk.start + chunk.length)
     return ids
 
 

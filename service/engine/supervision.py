@@ -79,11 +79,11 @@ class InHand:
     since_s: float
 
     def __str__(self) -> str:
-        chunks = self.step.chunks
-        names = [chunk.request.id for chunk in chunks[:MAX_NAMED]] + ["..."] * (len(chunks) > MAX_NAMED)
+        requests = [chunk.request for chunk in self.step.chunks if chunk.draft is None]
+        names = [request.id for request in requests[:MAX_NAMED]] + ["..."] * (len(requests) > MAX_NAMED)
         kind = "decode" if self.step.is_decode else "prefill"
         return (
-            f"{self.doing} a {kind} step of {self.step.num_tokens} tokens for {len(chunks)} requests "
+            f"{self.doing} a {kind} step of {self.step.num_tokens} tokens for {len(requests)} requests "
             f"({', '.join(names)}), for {time.perf_counter() - self.since_s:.1f} s"
         )
 

@@ -22,7 +22,7 @@ from service.errors import EngineFailed, InvalidRequest, ReloadFailed, StartupEr
 from service.host.memory import cache_blocks
 from service.host.model_host import ModelHost, open_model
 from service.host.self_check import CHECK_PROMPTS
-from service.host.variants import Variant, variant_notes
+from service.host.variants import Variant, refuse_drafts, variant_notes
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.loader import decoder_of, refuse_unsafe
@@ -146,6 +146,7 @@ class Reloader:
         decoder = decoder_of(config, checkpoint, self._settings.kv, weights=weights)
         if self._settings.quantize_head:
             self._host.device_thread.run(torch.inference_mode()(decoder.quantize_head))
+        refuse_drafts(old.engine.variant, decoder, self._settings)
         return checkpoint, decoder
 
     def _warm(self, name: str, old: Variant, decoder: Decoder) -> tuple[int, Runner]:

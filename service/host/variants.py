@@ -15,6 +15,7 @@ from quant.scheme import Scheme
 from service.engine.api import VariantInfo
 from service.engine.device.device_thread import DeviceThread
 from service.engine.device.runner import Runner
+from service.engine.drafts.speculation import Speculation
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
@@ -75,8 +76,9 @@ def start_variant(
     """Allocate a decoder's KV cache, warm it up, and start its engine.
 
     Raises:
-        InvalidSettings: the cache would not hold one request of max_model_len tokens.
+        InvalidSettings: the cache would not hold one request of max_model_len tokens, or drafts would change answers.
     """
+    refuse_drafts(name, loaded.decoder, settings)
     decoder, block_size = loaded.decoder, settings.block_size
     num_blocks = cache_blocks(name, decoder, settings, kv_cache_bytes)
     max_requests, max_tokens = settings.max_num_requests, settings.step_tokens(decoder.embedding.device.type)
@@ -100,6 +102,9 @@ def start_variant(
             has_prefix_cache=settings.prefix_cache,
             target_itl_s=settings.target_itl_ms / 1000,
             step_times_s=runner.step_times_s,
+            speculation=None
+            if settings.speculate == "none"
+            else Speculation(settings.max_draft_tokens, min(max_requests, max_tokens), runner.step_times_s),
         ),
         runner,
         device_thread=device_thread,
@@ -111,6 +116,19 @@ def start_variant(
         grammars=grammars,
     )
     return Variant(engine.start(), decoder, runner, loaded.notes, loaded.folder, kv_cache_bytes)
+
+
+def refuse_drafts(name: str, decoder: Decoder, settings: Settings) -> None:
+    """Refuse to speculate with a decoder whose rows depend on each other.
+
+    Raises:
+        InvalidSettings: a wrong draft in a step would change the other tokens of the step.
+    """
+    if settings.speculate != "none" and not decoder.is_row_independent:
+        raise InvalidSettings(
+            f"speculate is {settings.speculate!r}, but the scheme of {name} rounds all rows of a step together, so "
+            "drafts would change answers: leave speculate none, or serve another scheme"
+        )
 
 
 def load_variant(name: str, folder: Path, settings: Settings, device: torch.device, on_progress: Progress) -> Loaded:

@@ -124,6 +124,14 @@ class Settings(BaseSettings):
         True, description="Keep keys and values while memory lasts: prompts that begin alike compute only the rest."
     )
     cuda_graphs: bool = Field(True, description="Replay steps as CUDA graphs; off makes debugging easier.")
+    speculate: Literal["none", "ngram"] = Field(
+        "none",
+        description="Draft the next tokens of an answer and check several in one step; ngram: those that followed the "
+        "last tokens where they occurred before. Answers stay the same.",
+    )
+    max_draft_tokens: int = Field(
+        7, ge=1, le=64, description="Most draft tokens of a request in a step; fewer are drafted where they seldom fit."
+    )
     reload_room: bool = Field(
         True,
         description="Keep GPU memory free for a second copy of the w8a8 weights, which a reload needs; "
@@ -331,6 +339,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_batched_tokens is {self.max_batched_tokens}, below max_num_requests {self.max_num_requests}: "
                 "requests that decode together need a token each; raise the first or lower the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_drafts_without_room(self) -> Self:
+        if self.speculate != "none" and self.max_num_requests == 1:
+            raise ValueError(
+                f"speculate is {self.speculate!r} and max_num_requests is 1: a draft takes the place of a request "
+                "in a step; raise max_num_requests, or leave speculate none"
             )
         return self
 

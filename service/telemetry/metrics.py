@@ -266,6 +266,12 @@ class _EngineCollector(Collector):
         padding = CounterMetricFamily(
             "ottava_step_padding_tokens", "Token rows that filled steps up to the sizes of graphs", labels=["variant"]
         )
+        drafts = CounterMetricFamily(
+            "ottava_speculative_draft_tokens", "Draft tokens that a step has checked", labels=["variant"]
+        )
+        accepted = CounterMetricFamily(
+            "ottava_speculative_accepted_tokens", "Draft tokens that were right", labels=["variant"]
+        )
         batches = HistogramMetricFamily("ottava_step_batch_size", "Requests per step", labels=["variant"])
         for variant, reading in stats.items():
             preemptions.add_metric([variant], reading.num_preemptions)
@@ -273,11 +279,15 @@ class _EngineCollector(Collector):
             steps.add_metric([variant, "graph"], reading.num_graph_steps)
             steps.add_metric([variant, "plain"], reading.num_plain_steps)
             padding.add_metric([variant], reading.num_padding_tokens)
+            drafts.add_metric([variant], reading.num_draft_tokens)
+            accepted.add_metric([variant], reading.num_accepted_tokens)
             batches.add_metric([variant], *_batch_histogram(reading.step_batch_sizes))
         yield preemptions
         yield restarts
         yield steps
         yield padding
+        yield drafts
+        yield accepted
         yield batches
         yield from self._of_info()
 

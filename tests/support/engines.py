@@ -40,6 +40,7 @@ def make_engine(
         max_batched_tokens=budget,
         eos_ids=frozenset(kwargs.pop("eos_ids", ())),
         has_prefix_cache=kwargs.pop("has_prefix_cache", True),
+        speculation=kwargs.pop("speculation", None),
     )
     return EngineLoop(
         "w8a8",

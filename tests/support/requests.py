@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from service.engine.api import SamplingParams
 from service.engine.grammar import Matcher
 from service.engine.request import Request
+
+
+class Anything:
+    """A grammar of every text."""
+
+    def matcher(self) -> Self:
+        return self
+
+    def allowed(self) -> bytes:
+        return b"\xff"
+
+    def accept(self, token_id: int) -> None:
+        pass
 
 
 def new_request(

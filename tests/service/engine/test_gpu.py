@@ -10,9 +10,10 @@ import torch
 
 from benchmarks.chain import Moved
 from quant.scheme import PRESETS, Scheme
-from service.engine.api import FinishReason, Progress, SamplingParams, Token
+from service.engine.api import EngineStats, FinishReason, Progress, SamplingParams, Token
 from service.engine.device.device_thread import DeviceThread
 from service.engine.device.runner import Runner
+from service.engine.drafts.speculation import Speculation
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.models.config import ModelConfig, linear_names
@@ -20,7 +21,8 @@ from service.models.decoder import Decoder, score
 from service.models.loader import load_decoder
 from service.models.random_weights import RandomWeights, random_decoder
 from tests.service.kinds import Tiny
-from tests.support.engines import PROMPTS, collect_all
+from tests.support.eager import Eager
+from tests.support.engines import PROMPTS, collect_all, make_engine
 from tests.support.grammars import EOS, REGISTRY, RULES, SCHEMA, finished, text_of
 from tests.support.tiny_models import TINY, make_model
 
@@ -194,6 +196,33 @@ def test_a_closed_runner_computes_the_same_without_its_graphs() -> None:
         freed_bytes.append(allocated_bytes - torch.cuda.memory_allocated())
     assert answers[0] == answers[1]
     assert freed_bytes[0] > freed_bytes[1] == 0, "what captured steps yield, once"
+
+
+@pytest.mark.parametrize("scheme", [PRESETS["w8a8"], INT8_KV], ids=lambda scheme: scheme.label)
+@pytest.mark.parametrize("use_graphs", [True, False])
+def test_drafts_change_no_token(scheme: Scheme, use_graphs: bool) -> None:
+    """With an int8 head, whose rows do not depend on how many there are; captured steps take drafts as decodes."""
+    config = ModelConfig.of(make_model("llama").config)
+    decoder = random_decoder(config, scheme.with_head("int8"), torch.float16, CUDA)
+    prompts = [[3 + (i * j) % 250 for j in range(1, 4 + i)] * 3 for i in range(8)]
+
+    def run(speculation: Speculation | None) -> tuple[list[list[int]], EngineStats]:
+        def warm(runner: Runner) -> Runner:
+            runner.use_graphs = use_graphs
+            runner.warm_up()
+            return runner
+
+        engine = make_engine(decoder, wrap=warm, speculation=speculation)
+        try:
+            return asyncio.run(collect_all(engine, prompts, PARAMS)), engine.stats()
+        finally:
+            engine.stop()
+
+    wanted, _ = run(None)
+    found, stats = run(Eager(3, 16))
+    assert found == wanted
+    assert 0 < stats.num_accepted_tokens <= stats.num_draft_tokens
+    assert (stats.num_graph_steps > 0) == use_graphs
 
 
 def test_preemption_with_a_step_in_flight_loses_nothing() -> None:

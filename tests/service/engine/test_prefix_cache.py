@@ -1,4 +1,7 @@
-"""Blocks shared by prompts that begin alike: who finds what, who may not, and that no request ever reads other keys."""
+"""Blocks shared by prompts that begin alike: who finds what, who may not, and that no request ever reads other keys.
+
+Requests that draft share blocks too: no wrong draft may leave a key where another token's is looked for.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from service.engine.api import FinishReason, SamplingParams
 from service.engine.blocks import BlockPool
+from service.engine.drafts.speculation import Speculation
 from service.engine.request import Request
-from service.engine.scheduler import Scheduler, Step, StepResults
+from service.engine.scheduler import Chunk, Scheduler, Step, StepResults
+from tests.support.eager import Eager
 
 BLOCK_SIZE = 4
 
@@ -34,13 +39,20 @@ def request_of(
     return Request(name, prompt_ids, params, 0.0, 0)
 
 
-def scheduler(num_blocks: int = 64, rows: int = 8, budget: int = 64, has_prefix_cache: bool = True) -> Scheduler:
+def scheduler(
+    num_blocks: int = 64,
+    rows: int = 8,
+    budget: int = 64,
+    has_prefix_cache: bool = True,
+    speculation: Speculation | None = None,
+) -> Scheduler:
     return Scheduler(
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         max_num_requests=rows,
         max_batched_tokens=budget,
         has_prefix_cache=has_prefix_cache,
+        speculation=speculation,
     )
 
 
@@ -52,13 +64,14 @@ class Keys:
 
     def run(self, step: Step) -> StepResults:
         """Write the step's keys, check that every row sees those of its own text, and sample from the text."""
-        for chunk in step.chunks:
-            texts = self.texts(chunk.request, chunk.start + chunk.length)
+        all_texts = [
+            self.texts(chunk.request, chunk.start + chunk.length, _drafts(step, chunk)) for chunk in step.chunks
+        ]
+        for chunk, texts in zip(step.chunks, all_texts, strict=True):
             for position in range(chunk.start, chunk.start + chunk.length):
                 self.slots[self.slot(chunk.request, position)] = texts[position]
         sampled = []
-        for chunk in step.chunks:
-            texts = self.texts(chunk.request, chunk.start + chunk.length)
+        for chunk, texts in zip(step.chunks, all_texts, strict=True):
             seen = [self.slots.get(self.slot(chunk.request, position)) for position in range(len(texts))]
             assert seen == texts, f"{chunk.request.id} sees keys of another text"
             if chunk.samples:
@@ -66,9 +79,9 @@ class Keys:
         return StepResults(0.0, sampled)
 
     @staticmethod
-    def texts(request: Request, num_tokens: int) -> list[int]:
+    def texts(request: Request, num_tokens: int, drafts: Sequence[int] = ()) -> list[int]:
         """The key of each of its first tokens. Tokens that the host has not read follow from those before."""
-        ids = (request.prompt_ids + request.output_ids)[:num_tokens]
+        ids = [*request.prompt_ids, *request.output_ids, *drafts][:num_tokens]
         texts = list(accumulate(ids, lambda text, token: hash((text, token)), initial=0))[1:]
         while len(texts) < num_tokens:
             texts.append(hash((texts[-1], next_token(texts[-1]))))
@@ -77,6 +90,12 @@ class Keys:
     @staticmethod
     def slot(request: Request, position: int) -> int:
         return request.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+
+
+def _drafts(step: Step, chunk: Chunk) -> list[int]:
+    """The draft tokens of a chunk's request up to the chunk's own."""
+    own = (each for each in step.chunks if each.request is chunk.request and each.start <= chunk.start)
+    return [each.draft for each in own if each.draft is not None]
 
 
 def next_token(text: int) -> int:
@@ -238,9 +257,12 @@ class Traffic(RuleBasedStateMachine):
     `Keys` asserts at every step that each row sees the keys of its own text.
     """
 
+    has_drafts = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.plan = scheduler(num_blocks=14, rows=4, budget=11)
+        speculation = Eager(max_rows=4) if self.has_drafts else None
+        self.plan = scheduler(num_blocks=14, rows=4, budget=11, speculation=speculation)
         self.keys = Keys()
         self.unread: deque[tuple[Step, StepResults]] = deque()
         self.requests: list[Request] = []
@@ -305,17 +327,30 @@ Traffic.TestCase.settings = settings(max_examples=60, stateful_step_count=60, de
 TestTraffic = Traffic.TestCase
 
 
-def test_ten_thousand_requests_leave_nothing_behind() -> None:
+class DraftingTraffic(Traffic):
+    """The same with drafts, most of which are wrong."""
+
+    has_drafts = True
+
+
+DraftingTraffic.TestCase.settings = Traffic.TestCase.settings
+TestDraftingTraffic = DraftingTraffic.TestCase
+
+
+@pytest.mark.parametrize("has_drafts", [False, True], ids=["", "drafts"])
+def test_ten_thousand_requests_leave_nothing_behind(has_drafts: bool) -> None:
     """With random ends, common beginnings, and less memory than they want."""
-    rng, plan, keys = random.Random(0), scheduler(num_blocks=40, rows=8, budget=48), Keys()
+    rng, keys = random.Random(0), Keys()
+    plan = scheduler(num_blocks=40, rows=8, budget=48, speculation=Eager(max_rows=8) if has_drafts else None)
     unread: deque[tuple[Step, StepResults]] = deque()
     num_hits, num_arrived = 0, 0
     while num_arrived < 10_000 or not plan.is_idle or unread:
-        while num_arrived < 10_000 and len(plan.waiting) < 4:
+        # Prompts that wait leave no room for drafts, so at times none do.
+        while num_arrived < 10_000 and len(plan.waiting) < 4 and (not has_drafts or rng.random() < 0.2):
             prompt = (
                 [rng.randrange(3)] * 4 + [rng.randrange(2)] * 8 + [rng.randrange(5) for _ in range(rng.randrange(9))]
             )
-            plan.add(request_of(str(num_arrived), prompt, rng.randint(1, 6)))
+            plan.add(request_of(str(num_arrived), prompt, rng.randint(1, 12 if has_drafts else 6)))
             num_arrived += 1
         if plan.running and rng.random() < 0.1:
             plan.finish(rng.choice(plan.running), FinishReason.ABORT, 0.0)
@@ -328,6 +363,8 @@ def test_ten_thousand_requests_leave_nothing_behind() -> None:
     plan.check_integrity()
     assert plan.pool.num_free == 40
     assert num_hits > 5000
+    if has_drafts:
+        assert 300 < plan.num_accepted_tokens < plan.num_draft_tokens / 2
     assert len(plan.pool._content) == len(plan.pool._found) <= 40
 
 

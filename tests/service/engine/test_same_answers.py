@@ -1,20 +1,28 @@
-"""INT8 answers are the same bits, alone or in a crowd, whole or in pieces, preempted or found in the prefix cache."""
+"""INT8 answers are the same bits, alone or in a crowd, whole or in pieces, preempted, found in the prefix cache, or
+with drafts."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from quant.scheme import PRESETS, Scheme
-from service.engine.api import SamplingParams, Token
+from service.engine.api import EngineStats, FinishReason, SamplingParams, Token
 from service.engine.device.runner import Runner
+from service.engine.drafts.speculation import Speculation
+from service.engine.loop import StepRunner
 from service.models.config import ModelConfig
 from service.models.random_weights import random_decoder
+from tests.support.eager import Eager
 from tests.support.engines import CPU, collect, make_engine
+from tests.support.grammars import EOS, RULES
+from tests.support.lateness import LateRunner
+from tests.support.padded_runner import pad_steps
 from tests.support.tiny_models import make_model
 
 MAX_TOKENS = 6
@@ -52,6 +60,12 @@ def warm(runner: Runner) -> Runner:
     """On a GPU the steps are graphs."""
     runner.warm_up()
     return runner
+
+
+def padded(runner: Runner) -> LateRunner:
+    """On a CPU the steps are padded as graphs are."""
+    pad_steps(runner)
+    return LateRunner(runner)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[0].type)
@@ -110,3 +124,58 @@ def test_an_answer_goes_on_from_the_cache_with_the_same_bits() -> None:
     finally:
         engine.stop()
     assert [token.id for token in continued] == [token.id for token in rest]
+
+
+def repetitive(rng: random.Random, count: int) -> list[list[int]]:
+    """Prompts of 3 to 60 tokens that repeat a few."""
+    parts = [[rng.randrange(3, 250) for _ in range(rng.randrange(1, 9))] for _ in range(count)]
+    return [(part * 60)[: rng.randrange(3, 60)] for part in parts]
+
+
+@pytest.mark.parametrize("wrap", [None, LateRunner, padded], ids=["read at once", "read late", "padded"])
+@pytest.mark.parametrize("limits", [{}, {"num_blocks": 24, "budget": 23}], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("scheme", [SCHEME, SCHEME.with_kv("int8"), PRESETS["fp16"]], ids=lambda scheme: scheme.label)
+def test_drafts_change_no_answer(
+    scheme: Scheme, limits: dict[str, Any], wrap: Callable[[Runner], StepRunner] | None
+) -> None:
+    """Greedy and drawn, held to a grammar, penalized, ended by a token, with log-probabilities, and some cancelled."""
+    decoder = random_decoder(ModelConfig.of(make_model("qwen2").config), scheme, torch.float32, CPU)
+    rng = random.Random(0)
+    prompts = repetitive(rng, 24)
+    kinds = [
+        SamplingParams(40, logprobs=0),
+        SamplingParams(40, ignore_eos=True),
+        SamplingParams(40, temperature=0.4, seed=5, top_k=20),
+        SamplingParams(30, temperature=1.0, seed=1, grammar=RULES),
+        SamplingParams(40, repetition_penalty=1.2),
+        SamplingParams(40, temperature=0.2, seed=3, logprobs=2, prompt_logprobs=1),
+    ]
+
+    def run(speculation: Speculation | None) -> tuple[list[list[tuple[int, float]]], EngineStats]:
+        engine = make_engine(decoder, wrap=wrap, speculation=speculation, eos_ids={EOS}, **limits)
+
+        async def one(number: int) -> list[tuple[int, float]]:
+            await asyncio.sleep(0.02 * (number // 6))
+            stream, tokens = engine.submit(prompts[number], kinds[number % len(kinds)], str(number)), list[Token]()
+            async for new in stream:
+                tokens += new
+                if number % 5 == 4 and len(tokens) >= 12:
+                    stream.finish(FinishReason.STOP)
+            return told(tokens[:12] if number % 5 == 4 else tokens)
+
+        async def go() -> list[list[tuple[int, float]]]:
+            return await asyncio.gather(*map(one, range(len(prompts))))
+
+        try:
+            return asyncio.run(go()), engine.stats()
+        finally:
+            engine.stop()
+
+    wanted, without = run(None)
+    found, stats = run(Eager(3, 16))
+    assert [[token_id for token_id, _ in answer] for answer in found] == [
+        [token_id for token_id, _ in answer] for answer in wanted
+    ]
+    assert scheme.label == "fp16" or same(found, wanted)
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+    assert without.num_draft_tokens == 0

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.api import FinishReason
+from service.engine.drafts.speculation import Speculation
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
 from service.errors import EngineFailed
-from tests.support.requests import new_request
+from tests.support.eager import Eager
+from tests.support.requests import Anything, new_request
 
 EOS = 7
 
 
-class Anything:
-    """A grammar of every text."""
-
-    def matcher(self) -> Self:
-        return self
-
-    def allowed(self) -> bytes:
-        return b"\xff"
-
-    def accept(self, token_id: int) -> None:
-        pass
-
-
-def scheduler(num_blocks: int = 64, block_size: int = 4, rows: int = 8, budget: int = 32) -> Scheduler:
+def scheduler(
+    num_blocks: int = 64,
+    block_size: int = 4,
+    rows: int = 8,
+    budget: int = 32,
+    speculation: Speculation | None = None,
+) -> Scheduler:
     return Scheduler(
         num_blocks=num_blocks,
         block_size=block_size,
         max_num_requests=rows,
         max_batched_tokens=budget,
         eos_ids=frozenset({EOS}),
+        speculation=speculation,
     )
 
 
@@ -174,14 +170,17 @@ WANTS = st.fixed_dictionaries(
     num_blocks=st.integers(11, 24),
     budget=st.integers(8, 40),
     is_async=st.booleans(),
+    num_ids=st.none() | st.integers(1, 4),
 )
 def test_every_request_ends_and_nothing_leaks(
-    plans: list[Planned], num_blocks: int, budget: int, is_async: bool
+    plans: list[Planned], num_blocks: int, budget: int, is_async: bool, num_ids: int | None
 ) -> None:
     """Few blocks, arrivals and aborts at any step, with and without a step in flight: each request gets exactly its
     tokens, no step touches a slot its request does not own, all blocks and rows come back, a prompt is scored once
-    however often it is computed, and a grammar has read every token before the next is planned."""
-    plan = scheduler(num_blocks=num_blocks, block_size=4, rows=5, budget=budget)
+    however often it is computed, and a grammar has read every token before the next is planned. With num_ids, the
+    answers have so few tokens that they repeat, and drafts are tried."""
+    speculation = Eager(3, 5) if num_ids else None
+    plan = scheduler(num_blocks=num_blocks, block_size=4, rows=5, budget=budget, speculation=speculation)
     requests = [
         new_request(str(i), length, max_tokens, **wants) for i, ((length, max_tokens, _, _), wants) in enumerate(plans)
     ]
@@ -199,8 +198,9 @@ def test_every_request_ends_and_nothing_leaks(
         plan.check_integrity()
         if step is not None:
             assert 0 < step.num_tokens <= budget
-            rows = [chunk.request.row for chunk in step.chunks]
-            assert len(set(rows)) == len(rows)
+            rows = [chunk.request.row for chunk in step.chunks if chunk.draft is None]
+            assert len(set(rows)) == len(rows) == step.num_requests
+            assert len(step.chunks) <= 5
             assert min(rows) >= 0
             for chunk in step.chunks:
                 assert len(chunk.request.blocks) * 4 >= chunk.start + chunk.length
@@ -209,7 +209,8 @@ def test_every_request_ends_and_nothing_leaks(
                 scored[chunk.request] += chunk.scored
         done, in_flight = (in_flight, step) if is_async else (step, None)
         if done is not None:
-            plan.commit(done, tokens_of(done))
+            ids = [i % num_ids if num_ids else 1000 + i for i, _ in enumerate(c for c in done.chunks if c.samples)]
+            plan.commit(done, StepResults(0.0, ids))
         if turn > 60 and plan.is_idle and in_flight is None:
             break
     assert plan.is_idle

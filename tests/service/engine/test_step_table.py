@@ -9,9 +9,11 @@ import numpy.typing as npt
 import pytest
 
 from service.engine.api import FinishReason
+from service.engine.drafts.speculation import Speculation
 from service.engine.scheduler import Scheduler, Step, StepResults
 from service.engine.shapes import Shape
 from service.engine.step_table import StepTable, StepTableBuilder, TableLayout
+from tests.support.eager import Eager
 from tests.support.requests import new_request
 
 BLOCK_SIZE = 4
@@ -35,10 +37,12 @@ def expected_columns(step: Step, shape: Shape | None = None) -> dict[str, list[i
     columns["query_starts"].append(0)
     for chunk in step.chunks:
         request = chunk.request
-        known = request.prompt_ids + request.output_ids
+        known = dict(enumerate(request.prompt_ids + request.output_ids))
+        if chunk.draft is not None:
+            known[chunk.start] = chunk.draft
         for position in range(chunk.start, chunk.start + chunk.length):
-            columns["token_ids"].append(known[position] if position < len(known) else 0)
-            columns["from_row"].append(-1 if position < len(known) else request.row)
+            columns["token_ids"].append(known.get(position, 0))
+            columns["from_row"].append(-1 if position in known else request.row)
             columns["positions"].append(position)
             columns["slots"].append(request.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
         columns["query_starts"].append(len(columns["token_ids"]))
@@ -71,9 +75,13 @@ def check(step: Step, table: StepTable, shape: Shape | None = None) -> None:
         assert row[: len(blocks)] == blocks
 
 
-def plan_of(num_blocks: int = 200) -> Scheduler:
+def plan_of(num_blocks: int = 200, speculation: Speculation | None = None) -> Scheduler:
     return Scheduler(
-        num_blocks=num_blocks, block_size=BLOCK_SIZE, max_num_requests=MAX_REQUESTS, max_batched_tokens=MAX_TOKENS
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        max_num_requests=MAX_REQUESTS,
+        max_batched_tokens=MAX_TOKENS,
+        speculation=speculation,
     )
 
 
@@ -84,17 +92,19 @@ def planned(plan: Scheduler) -> Step:
     return step
 
 
-def commit(plan: Scheduler, step: Step, rng: random.Random) -> None:
-    plan.commit(step, StepResults(0.0, [rng.randrange(1000) for chunk in step.chunks if chunk.samples]))
+def commit(plan: Scheduler, step: Step, rng: random.Random, num_ids: int = 1000) -> None:
+    plan.commit(step, StepResults(0.0, [rng.randrange(num_ids) for chunk in step.chunks if chunk.samples]))
 
 
 @pytest.mark.parametrize("num_in_flight", [0, 1], ids=["sync", "async"])
 @pytest.mark.parametrize("num_blocks", [200, 20], ids=["roomy", "preempting"])
-def test_random_steps(num_blocks: int, num_in_flight: int) -> None:
+@pytest.mark.parametrize("has_drafts", [False, True], ids=["", "drafts"])
+def test_random_steps(num_blocks: int, num_in_flight: int, has_drafts: bool) -> None:
     """Mixtures of prompts in chunks and decodes, rows that change hands, preemption, aborts, a step in flight."""
-    kinds, num_preemptions = set(), 0
+    kinds, num_preemptions, num_drafts, num_ids = set(), 0, 0, 3 if has_drafts else 1000
     for seed in range(12):
-        rng, plan, builder = random.Random(seed), plan_of(num_blocks), StepTableBuilder(LAYOUT, BLOCK_SIZE)
+        rng, builder = random.Random(seed), StepTableBuilder(LAYOUT, BLOCK_SIZE)
+        plan = plan_of(num_blocks, Eager(2, MAX_REQUESTS) if has_drafts else None)
         requests = [new_request(str(i), rng.randint(1, 40), rng.randint(1, 20)) for i in range(14)]
         arrivals = list(requests)
         in_flight: list[Step] = []
@@ -115,9 +125,11 @@ def test_random_steps(num_blocks: int, num_in_flight: int) -> None:
                     check(step, builder.build(step, poisoned(), shape), shape)
                 in_flight.append(step)
             if in_flight and (len(in_flight) > num_in_flight or step is None):
-                commit(plan, in_flight.pop(0), rng)
+                commit(plan, in_flight.pop(0), rng, num_ids)
         num_preemptions += plan.num_preemptions
+        num_drafts += plan.num_draft_tokens
     assert kinds == {(True, False), (False, False), (False, True)}
+    assert (num_drafts > 50) == has_drafts
     assert (num_preemptions > 0) == (num_blocks == 20)
 
 

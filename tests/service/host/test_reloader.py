@@ -367,6 +367,20 @@ def test_a_reload_keeps_the_head_in_int8(float_folder: Path, tmp_path: Path) -> 
         assert host.self_check() == {}
 
 
+def test_with_drafts_no_weights_are_taken_whose_rows_depend_on_each_other(
+    float_folder: Path, old_folder: Path, tmp_path: Path
+) -> None:
+    tied = quantized(float_folder, tmp_path / "tied", "rtn-dynamic")
+    for speculate in ("none", "ngram"):
+        with hosted(old_folder, tmp_path / "cache", variants="w8a8", speculate=speculate) as (host, _, reload):
+            if speculate == "none":
+                assert reload(str(tied)).generation == 2
+                continue
+            with pytest.raises(ReloadFailed, match="the old weights are: speculate is 'ngram', but the scheme of w8a8"):
+                reload(str(tied))
+            assert host.variants["w8a8"].generation == 1
+
+
 def test_room_for_a_second_copy_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (1000, 2000))
     cuda = torch.device("cuda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from service.host.self_check import MAX_KL
 from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model, quantized_folder
+from tests.support.eager import Eager
 from tests.support.harness import app_over, client_of
 from tests.support.narrowed import present
 from tests.support.tiny_models import change_tensors, save_tiny_model
@@ -99,6 +101,50 @@ def test_both_variants_serve_the_same_model(float_folder: Path, cache: Path) -> 
     assert len(answer.json()["token_ids"]) == len(answer.json()["baseline"]["token_ids"]) == 5
     assert (answer.json()["variant"], answer.json()["baseline"]["variant"]) == ("w8a8", "fp16")
     assert info.json()["model"] == str(float_folder)
+
+
+def test_answers_with_drafts_are_those_without_and_the_drafts_are_counted(
+    float_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+
+    def eager(max_draft_tokens: int, max_rows: int, _: object) -> Eager:
+        made.append((max_draft_tokens, max_rows))
+        return Eager(max_draft_tokens, max_rows)
+
+    monkeypatch.setattr("service.host.variants.Speculation", eager)
+    body: dict[str, object] = {"prompt": "hello world " * 20, "max_tokens": 60, "ignore_eos": True, "compare": True}
+
+    def told(speculate: str) -> tuple[list[list[int]], str]:
+        limits = {"max_draft_tokens": 5, "max_num_requests": 32}
+        with hosted(float_folder, cache, speculate=speculate, **limits) as (host, settings):
+            answer, metrics = ask(host, settings, ("POST", "/generate", body), ("GET", "/metrics", None))
+        found = answer.json()
+        return [found["token_ids"], found["baseline"]["token_ids"]], metrics.text
+
+    (without, _), (with_it, metrics) = told("none"), told("ngram")
+    assert with_it == without
+    assert made == [(5, 32)] * 2, "one for each variant"
+    for variant in ("w8a8", "fp16"):
+        drafts, accepted = (
+            float(
+                re.findall(rf'^ottava_speculative_{name}_tokens_total{{variant="{variant}"}} (.*)$', metrics, re.M)[0]
+            )
+            for name in ("draft", "accepted")
+        )
+        assert drafts >= accepted > 0, variant
+
+
+@pytest.mark.parametrize("scheme", ["rtn-dynamic", "llm-int8"])
+def test_a_scheme_whose_rows_depend_on_each_other_takes_no_drafts(
+    float_folder: Path, tmp_path: Path, scheme: str
+) -> None:
+    words = "speculate is 'ngram', but the scheme of w8a8 rounds all rows of a step together"
+    with (
+        pytest.raises(InvalidSettings, match=words),
+        hosted(float_folder, tmp_path, scheme=scheme, random_weights=True, speculate="ngram"),
+    ):
+        pass
 
 
 def test_info_is_whole_and_is_json(float_folder: Path, cache: Path) -> None:

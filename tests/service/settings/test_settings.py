@@ -74,6 +74,11 @@ def test_an_unknown_name_names_the_nearest() -> None:
         ({"kv_cache_bytes": 0}, "kv_cache_bytes"),
         ({"kv_cache": "int4"}, "kv_cache = 'int4'.*'auto', 'float' or 'int8'"),
         ({"quantize_head": True, "variants": "fp16"}, "quantize_head is true and variants is fp16.*add w8a8"),
+        (
+            {"speculate": "ngram", "max_num_requests": 1},
+            "speculate is 'ngram' and max_num_requests is 1.*raise max_num",
+        ),
+        ({"speculate": "draft"}, "speculate = 'draft'.*'none' or 'ngram'"),
         ({"kv_cache": "int8", "variants": "fp16"}, "kv_cache is 'int8' and variants is fp16.*add w8a8 to variants"),
     ],
 )

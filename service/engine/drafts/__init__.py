@@ -1,0 +1,1 @@
+"""Draft tokens: what they are, and when they pay."""
