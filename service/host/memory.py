@@ -25,8 +25,9 @@ SAMPLING_BYTES = 400 * 10**6
 """What drawing tokens takes on the way; see `service.engine.device.sampler.SLICE_LOGITS`."""
 
 
-LOGIT_BYTES = 20
-"""What a logit takes on the way where all are needed at once: five float32, for penalties and log-probabilities."""
+LOGIT_BYTES = 28
+"""What a logit takes where all are needed at once: on the way five float32 and a mask, for penalties and
+log-probabilities; and kept, how often its token is in the output, and whether it is in the text at all."""
 
 
 def step_bytes(decoder: Decoder, settings: Settings) -> int:
