@@ -11,6 +11,12 @@ from transformers import PreTrainedModel
 from tests.support.tiny_models import make_model
 
 
+@pytest.fixture(autouse=True)
+def _checked_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of this process check their blocks whenever they have nothing to do, however short that is."""
+    monkeypatch.setattr("service.engine.loop.CHECK_AFTER_S", 0.0)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[PreTrainedModel, Path]]:
     """name -> (model, folder); each made once."""

@@ -46,6 +46,24 @@ def test_a_step_that_raises_fails_the_running_and_keeps_the_waiting(
     assert any(record.exc_info[1] is FAULT for record in caplog.records if record.exc_info)
 
 
+def test_blocks_are_checked_at_rest_alone(engine_of: StartEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check takes milliseconds, so a request that comes right after another must not wait for it."""
+    checks: list[float] = []
+    monkeypatch.setattr(Scheduler, "check_integrity", lambda _: checks.append(time.perf_counter()))
+    monkeypatch.setattr("service.engine.loop.CHECK_AFTER_S", 3600.0)
+    engine = engine_of(ScriptedRunner())
+    for _ in range(3):
+        run_all(engine, [2])
+    assert not checks
+    monkeypatch.setattr("service.engine.loop.CHECK_AFTER_S", 0.05)
+    run_all(engine, [2])
+    deadline_s = time.perf_counter() + DEADLINE_S
+    while not checks and time.perf_counter() < deadline_s:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(checks) == 1
+
+
 def test_what_the_step_in_flight_brought_is_not_lost(engine_of: StartEngine, caplog: pytest.LogCaptureFixture) -> None:
     """Of two requests the first has its last token in the step before the one that raises."""
     runner = ScriptedRunner()
