@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent import await_inputs, launch_dependents, launch_early
+from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.quantize import (
     MAX_BUSY_ROW,
     MAX_ROW,
@@ -16,7 +16,7 @@ from kernels.quantize import (
     is_dynamic,
     is_static,
     load_row,
-    row_launch,
+    row_plan,
     store_row,
     with_unit_stride,
 )
@@ -69,9 +69,12 @@ def _launch(
     """Run a kernel that writes [T, num_columns]: one program per row, or several if no row maximum is needed."""
     x = with_unit_stride(x)
     y, scale = empty_output(x, num_columns, quantize)
-    grid, options = row_launch(len(x), num_columns, max_row, one_program=is_dynamic(quantize))
-    options |= constants | launch_early(y.device, len(x))
-    kernel[grid](x, y, scale, num_columns, x.stride(0), STATIC=is_static(quantize), **options)
+    T = x.shape[0]
+    plan, programs = row_plan(
+        kernel, num_columns, starts_early(y.device, T), max_row, is_dynamic(quantize), STATIC=is_static(quantize),
+        **constants,
+    )  # fmt: skip
+    plan.launch((T, programs, 1), x, y, scale, num_columns, x.stride(0))
     return y if scale is None else Quantized(y, scale)
 
 

@@ -7,7 +7,7 @@ split's length follows from the request's own context. So a row's result does no
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decode_attention import Operands, decode
-from kernels.dependent import await_inputs, launch_dependents, launch_early
-from kernels.paging import LIFT, codes_of, first_key, fold_keys, load_blocks, lowest_top, paged_layout, scale_of
+from kernels.dependent import await_inputs, launch_dependents, starts_early
+from kernels.launching import MAX_PLANS, Plan, power_of_2
+from kernels.paging import LIFT, Layout, codes_of, first_key, fold_keys, load_blocks, lowest_top, paged_layout, scale_of
 from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import AttentionTile, Target, current_gpu, decode_tile, prefill_tile
@@ -24,6 +25,7 @@ from kernels.tiles import AttentionTile, Target, current_gpu, decode_tile, prefi
 __all__ = ["paged_attention"]
 
 HOPPER = 90
+LOG2_E = math.log2(math.e)
 REQUESTS = tl.constexpr(256)
 """Requests whose first tiles a program reads at once."""
 
@@ -65,14 +67,14 @@ def paged_attention(
         block_tables.contiguous(),
         query_starts,
         context_lens,
-        scale * math.log2(math.e),
+        scale * LOG2_E,
         layout,
     )
     gpu = current_gpu(q.device)
     splits = decode_tile(gpu, layout.BLOCK_D, q.element_size(), step.k.element_size())
     if is_decode:
         return decode(step, splits, quantize)
-    y = torch.empty(q.flatten(1).shape, dtype=q.dtype, device=q.device)
+    y = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
     _prefill(step, _prefill_tile(gpu, step), y)
     decode(step, splits, None, y)
     return quantized(y, quantize)
@@ -85,7 +87,7 @@ def _prefill_tile(gpu: Target, step: Operands) -> AttentionTile:
     is_crowded = step.k_scale is not None and (layout.WINDOW is not None or layout.SOFT_CAP is not None)
     if not is_crowded or gpu.capability == HOPPER or tile.block_m == MIN_ROWS:
         return tile
-    return replace(tile, block_m=tile.block_m // 2)
+    return tile._replace(block_m=tile.block_m // 2)
 
 
 def _prefill(step: Operands, tile: AttentionTile, y: Tensor) -> None:
@@ -93,13 +95,20 @@ def _prefill(step: Operands, tile: AttentionTile, y: Tensor) -> None:
 
     The grid follows from the operands' shapes alone, so that a captured launch fits any step of these shapes.
     """
-    block_m = max(tile.block_m, triton.next_power_of_2(step.layout.GROUP))
-    num_requests = len(step.context_lens)
-    grid = (len(y) // (block_m // step.layout.GROUP) + num_requests, step.k.shape[2])
-    _paged_attention_kernel[grid](
-        step.q, step.k, step.v, step.k_scale, step.v_scale, y, step.block_tables, step.query_starts, step.context_lens,
-        num_requests, step.block_tables.shape[1], step.scale, LAYOUT=step.layout, BLOCK_M=block_m, BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_early(y.device, len(y)),
+    block_m = max(tile.block_m, power_of_2(step.layout.GROUP))
+    T, num_requests = y.shape[0], step.context_lens.shape[0]
+    grid = (T // (block_m // step.layout.GROUP) + num_requests, step.k.shape[2], 1)
+    _plan(step.layout, tile, block_m, starts_early(y.device, T)).launch(
+        grid, step.q, step.k, step.v, step.k_scale, step.v_scale, y, step.block_tables, step.query_starts,
+        step.context_lens, num_requests, step.block_tables.shape[1], step.scale,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan(layout: Layout, tile: AttentionTile, block_m: int, is_early: bool) -> Plan:
+    return Plan(
+        _paged_attention_kernel, LAYOUT=layout, BLOCK_M=block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+        num_stages=tile.num_stages, DEPENDENT=is_early, launch_pdl=is_early,
     )  # fmt: skip
 
 

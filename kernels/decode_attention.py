@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent import await_inputs, launch_dependents, launch_early
+from kernels.dependent import await_inputs, launch_dependents, starts_early
+from kernels.launching import MAX_PLANS, Plan, cdiv, power_of_2
 from kernels.paging import LIFT, Layout, first_key, fold_keys, load_blocks, lowest_top
 from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
@@ -56,8 +58,8 @@ def decode(step: Operands, tile: AttentionTile, quantize: ToInt8 | None, y: Tens
     max_keys = max_blocks * layout.BLOCK_SIZE
     if layout.WINDOW is not None:
         max_keys = min(max_keys, layout.WINDOW + tile.block_n - 1)
-    num_splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(max_keys, MIN_SPLIT)))
-    y = torch.empty((len(q), H * D), dtype=q.dtype, device=q.device) if y is None else y
+    num_splits = min(MAX_SPLITS, power_of_2(max(1, cdiv(max_keys, MIN_SPLIT))))
+    y = torch.empty((q.shape[0], H * D), dtype=q.dtype, device=q.device) if y is None else y
     if num_splits == 1:
         _launch_splits(step, tile, y, None)
     else:
@@ -73,22 +75,35 @@ def _launch_splits(step: Operands, tile: AttentionTile, part: Tensor, lse: Tenso
     layout, (B, max_blocks), G = step.layout, step.block_tables.shape, step.k.shape[2]
     num_splits = 1 if lse is None else lse.shape[1]
     per_program = max(1, min(num_splits, num_splits * G * B // ENOUGH_PROGRAMS))
-    _paged_decode_kernel[(triton.cdiv(num_splits, per_program), G, B)](
-        step.q, step.k, step.v, step.k_scale, step.v_scale, part, lse, step.block_tables, step.query_starts,
-        step.context_lens, max_blocks, step.scale, per_program, LAYOUT=layout, SPLITS=num_splits,
-        BLOCK_M=max(16, triton.next_power_of_2(layout.GROUP)), BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-        num_stages=tile.num_stages, **launch_early(part.device, B),
+    _split_plan(layout, tile, num_splits, starts_early(part.device, B)).launch(
+        (cdiv(num_splits, per_program), G, B), step.q, step.k, step.v, step.k_scale, step.v_scale, part, lse,
+        step.block_tables, step.query_starts, step.context_lens, max_blocks, step.scale, per_program,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _split_plan(layout: Layout, tile: AttentionTile, num_splits: int, is_early: bool) -> Plan:
+    return Plan(
+        _paged_decode_kernel, LAYOUT=layout, SPLITS=num_splits, BLOCK_M=max(16, power_of_2(layout.GROUP)),
+        BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DEPENDENT=is_early, launch_pdl=is_early,
     )  # fmt: skip
 
 
 def _launch_sum(step: Operands, tile: AttentionTile, part: Tensor, lse: Tensor, out: Tensor) -> None:
     """Launches the sum over each request's splits."""
-    B, num_splits, H, D = part.shape
-    heads, block_d = min(SUM_HEADS, triton.next_power_of_2(H)), step.layout.BLOCK_D
-    _paged_decode_sum_kernel[(B, triton.cdiv(H, heads))](
-        part, lse, out, step.query_starts, step.context_lens, H, HEADS=heads, D=D, BLOCK_D=block_d,
-        BLOCK_N=tile.block_n, SPLITS=num_splits, STAGES=SUM_STAGES, WINDOW=step.layout.WINDOW,
-        num_warps=max(1, heads * block_d // 256), **launch_early(part.device, B),
+    B, num_splits, H, _ = part.shape
+    heads = min(SUM_HEADS, power_of_2(H))
+    plan = _sum_plan(step.layout, tile.block_n, heads, num_splits, starts_early(part.device, B))
+    plan.launch((B, cdiv(H, heads), 1), part, lse, out, step.query_starts, step.context_lens, H)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _sum_plan(layout: Layout, block_n: int, heads: int, num_splits: int, is_early: bool) -> Plan:
+    return Plan(
+        _paged_decode_sum_kernel, HEADS=heads, D=layout.D, BLOCK_D=layout.BLOCK_D, BLOCK_N=block_n, SPLITS=num_splits,
+        STAGES=SUM_STAGES, WINDOW=layout.WINDOW, num_warps=max(1, heads * layout.BLOCK_D // 256),
+        DEPENDENT=is_early, launch_pdl=is_early,
     )  # fmt: skip
 
 

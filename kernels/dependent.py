@@ -6,8 +6,6 @@ reads or writes anything that an earlier kernel may write or read, so once a ker
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import device as Device
@@ -15,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.tiles import current_gpu
 
-__all__ = ["await_inputs", "launch_dependents", "launch_early"]
+__all__ = ["await_inputs", "launch_dependents", "starts_early"]
 
 HOPPER = 90
 MAX_TOKENS = 64
@@ -24,10 +22,12 @@ token, 129.7 instead of 137.1 at 32, 162 instead of 165 at 64, and 220 instead o
 take multiprocessors from running ones."""
 
 
-def launch_early(device: Device, num_tokens: int) -> dict[str, Any]:
-    """The launch options of a kernel that calls `await_inputs`: dependent launch if the GPU has it and it is faster."""
-    is_early = num_tokens <= MAX_TOKENS and current_gpu(device).capability >= HOPPER
-    return {"DEPENDENT": is_early, "launch_pdl": is_early}
+def starts_early(device: Device, num_tokens: int) -> bool:
+    """Whether a kernel that calls `await_inputs` is launched dependently: the GPU can, and it is faster.
+
+    It is DEPENDENT then, and launched with the option launch_pdl.
+    """
+    return num_tokens <= MAX_TOKENS and current_gpu(device).capability >= HOPPER
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.quantize import magnitude
 
-__all__ = ["MAX_PIECE", "Epilogue", "dequantize", "finish_tile", "gate_pairs"]
+__all__ = ["MAX_PIECE", "Epilogue", "Form", "dequantize", "finish_tile", "gate_pairs"]
 
 MAX_PIECE = tl.constexpr(128)
 """Most columns of the accumulator that are finished at once: the epilogue of a wider tile would spill."""
@@ -29,6 +29,14 @@ class Epilogue(NamedTuple):
     bias: Tensor | None = None
     residual: Tensor | None = None
     row_max: Tensor | None = None
+
+
+class Form(NamedTuple):
+    """What an epilogue is compiled for: scales per row and per column or one for all, and whether pairs are gated."""
+
+    PER_ROW: bool
+    PER_COLUMN: bool
+    GATED: bool
 
 
 @triton.jit

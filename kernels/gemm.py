@@ -5,16 +5,19 @@ Both operands are stored with the summed index innermost ([T, K] and [N, K]), wh
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent import await_inputs, launch_dependents, launch_early
-from kernels.epilogue import MAX_PIECE, Epilogue, finish_tile
+from kernels.dependent import await_inputs, launch_dependents, starts_early
+from kernels.epilogue import MAX_PIECE, Epilogue, Form, finish_tile
 from kernels.hopper.common import can_copy
 from kernels.hopper.pingpong import launch_pingpong
 from kernels.hopper.stream import launch_stream
+from kernels.launching import MAX_PLANS, Plan, cdiv
 from kernels.quantize import quantize_rows, quantized
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import Tile, choose, current_gpu
@@ -59,7 +62,7 @@ def int8_linear(
             the bias or the residual does not have one of the shapes that the reference names.
     """
     codes = x.codes.contiguous()
-    T, N = len(codes), len(weight_q)
+    T, N = codes.shape[0], weight_q.shape[0]
     _check_operands(x, weight_q, weight_scale, bias)
     if residual is not None and residual.shape != (T, N):
         raise ValueError(f"residual {tuple(residual.shape)} must be {(T, N)}")
@@ -85,26 +88,26 @@ def int8_gated_linear(
     Raises:
         ValueError: as `int8_linear`, or N is odd.
     """
-    codes, N = x.codes.contiguous(), len(weight_q)
+    codes, N = x.codes.contiguous(), weight_q.shape[0]
     if N % 2:
         raise ValueError(f"weight_q has {N} rows; pairs of gate and up are an even number")
     _check_operands(x, weight_q, weight_scale, bias)
-    T, width = len(codes), N // 2
+    T, width = codes.shape[0], N // 2
     ops = Epilogue(x.scale, weight_scale, bias)
     y = torch.empty((T, width), dtype=out_dtype, device=codes.device)
     tile = pick_tile(codes, weight_q, ops, y)
     if quantize is None or quantize.scale is not None:
         launch(codes, weight_q, ops, y, tile, is_gated=True)
         return quantized(y, quantize)
-    pieces = triton.cdiv(width, min(tile.block_n, MAX_PIECE.value) // 2)
+    pieces = cdiv(width, min(tile.block_n, MAX_PIECE.value) // 2)
     row_max = torch.empty((T, pieces), dtype=torch.float32, device=y.device)
     launch(codes, weight_q, ops._replace(row_max=row_max), y, tile, is_gated=True)
     return quantize_rows(y, row_max)
 
 
 def _check_operands(x: Quantized, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    T, N = len(x.codes), len(weight_q)
-    if x.scale.ndim != 1 or x.scale.numel() not in {1, T} or weight_scale.numel() not in {1, N}:
+    T, N, num_scales = x.codes.shape[0], weight_q.shape[0], x.scale.numel()
+    if x.scale.ndim != 1 or num_scales not in {1, T} or weight_scale.numel() not in {1, N}:
         raise ValueError(f"scales of {x.scale.numel()} rows and {weight_scale.numel()} columns for y [{T}, {N}]")
     if bias is not None and bias.numel() != N:
         raise ValueError(f"bias has {bias.numel()} elements, weight_q {N} rows")
@@ -114,37 +117,41 @@ def launch(
     x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile | None = None, is_gated: bool = False
 ) -> None:
     """Fill y with the given tile, or else with the table's. Without scales y is the accumulator."""
-    (T, K), N = x_q.shape, len(weight_q)
-    if weight_q.shape[1] != K or not weight_q.is_contiguous():
+    (T, K), (N, depth) = x_q.shape, weight_q.shape
+    if depth != K or not weight_q.is_contiguous():
         raise ValueError(f"weight_q {tuple(weight_q.shape)} must be [N, {K}] and contiguous, for x of depth {K}")
     if K > MAX_DEPTH:
         raise ValueError(f"K = {K} can overflow the int32 accumulator; the limit is {MAX_DEPTH}")
     if T == 0:
         return
     tile = tile or pick_tile(x_q, weight_q, ops, y)
-    form = {
-        "PER_ROW": ops.x_scale is not None and ops.x_scale.numel() == T,
-        "PER_COLUMN": ops.weight_scale is not None and ops.weight_scale.numel() == N,
-        "GATED": is_gated,
-    }
+    form = Form(
+        PER_ROW=ops.x_scale is not None and ops.x_scale.numel() == T,
+        PER_COLUMN=ops.weight_scale is not None and ops.weight_scale.numel() == N,
+        GATED=is_gated,
+    )
+    num_tiles = cdiv(T, tile.block_t) * cdiv(N, tile.block_n)
     if tile.kernel == "stream":
-        launch_stream(x_q, weight_q, ops, y, tile, form)
-        return
-    num_tiles = triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n)
-    if tile.kernel == "pingpong":
+        launch_stream(x_q, weight_q, ops, y, tile, num_tiles, form)
+    elif tile.kernel == "pingpong":
         launch_pingpong(x_q, weight_q, ops, y, tile, min(num_tiles, current_gpu(y.device).num_sms), form)
-        return
+    else:
+        plan = _plan(tile, form, K % tile.block_k == 0, starts_early(y.device, T))
+        plan.launch((num_tiles, 1, 1), x_q, weight_q, ops, y, T, N, K)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan(tile: Tile, form: Form, is_even: bool, is_early: bool) -> Plan:
     kernel = _int8_linear_kernel if tile.kernel == "plain" else _int8_linear_swapped_kernel
-    kernel[(num_tiles,)](
-        x_q, weight_q, ops, y, T, N, K, EVEN_K=K % tile.block_k == 0,
-        **form, **launch_options(tile), **launch_early(y.device, T),
-    )  # fmt: skip
+    return Plan(
+        kernel, **form._asdict(), EVEN_K=is_even, **launch_options(tile), DEPENDENT=is_early, launch_pdl=is_early
+    )
 
 
 def pick_tile(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor) -> Tile:
     """The table's tile, or its fallback if its kernel does not support these operands."""
     T, K = x_q.shape
-    tile = choose(current_gpu(y.device), len(weight_q), K, T)
+    tile = choose(current_gpu(y.device), weight_q.shape[0], K, T)
     return tile if tile.kernel not in FALLBACKS or can_copy(x_q, weight_q, ops, y) else FALLBACKS[tile.kernel]
 
 

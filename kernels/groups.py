@@ -6,14 +6,17 @@ below 2^24, so exact in float32 too) is scaled and added to a float32 accumulato
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent import await_inputs, launch_dependents, launch_early
+from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.epilogue import Epilogue, finish_tile
 from kernels.gemm import launch_options
+from kernels.launching import MAX_PLANS, Plan, cdiv
 from kernels.quantized import Quantized, group_size_of
 from kernels.tiles import Tile, current_gpu
 
@@ -57,12 +60,18 @@ def int8_group_linear(
         return y
     ops = Epilogue(x.scale, None, bias, None if residual is None else residual.contiguous())
     tile = group_tile(current_gpu(y.device).capability, T, group_size)
-    num_tiles = triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n)
-    _int8_group_linear_kernel[(num_tiles,)](
-        codes, weight_q, weight_scale.contiguous(), ops, y, T, N, K, GROUP_SIZE=group_size,
-        PER_ROW=x.scale.numel() == T, **launch_options(tile), **launch_early(y.device, T),
-    )  # fmt: skip
+    num_tiles = cdiv(T, tile.block_t) * cdiv(N, tile.block_n)
+    plan = _plan(tile, group_size, x.scale.numel() == T, starts_early(y.device, T))
+    plan.launch((num_tiles, 1, 1), codes, weight_q, weight_scale.contiguous(), ops, y, T, N, K)
     return y
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan(tile: Tile, group_size: int, is_per_row: bool, is_early: bool) -> Plan:
+    return Plan(
+        _int8_group_linear_kernel, GROUP_SIZE=group_size, PER_ROW=is_per_row, **launch_options(tile),
+        DEPENDENT=is_early, launch_pdl=is_early,
+    )  # fmt: skip
 
 
 def group_tile(capability: int, t: int, group_size: int) -> Tile:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent import await_inputs, launch_dependents, launch_early
-from kernels.quantize import MAX_BUSY_ROW, empty_output, is_static, load_row, row_launch, store_row, with_unit_stride
+from kernels.dependent import await_inputs, launch_dependents, starts_early
+from kernels.quantize import MAX_BUSY_ROW, empty_output, is_static, load_row, row_plan, store_row, with_unit_stride
 from kernels.quantized import Quantized, ToInt8
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -29,11 +29,9 @@ def rms_norm(
     x, residual, h = _operands(x, residual)
     T, K = x.shape
     y, scale = empty_output(x, K, quantize)
-    grid, options = row_launch(T, K, MAX_BUSY_ROW, per_warp=256)
-    _rms_norm_kernel[grid](
-        x, residual, weight, h, y, scale, K, x.stride(0), _row_stride(residual), eps,
-        STATIC=is_static(quantize), **options, **launch_early(x.device, T),
-    )  # fmt: skip
+    is_early = starts_early(x.device, T)
+    plan, _ = row_plan(_rms_norm_kernel, K, is_early, MAX_BUSY_ROW, per_warp=256, STATIC=is_static(quantize))
+    plan.launch((T, 1, 1), x, residual, weight, h, y, scale, K, x.stride(0), _row_stride(residual), eps)
     return y if scale is None else Quantized(y, scale), x if h is None else h
 
 
@@ -53,11 +51,9 @@ def layer_norm(
     x, residual, h = _operands(x, residual)
     T, K = x.shape
     y, scale = empty_output(x, K, quantize)
-    grid, options = row_launch(T, K, MAX_BUSY_ROW, per_warp=256)
-    _layer_norm_kernel[grid](
-        x, residual, weight, bias, h, y, scale, K, x.stride(0), _row_stride(residual), eps,
-        STATIC=is_static(quantize), **options, **launch_early(x.device, T),
-    )  # fmt: skip
+    is_early = starts_early(x.device, T)
+    plan, _ = row_plan(_layer_norm_kernel, K, is_early, MAX_BUSY_ROW, per_warp=256, STATIC=is_static(quantize))
+    plan.launch((T, 1, 1), x, residual, weight, bias, h, y, scale, K, x.stride(0), _row_stride(residual), eps)
     return y if scale is None else Quantized(y, scale), x if h is None else h
 
 
@@ -68,7 +64,7 @@ def _operands(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None
         return rows, None, None
     if residual.shape != x.shape:
         raise ValueError(f"residual {tuple(residual.shape)} must have x's shape {tuple(x.shape)}")
-    return rows, with_unit_stride(residual), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return rows, with_unit_stride(residual), torch.empty_like(rows)
 
 
 def _row_stride(residual: Tensor | None) -> int:

@@ -6,14 +6,17 @@ step can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent import await_inputs, launch_dependents, launch_early
+from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.gemm import int8_linear
-from kernels.quantize import empty_output, load_row, magnitude, row_launch, store_row, with_unit_stride
+from kernels.launching import MAX_PLANS, Plan, cdiv
+from kernels.quantize import empty_output, load_row, magnitude, row_plan, store_row, with_unit_stride
 from kernels.quantized import Outliers, Quantized, ToInt8
 
 __all__ = ["int8_outlier_linear", "split_outliers"]
@@ -55,32 +58,50 @@ def split_outliers(x: Tensor, threshold: float) -> tuple[Quantized, Outliers]:
     """
     x = with_unit_stride(x)
     T, K = x.shape
-    grid, options = row_launch(T, K)
-    early = launch_early(x.device, T)
+    is_early = starts_early(x.device, T)
+    others, programs = row_plan(_quantize_others_kernel, K, is_early)
     codes, scale = empty_output(x, K, ToInt8())
     assert scale is not None
     columns = torch.empty(K, dtype=torch.int32, device=x.device)
     count = torch.empty(1, dtype=torch.int32, device=x.device)
     is_outlier = torch.empty(K, dtype=torch.int8, device=x.device)
-    _find_outliers_kernel[(triton.cdiv(K, FOUND_AT_ONCE),)](
-        x, is_outlier, T, K, x.stride(0), threshold,
-        ROWS=FEW_ROWS if T <= FEW_ROWS else 128, BLOCK=FOUND_AT_ONCE, num_warps=1 if T <= FEW_ROWS else 4, **early,
-    )  # fmt: skip
-    _list_outliers_kernel[(1,)](is_outlier, columns, count, K, BLOCK=LISTED_AT_ONCE, num_warps=8, **early)
-    _quantize_others_kernel[grid](x, is_outlier, codes, scale, K, x.stride(0), **options, **early)
+    find = _find_plan(T <= FEW_ROWS, is_early)
+    find.launch((cdiv(K, FOUND_AT_ONCE), 1, 1), x, is_outlier, T, K, x.stride(0), threshold)
+    _list_plan(is_early).launch((1, 1, 1), is_outlier, columns, count, K)
+    others.launch((T, programs, 1), x, is_outlier, codes, scale, K, x.stride(0))
     return Quantized(codes, scale), Outliers(columns, count)
 
 
 def _add_outliers(y: Tensor, x: Tensor, outliers: Outliers, weight_q: Tensor, weight_scale: Tensor) -> None:
     """y [T, N] += weight_scale_n * sum over outlier columns of x_tk * weight_q_nk, in place."""
-    (T, K), N = x.shape, len(weight_q)
+    (T, K), N = x.shape, weight_q.shape[0]
     if T == 0:
         return
     block_t, block_n = (16, 64) if T <= FEW_ROWS else (32, 64) if x.dtype == torch.float32 else (64, 128)
-    _add_outliers_kernel[(triton.cdiv(T, block_t), triton.cdiv(N, block_n))](
-        x, outliers.columns, outliers.num_columns, weight_q, weight_scale, y, T, N, K, x.stride(0),
-        PER_COLUMN=weight_scale.numel() == N, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=16,
-        num_warps=4, **launch_early(y.device, T),
+    _add_plan(block_t, block_n, weight_scale.numel() == N, starts_early(y.device, T)).launch(
+        (cdiv(T, block_t), cdiv(N, block_n), 1), x, outliers.columns, outliers.num_columns, weight_q, weight_scale, y,
+        T, N, K, x.stride(0),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _find_plan(is_few: bool, is_early: bool) -> Plan:
+    return Plan(
+        _find_outliers_kernel, ROWS=FEW_ROWS if is_few else 128, BLOCK=FOUND_AT_ONCE, num_warps=1 if is_few else 4,
+        DEPENDENT=is_early, launch_pdl=is_early,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _list_plan(is_early: bool) -> Plan:
+    return Plan(_list_outliers_kernel, BLOCK=LISTED_AT_ONCE, num_warps=8, DEPENDENT=is_early, launch_pdl=is_early)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _add_plan(block_t: int, block_n: int, is_per_column: bool, is_early: bool) -> Plan:
+    return Plan(
+        _add_outliers_kernel, PER_COLUMN=is_per_column, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=16, num_warps=4,
+        DEPENDENT=is_early, launch_pdl=is_early,
     )  # fmt: skip
 
 

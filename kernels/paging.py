@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launching import MAX_PLANS, power_of_2
 from kernels.quantize import INTERPRETED
 from kernels.quantized import Quantized
 
@@ -30,6 +32,8 @@ MAX_NARROW = 2**31
 
 # Keeps p * v_scale out of float16's subnormals. The scale of float16 values is at most 65504 / 127: it stays finite.
 LIFT = tl.constexpr(64.0)
+
+Sizes = tuple[int, ...]
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -56,9 +60,12 @@ class Strides:
     HEAD: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
     """What attention is compiled for: GROUP query heads per key head, head size D, the strides of the caches.
+
+    Compared by identity, since `paged_layout` returns one object for all equal caches: its fields would be hashed at
+    each launch.
 
     IS_WIDE: whether offsets need 64 bits.
     WINDOW: number of keys a query sees, its own the last; None for all up to its own.
@@ -101,43 +108,69 @@ def paged_layout(
         ValueError: num_heads is not a multiple of the key heads, block_size is not a power of two, or a head's
             elements are not contiguous.
     """
-    _, block_size, num_kv_heads, head_size = codes_of(k_cache).shape
+    k, v, k_scale, v_scale = codes_of(k_cache), codes_of(v_cache), scale_of(k_cache), scale_of(v_cache)
+    return _layout(
+        num_heads,
+        k.shape,
+        k.stride(),
+        v.shape,
+        v.stride(),
+        None if k_scale is None else k_scale.stride(),
+        None if v_scale is None else v_scale.stride(),
+        window,
+        soft_cap,
+    )
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _layout(
+    num_heads: int,
+    k_shape: Sizes,
+    k_strides: Sizes,
+    v_shape: Sizes,
+    v_strides: Sizes,
+    k_scale_strides: Sizes | None,
+    v_scale_strides: Sizes | None,
+    window: int | None,
+    soft_cap: float | None,
+) -> Layout:
+    """See `paged_layout`."""
+    _, block_size, num_kv_heads, head_size = k_shape
     if num_heads % num_kv_heads or block_size & (block_size - 1):
         raise ValueError(
             f"{num_heads} query heads over {num_kv_heads} key heads, block_size {block_size}: "
             "not a multiple, or not 2**n"
         )
-    k_scale, v_scale = scale_of(k_cache), scale_of(v_cache)
     return Layout(
         GROUP=num_heads // num_kv_heads,
         D=head_size,
-        BLOCK_D=triton.next_power_of_2(head_size),
+        BLOCK_D=power_of_2(head_size),
         BLOCK_SIZE=block_size,
-        K=_strides_of(codes_of(k_cache)),
-        V=_strides_of(codes_of(v_cache)),
-        K_SCALE=None if k_scale is None else Strides(*k_scale.stride()),
-        V_SCALE=None if v_scale is None else Strides(*v_scale.stride()),
-        IS_WIDE=max(_reach(codes_of(cache)) for cache in (k_cache, v_cache)) > MAX_NARROW,
+        K=_strides_of(k_shape, k_strides),
+        V=_strides_of(v_shape, v_strides),
+        K_SCALE=None if k_scale_strides is None else Strides(*k_scale_strides),
+        V_SCALE=None if v_scale_strides is None else Strides(*v_scale_strides),
+        IS_WIDE=max(_reach(k_shape, k_strides), _reach(v_shape, v_strides)) > MAX_NARROW,
         WINDOW=window,
         SOFT_CAP=soft_cap,
     )
 
 
-def _strides_of(cache: Tensor) -> Strides:
+def _strides_of(shape: Sizes, strides: Sizes) -> Strides:
     """The strides of keys or values [num_blocks, block_size, G, D].
 
     Raises:
         ValueError: a head's elements are not contiguous.
     """
-    *strides, per_element = cache.stride()
+    block, slot, head, per_element = strides
     if per_element != 1:
-        raise ValueError(f"a cache of shape {tuple(cache.shape)} cannot have strides {cache.stride()}")
-    return Strides(*strides)
+        raise ValueError(f"a cache of shape {tuple(shape)} cannot have strides {strides}")
+    return Strides(block, slot, head)
 
 
-def _reach(cache: Tensor) -> int:
+def _reach(shape: Sizes, strides: Sizes) -> int:
     """Distance in elements from the first to one past the last."""
-    return sum(stride * (size - 1) for stride, size in zip(cache.stride(), cache.shape, strict=True)) + 1
+    return sum(stride * (size - 1) for stride, size in zip(strides, shape, strict=True)) + 1
 
 
 @triton.jit

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent import await_inputs, launch_dependents, launch_early
+from kernels.dependent import await_inputs, launch_dependents, starts_early
+from kernels.launching import MAX_PLANS, Plan, cdiv, power_of_2
 from kernels.quantized import CODE_MAX, TINY, Quantized, ToInt8, require_scale
 
 __all__ = ["MAX_BUSY_ROW", "MAX_ROW", "quantize_rows", "quantize_tensor"]
@@ -44,12 +48,12 @@ def quantize_rows(x: Tensor, row_max: Tensor | None = None) -> Quantized:
     T, K = x.shape
     codes, scale = empty_output(x, K, ToInt8())
     assert scale is not None
-    grid, options = row_launch(T, K, one_program=row_max is None)
     pieces = 0 if row_max is None else row_max.shape[1]
-    _quantize_rows_kernel[grid](
-        x, row_max, codes, scale, K, x.stride(0), pieces, PIECES=triton.next_power_of_2(max(1, pieces)),
-        **options, **launch_early(x.device, T),
+    plan, programs = row_plan(
+        _quantize_rows_kernel, K, starts_early(x.device, T), one_program=row_max is None,
+        PIECES=power_of_2(max(1, pieces)),
     )  # fmt: skip
+    plan.launch((T, programs, 1), x, row_max, codes, scale, K, x.stride(0), pieces)
     return Quantized(codes, scale)
 
 
@@ -63,19 +67,28 @@ def quantize_tensor(x: Tensor, scale: Tensor | None = None, zero_point: Tensor |
     x = with_unit_stride(x)
     T, K = x.shape
     codes = torch.empty((T, K), dtype=torch.int8, device=x.device)
-    block = min(4096, triton.next_power_of_2(max(K, 1)))
+    block, is_early = min(4096, power_of_2(max(K, 1))), starts_early(x.device, T)
     partial, num_partials, found = None, 1, scale
     if found is None:
         found = torch.empty(1, dtype=torch.float32, device=x.device)
-        num_partials = min(MAX_PARTIALS, triton.next_power_of_2(max(T, 1)))
+        num_partials = min(MAX_PARTIALS, power_of_2(max(T, 1)))
         partial = torch.empty(num_partials, dtype=torch.float32, device=x.device)
-        _absmax_kernel[(num_partials,)](x, partial, T, K, x.stride(0), BLOCK=block, **launch_early(x.device, T))
-    grid = (T, triton.cdiv(K, block))
-    _quantize_tensor_kernel[grid](
-        x, partial, codes, found, zero_point, K, x.stride(0),
-        NUM_PARTIALS=num_partials, BLOCK=block, **launch_early(x.device, T),
-    )  # fmt: skip
+        _absmax_plan(block, is_early).launch((num_partials, 1, 1), x, partial, T, K, x.stride(0))
+    plan = _tensor_plan(num_partials, block, is_early)
+    plan.launch((T, cdiv(K, block), 1), x, partial, codes, found, zero_point, K, x.stride(0))
     return Quantized(codes, found)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _absmax_plan(block: int, is_early: bool) -> Plan:
+    return Plan(_absmax_kernel, BLOCK=block, DEPENDENT=is_early, launch_pdl=is_early)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _tensor_plan(num_partials: int, block: int, is_early: bool) -> Plan:
+    return Plan(
+        _quantize_tensor_kernel, NUM_PARTIALS=num_partials, BLOCK=block, DEPENDENT=is_early, launch_pdl=is_early
+    )
 
 
 def quantized(y: Tensor, quantize: ToInt8 | None) -> Tensor | Quantized:
@@ -94,23 +107,33 @@ def with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def row_launch(
-    num_rows: int, num_columns: int, max_row: int = MAX_ROW, one_program: bool = True, per_warp: int = 512
-) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and launch options of a kernel over rows: one program per row, or several if nothing is summed along it.
+@lru_cache(maxsize=MAX_PLANS)
+def row_plan(
+    kernel: Any,
+    num_columns: int,
+    is_early: bool,
+    max_row: int = MAX_ROW,
+    one_program: bool = True,
+    per_warp: int = 512,
+    **constants: int,
+) -> tuple[Plan, int]:
+    """Plan and programs per row of a kernel over rows: one, or several if nothing is summed along a row.
 
-    per_warp: elements of a long row for each warp. It must not depend on num_rows: it decides the order of sums.
+    Args:
+        per_warp: elements of a long row for each warp. It must not depend on the rows: it decides the order of sums.
+        constants: compile-time arguments other than BLOCK and DEPENDENT.
 
     Raises:
         ValueError: one program has to hold a row longer than max_row.
     """
-    block = max(32, triton.next_power_of_2(num_columns))
+    block = max(32, power_of_2(max(1, num_columns)))
     if not one_program:
         block = min(block, 2048)
     elif num_columns > max_row:
         raise ValueError(f"a row of K = {num_columns} elements is too long for one program; the limit is {max_row}")
     num_warps = min(16, max(8, block // per_warp)) if block > 2048 else max(1, block // 256)
-    return (num_rows, triton.cdiv(num_columns, block)), {"BLOCK": block, "num_warps": num_warps}
+    options = {"BLOCK": block, "num_warps": num_warps, "DEPENDENT": is_early, "launch_pdl": is_early}
+    return Plan(kernel, **constants, **options), cdiv(num_columns, block)
 
 
 def empty_output(x: Tensor, num_columns: int, quantize: ToInt8 | None) -> tuple[Tensor, Tensor | None]:

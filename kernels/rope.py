@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent import await_inputs, launch_dependents, launch_early
-from kernels.paging import codes_of, key_offsets, paged_layout, scale_of
+from kernels.dependent import await_inputs, launch_dependents, starts_early
+from kernels.launching import MAX_PLANS, Plan, cdiv
+from kernels.paging import Layout, codes_of, key_offsets, paged_layout, scale_of
 from kernels.quantize import magnitude, to_codes, to_scale
 from kernels.quantized import Quantized
 
@@ -46,12 +49,21 @@ def rope_and_cache(
         )
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     q = torch.empty((T, num_heads, head_size), dtype=qkv.dtype, device=qkv.device)
-    _rope_and_cache_kernel[(T, triton.cdiv(all_heads, HEADS_PER_PROGRAM))](
-        qkv, positions, slots, cos_sin, q, codes_of(k_cache), codes_of(v_cache), scale_of(k_cache), scale_of(v_cache),
-        q_weight, k_weight, qkv.stride(0), eps, G=num_kv_heads, R=cos_sin.shape[1],
-        LAYOUT=paged_layout(num_heads, k_cache, v_cache), HEADS=HEADS_PER_PROGRAM, **launch_early(q.device, T),
+    layout = paged_layout(num_heads, k_cache, v_cache)
+    plan = _plan(layout, num_kv_heads, cos_sin.shape[1], starts_early(q.device, T))
+    plan.launch(
+        (T, cdiv(all_heads, HEADS_PER_PROGRAM), 1), qkv, positions, slots, cos_sin, q, codes_of(k_cache),
+        codes_of(v_cache), scale_of(k_cache), scale_of(v_cache), q_weight, k_weight, qkv.stride(0), eps,
     )  # fmt: skip
     return q
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan(layout: Layout, num_kv_heads: int, rotated: int, is_early: bool) -> Plan:
+    return Plan(
+        _rope_and_cache_kernel, G=num_kv_heads, R=rotated, LAYOUT=layout, HEADS=HEADS_PER_PROGRAM,
+        DEPENDENT=is_early, launch_pdl=is_early,
+    )  # fmt: skip
 
 
 @triton.jit

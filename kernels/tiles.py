@@ -17,7 +17,6 @@ import logging
 import os
 import re
 from bisect import bisect_left
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -56,8 +55,7 @@ Table = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(NamedTuple):
     """How one GEMM is cut into programs.
 
     kernel: "plain" has tokens on the matrix instruction's M side; "swapped" has the weight's rows there, so that 8
@@ -76,8 +74,7 @@ class Tile:
     group: int = 8
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionTile:
+class AttentionTile(NamedTuple):
     """How attention is cut: query rows (positions x heads per key head) and keys of one step of the softmax."""
 
     block_m: int

@@ -7,7 +7,7 @@ import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -93,7 +93,7 @@ def tune(
         if column not in table["tiles"].get(shape, {}) and column not in shipped.get(shape, {}):
             choice = best_tile(gpu, n, k, bucket)
             done.append(choice)
-            table["tiles"].setdefault(shape, {})[column] = asdict(choice.tile)
+            table["tiles"].setdefault(shape, {})[column] = choice.tile._asdict()
             write_table(path, table)
         on_progress(index + 1, len(jobs))
     return done

@@ -6,6 +6,8 @@ one multiplies, the other runs its epilogue, so the tensor cores never wait for 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,8 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language import swizzle2d
 
-from kernels.epilogue import Epilogue
+from kernels.epilogue import Epilogue, Form
 from kernels.hopper.common import described, finish, first_token
+from kernels.launching import MAX_PLANS, Plan
 from kernels.quantize import magnitude
 from kernels.tiles import Tile
 
@@ -32,15 +35,22 @@ MAX_REGISTERS = 168
 
 
 def launch_pingpong(
-    x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile, num_programs: int, form: dict[str, bool]
+    x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile, num_programs: int, form: Form
 ) -> None:
     """Fill y from x_q [T, K] and weight_q [N, K], with at most one program per multiprocessor."""
-    (T, K), N = x_q.shape, len(weight_q)
-    width = tile.block_n // 2 if form["GATED"] else tile.block_n
-    _int8_linear_pingpong_kernel[(num_programs,)](
-        described(x_q, tile.block_t, tile.block_k), described(weight_q, tile.block_n, tile.block_k),
-        described(y, tile.block_t, width), ops, T, N, K, GROUP=tile.group, STAGES=tile.num_stages,
-        num_warps=WARP_GROUP, maxnreg=MAX_REGISTERS, **form,
+    (T, K), N = x_q.shape, weight_q.shape[0]
+    width = tile.block_n // 2 if form.GATED else tile.block_n
+    _plan(tile, form).launch(
+        (num_programs, 1, 1), described(x_q, tile.block_t, tile.block_k),
+        described(weight_q, tile.block_n, tile.block_k), described(y, tile.block_t, width), ops, T, N, K,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan(tile: Tile, form: Form) -> Plan:
+    return Plan(
+        _int8_linear_pingpong_kernel, **form._asdict(), GROUP=tile.group, STAGES=tile.num_stages,
+        num_warps=WARP_GROUP, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
 

@@ -7,15 +7,17 @@ step.
 
 from __future__ import annotations
 
-import triton
+from functools import lru_cache
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.epilogue import Epilogue
+from kernels.epilogue import Epilogue, Form
 from kernels.hopper.common import described, finish, first_token
+from kernels.launching import MAX_PLANS, Plan
 from kernels.quantize import magnitude
 from kernels.tiles import Tile
 
@@ -26,15 +28,25 @@ MAX_REGISTERS = {16: 128, 32: 128, 64: 128, 128: 168}
 """Registers per thread, by tokens of a tile: enough for the sums, and few enough to run several programs at once."""
 
 
-def launch_stream(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile, form: dict[str, bool]) -> None:
+def launch_stream(
+    x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile, num_tiles: int, form: Form
+) -> None:
     """Fill y from x_q [T, K] and weight_q [N, K], one tile per program.
 
     weight_q must have been written before the last kernel was launched: it is read while that kernel may still run.
     """
-    (T, K), N = x_q.shape, len(weight_q)
-    _int8_linear_stream_kernel[(triton.cdiv(T, tile.block_t) * triton.cdiv(N, tile.block_n),)](
-        described(x_q, tile.block_t, tile.block_k), described(weight_q, tile.block_n, tile.block_k), ops, y, T, N, K,
-        STAGES=tile.num_stages, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS[tile.block_t], launch_pdl=True, **form,
+    (T, K), N = x_q.shape, weight_q.shape[0]
+    _plan(tile, form).launch(
+        (num_tiles, 1, 1), described(x_q, tile.block_t, tile.block_k), described(weight_q, tile.block_n, tile.block_k),
+        ops, y, T, N, K,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan(tile: Tile, form: Form) -> Plan:
+    return Plan(
+        _int8_linear_stream_kernel, **form._asdict(), STAGES=tile.num_stages, num_warps=tile.num_warps,
+        maxnreg=MAX_REGISTERS[tile.block_t], launch_pdl=True,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ FILE = "test-gpu-40gb-.json"
 def table(*entries: tuple[str, str, Tile]) -> dict[str, Any]:
     found: dict[str, Any] = {"gpu": "Test GPU (40GB)", "capability": 90, "tiles": {}}
     for shape, bucket, tile in entries:
-        found["tiles"].setdefault(shape, {})[bucket] = asdict(tile)
+        found["tiles"].setdefault(shape, {})[bucket] = tile._asdict()
     return found
 
 

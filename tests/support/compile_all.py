@@ -22,11 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from kernels import activation, attention, dependent, gemm, groups, norm, outliers, quantize, rope, tiles
 from kernels.epilogue import Epilogue
+from kernels.launching import Descriptor, Plan
 from kernels.quantized import Quantized, ToInt8
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -180,15 +180,16 @@ def record() -> list[Launch]:
     launches: dict[str, Launch] = {}
     capability = 0
 
-    def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+    def note(self: Plan, grid: Any, *args: Any) -> None:
+        kernel = self.kernel
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | self.constants
         shown = {name: kind(value) for name, value in arguments.items()}
         shown["depth"] = "aligned" if arguments.get("K", 0) % 16 == 0 else "odd"
         shown = {k: v for k, v in shown.items() if k not in VARYING and not k.startswith("stride")}
-        case = f"sm_{capability} {self.__name__} " + " ".join(f"{k}={v}" for k, v in shown.items() if v is not None)
-        launches.setdefault(case, Launch(capability, case, self, arguments))
+        case = f"sm_{capability} {kernel.__name__} " + " ".join(f"{k}={v}" for k, v in shown.items() if v is not None)
+        launches.setdefault(case, Launch(capability, case, kernel, arguments))
 
-    JITFunction.run = note
+    Plan.launch = note  # type: ignore[method-assign]
     for module in (gemm, groups, attention, dependent):
         vars(module)["current_gpu"] = lambda _: tiles.Target("untuned", capability, num_sms=100)
     for capability in ARCHITECTURES:
@@ -205,8 +206,9 @@ def kind(value: Any) -> Any:
     """An argument as Triton's signature tells it, or as it is."""
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape},{value.layout!r}>"
+    if isinstance(value, Descriptor):
+        piece = value.piece
+        return f"tensordesc<{TYPES[piece.dtype][1:]}{list(piece.block_shape)},{piece.layout!r}>"
     return tuple(map(kind, value)) if isinstance(value, tuple) else value
 
 
@@ -226,7 +228,7 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
             return "constexpr"
         if isinstance(value, torch.Tensor) or (specialize and type(value) is int and value % 16 == 0):
             attributes[path] = [["tt.divisibility", 16]]
-        if isinstance(value, torch.Tensor | TensorDescriptor):
+        if isinstance(value, torch.Tensor | Descriptor):
             return kind(value)
         return "fp32" if isinstance(value, float) else "i32"
 
