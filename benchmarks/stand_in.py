@@ -66,9 +66,12 @@ class StandInDriver(nvidia.CudaDriver):  # type: ignore[misc]
         return GPUTarget("cuda", HOPPER.capability, 32)
 
 
-def stand_in() -> None:
-    """From here on, in this process, CPU tensors are those of an H100: kernels are compiled for it and launched."""
-    runtime.driver.set_active(StandInDriver())
+def stand_in(driver: object = None) -> None:
+    """From here on, in this process, CPU tensors are those of an H100: kernels are compiled for it and launched.
+
+    driver: in place of a new `StandInDriver`.
+    """
+    runtime.driver.set_active(driver or StandInDriver())
     for module in (attention, dependent, gemm, groups):
         vars(module)["current_gpu"] = lambda _device: HOPPER
     for name in kernels.__all__:

@@ -140,6 +140,8 @@ def kind_of(arg: Any) -> Hashable:
         return arg.kind
     if isinstance(arg, tuple):
         return cls, *map(kind_of, arg)
+    if isinstance(arg, int | float):
+        return cls, arg
     raise TypeError(f"a kernel takes tensors, descriptors, integers, floats, None and tuples of them, not {cls}")
 
 
