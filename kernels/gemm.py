@@ -125,11 +125,8 @@ def launch(
     if T == 0:
         return
     tile = tile or pick_tile(x_q, weight_q, ops, y)
-    form = Form(
-        PER_ROW=ops.x_scale is not None and ops.x_scale.numel() == T,
-        PER_COLUMN=ops.weight_scale is not None and ops.weight_scale.numel() == N,
-        GATED=is_gated,
-    )
+    is_per_row = ops.x_scale is not None and ops.x_scale.numel() == T
+    form = Form(is_per_row, ops.weight_scale is not None and ops.weight_scale.numel() == N, is_gated)
     num_tiles = cdiv(T, tile.block_t) * cdiv(N, tile.block_n)
     if tile.kernel == "stream":
         launch_stream(x_q, weight_q, ops, y, tile, num_tiles, form)

@@ -7,7 +7,7 @@ keep plans in caches whose keys hold all that tiles and options depend on.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from triton.compiler import CompiledKernel
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import JITFunction, driver
 
-__all__ = ["MAX_PLANS", "Descriptor", "Grid", "Piece", "Plan", "cdiv", "kind_of", "power_of_2"]
+__all__ = ["MAX_PLANS", "Descriptor", "Grid", "Piece", "Plan", "cdiv", "kinds_of", "power_of_2"]
 
 MAX_PLANS = 4096
 """Plans that an op keeps: one for each tile, layout and form that it has met."""
@@ -103,7 +103,7 @@ class Plan:
             return
         active = driver.active
         device = active.get_current_device()
-        kind = device, *map(kind_of, args)
+        kind = device, kinds_of(args)
         compiled = self._compiled.get(kind)
         if compiled is None:
             compiled = self._launch_by_triton(grid, args)
@@ -113,36 +113,38 @@ class Plan:
             return
         stream = active.get_current_stream(device)
         # In place of the three None Triton passes what its hooks are called with, and the hooks.
-        compiled.run(
-            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *self._values
-        )
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *self._values)
 
     def _launch_by_triton(self, grid: Grid, args: tuple[Any, ...]) -> Any:
         checked = [arg.checked() if type(arg) is Descriptor else arg for arg in args]
         return self.kernel[grid](*checked, **self.constants)
 
 
-def kind_of(arg: Any) -> Hashable:
-    """A key of an argument of a kernel: for two of one kind Triton compiles the same. It may do so for two kinds, too.
+def kinds_of(args: Iterable[Any]) -> Hashable:
+    """A key of arguments of a kernel: for any of one key Triton compiles the same. It may do so for two keys, too.
 
     Raises:
         TypeError: no kernel takes such an argument.
     """
-    cls = type(arg)
-    if isinstance(arg, Tensor):
-        return arg.dtype if arg.data_ptr() % ALIGNMENT == 0 else (arg.dtype, "unaligned")
-    if cls is int:
-        # 1 becomes a constant; the shift tells integers of 32 bits from longer ones.
-        return "1" if arg == 1 else (arg % ALIGNMENT == 0, arg >> 31)
-    if arg is None or cls is float:
-        return cls
-    if cls is Descriptor:
-        return arg.kind
-    if isinstance(arg, tuple):
-        return cls, *map(kind_of, arg)
-    if isinstance(arg, int | float):
-        return cls, arg
-    raise TypeError(f"a kernel takes tensors, descriptors, integers, floats, None and tuples of them, not {cls}")
+    kinds: list[Any] = []
+    for arg in args:
+        cls = type(arg)
+        if isinstance(arg, Tensor):
+            kinds.append(arg.dtype if arg.data_ptr() % ALIGNMENT == 0 else (arg.dtype, "unaligned"))
+        elif cls is int:
+            # 1 becomes a constant; the shift tells integers of 32 bits from longer ones.
+            kinds.append("1" if arg == 1 else (arg % ALIGNMENT == 0, arg >> 31))
+        elif arg is None or cls is float:
+            kinds.append(cls)
+        elif cls is Descriptor:
+            kinds.append(arg.kind)
+        elif isinstance(arg, tuple):
+            kinds.append((cls, kinds_of(arg)))
+        elif isinstance(arg, int | float):
+            kinds.append((cls, arg))
+        else:
+            raise TypeError(f"a kernel takes tensors, descriptors, numbers, None and tuples of them, not {cls}")
+    return tuple(kinds)
 
 
 def _is_watched() -> bool:

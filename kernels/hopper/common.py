@@ -10,9 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels.epilogue import Epilogue, dequantize, gate_pairs
-from kernels.launching import Descriptor, Piece
+from kernels.launching import MAX_PLANS, Piece
 
-__all__ = ["can_copy", "described", "finish", "first_token"]
+__all__ = ["can_copy", "finish", "first_token", "piece_of"]
 
 GL_TYPES = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -24,13 +24,9 @@ def can_copy(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor) -> bool:
     return has_scales and y.dtype in GL_TYPES and places % 16 == 0
 
 
-def described(tensor: Tensor, rows: int, columns: int) -> Descriptor:
-    """The copy engine's descriptor of a tensor that it moves in pieces of rows x columns."""
-    return Descriptor(tensor, _piece(rows, columns, tensor.dtype))
-
-
-@lru_cache(maxsize=256)
-def _piece(rows: int, columns: int, dtype: torch.dtype) -> Piece:
+@lru_cache(maxsize=MAX_PLANS)
+def piece_of(rows: int, columns: int, dtype: torch.dtype) -> Piece:
+    """What the copy engine moves at once of a tensor of this dtype; one object for equal arguments."""
     return Piece((rows, columns), dtype, gl.NVMMASharedLayout.get_default_for([rows, columns], GL_TYPES[dtype]))
 
 

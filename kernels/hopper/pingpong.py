@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,8 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import swizzle2d
 
 from kernels.epilogue import Epilogue, Form
-from kernels.hopper.common import described, finish, first_token
-from kernels.launching import MAX_PLANS, Plan
+from kernels.hopper.common import finish, first_token, piece_of
+from kernels.launching import MAX_PLANS, Descriptor, Piece, Plan
 from kernels.quantize import magnitude
 from kernels.tiles import Tile
 
@@ -39,19 +40,24 @@ def launch_pingpong(
 ) -> None:
     """Fill y from x_q [T, K] and weight_q [N, K], with at most one program per multiprocessor."""
     (T, K), N = x_q.shape, weight_q.shape[0]
-    width = tile.block_n // 2 if form.GATED else tile.block_n
-    _plan(tile, form).launch(
-        (num_programs, 1, 1), described(x_q, tile.block_t, tile.block_k),
-        described(weight_q, tile.block_n, tile.block_k), described(y, tile.block_t, width), ops, T, N, K,
-    )  # fmt: skip
+    plan, x_piece, weight_piece, y_piece = _plan(tile, form, y.dtype)
+    x, weight, out = Descriptor(x_q, x_piece), Descriptor(weight_q, weight_piece), Descriptor(y, y_piece)
+    plan.launch((num_programs, 1, 1), x, weight, out, ops, T, N, K)
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _plan(tile: Tile, form: Form) -> Plan:
-    return Plan(
+def _plan(tile: Tile, form: Form, out_dtype: torch.dtype) -> tuple[Plan, Piece, Piece, Piece]:
+    """The plan, and the pieces of x, weight and y."""
+    plan = Plan(
         _int8_linear_pingpong_kernel, **form._asdict(), GROUP=tile.group, STAGES=tile.num_stages,
         num_warps=WARP_GROUP, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
+    return (
+        plan,
+        piece_of(tile.block_t, tile.block_k, torch.int8),
+        piece_of(tile.block_n, tile.block_k, torch.int8),
+        piece_of(tile.block_t, tile.block_n // 2 if form.GATED else tile.block_n, out_dtype),
+    )
 
 
 @gluon.jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.epilogue import Epilogue, Form
-from kernels.hopper.common import described, finish, first_token
-from kernels.launching import MAX_PLANS, Plan
+from kernels.hopper.common import finish, first_token, piece_of
+from kernels.launching import MAX_PLANS, Descriptor, Piece, Plan
 from kernels.quantize import magnitude
 from kernels.tiles import Tile
 
@@ -36,18 +37,19 @@ def launch_stream(
     weight_q must have been written before the last kernel was launched: it is read while that kernel may still run.
     """
     (T, K), N = x_q.shape, weight_q.shape[0]
-    _plan(tile, form).launch(
-        (num_tiles, 1, 1), described(x_q, tile.block_t, tile.block_k), described(weight_q, tile.block_n, tile.block_k),
-        ops, y, T, N, K,
-    )  # fmt: skip
+    plan, x_piece, weight_piece = _plan(tile, form)
+    x, weight = Descriptor(x_q, x_piece), Descriptor(weight_q, weight_piece)
+    plan.launch((num_tiles, 1, 1), x, weight, ops, y, T, N, K)
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _plan(tile: Tile, form: Form) -> Plan:
-    return Plan(
+def _plan(tile: Tile, form: Form) -> tuple[Plan, Piece, Piece]:
+    """The plan, and the pieces of x and weight."""
+    plan = Plan(
         _int8_linear_stream_kernel, **form._asdict(), STAGES=tile.num_stages, num_warps=tile.num_warps,
         maxnreg=MAX_REGISTERS[tile.block_t], launch_pdl=True,
     )  # fmt: skip
+    return plan, piece_of(tile.block_t, tile.block_k, torch.int8), piece_of(tile.block_n, tile.block_k, torch.int8)
 
 
 @gluon.jit

@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
 from kernels.epilogue import Epilogue
-from kernels.hopper.common import described
-from kernels.launching import Descriptor, cdiv, kind_of, power_of_2
+from kernels.hopper.common import piece_of
+from kernels.launching import Descriptor, cdiv, kinds_of, power_of_2
 
 ROOT = Path(__file__).parents[2]
 MAX_CALLS = {"rms_norm": 50, "stream": 62, "pingpong": 68}
@@ -71,7 +71,11 @@ def tensors(dtype: torch.dtype, shift: int) -> torch.Tensor:
 
 
 def descriptors(dtype: torch.dtype, rows: int) -> Descriptor:
-    return described(torch.zeros((rows, 128), dtype=dtype), 16, 64)
+    return described(torch.zeros((rows, 128), dtype=dtype))
+
+
+def described(base: torch.Tensor) -> Descriptor:
+    return Descriptor(base, piece_of(16, 64, base.dtype))
 
 
 integers = st.one_of(
@@ -103,13 +107,14 @@ def tells_apart(kind: Callable[[Any], Hashable], args: list[Any]) -> bool:
 
 @given(st.lists(arguments, min_size=8))
 def test_two_arguments_of_one_kind_are_compiled_for_alike(args: list[Any]) -> None:
-    assert tells_apart(kind_of, args)
+    assert tells_apart(lambda arg: kinds_of([arg]), args)
 
 
 @pytest.mark.parametrize(
     "pair",
     [
-        (1, 2), (16, 17), (0, 1), (2**31 - 1, 2**31), (-(2**31), -(2**31) - 1), (16, 2**40), (1, 1.0), (0, None), (1, True), (0, False),
+        (1, 2), (16, 17), (0, 1), (2**31 - 1, 2**31), (-(2**31), -(2**31) - 1), (16, 2**40), (1, 1.0), (1, True),
+        (0, None), (0, False),
         (tensors(torch.int8, 0), tensors(torch.int8, 1)), (tensors(torch.int8, 0), tensors(torch.int32, 0)),
         (descriptors(torch.float16, 8), descriptors(torch.bfloat16, 8)), (Epilogue(), Epilogue(tensors(torch.int8, 0))),
     ],
@@ -117,16 +122,16 @@ def test_two_arguments_of_one_kind_are_compiled_for_alike(args: list[Any]) -> No
 )  # fmt: skip
 def test_what_triton_tells_apart_is_of_two_kinds(pair: tuple[Any, Any]) -> None:
     assert by_triton(pair[0]) != by_triton(pair[1])
-    assert kind_of(pair[0]) != kind_of(pair[1])
+    assert kinds_of(pair[:1]) != kinds_of(pair[1:])
     assert not tells_apart(lambda _: None, list(pair))
 
 
 def test_a_matrix_that_cannot_be_copied_is_of_its_own_kind_and_refused() -> None:
     flat = torch.zeros(64 * 144, dtype=torch.int8)
-    whole = described(flat[: 64 * 128].view(64, 128), 16, 64)
+    whole = described(flat[: 64 * 128].view(64, 128))
     whole.checked()
     for base in (flat[1:][: 64 * 128].view(64, 128), flat[: 64 * 136].view(64, 136)[:, :128], flat.view(144, 64).t()):
-        other = described(base, 16, 64)
+        other = described(base)
         assert other.kind != whole.kind
         with pytest.raises(AssertionError):
             other.checked()
@@ -135,7 +140,7 @@ def test_a_matrix_that_cannot_be_copied_is_of_its_own_kind_and_refused() -> None
 def test_an_argument_that_no_kernel_takes_is_refused() -> None:
     for arg in ("16", [1], 1j):
         with pytest.raises(TypeError, match="a kernel takes"):
-            kind_of(arg)
+            kinds_of([arg])
 
 
 @given(st.integers(0, 2**40), st.integers(1, 2**20))
