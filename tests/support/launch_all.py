@@ -123,7 +123,7 @@ def _rounding(rng: random.Random, x: Tensor, to: ToInt8 | None) -> Call:
     return partial(rng.choice(ops), x)
 
 
-def _product(rng: random.Random, x: Tensor, N: int) -> tuple[Any, ...]:
+def _product(rng: random.Random, x: Tensor, N: int) -> tuple[Quantized, Tensor, Tensor, Tensor | None]:
     K = x.shape[1]
     weight = codes(rng, N, K)
     return codes(rng, x.shape[0], K), weight.codes, weight.scale, rng.choice((None, torch.zeros(N)))
