@@ -84,7 +84,7 @@ class Plan:
     while it has hooks, as a profiler sets them, or compiles in other ways than usual.
     """
 
-    __slots__ = ("_compiled", "_is_compiled", "_values", "constants", "kernel")
+    __slots__ = ("_by_kind", "_is_interpreted", "_values", "constants", "kernel")
 
     def __init__(self, kernel: Any, **constants: Any) -> None:
         """constants: the values of the kernel's constexpr parameters, which are its last, and launch options."""
@@ -93,23 +93,23 @@ class Plan:
         self.kernel = kernel
         self.constants = constants
         self._values = tuple(values.values())
-        self._is_compiled = isinstance(kernel, JITFunction)
-        self._compiled: dict[Hashable, CompiledKernel] = {}
+        self._is_interpreted = not isinstance(kernel, JITFunction)
+        self._by_kind: dict[Hashable, CompiledKernel] = {}
 
     def launch(self, grid: Grid, *args: Any) -> None:
         """Launch on the current device and stream. args: the kernel's other arguments, by position."""
-        if not self._is_compiled or _is_watched() or self.kernel.pre_run_hooks:
+        if self._is_interpreted or _is_watched() or self.kernel.pre_run_hooks:
             self._launch_by_triton(grid, args)
             return
         active = driver.active
         device = active.get_current_device()
         kind = device, kinds_of(args)
-        compiled = self._compiled.get(kind)
+        compiled = self._by_kind.get(kind)
         if compiled is None:
             compiled = self._launch_by_triton(grid, args)
             # Something else comes back while Triton compiles in the background.
             if isinstance(compiled, CompiledKernel):
-                self._compiled[kind] = compiled
+                self._by_kind[kind] = compiled
             return
         stream = active.get_current_stream(device)
         # In place of the three None Triton passes what its hooks are called with, and the hooks.

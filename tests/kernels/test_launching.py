@@ -35,7 +35,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.int32)
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    command = [sys.executable, str(ROOT / "tests/support/launch_all.py")]
+    command = [sys.executable, "-m", "tests.support.launch_all"]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -61,6 +61,35 @@ def test_each_device_has_its_own_kernel_and_stream(found: dict[str, Any]) -> Non
     assert first[0] != second[0]
     assert first[1] != second[1]
     assert (again, back) == (second, first)
+
+
+def test_triton_launches_while_it_is_watched_or_told_to_compile_otherwise(found: dict[str, Any]) -> None:
+    ways = found["ways"]
+    assert {name for name, is_tritons in ways.items() if not is_tritons} == {
+        "nothing",
+        "launch_enter_hook HookChain",
+        "launch_exit_hook NoneType",
+    }
+    assert len(ways) == 8
+
+
+def test_a_forward_pass_is_this_many_launches(found: dict[str, Any]) -> None:
+    assert found["model"] == {
+        "rms_norm, residual, to int8": 1,
+        "quantize_rows": 1,
+        "int8_linear, stream": 1,
+        "int8_linear, swapped": 1,
+        "int8_linear, plain": 1,
+        "int8_linear, pingpong": 1,
+        "int8_gated_linear, to int8": 2,
+        "rope_and_cache": 1,
+        "paged_attention, decode": 2,
+        "paged_attention, prefill": 3,
+        "layer, decode": 11,
+        "forward, decode": 32 * 11 + 1,
+        "layer, prefill": 12,
+        "forward, prefill": 32 * 12 + 1,
+    }
 
 
 # What is told apart

@@ -20,8 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 import kernels
+from benchmarks.launches import cases as launch_cases
 from benchmarks.stand_in import HOPPER, stand_in
 from kernels import gemm, launching
+from kernels.norm import _rms_norm_kernel
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import Tile
 
@@ -225,6 +227,42 @@ def places(call: Call, driver: Driver) -> list[tuple[int, int]]:
     return found
 
 
+def ways_to_triton(call: Call, kernel: Any) -> dict[str, bool]:
+    """Whether Triton itself makes the launch of a call with a plan while something of it is watched or set."""
+    calls: list[str] = []
+
+    def is_tritons() -> bool:
+        calls.clear()
+        recorded(call)
+        return len(calls) == 1
+
+    run = kernel.run
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kernel.__name__)
+        return run(*args, **kwargs)
+
+    kernel.run = noted
+    found = {"nothing": is_tritons()}
+    kernel.pre_run_hooks.append(lambda *_args, **_kwargs: None)
+    found["pre_run_hooks"] = is_tritons()
+    kernel.pre_run_hooks.clear()
+    for settings, name, value in (
+        (knobs.runtime, "launch_enter_hook", knobs.HookChain()),
+        (knobs.runtime, "launch_exit_hook", lambda _metadata: None),
+        (knobs.runtime, "launch_exit_hook", None),
+        (knobs.runtime, "add_stages_inspection_hook", lambda *_args: ("key", "hash")),
+        (knobs.runtime, "debug", True),
+        (knobs.compilation, "instrumentation_mode", "proton"),
+    ):
+        before = getattr(settings, name)
+        setattr(settings, name, value)
+        found[f"{name} {type(value).__name__}"] = is_tritons()
+        setattr(settings, name, before)
+    del kernel.run
+    return found
+
+
 def blind_differences() -> int:
     """Launches that differ from Triton's own if arguments are told apart by their type alone."""
     seeing, launching.kinds_of = launching.kinds_of, lambda args: tuple(map(type, args))
@@ -253,6 +291,8 @@ def main() -> None:
         "launches": {name: len(recorded(call)) for name, call in calls.items()},
         "calls": {name: python_calls(call) for name, call in calls.items()},
         "places": places(norm, driver),
+        "ways": ways_to_triton(norm, _rms_norm_kernel),
+        "model": {name: len(recorded(call)) for name, call in launch_cases(16, torch.device("cpu"))},
         "differences": differences(),
         "blind": blind_differences(),
     }
