@@ -63,7 +63,7 @@ def int8_linear(
     """
     codes = x.codes.contiguous()
     T, N = codes.shape[0], weight_q.shape[0]
-    _check_operands(x, weight_q, weight_scale, bias)
+    _check_operands(T, N, x.scale, weight_scale, bias)
     if residual is not None and residual.shape != (T, N):
         raise ValueError(f"residual {tuple(residual.shape)} must be {(T, N)}")
     y = torch.empty((T, N), dtype=out_dtype, device=codes.device)
@@ -88,11 +88,12 @@ def int8_gated_linear(
     Raises:
         ValueError: as `int8_linear`, or N is odd.
     """
-    codes, N = x.codes.contiguous(), weight_q.shape[0]
+    codes = x.codes.contiguous()
+    T, N = codes.shape[0], weight_q.shape[0]
     if N % 2:
         raise ValueError(f"weight_q has {N} rows; pairs of gate and up are an even number")
-    _check_operands(x, weight_q, weight_scale, bias)
-    T, width = codes.shape[0], N // 2
+    _check_operands(T, N, x.scale, weight_scale, bias)
+    width = N // 2
     ops = Epilogue(x.scale, weight_scale, bias)
     y = torch.empty((T, width), dtype=out_dtype, device=codes.device)
     tile = pick_tile(codes, weight_q, ops, y)
@@ -105,10 +106,9 @@ def int8_gated_linear(
     return quantize_rows(y, row_max)
 
 
-def _check_operands(x: Quantized, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    T, N, num_scales = x.codes.shape[0], weight_q.shape[0], x.scale.numel()
-    if x.scale.ndim != 1 or num_scales not in {1, T} or weight_scale.numel() not in {1, N}:
-        raise ValueError(f"scales of {x.scale.numel()} rows and {weight_scale.numel()} columns for y [{T}, {N}]")
+def _check_operands(T: int, N: int, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    if x_scale.ndim != 1 or x_scale.numel() not in {1, T} or weight_scale.numel() not in {1, N}:
+        raise ValueError(f"scales of {x_scale.numel()} rows and {weight_scale.numel()} columns for y [{T}, {N}]")
     if bias is not None and bias.numel() != N:
         raise ValueError(f"bias has {bias.numel()} elements, weight_q {N} rows")
 

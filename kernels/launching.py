@@ -26,6 +26,8 @@ MAX_PLANS = 4096
 ALIGNMENT = 16
 """Triton compiles another kernel for pointers and integers that are multiples of this."""
 
+LONG = 2**31
+
 Grid = tuple[int, int, int]
 
 
@@ -132,8 +134,9 @@ def kinds_of(args: Iterable[Any]) -> Hashable:
         if isinstance(arg, Tensor):
             kinds.append(arg.dtype if arg.data_ptr() % ALIGNMENT == 0 else (arg.dtype, "unaligned"))
         elif cls is int:
-            # 1 becomes a constant; the shift tells integers of 32 bits from longer ones.
-            kinds.append("1" if arg == 1 else (arg % ALIGNMENT == 0, arg >> 31))
+            # 1 becomes a constant; integers of more than 32 bits, or negative ones, are told apart by their high bits.
+            is_multiple = arg % ALIGNMENT == 0
+            kinds.append("1" if arg == 1 else is_multiple if 0 <= arg < LONG else (is_multiple, arg >> 31))
         elif arg is None or cls is float:
             kinds.append(cls)
         elif cls is Descriptor:
