@@ -211,8 +211,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     names = [f"us_{at}" for at in ("least", "p20", "p50", "p80", "a_launch_least", "a_launch_p50")]
-    for row in rows:
-        lines.append(f"| {row['op']} | {row['launches']} | {' | '.join(f'{row[name]:.1f}' for name in names)} |")
+    lines += [
+        f"| {row['op']} | {row['launches']} | {' | '.join(f'{row[name]:.1f}' for name in names)} |" for row in rows
+    ]
     return "\n".join(lines)
 
 
