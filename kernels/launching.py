@@ -53,8 +53,8 @@ class Piece:
 class Descriptor:
     """A matrix that a kernel moves with the copy engine, in pieces of its dtype; without a size of 0.
 
-    It has what Triton's launcher reads of a `TensorDescriptor`. Making one of those takes as long as a whole launch,
-    most of it for assertions, which are left to the first launch of a kind.
+    It has what Triton's launcher reads of a `TensorDescriptor`. Making one of those takes four times as long, for its
+    assertions, which are left to the first launch of a kind.
     """
 
     __slots__ = ("base", "kind", "piece", "shape", "strides")

@@ -60,12 +60,9 @@ class Strides:
     HEAD: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Layout:
     """What attention is compiled for: GROUP query heads per key head, head size D, the strides of the caches.
-
-    Compared by identity, since `paged_layout` returns one object for all equal caches: its fields would be hashed at
-    each launch.
 
     IS_WIDE: whether offsets need 64 bits.
     WINDOW: number of keys a query sees, its own the last; None for all up to its own.
