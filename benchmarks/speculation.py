@@ -6,7 +6,8 @@
 Two texts repeat what the prompt holds (a file to edit, quotations of a page), two do not (a story, and tokens drawn so
 hot that nothing repeats). `--streams` requests are sent at once, each with another seed. The prompts are in the prefix
 cache, so what is timed is nearly all writing. Tokens per second are the medians over rounds; drafts, their acceptance
-and tokens per step come from /metrics and do not depend on how busy the machine is.
+and tokens per step come from /metrics and do not depend on how busy the machine is; the engine's processor time per
+token hardly does, and says the most on a CPU.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ COUNTERS = {
     "steps": "ottava_steps_total",
     "drafts": "ottava_speculative_draft_tokens_total",
     "accepted": "ottava_speculative_accepted_tokens_total",
+    "cpu_s": "ottava_engine_process_cpu_seconds_total",
 }
 ANSWER_S = 1800.0
 
@@ -90,7 +92,7 @@ async def _measured(args: argparse.Namespace) -> list[dict[str, Any]]:
 async def _rows(servers: dict[str, Server], text: Text, streams: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row of each server. The first round is not counted: it fills the prefix cache."""
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    counts = {mode: dict.fromkeys([*COUNTERS, "tokens"], 0) for mode in MODES}
+    counts: dict[str, dict[str, float]] = {mode: dict.fromkeys([*COUNTERS, "tokens"], 0) for mode in MODES}
     num_equal = 0
     for round_ in range(args.rounds + 1):
         answers = {}
@@ -103,7 +105,7 @@ async def _rows(servers: dict[str, Server], text: Text, streams: int, args: argp
                 after = await _counted(servers[mode])
                 counts[mode]["tokens"] += sum(map(len, answers[mode]))
                 for name in COUNTERS:
-                    counts[mode][name] += after[name] - before[name]
+                    counts[mode][name] = round(counts[mode][name] + after[name] - before[name], 2)
         if round_:
             num_equal += sum(a == b for a, b in zip(*answers.values(), strict=True))
         print(f"{text.name}, {streams} streams: round {round_} of {args.rounds}", file=sys.stderr, flush=True)
@@ -119,11 +121,10 @@ async def _rows(servers: dict[str, Server], text: Text, streams: int, args: argp
     ]
 
 
-async def _counted(server: Server) -> dict[str, int]:
+async def _counted(server: Server) -> dict[str, float]:
     metrics = await server.metrics()
     return {
-        key: int(sum(value for (found, *_), value in metrics.items() if found == name))
-        for key, name in COUNTERS.items()
+        key: sum(value for (found, *_), value in metrics.items() if found == name) for key, name in COUNTERS.items()
     }
 
 
@@ -141,7 +142,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per text and number of streams."""
     lines = [
         f"{'text':<12}{'streams':>8}{'tok/s':>9}{'with':>9}{'ratio':>7}{'tok/step':>10}{'with':>7}{'drafted':>9}"
-        f"{'accepted':>10}{'same':>9}"
+        f"{'accepted':>10}{'cpu ms/tok':>12}{'with':>8}{'same':>11}"
     ]
     for without, with_it in zip(rows[::2], rows[1::2], strict=True):
         drafts, accepted = with_it["drafts"], with_it["accepted"]
@@ -150,9 +151,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{with_it['tokens_per_s'] / without['tokens_per_s']:>7.2f}"
             f"{without['tokens'] / max(1, without['steps']):>10.2f}{with_it['tokens'] / max(1, with_it['steps']):>7.2f}"
             f"{drafts / with_it['tokens']:>9.2f}{accepted / drafts if drafts else 0.0:>10.2f}"
-            f"{with_it['num_equal']:>5} of {with_it['num_answers']}"
+            f"{_cpu_ms(without):>12.1f}{_cpu_ms(with_it):>8.1f}{with_it['num_equal']:>5} of {with_it['num_answers']}"
         )
     return "\n".join(lines)
+
+
+def _cpu_ms(row: dict[str, Any]) -> float:
+    """The engine's processor time per token."""
+    return 1000.0 * float(row["cpu_s"]) / float(row["tokens"])
 
 
 def _arguments() -> argparse.Namespace:

@@ -32,6 +32,7 @@ class RunMetrics(BaseModel):
     prompt_tokens: int
     generated_tokens: int
     cached_tokens: int = Field(description="Prompt tokens found in the cache.")
+    accepted_tokens: int = Field(description="Generated tokens that a right draft brought, with speculation.")
     tokens_per_s: float | None = Field(description="generated / e2e.")
     batch_size_mean: float = Field(description="Mean number of requests per step, over this request's steps.")
 
@@ -100,6 +101,7 @@ def measure(
         prompt_tokens=num_prompt,
         generated_tokens=len(tokens),
         cached_tokens=progress.num_cached,
+        accepted_tokens=progress.num_accepted,
         tokens_per_s=len(tokens) / e2e_s if e2e_s else None,
         batch_size_mean=progress.batch_size_mean,
     )

@@ -79,6 +79,7 @@ class Progress:
     finish_reason, finished_s: set once the engine has ended the request.
     num_generated: tokens published so far.
     num_cached: prompt tokens whose keys and values were in the cache on arrival.
+    num_accepted: generated tokens that came beside another one of the same step, since a draft was right.
     batch_size_mean: mean number of requests per step, over the steps that this request took part in.
     prompt_logprobs: if requested, one entry for each prompt token but the first; complete with the first output token.
     is_released: the engine has freed everything that the request held.
@@ -89,6 +90,7 @@ class Progress:
     finished_s: float | None = None
     num_generated: int = 0
     num_cached: int = 0
+    num_accepted: int = 0
     batch_size_mean: float = 0.0
     prompt_logprobs: tuple[Token, ...] = ()
     is_released: bool = False

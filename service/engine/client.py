@@ -215,7 +215,9 @@ class EngineClient:
             if stream is None:
                 continue
             stream.num_generated += 1
-            if handle != before:
+            if handle == before:
+                stream.num_accepted += 1
+            else:
                 stream.num_steps += 1
                 stream.num_rows += news.num_requests
                 before = handle

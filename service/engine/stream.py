@@ -34,6 +34,7 @@ class RequestStream:
     finished_s: float | None = None
     num_generated: int = 0
     num_cached: int = 0
+    num_accepted: int = 0
     num_steps: int = 0
     num_rows: int = 0
     prompt_logprobs: tuple[Token, ...] = ()
@@ -51,6 +52,7 @@ class RequestStream:
             finished_s=self.finished_s,
             num_generated=self.num_generated,
             num_cached=self.num_cached,
+            num_accepted=self.num_accepted,
             batch_size_mean=self.num_rows / self.num_steps if self.num_steps else 0.0,
             prompt_logprobs=self.prompt_logprobs,
             is_released=self._released.is_set(),

@@ -7,6 +7,5 @@ from service.measures import RunMetrics
 
 def metrics_with(**fields: Any) -> RunMetrics:
     empty = dict.fromkeys(RunMetrics.model_fields)
-    return RunMetrics(
-        **{**empty, "prompt_tokens": 1, "generated_tokens": 1, "cached_tokens": 0, "batch_size_mean": 1.0, **fields}
-    )
+    counts = {"prompt_tokens": 1, "generated_tokens": 1, "cached_tokens": 0, "accepted_tokens": 0}
+    return RunMetrics(**empty | counts | {"batch_size_mean": 1.0} | fields)

@@ -351,7 +351,13 @@ def answer(text: str, variant: str = "w8a8", **changes: object) -> dict[str, Any
     metrics: dict[str, float | None] = dict.fromkeys(
         ("queue_ms", "prefill_ms", "ttft_ms", "itl_ms", "tpot_ms", "e2e_ms", "tokens_per_s")
     )
-    metrics |= {"prompt_tokens": 1, "generated_tokens": 0, "cached_tokens": 0, "batch_size_mean": 0.0}
+    metrics |= {
+        "prompt_tokens": 1,
+        "generated_tokens": 0,
+        "cached_tokens": 0,
+        "accepted_tokens": 0,
+        "batch_size_mean": 0.0,
+    }
     usage = {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
     return {
         "id": "1",

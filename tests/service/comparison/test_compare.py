@@ -23,7 +23,7 @@ def tokens_of(ids: Sequence[int], logprob: float | None = None) -> list[Token]:
 
 
 def test_measure_by_its_definitions() -> None:
-    progress = Progress(first_scheduled_s=10.5, num_cached=2, batch_size_mean=2.5)
+    progress = Progress(first_scheduled_s=10.5, num_cached=2, num_accepted=1, batch_size_mean=2.5)
     tokens = [Token(7, 11.0), Token(8, 11.1), Token(9, 11.2), Token(9, 11.5)]
     times = measure(progress, tokens, num_prompt=3, received_s=10.0, sent_s=[11.0, 11.25, 11.5, 12.0])
     assert times.model_dump() == {
@@ -36,6 +36,7 @@ def test_measure_by_its_definitions() -> None:
         "prompt_tokens": 3,
         "generated_tokens": 4,
         "cached_tokens": 2,
+        "accepted_tokens": 1,
         "tokens_per_s": 2,
         "batch_size_mean": 2.5,
     }
@@ -47,6 +48,7 @@ def test_measure_of_a_run_that_never_started() -> None:
         "prompt_tokens",
         "generated_tokens",
         "cached_tokens",
+        "accepted_tokens",
         "batch_size_mean",
     }
 

@@ -133,12 +133,10 @@ def repetitive(rng: random.Random, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("wrap", [None, LateRunner, padded], ids=["read at once", "read late", "padded"])
-@pytest.mark.parametrize("limits", [{}, {"num_blocks": 24, "budget": 23}], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("num_blocks", [200, 50], ids=["roomy", "preempting"])
 @pytest.mark.parametrize("scheme", [SCHEME, SCHEME.with_kv("int8"), PRESETS["fp16"]], ids=lambda scheme: scheme.label)
-def test_drafts_change_no_answer(
-    scheme: Scheme, limits: dict[str, Any], wrap: Callable[[Runner], StepRunner] | None
-) -> None:
-    """Greedy and drawn, held to a grammar, penalized, ended by a token, with log-probabilities, and some cancelled."""
+def test_drafts_change_no_answer(scheme: Scheme, num_blocks: int, wrap: Callable[[Runner], StepRunner] | None) -> None:
+    """Greedy and drawn, held to a grammar, penalized, biased, ended by a token, with log-probabilities, cancelled."""
     decoder = random_decoder(ModelConfig.of(make_model("qwen2").config), scheme, torch.float32, CPU)
     rng = random.Random(0)
     prompts = repetitive(rng, 24)
@@ -149,10 +147,12 @@ def test_drafts_change_no_answer(
         SamplingParams(30, temperature=1.0, seed=1, grammar=RULES),
         SamplingParams(40, repetition_penalty=1.2),
         SamplingParams(40, temperature=0.2, seed=3, logprobs=2, prompt_logprobs=1),
+        SamplingParams(40, logit_bias=((9, 4.0),), min_tokens=15, held_ids=(EOS, 9), end_ids=(9, 30)),
+        SamplingParams(40, presence_penalty=0.5, frequency_penalty=0.2),
     ]
 
     def run(speculation: Speculation | None) -> tuple[list[list[tuple[int, float]]], EngineStats]:
-        engine = make_engine(decoder, wrap=wrap, speculation=speculation, eos_ids={EOS}, **limits)
+        engine = make_engine(decoder, wrap=wrap, num_blocks=num_blocks, rows=48, speculation=speculation, eos_ids={EOS})
 
         async def one(number: int) -> list[tuple[int, float]]:
             await asyncio.sleep(0.02 * (number // 6))
@@ -172,10 +172,11 @@ def test_drafts_change_no_answer(
             engine.stop()
 
     wanted, without = run(None)
-    found, stats = run(Eager(3, 16))
+    found, stats = run(Eager(3, 48))
     assert [[token_id for token_id, _ in answer] for answer in found] == [
         [token_id for token_id, _ in answer] for answer in wanted
     ]
     assert scheme.label == "fp16" or same(found, wanted)
-    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+    assert (20 if num_blocks == 200 else 0) < stats.num_accepted_tokens < stats.num_draft_tokens
+    assert (stats.num_preemptions > 0) == (num_blocks < 200)
     assert without.num_draft_tokens == 0

@@ -115,24 +115,25 @@ def test_answers_with_drafts_are_those_without_and_the_drafts_are_counted(
     monkeypatch.setattr("service.host.variants.Speculation", eager)
     body: dict[str, object] = {"prompt": "hello world " * 20, "max_tokens": 60, "ignore_eos": True, "compare": True}
 
-    def told(speculate: str) -> tuple[list[list[int]], str]:
+    def told(speculate: str) -> tuple[list[list[int]], list[int], str]:
         limits = {"max_draft_tokens": 5, "max_num_requests": 32}
         with hosted(float_folder, cache, speculate=speculate, **limits) as (host, settings):
             answer, metrics = ask(host, settings, ("POST", "/generate", body), ("GET", "/metrics", None))
-        found = answer.json()
-        return [found["token_ids"], found["baseline"]["token_ids"]], metrics.text
+        found = [answer.json(), answer.json()["baseline"]]
+        return [run["token_ids"] for run in found], [run["metrics"]["accepted_tokens"] for run in found], metrics.text
 
-    (without, _), (with_it, metrics) = told("none"), told("ngram")
+    (without, none, _), (with_it, accepted_of, metrics) = told("none"), told("ngram")
     assert with_it == without
+    assert none == [0, 0]
     assert made == [(5, 32)] * 2, "one for each variant"
-    for variant in ("w8a8", "fp16"):
+    for variant, accepted_of_run in zip(("w8a8", "fp16"), accepted_of, strict=True):
         drafts, accepted = (
             float(
                 re.findall(rf'^ottava_speculative_{name}_tokens_total{{variant="{variant}"}} (.*)$', metrics, re.M)[0]
             )
             for name in ("draft", "accepted")
         )
-        assert drafts >= accepted > 0, variant
+        assert drafts >= accepted == accepted_of_run > 0, variant
 
 
 @pytest.mark.parametrize("scheme", ["rtn-dynamic", "llm-int8"])

@@ -323,6 +323,7 @@ def test_several_tokens_of_a_step_reach_their_stream_and_the_step_counts_once() 
         engine.stop()
     assert sum(map(len, news)) == progress.num_generated == 40
     assert progress.batch_size_mean == 1.0
+    assert progress.num_accepted == stats.num_accepted_tokens > 0
     assert stats.num_steps == 40 - stats.num_accepted_tokens < 40
     assert stats.step_batch_sizes[1] == stats.num_steps
     of_steps = [list(step) for _, step in groupby((token for tokens in news for token in tokens), lambda t: t.time_s)]
