@@ -121,13 +121,21 @@ class Run:
                     self._flush(piece)
                     self._end()
                 yield piece
-            if self._late is not None:
-                raise self._late
+            self._raise_if_late()
             if self.finish_reason is None:
                 self._end()
         except Exception as error:
             self._count(_outcome(error))
             raise
+
+    def _raise_if_late(self) -> None:
+        # A raised exception refers to its frames, and they to this run: kept here or there it would close a cycle.
+        late, self._late = self._late, None
+        try:
+            if late is not None:
+                raise late
+        finally:
+            del late
 
     def answer(self) -> Answer:
         """The complete answer. Call it after `pieces` has ended."""
