@@ -130,6 +130,27 @@ def allowed_timeout(asked_s: float | None, settings: Settings) -> float:
     return limit_s if asked_s is None else asked_s
 
 
+def num_logprobs(params: SamplingParams, num_prompt: int) -> int:
+    """Log-probabilities that an answer of max_tokens contains, those of its prompt included."""
+    of_answer = 0 if params.logprobs is None else params.max_tokens * (params.logprobs + 1)
+    return of_answer + (0 if params.prompt_logprobs is None else num_prompt * (params.prompt_logprobs + 1))
+
+
+def refuse_dear(num_asked: int, num_answers: int, settings: Settings) -> None:
+    """Refuse a request for too many log-probabilities: their answer takes memory and time of everybody.
+
+    Raises:
+        InvalidRequest: num_asked, of all answers together, is above max_logprobs.
+    """
+    if num_asked > settings.max_logprobs:
+        raise InvalidRequest(
+            f"`logprobs` asks for {num_asked} log-probabilities: answers ({num_answers}) x tokens, with `echo` those of "
+            f"the prompt too, x (likeliest tokens + 1); this server's limit is {settings.max_logprobs} a request; ask "
+            "for fewer answers, tokens or likeliest tokens",
+            "logprobs",
+        )
+
+
 def _refuse_above_limits(asked: int | None, room: Room, settings: Settings) -> None:
     max_prompt, max_asked = settings.max_prompt_tokens, settings.max_tokens_limit
     if max_prompt is not None and room.num_prompt > max_prompt:

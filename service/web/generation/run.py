@@ -230,7 +230,7 @@ class Run:
 
     def _tell(self, reason: FinishReason) -> None:
         """Report the finished run to metrics, recent runs and shadow mode."""
-        plan, serving, metrics = self.plan, self._serving, self.answer().metrics
+        plan, serving, metrics = self.plan, self._serving, self.times()
         serving.metrics.finished(plan.variant, metrics, self.tokens, self._exemplar)
         serving.recent.add(plan.id, plan.variant, plan.route, reason, metrics)
         has_baseline = serving.why_unready(BASELINE) is None

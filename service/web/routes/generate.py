@@ -27,11 +27,13 @@ from service.web.generation.planning import (
     ending_of,
     fitting,
     known_ids,
+    num_logprobs,
+    refuse_dear,
     refuse_early_ends,
     sampling_params,
     text_ids,
 )
-from service.web.generation.reply import answered, streamed
+from service.web.generation.reply import answered, built, streamed
 from service.web.generation.run import Piece, Plan, Run
 from service.web.generation.sse import MARK, Form
 from service.web.generation.tool_use import (
@@ -104,6 +106,8 @@ async def make_plan(
     # A comparison needs the chosen tokens' log-probabilities, and the same seed for both runs.
     logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
     seed = secrets.randbits(32) if body.seed is None and body.compare else body.seed
+    num_asked = len(engines) * num_logprobs(replace(params, logprobs=logprobs), len(prompt_ids))
+    refuse_dear(num_asked, len(engines), serving.settings)
     return use, Plan(
         id=f"gen-{uuid4().hex}",
         variant=variant,
@@ -147,7 +151,8 @@ class Job:
         first = self._runs[0]
         async for event in _deltas(first, self._use):
             yield event
-        answer = GenerateResponse(**_fields(self._answer(first)))
+        num_asked = num_logprobs(first.plan.params, 0)
+        answer = await built(lambda: GenerateResponse(**_fields(self._answer(first))), num_asked)
         if self._compare:
             await first.released()
             second = self._start(
@@ -162,7 +167,8 @@ class Job:
             )
             async for event in _deltas(second, self._use):
                 yield event
-            answer = self._compared(first, second)
+            answers = await built(lambda: (self._answer(first), self._answer(second)), 2 * num_asked)
+            answer = self._compared(first, second, *answers)
         yield answer
 
     async def answer(self) -> GenerateResponse:
@@ -194,8 +200,7 @@ class Job:
             update={"text": text, "finish_reason": end_of(answer.finish_reason, len(calls)), **shown}
         )
 
-    def _compared(self, first: Run, second: Run) -> GenerateResponse:
-        answer, baseline = self._answer(first), self._answer(second)
+    def _compared(self, first: Run, second: Run, answer: Answer, baseline: Answer) -> GenerateResponse:
         faster = speedup(answer.metrics, baseline.metrics)
         alike = agreement(first.tokens, second.tokens)
         contended = self._visit.is_contended

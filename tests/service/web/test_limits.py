@@ -3,7 +3,8 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
@@ -17,6 +18,9 @@ from service.engine.messages import Submit
 from service.engine.stream import RequestStream
 from service.errors import InvalidRequest, QueueFull, RateLimited
 from service.web.limits import MAX_RETRY_AFTER_S, KeyLimits, Pace, TokenBucket, whole_seconds
+from service.web.openai.answers import CompletionLogprobs
+from service.web.openai.logprobs import TextLogprobs
+from service.web.schemas.generate import TokenLogprob
 from tests.service.kinds import Samples
 from tests.support.fake_engine import FakeEngine, FakeRequest
 from tests.support.harness import app_of, client_of, engines_of, events_of, metrics_of, post, two_engines, until
@@ -220,6 +224,65 @@ def test_more_answers_than_a_key_may_ever_have_are_refused_for_good() -> None:
 
     for response, field in zip(asyncio.run(go()), ("n", "prompt", "n", "compare"), strict=True):
         assert assert_refused(response, 400, "invalid_value")["param"] == field
+
+
+HI = [{"role": "user", "content": "hi"}]
+DEAR: list[tuple[str, dict[str, Any], int]] = [
+    ("/v1/completions", {"prompt": [97] * 100, "n": 2, "echo": True, "logprobs": 4, "max_tokens": 0}, 2 * 101 * 5),
+    ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "logprobs": 4, "max_tokens": 60}, 4 * 60 * 5),
+    ("/v1/chat/completions", {"messages": HI, "n": 11, "logprobs": True, "top_logprobs": 0, "max_tokens": 100}, 1100),
+    ("/generate", {"prompt": "a", "logprobs": 20, "max_tokens": 50}, 50 * 21),
+    ("/generate", {"prompt": "a", "logprobs": 4, "max_tokens": 101, "compare": True}, 2 * 101 * 5),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "price"), DEAR)
+def test_a_request_is_priced_before_it_is_admitted(path: str, body: dict[str, Any], price: int) -> None:
+    async def go(limit: int) -> tuple[httpx.Response, int]:
+        engines = two_engines(max_model_len=4096)
+        async with client_of(app_of(engines, max_logprobs=limit)) as client:
+            return await client.post(path, json=body), len(engines["w8a8"].submitted)
+
+    refused, num_submitted = asyncio.run(go(price - 1))
+    error = assert_refused(refused, 400, "invalid_value")
+    assert (error["param"], num_submitted) == ("logprobs", 0)
+    assert f"asks for {price} log-probabilities" in error["message"]
+    assert f"limit is {price - 1} a request" in error["message"]
+    served, _ = asyncio.run(go(price))
+    assert served.status_code == 200, served.text
+
+
+def test_a_chat_without_a_number_of_tokens_has_as_many_as_may_be_scored() -> None:
+    async def go() -> int:
+        engines = two_engines(max_model_len=4096)
+        body = {"messages": HI, "n": 2, "logprobs": True, "top_logprobs": 4}
+        async with client_of(app_of(engines, max_logprobs=1000)) as client:
+            assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+        return engines["w8a8"].submitted[0].params.max_tokens
+
+    assert asyncio.run(go()) == 100
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_answer_is_built_off_the_event_loop(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[str] = set()
+    original = TextLogprobs.of_prompt
+
+    def of_prompt(self: TextLogprobs, entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
+        threads.add(threading.current_thread().name)
+        return original(self, entries)
+
+    monkeypatch.setattr(TextLogprobs, "of_prompt", of_prompt)
+
+    async def go(num_prompt: int) -> set[str]:
+        threads.clear()
+        body = {"prompt": [97] * num_prompt, "echo": True, "logprobs": 20, "max_tokens": 1, "stream": stream}
+        async with client_of(app_of(two_engines(max_model_len=4096))) as client:
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+        return set(threads)
+
+    assert asyncio.run(go(10)) == {"MainThread"}
+    assert "MainThread" not in asyncio.run(go(1000))
 
 
 def test_a_full_queue_has_room_for_the_share_of_another_key() -> None:
