@@ -16,6 +16,7 @@ from service.web.generation.planning import (
     chat_ids,
     ending_of,
     fitting,
+    in_time,
     known_ids,
     num_logprobs,
     refuse_dear,
@@ -141,7 +142,10 @@ async def chat_plans(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     refuse_dear(body.n * num_logprobs(params, len(ids)), body.n, serving.settings)
-    grammar = await answer_grammar(_schema_rules(body.response_format), use, serving.tokenizer, engine)
+    timeout_s = allowed_timeout(body.timeout_s, serving.settings)
+    async with in_time(received_s + timeout_s, timeout_s):
+        turn = serving.compiling[params.owner]
+        grammar = await answer_grammar(_schema_rules(body.response_format), use, serving.tokenizer, engine, turn)
     params = replace(params, grammar=grammar)
     refuse_early_ends(body, params.grammar)
     order = Order(
@@ -152,7 +156,7 @@ async def chat_plans(
         shows_logprobs=body.logprobs,
         continues=body.add_generation_prompt and is_continued(body.messages),
         received_s=received_s,
-        timeout_s=allowed_timeout(body.timeout_s, serving.settings),
+        timeout_s=timeout_s,
     )
     return use, order.plans([(ids, params)], body.n)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -26,6 +27,7 @@ from service.web.generation.planning import (
     chat_ids,
     ending_of,
     fitting,
+    in_time,
     known_ids,
     num_logprobs,
     refuse_dear,
@@ -101,7 +103,9 @@ async def make_plan(
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     max_tokens = fitting(asked, body.max_tokens, room, serving.settings)
     params = sampling_params(body, serving, max_tokens)
-    params = replace(params, grammar=await _grammar(use, engines, serving))
+    timeout_s = allowed_timeout(body.timeout_s, serving.settings)
+    async with in_time(received_s + timeout_s, timeout_s):
+        params = replace(params, grammar=await _grammar(use, engines, serving, serving.compiling[params.owner]))
     refuse_early_ends(body, params.grammar)
     # A comparison needs the chosen tokens' log-probabilities, and the same seed for both runs.
     logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
@@ -126,7 +130,7 @@ async def make_plan(
         continues=not body.opens_a_turn,
         received_s=received_s,
         is_compared=body.compare,
-        timeout_s=allowed_timeout(body.timeout_s, serving.settings),
+        timeout_s=timeout_s,
     )
 
 
@@ -250,9 +254,11 @@ def _require_baseline(variant: str, serving: Serving) -> None:
         )
 
 
-async def _grammar(use: ToolUse | None, engines: Sequence[Engine], serving: Serving) -> str | None:
+async def _grammar(
+    use: ToolUse | None, engines: Sequence[Engine], serving: Serving, turn: asyncio.Lock
+) -> str | None:
     """The rules of forced calls, compiled by every engine that the request will run on."""
-    rules = [await answer_grammar(None, use, serving.tokenizer, engine) for engine in engines]
+    rules = [await answer_grammar(None, use, serving.tokenizer, engine, turn) for engine in engines]
     return rules[0]
 
 

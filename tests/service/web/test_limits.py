@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any
 
 import httpx
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from service.engine.api import EngineStats, SamplingParams
+from service.engine.grammar import Grammar
 from service.engine.messages import Submit
 from service.engine.stream import RequestStream
 from service.errors import InvalidRequest, QueueFull, RateLimited
@@ -22,8 +23,18 @@ from service.web.openai.answers import CompletionLogprobs
 from service.web.openai.logprobs import TextLogprobs
 from service.web.schemas.generate import TokenLogprob
 from tests.service.kinds import Samples
-from tests.support.fake_engine import FakeEngine, FakeRequest
-from tests.support.harness import app_of, client_of, engines_of, events_of, metrics_of, post, two_engines, until
+from tests.support.fake_engine import FakeEngine, FakeGrammars, FakeRequest
+from tests.support.harness import (
+    DEADLINE_S,
+    app_of,
+    client_of,
+    engines_of,
+    events_of,
+    metrics_of,
+    post,
+    two_engines,
+    until,
+)
 
 
 class Clock:
@@ -283,6 +294,51 @@ def test_a_long_answer_is_built_off_the_event_loop(stream: bool, monkeypatch: py
 
     assert asyncio.run(go(10)) == {"MainThread"}
     assert "MainThread" not in asyncio.run(go(1000))
+
+
+class SlowGrammars(FakeGrammars):
+    """Does not end while it compiles a schema that names `slow`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def compile(self, rules: str) -> Grammar:
+        grammar = super().compile(rules)
+        assert "slow" not in rules or self.go.wait(DEADLINE_S)
+        return grammar
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    schema = {"type": "object", "properties": {name: {"type": "boolean"}}, "required": [name]}
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def test_a_schema_that_takes_long_keeps_only_its_own_key_and_no_longer_than_its_time() -> None:
+    async def go() -> tuple[list[httpx.Response], httpx.Response, int]:
+        grammars = SlowGrammars()
+        app = app_of(two_engines(), api_keys="anna:anna-key-1,ben:ben-key-1", grammars=grammars)
+        async with client_of(app) as client:
+
+            def ask(owner: str, name: str, **more: Any) -> Awaitable[httpx.Response]:
+                body = {"messages": HI, "max_tokens": 2, "response_format": schema_of(name), **more}
+                return client.post(
+                    "/v1/chat/completions", json=body, headers={"authorization": f"Bearer {owner}-key-1"}
+                )
+
+            slow = [asyncio.ensure_future(ask("anna", f"slow{i}", timeout_s=0.5)) for i in range(6)]
+            await until(lambda: bool(grammars.compiled))
+            other = await ask("ben", "quick")
+            late = await asyncio.gather(*slow)
+            num_begun = sum("slow" in rules for rules in grammars.compiled)
+            grammars.go.set()
+            return late, other, num_begun
+
+    late, other, num_begun = asyncio.run(go())
+    assert other.status_code == 200
+    for response in late:
+        assert assert_refused(response, 504, "deadline_exceeded")["param"] == "timeout_s"
+    assert num_begun == 1, "one at a time of a key"
 
 
 def test_a_full_queue_has_room_for_the_share_of_another_key() -> None:
