@@ -20,6 +20,11 @@ from service.text.protocols import TokenizerLike
 from service.text.stops import Ending
 
 IDLE_POLL_S = 0.01
+TOKEN_BYTES = 200
+"""Memory of a token of a sample, at most: its id, its time and its log-probability as Python objects."""
+
+MAX_WAITING_BYTES = 32 << 20
+"""Most bytes of the samples that wait; the next is dropped."""
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +48,20 @@ class Sample:
     tokens: list[Token]
     submitted_s: float
     is_contended: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes, roughly and at most."""
+        return TOKEN_BYTES * (len(self.prompt_ids) + len(self.tokens))
+
+    def without_others(self) -> Sample:
+        """It without what no comparison needs: log-probabilities of the prompt, and those of tokens not chosen."""
+        return replace(
+            self,
+            params=replace(self.params, prompt_logprobs=None, logprobs=None if self.params.logprobs is None else 0),
+            progress=replace(self.progress, prompt_logprobs=()),
+            tokens=[replace(token, top_logprobs=()) for token in self.tokens],
+        )
 
 
 def engine_times(progress: Progress, tokens: Sequence[Token], num_prompt: int, submitted_s: float) -> RunMetrics:
@@ -111,10 +130,11 @@ class Shadow:
 
     def offer(self, sample: Sample) -> None:
         """Queue a sample, or drop it if the queue is full."""
-        if len(self._samples) >= self._max_waiting:
+        num_bytes = sum(other.num_bytes for other in self._samples) + sample.num_bytes
+        if len(self._samples) >= self._max_waiting or num_bytes > MAX_WAITING_BYTES:
             self._metrics.shadowed(sample.variant, DROPPED)
             return
-        self._samples.append(sample)
+        self._samples.append(sample.without_others())
         self._has_samples.set()
 
     def yield_device(self) -> None:

@@ -266,6 +266,8 @@ class EngineLoop:
         try:
             while (fault := self._turn_steps()) is not None and not self.failed.done():
                 logger.error("a step of engine %s raised", self.variant, exc_info=fault)
+                # Its frames hold the step and its requests, and it is kept until the next fault.
+                fault = fault.with_traceback(None)
                 if self._restarts.allows(fault, time.perf_counter()):
                     self._fail_running(fault)
                 else:
@@ -328,6 +330,7 @@ class EngineLoop:
         with self._wake:
             step = self._scheduler.schedule(time.perf_counter())
             self._inbox.note_scheduled(self._scheduler.admitted)
+            self._scheduler.admitted = []
             self._inbox.publish()
         if step is not None:
             handle = self._watched("launching", step, self._device_thread.run, self._runner.execute, step)

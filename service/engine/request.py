@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from service.engine.api import FinishReason, SamplingParams
 from service.engine.drafts.drafter import Drafter
 from service.engine.grammar import Matcher
 from service.engine.messages import Logprob
+
+_serials = itertools.count(1)
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +22,8 @@ class Request:
     num_pending tokens that steps in flight will yield and the host has not yet read (at most 2). What drafts may yield
     beyond that counts once it has been read.
 
+    serial: unlike that of any other request of this process. Whoever has to know later whose a row was keeps this, and
+        not the request, which would keep all that it holds.
     handle: identifies the request in messages; chosen by the submitter.
     number: its place in the order of arrival.
     rank: its place among the running requests of several API keys; 0 while there is but one key.
@@ -40,6 +45,7 @@ class Request:
     params: SamplingParams
     arrival_s: float
     seed: int
+    serial: int = field(default_factory=_serials.__next__)
     handle: int = 0
     number: int = 0
     rank: int = 0

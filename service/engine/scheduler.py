@@ -143,7 +143,7 @@ class Scheduler:
         """The requests that the last `schedule` started for the first time."""
         self._num_arrived = 0
         self._last_time_s = 0.0
-        self._blocked: tuple[Request, int] | None = None
+        self._blocked: tuple[int, int] | None = None
         self._free_rows = list(range(max_num_requests - 1, -1, -1))
 
     @property
@@ -210,7 +210,7 @@ class Scheduler:
         while may_admit and budget and (head := self._next()) is not None and not self._is_blocked(head):
             found = self._found(head)
             if not self._fits(head, found):
-                self._blocked = head, self.pool.num_free
+                self._blocked = head.serial, self.pool.num_free
                 break
             num_left = head.num_tokens - len(found) * self.block_size
             length = _piece(num_left, self._share(head, num_left, budget))
@@ -499,7 +499,7 @@ class Scheduler:
         if self._blocked is None or not self.running:
             return False
         blocked, num_free = self._blocked
-        return blocked is request and self.pool.num_free <= num_free
+        return blocked == request.serial and self.pool.num_free <= num_free
 
     def _fits(self, request: Request, found: Sequence[tuple[int, int]]) -> bool:
         """Whether all tokens of a request fit into the free blocks and the found ones."""

@@ -111,7 +111,8 @@ class StepTableBuilder:
         # Indexed by request row.
         self._blocks = np.zeros((layout.max_requests, layout.max_blocks), dtype=np.int32)
         self._num_blocks = np.zeros(layout.max_requests, dtype=np.int32)
-        self._owner: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * layout.max_requests
+        # Serial number of the request, preemptions of it, and its blocks that are known.
+        self._owner: list[tuple[int, int, int]] = [(0, 0, 0)] * layout.max_requests
 
     def build(self, step: Step, numbers: Ints, shape: Shape | None = None) -> StepTable:
         """Write a step into an array of the layout's size, padded to a shape if one is given."""
@@ -176,13 +177,13 @@ class StepTableBuilder:
     def _learn_blocks(self, requests: Sequence[Request]) -> None:
         for request in requests:
             owner, num_preemptions, num_blocks = self._owner[request.row]
-            is_known = owner is request and num_preemptions == request.num_preemptions
+            is_known = owner == request.serial and num_preemptions == request.num_preemptions
             if is_known and num_blocks == len(request.blocks):
                 continue
             first, stop = num_blocks if is_known else 0, len(request.blocks)
             self._blocks[request.row, first:stop] = request.blocks[first:]
             self._num_blocks[request.row] = stop
-            self._owner[request.row] = request, request.num_preemptions, stop
+            self._owner[request.row] = request.serial, request.num_preemptions, stop
 
 
 def _known_ids(chunks: Sequence[Chunk]) -> list[int]:

@@ -77,11 +77,12 @@ class RequestStream:
         if self._tokens:
             tokens, self._tokens = self._tokens[:MAX_TOGETHER], self._tokens[MAX_TOGETHER:]
             return tokens
-        # A raised exception refers to its frames, and they to this stream; storing it here would close the cycle.
+        # A raised exception refers to its frames, and they to this stream: kept here or there it would close a cycle.
         error, self._error = self._error, None
-        if error is not None:
-            raise error
-        raise StopAsyncIteration
+        try:
+            raise StopAsyncIteration if error is None else error
+        finally:
+            del error
 
     def put(self, item: Item) -> None:
         """Add an item from the engine. Items after the end, or after `finish`, are dropped."""

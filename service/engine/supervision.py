@@ -124,6 +124,8 @@ class Watchdog:
             pause_s = left_s if left_s > 0 else self._timeout_s
             if in_hand is not None and left_s <= 0 and self._give_up(in_hand):
                 return
+            # It holds the step's requests, which must not live on while this thread sleeps.
+            del in_hand
 
 
 def stacks(*names: str) -> str:

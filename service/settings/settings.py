@@ -144,6 +144,12 @@ class Settings(BaseSettings):
     max_tokens_limit: int | None = Field(
         None, ge=1, description="Most tokens a request may generate; none: limited only by the context."
     )
+    max_logprobs: int = Field(
+        1 << 18,
+        ge=1,
+        description="Most log-probabilities of a request: answers x tokens x (`logprobs` + 1), with those of an echoed "
+        "prompt.",
+    )
     max_waiting: int = Field(1024, ge=1, description="Requests that may queue per variant; the next gets 503.")
     queue_timeout_s: float = Field(
         300.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -92,6 +93,8 @@ class Serving:
     reloads: Reloads
     models: ModelNames
     lifecycle: Lifecycle
+    compiling: dict[str, asyncio.Lock]
+    """A lock of each API key: one of its schemas is compiled at a time, so that the others' turn comes."""
 
     @classmethod
     def over(cls, host: Host, settings: Settings) -> Serving:
@@ -128,6 +131,7 @@ class Serving:
             reloads=Reloads(host.reload, metrics),
             models=ModelNames(host.engines, lambda: host.info),
             lifecycle=lifecycle,
+            compiling=defaultdict(asyncio.Lock),
         )
 
     @property

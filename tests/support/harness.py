@@ -111,6 +111,8 @@ class ThreadLink:
                     if not any(stream._tokens for stream in read):
                         break
                     await asyncio.sleep(0)
+                del read
+            del message
 
 
 def host_of(

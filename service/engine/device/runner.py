@@ -173,7 +173,7 @@ class Runner:
         self._last_ids = torch.zeros(max_requests + 1, dtype=torch.int64, device=self.device)
         self._seen: Tensor | None = None
         self._counts = TokenCounts(max_requests, decoder.config.vocab_size, self.device)
-        self._seen_owner: list[tuple[Request | None, int]] = [(None, 0)] * max_requests
+        self._seen_owner: list[tuple[int, int]] = [(0, 0)] * max_requests
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -320,7 +320,7 @@ class Runner:
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
         for chunk in chunks:
             request = chunk.request
-            owner = (request, request.num_preemptions)
+            owner = (request.serial, request.num_preemptions)
             if self._seen_owner[request.row] != owner:
                 known = request.prompt_ids + request.output_ids
                 row = self._seen[request.row]

@@ -20,7 +20,7 @@ class TokenCounts:
         self._device = device
         self._staging = Staging(device)
         self._counts: Tensor | None = None
-        self._owners: list[tuple[Request | None, int]] = [(None, 0)] * max_requests
+        self._owners: list[tuple[int, int]] = [(0, 0)] * max_requests
 
     def of(self, chunks: Sequence[Chunk], rows: Tensor, last_ids: Tensor) -> Tensor:
         """[S, V] int32, before the tokens of this step. A request that is new to its row is copied in.
@@ -58,5 +58,5 @@ class TokenCounts:
             counts.view(-1).scatter_add_(0, sent, torch.ones_like(sent, dtype=torch.int32))
 
 
-def _owner(request: Request) -> tuple[Request, int]:
-    return request, request.num_preemptions
+def _owner(request: Request) -> tuple[int, int]:
+    return request.serial, request.num_preemptions

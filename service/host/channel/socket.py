@@ -115,8 +115,13 @@ class ThreadEnd(Generic[T]):
     def read_all(self, receive: Callable[[T], None]) -> None:
         """Call `receive` with each message until the other side exits."""
         while data := self._read():
-            for message in self._frames.push(data):
-                receive(message)
+            self._take(data, receive)
+            # Not while it waits for more.
+            del data
+
+    def _take(self, data: bytes, receive: Callable[[T], None]) -> None:
+        for message in self._frames.push(data):
+            receive(message)
 
     def close(self) -> None:
         """Close the connection, so that the other side reads the end of the stream."""

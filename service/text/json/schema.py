@@ -28,12 +28,19 @@ from service.text.json.numbers import integer_rule, number_rule
 from service.text.json.terminals import CHAR, COMMON, FORMATS, literal, map_of
 
 MAX_SCHEMA_BYTES = 1 << 16
+MAX_RULES_BYTES = 1 << 17
+"""Longest rules. The time to compile grows with the square of their length: 128 KiB take up to 0.7 s, 460 KB 5 s."""
+MAX_COUNTED = 64
+"""Most arrays with a number of items. The time grows with their square too: 64 take 0.25 s, 1200 a minute."""
 MAX_DEPTH = 48
 """Most nested schemas, including references."""
 MAX_ITEMS = 1000
 MAX_OPTIONAL = 128
 """Most optional properties in the whole schema. If 100 can come next, finding the allowed tokens takes 2 ms, with 1000
 it takes 100 ms, during which every request in the step waits."""
+MAX_ALTERNATIVES = 128
+"""Most alternatives of `anyOf` in the whole schema. Of 128 that begin alike, finding the allowed tokens takes 0.6 ms,
+of 1200 it takes 130 ms: time and memory grow with their square."""
 MAX_LENGTHS = 8
 MAX_LENGTH_SUM = 256
 """Most different lengths of strings, and their sum. A position in such a string takes the compiler 7 ms with 49,152
@@ -57,8 +64,16 @@ class GrammarRules(NamedTuple):
     root: str
 
     def text(self) -> str:
-        """All rules in xgrammar's notation, with `root` last."""
-        return "\n".join(f"{name} ::= {body}" for name, body in {**self.bodies, "root": self.root}.items()) + "\n"
+        """All rules in xgrammar's notation, with `root` last.
+
+        Raises:
+            InvalidRequest: they are longer than MAX_RULES_BYTES.
+        """
+        rules = "\n".join(f"{name} ::= {body}" for name, body in {**self.bodies, "root": self.root}.items()) + "\n"
+        size = len(rules.encode())
+        if size > MAX_RULES_BYTES:
+            refuse((), f"has rules of {size} bytes; at most {MAX_RULES_BYTES} are served: use fewer formats and bounds")
+        return rules
 
     def __or__(self, other: GrammarRules) -> GrammarRules:
         """The rules for texts that either matches; rules of one name must be equal."""
@@ -102,6 +117,8 @@ class Rules:
         self._chain: tuple[Place, ...] = ()
         self._lengths: set[tuple[int, int | None]] = set()
         self._num_optional = 0
+        self._num_alternatives = 0
+        self._num_counted = 0
         self._depth = 0
 
     def all(self) -> GrammarRules:
@@ -168,6 +185,13 @@ class Rules:
             return self._values(value, schema, at)
         if word == "allOf" and len(value) > 1:
             refuse(place, f"has {len(value)} schemas; one is served: write them out as one")
+        self._num_alternatives += len(value) if word == "anyOf" else 0
+        if self._num_alternatives > MAX_ALTERNATIVES:
+            refuse(
+                place,
+                f"brings the alternatives to {self._num_alternatives}; {MAX_ALTERNATIVES} are served: write constants "
+                "as one `enum`, or use fewer schemas",
+            )
         return self._either([self._rule(part, (*place, str(i))) for i, part in enumerate(value)])
 
     def _reference(self, pointer: object, at: Place) -> str:
@@ -247,6 +271,13 @@ class Rules:
         least, most = range_of(schema, "Items", at)
         if max(least, most or 0) > MAX_ITEMS:
             refuse(at, f"asks for {max(least, most or 0)} items; at most {MAX_ITEMS} are served: lower it")
+        self._num_counted += least > 1 or most is not None
+        if self._num_counted > MAX_COUNTED:
+            refuse(
+                at,
+                f"brings the arrays with a number of items to {self._num_counted}; {MAX_COUNTED} are served: leave "
+                "`minItems` and `maxItems` out of the others",
+            )
         if most == 0:
             return self._add('"[]"')
         item = self._inside(schema.get("items", True), (*at, "items"))

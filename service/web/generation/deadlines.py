@@ -53,13 +53,7 @@ class Deadlines:
             timer.cancel()
 
     def _end_late(self) -> None:
-        self._expire(
-            DeadlineExceeded(
-                f"the request was not done within {self._timeout_s:g} s; ask for fewer tokens or, up to the server's "
-                "limit, a longer `timeout_s`",
-                "timeout_s",
-            )
-        )
+        self._expire(late(self._timeout_s))
 
     def _end_waiting(self) -> None:
         if self._stream.progress.first_scheduled_s is None:
@@ -69,3 +63,12 @@ class Deadlines:
                     retry_after_s=self._retry_after_s(),
                 )
             )
+
+
+def late(timeout_s: float) -> DeadlineExceeded:
+    """The error of a request that took longer than it may."""
+    return DeadlineExceeded(
+        f"the request was not done within {timeout_s:g} s; ask for fewer tokens or, up to the server's limit, a longer "
+        "`timeout_s`",
+        "timeout_s",
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from service.engine.api import RECOMMENDED, SamplingParams
@@ -12,6 +14,7 @@ from service.settings import Settings
 from service.telemetry.record import current
 from service.text.protocols import TokenizerLike
 from service.text.stops import Ending
+from service.web.generation.deadlines import late
 from service.web.schemas.bodies import Sampling
 from service.web.state import Serving
 
@@ -128,6 +131,41 @@ def allowed_timeout(asked_s: float | None, settings: Settings) -> float:
             "timeout_s",
         )
     return limit_s if asked_s is None else asked_s
+
+
+@asynccontextmanager
+async def in_time(until_s: float, timeout_s: float) -> AsyncIterator[None]:
+    """Cancel what is done inside at until_s, from `time.perf_counter`. timeout_s: for the message.
+
+    Raises:
+        DeadlineExceeded: it was not done by then.
+    """
+    try:
+        async with asyncio.timeout(until_s - time.perf_counter()):
+            yield
+    except TimeoutError as error:
+        raise late(timeout_s) from error
+
+
+def num_logprobs(params: SamplingParams, num_prompt: int) -> int:
+    """Log-probabilities that an answer of max_tokens contains, those of its prompt included."""
+    of_answer = 0 if params.logprobs is None else params.max_tokens * (params.logprobs + 1)
+    return of_answer + (0 if params.prompt_logprobs is None else num_prompt * (params.prompt_logprobs + 1))
+
+
+def refuse_dear(num_asked: int, num_answers: int, settings: Settings) -> None:
+    """Refuse a request for too many log-probabilities: their answer takes memory and time of everybody.
+
+    Raises:
+        InvalidRequest: num_asked, of all answers together, is above max_logprobs.
+    """
+    if num_asked > settings.max_logprobs:
+        raise InvalidRequest(
+            f"`logprobs` asks for {num_asked} log-probabilities: {num_answers} answers x tokens, with `echo` those of "
+            f"the prompt too, x (likeliest tokens + 1); this server's limit is {settings.max_logprobs} a request; ask "
+            "for fewer answers, tokens or likeliest tokens",
+            "logprobs",
+        )
 
 
 def _refuse_above_limits(asked: int | None, room: Room, settings: Settings) -> None:

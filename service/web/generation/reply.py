@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
+from typing import TypeVar
 
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel
@@ -15,6 +17,10 @@ from service.web.failures import error_body, internal_error
 from service.web.generation.sse import DONE, ClientGone, EventStream, event, unless_disconnected
 
 CLIENT_GONE_STATUS = 499
+THREAD_LOGPROBS = 4096
+"""Beyond this many, about 1 MB as text, building them would keep the event loop from others for milliseconds."""
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +43,11 @@ async def answered(
     finally:
         close()
     return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+async def built(build: Callable[[], T], num_logprobs: int) -> T:
+    """What build returns; it is called on a thread if it has to put many log-probabilities into models."""
+    return await asyncio.to_thread(build) if num_logprobs > THREAD_LOGPROBS else build()
 
 
 async def _guarded(

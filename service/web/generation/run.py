@@ -121,13 +121,21 @@ class Run:
                     self._flush(piece)
                     self._end()
                 yield piece
-            if self._late is not None:
-                raise self._late
+            self._raise_if_late()
             if self.finish_reason is None:
                 self._end()
         except Exception as error:
             self._count(_outcome(error))
             raise
+
+    def _raise_if_late(self) -> None:
+        # A raised exception refers to its frames, and they to this run: kept here or there it would close a cycle.
+        late, self._late = self._late, None
+        try:
+            if late is not None:
+                raise late
+        finally:
+            del late
 
     def answer(self) -> Answer:
         """The complete answer. Call it after `pieces` has ended."""
@@ -222,7 +230,7 @@ class Run:
 
     def _tell(self, reason: FinishReason) -> None:
         """Report the finished run to metrics, recent runs and shadow mode."""
-        plan, serving, metrics = self.plan, self._serving, self.answer().metrics
+        plan, serving, metrics = self.plan, self._serving, self.times()
         serving.metrics.finished(plan.variant, metrics, self.tokens, self._exemplar)
         serving.recent.add(plan.id, plan.variant, plan.route, reason, metrics)
         has_baseline = serving.why_unready(BASELINE) is None

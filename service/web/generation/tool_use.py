@@ -123,11 +123,16 @@ def tool_use(body: WithTools, tokenizer: TokenizerLike) -> ToolUse | None:
 
 
 async def answer_grammar(
-    rules_of_text: Callable[[], GrammarRules] | None, use: ToolUse | None, tokenizer: TokenizerLike, engine: Engine
+    rules_of_text: Callable[[], GrammarRules] | None,
+    use: ToolUse | None,
+    tokenizer: TokenizerLike,
+    engine: Engine,
+    turn: asyncio.Lock,
 ) -> str | None:
     """The grammar's rules that an answer is held to, already compiled by the engine; None for any text.
 
     rules_of_text: makes the rules of an answer that calls no tool; None if that may be any text.
+    turn: held until they are compiled.
 
     Raises as `Rules.all`, `call_grammar` and `Engine.compile`.
     """
@@ -142,8 +147,22 @@ async def answer_grammar(
         return (rules_of_text() if calls is None else rules_of_text() | calls).text()
 
     rules = await asyncio.to_thread(made)
-    await engine.compile(rules)
+    await _compile(rules, engine, turn)
     return rules
+
+
+async def _compile(rules: str, engine: Engine, turn: asyncio.Lock) -> None:
+    await turn.acquire()
+    compiling = asyncio.ensure_future(engine.compile(rules))
+
+    def release(done: asyncio.Future[None]) -> None:
+        turn.release()
+        if not done.cancelled():
+            done.exception()
+
+    # Whoever waits for it may leave, but the engine goes on, and until it is done it is this key's turn.
+    compiling.add_done_callback(release)
+    await asyncio.shield(compiling)
 
 
 def is_continued(messages: Sequence[Turn]) -> bool:

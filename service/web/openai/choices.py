@@ -6,9 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from service.engine.api import FinishReason
+from service.web.generation.planning import num_logprobs
+from service.web.generation.reply import built
 from service.web.generation.run import Piece, Plan, Run
 from service.web.generation.sse import MARK, Form
 from service.web.model_names import ModelNames
@@ -69,6 +72,11 @@ class Choices:
             run.close()
 
 
+def _num_logprobs(run: Run) -> int:
+    """Log-probabilities in a run's answer, at most."""
+    return num_logprobs(run.plan.params, len(run.plan.prompt_ids))
+
+
 async def _pump(index: int, run: Run, news: asyncio.Queue[New | int]) -> None:
     """Queue the pieces of a run, then its index when it has ended or raised."""
     try:
@@ -126,8 +134,14 @@ class Reply:
                 self._num_told += len(new.piece.token_ids)
                 if usage and self._options.continuous_usage_stats:
                     usage = {"usage": self._usage()}
+                is_first = new.choice not in self._forms
                 form = self._form_of(new, usage)
-                yield self._dialect.event([new], **usage) if form is None else form.event(new.piece.text)
+                if form is not None:
+                    yield form.event(new.piece.text)
+                    continue
+                # The first event of a choice has the log-probabilities of an echoed prompt.
+                num_built = _num_logprobs(self._choices.runs[new.choice]) if is_first else 0
+                yield await built(partial(self._dialect.event, [new], **usage), num_built)
         if usage:
             yield self._dialect.event([], usage=self._usage())
 
@@ -136,7 +150,8 @@ class Reply:
         async with aclosing(self._choices.news()) as news:
             async for new in news:
                 self._num_told += len(new.piece.token_ids)
-        return self._dialect.answer(self._usage())
+        usage = self._usage()
+        return await built(lambda: self._dialect.answer(usage), sum(map(_num_logprobs, self._choices.runs)))
 
     def _form_of(self, new: New, usage: dict[str, OpenAIUsage | None]) -> Form | None:
         """The form of an event with nothing but new text, as are all but a choice's first and last; else None."""

@@ -16,7 +16,10 @@ from service.web.generation.planning import (
     chat_ids,
     ending_of,
     fitting,
+    in_time,
     known_ids,
+    num_logprobs,
+    refuse_dear,
     refuse_early_ends,
     sampling_params,
     text_ids,
@@ -96,6 +99,8 @@ async def completion_plans(
             prompt_logprobs=body.logprobs if body.echo else None,
         )
         wanted.append((prompt.ids, params))
+    num_asked = body.n * sum(num_logprobs(params, len(ids)) for ids, params in wanted)
+    refuse_dear(num_asked, body.n * len(prompts), serving.settings)
     order = Order(
         id=id_,
         route="/v1/completions",
@@ -129,12 +134,19 @@ async def chat_plans(
     messages = shown_messages(body.messages, serving.tokenizer)
     ids = await chat_ids(messages, serving, body.add_generation_prompt, shown_tools(body, use))
     room = Room(len(ids), engine.max_model_len, "messages", _limit_of(body))
-    max_tokens = fitting(_asked_tokens(body), None, room, serving.settings)
+    # Without a number of tokens, as many as may have log-probabilities.
+    most = serving.settings.max_logprobs // (body.n * ((body.top_logprobs or 0) + 1)) if body.logprobs else None
+    max_tokens = fitting(_asked_tokens(body), most, room, serving.settings)
     params = replace(
         sampling_params(body, serving, max_tokens),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=await answer_grammar(_schema_rules(body.response_format), use, serving.tokenizer, engine),
     )
+    refuse_dear(body.n * num_logprobs(params, len(ids)), body.n, serving.settings)
+    timeout_s = allowed_timeout(body.timeout_s, serving.settings)
+    async with in_time(received_s + timeout_s, timeout_s):
+        turn = serving.compiling[params.owner]
+        grammar = await answer_grammar(_schema_rules(body.response_format), use, serving.tokenizer, engine, turn)
+    params = replace(params, grammar=grammar)
     refuse_early_ends(body, params.grammar)
     order = Order(
         id=id_,
@@ -144,7 +156,7 @@ async def chat_plans(
         shows_logprobs=body.logprobs,
         continues=body.add_generation_prompt and is_continued(body.messages),
         received_s=received_s,
-        timeout_s=allowed_timeout(body.timeout_s, serving.settings),
+        timeout_s=timeout_s,
     )
     return use, order.plans([(ids, params)], body.n)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -26,12 +27,15 @@ from service.web.generation.planning import (
     chat_ids,
     ending_of,
     fitting,
+    in_time,
     known_ids,
+    num_logprobs,
+    refuse_dear,
     refuse_early_ends,
     sampling_params,
     text_ids,
 )
-from service.web.generation.reply import answered, streamed
+from service.web.generation.reply import answered, built, streamed
 from service.web.generation.run import Piece, Plan, Run
 from service.web.generation.sse import MARK, Form
 from service.web.generation.tool_use import (
@@ -99,11 +103,15 @@ async def make_plan(
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     max_tokens = fitting(asked, body.max_tokens, room, serving.settings)
     params = sampling_params(body, serving, max_tokens)
-    params = replace(params, grammar=await _grammar(use, engines, serving))
+    timeout_s = allowed_timeout(body.timeout_s, serving.settings)
+    async with in_time(received_s + timeout_s, timeout_s):
+        params = replace(params, grammar=await _grammar(use, engines, serving, serving.compiling[params.owner]))
     refuse_early_ends(body, params.grammar)
     # A comparison needs the chosen tokens' log-probabilities, and the same seed for both runs.
     logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
     seed = secrets.randbits(32) if body.seed is None and body.compare else body.seed
+    num_asked = len(engines) * num_logprobs(replace(params, logprobs=logprobs), len(prompt_ids))
+    refuse_dear(num_asked, len(engines), serving.settings)
     return use, Plan(
         id=f"gen-{uuid4().hex}",
         variant=variant,
@@ -122,7 +130,7 @@ async def make_plan(
         continues=not body.opens_a_turn,
         received_s=received_s,
         is_compared=body.compare,
-        timeout_s=allowed_timeout(body.timeout_s, serving.settings),
+        timeout_s=timeout_s,
     )
 
 
@@ -147,7 +155,8 @@ class Job:
         first = self._runs[0]
         async for event in _deltas(first, self._use):
             yield event
-        answer = GenerateResponse(**_fields(self._answer(first)))
+        num_asked = num_logprobs(first.plan.params, 0)
+        answer = await built(lambda: GenerateResponse(**_fields(self._answer(first))), num_asked)
         if self._compare:
             await first.released()
             second = self._start(
@@ -162,7 +171,8 @@ class Job:
             )
             async for event in _deltas(second, self._use):
                 yield event
-            answer = self._compared(first, second)
+            answers = await built(lambda: (self._answer(first), self._answer(second)), 2 * num_asked)
+            answer = self._compared(first, second, *answers)
         yield answer
 
     async def answer(self) -> GenerateResponse:
@@ -194,8 +204,7 @@ class Job:
             update={"text": text, "finish_reason": end_of(answer.finish_reason, len(calls)), **shown}
         )
 
-    def _compared(self, first: Run, second: Run) -> GenerateResponse:
-        answer, baseline = self._answer(first), self._answer(second)
+    def _compared(self, first: Run, second: Run, answer: Answer, baseline: Answer) -> GenerateResponse:
         faster = speedup(answer.metrics, baseline.metrics)
         alike = agreement(first.tokens, second.tokens)
         contended = self._visit.is_contended
@@ -245,9 +254,11 @@ def _require_baseline(variant: str, serving: Serving) -> None:
         )
 
 
-async def _grammar(use: ToolUse | None, engines: Sequence[Engine], serving: Serving) -> str | None:
+async def _grammar(
+    use: ToolUse | None, engines: Sequence[Engine], serving: Serving, turn: asyncio.Lock
+) -> str | None:
     """The rules of forced calls, compiled by every engine that the request will run on."""
-    rules = [await answer_grammar(None, use, serving.tokenizer, engine) for engine in engines]
+    rules = [await answer_grammar(None, use, serving.tokenizer, engine, turn) for engine in engines]
     return rules[0]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.comparison.shadow import Shadow
+from service.comparison.shadow import TOKEN_BYTES, Shadow
 from service.comparison.tally import WINDOW, Comparisons
 from service.engine.api import SamplingParams
 from service.errors import InvalidSettings
@@ -281,3 +281,40 @@ def test_a_contended_comparison_gives_agreement_and_no_speed() -> None:
     assert samples["ottava_agreement_ratio_count", "how=compare", "variant=w8a8"] == 1
     assert (summary["compare"]["count"], summary["compare"]["contended"]) == (1, 1)
     assert set(summary["compare"]["speedup_median"].values()) == {None}
+
+
+DEAR = {"prompt": "abc", "echo": True, "logprobs": 5, "max_tokens": 3, "model": "w8a8"}
+
+
+def test_what_waits_keeps_no_log_probability_that_nobody_compares() -> None:
+    async def go() -> tuple[Any, FakeRequest]:
+        engines = two_engines()
+        app = app_of(engines, shadow_rate=1.0)
+        async with client_of(app) as client:
+            serving = app.state.serving
+            serving.traffic.enter()
+            assert (await client.post("/v1/completions", json=DEAR)).status_code == 200
+            (sample,) = serving.shadow._samples
+            serving.traffic.leave()
+            await until(lambda: serving.shadow.num_waiting == 0)
+            return sample, engines["fp16"].submitted[0]
+
+    sample, replay = asyncio.run(go())
+    assert sample.progress.prompt_logprobs == ()
+    assert [token.top_logprobs for token in sample.tokens] == [()] * 3
+    assert all(token.logprob is not None for token in sample.tokens)
+    assert (replay.params.logprobs, replay.params.prompt_logprobs) == (0, None)
+
+
+def test_what_waits_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> tuple[int, dict[str, float]]:
+        app = app_of(two_engines(), shadow_rate=1.0)
+        async with client_of(app) as client:
+            app.state.serving.traffic.enter()
+            for _ in range(4):
+                await client.post("/generate", json={"prompt": "abcd", "max_tokens": 4})
+            return app.state.serving.shadow.num_waiting, outcomes(await metrics_of(client))
+
+    monkeypatch.setattr("service.comparison.shadow.MAX_WAITING_BYTES", 2 * 8 * TOKEN_BYTES)
+    waiting, counted = asyncio.run(go())
+    assert (waiting, counted["dropped"]) == (2, 2)

@@ -22,7 +22,7 @@ from service.engine.grammar import Matcher
 from service.errors import InvalidRequest, QueueFull
 from service.text.json.compiler import MAX_COMPILING, JsonCompiler, JsonGrammar, JsonMatcher
 from service.text.json.numbers import integer_rule, number_rule
-from service.text.json.schema import json_grammar
+from service.text.json.schema import MAX_ALTERNATIVES, MAX_COUNTED, MAX_RULES_BYTES, json_grammar
 from service.text.tokenizer import Tokenizer
 from tests.support.tokenizers import byte_fallback_backend, byte_level_backend
 
@@ -463,3 +463,29 @@ def test_a_model_without_an_end_token_is_told() -> None:
     tokenizer = Tokenizer(byte_level_backend(), frozenset())
     with pytest.raises(InvalidRequest, match="names no end token"):
         compiled(None, JsonCompiler(lambda: tokenizer.vocabulary(tokenizer.vocab_size), tokenizer.eos_ids))
+
+
+def test_alternatives_are_bounded_in_the_whole_schema() -> None:
+    """The time for a mask, and the memory of a row, grow with the square of those that begin alike."""
+    part = {"anyOf": [{"items": STR, "minItems": 1}] * (MAX_ALTERNATIVES // 2)}
+    both = {"type": "object", "properties": {"a": part, "b": part}, "required": ["a", "b"]}
+    compiled(both)
+    one_more = {"anyOf": [both, INT]}
+    with pytest.raises(InvalidRequest, match=f"alternatives to .*; {MAX_ALTERNATIVES} are served"):
+        compiled(one_more)
+
+
+def test_what_would_take_long_to_compile_is_refused() -> None:
+    def arrays(count: int, **bounds: int) -> Schema:
+        names = [f"p{i}" for i in range(count)]
+        return {"type": "object", "properties": {n: {"type": "array", **bounds} for n in names}, "required": names}
+
+    compiled(arrays(MAX_COUNTED, maxItems=1000))
+    json_grammar(arrays(3 * MAX_COUNTED, minItems=1))
+    for bounds in ({"maxItems": 1000}, {"minItems": 2}):
+        with pytest.raises(InvalidRequest, match=f"number of items to {MAX_COUNTED + 1}; {MAX_COUNTED} are served"):
+            json_grammar(arrays(MAX_COUNTED + 1, **bounds))
+    names = [f"p{i}" for i in range(400)]
+    times = {"type": "string", "format": "date-time"}
+    with pytest.raises(InvalidRequest, match=f"at most {MAX_RULES_BYTES} are served"):
+        json_grammar({"type": "object", "properties": dict.fromkeys(names, times), "required": names})

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any
 
 import httpx
@@ -13,13 +14,27 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from service.engine.api import EngineStats, SamplingParams
+from service.engine.grammar import Grammar
 from service.engine.messages import Submit
 from service.engine.stream import RequestStream
 from service.errors import InvalidRequest, QueueFull, RateLimited
 from service.web.limits import MAX_RETRY_AFTER_S, KeyLimits, Pace, TokenBucket, whole_seconds
+from service.web.openai.answers import CompletionLogprobs
+from service.web.openai.logprobs import TextLogprobs
+from service.web.schemas.generate import TokenLogprob
 from tests.service.kinds import Samples
-from tests.support.fake_engine import FakeEngine, FakeRequest
-from tests.support.harness import app_of, client_of, engines_of, events_of, metrics_of, post, two_engines, until
+from tests.support.fake_engine import FakeEngine, FakeGrammars, FakeRequest
+from tests.support.harness import (
+    DEADLINE_S,
+    app_of,
+    client_of,
+    engines_of,
+    events_of,
+    metrics_of,
+    post,
+    two_engines,
+    until,
+)
 
 
 class Clock:
@@ -220,6 +235,110 @@ def test_more_answers_than_a_key_may_ever_have_are_refused_for_good() -> None:
 
     for response, field in zip(asyncio.run(go()), ("n", "prompt", "n", "compare"), strict=True):
         assert assert_refused(response, 400, "invalid_value")["param"] == field
+
+
+HI = [{"role": "user", "content": "hi"}]
+DEAR: list[tuple[str, dict[str, Any], int]] = [
+    ("/v1/completions", {"prompt": [97] * 100, "n": 2, "echo": True, "logprobs": 4, "max_tokens": 0}, 2 * 101 * 5),
+    ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "logprobs": 4, "max_tokens": 60}, 4 * 60 * 5),
+    ("/v1/chat/completions", {"messages": HI, "n": 11, "logprobs": True, "top_logprobs": 0, "max_tokens": 100}, 1100),
+    ("/generate", {"prompt": "a", "logprobs": 20, "max_tokens": 50}, 50 * 21),
+    ("/generate", {"prompt": "a", "logprobs": 4, "max_tokens": 101, "compare": True}, 2 * 101 * 5),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "price"), DEAR)
+def test_a_request_is_priced_before_it_is_admitted(path: str, body: dict[str, Any], price: int) -> None:
+    async def go(limit: int) -> tuple[httpx.Response, int]:
+        engines = two_engines(max_model_len=4096)
+        async with client_of(app_of(engines, max_logprobs=limit)) as client:
+            return await client.post(path, json=body), len(engines["w8a8"].submitted)
+
+    refused, num_submitted = asyncio.run(go(price - 1))
+    error = assert_refused(refused, 400, "invalid_value")
+    assert (error["param"], num_submitted) == ("logprobs", 0)
+    assert f"asks for {price} log-probabilities" in error["message"]
+    assert f"limit is {price - 1} a request" in error["message"]
+    served, _ = asyncio.run(go(price))
+    assert served.status_code == 200, served.text
+
+
+def test_a_chat_without_a_number_of_tokens_has_as_many_as_may_be_scored() -> None:
+    async def go() -> int:
+        engines = two_engines(max_model_len=4096)
+        body = {"messages": HI, "n": 2, "logprobs": True, "top_logprobs": 4}
+        async with client_of(app_of(engines, max_logprobs=1000)) as client:
+            assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+        return engines["w8a8"].submitted[0].params.max_tokens
+
+    assert asyncio.run(go()) == 100
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_answer_is_built_off_the_event_loop(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[str] = set()
+    original = TextLogprobs.of_prompt
+
+    def of_prompt(self: TextLogprobs, entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
+        threads.add(threading.current_thread().name)
+        return original(self, entries)
+
+    monkeypatch.setattr(TextLogprobs, "of_prompt", of_prompt)
+
+    async def go(num_prompt: int) -> set[str]:
+        threads.clear()
+        body = {"prompt": [97] * num_prompt, "echo": True, "logprobs": 20, "max_tokens": 1, "stream": stream}
+        async with client_of(app_of(two_engines(max_model_len=4096))) as client:
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+        return set(threads)
+
+    assert asyncio.run(go(10)) == {"MainThread"}
+    assert "MainThread" not in asyncio.run(go(1000))
+
+
+class SlowGrammars(FakeGrammars):
+    """Does not end while it compiles a schema that names `slow`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def compile(self, rules: str) -> Grammar:
+        grammar = super().compile(rules)
+        assert "slow" not in rules or self.go.wait(DEADLINE_S)
+        return grammar
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    schema = {"type": "object", "properties": {name: {"type": "boolean"}}, "required": [name]}
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def test_a_schema_that_takes_long_keeps_only_its_own_key_and_no_longer_than_its_time() -> None:
+    async def go() -> tuple[list[httpx.Response], httpx.Response, int]:
+        grammars = SlowGrammars()
+        app = app_of(two_engines(), api_keys="anna:anna-key-1,ben:ben-key-1", grammars=grammars)
+        async with client_of(app) as client:
+
+            def ask(owner: str, name: str, **more: Any) -> Awaitable[httpx.Response]:
+                body = {"messages": HI, "max_tokens": 2, "response_format": schema_of(name), **more}
+                return client.post(
+                    "/v1/chat/completions", json=body, headers={"authorization": f"Bearer {owner}-key-1"}
+                )
+
+            slow = [asyncio.ensure_future(ask("anna", f"slow{i}", timeout_s=0.5)) for i in range(6)]
+            await until(lambda: bool(grammars.compiled))
+            other = await ask("ben", "quick")
+            late = await asyncio.gather(*slow)
+            num_begun = sum("slow" in rules for rules in grammars.compiled)
+            grammars.go.set()
+            return late, other, num_begun
+
+    late, other, num_begun = asyncio.run(go())
+    assert other.status_code == 200
+    for response in late:
+        assert assert_refused(response, 504, "deadline_exceeded")["param"] == "timeout_s"
+    assert num_begun == 1, "one at a time of a key"
 
 
 def test_a_full_queue_has_room_for_the_share_of_another_key() -> None:
