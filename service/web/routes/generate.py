@@ -254,9 +254,7 @@ def _require_baseline(variant: str, serving: Serving) -> None:
         )
 
 
-async def _grammar(
-    use: ToolUse | None, engines: Sequence[Engine], serving: Serving, turn: asyncio.Lock
-) -> str | None:
+async def _grammar(use: ToolUse | None, engines: Sequence[Engine], serving: Serving, turn: asyncio.Lock) -> str | None:
     """The rules of forced calls, compiled by every engine that the request will run on."""
     rules = [await answer_grammar(None, use, serving.tokenizer, engine, turn) for engine in engines]
     return rules[0]

@@ -155,7 +155,7 @@ def test_nothing_waits_for_the_device() -> None:
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        counts._owners = [(None, 0)] * 9
+        counts._owners = [(0, 0)] * 9
         step()
         step()
     finally:
