@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from service.engine.api import RECOMMENDED, SamplingParams
@@ -49,8 +49,9 @@ async def chat_ids(
     serving: Serving,
     is_open: bool = True,
     tools: Sequence[dict[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a conversation in the model's chat template; is_open and tools as in `TokenizerLike.apply_chat`.
+    """Token ids of a conversation in the model's chat template; the last three as in `TokenizerLike.apply_chat`.
 
     Raises:
         InvalidRequest: the conversation is empty, the template refuses it, or the model has no row for one of its
@@ -62,9 +63,9 @@ async def chat_ids(
     num_chars = sum(len(message["content"]) for message in messages) + MESSAGE_CHARS * len(messages)
     has_calls = tools or any("tool_calls" in message for message in messages)
     ids = (
-        await asyncio.to_thread(tokenizer.apply_chat, messages, is_open, tools)
+        await asyncio.to_thread(tokenizer.apply_chat, messages, is_open, tools, variables)
         if num_chars > THREAD_CHARS or has_calls
-        else tokenizer.apply_chat(messages, is_open, tools)
+        else tokenizer.apply_chat(messages, is_open, tools, variables)
     )
     return _spelled(ids, serving, "messages")
 
