@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # An environment named with PY is used as it is; our own is made first.
 READY := $(if $(filter $(VENV)/%,$(PY)),$(INSTALLED))
 
-.PHONY: help setup serve test test-quick coverage check format gpu test-deploy test-monitoring bench bench-kernels \
+.PHONY: help setup serve test test-quick coverage check format gpu test-deploy test-clients test-monitoring bench bench-kernels \
 	dashboard clean
 
 help: ## show this list
@@ -59,6 +59,16 @@ gpu: $(READY) ## run the tests that need a CUDA GPU
 
 test-deploy: $(READY) ## build the image, bring up docker/compose.yaml and stop it under load; needs a Docker engine
 	$(PY) -m pytest -m deploy -rs tests/deploy $(ARGS)
+
+# Their packages want other versions than ottava's, of openai for one.
+CLIENTS := .venv-clients/.installed
+$(CLIENTS): tests/clients/requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+test-clients: $(READY) $(CLIENTS) ## run openai, LangChain, LiteLLM, LlamaIndex and pydantic-ai against the routes
+	$(PY) -m pytest -m clients tests/clients $(ARGS)
 
 bench: $(READY) ## measure decode and prefill of both variants on this machine
 	$(PY) -m benchmarks.serving $(ARGS)

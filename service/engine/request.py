@@ -95,8 +95,8 @@ class Request:
     def can_draft(self) -> bool:
         """Whether drafts can be checked: not against a grammar or penalties, which depend on the tokens before."""
         params = self.params
-        penalties = params.repetition_penalty - 1, params.presence_penalty, params.frequency_penalty
-        return self.matcher is None and not any(penalties)
+        is_penalized = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        return self.matcher is None and not is_penalized
 
     def known_ids(self, start: int, stop: int) -> list[int]:
         """The tokens at positions start .. stop - 1 that the host has read."""

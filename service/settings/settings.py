@@ -197,6 +197,11 @@ class Settings(BaseSettings):
         description="Origins whose pages may call the server, such as https://example.org, separated by commas; "
         "* for all.",
     )
+    always_usage: bool = Field(
+        False,
+        description="End every stream of OpenAI's routes with an event with the usage, as if the client had sent "
+        "stream_options.include_usage.",
+    )
 
     api_keys: Annotated[SecretStr | None, Panel("API keys")] = Field(
         None, description="API keys that clients send as Bearer token: `key` or `name:key`, separated by commas."

@@ -19,6 +19,7 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 
 from service.errors import InvalidRequest, UnsupportedModel, first_line
+from service.text.reasoning import OPENING
 from service.text.sandbox import BoundedEnvironment, OutOfBudget
 from service.text.tools.formats import format_of
 
@@ -52,6 +53,8 @@ class ChatTemplate:
         self.knows_developers = "developer" in source
         self.tool_format = format_of(source)
         """How the model writes calls of tools; None if the template knows none, or has another format."""
+        self.has_reasoning = OPENING in source
+        """Whether the model thinks before it answers; see `service.text.reasoning`."""
         self._environment = environment
         self._template: jinja2.Template | None = None
         self.fault: str | None = None
@@ -71,6 +74,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         is_open: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation.
 
@@ -80,6 +84,7 @@ class ChatTemplate:
             is_open: end the text inside the assistant's turn: at the start of a new message or, if the last one is the
                 assistant's and calls no tools, at the end of its content.
             tools: as OpenAI's; None for none.
+            variables: others that the template may know, such as `enable_thinking`.
 
         Raises:
             InvalidRequest: the template refuses these messages, fails on them, does not come to an end, or is broken.
@@ -93,7 +98,14 @@ class ChatTemplate:
         if continues:
             shown[-1]["content"] += mark
         try:
-            text = self._rendered(messages=shown, add_generation_prompt=is_open and not continues, tools=tools or None)
+            text = self._rendered(
+                **{
+                    **(variables or {}),
+                    "messages": shown,
+                    "add_generation_prompt": is_open and not continues,
+                    "tools": tools or None,
+                }
+            )
         except OutOfBudget as error:
             raise InvalidRequest(
                 f"the model's chat template does not come to an end on these messages: {error}; send fewer messages, "

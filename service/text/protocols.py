@@ -38,6 +38,11 @@ class TokenizerLike(Protocol):
         """How the model writes calls of tools; None if its chat template knows no tools, or has another format."""
         ...
 
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether the model thinks before it answers; see `service.text.reasoning`."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def apply_chat(
@@ -45,6 +50,7 @@ class TokenizerLike(Protocol):
         messages: Sequence[Mapping[str, Any]],
         is_open: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation; is_open ends it inside the assistant's turn, see `ChatTemplate.render`.
 

@@ -89,7 +89,7 @@ class StopStrings:
             end, at, self.found = min(matches)
             self._held = ""
             return text[: end if self._is_included else at]
-        num_held = self._num_held(text)
+        num_held = num_at_start(text, self._stops)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
@@ -98,10 +98,11 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _num_held(self, text: str) -> int:
-        """Length of the longest suffix of the text that is a prefix of a stop string."""
-        longest = max((len(stop) for stop in self._stops), default=0)
-        for length in range(min(len(text), longest - 1), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stops):
-                return length
-        return 0
+
+def num_at_start(text: str, markers: Sequence[str]) -> int:
+    """Length of the longest end of the text with which a marker begins, but is not complete."""
+    longest = max((len(marker) for marker in markers), default=0)
+    for length in range(min(len(text), longest - 1), 0, -1):
+        if any(marker.startswith(text[-length:]) for marker in markers):
+            return length
+    return 0

@@ -78,6 +78,11 @@ class Tokenizer:
         """See `TokenizerLike.tool_format`."""
         return None if self._tool_template is None else self._tool_template.tool_format
 
+    @property
+    def has_reasoning(self) -> bool:
+        """See `TokenizerLike.has_reasoning`."""
+        return self._template is not None and self._template.has_reasoning
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the model expects around a prompt.
 
@@ -91,6 +96,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         is_open: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation in the model's chat template; see `ChatTemplate.render`.
 
@@ -104,7 +110,7 @@ class Tokenizer:
             raise InvalidRequest("this model has no chat template: send `prompt` instead of `messages`", "messages")
         if not template.knows_developers:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-        return self._encode(template.render(messages, is_open, tools), add_special_tokens=False)
+        return self._encode(template.render(messages, is_open, tools, variables), add_special_tokens=False)
 
     def detokenizer(self, context: Sequence[int] = (), shown: Collection[str] = ()) -> Detokenizer:
         """A detokenizer for one request.

@@ -44,8 +44,9 @@ class ByteTokenizer:
     special_ids: Mapping[str, int] = {"<eos>": EOS}
     eos_ids = frozenset({EOS})
 
-    def __init__(self, tool_format: Format | None = None) -> None:
+    def __init__(self, tool_format: Format | None = None, *, has_reasoning: bool = False) -> None:
         self.tool_format = tool_format
+        self.has_reasoning = has_reasoning
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -55,8 +56,10 @@ class ByteTokenizer:
         messages: Sequence[Mapping[str, Any]],
         is_open: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         head = f"tools:{json.dumps(tools)}\n" if tools else ""
+        head += f"variables:{json.dumps(variables)}\n" if variables else ""
         text = "".join(f"{m['role']}:{m['content']}{_beside(m)}\n" for m in messages)
         return self.encode(head + (text[:-1] if is_open and messages[-1]["role"] == "assistant" else text))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+from service.text.stops import num_at_start
 from service.text.tools.calls import Arguments, Called, Event, Said
 from service.text.tools.format import Format
 from service.text.tools.reader import CallReader
@@ -73,7 +74,8 @@ class FreeParser:
         text = self._text
         place, opening = self._next_opening(text)
         if place < 0:
-            passed = len(text) if is_over else self._num_passed(text)
+            # The rest may be part of an opening that is still incomplete.
+            passed = len(text) if is_over else len(text) - num_at_start(text, (self._format.opening,))
             self._text = text[passed:]
             self._say(text[:passed])
             return False
@@ -113,12 +115,6 @@ class FreeParser:
             if text[start : start + 1] == "{":
                 return start, "{"
         return text.find(self._format.opening), self._format.opening
-
-    def _num_passed(self, text: str) -> int:
-        """How many characters cannot be part of an opening that is still incomplete."""
-        opening = self._format.opening
-        longest = min(len(text), len(opening) - 1)
-        return len(text) - next((n for n in range(longest, 0, -1) if opening.startswith(text[-n:])), 0)
 
     @property
     def _blank_chars(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
@@ -52,8 +52,9 @@ async def chat_ids(
     serving: Serving,
     is_open: bool = True,
     tools: Sequence[dict[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a conversation in the model's chat template; is_open and tools as in `TokenizerLike.apply_chat`.
+    """Token ids of a conversation in the model's chat template; the last three as in `TokenizerLike.apply_chat`.
 
     Raises:
         InvalidRequest: the conversation is empty, the template refuses it, or the model has no row for one of its
@@ -65,9 +66,9 @@ async def chat_ids(
     num_chars = sum(len(message["content"]) for message in messages) + MESSAGE_CHARS * len(messages)
     has_calls = tools or any("tool_calls" in message for message in messages)
     ids = (
-        await asyncio.to_thread(tokenizer.apply_chat, messages, is_open, tools)
+        await asyncio.to_thread(tokenizer.apply_chat, messages, is_open, tools, variables)
         if num_chars > THREAD_CHARS or has_calls
-        else tokenizer.apply_chat(messages, is_open, tools)
+        else tokenizer.apply_chat(messages, is_open, tools, variables)
     )
     return _spelled(ids, serving, "messages")
 

@@ -11,6 +11,7 @@ from service.engine.api import Engine, FinishReason
 from service.errors import InvalidRequest
 from service.text.json.schema import GrammarRules
 from service.text.protocols import TokenizerLike
+from service.text.reasoning import ReasoningParser
 from service.text.tools.calls import Arguments, Called, Event, Said, Tool, ToolParser
 from service.text.tools.forced import ForcedParser, call_grammar
 from service.text.tools.format import Format
@@ -54,6 +55,9 @@ class Turn(Protocol):
 
     @property
     def name(self) -> str | None: ...
+
+    @property
+    def thoughts(self) -> str | None: ...
 
     @property
     def tool_calls(self) -> list[PastCall]: ...
@@ -182,6 +186,8 @@ def shown_messages(messages: Sequence[Turn], tokenizer: TokenizerLike) -> list[d
         entry: dict[str, Any] = {"role": message.role, "content": message.content or ""}
         if message.name is not None:
             entry["name"] = message.name
+        if message.thoughts is not None:
+            entry["reasoning_content"] = message.thoughts
         if message.role == "tool" or message.tool_calls:
             if format_ is None:
                 raise InvalidRequest(
@@ -208,22 +214,34 @@ class Told(NamedTuple):
 
     content: str
     calls: list[ToolCallDelta]
+    reasoning: str = ""
 
 
 class Answering:
-    """Divides one answer, as it grows, into its content and its calls.
+    """Divides one answer, as it grows, into its reasoning, its content and its calls.
 
     Args:
-        use: None if it may hold no calls, so that all text is content.
+        use: None if it may hold no calls.
+        reasoning: None if it holds no reasoning.
     """
 
-    def __init__(self, use: ToolUse | None) -> None:
+    def __init__(self, use: ToolUse | None, reasoning: ReasoningParser | None = None) -> None:
         self._use = use
         self._parser = None if use is None else use.parser()
+        self._reasoning = reasoning
         self.num_calls = 0
 
     def grown(self, text: str, *, is_last: bool) -> Told:
         """What the next text of the answer adds."""
+        if self._reasoning is None:
+            return self._grown(text, is_last=is_last)
+        thought, content = self._reasoning.push(text)
+        if is_last:
+            rest = self._reasoning.flush()
+            thought, content = thought + rest.reasoning, content + rest.content
+        return self._grown(content, is_last=is_last)._replace(reasoning=thought)
+
+    def _grown(self, text: str, *, is_last: bool) -> Told:
         if self._parser is None:
             return Told(text, [])
         events = self._parser.push(text)
@@ -257,9 +275,17 @@ def end_of(end: End, num_calls: int) -> End:
     return "tool_calls" if num_calls and end is FinishReason.STOP else end
 
 
-def whole(use: ToolUse | None, text: str) -> tuple[str, list[ToolCall]]:
-    """The content and the calls of a complete answer."""
-    content, deltas = Answering(use).grown(text, is_last=True)
+class Whole(NamedTuple):
+    """A complete answer."""
+
+    content: str
+    calls: list[ToolCall]
+    reasoning: str
+
+
+def whole(answering: Answering, text: str) -> Whole:
+    """A complete answer, which nothing of has been read before."""
+    content, deltas, thought = answering.grown(text, is_last=True)
     calls = [
         ToolCall(
             id=delta.id or "",
@@ -268,4 +294,4 @@ def whole(use: ToolUse | None, text: str) -> tuple[str, list[ToolCall]]:
         )
         for delta in deltas
     ]
-    return content, calls
+    return Whole(content, calls, thought)

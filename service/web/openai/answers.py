@@ -93,6 +93,8 @@ class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None = Field(description="Null if there is nothing but calls of tools.")
     refusal: None = None
+    reasoning_content: str = Field("", description="What the model thought first, without its tags; only if it did.")
+    reasoning: str = Field("", description="The same, by another name.")
     tool_calls: list[ToolCall] = Field([], description="Only if there are any.")
 
 
@@ -119,6 +121,8 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] | None = Field(default=None, description="Only in the first event of each answer.")
     content: str | None = Field(default=None, description="Left out if there is nothing but calls of tools.")
+    reasoning_content: str = Field("", description="What the event adds to it; only if it does.")
+    reasoning: str = Field("", description="The same, by another name.")
     tool_calls: list[ToolCallDelta] = Field([], description="Only if there are any.")
 
 
@@ -149,6 +153,7 @@ class ServedModel(BaseModel):
     owned_by: Literal["ottava"] = "ottava"
     variant: str = Field(description="The variant that answers to this name.")
     max_model_len: int = Field(description="Tokens of prompt and answer together.")
+    context_length: int = Field(description="The same, by the name that some clients read.")
 
 
 class ModelList(BaseModel):

@@ -16,7 +16,7 @@ from service.text.protocols import TokenizerLike
 from service.web.failures import CountedRoute
 from service.web.generation.reply import answered, streamed
 from service.web.generation.run import Piece, Run
-from service.web.generation.tool_use import Answering, ToolUse, end_of, whole
+from service.web.generation.tool_use import end_of, whole
 from service.web.openai.answers import (
     AssistantMessage,
     ChatChoice,
@@ -29,7 +29,7 @@ from service.web.openai.answers import (
 )
 from service.web.openai.choices import Choices, New, Reply, head_of
 from service.web.openai.logprobs import chat_logprobs
-from service.web.openai.plans import chat_plans
+from service.web.openai.plans import ChatPlan, chat_plans
 from service.web.openai.requests import ChatRequest
 from service.web.openapi import generation
 from service.web.schemas.generate import TokenLogprob
@@ -55,11 +55,11 @@ async def chat(body: ChatRequest, http: HTTPRequest) -> Response:
         variant = serving.models.variant_of(body.model)
     id_ = f"chatcmpl-{uuid4().hex}"
     with serving.metrics.counting_refusals(variant):
-        use, plans = await chat_plans(id_, body, variant, serving, http.state.received_s)
+        plan = await chat_plans(id_, body, variant, serving, http.state.received_s)
     head = head_of(id_, "chat.completion.chunk" if body.stream else "chat.completion", variant, serving.models)
-    choices = Choices(plans, serving)
-    dialect = _Dialect(head, choices.runs, use=use, shows_logprobs=body.logprobs, tokenizer=serving.tokenizer)
-    reply = Reply(choices, dialect, body)
+    choices = Choices(plan.plans, serving)
+    dialect = _Dialect(head, choices.runs, plan, shows_logprobs=body.logprobs, tokenizer=serving.tokenizer)
+    reply = Reply(choices, dialect, body, always_usage=serving.settings.always_usage)
     if body.stream:
         return streamed(reply.events, http, choices.close)
     return await answered(reply.answer, http, choices.close)
@@ -70,19 +70,19 @@ class _Dialect:
         self,
         head: dict[str, Any],
         runs: Sequence[Run],
+        plan: ChatPlan,
         *,
-        use: ToolUse | None,
         shows_logprobs: bool,
         tokenizer: TokenizerLike,
     ) -> None:
         self._head = head
         self._runs = runs
-        self._use = use
+        self._plan = plan
         self._shows_logprobs = shows_logprobs
         self._tokenizer = tokenizer
         self._begun: set[int] = set()
-        self._answering = [Answering(use) for _ in runs]
-        self.is_plain = use is None
+        self._answering = [plan.answering() for _ in runs]
+        self.is_plain = plan.use is None and plan.is_opened is None
 
     def event(self, news: Sequence[New], **usage: Any) -> ChatCompletionChunk:
         return ChatCompletionChunk(**self._head, choices=[self._piece(*new) for new in news], **usage)
@@ -94,11 +94,13 @@ class _Dialect:
     def _piece(self, index: int, piece: Piece, end: FinishReason | None) -> ChatChunkChoice:
         """A choice of an event. The role is sent with the first text, so that no event precedes the first token."""
         answering = self._answering[index]
-        content, calls = answering.grown(piece.text, is_last=end is not None)
+        content, calls, thought = answering.grown(piece.text, is_last=end is not None)
         said: dict[str, Any] = {} if index in self._begun else {"role": "assistant"}
         if calls:
             said["tool_calls"] = calls
-        if content or not calls:
+        if thought:
+            said |= {"reasoning_content": thought, "reasoning": thought}
+        if content or not (calls or thought):
             said["content"] = content
         self._begun.add(index)
         logprobs = self._logprobs(piece.logprobs or ())
@@ -109,12 +111,14 @@ class _Dialect:
 
     def _whole(self, index: int, run: Run) -> ChatChoice:
         answer = run.answer()
-        content, calls = whole(self._use, answer.text)
-        shown = {"tool_calls": calls} if calls else {}
+        content, calls, thought = whole(self._plan.answering(), answer.text)
+        shown: dict[str, Any] = {"tool_calls": calls} if calls else {}
+        if thought:
+            shown |= {"reasoning_content": thought, "reasoning": thought}
         return ChatChoice(
             index=index,
             message=AssistantMessage(
-                role="assistant", content=content if content or not calls else None, refusal=None, **shown
+                role="assistant", content=content if content or not (calls or thought) else None, refusal=None, **shown
             ),
             logprobs=self._logprobs(answer.logprobs),
             finish_reason=end_of(answer.finish_reason, len(calls)),

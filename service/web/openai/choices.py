@@ -115,12 +115,14 @@ class Reply:
 
     Args:
         body: the request; in the usage, a prompt counts once for its n choices.
+        always_usage: whether a stream ends with the usage even if the request does not ask for it.
     """
 
-    def __init__(self, choices: Choices, dialect: Dialect, body: OpenAIRequest) -> None:
+    def __init__(self, choices: Choices, dialect: Dialect, body: OpenAIRequest, *, always_usage: bool) -> None:
         self._choices = choices
         self._dialect = dialect
         self._options = body.stream_options or StreamOptions()
+        self._has_usage = self._options.include_usage or always_usage
         self._n = body.n
         self._counts_answers = 0 not in (body.max_tokens, body.max_completion_tokens)
         self._num_told = 0
@@ -128,7 +130,7 @@ class Reply:
 
     async def events(self) -> AsyncGenerator[OpenAIAnswer | bytes, None]:
         """Yield an event per piece of each choice, then, if requested, one with the usage."""
-        usage: dict[str, OpenAIUsage | None] = {"usage": None} if self._options.include_usage else {}
+        usage: dict[str, OpenAIUsage | None] = {"usage": None} if self._has_usage else {}
         async with aclosing(self._choices.news()) as news:
             async for new in news:
                 self._num_told += len(new.piece.token_ids)

@@ -50,7 +50,7 @@ async def complete(body: CompletionRequest, http: HTTPRequest) -> Response:
     texts = [
         _Text(index, run, prompts[index // body.n], body, serving.tokenizer) for index, run in enumerate(choices.runs)
     ]
-    reply = Reply(choices, _Dialect(head, texts), body)
+    reply = Reply(choices, _Dialect(head, texts), body, always_usage=serving.settings.always_usage)
     if body.stream:
         return streamed(reply.events, http, choices.close)
     return await answered(reply.answer, http, choices.close)

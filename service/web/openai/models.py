@@ -34,4 +34,5 @@ def _served(name: str, variant: str, serving: Serving) -> ServedModel:
         created=serving.models.created,
         variant=variant,
         max_model_len=serving.engines[variant].max_model_len,
+        context_length=serving.engines[variant].max_model_len,
     )

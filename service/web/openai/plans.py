@@ -9,6 +9,8 @@ from typing import NamedTuple
 from service.engine.api import SamplingParams
 from service.errors import InvalidRequest
 from service.text.json.schema import GrammarRules, json_rules
+from service.text.protocols import TokenizerLike
+from service.text.reasoning import CLOSING, MARKERS, OPENING, ReasoningParser
 from service.text.stops import Ending
 from service.web.generation.planning import (
     Room,
@@ -25,10 +27,20 @@ from service.web.generation.planning import (
     text_ids,
 )
 from service.web.generation.run import Plan
-from service.web.generation.tool_use import ToolUse, answer_grammar, is_continued, shown_messages, shown_tools, tool_use
+from service.web.generation.tool_use import (
+    Answering,
+    ToolUse,
+    answer_grammar,
+    is_continued,
+    shown_messages,
+    shown_tools,
+    tool_use,
+)
 from service.web.openai.requests import MAX_CHOICES, ChatRequest, CompletionRequest, OpenAIRequest, ResponseFormat
 from service.web.state import Serving
 
+NUM_LAST = 48
+"""Tokens at the end of a prompt in which a template opens the reasoning; for tokenizers that spell it, too."""
 NUM_SEEDS = 1 << 63
 
 
@@ -70,6 +82,22 @@ class Order:
             for place, (ids, params) in enumerate(prompts)
             for i in range(n)
         ]
+
+
+class ChatPlan(NamedTuple):
+    """How the answers to a conversation are made and read.
+
+    use: how they may call tools; None if not at all.
+    is_opened: whether they begin inside the model's reasoning; None if they hold none.
+    """
+
+    plans: list[Plan]
+    use: ToolUse | None
+    is_opened: bool | None
+
+    def answering(self) -> Answering:
+        """What reads one answer."""
+        return Answering(self.use, None if self.is_opened is None else ReasoningParser(is_open=self.is_opened))
 
 
 async def completion_plans(
@@ -114,10 +142,8 @@ async def completion_plans(
     return prompts, order.plans(wanted, body.n)
 
 
-async def chat_plans(
-    id_: str, body: ChatRequest, variant: str, serving: Serving, received_s: float
-) -> tuple[ToolUse | None, list[Plan]]:
-    """How the answers may call tools, and n plans.
+async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving, received_s: float) -> ChatPlan:
+    """How the answers are made and read.
 
     Raises as `completion_plans`, `tool_use` and `shown_messages` and, where answers are held to a grammar, as
     `json_grammar`, `call_grammar` and `Engine.compile`.
@@ -132,7 +158,9 @@ async def chat_plans(
     serving.count_answers(body.n, "n")
     use = tool_use(body, serving.tokenizer)
     messages = shown_messages(body.messages, serving.tokenizer)
-    ids = await chat_ids(messages, serving, body.add_generation_prompt, shown_tools(body, use))
+    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    variables = {**effort, **body.chat_template_kwargs}
+    ids = await chat_ids(messages, serving, body.add_generation_prompt, shown_tools(body, use), variables)
     room = Room(len(ids), engine.max_model_len, "messages", _limit_of(body))
     # Without a number of tokens, as many as may have log-probabilities.
     most = serving.settings.max_logprobs // (body.n * ((body.top_logprobs or 0) + 1)) if body.logprobs else None
@@ -152,13 +180,16 @@ async def chat_plans(
         id=id_,
         route="/v1/chat/completions",
         variant=variant,
-        ending=ending_of(body, serving.tokenizer, () if use is None else use.format.markers, params),
+        ending=ending_of(body, serving.tokenizer, MARKERS.union(() if use is None else use.format.markers), params),
         shows_logprobs=body.logprobs,
         continues=body.add_generation_prompt and is_continued(body.messages),
         received_s=received_s,
         timeout_s=timeout_s,
     )
-    return use, order.plans([(ids, params)], body.n)
+    # A grammar leaves no room for reasoning.
+    reasons = serving.tokenizer.has_reasoning and params.grammar is None
+    opened = is_opened(ids, serving.tokenizer) if reasons else None
+    return ChatPlan(order.plans([(ids, params)], body.n), use, opened)
 
 
 async def _prompt(prompt: str | list[int], serving: Serving, is_echoed: bool) -> Prompt:
@@ -167,6 +198,13 @@ async def _prompt(prompt: str | list[int], serving: Serving, is_echoed: bool) ->
     ids = known_ids(prompt, serving, "prompt")
     decoder = serving.tokenizer.detokenizer()
     return Prompt(ids, "".join(map(decoder.push, ids)) + decoder.flush() if is_echoed else "")
+
+
+def is_opened(prompt_ids: Sequence[int], tokenizer: TokenizerLike) -> bool:
+    """Whether a prompt ends inside the model's reasoning."""
+    decoder = tokenizer.detokenizer((), MARKERS)
+    text = "".join(map(decoder.push, prompt_ids[-NUM_LAST:])) + decoder.flush()
+    return text.rfind(OPENING) > text.rfind(CLOSING)
 
 
 def _schema_rules(wanted: ResponseFormat | None) -> Callable[[], GrammarRules] | None:

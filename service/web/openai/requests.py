@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.web.openai.inert import EmptyList, InertText, Metadata, Nothing, Only
 from service.web.schemas.bodies import TEMPERATURE, NullIsAbsent, Sampling, Temperature, Text, whole_unicode
-from service.web.schemas.tools import PastCall, ToolFields
+from service.web.schemas.tools import PastCall, ToolFields, encodable
 
 MAX_CHOICES = 128
 """Most answers to one request: prompts times `n`."""
@@ -133,6 +133,8 @@ class ChatMessage(NullIsAbsent):
     name: Text | None = Field(None, description="The author's name, for chat templates that show it.")
     tool_calls: list[PastCall] = Field([], description="The assistant's calls of tools.")
     tool_call_id: Text | None = Field(None, description="The call that a message of the role tool answers.")
+    reasoning_content: Text | None = Field(None, description="What the assistant thought, for templates that show it.")
+    reasoning: Text | None = Field(None, description="Another name of `reasoning_content`.")
     refusal: Nothing = Field(None, description="Accepted: null.")
     audio: Nothing = Field(None, description="Accepted: null.")
     function_call: Nothing = Field(None, description="Accepted: null.")
@@ -144,6 +146,11 @@ class ChatMessage(NullIsAbsent):
         if self.content is None and self.role != "assistant":
             raise PydanticCustomError("no_content", "send a text")
         return self
+
+    @property
+    def thoughts(self) -> str | None:
+        """What the assistant thought, by either name."""
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
 
 class JsonSchema(NullIsAbsent):
@@ -190,5 +197,8 @@ class ChatRequest(OpenAIRequest, ToolFields):
     prediction: Any = Field(None, description="Accepted: any; it would only save time.")
     web_search_options: Nothing = Field(None, description="Accepted: null; nothing is searched.")
     moderation: Nothing = Field(None, description="Accepted: null; nothing is moderated.")
-    reasoning_effort: InertText = Field("", description="Accepted: any; it has no effect on answers.")
+    reasoning_effort: InertText | None = Field(None, description="Passed to the chat template, for those that know it.")
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(encodable)] = Field(
+        {}, description='Variables for the chat template, such as {"enable_thinking": false}.'
+    )
     verbosity: InertText = Field("", description="Accepted: any; it has no effect on answers.")

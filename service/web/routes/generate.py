@@ -198,7 +198,7 @@ class Job:
         answer = run.answer()
         if self._use is None:
             return answer
-        text, calls = whole(self._use, answer.text)
+        text, calls, _ = whole(Answering(self._use), answer.text)
         shown: dict[str, object] = {"tool_calls": calls} if calls else {}
         return answer.model_copy(
             update={"text": text, "finish_reason": end_of(answer.finish_reason, len(calls)), **shown}

@@ -30,6 +30,11 @@ class Message(Body):
             raise PydanticCustomError("no_content", "send a text")
         return self
 
+    @property
+    def thoughts(self) -> str | None:
+        """None: reasoning is part of the text on this route."""
+        return None
+
 
 def _exactly_one_prompt(schema: dict[str, Any]) -> None:
     """State in the JSON schema that exactly one of the prompt's fields is present and not null."""

@@ -13,7 +13,7 @@ from service.web.schemas.bodies import Body, NullIsAbsent, Text, whole_unicode
 MAX_TOOLS = 512
 
 
-def _encodable(value: dict[str, Any]) -> dict[str, Any]:
+def encodable(value: dict[str, Any]) -> dict[str, Any]:
     """The object, unchanged. Raises a pydantic error if a text in it cannot be shown to the model."""
     try:
         whole_unicode(json.dumps(value, ensure_ascii=False))
@@ -31,7 +31,7 @@ class FunctionDefinition(NullIsAbsent):
 
     name: ToolName = Field(description="Letters, digits, _ . : / and -.")
     description: Text | None = Field(None, description="What it does; shown to the model.")
-    parameters: Annotated[dict[str, Any], AfterValidator(_encodable)] | None = Field(
+    parameters: Annotated[dict[str, Any], AfterValidator(encodable)] | None = Field(
         None,
         description="JSON schema of its arguments; none: it takes none. Forced calls are held to it.",
     )
@@ -108,7 +108,7 @@ def _arguments(value: str) -> str:
         found = None
     if not isinstance(found, dict):
         raise PydanticCustomError("not_arguments", "send the JSON of an object")
-    _encodable(found)
+    encodable(found)
     return value
 
 

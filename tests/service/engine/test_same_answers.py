@@ -180,3 +180,33 @@ def test_drafts_change_no_answer(scheme: Scheme, num_blocks: int, wrap: Callable
     assert (20 if num_blocks == 200 else 0) < stats.num_accepted_tokens < stats.num_draft_tokens
     assert (stats.num_preemptions > 0) == (num_blocks < 200)
     assert without.num_draft_tokens == 0
+
+
+@pytest.mark.parametrize("wrap", [None, LateRunner], ids=["read at once", "read late"])
+def test_drafts_change_no_answer_that_is_penalized_biased_or_held(wrap: Callable[[Runner], StepRunner] | None) -> None:
+    decoder = random_decoder(ModelConfig.of(make_model("qwen2").config), SCHEME, torch.float32, CPU)
+    prompts = repetitive(random.Random(1), 8)
+    kinds = [
+        SamplingParams(40, presence_penalty=0.5, frequency_penalty=0.2),
+        SamplingParams(40, end_ids=(7, 20), held_ids=(EOS, 7, 20), min_tokens=9, logit_bias=((9, 3.0), (20, 2.0))),
+        SamplingParams(40, logit_bias=((9, 100.0),)),
+    ]
+
+    def run(speculation: Speculation | None) -> tuple[list[list[int]], EngineStats]:
+        engine = make_engine(decoder, wrap=wrap, speculation=speculation, eos_ids={EOS})
+
+        async def go() -> list[list[Token]]:
+            return await asyncio.gather(
+                *(collect(engine, prompt, kinds[n % 3], str(n)) for n, prompt in enumerate(prompts))
+            )
+
+        try:
+            return [[token.id for token in tokens] for tokens in asyncio.run(go())], engine.stats()
+        finally:
+            engine.stop()
+
+    wanted, _ = run(None)
+    found, stats = run(Eager(3, 16))
+    assert found == wanted
+    assert all(answer == [9] * 40 for answer in wanted[2::3])
+    assert stats.num_accepted_tokens > 0

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from service.engine.api import FinishReason
 from tests.service.kinds import Samples
 from tests.support.fake_engine import FakeEngine
-from tests.support.harness import app_of, engines_of, metrics_of, server_of, two_engines, until
+from tests.support.harness import app_of, client_of, engines_of, events_of, metrics_of, server_of, two_engines, until
 from tests.support.openai_client import TEXT, USER, ask, complete, openai_of, stream
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "x"}]
@@ -78,6 +78,24 @@ def test_a_stream_without_usage_ends_with_the_finish_reason() -> None:
     assert stream("text", prompt="a", max_tokens=3)[-1].choices[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": USER})]
+)
+@pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": False}}, {"stream_options": None}])
+def test_every_stream_has_usage_where_the_operator_wants_it(
+    path: str, body: dict[str, Any], options: dict[str, Any]
+) -> None:
+    async def last(**settings: Any) -> dict[str, Any]:
+        async with client_of(app_of(two_engines(reply="ab"), **settings)) as client:
+            response = await client.post(path, json={**body, **options, "max_tokens": 9, "stream": True})
+            return events_of(response)[-1]
+
+    with_usage, without = asyncio.run(last(always_usage=True)), asyncio.run(last())
+    assert (with_usage["choices"], with_usage["usage"]["completion_tokens"]) == ([], 3)
+    assert "usage" not in without
+    assert without["choices"][0]["finish_reason"] == "stop"
+
+
 def test_a_streamed_echo_begins_with_the_prompt() -> None:
     first, *rest = stream("text", prompt="abc", echo=True, logprobs=0, max_tokens=3)
     assert first.choices[0].text.startswith("abcn")
@@ -97,7 +115,8 @@ def test_model_names(name: str, variant: str) -> None:
 
     answer, served = ask(work)[0]
     assert answer.model == f"fake:{variant}"
-    assert (served.id, served.object, served.variant, served.max_model_len) == (name, "model", variant, 64)
+    assert (served.id, served.object, served.variant) == (name, "model", variant)
+    assert served.max_model_len == served.context_length == 64
 
 
 def test_listed_models() -> None:

@@ -111,13 +111,12 @@ def test_a_crowd_leaves_no_room_and_is_not_even_read() -> None:
 
 def test_who_may_not_or_need_not_draft() -> None:
     last = repeating("a", max_tokens=1)
-    for request in (
-        last,
-        repeating("b", matcher=Anything()),
+    penalized = [
         repeating("c", repetition_penalty=1.1),
-        repeating("d", frequency_penalty=0.1),
-        repeating("e", presence_penalty=1),
-    ):
+        repeating("d", presence_penalty=0.1),
+        repeating("e", frequency_penalty=-0.1),
+    ]
+    for request in (last, repeating("b", matcher=Anything()), *penalized):
         assert Eager().plan([request]) == {}
     wanted = repeating("d", max_tokens=3)
     assert Eager().plan([wanted]) == {wanted: 2}
