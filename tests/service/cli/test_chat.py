@@ -88,7 +88,7 @@ def test_keys() -> None:
     with served(page_app(engines(), api_keys=f"anna:{KEY}")) as url:
         refused = ask(url, "hi")
         assert (refused.exit_code, refused.stdout) == (1, "")
-        assert "the server answered 401: this server needs an API key" in refused.stderr
+        assert "the server answered 401: this needs an API key" in refused.stderr
         assert ask(url, "hi", "--api-key", KEY).stdout == "hello there\n"
         by_variable = CliRunner().invoke(cli.app, ["chat", "hi"], env={"OTTAVA_API_KEY": KEY, "OTTAVA_URL": url})
         assert by_variable.stdout == "hello there\n"
