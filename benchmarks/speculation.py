@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.faults.server import Server
+from benchmarks.faults.server import Server, environment
 from benchmarks.report import RESULTS, birth_certificate, write
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,10 @@ def texts() -> list[Text]:
 
 def main() -> int:
     args = _arguments()
-    certificate = birth_certificate(args.commit) | {"model": Path(args.model).name if args.model else "demo"}
+    certificate = birth_certificate(args.commit) | {
+        "model": Path(args.model).name if args.model else "demo",
+        "engine_threads": int(environment()["OMP_NUM_THREADS"]),
+    }
     rows = asyncio.run(_measured(args))
     write(args.out or RESULTS / "speculation-demo-cpu.json", certificate, rows)
     print(table(rows))
