@@ -43,6 +43,7 @@ _VALUE_ERRORS = {
     "not_arguments": "which is no JSON of an object; {message}",
     "too_deep": "which is nested too deep; {message}",
     "tools_alone": "which has `tools` without `messages`; {message}",
+    "not_one": "but {message}",
     "no_choice": "which is no choice of a tool; {message}",
     "no_content": "which has no `content`; {message}",
     "string_pattern_mismatch": "which does not match {pattern}; send a name that does",

@@ -8,6 +8,7 @@ string with a length contains no escapes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -97,6 +98,11 @@ def json_grammar(schema: dict[str, Any] | None) -> str:
 def json_rules(schema: dict[str, Any] | None) -> GrammarRules:
     """The rules of `json_grammar`. Raises as it does."""
     return Rules({"type": "object"} if schema is None else schema).all()
+
+
+def choice_rules(texts: Sequence[str]) -> GrammarRules:
+    """The rules of an answer that is one of these texts."""
+    return GrammarRules({"choice": " | ".join(json.dumps(text) for text in texts)}, "choice")
 
 
 class Rules:

@@ -238,13 +238,13 @@ def refuse_early_ends(body: Sampling, grammar: str | None) -> None:
 
 
 def ending_of(
-    body: Sampling, tokenizer: TokenizerLike, markers: Collection[str] = (), params: SamplingParams | None = None
+    body: Sampling, tokenizer: TokenizerLike, markers: Collection[str] = (), grammar: str | None = None
 ) -> Ending:
     """What ends the text of an answer. markers: special tokens that its parser must see."""
     named = {name for name in tokenizer.special_ids if any(name in stop for stop in body.stop)}
     shown = named.union(markers) if body.skip_special_tokens else {*tokenizer.special_ids, *markers}
-    is_held_to_grammar = params is not None and params.grammar is not None
-    ends = frozenset() if body.ignore_eos and not is_held_to_grammar else tokenizer.eos_ids
+    # The end token ends an answer that is held to a grammar in any case.
+    ends = frozenset() if body.ignore_eos and grammar is None else tokenizer.eos_ids
     return Ending(
         stops=tuple(body.stop),
         token_ids=ends.union(body.stop_token_ids),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from service.engine.api import SamplingParams
 from service.errors import InvalidRequest
-from service.text.json.schema import GrammarRules, json_rules
+from service.text.json.schema import GrammarRules, choice_rules, json_rules
 from service.text.protocols import TokenizerLike
 from service.text.reasoning import CLOSING, MARKERS, OPENING, ReasoningParser
 from service.text.stops import Ending
@@ -129,15 +129,21 @@ async def completion_plans(
         wanted.append((prompt.ids, params))
     num_asked = body.n * sum(num_logprobs(params, len(ids)) for ids, params in wanted)
     refuse_dear(num_asked, body.n * len(prompts), serving.settings)
+    timeout_s = allowed_timeout(body.timeout_s, serving.settings)
+    async with in_time(received_s + timeout_s, timeout_s):
+        turn = serving.compiling[wanted[0][1].owner]
+        grammar = await answer_grammar(_text_rules(body), None, serving.tokenizer, engine, turn)
+    refuse_early_ends(body, grammar)
+    wanted = [(ids, replace(params, grammar=grammar)) for ids, params in wanted]
     order = Order(
         id=id_,
         route="/v1/completions",
         variant=variant,
-        ending=ending_of(body, serving.tokenizer),
+        ending=ending_of(body, serving.tokenizer, grammar=grammar),
         shows_logprobs=body.logprobs is not None,
         continues=True,
         received_s=received_s,
-        timeout_s=allowed_timeout(body.timeout_s, serving.settings),
+        timeout_s=timeout_s,
     )
     return prompts, order.plans(wanted, body.n)
 
@@ -173,14 +179,14 @@ async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving
     timeout_s = allowed_timeout(body.timeout_s, serving.settings)
     async with in_time(received_s + timeout_s, timeout_s):
         turn = serving.compiling[params.owner]
-        grammar = await answer_grammar(_schema_rules(body.response_format), use, serving.tokenizer, engine, turn)
+        grammar = await answer_grammar(_text_rules(body), use, serving.tokenizer, engine, turn)
     params = replace(params, grammar=grammar)
     refuse_early_ends(body, params.grammar)
     order = Order(
         id=id_,
         route="/v1/chat/completions",
         variant=variant,
-        ending=ending_of(body, serving.tokenizer, MARKERS.union(() if use is None else use.format.markers), params),
+        ending=ending_of(body, serving.tokenizer, MARKERS.union(() if use is None else use.format.markers), grammar),
         shows_logprobs=body.logprobs,
         continues=body.add_generation_prompt and is_continued(body.messages),
         received_s=received_s,
@@ -205,6 +211,23 @@ def is_opened(prompt_ids: Sequence[int], tokenizer: TokenizerLike) -> bool:
     decoder = tokenizer.detokenizer((), MARKERS)
     text = "".join(map(decoder.push, prompt_ids[-NUM_LAST:])) + decoder.flush()
     return text.rfind(OPENING) > text.rfind(CLOSING)
+
+
+def _text_rules(body: OpenAIRequest) -> Callable[[], GrammarRules] | None:
+    """Makes the rules for `response_format` or `structured_outputs`; None for any text."""
+    wanted = body.structured_outputs
+    by_format = _schema_rules(body.response_format) if isinstance(body, ChatRequest) else None
+    if wanted is None:
+        return by_format
+    if by_format is not None:
+        raise InvalidRequest(
+            "`structured_outputs` and `response_format` both say what the answer is; send one of them",
+            "structured_outputs",
+        )
+    if wanted.choice is not None:
+        texts = wanted.choice
+        return lambda: choice_rules(texts)
+    return lambda: json_rules(wanted.json_)
 
 
 def _schema_rules(wanted: ResponseFormat | None) -> Callable[[], GrammarRules] | None:

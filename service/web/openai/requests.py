@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from service.text.json.schema import MAX_ALTERNATIVES
 from service.web.openai.inert import EmptyList, InertText, Metadata, Nothing, Only
-from service.web.schemas.bodies import TEMPERATURE, NullIsAbsent, Sampling, Temperature, Text, whole_unicode
+from service.web.schemas.bodies import TEMPERATURE, NullIsAbsent, Sampling, ShortText, Temperature, Text, whole_unicode
 from service.web.schemas.tools import PastCall, ToolFields, encodable
 
 MAX_CHOICES = 128
@@ -80,6 +81,21 @@ class StreamOptions(NullIsAbsent):
     include_obfuscation: bool = Field(default=False, description="Accepted: any; events are never padded.")
 
 
+class StructuredOutputs(NullIsAbsent):
+    """What vLLM's clients send to hold an answer to something: one of the fields."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json", description="JSON schema of the answer.")
+    choice: list[ShortText] | None = Field(
+        None, min_length=1, max_length=MAX_ALTERNATIVES, description="The texts of which the answer is one."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.json_ is None) == (self.choice is None):
+            raise PydanticCustomError("not_one", "send one of `json` and `choice`")
+        return self
+
+
 class OpenAIRequest(NullIsAbsent, Sampling):
     """The fields shared by both routes."""
 
@@ -91,6 +107,7 @@ class OpenAIRequest(NullIsAbsent, Sampling):
         1, ge=1, le=MAX_CHOICES, description="Answers per prompt, generated concurrently; the i-th uses `seed` + i."
     )
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="Constrains the answer; none: any text.")
     user: InertText = Field("", description="Accepted; it has no effect on answers.")
     store: bool = Field(False, description="Accepted: any; answers are not stored.")
     metadata: Metadata = Field({}, description="Accepted: labels of stored answers; no answers are stored.")

@@ -125,7 +125,7 @@ async def make_plan(
             if body.compare
             else None,
         ),
-        ending=ending_of(body, serving.tokenizer, () if use is None else use.format.markers, params),
+        ending=ending_of(body, serving.tokenizer, () if use is None else use.format.markers, params.grammar),
         shows_logprobs=body.logprobs is not None,
         continues=not body.opens_a_turn,
         received_s=received_s,

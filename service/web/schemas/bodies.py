@@ -51,7 +51,7 @@ MAX_BIAS = 100
 MAX_BIASES = 1024
 MAX_STOP_TOKENS = 128
 MAX_PENALTY = 2
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), AfterValidator(whole_unicode)]
+ShortText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), AfterValidator(whole_unicode)]
 _STOP_SCHEMA = {
     "anyOf": [
         {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
@@ -157,7 +157,7 @@ class Sampling(Body):
     logit_bias: Annotated[dict[TokenKey, Bias], WithJsonSchema(_BIAS_SCHEMA)] = Field(
         {}, max_length=MAX_BIASES, description="Token id -> value to add to its logit, -100 to 100."
     )
-    stop: Annotated[list[StopString], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] = Field(
+    stop: Annotated[list[ShortText], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] = Field(
         [],
         max_length=MAX_STOPS,
         description="A string or a list of strings that end the answer and are cut off it; also special tokens' names.",

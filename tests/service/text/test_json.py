@@ -22,7 +22,7 @@ from service.engine.grammar import Matcher
 from service.errors import InvalidRequest, QueueFull
 from service.text.json.compiler import MAX_COMPILING, JsonCompiler, JsonGrammar, JsonMatcher
 from service.text.json.numbers import integer_rule, number_rule
-from service.text.json.schema import MAX_ALTERNATIVES, MAX_COUNTED, MAX_RULES_BYTES, json_grammar
+from service.text.json.schema import MAX_ALTERNATIVES, MAX_COUNTED, MAX_RULES_BYTES, choice_rules, json_grammar
 from service.text.tokenizer import Tokenizer
 from tests.support.tokenizers import byte_fallback_backend, byte_level_backend
 
@@ -489,3 +489,10 @@ def test_what_would_take_long_to_compile_is_refused() -> None:
     times = {"type": "string", "format": "date-time"}
     with pytest.raises(InvalidRequest, match=f"at most {MAX_RULES_BYTES} are served"):
         json_grammar({"type": "object", "properties": dict.fromkeys(names, times), "required": names})
+
+
+@pytest.mark.parametrize("text", ["yes", 'n"o\n', "größe", "a\\b", "yes!", "no"])
+def test_a_choice_of_texts(text: str) -> None:
+    texts = ["yes", 'n"o\n', "größe", "a\\b"]
+    matcher = JSON.compile(choice_rules(texts).text()).matcher()
+    assert lets_through(matcher, text) == (text in texts)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from service.errors import InvalidRequest, QueueFull
-from service.text.json.schema import json_grammar
+from service.text.json.schema import choice_rules, json_grammar
 from tests.support.fake_engine import INFO, FakeGrammars, FakeRequest
 from tests.support.harness import app_of, client_of, metrics_of, two_engines
 
@@ -419,3 +419,42 @@ def test_null_takes_what_the_model_recommends() -> None:
 def test_a_name_reaches_the_template() -> None:
     _, (request,) = post(CHAT, {"messages": [{**USER[0], "name": "Ann"}], "max_tokens": 2})
     assert bytes(request.prompt_ids) == b'user:x{"name": "Ann"}\n'
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+@pytest.mark.parametrize(
+    ("wanted", "rules"),
+    [
+        ({"json": {"const": 7}}, json_grammar({"const": 7})),
+        ({"choice": ["yes", 'n"o\n']}, choice_rules(["yes", 'n"o\n']).text()),
+    ],
+)
+def test_structured_outputs_become_a_grammar(path: str, wanted: dict[str, object], rules: str) -> None:
+    grammars = FakeGrammars()
+    response, (request,) = post(path, {"structured_outputs": wanted}, grammars=grammars)
+    assert response.status_code == 200, response.text
+    assert (grammars.compiled, request.params.grammar) == ([rules], rules)
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({}, ["send one of `json` and `choice`"]),
+        ({"json": {}, "choice": ["a"]}, ["send one of `json` and `choice`"]),
+        ({"choice": []}, ["too few"]),
+        ({"choice": [""]}, ["at least 1"]),
+        ({"regex": "a+"}, ["`structured_outputs.regex` is not a field"]),
+        ({"json": {"type": "object", "not": {}}}, ["JSON schema"]),
+    ],
+)
+def test_structured_outputs_that_cannot_be_served(path: str, wanted: dict[str, object], words: list[str]) -> None:
+    response, submitted = post(path, {"structured_outputs": wanted})
+    assert (response.status_code, submitted) == (400, [])
+    assert [word for word in words if word not in response.json()["error"]["message"]] == []
+
+
+def test_one_of_two_formats() -> None:
+    both = {"structured_outputs": {"choice": ["a"]}, "response_format": {"type": "json_object"}}
+    response, _ = post(CHAT, both)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "structured_outputs")

@@ -126,7 +126,7 @@ def limited_generate(body: Body) -> Body:
 
 def limited_openai(body: Body) -> Body:
     body = limited(body)
-    for name in ("model", "max_completion_tokens"):
+    for name in ("model", "max_completion_tokens", "structured_outputs"):
         body.pop(name, None)
     body["n"] = body.get("n", 1) % 3 + 1
     if not body.get("stream"):
