@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quant.checkpoint.tensor_file import TensorFile
 from quant.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
@@ -41,7 +42,7 @@ BARE = {"wte.weight": "transformer."}
 
 
 class TensorFiles:
-    """The tensors of a folder by name. Each is read on demand from a memory-mapped file.
+    """The tensors of a folder by name. Each is read on demand.
 
     Names are those of the whole language model, even if only the base model was saved, as for the first GPT-2.
     """
@@ -54,12 +55,12 @@ class TensorFiles:
                 is missing or corrupt, or a tensor that is not in the file the index names.
         """
         self.folder = folder
-        self._file_of: dict[str, Any] = {}
+        self._file_of: dict[str, TensorFile] = {}
         self._path_of: dict[str, Path] = {}
         index = _read_index(folder)
         for path in _weight_files(folder, index):
             handle = _open(path)
-            for name in handle.keys():  # noqa: SIM118  (safe_open is no dict: it cannot be iterated)
+            for name in handle.entries:
                 self._file_of[name] = handle
                 self._path_of[name] = path
         for name, file in index.items():
@@ -84,7 +85,7 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the header alone."""
-        return tuple(self._file_of[name].get_slice(self._stored_name[name]).get_shape())
+        return self._file_of[name].entries[self._stored_name[name]].shape
 
     def get(self, name: str) -> Tensor:
         """A tensor as stored, on the CPU.
@@ -100,10 +101,14 @@ class TensorFiles:
     def peek(self, name: str) -> Tensor:
         """A stored tensor, without counting it as `taken`. Raises CheckpointError if its file cannot be read."""
         try:
-            tensor: Tensor = self._file_of[name].get_tensor(self._stored_name[name])
-        except (SafetensorError, OSError) as error:
+            return self._file_of[name].read(self._stored_name[name])
+        except OSError as error:
             raise CheckpointError(f"{self._path_of[name]}: tensor {name} cannot be read ({error})") from error
-        return tensor
+
+    def refuse_changed(self) -> None:
+        """Raise CheckpointError if a file has been written to since the folder was opened."""
+        for file in {id(file): file for file in self._file_of.values()}.values():
+            file.refuse_changed()
 
     def is_equal(self, name: str, other: str) -> bool:
         """Whether two stored tensors have equal values; their dtypes may differ."""
@@ -218,11 +223,11 @@ def _weight_files(folder: Path, index: dict[str, str]) -> list[Path]:
     raise CheckpointError(f"{folder} holds no safetensors weights")
 
 
-def _open(path: Path) -> Any:
-    """A memory-mapped safetensors file. Its header is compared with its length, which detects truncation."""
+def _open(path: Path) -> TensorFile:
+    """A safetensors file. Its header is compared with its length, which detects truncation."""
     try:
-        return safe_open(path, framework="pt")
+        return TensorFile(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing, and {INDEX_NAME} names it; download it again") from None
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download it again") from error

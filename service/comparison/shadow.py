@@ -155,6 +155,8 @@ class Shadow:
                 self._settle(sample, self._replaying)
                 self._replaying = None
                 self._samples.popleft()
+                # Not while it waits for the next one.
+                del sample
         finally:
             self.yield_device()
             for sample in self._samples:

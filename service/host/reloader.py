@@ -144,6 +144,7 @@ class Reloader:
         checkpoint = Checkpoint.open(folder, served.dtype, old.runner.device)
         weights = InTurns(checkpoint, self._host.device_thread)
         decoder = decoder_of(config, checkpoint, self._settings.kv, weights=weights)
+        checkpoint.files.refuse_changed()
         if self._settings.quantize_head:
             self._host.device_thread.run(torch.inference_mode()(decoder.quantize_head))
         refuse_drafts(old.engine.variant, decoder, self._settings)

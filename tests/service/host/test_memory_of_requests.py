@@ -105,7 +105,12 @@ async def left_by_each(host: ModelHost, settings: Settings) -> dict[str, Counter
                 before = held()
                 for _ in range(2):
                     await ask_all(way)
-                left[way] = held() - before
+                # The last connections may still be closing.
+                for _ in range(50):
+                    left[way] = held() - before
+                    if not left[way]:
+                        break
+                    await asyncio.sleep(0.05)
     return left
 
 

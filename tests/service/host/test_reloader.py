@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import shutil
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quant.checkpoint.tensor_file import TensorFile
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import PRESETS, KVStorage
 from service.errors import InvalidRequest, ReloadFailed
@@ -326,6 +328,39 @@ def test_without_a_root_a_reload_names_no_folder(float_folder: Path, old_folder:
             with pytest.raises(InvalidRequest, match="no reload_root"):
                 reload(name)
         assert reload(None).checkpoint == "old"
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_a_folder_that_is_cut_short_while_it_is_read_changes_nothing(
+    float_folder: Path,
+    old_folder: Path,
+    new_folder: Path,
+    expected: Expected,
+    tmp_path: Path,
+    moment: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before its first tensor is read, between two of them, and after the last one."""
+    folder = shutil.copytree(new_folder, tmp_path / "moving")
+    weights, read, num_read = folder / "model.safetensors", TensorFile.read, 0
+    num_tensors = len(TensorFile(weights).entries)
+
+    def reading(file: TensorFile, name: str) -> torch.Tensor:
+        nonlocal num_read
+        is_now = file.path == weights and num_read == (0, num_tensors // 2, num_tensors - 1)[moment]
+        num_read += file.path == weights
+        if is_now and moment < 2:
+            os.truncate(weights, weights.stat().st_size // 2)
+        tensor = read(file, name)
+        if is_now and moment == 2:
+            os.truncate(weights, weights.stat().st_size // 2)
+        return tensor
+
+    monkeypatch.setattr(TensorFile, "read", reading)
+    with hosted(old_folder, tmp_path / "cache", baseline=str(float_folder)) as (host, settings, reload):
+        with pytest.raises(ReloadFailed, match=r"has changed while it was read|is not a whole safetensors file"):
+            reload(str(folder))
+        assert answers_of(host, settings, reload) == expected[0]
 
 
 def test_an_engine_that_has_ended_takes_no_other_weights(
