@@ -28,6 +28,7 @@ class PacedStep:
 
     ids: list[int]
     done_s: float
+    shape: None = None
 
     def read(self) -> StepResults:
         """Sleep until the step is done. Sleeping lets other threads run, as waiting for a GPU does."""
