@@ -15,7 +15,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from service.engine.api import Engine, EngineStats, FinishReason, HostInfo, Token
-from service.errors import CapacityError, NotReady, RequestError
+from service.errors import CapacityError, NotReady, OttavaError, RequestError, leaves
 from service.measures import Agreement, RunMetrics, Speedup
 from service.telemetry.record import RequestRecord
 
@@ -41,6 +41,11 @@ RELOADED, FAILED = "reloaded", "failed"
 WHOLE_BODY, UNKNOWN_FIELD = "body", "unknown"
 """Labels of refusals that blame no field, or one that no body has."""
 NO_VARIANT = "none"
+REASONS = sorted(
+    {kind.code for kind in leaves() if issubclass(kind, (RequestError, CapacityError))} - {OttavaError.code}
+)
+"""Codes of the errors that refuse a request."""
+
 """Label of a request with an unreadable body, or with a variant that is not served."""
 
 
@@ -125,6 +130,11 @@ class ServiceMetrics:
         )
         for field in (WHOLE_BODY, UNKNOWN_FIELD):
             self._refused.labels(field)
+        self._by_reason = Counter(
+            "refused_requests", "By code of the error", ("reason",), namespace="ottava", registry=self._registry
+        )
+        for reason in REASONS:
+            self._by_reason.labels(reason)
         for outcome in (RELOADED, FAILED):
             self._reloads.labels(outcome)
         for variant in engines:
@@ -215,6 +225,11 @@ class ServiceMetrics:
     def shadowed(self, variant: str, outcome: str) -> None:
         """Count the outcome of a request sampled by shadow mode: replayed, dropped or abandoned."""
         self._shadow.labels(variant, outcome).inc()
+
+    def refused_for(self, error: OttavaError) -> None:
+        """Count a request that was refused, unless the server is at fault."""
+        if isinstance(error, (RequestError, CapacityError)):
+            self._by_reason.labels(error.code).inc()
 
     def reloaded(self, outcome: str) -> None:
         """Count a finished reload: reloaded, or failed with the old weights still in use."""

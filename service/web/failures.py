@@ -185,12 +185,14 @@ async def _on_ottava_error(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, OttavaError)
     if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("request %s failed: %s", request.state.request_id, error.message, exc_info=error)
+    serving_of(request).metrics.refused_for(error)
     return refusal(error)
 
 
-async def _on_invalid_body(_: HTTPRequest, error: Exception) -> Response:
+async def _on_invalid_body(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     found = describe(error.errors())
+    serving_of(request).metrics.refused_for(found)
     return answer(found.status, error_body(found))
 
 
@@ -198,6 +200,7 @@ async def _on_http_error(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     cause = _unreadable(error.__cause__)
     if isinstance(cause, OttavaError):
+        serving_of(request).metrics.refused_for(cause)
         return refusal(cause)
     status = HTTPStatus(error.status_code)
     message = str(error.detail)

@@ -55,6 +55,7 @@ class Gate:
         try:
             self._admit(scope, record, counts)
         except OttavaError as error:
+            self._serving.metrics.refused_for(error)
             if counts:
                 self._serving.metrics.count(NO_VARIANT, REJECTED)
             await refusal(error)(scope, receive, send)

@@ -559,3 +559,24 @@ def test_waiting_ones_that_leave_free_the_concurrency_of_their_key() -> None:
             return first.result().status_code, second.status_code, third.status_code
 
     assert asyncio.run(go()) == (503, 429, 503)
+
+
+def test_every_refusal_is_counted_by_its_reason() -> None:
+    async def go() -> Samples:
+        app = app_of(two_engines(), api_keys="anna:anna-key-1", max_body_bytes=2000, max_concurrent_per_key=2)
+        async with client_of(app) as client:
+            await client.post("/generate", json={"prompt": "a"})
+            client.headers["authorization"] = "Bearer anna-key-1"
+            for body in ({"prompt": 1}, {"prompt": "a", "temperature": 9}, {"prompt": "a", "variant": "x"}):
+                await client.post("/generate", json=body)
+            await client.post("/generate", content=b" " * 3000)
+            await client.post("/v1/completions", json={"prompt": "a", "n": 3})
+            await client.post("/admin/reload", json={})
+            assert (await client.post("/generate", json={"prompt": "a"})).status_code == 200
+            return await metrics_of(client)
+
+    counted = {
+        key[1]: value for key, value in asyncio.run(go()).items() if key[0] == "ottava_refused_requests_total" and value
+    }
+    reasons = ("invalid_api_key", "malformed", "variant_not_found", "body_too_large", "admin_closed")
+    assert counted == {**{f"reason={reason}": 1 for reason in reasons}, "reason=invalid_value": 2}
