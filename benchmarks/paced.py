@@ -28,7 +28,6 @@ class PacedStep:
 
     ids: list[int]
     done_s: float
-    shape: None = None
 
     def read(self) -> StepResults:
         """Sleep until the step is done. Sleeping lets other threads run, as waiting for a GPU does."""

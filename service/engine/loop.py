@@ -21,7 +21,6 @@ from service.engine.inbox import Inbox
 from service.engine.messages import Command, News, Sink
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
-from service.engine.shapes import Shape
 from service.engine.stream import RequestStream
 from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, Watchdog, describe, is_poison, stacks
 from service.errors import EngineFailed, OttavaError, ReloadFailed, WeightsReplaced
@@ -35,18 +34,9 @@ CHECK_AFTER_S = 1.0
 """How long an engine rests before it checks that nothing was lost. The check takes 10 ms for a cache of 16,000 blocks,
 which the next request of a client that sends one after the other would wait for."""
 
-LEADS, LEAST_LEAD_S = 2.0, 0.0005
-"""A step is planned so many times as long before the running one ends as planning and launching take, and this much."""
-
-LEAD_WEIGHT = 0.1
-"""Share of the last step in what planning and launching take."""
-
 
 class Handle(Protocol):
-    """A launched step; `read` waits for its results. shape: of the graph that runs it, if one does."""
-
-    @property
-    def shape(self) -> Shape | None: ...
+    """A launched step; `read` waits for its results."""
 
     def read(self) -> StepResults: ...
 
@@ -148,8 +138,6 @@ class EngineLoop:
         self._wake = self._inbox.wake
         self._unread: deque[tuple[Step, Handle]] = deque()
         self._lost: set[Request] = set()
-        self._began_s = 0.0
-        self._launch_s = 0.001
         self._exchange: Exchange | None = None
         self._in_hand: InHand | None = None
         self._is_stopping = False
@@ -303,7 +291,6 @@ class EngineLoop:
     def _wait_for_work(self) -> bool:
         """Sleep until there is work, then take in new commands. False if the engine is to stop."""
         with self._wake:
-            self._hold()
             check_after_s: float | None = CHECK_AFTER_S
             while not (self._inbox.has_word or self._is_stopping or self._exchange or self._has_work):
                 if not self._wake.wait(check_after_s):
@@ -313,22 +300,6 @@ class EngineLoop:
                 self._inbox.take_in()
                 self._exchange_if_drained()
             return not self._is_stopping
-
-    def _hold(self) -> None:
-        """Wait until the running step is about to end, so that requests which arrive meanwhile are in the next one.
-
-        Planned at once, it would be another step before they are, and prompts that wait for their turn gain nothing.
-        """
-        if not self._runner.is_async or len(self._unread) != 1:
-            return
-        _, handle = self._unread[0]
-        lead_s = LEADS * self._launch_s + LEAST_LEAD_S
-        until_s = self._began_s + self._scheduler.pacing.expected_s(handle.shape) - lead_s
-        while not (self._is_stopping or self._exchange or self._scheduler.waiting):
-            left_s = until_s - time.perf_counter()
-            if left_s <= 0:
-                return
-            self._wake.wait(left_s)
 
     @property
     def _has_work(self) -> bool:
@@ -355,9 +326,9 @@ class EngineLoop:
 
     def _turn(self) -> None:
         """Launch a step and read a finished one: the previous one if the device is asynchronous, else the same."""
-        num_before, start_s = len(self._unread), time.perf_counter()
+        num_before = len(self._unread)
         with self._wake:
-            step = self._scheduler.schedule(start_s)
+            step = self._scheduler.schedule(time.perf_counter())
             self._inbox.note_scheduled(self._scheduler.admitted)
             self._scheduler.admitted = []
             self._inbox.publish()
@@ -365,10 +336,6 @@ class EngineLoop:
             handle = self._watched("launching", step, self._device_thread.run, self._runner.execute, step)
             self._unread.append((step, handle))
             self._step_batch_sizes[step.num_requests] += 1
-            launched_s = time.perf_counter()
-            self._launch_s += LEAD_WEIGHT * (launched_s - start_s - self._launch_s)
-            if not num_before:
-                self._began_s = launched_s
         for _ in range(num_before if self._runner.is_async else len(self._unread)):
             self._settle()
 
@@ -378,7 +345,6 @@ class EngineLoop:
         is_placed = False
         try:
             results = self._watched("reading", step, handle.read)
-            self._began_s = results.time_s
             if not self._lost:
                 self._inbox.commit(step, results)
                 is_placed = True

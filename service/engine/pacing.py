@@ -43,7 +43,6 @@ class Pacing:
             rate = shape.num_tokens / time_s
             self._rates[shape.num_tokens] = min(rate, self._rates.get(shape.num_tokens, rate))
         self._ratio = 1.0
-        self._last_s = dict(times_s or {})
 
     def budget(self, num_decoding: int) -> int:
         """Most tokens of the next step, in which so many requests decode."""
@@ -55,14 +54,8 @@ class Pacing:
         largest = max((tokens for tokens, rate in fitting.items() if rate >= fast), default=0)
         return min(self.max_tokens, max(num_decoding + MIN_CHUNK, largest))
 
-    def expected_s(self, shape: Shape | None) -> float:
-        """Seconds that a step of a shape takes, rather too few than too many; 0 if none was measured."""
-        return 0.0 if shape is None else self._last_s.get(shape, 0.0)
-
     def observe(self, shape: Shape, time_s: float) -> None:
         """Learn from the time that a real step of a shape took on the device."""
-        last_s = self._last_s.get(shape, time_s)
-        self._last_s[shape] = min(time_s, last_s + WEIGHT * (time_s - last_s))
         measured_s = self._times_s.get(shape)
         if measured_s:
             self._ratio += WEIGHT * (min(time_s / measured_s, SLOWEST) - self._ratio)

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable
 
 from service.engine.scheduler import Chunk, Step, StepResults
-from service.engine.shapes import Shape
 
 
 class ScriptedRunner:
     """The n-th token of every request is n + offset.
 
     on_execute, on_read: called with the number of the step, from 0; what they raise, the step raises.
-    spoil: the result of a chunk instead of a token, or None.   shape: of the graph that its steps are said to run in.
+    spoil: the result of a chunk instead of a token, or None.
     """
 
     kv_cache_bytes = 0
@@ -24,7 +23,6 @@ class ScriptedRunner:
         self.offset = offset
         self.step_s = step_s
         self.num_steps = 0
-        self.shape: Shape | None = None
         self.on_execute: Callable[[int], None] = lambda _: None
         self.on_read: Callable[[int], None] = lambda _: None
         self.spoil: Callable[[Chunk], Exception | None] = lambda _: None
@@ -39,7 +37,6 @@ class ScriptedRunner:
 class ScriptedHandle:
     def __init__(self, runner: ScriptedRunner, number: int, chunks: list[Chunk]) -> None:
         self.runner, self.number, self.chunks = runner, number, chunks
-        self.shape = runner.shape
 
     def read(self) -> StepResults:
         self.runner.on_read(self.number)

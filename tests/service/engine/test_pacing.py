@@ -47,16 +47,6 @@ def test_prompts_go_on_however_tight_the_target() -> None:
         assert budget == min(1024, num_decoding + MIN_CHUNK)
 
 
-def test_a_step_is_expected_to_take_what_the_last_ones_took() -> None:
-    decode, pacing = Shape(4, 4, is_decode=True), Pacing(1024, 0.025, TIMES_S)
-    assert pacing.expected_s(None) == pacing.expected_s(Shape(8, 8)) == 0
-    assert pacing.expected_s(decode) == 0.004
-    pacing.observe(decode, 0.014)
-    assert pacing.expected_s(decode) == pytest.approx(0.005), "a step that was held up says little"
-    pacing.observe(decode, 0.003)
-    assert pacing.expected_s(decode) == 0.003, "too few rather than too many"
-
-
 def test_real_steps_that_take_longer_make_the_next_ones_shorter() -> None:
     pacing = Pacing(1024, 0.025, TIMES_S)
     assert pacing.budget(1) == 1024

@@ -14,14 +14,13 @@ from service.engine.inbox import Inbox
 from service.engine.loop import EngineLoop
 from service.engine.messages import News, Submit
 from service.engine.scheduler import Scheduler, Step
-from service.engine.shapes import Shape
 from service.engine.stream import RequestStream
 from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, is_poison
 from service.errors import Draining, EngineFailed
 from tests.service.kinds import StartEngine
 from tests.support.faulty_engines import BOTH, EITHER, FAULT, assert_empty, outcome, run_all
 from tests.support.harness import DEADLINE_S
-from tests.support.scripted_runner import Hang, ScriptedHandle, ScriptedRunner, raising
+from tests.support.scripted_runner import Hang, ScriptedRunner, raising
 
 
 @BOTH
@@ -63,45 +62,6 @@ def test_blocks_are_checked_at_rest_alone(engine_of: StartEngine, monkeypatch: p
         time.sleep(0.01)
     time.sleep(0.2)
     assert len(checks) == 1
-
-
-class Timed(ScriptedRunner):
-    """A device whose steps take `STEP_S`, one after the other."""
-
-    STEP_S = 0.3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shape = Shape(1, 1, is_decode=True)
-        self.names: list[list[str]] = []
-        self._done_s: list[float] = []
-        self.on_read = lambda number: time.sleep(max(0.0, self._done_s[number] - time.perf_counter()))
-
-    def execute(self, step: Step) -> ScriptedHandle:
-        self.names.append([chunk.request.id for chunk in step.chunks])
-        self._done_s.append(max([time.perf_counter(), *self._done_s[-1:]]) + self.STEP_S)
-        return super().execute(step)
-
-
-def test_who_arrives_during_a_step_is_in_the_next_one(engine_of: StartEngine) -> None:
-    runner = Timed()
-    engine = engine_of(runner)
-    assert runner.shape is not None
-    engine._scheduler.pacing.observe(runner.shape, runner.STEP_S)
-
-    async def go() -> int:
-        first = engine.submit([3], SamplingParams(max_tokens=6, ignore_eos=True), "first")
-        num_read = 0
-        async for tokens in first:
-            num_read += len(tokens)
-            if num_read == 2:
-                second = engine.submit([4], SamplingParams(max_tokens=1), "second")
-                async for _ in second:
-                    pass
-        return next(number for number, names in enumerate(runner.names) if "second" in names)
-
-    # Of steps 0, 1, 2, ... the first two have been read, and number 2 runs.
-    assert asyncio.run(go()) == 3
 
 
 def test_what_the_step_in_flight_brought_is_not_lost(engine_of: StartEngine, caplog: pytest.LogCaptureFixture) -> None:

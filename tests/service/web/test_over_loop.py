@@ -26,7 +26,6 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 @dataclass
 class AlphabetStep:
     ids: list[int]
-    shape: None = None
 
     def read(self) -> StepResults:
         time.sleep(STEP_S)
