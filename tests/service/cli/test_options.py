@@ -97,6 +97,7 @@ def values_of(name: str, field: FieldInfo) -> object:
         "block_size": 32,
         "shadow_rate": 0.5,
         "max_num_requests": 7,
+        "max_draft_tokens": 5,
         "host": "localhost",
     }
     if name in special:

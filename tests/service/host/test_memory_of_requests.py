@@ -106,7 +106,7 @@ async def left_by_each(host: ModelHost, settings: Settings) -> dict[str, Counter
                 for _ in range(2):
                     await ask_all(way)
                 # The last connections may still be closing.
-                for _ in range(50):
+                for _ in range(600):
                     left[way] = held() - before
                     if not left[way]:
                         break

@@ -83,7 +83,7 @@ def long_stream(**settings: Any) -> tuple[dict[str, FakeEngine], FastAPI]:
     """An app whose answers are larger than every buffer between server and client."""
     # One step brings 2,000 tokens with 20 log-probabilities each: about 1 MB of an event.
     engines = two_engines(tokens_per_step=2000, max_model_len=1 << 20, delay_s=0.001)
-    return engines, app_of(engines, **settings)
+    return engines, app_of(engines, max_logprobs=1 << 26, **settings)
 
 
 LONG = {"prompt": "a", "max_tokens": 60_000, "ignore_eos": True, "stream": True, "logprobs": 20}
@@ -207,7 +207,7 @@ def test_the_others_are_served_while_one_does_not_read(connect: Connect) -> None
 def test_a_deadline_frees_the_engine_even_where_the_client_does_not_read(connect: Connect) -> None:
     async def go() -> None:
         engines = two_engines(tokens_per_step=1000, max_model_len=1 << 20, delay_s=0.005)
-        app = app_of(engines, send_timeout_s=600, request_timeout_s=0.3)
+        app = app_of(engines, send_timeout_s=600, request_timeout_s=0.3, max_logprobs=1 << 26)
         async with server_of(app) as port:
             client = connect(port, receive_buffer=4096)
             await send(client, generate({**LONG, "max_tokens": 1_000_000}))
