@@ -25,9 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paced import made_backend
 from benchmarks.processes import free_port
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.report import RESULTS, birth_certificate, write
+from benchmarks.shapes import SHAPES
 
 GOOD, BAD, ADMIN = "good-key-for-attacks", "bad-key-for-attacks", "admin-key-for-attacks"
 GOAL_MS = 250.0
@@ -152,13 +154,12 @@ def _head(line: str, key: str | None = None) -> bytes:
 
 
 def _of_alternatives(count: int) -> dict[str, Any]:
-    schema = {"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 1}] * count}
-    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    return {"json": {"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 1}] * count}}
 
 
 ROWS = {"prompt": "w5", "n": 128, "max_tokens": 300, "ignore_eos": True}
 SCORES = {"prompt": [17] * 400, "n": 24, "echo": True, "logprobs": 20, "max_tokens": 0}
-SCHEMA = {"prompt": "w5", "n": 16, "max_tokens": 24, "response_format": _of_alternatives(120)}
+SCHEMA = {"prompt": "w5", "n": 16, "max_tokens": 24, "structured_outputs": _of_alternatives(120)}
 
 
 def nothing(_: int, seconds: float) -> str:
@@ -182,6 +183,8 @@ ATTACKS: dict[str, Attack] = {
 def _served(scratch: Path) -> Iterator[int]:
     folder, port = scratch / "model", free_port()
     write_checkpoint(folder, "tiny", is_int8=True, max_model_len=1024)
+    # With words alone no JSON could be written.
+    made_backend(SHAPES["tiny"].vocab_size).save(str(folder / "tokenizer.json"))
     keys = {"OTTAVA_API_KEYS": f"good:{GOOD},bad:{BAD}", "OTTAVA_ADMIN_API_KEYS": f"op:{ADMIN}"}
     command = [sys.executable, "-m", "service", "serve", str(folder), "--variants", "w8a8", "--port", str(port)]
     with (scratch / "log").open("wb") as log:

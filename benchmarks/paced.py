@@ -98,6 +98,11 @@ def paced_engine(variant: str, runner: PacedRunner, max_model_len: int, settings
 
 
 def made_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer of `made_backend`, without end tokens."""
+    return Tokenizer(made_backend(vocab_size), frozenset())
+
+
+def made_backend(vocab_size: int) -> Backend:
     """A byte-level tokenizer of so many tokens: the 256 bytes, then words of letters behind a space, not merged to.
 
     Decoding it costs what decoding a trained one of that size does; encoding gives a token for each byte.
@@ -114,4 +119,4 @@ def made_tokenizer(vocab_size: int) -> Tokenizer:
     backend = Backend(models.BPE({token: number for number, token in enumerate(tokens)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend, frozenset())
+    return backend
