@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paced import made_backend
-from benchmarks.processes import free_port
+from benchmarks.processes import free_port, served
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.report import RESULTS, birth_certificate, write
 from benchmarks.shapes import SHAPES
@@ -187,32 +185,8 @@ def _served(scratch: Path) -> Iterator[int]:
     made_backend(SHAPES["tiny"].vocab_size).save(str(folder / "tokenizer.json"))
     keys = {"OTTAVA_API_KEYS": f"good:{GOOD},bad:{BAD}", "OTTAVA_ADMIN_API_KEYS": f"op:{ADMIN}"}
     command = [sys.executable, "-m", "service", "serve", str(folder), "--variants", "w8a8", "--port", str(port)]
-    with (scratch / "log").open("wb") as log:
-        server = subprocess.Popen(command, env=os.environ | keys, stdout=log, stderr=log)
-    try:
-        deadline_s = time.perf_counter() + START_S
-        while not _is_ready(port):
-            if server.poll() is not None or time.perf_counter() > deadline_s:
-                raise RuntimeError((scratch / "log").read_text(errors="replace")[-1500:])
-            time.sleep(0.2)
+    with served(command, f"http://127.0.0.1:{port}/ready", scratch / "log", START_S, keys):
         yield port
-    finally:
-        server.terminate()
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-def _is_ready(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/ready")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-    finally:
-        connection.close()
 
 
 def _arguments() -> argparse.Namespace:

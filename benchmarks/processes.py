@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+STOP_S = 15.0
 
 
 def is_running(pid: int) -> bool:
@@ -43,3 +52,47 @@ def free_port() -> int:
     """A TCP port on loopback that nothing listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+@contextmanager
+def served(
+    words: Sequence[str], ready_url: str, log: Path, start_s: float, environment: Mapping[str, str] | None = None
+) -> Iterator[float]:
+    """Start a server and wait until this URL answers 200: the seconds that took. It is ended in any case.
+
+    log: file for what it writes.   environment: variables in addition to those of this process.
+
+    Raises:
+        RuntimeError: it ended before, or is not ready within start_s.
+    """
+    begun_s = time.monotonic()
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            words, env=os.environ | (environment or {}), stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        while not _is_ready(ready_url):
+            if process.poll() is not None or time.monotonic() - begun_s > start_s:
+                raise RuntimeError(f"{words[0]} does not serve: {log.read_text(errors='replace')[-1500:]}")
+            time.sleep(0.2)
+        yield time.monotonic() - begun_s
+    finally:
+        _stop(process)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and all that it has started."""
+    for number, patience_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience_s)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue

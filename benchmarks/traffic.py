@@ -22,20 +22,16 @@ import json
 import os
 import random
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import free_port
+from benchmarks.processes import free_port, served
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.report import RESULTS, birth_certificate, write
 from benchmarks.shapes import SHAPES
@@ -48,7 +44,6 @@ READERS, READ_TOKENS = 16, 768
 """Streams beside which prompts are read, and how many tokens each of them gets."""
 TURNS, TURN_LEN, TURN_OUTPUT = 4, 64, 32
 START_S = 400.0
-STOP_S = 15.0
 TIMES = ("ttft", "tpot", "itl")
 LOWER = tuple(f"{quantile}_{time}_ms" for time in TIMES for quantile in ("median", "p99"))
 HIGHER = ("output_throughput",)
@@ -104,39 +99,12 @@ def _served(program: Program, folder: Path, logs: Path) -> Iterator[tuple[int, f
         RuntimeError: it ended before, or is not ready within START_S.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    port, log = free_port(), logs / f"{program.name}.log"
+    port = free_port()
     words = [word.format(folder=folder, port=port) for word in shlex.split(program.command)]
-    begun_s = time.monotonic()
-    with log.open("wb") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, start_new_session=True)
-    try:
-        while not _is_ready(f"http://127.0.0.1:{port}{program.ready}"):
-            if process.poll() is not None or time.monotonic() - begun_s > START_S:
-                raise RuntimeError(f"{program.name} does not serve: {log.read_text(errors='replace')[-1500:]}")
-            time.sleep(0.2)
-        started_s = time.monotonic() - begun_s
+    ready_url = f"http://127.0.0.1:{port}{program.ready}"
+    with served(words, ready_url, logs / f"{program.name}.log", START_S) as started_s:
         _tell(f"{program.name} is ready after {started_s:.1f} s")
         yield port, started_s
-    finally:
-        _stop(process)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server and all that it has started."""
-    for number, patience_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(patience_s)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
 
 
 @dataclass(frozen=True, slots=True)
