@@ -9,7 +9,16 @@ from pydantic_core import PydanticCustomError
 
 from service.text.json.schema import MAX_ALTERNATIVES
 from service.web.openai.inert import EmptyList, InertText, Metadata, Nothing, Only
-from service.web.schemas.bodies import TEMPERATURE, NullIsAbsent, Sampling, ShortText, Temperature, Text, whole_unicode
+from service.web.schemas.bodies import (
+    TEMPERATURE,
+    NullIsAbsent,
+    Sampling,
+    ShortText,
+    Temperature,
+    Text,
+    require_content,
+    whole_unicode,
+)
 from service.web.schemas.tools import PastCall, ToolFields, encodable
 
 MAX_CHOICES = 128
@@ -158,11 +167,7 @@ class ChatMessage(NullIsAbsent):
     annotations: EmptyList = Field([], description="Accepted: [].")
     parsed: Any = Field(None, description="Accepted: any; OpenAI's client adds what it read in `content`.")
 
-    @model_validator(mode="after")
-    def _require_content(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("no_content", "send a text")
-        return self
+    _require_content = model_validator(mode="after")(require_content)
 
     @property
     def thoughts(self) -> str | None:

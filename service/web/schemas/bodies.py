@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, LiteralString
+from typing import Annotated, Any, ClassVar, LiteralString, Protocol, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
@@ -103,6 +103,23 @@ def _nullable(schema: dict[str, Any]) -> None:
         if is_optional and field.get("type") != "null":
             outer = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **outer}
+
+
+class Said(Protocol):
+    """A message of a conversation."""
+
+    role: Any
+    content: Any
+
+
+M = TypeVar("M", bound=Said)
+
+
+def require_content(message: M) -> M:
+    """A validator: only the assistant's message may be without text."""
+    if message.content is None and message.role != "assistant":
+        raise PydanticCustomError("no_content", "send a text")
+    return message
 
 
 class NullIsAbsent(Body):

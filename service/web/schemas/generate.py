@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from service.engine.api import FinishReason
 from service.measures import Agreement, RunMetrics, Speedup
-from service.web.schemas.bodies import Body, Sampling, Text
+from service.web.schemas.bodies import Body, Sampling, Text, require_content
 from service.web.schemas.tools import PastCall, ToolCall, ToolCallDelta, ToolFields
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_ids")
@@ -24,11 +24,7 @@ class Message(Body):
     tool_calls: list[PastCall] = Field([], description="The assistant's calls of tools.")
     tool_call_id: Text | None = Field(None, description="The call that a message of the role tool answers.")
 
-    @model_validator(mode="after")
-    def _require_content(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("no_content", "send a text")
-        return self
+    _require_content = model_validator(mode="after")(require_content)
 
     @property
     def thoughts(self) -> str | None:
