@@ -9,15 +9,17 @@ A prompt that begins like one computed before shares its blocks (`BlockPool`). A
 again: the last must be, and a single row would take another kernel than a prompt's rows do, which rounds differently.
 For the same reason no piece of a prompt has one row, unless a step leaves room for fewer than three.
 
+A preempted request computes its answer again as it did the first time: every token of it in a chunk of its own. For the
+model these are requests of one row, so preemption changes no bit. A step has at most as many chunks as there are rows.
+
 Requests of several API keys share rows and blocks as `fairness` says. A key that waits below its share gets what a key
 above its own has: the newest request of that is put back and computed again. Each key keeps its first one, so that all
 get on.
 
-With speculation a decode may bring draft tokens, each in a chunk of its own behind it. For the model these are requests
-of one row, so they are computed as decodes are, to the same bits. Every one samples: as long as what was sampled is the
-next draft, that draft's own sample counts too. Since a sample depends only on the tokens before it and on the request's
-seed, an answer has the tokens that it would have without drafts. The keys of wrong drafts are overwritten by the
-positions' next tokens before anything reads them.
+With speculation a decode may bring draft tokens, each in a chunk of its own behind it, computed as decodes are for the
+same reason. Every one samples: as long as what was sampled is the next draft, that draft's own sample counts too. Since
+a sample depends only on the tokens before it and on the request's seed, an answer has the tokens that it would have
+without drafts. The keys of wrong drafts are overwritten by the positions' next tokens before anything reads them.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class Step:
 
     @property
     def num_requests(self) -> int:
-        return len(self.chunks) - self.num_drafts
+        return len({chunk.request for chunk in self.chunks})
 
     @property
     def is_decode(self) -> bool:
@@ -191,6 +193,8 @@ class Scheduler:
         if num_drafts and any(request.num_pending for request, _ in decoding):
             return None
         budget = self.pacing.budget(len(decoding))
+        # How many chunks the step may have beyond one of each running request.
+        num_spare = self.max_num_requests - len(self.running)
         is_starved = False
         num_preemptions = self.num_preemptions
         for request, num_left in decoding + reading:
@@ -198,28 +202,40 @@ class Scheduler:
                 continue  # preempted by this very call, or waiting for its last token to be read
             if not budget:
                 break
-            length = 1 if num_left == 1 else _piece(num_left, self._share(request, num_left, budget, reading))
+            length = 1
+            if num_left > 1:
+                length = _length(request, self._share(request, num_left, budget, reading), num_spare + 1)
             if not self._grow(request, length, chunks):
                 is_starved = True
                 continue
-            chunks.append(self._advance(request, length))
+            new = self._advance(request, length)
+            chunks += new
             budget -= length
+            num_spare -= len(new) - 1
         if num_drafts and chunks:
             return self._with_drafts(chunks, num_drafts)
-        may_admit = not is_starved and self.num_preemptions == num_preemptions
-        while may_admit and budget and (head := self._next()) is not None and not self._is_blocked(head):
+        if not is_starved and self.num_preemptions == num_preemptions:
+            chunks += self._start(budget, num_spare, now_s)
+        return Step(chunks) if chunks else None
+
+    def _start(self, budget: int, num_spare: int, now_s: float) -> list[Chunk]:
+        """Admit requests in turn while they fit, and advance them by up to budget tokens in num_spare chunks."""
+        chunks: list[Chunk] = []
+        while budget and num_spare and (head := self._next()) is not None and not self._is_blocked(head):
             found = self._found(head)
             if not self._fits(head, found):
                 self._blocked = head.serial, self.pool.num_free
                 break
-            num_left = head.num_tokens - len(found) * self.block_size
-            length = _piece(num_left, self._share(head, num_left, budget))
+            share = self._share(head, head.num_tokens - len(found) * self.block_size, budget)
             self._admit(head, now_s, found)
+            length = _length(head, share, num_spare)
             missing = self._num_blocks(head.num_computed + length) - len(head.blocks)
             head.blocks.extend(self.pool.allocate(missing))
-            chunks.append(self._advance(head, length))
+            new = self._advance(head, length)
+            chunks += new
             budget -= length
-        return Step(chunks) if chunks else None
+            num_spare -= len(new)
+        return chunks
 
     def num_cached(self, prompt_ids: Sequence[int], salt: str) -> int:
         """How many tokens of a prompt are in the cache."""
@@ -232,14 +248,16 @@ class Scheduler:
         """
         took: list[tuple[int, Request]] = []
         num_requests, place = step.num_requests, 0
+        last: Request | None = None
         self._count(step, results)
         for request, logprobs in results.scored:
             request.prompt_logprobs += logprobs
         for chunk in step.chunks:
             request = chunk.request
-            if chunk.draft is None:
+            if request is not last:
                 request.num_steps += 1
                 request.num_batch_rows += num_requests
+            last = request
             if not chunk.samples:
                 request.is_uncounted = True
                 continue
@@ -317,15 +335,20 @@ class Scheduler:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _advance(self, request: Request, length: int) -> Chunk:
-        start = request.num_computed
-        samples = start + length == request.num_tokens
-        chunk = Chunk(request, start, length, samples, request.num_generated, _scored(request, start + length))
+    def _advance(self, request: Request, length: int) -> list[Chunk]:
+        """The chunks of a request's next length tokens: one of those of its prompt, one of each that it generated."""
         self._shares.charge(request.params.owner, length)
-        request.num_scored += len(chunk.scored)
-        request.num_computed += length
-        request.num_pending += samples
-        return chunk
+        stop, chunks = request.num_computed + length, list[Chunk]()
+        while request.num_computed < stop:
+            start = request.num_computed
+            end = min(stop, max(len(request.prompt_ids), start + 1))
+            samples = end == request.num_tokens
+            chunk = Chunk(request, start, end - start, samples, request.num_generated, _scored(request, end))
+            request.num_scored += len(chunk.scored)
+            request.num_computed = end
+            request.num_pending += samples
+            chunks.append(chunk)
+        return chunks
 
     def _num_drafts(self, decoding: Sequence[Request]) -> dict[Request, int]:
         """How many tokens the decoding requests should draft. None does while prompts wait for the rest of a step."""
@@ -459,7 +482,9 @@ class Scheduler:
         if request.params.prompt_logprobs is not None or request.num_pending:
             return []
         params = request.params
-        return self._cached_blocks(request.known_ids(0, request.num_tokens), params.salt, params.max_cached)
+        found = self._cached_blocks(request.known_ids(0, request.num_tokens), params.salt, params.max_cached)
+        # A last row of the prompt is not computed alone, though more follows it in a preempted request.
+        return found[:-1] if len(found) * self.block_size == len(request.prompt_ids) - 1 else found
 
     def _cached_blocks(
         self, token_ids: Sequence[int], salt: str, max_cached: int | None = None
@@ -536,8 +561,19 @@ def _place(request: Request) -> tuple[int, int, bool, int]:
     return request.rank, *turn(request)
 
 
+def _length(request: Request, budget: int, max_chunks: int) -> int:
+    """How many of a request's tokens the next step computes: a piece of its prompt, or the rest of that, and of what
+    it has generated already as many as it may have chunks for."""
+    num_prompt = max(0, len(request.prompt_ids) - request.num_computed)
+    length = _piece(num_prompt, budget)
+    if length < num_prompt:
+        return length
+    num_again = request.num_tokens - request.num_computed - num_prompt
+    return length + min(num_again, budget - length, max_chunks - (num_prompt > 0))
+
+
 def _piece(num_left: int, budget: int) -> int:
-    """How many of a request's num_left tokens the next step computes: if possible not 1, nor all but 1."""
+    """How many of a prompt's num_left tokens the next step computes: if possible not 1, nor all but 1."""
     length = min(num_left, budget)
     shorter = length - 1 if num_left - length == 1 else length
     return shorter if shorter >= min(num_left, MIN_PIECE) else length

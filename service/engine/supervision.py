@@ -79,7 +79,7 @@ class InHand:
     since_s: float
 
     def __str__(self) -> str:
-        requests = [chunk.request for chunk in self.step.chunks if chunk.draft is None]
+        requests = list(dict.fromkeys(chunk.request for chunk in self.step.chunks))
         names = [request.id for request in requests[:MAX_NAMED]] + ["..."] * (len(requests) > MAX_NAMED)
         kind = "decode" if self.step.is_decode else "prefill"
         return (

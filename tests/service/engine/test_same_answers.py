@@ -71,7 +71,6 @@ def padded(runner: Runner) -> LateRunner:
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[0].type)
 @pytest.mark.parametrize("scheme", [SCHEME, SCHEME.with_kv("int8")], ids=lambda scheme: scheme.label)
 def test_a_crowd_changes_no_bit(scheme: Scheme, place: tuple[torch.device, int]) -> None:
-    """Answers are short, since a preempted one is computed again as a prompt."""
     device, count = place
     decoder = random_decoder(ModelConfig.of(make_model("llama").config), scheme, torch.float32, device)
     rng = random.Random(0)
@@ -106,6 +105,35 @@ def test_a_crowd_changes_no_bit(scheme: Scheme, place: tuple[torch.device, int])
     crowd, num_cached, _ = run(together=True, num_blocks=200, budget=37)
     assert num_cached > 1000
     assert same(crowd, alone)
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize("has_prefix_cache", [True, False], ids=["cached", "computed"])
+@pytest.mark.parametrize("scheme", [SCHEME, SCHEME.with_kv("int8")], ids=lambda scheme: scheme.label)
+def test_preemption_changes_no_bit(scheme: Scheme, has_prefix_cache: bool, device: torch.device) -> None:
+    """Prompts that end on, before and behind a block's end; answers of several blocks, put back at any length."""
+    decoder = random_decoder(ModelConfig.of(make_model("qwen2").config), scheme, torch.float32, device)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(3, 250) for _ in range(size)] for size in (1, 2, 15, 16, 17, 18, 31, 33, 60, 100)]
+    params = SamplingParams(50, ignore_eos=True, logprobs=0)
+
+    def run(num_blocks: int, **limits: Any) -> tuple[list[list[tuple[int, float]]], int]:
+        engine = make_engine(decoder, wrap=warm, num_blocks=num_blocks, has_prefix_cache=has_prefix_cache, **limits)
+
+        async def go() -> list[list[Token]]:
+            return await asyncio.gather(*(collect(engine, prompt, params, str(n)) for n, prompt in enumerate(prompts)))
+
+        try:
+            return [told(answer) for answer in asyncio.run(go())], engine.stats().num_preemptions
+        finally:
+            engine.stop()
+
+    roomy, num_preemptions = run(200)
+    assert num_preemptions == 0
+    for limits in ({"num_blocks": 20}, {"num_blocks": 12, "budget": 37}, {"num_blocks": 24, "rows": 10}):
+        narrow, num_preemptions = run(**limits)
+        assert num_preemptions > 3
+        assert same(narrow, roomy), limits
 
 
 def test_an_answer_goes_on_from_the_cache_with_the_same_bits() -> None:

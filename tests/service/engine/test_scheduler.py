@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -123,6 +124,30 @@ def test_the_youngest_is_preempted_and_computed_again() -> None:
     assert plan.num_preemptions == 1
 
 
+def test_what_was_generated_is_computed_again_token_by_token() -> None:
+    """In as many chunks as the step has to spare; with none to spare, in as many steps."""
+    plan = scheduler(rows=4)
+    request, *others = (new_request(name, size, 20) for name, size in (("a", 9), ("b", 3), ("c", 3)))
+    plan.add(request)
+    for _ in range(7):
+        plan.commit(step := planned(plan), tokens_of(step))
+    plan._preempt(request)
+    plan.pool.forget(list(range(plan.pool.num_blocks)))
+    step = planned(plan)
+    again = [(0, 9, False), (9, 1, False), (10, 1, False), (11, 1, False)]
+    assert [(c.start, c.length, c.samples) for c in step.chunks] == again
+    assert (step.num_requests, step.num_tokens, step.is_decode) == (1, 12, False)
+    num_steps = request.num_steps
+    plan.commit(step, tokens_of(step))
+    assert request.num_steps == num_steps + 1
+    for other in others:
+        plan.add(other)
+    step = planned(plan)
+    assert [(c.start, c.length, c.samples) for c in step.chunks] == [(i, 1, i == 15) for i in range(12, 16)]
+    plan.commit(step, tokens_of(step))
+    assert planned(plan).num_requests == 3, "the others had no chunk left"
+
+
 def test_a_request_with_a_grammar_waits_for_its_last_token_and_nobody_else_does() -> None:
     plan = scheduler()
     held, free = new_request("held", 3, matcher=Anything()), new_request("free", 3)
@@ -198,11 +223,14 @@ def test_every_request_ends_and_nothing_leaks(
         plan.check_integrity()
         if step is not None:
             assert 0 < step.num_tokens <= budget
-            rows = [chunk.request.row for chunk in step.chunks if chunk.draft is None]
-            assert len(set(rows)) == len(rows) == step.num_requests
+            rows = [chunk.request.row for chunk in step.chunks]
+            assert len(set(rows)) == step.num_requests
             assert len(step.chunks) <= 5
             assert min(rows) >= 0
+            for before, chunk in pairwise(step.chunks):
+                assert chunk.request is not before.request or chunk.start == before.start + before.length
             for chunk in step.chunks:
+                assert chunk.length == 1 or chunk.start + chunk.length <= len(chunk.request.prompt_ids)
                 assert len(chunk.request.blocks) * 4 >= chunk.start + chunk.length
                 assert chunk.request.matcher is None or chunk.request.num_pending == chunk.samples
                 assert set(chunk.scored) <= set(range(chunk.start, chunk.start + chunk.length))

@@ -173,8 +173,9 @@ def test_blocks_are_learnt_anew_after_a_preemption() -> None:
     step = planned(plan)
     after = builder.build(step, poisoned()).block_tables.tolist()
     assert request.row == row
+    assert [(chunk.start, chunk.length) for chunk in step.chunks] == [(4, 5), (9, 1)]
     assert len(after[0]) == len(before[0])
-    assert after == [request.blocks] != before
+    assert after == [request.blocks, request.blocks] != before * 2
     check(step, builder.build(step, poisoned()))
 
 
