@@ -181,14 +181,7 @@ class Scheduler:
         self._rank()
         self._make_room()
         chunks: list[Chunk] = []
-        decoding: list[tuple[Request, int]] = []
-        reading: list[tuple[Request, int]] = []
-        for request in self.running:
-            num_left = request.num_tokens - request.num_computed
-            if num_left == 1:
-                decoding.append((request, 1))
-            elif num_left:
-                reading.append((request, num_left))
+        decoding, reading = self._left()
         num_drafts = {} if reading else self._num_drafts([request for request, _ in decoding])
         if num_drafts and any(request.num_pending for request, _ in decoding):
             return None
@@ -208,15 +201,30 @@ class Scheduler:
             if not self._grow(request, length, chunks):
                 is_starved = True
                 continue
-            new = self._advance(request, length)
-            chunks += new
             budget -= length
-            num_spare -= len(new) - 1
+            if length == 1:
+                chunks.append(self._advance_to(request, request.num_computed + 1))
+            else:
+                new = self._advance(request, length)
+                chunks += new
+                num_spare -= len(new) - 1
         if num_drafts and chunks:
             return self._with_drafts(chunks, num_drafts)
         if not is_starved and self.num_preemptions == num_preemptions:
             chunks += self._start(budget, num_spare, now_s)
         return Step(chunks) if chunks else None
+
+    def _left(self) -> tuple[list[tuple[Request, int]], list[tuple[Request, int]]]:
+        """The running requests with the number of their tokens that are not computed: those with one, and with more."""
+        decoding: list[tuple[Request, int]] = []
+        reading: list[tuple[Request, int]] = []
+        for request in self.running:
+            num_left = request.num_tokens - request.num_computed
+            if num_left == 1:
+                decoding.append((request, 1))
+            elif num_left:
+                reading.append((request, num_left))
+        return decoding, reading
 
     def _start(self, budget: int, num_spare: int, now_s: float) -> list[Chunk]:
         """Admit requests in turn while they fit, and advance them by up to budget tokens in num_spare chunks."""
@@ -337,18 +345,22 @@ class Scheduler:
 
     def _advance(self, request: Request, length: int) -> list[Chunk]:
         """The chunks of a request's next length tokens: one of those of its prompt, one of each that it generated."""
-        self._shares.charge(request.params.owner, length)
-        stop, chunks = request.num_computed + length, list[Chunk]()
-        while request.num_computed < stop:
-            start = request.num_computed
-            end = min(stop, max(len(request.prompt_ids), start + 1))
-            samples = end == request.num_tokens
-            chunk = Chunk(request, start, end - start, samples, request.num_generated, _scored(request, end))
-            request.num_scored += len(chunk.scored)
-            request.num_computed = end
-            request.num_pending += samples
-            chunks.append(chunk)
-        return chunks
+        start, num_prompt = request.num_computed, len(request.prompt_ids)
+        stop = start + length
+        if stop <= num_prompt:
+            return [self._advance_to(request, stop)]
+        read = [self._advance_to(request, num_prompt)] if start < num_prompt else []
+        return read + [self._advance_to(request, end + 1) for end in range(max(start, num_prompt), stop)]
+
+    def _advance_to(self, request: Request, stop: int) -> Chunk:
+        start = request.num_computed
+        samples = stop == request.num_tokens
+        chunk = Chunk(request, start, stop - start, samples, request.num_generated, _scored(request, stop))
+        self._shares.charge(request.params.owner, stop - start)
+        request.num_scored += len(chunk.scored)
+        request.num_computed = stop
+        request.num_pending += samples
+        return chunk
 
     def _num_drafts(self, decoding: Sequence[Request]) -> dict[Request, int]:
         """How many tokens the decoding requests should draft. None does while prompts wait for the rest of a step."""
