@@ -64,8 +64,8 @@ class Settings(BaseSettings):
     calibration: Path | None = Field(
         None, description="Text file for the activation ranges; none: the model writes its own."
     )
-    calibration_windows: int = Field(
-        8, ge=1, le=4096, description="Windows of 512 tokens for calibration; static scales are better with 32."
+    calibration_windows: int | None = Field(
+        None, ge=1, le=4096, description="Windows of 512 tokens for calibration; none: 8, for static scales 32."
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of calibration text and random weights.")
     random_weights: bool = Field(False, description="Random weights of the model's shapes, for speed tests only.")

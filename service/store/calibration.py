@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pydoc_data.topics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,12 +13,19 @@ from transformers import AutoModelForCausalLM
 from quant.convert.calibration import self_written, windows_from_text
 from quant.convert.decoder_layers import unpadded_config
 from quant.errors import NotFinite, TextTooShort
+from quant.scheme import Scheme
 from service.errors import InvalidSettings, UnsupportedModel, first_line
 from service.models.config import ModelConfig
 from service.models.devices import pick_dtype
 from service.models.loader import load_decoder
 from service.store.progress import Progress, silent
 from service.store.tokenizer import text_tokenizer
+
+DEFAULT_WINDOWS = 8
+"""Windows of 512 tokens: smoothing needs typical inputs."""
+
+STATIC_WINDOWS = 32
+"""Windows for static scales, which need the rare large inputs too."""
 
 SELF_WRITTEN_TOKENS = 128
 """Longest window that the model writes itself: many short ones are more varied and need fewer steps."""
@@ -35,15 +42,20 @@ class Calibration:
     text: a UTF-8 file; if None, a model of up to SELF_WRITTEN_MAX_BYTES writes its own text, and a larger one uses the
         standard library's help topics.
     seed: for self-written text, and for the choice of tokens that smoothing and ranges are evaluated on.
-    num_windows, window_len: number of windows, and tokens of each.
+    num_windows, window_len: number of windows, None for as many as a scheme needs, and tokens of each.
     offset: windows to skip at the start of a text, if another use reads those.
     """
 
     text: Path | None = None
     seed: int = 0
-    num_windows: int = 8
+    num_windows: int | None = None
     window_len: int = 512
     offset: int = 0
+
+    def for_scheme(self, scheme: Scheme) -> Calibration:
+        """The same with the number of windows that the scheme needs, where none was chosen."""
+        needed = STATIC_WINDOWS if scheme.activation == "static" else DEFAULT_WINDOWS
+        return self if self.num_windows is not None else replace(self, num_windows=needed)
 
     def is_self_written(self, folder: Path) -> bool:
         """Whether the model of a folder writes the text itself."""
@@ -55,6 +67,9 @@ class Calibration:
         source = "Python's help topics" if self.text is None else self.text.name
         if self.is_self_written(folder):
             source = f"text that the model wrote itself, seed {self.seed}"
+        if self.num_windows is None:
+            default, static = (count * self.window_len for count in (DEFAULT_WINDOWS, STATIC_WINDOWS))
+            return f"{default} tokens, {static} for static scales, of {source}"
         return f"{self.num_windows * self.window_len} tokens of {source}"
 
 
@@ -101,7 +116,7 @@ def refuse_beyond(folder: Path, token_id: int) -> None:
 def calibration_windows(
     folder: Path, calibration: Calibration, device: torch.device, on_progress: Progress = silent
 ) -> Tensor:
-    """The tokens that a model is calibrated on, [n, L] int64.
+    """The tokens that a model is calibrated on, [n, L] int64; see `Calibration.for_scheme`.
 
     Raises:
         InvalidSettings: the calibration text cannot be read or is too short.
@@ -109,11 +124,12 @@ def calibration_windows(
         UnsupportedModel: the model cannot write text, because its logits are not finite.
     """
     config = ModelConfig.load(folder)
+    num_windows = calibration.num_windows or DEFAULT_WINDOWS
     # transformers fills a missing tensor with random values, so names and shapes are checked first.
     load_decoder(folder, None, torch.device("meta"))
     if not calibration.is_self_written(folder):
         window_len = min(calibration.window_len, config.max_model_len)
-        return text_windows(folder, calibration.text, calibration.num_windows, window_len, calibration.offset)
+        return text_windows(folder, calibration.text, num_windows, window_len, calibration.offset)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=unpadded_config(folder),
@@ -126,7 +142,7 @@ def calibration_windows(
     try:
         return self_written(
             model,
-            num_windows=calibration.num_windows * calibration.window_len // window_len,
+            num_windows=num_windows * calibration.window_len // window_len,
             window_len=window_len,
             seed=calibration.seed,
             on_progress=lambda done, total: on_progress("writing calibration text", done, total),

@@ -48,6 +48,7 @@ def quantize_model(
     """
     # Fails before minutes of calibration rather than after.
     refuse_occupied(out)
+    calibration = calibration.for_scheme(scheme)
     if is_quantized(source):
         raise UnsupportedModel(f"{source} is quantized already; start from the float model")
     config = ModelConfig.load(source)
@@ -90,7 +91,7 @@ def quantized_folder(
     The storage type of keys and values changes no tensor, so one folder, marked "float", serves both. A folder with a
     damaged file is created again, because a flipped bit in a weight would not be noticed anywhere else.
     """
-    scheme = scheme.with_kv("float").with_head("float")
+    scheme, calibration = scheme.with_kv("float").with_head("float"), calibration.for_scheme(scheme)
     key = _fingerprint(source, scheme, calibration)
     out = cache / "quantized" / f"{source.resolve().name}-{scheme.name}-{key}"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ class Evaluation:
     storages: of keys and values; None for the scheme's own.   heads: storages of the head.
     text: to measure on, in num_windows windows of window_len tokens; None for the standard library's help topics.
     choices: file of questions (`read_questions`), or None.
-    num_calibration_windows: windows for calibration, of the same length.
+    num_calibration_windows: windows for calibration, of the same length; None for as many as each scheme needs.
     has_layers: measure the error of every Linear and layer.
     json_file, plot: files to write, or None.
     """
@@ -46,7 +46,7 @@ class Evaluation:
     choices: Path | None
     num_windows: int
     window_len: int
-    num_calibration_windows: int
+    num_calibration_windows: int | None
     has_layers: bool
     json_file: Path | None
     plot: Path | None

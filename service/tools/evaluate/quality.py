@@ -103,7 +103,7 @@ def measure_quality(
         folder: a float model.
         schemes: to compare; the baseline is always measured too.
         windows: [n, L] int64 token ids to measure on.
-        calibration: the tokens that all schemes are calibrated on.
+        calibration: the tokens that the schemes are calibrated on.
         questions: multiple-choice questions.
         has_layers: also measure the error of every Linear and layer, on the first LAYER_WINDOWS windows.
         stored: the int8 folder of the same model to measure as it is; schemes then only say how keys and values are
@@ -125,11 +125,14 @@ def measure_quality(
     dtype = pick_dtype(settings.dtype, config, device)
     asked = _encoded(folder, questions, config.max_model_len)
     quantized = [scheme for scheme in schemes if scheme.is_int8]
-    read: Tensor | None = None
     if stored is not None:
         _refuse_other_vocabulary(stored, config)
-    elif any(scheme.needs_calibration for scheme in quantized):
-        read = calibration_windows(folder, calibration, device, on_progress)
+    # Before anything is measured, so that a text that is too short is known at once.
+    read: dict[Calibration, Tensor] = {}
+    for scheme in quantized:
+        given = calibration.for_scheme(scheme)
+        if stored is None and scheme.needs_calibration and given not in read:
+            read[given] = calibration_windows(folder, given, device, on_progress)
 
     def load(path: Path) -> Decoder:
         return load_decoder(path, dtype, device, config.max_model_len)
@@ -141,7 +144,10 @@ def measure_quality(
             with TemporaryDirectory(prefix="ottava-evaluate-") as scratch:
                 out = stored or Path(scratch) / "model"
                 if stored is None:
-                    quantize_model(folder, out, group[0], calibration, device, on_progress=on_progress, windows=read)
+                    given = calibration.for_scheme(group[0])
+                    quantize_model(
+                        folder, out, group[0], given, device, on_progress=on_progress, windows=read.get(given)
+                    )
                 weights = load(out)
                 candidates = {scheme.label: _stored(weights, scheme) for scheme in group}
                 rows = bench.rows(candidates)

@@ -354,9 +354,9 @@ def test_quantize_writes_a_folder_that_serves(
 
 
 def _long(text: Path, folder: Path) -> Path:
-    """Enough of the text for the 8 windows of 512 tokens that quantizing reads."""
+    """Enough of the text for the 32 windows of 512 tokens that static scales read."""
     path = folder / "long.txt"
-    path.write_text(text.read_text(encoding="utf-8") * 4, encoding="utf-8")
+    path.write_text(text.read_text(encoding="utf-8") * 16, encoding="utf-8")
     return path
 
 

@@ -232,6 +232,19 @@ def test_the_notes_say_how_it_was_calibrated(tiny_folder: Path, int8_folder: Pat
     assert notes["alpha"] is None
 
 
+def test_static_scales_read_four_times_as_much_unless_told_otherwise(tmp_path: Path) -> None:
+    source, text = save_tiny_model(tmp_path / "model"), tmp_path / "own.txt"
+    text.write_text("hello world, " * 200)
+    asked = Calibration(text=text, window_len=8)
+    assert asked.describe(source) == "64 tokens, 256 for static scales, of own.txt"
+    for name, num_tokens in (("w8a8-static", 256), ("smoothquant-o3", 256), ("w8a8", 64), ("smoothquant-o2", 64)):
+        quantize_model(source, tmp_path / name, PRESETS[name], asked, CPU)
+        notes = json.loads((tmp_path / name / "ottava.json").read_text())
+        assert notes["calibration"] == f"{num_tokens} tokens of own.txt"
+    chosen = replace(asked, num_windows=2)
+    assert chosen.for_scheme(PRESETS["w8a8-static"]) == chosen
+
+
 def test_a_model_of_little_context_writes_shorter_windows(tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "model", max_position_embeddings=48)
     assert calibration_windows(source, Calibration(num_windows=1, window_len=96), CPU).shape == (2, 48)
