@@ -171,9 +171,8 @@ class Runner:
         self._score_staging = Staging(self.device)
         # The last row takes what padding samples.
         self._last_ids = torch.zeros(max_requests + 1, dtype=torch.int64, device=self.device)
-        self._seen: Tensor | None = None
+        self._seen = TokenCounts(max_requests, decoder.config.vocab_size, self.device, is_seen=True)
         self._counts = TokenCounts(max_requests, decoder.config.vocab_size, self.device)
-        self._seen_owner: list[tuple[int, int]] = [(0, 0)] * max_requests
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -291,18 +290,18 @@ class Runner:
     def _choose(self, forward: Forward, batch: Batch, chunks: list[Chunk]) -> Choice:
         """The next token of each chunk, which its request's row keeps for the next step."""
         sampling, num_samples = self._sampling.build(chunks), len(chunks)
-        if sampling.is_greedy and forward.likeliest is not None and self._seen is None:
+        if sampling.is_greedy and forward.likeliest is not None:
             likeliest = forward.likeliest
             return Choice(likeliest.ids[:num_samples], likeliest.faults[:num_samples])
         rows = batch.sample_rows[:num_samples].long()
-        seen = self._seen_rows(chunks, rows) if sampling.is_penalized else None
-        counts = self._counts.of(chunks, rows, self._last_ids) if sampling.counts_tokens else None
+        seen = self._seen.of(chunks, rows) if sampling.is_penalized else None
+        counts = self._counts.of(chunks, rows) if sampling.counts_tokens else None
         choice = sample(forward.logits[:num_samples], sampling, seen, counts)
         self._last_ids[rows] = choice.ids
         if sampling.counts_tokens:
             self._counts.add(rows, choice.ids)
-        if self._seen is not None:
-            self._seen[rows, choice.ids] = True
+        if sampling.is_penalized:
+            self._seen.add(rows, choice.ids)
         return choice
 
     def _mark(self) -> torch.cuda.Event | None:
@@ -312,21 +311,3 @@ class Runner:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
-
-    def _seen_rows(self, chunks: list[Chunk], rows: Tensor) -> Tensor:
-        """[S, V] bool: the tokens in each sampling row's prompt and output. A request new to its row is copied in."""
-        if self._seen is None:
-            shape = (self.max_requests, self.decoder.config.vocab_size)
-            self._seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        for chunk in chunks:
-            request = chunk.request
-            owner = (request.serial, request.num_preemptions)
-            if self._seen_owner[request.row] != owner:
-                known = request.prompt_ids + request.output_ids
-                row = self._seen[request.row]
-                row.zero_()
-                row[torch.tensor(known, device=self.device)] = True
-                if chunk.start + chunk.length > len(known):
-                    row[self._last_ids[request.row]] = True
-                self._seen_owner[request.row] = owner
-        return self._seen[rows]

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from quant.scheme import PRESETS
 from service.engine.api import SamplingParams
-from service.engine.device.sampler import sample
+from service.engine.device.runner import Forward, Runner
+from service.engine.device.sampler import Choice, sample
 from service.engine.device.sampling import SamplingBuilder
 from service.engine.device.token_counts import TokenCounts
 from service.engine.request import Request
-from service.engine.scheduler import Chunk
+from service.engine.scheduler import Chunk, Step
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.random_weights import random_decoder
@@ -82,13 +83,15 @@ def test_the_choice_is_that_of_the_reference(device: torch.device, seed: int) ->
     seen = torch.zeros(17, NUM_TOKENS, dtype=torch.bool)
     for row, chunk in enumerate(chunks):
         seen[row, chunk.request.prompt_ids + chunk.request.output_ids] = True
-    counts = TokenCounts(17, NUM_TOKENS, device).of(
-        chunks, torch.arange(17, device=device), torch.zeros(17, dtype=torch.int64, device=device)
-    )
-    assert counts.cpu().tolist() == [
-        torch.bincount(torch.tensor(chunk.request.output_ids, dtype=torch.int64), minlength=NUM_TOKENS).tolist()
-        for chunk in chunks
-    ]
+    rows = torch.arange(17, device=device)
+    counts = TokenCounts(17, NUM_TOKENS, device).of(chunks, rows)
+    found_seen = TokenCounts(17, NUM_TOKENS, device, is_seen=True).of(chunks, rows)
+    for row, chunk in enumerate(chunks):
+        p, output = chunk.request.params, torch.tensor(chunk.request.output_ids, dtype=torch.int64)
+        if p.presence_penalty or p.frequency_penalty:
+            assert counts[row].tolist() == torch.bincount(output, minlength=NUM_TOKENS).tolist()
+        if p.repetition_penalty != 1:
+            assert found_seen[row].tolist() == seen[row].tolist()
     batch = SamplingBuilder(17, NUM_TOKENS, device).build(chunks)
     ids = sample(logits.to(device), batch, seen.to(device), counts).ids.tolist()
     for row, chunk in enumerate(chunks):
@@ -108,9 +111,7 @@ def test_neutral_values_change_no_bit(device: torch.device) -> None:
 
     def chosen(*params: SamplingParams) -> list[list[int]]:
         chunks = [chunk_of(p, row, [1, 2, 2], [3]) for row, p in enumerate(params)]
-        counts = TokenCounts(3, NUM_TOKENS, device).of(
-            chunks, torch.arange(3, device=device), torch.zeros(3, dtype=torch.int64, device=device)
-        )
+        counts = TokenCounts(3, NUM_TOKENS, device).of(chunks, torch.arange(3, device=device))
         return [
             sample(logits * scale, SamplingBuilder(3, NUM_TOKENS, device).build(chunks), None, counts).ids.tolist()
             for scale in (0.1, 1.0, 5.0)
@@ -132,33 +133,25 @@ def test_biased_rows_leave_the_bits_of_others() -> None:
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_an_unread_token_of_the_step_before_counts(device: torch.device) -> None:
-    request = Request("r", [3], SamplingParams(presence_penalty=1.0), 0.0, 0, output_ids=[7], num_pending=1, row=2)
-    chunk = Chunk(request, 2, 1, True, 2)
-    last = torch.tensor([0, 0, 9, 0], device=device)
-    counts = TokenCounts(4, 20, device).of([chunk], torch.tensor([2], device=device), last)
-    assert counts.nonzero().tolist() == [[0, 7], [0, 9]]
-
-
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device() -> None:
     device = torch.device("cuda")
     chunks = random_chunks(0, 9)
     logits, rows = torch.randn(9, NUM_TOKENS, device=device), torch.arange(9, device=device)
-    seen, last = torch.zeros(9, NUM_TOKENS, dtype=torch.bool, device=device), torch.zeros_like(rows)
     counts, builder = TokenCounts(9, NUM_TOKENS, device), SamplingBuilder(9, NUM_TOKENS, device)
+    seen = TokenCounts(9, NUM_TOKENS, device, is_seen=True)
 
     def step() -> None:
-        choice = sample(logits, builder.build(chunks), seen, counts.of(chunks, rows, last))
+        choice = sample(logits, builder.build(chunks), seen.of(chunks, rows), counts.of(chunks, rows))
         counts.add(rows, choice.ids)
+        seen.add(rows, choice.ids)
 
     step()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that this mode does not find everything
         torch.cuda.set_sync_debug_mode("error")
     try:
-        counts._owners = [(0, 0)] * 9
+        counts._owners = seen._owners = [(0, 0)] * 9
         step()
         step()
     finally:
@@ -206,3 +199,25 @@ def test_ends_are_held_back_and_then_end_the_answer() -> None:
         assert all(len(ids) > 9 and not {*ends} & {*ids[:9]} for ids in held)
     biased = answers(SamplingParams(5, ignore_eos=True, logit_bias=((77, 100.0),)), wrap=LateRunner)
     assert biased == [[77] * 5] * 6
+
+
+def test_repetition_is_penalized_the_same_however_steps_are_run() -> None:
+    """What has been seen survives a preemption, and a step whose tokens the host has not read yet."""
+    penalized = SamplingParams(24, repetition_penalty=1.8, ignore_eos=True)
+    wanted = answers(penalized)
+    assert wanted != answers(SamplingParams(24, ignore_eos=True))
+    assert answers(penalized, wrap=LateRunner) == wanted
+    assert answers(penalized, wrap=LateRunner, num_blocks=16, block_size=8, is_preempted=True) == wanted
+
+
+def test_after_a_penalized_request_the_tokens_of_graphs_are_taken_again() -> None:
+    runner = Runner(decoder(), num_blocks=4, block_size=16, max_requests=4, max_tokens=16)
+    for params in (SamplingParams(repetition_penalty=1.5), PENALIZED):
+        request = Request("p", [5, 6, 7], params, 0.0, 0, row=1, blocks=[0])
+        runner.execute(Step([Chunk(request, 0, 3, True, 0)]))
+    request = Request("g", [5, 6, 7], SamplingParams(), 0.0, 0, row=2, blocks=[1])
+    batch = runner._batches.view(num_tokens=3, num_requests=1, num_samples=1, is_decode=False)
+    likeliest = Choice(torch.tensor([3]), torch.tensor([0]))
+    with torch.inference_mode():
+        forward = Forward(torch.zeros(3, 192), torch.zeros(1, 256), likeliest)
+        assert runner._choose(forward, batch, [Chunk(request, 0, 3, True, 0)]).ids.tolist() == [3]
