@@ -12,7 +12,6 @@ from pydantic import BaseModel
 from service.web.messages.answers import EVENTS as MESSAGE_EVENTS
 from service.web.responses.answers import EVENTS as RESPONSE_EVENTS
 from service.web.schemas.failure import MessagesErrorResponse
-
 from tests.support.fake_engine import FakeEngine, FakeRequest
 from tests.support.harness import app_of, client_of, engines_of, two_engines, until
 
