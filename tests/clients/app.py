@@ -26,7 +26,7 @@ COMMAND = f"echo {RESULT}"
 def reply(prompt_ids: list[int], params: SamplingParams) -> str:
     """JSON where a schema wants it, a call where tools are shown and none has been answered, else text."""
     prompt = "".join(line for line in bytes(prompt_ids).decode().splitlines(True) if not line.startswith("variables:"))
-    is_answered = RESULT in prompt
+    is_answered = RESULT in prompt or "\ntool:" in prompt
     if not prompt.startswith("tools:"):
         return json.dumps(CITY) if params.grammar is not None else SUNNY if is_answered else HELLO
     shown = [tool["function"] for tool in json.loads(prompt.partition("\n")[0].removeprefix("tools:"))]

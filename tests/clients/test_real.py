@@ -32,6 +32,7 @@ PACKAGES = {
     "claude_code": "@anthropic-ai/claude-code",
     "codex": "@openai/codex",
     "langchain": "langchain-openai",
+    "langchain_js": "@langchain/openai",
     "lite_llm": "litellm",
     "llama_index": "llama-index-llms-openai-like",
     "openai_python": "openai",

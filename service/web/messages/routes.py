@@ -47,7 +47,7 @@ async def answer_messages(body: MessagesRequest, http: HTTPRequest) -> Response:
     with serving.metrics.counting_refusals(variant), named_as_sent(NAMES):
         plan = await chat_plans(
             id_,
-            chat_request(body),
+            chat_request(body, takes_later_system=serving.tokenizer.takes_later_system),
             variant,
             serving,
             http.state.received_s,
@@ -78,5 +78,6 @@ async def count_tokens(body: CountRequest, http: HTTPRequest) -> TokenCount:
     with serving.metrics.counting_refusals(NO_VARIANT):
         variant = serving.models.variant_of(body.model)
     with serving.metrics.counting_refusals(variant), named_as_sent(NAMES):
-        ids, _ = await chat_prompt(chat_request(body), serving)
+        chat = chat_request(body, takes_later_system=serving.tokenizer.takes_later_system)
+        ids, _ = await chat_prompt(chat, serving)
     return TokenCount(input_tokens=len(ids))

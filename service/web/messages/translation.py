@@ -47,8 +47,8 @@ SPEAKERS: Mapping[type, str] = {
 CHOICES: Mapping[str, Words] = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def chat_request(body: PromptFields) -> ChatRequest:
-    """The request as a chat, without the number of tokens.
+def chat_request(body: PromptFields, *, takes_later_system: bool) -> ChatRequest:
+    """The request as a chat, without the number of tokens. takes_later_system: of its chat template; see `Turns`.
 
     Raises:
         InvalidRequest: a block is in a message of another role than its own.
@@ -67,7 +67,7 @@ def chat_request(body: PromptFields) -> ChatRequest:
     if body.tool_choice is not None:
         fields["tool_choice"] = _choice(body.tool_choice)
         fields["parallel_tool_calls"] = not body.tool_choice.disable_parallel_tool_use
-    turns = Turns()
+    turns = Turns(takes_later_system=takes_later_system)
     system = _joined([block for block in body.system if not block.text.startswith(BILLING)])
     if system:
         turns.say("system", system)

@@ -39,13 +39,20 @@ class Turns:
 
     What the assistant thinks, says and calls, in this order, becomes one message. So do messages of the user, or of
     system and developer, that follow one another: many chat templates want the roles to take turns.
+
+    Args:
+        takes_later_system: whether the template shows a system message after others; else the user says it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, takes_later_system: bool) -> None:
+        self._takes_later_system = takes_later_system
         self._drafts: list[_Draft] = []
 
     def say(self, role: Speaker, text: str) -> None:
         """Add a message."""
+        is_first = all(draft.role in INSTRUCTORS for draft in self._drafts)
+        if role in INSTRUCTORS and not (is_first or self._takes_later_system):
+            role = "user"
         if role == "assistant":
             draft = self._assistant(goes_on=not self._last.calls)
         elif _alike(self._last.role, role):

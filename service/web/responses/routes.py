@@ -52,7 +52,7 @@ async def respond(body: ResponsesRequest, http: HTTPRequest) -> Response:
         variant = serving.models.variant_of(body.model)
     id_ = f"resp_{uuid4().hex}"
     with serving.metrics.counting_refusals(variant), named_as_sent(NAMES):
-        chat = chat_request(body)
+        chat = chat_request(body, takes_later_system=serving.tokenizer.takes_later_system)
         plan = await chat_plans(id_, chat, variant, serving, http.state.received_s, route=ROUTE)
     choices = Choices(plan.plans, serving)
     head = _head(id_, body, variant, serving, plan.plans[0].params)

@@ -22,8 +22,8 @@ NAMES: Mapping[str, str] = {
 """The fields of a chat that have another name here."""
 
 
-def chat_request(body: ResponsesRequest) -> ChatRequest:
-    """The request as a chat.
+def chat_request(body: ResponsesRequest, *, takes_later_system: bool) -> ChatRequest:
+    """The request as a chat. takes_later_system: of its chat template; see `Turns`.
 
     Raises:
         InvalidRequest: a field does not go with another one.
@@ -37,7 +37,7 @@ def chat_request(body: ResponsesRequest) -> ChatRequest:
         fields["reasoning_effort"] = body.reasoning.effort
     return ChatRequest(
         **fields,
-        messages=_messages(body),
+        messages=_messages(body, Turns(takes_later_system=takes_later_system)),
         max_completion_tokens=body.max_output_tokens,
         tools=defined_tools(body.tools),
         tool_choice=chosen(body.tool_choice),
@@ -46,8 +46,7 @@ def chat_request(body: ResponsesRequest) -> ChatRequest:
     )
 
 
-def _messages(body: ResponsesRequest) -> list[ChatMessage]:
-    turns = Turns()
+def _messages(body: ResponsesRequest, turns: Turns) -> list[ChatMessage]:
     if body.instructions:
         turns.say("system", body.instructions)
     for item in body.input:

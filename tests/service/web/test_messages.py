@@ -36,12 +36,14 @@ def post(
     path: str = ROUTE,
     tool_format: Format | None = HERMES,
     has_reasoning: bool = False,
+    takes_later_system: bool = True,
     max_model_len: int = 4096,
     **engine_options: Any,
 ) -> tuple[httpx.Response, list[FakeRequest]]:
     async def go() -> tuple[httpx.Response, list[FakeRequest]]:
         engines = two_engines(reply=reply, max_model_len=max_model_len, **engine_options)
-        app = app_of(engines, tokenizer=ByteTokenizer(tool_format, has_reasoning=has_reasoning))
+        tokenizer = ByteTokenizer(tool_format, has_reasoning=has_reasoning, takes_later_system=takes_later_system)
+        app = app_of(engines, tokenizer=tokenizer)
         async with client_of(app) as client:
             limit = {"max_tokens": 2048} if path == ROUTE else {}
             response = await client.post(path, json={"messages": [USER], **limit, **body})
@@ -217,6 +219,12 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
         "system:Mind the time.",
         f"tool:{json.dumps({'tool_call_id': 'toolu_3'})}",
     ]
+
+
+def test_a_later_system_message_where_the_template_takes_none() -> None:
+    messages = [USER, {"role": "system", "content": "y"}, {"role": "assistant", "content": "z"}, USER]
+    _, (request,) = post({"system": "a", "messages": messages}, takes_later_system=False)
+    assert bytes(request.prompt_ids).decode() == "system:a\nuser:x\n\ny\nassistant:z\nuser:x\n"
 
 
 def test_an_answer_can_be_sent_back_unchanged() -> None:
