@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
 from service.text.tools.calls import Arguments, Called, Said
+from service.web.generation.run import Piece, Run
 from service.web.generation.tool_use import Answering
 
 
@@ -60,12 +61,21 @@ class Blocks:
     def __init__(self, answering: Answering) -> None:
         self._answering = answering
         self._open: Block | None = None
+        self._is_over = False
         self.all: list[Block] = []
         self.num_calls = 0
 
     def grown(self, text: str, *, is_last: bool) -> list[Change]:
         """What the next text of the answer changes. An answer that is empty in the end is a block of empty text."""
         return list(self._changes(text, is_last=is_last))
+
+    async def of(self, run: Run) -> AsyncGenerator[tuple[Piece, list[Change]], None]:
+        """Yield each piece of a run and what it changes. Raises as `Run.pieces`."""
+        async for piece in run.pieces():
+            yield piece, self.grown(piece.text, is_last=run.finish_reason is not None)
+        if not self._is_over:
+            # The engine has aborted the run, without a last piece.
+            yield Piece("", []), self.grown("", is_last=True)
 
     def _changes(self, text: str, *, is_last: bool) -> Iterator[Change]:
         thought, events = self._answering.divided(text, is_last=is_last)
@@ -81,6 +91,7 @@ class Blocks:
                 case Arguments(_, arguments):
                     yield from self._add(Kind.CALL, arguments)
         if is_last:
+            self._is_over = True
             if not self.all:
                 yield from self._begin(Kind.TEXT)
             yield from self._end()

@@ -35,7 +35,6 @@ from service.web.messages.answers import (
     ThinkingGrowth,
     ToolUseContent,
 )
-from service.web.openai.choices import Choices
 from service.web.schemas.failure import ErrorResponse
 
 DELTA = "content_block_delta"
@@ -45,15 +44,14 @@ class MessageReply:
     """Formats one run as events or as a whole answer.
 
     Args:
-        choices: of the one run.
+        run: of the request.
         blocks: of its answer.
         model: the name of what answers.
         max_tokens: as the client asked; fewer are generated where the context leaves less.
     """
 
-    def __init__(self, choices: Choices, blocks: Blocks, *, model: str, max_tokens: int, max_model_len: int) -> None:
-        self._choices = choices
-        self._run: Run = choices.runs[0]
+    def __init__(self, run: Run, blocks: Blocks, *, model: str, max_tokens: int, max_model_len: int) -> None:
+        self._run = run
         self._blocks = blocks
         self._model = model
         self._max_tokens = max_tokens
@@ -64,8 +62,8 @@ class MessageReply:
         """Yield the events of what each step added, encoded."""
         start = self._message(None, self._usage(num_cached=0, num_generated=0))
         yield _named(MessageStart(type="message_start", message=start)) + _named(Ping(type="ping"))
-        async with aclosing(self._changes()) as pieces:
-            async for changes in pieces:
+        async with aclosing(self._blocks.of(self._run)) as pieces:
+            async for _, changes in pieces:
                 data = b"".join(part for change in changes for part in self._told(change))
                 if data:
                     yield data
@@ -75,16 +73,10 @@ class MessageReply:
 
     async def answer(self) -> AnthropicMessage:
         """The whole answer."""
-        async with aclosing(self._changes()) as pieces:
+        async with aclosing(self._blocks.of(self._run)) as pieces:
             async for _ in pieces:
                 pass
         return self._message(self._ended(), self._usage())
-
-    async def _changes(self) -> AsyncGenerator[list[Change], None]:
-        """The changes that each piece of the run makes."""
-        async with aclosing(self._choices.news()) as news:
-            async for new in news:
-                yield self._blocks.grown(new.piece.text, is_last=new.finish_reason is not None)
 
     def _told(self, change: Change) -> Iterator[bytes]:
         """The events of a change."""

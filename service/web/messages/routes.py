@@ -56,7 +56,7 @@ async def answer_messages(body: MessagesRequest, http: HTTPRequest) -> Response:
         )
     choices = Choices(plan.plans, serving)
     reply = MessageReply(
-        choices,
+        choices.runs[0],
         Blocks(plan.answering()),
         model=serving.models.full_name(variant),
         max_tokens=body.max_tokens,

@@ -14,7 +14,6 @@ from service.errors import OttavaError
 from service.web.generation.blocks import Block, Blocks, Change, Kind, Move
 from service.web.generation.run import Run
 from service.web.generation.sse import MARK, Form, event
-from service.web.openai.choices import Choices
 from service.web.responses.answers import (
     ArgumentsDelta,
     ArgumentsDone,
@@ -49,17 +48,14 @@ class ResponseReply:
     """Formats one run as events or as a whole answer.
 
     Args:
-        choices: of the one run.
+        run: of the request.
         blocks: of its answer.
         head: the fields of the answer that do not change.
         spaces: name that the model knows -> namespace and name, of the functions in namespaces.
     """
 
-    def __init__(
-        self, choices: Choices, blocks: Blocks, *, head: dict[str, Any], spaces: dict[str, tuple[str, str]]
-    ) -> None:
-        self._choices = choices
-        self._run: Run = choices.runs[0]
+    def __init__(self, run: Run, blocks: Blocks, *, head: dict[str, Any], spaces: dict[str, tuple[str, str]]) -> None:
+        self._run = run
         self._blocks = blocks
         self._head = head
         self._spaces = spaces
@@ -94,11 +90,10 @@ class ResponseReply:
 
     async def _changes(self) -> AsyncGenerator[list[Change], None]:
         """The changes that each piece of the run makes."""
-        async with aclosing(self._choices.news()) as news:
-            async for new in news:
-                changes = self._blocks.grown(new.piece.text, is_last=new.finish_reason is not None)
+        async with aclosing(self._blocks.of(self._run)) as pieces:
+            async for piece, changes in pieces:
                 if any(change.block.kind is Kind.REASONING and change.text for change in changes):
-                    self._num_reasoning_tokens += len(new.piece.token_ids)
+                    self._num_reasoning_tokens += len(piece.token_ids)
                 for change in changes:
                     if change.move is Move.OPENED:
                         self._ids.append(f"{PREFIXES[change.block.kind]}_{uuid4().hex}")
@@ -171,23 +166,24 @@ class ResponseReply:
         self._number += 1
         return self._number - 1
 
-    def _status(self) -> Status:
-        return "incomplete" if self._run.finish_reason is FinishReason.LENGTH else "completed"
+    def _status(self) -> ItemStatus:
+        """How the answer has ended."""
+        return "completed" if self._run.finish_reason is FinishReason.STOP else "incomplete"
 
     def _item_status(self, block: Block) -> ItemStatus:
         """The status of a block that is closed: an answer that is cut is cut in its last one."""
-        is_cut = self._run.finish_reason is FinishReason.LENGTH and block is self._blocks.all[-1]
-        return "incomplete" if is_cut else "completed"
+        return self._status() if block is self._blocks.all[-1] else "completed"
 
     def _response(self, status: Status, error: ResponseFault | None = None) -> ModelResponse:
         has_ended = status in ("completed", "incomplete")
+        is_cut = self._run.finish_reason is FinishReason.LENGTH
         times = {"metrics": self._run.times()} if has_ended else {}
         return ModelResponse(
             **self._head,
             status=status,
             output=[self._item_of(block, self._item_status(block)) for block in self._blocks.all],
             error=error,
-            incomplete_details=Incomplete(reason="max_output_tokens") if status == "incomplete" else None,
+            incomplete_details=Incomplete(reason="max_output_tokens") if is_cut else None,
             usage=self._usage() if has_ended else None,
             **times,
         )

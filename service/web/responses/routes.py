@@ -56,7 +56,7 @@ async def respond(body: ResponsesRequest, http: HTTPRequest) -> Response:
         plan = await chat_plans(id_, chat, variant, serving, http.state.received_s, route=ROUTE)
     choices = Choices(plan.plans, serving)
     head = _head(id_, body, variant, serving, plan.plans[0].params)
-    reply = ResponseReply(choices, Blocks(plan.answering()), head=head, spaces=split_names(body.tools))
+    reply = ResponseReply(choices.runs[0], Blocks(plan.answering()), head=head, spaces=split_names(body.tools))
     if body.stream:
         return streamed(reply.events, http, choices.close, Closing(b"", reply.failed))
     return await answered(reply.answer, http, choices.close)
