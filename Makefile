@@ -60,14 +60,17 @@ gpu: $(READY) ## run the tests that need a CUDA GPU
 test-deploy: $(READY) ## build the image, bring up docker/compose.yaml and stop it under load; needs a Docker engine
 	$(PY) -m pytest -m deploy -rs tests/deploy $(ARGS)
 
-# Their packages want other versions than ottava's, of openai for one.
-CLIENTS := .venv-clients/.installed
-$(CLIENTS): tests/clients/requirements.txt
+# Their packages want other versions than ottava's, of openai for one. Those of npm are left out where it is not.
+CLIENTS := .venv-clients/.installed $(if $(shell command -v npm),tests/clients/node_modules/.installed)
+tests/clients/node_modules/.installed: tests/clients/package.json
+	npm install --prefix tests/clients --no-audit --no-fund --no-package-lock --silent
+	touch $@
+.venv-clients/.installed: tests/clients/requirements.txt
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@
 
-test-clients: $(READY) $(CLIENTS) ## run openai, LangChain, LiteLLM, LlamaIndex and pydantic-ai against the routes
+test-clients: $(READY) $(CLIENTS) ## run other people's clients against the routes: SDKs of Python and, with npm, Codex, Claude Code, Vercel's SDK
 	$(PY) -m pytest -m clients tests/clients $(ARGS)
 
 bench: $(READY) ## measure decode and prefill of both variants on this machine

@@ -8,6 +8,7 @@ OttavaError
  |  + Forbidden          403   an admin route of a server that has no admin keys
  |  + UnknownVariant     404   a variant that is not served
  |  + UnknownModel       404   a model that is not served
+ |  + UnknownResponse    404   an earlier answer: none is stored
  |  + TooLarge           413   a body above the limit
  |  + UnknownHost        421   a Host header with another name than this server's
  |  + Malformed          422   a body of the wrong shape
@@ -108,6 +109,13 @@ class UnknownModel(RequestError):
 
     status = 404
     code = "model_not_found"
+
+
+class UnknownResponse(RequestError):
+    """An earlier answer is asked for, but none is stored."""
+
+    status = 404
+    code = "response_not_found"
 
 
 class TooLarge(RequestError):

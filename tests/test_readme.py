@@ -20,7 +20,9 @@ import typer
 from pydantic import BaseModel
 
 from service.cli import app
+from service.web.messages.requests import MessagesRequest
 from service.web.openai.requests import ChatRequest, CompletionRequest
+from service.web.responses.requests import ResponsesRequest
 from service.web.routes.admin import ReloadRequest
 from service.web.schemas.generate import GenerateRequest
 from tests.support.pages import MANUAL, PAGES, QUICKSTART, README, ROOT, Block, console_blocks, name_of, text_of
@@ -30,6 +32,8 @@ BODIES: dict[str, type[BaseModel]] = {
     "/generate": GenerateRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
     "/admin/reload": ReloadRequest,
 }
 NOT_YET = {"--in-process"}

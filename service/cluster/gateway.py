@@ -143,7 +143,7 @@ class Gateway:
         except ClientGone:
             return
         except OttavaError as error:
-            await refusal(error)(scope, receive, send)
+            await refusal(error, scope["path"])(scope, receive, send)
         finally:
             self.lifecycle.leave()
 

@@ -119,9 +119,13 @@ def _chunks(request: dict[str, Any]) -> list[bytes]:
         prompt = first
         if isinstance(first, list):
             return _parts(first)
-    messages = request.get("messages")
+    # The Responses API calls the conversation `input`, which may be a text.
+    messages = request.get("messages", request.get("input"))
+    heads = [request[name] for name in ("instructions", "system") if request.get(name)]
     if isinstance(messages, list):
-        prompt = "".join(json.dumps(message, sort_keys=True, ensure_ascii=False) for message in messages)
+        prompt = "".join(json.dumps(part, sort_keys=True, ensure_ascii=False) for part in (*heads, *messages))
+    elif prompt is None and isinstance(messages, str):
+        prompt = json.dumps(heads, sort_keys=True, ensure_ascii=False) + messages
     if not isinstance(prompt, str):
         return []
     text = prompt.encode("utf-8", "surrogatepass")

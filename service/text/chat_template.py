@@ -68,6 +68,16 @@ class ChatTemplate:
         except Exception as error:  # noqa: BLE001 (Python compiles what Jinja made of it, and may raise anything)
             if self._template is None:
                 self.fault = f"is not valid: {_words(error)}"
+        self.takes_later_system = self.fault is None and self._shows_later_system()
+        """Whether a system message may come after others, and is shown then."""
+
+    def _shows_later_system(self) -> bool:
+        mark = secrets.token_hex(8)
+        messages = [{"role": "user", "content": "x"}, {"role": "system", "content": mark}]
+        try:
+            return mark in self._rendered(messages=messages, add_generation_prompt=True)
+        except Exception:  # noqa: BLE001 (a template may raise anything)
+            return False
 
     def render(
         self,

@@ -43,6 +43,11 @@ class TokenizerLike(Protocol):
         """Whether the model thinks before it answers; see `service.text.reasoning`."""
         ...
 
+    @property
+    def takes_later_system(self) -> bool:
+        """Whether the chat template shows a system message that comes after others."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def apply_chat(

@@ -42,7 +42,12 @@ class Output:
     @property
     def is_stopped(self) -> bool:
         """Whether a stop string is complete."""
-        return self._stops.found is not None
+        return self.found is not None
+
+    @property
+    def found(self) -> str | None:
+        """The stop string that is complete."""
+        return self._stops.found
 
     def take(self, token_ids: Sequence[int]) -> tuple[str, int]:
         """Add tokens. Returns the text to send and the number of tokens taken: those up to a stop string's last."""

@@ -83,6 +83,12 @@ class Tokenizer:
         """See `TokenizerLike.has_reasoning`."""
         return self._template is not None and self._template.has_reasoning
 
+    @property
+    def takes_later_system(self) -> bool:
+        """See `TokenizerLike.takes_later_system`."""
+        templates = (self._template, self._tool_template)
+        return all(template is None or template.takes_later_system for template in templates)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the model expects around a prompt.
 

@@ -13,12 +13,16 @@ from service.settings import Settings
 from service.telemetry.logs import log_request
 from service.telemetry.tracing import open_tracer
 from service.web.failures import add_handlers
+from service.web.messages import routes as messages
+from service.web.messages.answers import EVENTS as MESSAGE_EVENTS
 from service.web.middleware import surround
 from service.web.openai import chat as openai_chat
 from service.web.openai import completions as openai_completions
 from service.web.openai import models as openai_models
 from service.web.openai.answers import ChatCompletionChunk
 from service.web.openapi import document_events
+from service.web.responses import routes as responses
+from service.web.responses.answers import EVENTS as RESPONSE_EVENTS
 from service.web.routes import admin, generate, health, page, records
 from service.web.schemas.generate import Delta
 from service.web.state import Host, Serving
@@ -54,11 +58,14 @@ def create_app(host: Host, settings: Settings) -> FastAPI:
     app.include_router(openai_completions.router)
     app.include_router(openai_chat.router)
     app.include_router(openai_models.router)
+    app.include_router(responses.router)
+    app.include_router(responses.stored)
+    app.include_router(messages.router)
     app.include_router(health.router)
     app.include_router(admin.router)
     app.include_router(records.router)
     app.include_router(page.router)
-    document_events(app, Delta, ChatCompletionChunk)
+    document_events(app, Delta, ChatCompletionChunk, *RESPONSE_EVENTS, *MESSAGE_EVENTS)
     if tracer is None:
         surround(app, serving, [log_request])
     else:

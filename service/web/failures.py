@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from service.errors import InvalidRequest, Malformed, OttavaError, RequestError
 from service.telemetry.metrics import NO_VARIANT, REJECTED, UNKNOWN_FIELD, WHOLE_BODY
-from service.web.schemas.failure import ErrorDetail, ErrorResponse
+from service.web.schemas.failure import ErrorDetail, ErrorResponse, MessagesErrorResponse
 from service.web.state import serving_of
 
 log = logging.getLogger(__name__)
@@ -45,11 +45,18 @@ _VALUE_ERRORS = {
     "tools_alone": "which has `tools` without `messages`; {message}",
     "not_one": "but {message}",
     "no_choice": "which is no choice of a tool; {message}",
+    "unknown_kind": "which is not of a type that is served here; {message}",
     "no_content": "which has no `content`; {message}",
     "string_pattern_mismatch": "which does not match {pattern}; send a name that does",
 }
 REFUSALS = (400, 404, 422)
 """Statuses that blame a field of the request."""
+MESSAGES = "/v1/messages"
+"""Answers below this path are in Anthropic's format, their errors too."""
+_ANTHROPIC_STATUSES = {
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+}
 _MAX_SHOWN = 80
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _MAX_SHOWN
@@ -108,15 +115,23 @@ def internal_error() -> ErrorResponse:
     return error_body(OttavaError(message))
 
 
-def answer(status: int, body: ErrorResponse, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON response with this body."""
+def messages_error(body: ErrorResponse, status: int = HTTPStatus.OK) -> MessagesErrorResponse:
+    """The same error in Anthropic's format. status: of its response; OK inside a stream."""
+    own = "api_error" if body.error.type == OttavaError.type else body.error.type
+    kind = _ANTHROPIC_STATUSES.get(HTTPStatus(status), own)
+    return MessagesErrorResponse(type="error", error=body.error.model_copy(update={"type": kind}))
+
+
+def answer(status: int, body: ErrorResponse, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response with this body, in the format of the request's path."""
+    told = messages_error(body, status) if path.startswith(MESSAGES) else body
     # ASCII only, because a message may quote a field name that is not valid Unicode.
-    return Response(json.dumps(body.model_dump()), status, headers, "application/json")
+    return Response(json.dumps(told.model_dump()), status, headers, "application/json")
 
 
-def refusal(error: OttavaError) -> Response:
-    """The response for an OttavaError."""
-    return answer(error.status, error_body(error), error.headers)
+def refusal(error: OttavaError, path: str) -> Response:
+    """The response for an OttavaError to a request for this path."""
+    return answer(error.status, error_body(error), path, error.headers)
 
 
 def describe(errors: Sequence[Mapping[str, Any]]) -> RequestError:
@@ -186,14 +201,14 @@ async def _on_ottava_error(request: HTTPRequest, error: Exception) -> Response:
     if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("request %s failed: %s", request.state.request_id, error.message, exc_info=error)
     serving_of(request).metrics.refused_for(error)
-    return refusal(error)
+    return refusal(error, request.url.path)
 
 
 async def _on_invalid_body(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     found = describe(error.errors())
     serving_of(request).metrics.refused_for(found)
-    return answer(found.status, error_body(found))
+    return answer(found.status, error_body(found), request.url.path)
 
 
 async def _on_http_error(request: HTTPRequest, error: Exception) -> Response:
@@ -201,11 +216,11 @@ async def _on_http_error(request: HTTPRequest, error: Exception) -> Response:
     cause = _unreadable(error.__cause__)
     if isinstance(cause, OttavaError):
         serving_of(request).metrics.refused_for(cause)
-        return refusal(cause)
+        return refusal(cause, request.url.path)
     status = HTTPStatus(error.status_code)
     message = str(error.detail)
     if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
         message = f"{request.method} {request.url.path[:_MAX_SHOWN]}: {status.phrase.lower()}; /docs lists the routes"
     code = status.phrase.lower().replace(" ", "_")
     detail = ErrorDetail(message=message, type=RequestError.type, param=None, code=code)
-    return answer(status, ErrorResponse(error=detail), error.headers)
+    return answer(status, ErrorResponse(error=detail), request.url.path, error.headers)

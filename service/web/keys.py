@@ -97,7 +97,7 @@ def _name_of(authorization: str | None, keys: Sequence[ApiKey], kind: str) -> st
     """The name of the key in an Authorization header. Raises Unauthorized; kind is for its message."""
     scheme, _, key = (authorization or "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
-        raise Unauthorized(f"this needs an {kind}; send the header `Authorization: Bearer KEY`")
+        raise Unauthorized(f"this needs an {kind}; send the header `Authorization: Bearer KEY`, or `x-api-key: KEY`")
     digest, found = _digest(key.strip()), None
     # Compares hashes, and with every key, so that the time does not reveal how close a guess was.
     for known in keys:

@@ -33,29 +33,32 @@ _MEANINGS = {
 }
 
 
-def failures(*statuses: int) -> Responses:
-    """The error responses of a route: these statuses, plus those of every route."""
+def failures(*statuses: int, model: type[BaseModel] = ErrorResponse) -> Responses:
+    """The error responses of a route: these statuses, plus those of every route. model: of their body."""
     wanted = sorted({*statuses, *EVERY_ROUTE})
-    return {status: {"model": ErrorResponse, "description": _MEANINGS[status]} for status in wanted}
+    return {status: {"model": model, "description": _MEANINGS[status]} for status in wanted}
 
 
-def generation(description: str, *events: type[BaseModel]) -> Responses:
-    """The responses of a generation route, which answers as a whole or as a stream of these events."""
-    models: tuple[type[BaseModel], ...] = (*events, ErrorResponse)
-    data = {
-        "anyOf": [
-            {"const": "[DONE]"},
-            {
-                "type": "string",
-                "contentMediaType": "application/json",
-                "contentSchema": {"anyOf": [_reference(model) for model in models]},
-            },
-        ]
+def generation(
+    description: str, *events: type[BaseModel], is_named: bool = False, failure: type[BaseModel] = ErrorResponse
+) -> Responses:
+    """The responses of a generation route, which answers as a whole or as a stream of these events.
+
+    is_named: whether each has a name, the type of its data, and no [DONE] comes after the last. failure: the body of
+    error responses; what an event has that tells of a failure.
+    """
+    models = events if is_named else (*events, failure)
+    encoded = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(model) for model in models]},
     }
+    data = encoded if is_named else {"anyOf": [{"const": "[DONE]"}, encoded]}
+    name = {"event": {"type": "string"}} if is_named else {}
     # Describes one event, because OpenAPI 3.1 cannot describe the items of a stream.
-    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    event = {"type": "object", "properties": {**name, "data": data}, "required": [*name, "data"]}
     ok = {"description": description, "content": {"text/event-stream": {"schema": event}}}
-    return {200: ok, **failures(400, 401, 404, 422, 429, 503, 504)}
+    return {200: ok, **failures(400, 401, 404, 422, 429, 503, 504, model=failure)}
 
 
 def amend(app: FastAPI, change: Callable[[dict[str, Any]], None]) -> None:

@@ -44,9 +44,12 @@ class ByteTokenizer:
     special_ids: Mapping[str, int] = {"<eos>": EOS}
     eos_ids = frozenset({EOS})
 
-    def __init__(self, tool_format: Format | None = None, *, has_reasoning: bool = False) -> None:
+    def __init__(
+        self, tool_format: Format | None = None, *, has_reasoning: bool = False, takes_later_system: bool = True
+    ) -> None:
         self.tool_format = tool_format
         self.has_reasoning = has_reasoning
+        self.takes_later_system = takes_later_system
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -23,6 +23,12 @@ TOOLS = "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"
 NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))
 MAX_MODEL_LEN = 4096
 TYPES = {"invalid_request_error", "authentication_error", "rate_limit_error", "overloaded_error", "timeout_error"}
+ANTHROPIC_TYPES = TYPES | {"not_found_error", "request_too_large"}
+LAST = {
+    "/v1/responses": ("response.completed", "response.incomplete", "response.failed"),
+    "/v1/messages": ("message_stop", "error"),
+}
+"""The names that the last event may have, of streams whose events have names."""
 
 # The same examples in every run. An example is a whole request, so it is neither timed nor shrunk for minutes.
 thorough = settings(
@@ -54,10 +60,11 @@ def strictly(text: str | bytes) -> Any:
 def assert_told(answer: object) -> None:
     """An answer that is no success has the documented shape, and blames the client, who is told how to go on."""
     assert isinstance(answer, dict)
+    is_anthropic = answer.pop("type", None) == "error"
     assert set(answer) == {"error"}
     error = answer["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] in TYPES
+    assert error["type"] in (ANTHROPIC_TYPES if is_anthropic else TYPES)
     assert len(error["message"]) < 2000
     assert error["param"] is None or isinstance(error["param"], str)
 
@@ -73,6 +80,8 @@ class Streams:
         """The number of events; the last is [DONE], or an error where the time of the request was over."""
         *events, rest = text.split("\n\n")
         assert rest == ""
+        if path in LAST:
+            return self._check_named(path, events)
         assert all(event.startswith("data: ") and "\n" not in event for event in events)
         *data, last = [event.removeprefix("data: ") for event in events]
         if last != "[DONE]":
@@ -84,11 +93,23 @@ class Streams:
             self._validator(path).validate(strictly(event))
         return len(events)
 
+    def _check_named(self, path: str, events: list[str]) -> int:
+        for event in events:
+            name, data = event.split("\n")
+            body = strictly(data.removeprefix("data: "))
+            assert name == f"event: {body['type']}"
+            assert (body["type"] in LAST[path]) == (event is events[-1])
+            if body["type"] == "error":
+                assert_told(dict(body))
+            self._validator(path).validate(body)
+        return len(events)
+
     def _validator(self, path: str) -> Draft202012Validator:
         """Of the events of a route, errors aside."""
         if path not in self._validators:
             content = self._document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
-            _, data = content["schema"]["properties"]["data"]["anyOf"]
+            data = content["schema"]["properties"]["data"]
+            data = data["anyOf"][1] if "anyOf" in data else data
             models = [model for model in data["contentSchema"]["anyOf"] if not model["$ref"].endswith("/ErrorResponse")]
             schema = {"anyOf": models, "components": self._document["components"]}
             self._validators[path] = Draft202012Validator(schema)

@@ -240,6 +240,19 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(item) for item in data]
 
 
+def named_events_of(response: httpx.Response) -> list[dict[str, Any]]:
+    """The JSON events of a stream whose events have their type as a name."""
+    assert response.status_code == 200, response.text
+    chunks = response.text.split("\n\n")
+    assert chunks.pop() == ""
+    events = []
+    for chunk in chunks:
+        name, data = chunk.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
+
+
 async def metrics_of(client: httpx.AsyncClient) -> dict[tuple[str, ...], float]:
     """(name, label=value, ...) -> value."""
     response = await client.get("/metrics")

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel
@@ -15,6 +15,7 @@ from starlette.responses import Response
 from service.errors import OttavaError
 from service.web.failures import error_body, internal_error
 from service.web.generation.sse import DONE, ClientGone, EventStream, event, unless_disconnected
+from service.web.schemas.failure import ErrorResponse
 
 CLIENT_GONE_STATUS = 499
 THREAD_LOGPROBS = 4096
@@ -25,11 +26,28 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+class Closing(NamedTuple):
+    """How a stream ends.
+
+    done: sent after the last event, unless something fails.
+    failed: the event that ends a stream in which something has failed.
+    """
+
+    done: bytes = DONE
+    failed: Callable[[ErrorResponse], bytes] = event
+
+
+OPENAI = Closing()
+
+
 def streamed(
-    events: Callable[[], AsyncGenerator[BaseModel | bytes, None]], http: HTTPRequest, close: Callable[[], None]
+    events: Callable[[], AsyncGenerator[BaseModel | bytes, None]],
+    http: HTTPRequest,
+    close: Callable[[], None],
+    closing: Closing = OPENAI,
 ) -> Response:
-    """A stream of the events, encoded or as models, then [DONE]. Calls `close` at the end or on disconnect."""
-    return EventStream(_guarded(events, http.state.request_id), close)
+    """A stream of the events, encoded or as models, up to its closing. Calls `close` at the end or on disconnect."""
+    return EventStream(_guarded(events, http.state.request_id, closing), close)
 
 
 async def answered(
@@ -51,17 +69,18 @@ async def built(build: Callable[[], T], num_logprobs: int) -> T:
 
 
 async def _guarded(
-    events: Callable[[], AsyncGenerator[BaseModel | bytes, None]], request_id: str
+    events: Callable[[], AsyncGenerator[BaseModel | bytes, None]], request_id: str, closing: Closing
 ) -> AsyncIterator[bytes]:
-    """Encode server-sent events. An error ends them without [DONE], so that clients can detect a cut-off answer."""
+    """Encode server-sent events. An error ends them without `done`, so that clients can detect a cut-off answer."""
     try:
         async with aclosing(events()) as items:
             async for item in items:
                 yield item if isinstance(item, bytes) else event(item)
-        yield DONE
+        if closing.done:
+            yield closing.done
     except OttavaError as error:
         log.exception("request %s: stream ended early", request_id)
-        yield event(error_body(error))
+        yield closing.failed(error_body(error))
     except Exception:
         log.exception("request %s: stream ended early", request_id)
-        yield event(internal_error())
+        yield closing.failed(internal_error())

@@ -157,6 +157,11 @@ class Run:
         )
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer; None if none did."""
+        return self._output.found
+
+    @property
     def progress(self) -> Progress:
         """The engine's snapshot of the request."""
         return self._stream.progress

@@ -29,9 +29,10 @@ class ClientGone(Exception):
     """The client has closed the connection."""
 
 
-def event(body: BaseModel) -> bytes:
-    """Encode an event with its set fields as JSON."""
-    return one_line(b"data: " + body.model_dump_json(exclude_unset=True).encode() + b"\n\n")
+def event(body: BaseModel, name: str = "") -> bytes:
+    """Encode an event with its set fields as JSON. name: of the event, for clients that read it."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + one_line(b"data: " + body.model_dump_json(exclude_unset=True).encode() + b"\n\n")
 
 
 def one_line(event: bytes) -> bytes:
@@ -48,13 +49,14 @@ class Form:
     Args:
         body: the event, with a mark in place of each value that changes.
         marks: the marks in the order of the fields; each must be unique in the event.
+        name: as in `event`.
 
     Raises:
         ValueError: a mark does not occur exactly once.
     """
 
-    def __init__(self, body: BaseModel, *marks: object) -> None:
-        self._form = event(body).replace(b"%", b"%%")
+    def __init__(self, body: BaseModel, *marks: object, name: str = "") -> None:
+        self._form = event(body, name).replace(b"%", b"%%")
         for mark in map(to_json, marks):
             if self._form.count(mark) != 1:
                 raise ValueError(f"{mark!r} is not there exactly once: {self._form!r}")

@@ -233,26 +233,32 @@ class Answering:
 
     def grown(self, text: str, *, is_last: bool) -> Told:
         """What the next text of the answer adds."""
-        if self._reasoning is None:
-            return self._grown(text, is_last=is_last)
-        thought, content = self._reasoning.push(text)
-        if is_last:
-            rest = self._reasoning.flush()
-            thought, content = thought + rest.reasoning, content + rest.content
-        return self._grown(content, is_last=is_last)._replace(reasoning=thought)
+        thought, events = self.divided(text, is_last=is_last)
+        return self._told(events)._replace(reasoning=thought)
 
-    def _grown(self, text: str, *, is_last: bool) -> Told:
+    def divided(self, text: str, *, is_last: bool) -> tuple[str, list[Event]]:
+        """What the next text adds to the reasoning, and what it adds behind that, in order."""
+        thought, content = "", text
+        if self._reasoning is not None:
+            thought, content = self._reasoning.push(text)
+            if is_last:
+                rest = self._reasoning.flush()
+                thought, content = thought + rest.reasoning, content + rest.content
         if self._parser is None:
-            return Told(text, [])
-        events = self._parser.push(text)
+            return thought, [Said(content)] if content else []
+        events = self._parser.push(content)
         if is_last:
             events += self._parser.flush()
-        return self._told(events)
+        return thought, events
+
+    def make_id(self) -> str:
+        """An id for a call, as the model's format has them."""
+        assert self._use is not None
+        return self._use.format.makes_id()
 
     def _told(self, events: Sequence[Event]) -> Told:
         content: list[str] = []
         calls: list[ToolCallDelta] = []
-        assert self._use is not None
         for event in events:
             match event:
                 case Said(text):
@@ -260,9 +266,7 @@ class Answering:
                 case Called(index, name):
                     self.num_calls += 1
                     function = FunctionDelta(name=name, arguments="")
-                    calls.append(
-                        ToolCallDelta(index=index, id=self._use.format.makes_id(), type="function", function=function)
-                    )
+                    calls.append(ToolCallDelta(index=index, id=self.make_id(), type="function", function=function))
                 case Arguments(index, text):
                     if not calls or calls[-1].index != index:
                         calls.append(ToolCallDelta(index=index, function=FunctionDelta(arguments="")))

@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from service.telemetry.record import RequestRecord
 from service.web.middleware.envelope import REQUEST_ID, Envelope
 from service.web.middleware.faults import Faults
-from service.web.middleware.gate import Gate, document_keys
+from service.web.middleware.gate import API_KEY, Gate, document_keys
 from service.web.middleware.names import KnownNames, names_of
 from service.web.state import Serving
 
@@ -32,7 +32,7 @@ def surround(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "POST"),
-            allow_headers=("authorization", "content-type", REQUEST_ID),
+            allow_headers=("authorization", API_KEY, "anthropic-version", "content-type", REQUEST_ID),
             expose_headers=(REQUEST_ID, "retry-after"),
         )
     names = names_of(settings, has_keys=not serving.keys.is_empty)

@@ -29,4 +29,4 @@ class Faults:
             log.exception("request %s: %s %r failed", record.id, record.method, record.path)
             if record.status is not None:
                 raise
-            await answer(500, internal_error())(scope, receive, send)
+            await answer(500, internal_error(), record.path)(scope, receive, send)

@@ -30,6 +30,7 @@ PUBLIC_PATHS: dict[PublicRoute, frozenset[str]] = {
 }
 PAGE_FILES = "/page/"
 ADMIN = "/admin/"
+API_KEY = "x-api-key"
 
 
 class Gate:
@@ -58,7 +59,7 @@ class Gate:
             self._serving.metrics.refused_for(error)
             if counts:
                 self._serving.metrics.count(NO_VARIANT, REJECTED)
-            await refusal(error)(scope, receive, send)
+            await refusal(error, scope["path"])(scope, receive, send)
             return
         try:
             await self._app(scope, _limited(receive, self._max_body_bytes), send)
@@ -75,7 +76,7 @@ class Gate:
             Unauthorized, Forbidden, TooLarge, Draining, RateLimited: the request is refused, and nothing is counted.
         """
         headers = Headers(scope=scope)
-        record.key = self._key_of(scope["path"], headers.get("authorization"))
+        record.key = self._key_of(scope["path"], _authorization(headers))
         refuse_declared(headers, self._max_body_bytes)
         if counts:
             self._serving.lifecycle.refuse_if_draining()
@@ -117,6 +118,12 @@ def document_keys(app: FastAPI, keys: Keyring, settings: Settings) -> None:
                     operation["security"] = []
 
     amend(app, add)
+
+
+def _authorization(headers: Headers) -> str | None:
+    """The Authorization header or, as Anthropic's clients send it, the key in `x-api-key`."""
+    key = headers.get(API_KEY)
+    return headers.get("authorization") or (None if key is None else f"Bearer {key}")
 
 
 def is_generation(scope: Scope) -> bool:

@@ -53,4 +53,4 @@ class KnownNames:
             f"the host is {host[:MAX_SHOWN]!r}, which is no name of this server; it answers to "
             f"{', '.join(self._names)}: use one of them, or start it with --allowed-hosts and this one"
         )
-        await refusal(error)(scope, receive, send)
+        await refusal(error, scope["path"])(scope, receive, send)

@@ -148,8 +148,31 @@ async def completion_plans(
     return prompts, order.plans(wanted, body.n)
 
 
-async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving, received_s: float) -> ChatPlan:
+async def chat_prompt(body: ChatRequest, serving: Serving) -> tuple[list[int], ToolUse | None]:
+    """Token ids of a conversation, and how its answers may call tools.
+
+    Raises as `tool_use`, `shown_messages` and `chat_ids`.
+    """
+    use = tool_use(body, serving.tokenizer)
+    messages = shown_messages(body.messages, serving.tokenizer)
+    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    variables = {**effort, **body.chat_template_kwargs}
+    return await chat_ids(messages, serving, body.add_generation_prompt, shown_tools(body, use), variables), use
+
+
+async def chat_plans(
+    id_: str,
+    body: ChatRequest,
+    variant: str,
+    serving: Serving,
+    received_s: float,
+    *,
+    route: str = "/v1/chat/completions",
+    most_tokens: int | None = None,
+) -> ChatPlan:
     """How the answers are made and read.
+
+    most_tokens: as many at most where the body says no number, fewer where the context or the server's limit is less.
 
     Raises as `completion_plans`, `tool_use` and `shown_messages` and, where answers are held to a grammar, as
     `json_grammar`, `call_grammar` and `Engine.compile`.
@@ -162,14 +185,11 @@ async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving
             "top_logprobs",
         )
     serving.count_answers(body.n, "n")
-    use = tool_use(body, serving.tokenizer)
-    messages = shown_messages(body.messages, serving.tokenizer)
-    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    variables = {**effort, **body.chat_template_kwargs}
-    ids = await chat_ids(messages, serving, body.add_generation_prompt, shown_tools(body, use), variables)
+    ids, use = await chat_prompt(body, serving)
     room = Room(len(ids), engine.max_model_len, "messages", _limit_of(body))
     # Without a number of tokens, as many as may have log-probabilities.
-    most = serving.settings.max_logprobs // (body.n * ((body.top_logprobs or 0) + 1)) if body.logprobs else None
+    priced = serving.settings.max_logprobs // (body.n * ((body.top_logprobs or 0) + 1))
+    most = priced if body.logprobs else most_tokens
     max_tokens = fitting(_asked_tokens(body), most, room, serving.settings)
     params = replace(
         sampling_params(body, serving, max_tokens),
@@ -184,7 +204,7 @@ async def chat_plans(id_: str, body: ChatRequest, variant: str, serving: Serving
     refuse_early_ends(body, params.grammar)
     order = Order(
         id=id_,
-        route="/v1/chat/completions",
+        route=route,
         variant=variant,
         ending=ending_of(body, serving.tokenizer, MARKERS.union(() if use is None else use.format.markers), grammar),
         shows_logprobs=body.logprobs,

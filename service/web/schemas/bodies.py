@@ -137,7 +137,7 @@ class NullIsAbsent(Body):
 
     @classmethod
     def _is_optional(cls, name: str) -> bool:
-        field = cls.model_fields.get(name)
+        field = cls.model_fields.get(name) or next((f for f in cls.model_fields.values() if f.alias == name), None)
         return field is not None and not field.is_required()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 
@@ -17,4 +19,11 @@ class ErrorDetail(BaseModel):
 class ErrorResponse(BaseModel):
     """Body of every error response."""
 
+    error: ErrorDetail
+
+
+class MessagesErrorResponse(BaseModel):
+    """Body of every error response of /v1/messages, in Anthropic's shape; `param` and `code` are ottava's own."""
+
+    type: Literal["error"] = "error"
     error: ErrorDetail

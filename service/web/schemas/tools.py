@@ -112,11 +112,15 @@ def _arguments(value: str) -> str:
     return value
 
 
+CallArguments = Annotated[Text, AfterValidator(_arguments)]
+"""The arguments of a call in a conversation: the JSON of an object."""
+
+
 class CalledFunction(NullIsAbsent):
     """A function that the assistant has called."""
 
     name: ToolName = Field(description="Its name.")
-    arguments: Annotated[Text, AfterValidator(_arguments)] = Field(
+    arguments: CallArguments = Field(
         "{}", description="The JSON of an object.", json_schema_extra={"contentMediaType": "application/json"}
     )
     parsed_arguments: Any = Field(None, description="Accepted: any; OpenAI's client adds what it read in `arguments`.")

@@ -48,6 +48,17 @@ def test_a_conversation_shares_the_turns_before() -> None:
     assert two[: len(one)] == one
 
 
+def test_conversations_of_the_responses_and_messages_apis_share_their_turns() -> None:
+    turns = [{"role": "user", "content": "u" * 600}]
+    longer = [*turns, {"role": "assistant", "content": "a"}]
+    for head, field in (("instructions", "input"), ("system", "messages")):
+        one, two = keys_of(**{head: "s" * 600, field: turns}), keys_of(**{head: "s" * 600, field: longer})
+        assert one
+        assert two[: len(one)] == one
+        assert keys_of(**{head: "t" * 600, field: turns})[0] != one[0]
+    assert len(keys_of(input="x" * (2 * CHUNK_BYTES))) == 2
+
+
 def test_token_ids_count_by_blocks() -> None:
     ids = list(range(3 * CHUNK_IDS))
     assert len(keys_of(prompt_ids=ids)) == 3

@@ -23,6 +23,22 @@ def refusal(source: str, messages: list[dict[str, str]] | None = None) -> str:
 
 
 @pytest.mark.parametrize(
+    ("source", "takes"),
+    [
+        (CHATML, True),
+        (
+            CHATML.replace("{% for", "{% if messages[1:] %}{{ raise_exception('system first') }}{% endif %}{% for"),
+            False,
+        ),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", False),
+        ("{{ nothing.at.all }}", False),
+    ],
+)
+def test_whether_a_later_system_message_is_shown(source: str, takes: bool) -> None:
+    assert ChatTemplate(source, {}).takes_later_system is takes
+
+
+@pytest.mark.parametrize(
     ("source", "words"),
     [
         ("{{ messages[0].content }}{% break %}", ["is not valid: SyntaxError", "outside loop", "send `prompt`"]),

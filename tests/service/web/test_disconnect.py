@@ -19,17 +19,26 @@ def _is_free(engines: Mapping[str, FakeEngine]) -> bool:
     return not any(engine.active for engine in engines.values())
 
 
+USER = [{"role": "user", "content": "a"}]
+BODIES: dict[str, dict[str, object]] = {
+    "/generate": {"prompt": "a", "max_tokens": 60},
+    "/v1/responses": {"input": "a", "max_output_tokens": 50},
+    "/v1/messages": {"messages": USER, "max_tokens": 60},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("delay_s", [0.01, 60.0])
-def test_a_client_that_leaves_frees_its_request(stream: bool, delay_s: float) -> None:
+def test_a_client_that_leaves_frees_its_request(path: str, stream: bool, delay_s: float) -> None:
     """delay_s 60: it leaves before the first token, when nothing is ever sent to it."""
 
     async def go() -> tuple[FakeEngine, Samples, int]:
         engines = two_engines(delay_s=delay_s)
         app = app_of(engines)
         async with server_of(app) as port:
-            body = {"prompt": "a", "stream": stream, "ignore_eos": True, "max_tokens": 60}
-            reader, writer = await open_raw(port, body)
+            body = {**BODIES[path], "stream": stream, "ignore_eos": True}
+            reader, writer = await open_raw(port, body, path)
             await until(lambda: bool(engines["w8a8"].submitted))
             if stream and delay_s < 1:
                 assert b"data: " in await reader.readuntil(b"data: ")

@@ -7,7 +7,11 @@ from typing import Any
 import httpx
 import pytest
 from jsonschema import Draft202012Validator
+from pydantic import BaseModel
 
+from service.web.messages.answers import EVENTS as MESSAGE_EVENTS
+from service.web.responses.answers import EVENTS as RESPONSE_EVENTS
+from service.web.schemas.failure import MessagesErrorResponse
 from tests.support.fake_engine import FakeEngine, FakeRequest
 from tests.support.harness import app_of, client_of, engines_of, two_engines, until
 
@@ -19,6 +23,10 @@ STATUSES = {
     "POST /generate": GENERATION,
     "POST /v1/completions": GENERATION,
     "POST /v1/chat/completions": GENERATION,
+    "POST /v1/responses": GENERATION,
+    "GET /v1/responses/{response_id}": {"401", "404", "422", *EVERYWHERE},
+    "POST /v1/messages": GENERATION,
+    "POST /v1/messages/count_tokens": GENERATION - {"504"},
     "POST /admin/reload": {"200", "400", "401", "403", "409", "422", *EVERYWHERE},
     "GET /v1/models": {"200", "401", "503", *EVERYWHERE},
     "GET /v1/models/{model}": {"200", "401", "404", "422", "503", *EVERYWHERE},
@@ -55,7 +63,8 @@ def test_every_body_has_a_schema(document: Document) -> None:
                 assert media["schema"], (label, status)
             if int(status) >= 400 and label not in ("GET /health", "GET /ready"):
                 schema = response["content"]["application/json"]["schema"]
-                assert schema == {"$ref": "#/components/schemas/ErrorResponse"}, (label, status)
+                model = "MessagesErrorResponse" if "/v1/messages" in label else "ErrorResponse"
+                assert schema == {"$ref": f"#/components/schemas/{model}"}, (label, status)
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
@@ -74,6 +83,19 @@ def test_events_of_streams_are_components(document: Document, path: str, models:
     assert [ref["$ref"].rpartition("/")[2] for ref in event["contentSchema"]["anyOf"]] == models
     for model in models:
         assert document["components"]["schemas"][model]["properties"]
+
+
+@pytest.mark.parametrize(
+    ("path", "models"), [("/v1/responses", RESPONSE_EVENTS), ("/v1/messages", (*MESSAGE_EVENTS, MessagesErrorResponse))]
+)
+def test_events_with_names_are_components(document: Document, path: str, models: tuple[type[BaseModel], ...]) -> None:
+    content = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    assert content["schema"]["required"] == ["event", "data"]
+    event = content["schema"]["properties"]["data"]
+    names = [ref["$ref"].rpartition("/")[2] for ref in event["contentSchema"]["anyOf"]]
+    assert names == [model.__name__ for model in models]
+    for name in names:
+        assert document["components"]["schemas"][name]["properties"]
 
 
 def valid(document: Document, path: str, response: httpx.Response, method: str = "get") -> bool:

@@ -21,6 +21,7 @@ ADMIN_KEY = "an-admin-key-for-the-tests"
 Body = dict[str, Any]
 URL = "http://localhost"
 TEXT, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 
 
 def api_of(app: FastAPI) -> BaseSchema:
@@ -152,6 +153,28 @@ def limited_chat(body: Body) -> Body:
     return with_free_tools(body)
 
 
+def limited_responses(body: Body) -> Body:
+    body = limited(body)
+    for name in ("model", "max_tokens", "text", "tool_choice"):
+        body.pop(name, None)
+    if body.get("max_output_tokens"):
+        body["max_output_tokens"] = body["max_output_tokens"] % 24 + 1
+    if not isinstance(body["input"], str):
+        body["input"] = [{"role": "user", "content": "x"} for _ in body["input"]]
+    functions = [tool for tool in body.get("tools") or () if tool["type"] == "function"]
+    body["tools"] = list({tool["name"]: tool for tool in functions}.values())
+    return body
+
+
+def limited_messages(body: Body) -> Body:
+    body = {**limited(body), "max_tokens": body["max_tokens"] % 24 + 1}
+    for name in ("model", "output_config", "tool_choice"):
+        body.pop(name, None)
+    body["messages"] = [{"role": "user", "content": "x"} for _ in body["messages"]]
+    body["tools"] = list({tool["name"]: tool for tool in body.get("tools") or ()}.values())
+    return body
+
+
 def with_free_tools(body: Body) -> Body:
     """Without a forced call, which needs a schema that the grammar serves, and with each tool once."""
     if body.get("tool_choice") not in (None, "none", "auto"):
@@ -174,4 +197,10 @@ def said_by_users(messages: list[Body]) -> list[Body]:
     return [{**message, "role": "user", "content": message.get("content") or "x"} for message in messages]
 
 
-LIMITS = {GENERATE: limited_generate, TEXT: limited_text, CHAT: limited_chat}
+LIMITS = {
+    GENERATE: limited_generate,
+    TEXT: limited_text,
+    CHAT: limited_chat,
+    RESPONSES: limited_responses,
+    MESSAGES: limited_messages,
+}

@@ -13,7 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from service.web.messages.requests import CountRequest, MessagesRequest
 from service.web.openai.requests import ChatRequest, CompletionRequest
+from service.web.responses.requests import ResponsesRequest
 from service.web.routes.admin import ReloadRequest
 from service.web.schemas.generate import GenerateRequest
 from tests.support.fuzz import Streams, assert_told, fuzz_app, strictly, thorough
@@ -22,6 +24,9 @@ ROUTES: dict[str, type[BaseModel]] = {
     "/generate": GenerateRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountRequest,
     "/admin/reload": ReloadRequest,
 }
 JSON = "application/json"
@@ -97,6 +102,9 @@ STARTS: dict[type[BaseModel], dict[str, object]] = {
     GenerateRequest: {"prompt": "a"},
     CompletionRequest: {"prompt": "a"},
     ChatRequest: {"messages": [{"role": "user", "content": "a"}]},
+    ResponsesRequest: {"input": [{"role": "user", "content": "a"}]},
+    MessagesRequest: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4},
+    CountRequest: {"messages": [{"role": "user", "content": "a"}]},
     ReloadRequest: {},
 }
 
@@ -121,6 +129,30 @@ def test_fields_of_any_value(asker: Asker, request: tuple[str, dict[str, object]
     path, body = request
     text = json.dumps(body, ensure_ascii=is_ascii)
     asker.ask(path, text.encode(errors="surrogatepass"))
+
+
+PARTS: list[tuple[str, str, dict[str, object]]] = [
+    ("/v1/responses", "input", {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]}),
+    ("/v1/responses", "input", {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}),
+    ("/v1/responses", "input", {"type": "function_call_output", "call_id": "a", "output": "b"}),
+    ("/v1/responses", "input", {"type": "reasoning", "summary": [], "content": [], "encrypted_content": None}),
+    ("/v1/responses", "tools", {"type": "function", "name": "f", "parameters": {}}),
+    ("/v1/responses", "tools", {"type": "namespace", "name": "n", "tools": []}),
+    ("/v1/messages", "messages", {"role": "user", "content": [{"type": "text", "text": "a"}]}),
+    ("/v1/messages", "tools", {"name": "f", "input_schema": {}}),
+]
+
+
+@given(st.sampled_from(PARTS), st.data())
+@thorough
+def test_parts_with_fields_of_any_value(
+    asker: Asker, part: tuple[str, str, dict[str, object]], data: st.DataObject
+) -> None:
+    path, field, good = part
+    names = st.sampled_from(sorted(good)) | WORDS
+    bad = {**good, **data.draw(st.dictionaries(names, VALUES, max_size=3))}
+    body = {**STARTS[ROUTES[path]], field: [good, bad]}
+    asker.ask(path, json.dumps(body).encode(errors="surrogatepass"))
 
 
 @given(st.sampled_from(sorted(ROUTES)), VALUES)
