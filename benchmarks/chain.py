@@ -13,6 +13,7 @@ from torch import Tensor
 import kernels
 from benchmarks.timing import Call, Roofs, Work, add_ratios, expect, measure, result_row
 from kernels import Quantized
+from quant.part import WHOLE, Part
 from quant.scheme import PRESETS
 from service.models.attention import KVCache, Rows
 from service.models.config import ModelConfig, linear_names
@@ -36,13 +37,21 @@ class Moved:
         self.weights = weights
         self.device = device
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.weights.tensor(name, shape).to(self.device)
+    def tensor(self, name: str, shape: tuple[int, ...], part: Part = WHOLE) -> Tensor:
+        return self.weights.tensor(name, shape, part).to(self.device)
 
     def linear(
-        self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        has_bias: bool,
+        *,
+        is_transposed: bool = False,
+        part: Part = WHOLE,
     ) -> Linear:
-        return self.weights.linear(name, out_features, in_features, has_bias, is_transposed).to(self.device)
+        read = self.weights.linear(name, out_features, in_features, has_bias, is_transposed=is_transposed, part=part)
+        return read.to(self.device)
 
     def differs(self, name: str, other: str) -> bool:
         return self.weights.differs(name, other)

@@ -30,6 +30,7 @@ from benchmarks.stand_in import stand_in
 from kernels import Quantized, ToInt8, gemm
 from kernels.tiles import Tile, choose
 from quant.linear import InputCodes, Int8Linear
+from quant.part import WHOLE, Part, taken
 from service.models.attention import KVCache, Rows
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
@@ -58,8 +59,8 @@ class BlankWeights:
         self.dtype = dtype
         self.device = device
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:  # noqa: ARG002 (all are alike)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    def tensor(self, name: str, shape: tuple[int, ...], part: Part = WHOLE) -> Tensor:  # noqa: ARG002 (all are alike)
+        return taken(torch.empty(shape, dtype=self.dtype, device=self.device), part)
 
     def linear(
         self,
@@ -67,7 +68,9 @@ class BlankWeights:
         out_features: int,
         in_features: int,
         has_bias: bool,
+        *,
         is_transposed: bool = False,  # noqa: ARG002 (nothing has a layout)
+        part: Part = WHOLE,  # noqa: ARG002 (one rank holds all)
     ) -> Int8Linear:
         bias = self.tensor(f"{name}.bias", (out_features,)) if has_bias else None
         return Int8Linear(

@@ -112,7 +112,7 @@ def _is_int8(quantized: Checkpoint, name: str, module: nn.Module) -> bool:
 def _load(quantized: Checkpoint, name: str, module: nn.Module) -> FloatLinear | Int8Linear:
     out_features, in_features = _weight(module).shape
     is_transposed = isinstance(module, Conv1D)
-    return quantized.linear(name, out_features, in_features, module.bias is not None, is_transposed)
+    return quantized.linear(name, out_features, in_features, module.bias is not None, is_transposed=is_transposed)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -17,6 +17,7 @@ from quant.checkpoint.safetensors_files import TensorFiles, cast, read_json
 from quant.checkpoint.targets import LinearFormat, Quantization
 from quant.errors import CheckpointError, InvalidScheme
 from quant.linear import FloatLinear, InputCodes, Int8Linear
+from quant.part import WHOLE, Part, taken
 from quant.scheme import KVStorage, Scheme
 
 BUFFERS = re.compile(
@@ -101,13 +102,17 @@ class Checkpoint:
         """The threshold above which an input column is multiplied in float; None for none."""
         return self.schemes[0].outliers if self.schemes else None
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], part: Part = WHOLE) -> Tensor:
         """A float tensor, in `dtype` on `device`.
+
+        Args:
+            shape: of the whole.
+            part: which of it is read.
 
         Raises:
             CheckpointError: it is missing, has another shape, is stored as integers, or does not fit `dtype`.
         """
-        stored = self._stored(name, shape)
+        stored = self._stored(name, shape, part)
         if not stored.is_floating_point():
             raise CheckpointError(
                 f"{self.files.path(name)}: {name} is stored as {_dtype_name(stored)}, expected float; "
@@ -116,7 +121,14 @@ class Checkpoint:
         return cast(stored, self.dtype, name).to(self.device)
 
     def linear(
-        self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        has_bias: bool,
+        *,
+        is_transposed: bool = False,
+        part: Part = WHOLE,
     ) -> FloatLinear | Int8Linear:
         """The Linear of that module name, weight [out_features, in_features]: int8 if targeted and not ignored.
 
@@ -126,21 +138,24 @@ class Checkpoint:
 
         Args:
             is_transposed: the weight, codes too, is stored [in_features, out_features], as GPT-2's is.
+            part: which of it is read; out_features and in_features are of the whole.
 
         Raises:
             CheckpointError: a tensor is missing, has another shape or dtype, a scale is not positive and finite,
-                groups do not divide in_features, or a tensor is left over.
+                groups do not divide in_features or the part, or a tensor is left over.
         """
         linear_format = None if self.quantization is None else self.quantization.format_of(name)
         shape = out_features, in_features
-        bias = self.tensor(f"{name}.bias", (out_features,)) if has_bias else None
+        bias = self.tensor(f"{name}.bias", (out_features,), Part(part.rows)) if has_bias else None
+        bias = bias if part.adds else None
         used = {f"{name}.weight"} | ({f"{name}.bias"} if has_bias else set())
         if linear_format is None:
-            weight = _matrix(self.tensor, f"{name}.weight", shape, is_transposed)
+            weight = _matrix(self.tensor, f"{name}.weight", shape, is_transposed, part)
             self._refuse_leftovers(name, used)
             return FloatLinear(weight, bias)
-        codes = _matrix(self._codes, f"{name}.weight", shape, is_transposed)
+        codes = _matrix(self._codes, f"{name}.weight", shape, is_transposed, part)
         weight_scale = self._scale(f"{name}.weight_scale", self._scale_shape(name, shape, linear_format))
+        weight_scale = self._part_of_scale(name, weight_scale, shape, part)
         is_static = linear_format.activation == "static"
         input_scale = self._scale(f"{name}.input_scale", (1,)) if is_static else None
         used |= {f"{name}.weight_scale"} | ({f"{name}.input_scale"} if is_static else set())
@@ -177,16 +192,15 @@ class Checkpoint:
             )
         return unused
 
-    def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self.files.get(name)
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{self.files.path(name)}: {name} has shape {list(tensor.shape)}, expected {list(shape)}"
-            )
-        return tensor
+    def _stored(self, name: str, shape: tuple[int, ...], part: Part) -> Tensor:
+        self.files.refuse_missing(name)
+        stored = self.files.shape(name)
+        if stored != shape:
+            raise CheckpointError(f"{self.files.path(name)}: {name} has shape {list(stored)}, expected {list(shape)}")
+        return self.files.get(name, part.rows, part.columns)
 
-    def _codes(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        codes = self._stored(name, shape)
+    def _codes(self, name: str, shape: tuple[int, ...], part: Part) -> Tensor:
+        codes = self._stored(name, shape, part)
         if codes.dtype != torch.int8:
             raise CheckpointError(
                 f"{self.files.path(name)}: {name} is stored as {_dtype_name(codes)}, expected int8: config.json lists "
@@ -222,6 +236,19 @@ class Checkpoint:
             raise CheckpointError(f"{self.files.path(name)}: {name} holds a scale that is not positive and finite")
         return scale.to(self.device)
 
+    def _part_of_scale(self, name: str, scale: Tensor, shape: tuple[int, int], part: Part) -> Tensor:
+        """The scales of a part: [1] of a matrix as it is, [N] of rows, [N, groups] of rows and groups of columns."""
+        if part.columns is not None and scale.ndim == 2:
+            size = shape[1] // scale.shape[1]
+            (columns,) = part.columns
+            if columns.start % size or columns.stop % size:
+                raise CheckpointError(
+                    f"{self.files.folder}: {name} has scales for groups of {size} inputs, and a rank's part of its "
+                    f"{shape[1]} inputs is not a whole number of groups; serve it with fewer ranks"
+                )
+            scale = scale[:, columns.start // size : columns.stop // size].contiguous()
+        return taken(scale, Part(part.rows)) if len(scale) == shape[0] else scale
+
     def _zero_point(self, name: str) -> Tensor:
         """The code of 0 of an asymmetric activation, int8 [1]."""
         stored = self.files.get(name)
@@ -254,10 +281,14 @@ class Checkpoint:
 
 
 def _matrix(
-    read: Callable[[str, tuple[int, ...]], Tensor], name: str, shape: tuple[int, int], is_transposed: bool
+    read: Callable[[str, tuple[int, ...], Part], Tensor],
+    name: str,
+    shape: tuple[int, int],
+    is_transposed: bool,
+    part: Part,
 ) -> Tensor:
-    """A weight of that shape, stored so or transposed."""
-    return read(name, shape[::-1]).t().contiguous() if is_transposed else read(name, shape)
+    """A part of a weight of that shape, stored so or transposed."""
+    return read(name, shape[::-1], part.transposed()).t().contiguous() if is_transposed else read(name, shape, part)
 
 
 def some_of(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quant.checkpoint.tensor_file import TensorFile
 from quant.errors import CheckpointError
+from quant.part import Ranges
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -87,21 +88,25 @@ class TensorFiles:
         """A tensor's shape, from the header alone."""
         return self._file_of[name].entries[self._stored_name[name]].shape
 
-    def get(self, name: str) -> Tensor:
-        """A tensor as stored, on the CPU.
+    def get(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> Tensor:
+        """A tensor as stored, or a part of it (`TensorFile.read`), on the CPU.
 
         Raises:
             CheckpointError: the folder has no such tensor, or its file cannot be read.
         """
+        self.refuse_missing(name)
+        self.taken.add(name)
+        return self.peek(name, rows, columns)
+
+    def refuse_missing(self, name: str) -> None:
+        """Raise CheckpointError if the folder has no such tensor."""
         if name not in self._file_of:
             raise CheckpointError(f"{self.folder} has no tensor {name}; is it a checkpoint of this model?")
-        self.taken.add(name)
-        return self.peek(name)
 
-    def peek(self, name: str) -> Tensor:
-        """A stored tensor, without counting it as `taken`. Raises CheckpointError if its file cannot be read."""
+    def peek(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> Tensor:
+        """As `get`, without counting it as `taken`. Raises CheckpointError if its file cannot be read."""
         try:
-            return self._file_of[name].read(self._stored_name[name])
+            return self._file_of[name].read(self._stored_name[name], rows, columns)
         except OSError as error:
             raise CheckpointError(f"{self._path_of[name]}: tensor {name} cannot be read ({error})") from error
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import CheckpointError
+from quant.part import Ranges, total
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -59,17 +61,25 @@ class TensorFile:
         self._first = self._state()
         self.entries = self._read_header()
 
-    def read(self, name: str) -> Tensor:
-        """A tensor as stored, on the CPU.
+    def read(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> Tensor:
+        """A tensor as stored, on the CPU, or some of its rows, and of these some columns: no other byte is read.
+
+        Args:
+            rows, columns: ranges of a tensor's first and second index; None for all. Columns are of a matrix.
 
         Raises:
             CheckpointError: the file has changed since it was opened.
         """
         entry = self.entries[name]
-        taken = torch.empty(entry.size, dtype=torch.uint8)
-        self._read_into(taken.numpy().data, entry.start)
+        num_rows, num_columns = total(rows, (*entry.shape, 1)[0]), total(columns, (*entry.shape, 1, 1)[1])
+        shape = (num_rows, num_columns, *entry.shape[2:])[: len(entry.shape)]
+        taken = torch.empty(math.prod(shape) * entry.dtype.itemsize, dtype=torch.uint8)
+        view, done = taken.numpy().data, 0
+        for start, stop in _pieces(entry, rows, columns):
+            self._read_into(view[done : done + stop - start], entry.start + start)
+            done += stop - start
         self.refuse_changed()
-        return taken.view(entry.dtype).reshape(entry.shape)
+        return taken.view(entry.dtype).reshape(shape)
 
     def refuse_changed(self) -> None:
         """Raise CheckpointError if the file has been written to since it was opened."""
@@ -118,6 +128,22 @@ class TensorFile:
 
     def _not_whole(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is not a whole safetensors file ({why}); download it again")
+
+
+def _pieces(entry: Entry, rows: Ranges | None, columns: Ranges | None) -> Iterator[tuple[int, int]]:
+    """Where what is wanted begins and ends, in bytes from the tensor's first."""
+    if rows is None and columns is None:
+        yield 0, entry.size
+        return
+    row_size = entry.size // max(1, entry.shape[0])
+    for each in rows if rows is not None else (range(entry.shape[0]),):
+        if columns is None:
+            yield each.start * row_size, each.stop * row_size
+            continue
+        size = row_size // max(1, entry.shape[1])
+        for row in each:
+            for piece in columns:
+                yield row * row_size + piece.start * size, row * row_size + piece.stop * size
 
 
 def _entry(told: Any, begin: int) -> Entry:

@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import QuantError
+from quant.part import WHOLE, Part
 from quant.scheme import Scheme
 from service.engine.api import Reloaded
 from service.engine.device.device_thread import DeviceThread
@@ -49,16 +51,23 @@ class InTurns:
         self._weights = weights
         self._device_thread = device_thread
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], part: Part = WHOLE) -> Tensor:
         """See `Weights`."""
-        return self._device_thread.run(torch.inference_mode()(self._weights.tensor), name, shape)
+        return self._device_thread.run(torch.inference_mode()(self._weights.tensor), name, shape, part)
 
     def linear(
-        self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        has_bias: bool,
+        *,
+        is_transposed: bool = False,
+        part: Part = WHOLE,
     ) -> Linear:
         """See `Weights`."""
-        read = torch.inference_mode()(self._weights.linear)
-        return self._device_thread.run(read, name, out_features, in_features, has_bias, is_transposed)
+        read = partial(torch.inference_mode()(self._weights.linear), is_transposed=is_transposed, part=part)
+        return self._device_thread.run(read, name, out_features, in_features, has_bias)
 
     def differs(self, name: str, other: str) -> bool:
         """See `Weights`."""

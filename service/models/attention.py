@@ -11,6 +11,8 @@ import kernels
 from kernels import Quantized
 from quant.fused import fuse, take_rows
 from service.models.config import ModelConfig
+from service.models.sharding import ALONE, Ranks, columns, span
+from service.models.sharding import rows as rows_of
 from service.models.weights import Linear, Weights, norm_weight
 
 
@@ -48,20 +50,21 @@ class KVCache:
 class Attention:
     """o(softmax(q k^T) v) of one layer, with its rotation, head norms, window and soft cap."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, ranks: Ranks = ALONE) -> None:
         names, head_size = config.layout.names, config.head_size
-        self.num_heads = config.num_heads
+        self.num_heads = len(span(config.num_heads, ranks))
         self.scale = config.scale
         self.window = config.windows[index]
         self.soft_cap = config.soft_cap
         self.eps = config.norm_eps
-        self.qkv = _qkv(config, weights, index)
+        self.qkv = _qkv(config, weights, index, ranks)
         self.o = weights.linear(
             f"{names.layer(index)}.{names.o}",
             config.hidden_size,
             config.num_heads * head_size,
             config.o_bias,
-            config.layout.is_transposed,
+            is_transposed=config.layout.is_transposed,
+            part=columns(ranks, config.num_heads, head_size),
         )
         self.q_weight: Tensor | None = None
         self.k_weight: Tensor | None = None
@@ -77,7 +80,7 @@ class Attention:
     def __call__(
         self, y: Tensor | Quantized, rows: Rows, cos_sin: Tensor, cache: KVCache, residual: Tensor | None = None
     ) -> Tensor:
-        """Returns [T, hidden_size], with the residual added if given. Writes keys and values to the cache."""
+        """Returns the rank's sum [T, hidden_size], with the residual added if given. Writes to the cache."""
         q = kernels.rope_and_cache(
             self.qkv(y),
             rows.positions,
@@ -106,19 +109,29 @@ class Attention:
         return self.o(attended, residual)
 
 
-def _qkv(config: ModelConfig, weights: Weights, index: int) -> Linear:
+def _qkv(config: ModelConfig, weights: Weights, index: int, ranks: Ranks) -> Linear:
     """Load one Linear whose rows are all queries, then all keys, then all values, head by head."""
     family, head_size = config.layout, config.head_size
     heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-    sizes = [num * head_size for num in heads]
-    parts = zip(family.names.qkv, sizes if len(family.names.qkv) > 1 else [sum(sizes)], strict=True)
+    if family.has_head_major_qkv:
+        # The three of one head stand together, and there are as many key heads as heads.
+        groups, unit = [heads[:1]], 3 * head_size
+    else:
+        groups, unit = ([[num] for num in heads] if len(family.names.qkv) > 1 else [heads]), head_size
     layer = family.names.layer(index)
     qkv = fuse(
         [
-            weights.linear(f"{layer}.{name}", size, config.hidden_size, config.qkv_bias, family.is_transposed)
-            for name, size in parts
+            weights.linear(
+                f"{layer}.{name}",
+                sum(group) * unit,
+                config.hidden_size,
+                config.qkv_bias,
+                is_transposed=family.is_transposed,
+                part=rows_of(ranks, *group, unit=unit),
+            )
+            for name, group in zip(family.names.qkv, groups, strict=True)
         ]
     )
     if not family.has_head_major_qkv:
         return qkv
-    return take_rows(qkv, torch.arange(sum(sizes)).view(-1, 3, head_size).transpose(0, 1).flatten())
+    return take_rows(qkv, torch.arange(qkv.shape[0]).view(-1, 3, head_size).transpose(0, 1).flatten())

@@ -15,6 +15,8 @@ from quant.scheme import HeadStorage, KVStorage
 from service.models.attention import Attention, KVCache, Rows
 from service.models.config import ModelConfig
 from service.models.mlp import Experts, load_mlp
+from service.models.sharding import ALONE, Ranks, refuse_uneven, span
+from service.models.sharding import rows as part_of_rows
 from service.models.weights import Linear, Norm, Weights
 
 logger = logging.getLogger(__name__)
@@ -27,12 +29,13 @@ class Layer:
     last branch's output, and the residual stream without it.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, ranks: Ranks = ALONE) -> None:
         names = config.layout.names
         layer = names.layer(index)
+        self.ranks = ranks
         self.is_parallel = config.is_parallel
-        self.attention = Attention(config, weights, index)
-        self.mlp = load_mlp(config, weights, index)
+        self.attention = Attention(config, weights, index, ranks)
+        self.mlp = load_mlp(config, weights, index, ranks)
         self.attention_norm = Norm.load(
             config, weights, f"{layer}.{names.attention_norm}", self.attention.qkv.input_format
         )
@@ -52,10 +55,12 @@ class Layer:
         y, residual = self.attention_norm(x, residual)
         if self.is_parallel:
             z, _ = self.mlp_norm(residual, None)
-            return self.mlp(z), self.attention(y, rows, cos_sin, cache, residual)
-        x = _normed(self.attention(y, rows, cos_sin, cache), self.post_attention_norm)
+            added = residual if self.ranks.rank == 0 else None
+            attended = self.ranks.sum(self.attention(y, rows, cos_sin, cache, added))
+            return self.ranks.sum(self.mlp(z)), attended
+        x = _normed(self.ranks.sum(self.attention(y, rows, cos_sin, cache)), self.post_attention_norm)
         y, residual = self.mlp_norm(x, residual)
-        return _normed(self.mlp(y), self.post_mlp_norm), residual
+        return _normed(self.ranks.sum(self.mlp(y)), self.post_mlp_norm), residual
 
 
 def _normed(x: Tensor, norm: Norm | None) -> Tensor:
@@ -78,27 +83,38 @@ class Decoder:
         weights: the model's weights.
         kv: storage type of the KV caches.
         head: storage type of the head; "int8" rounds a float one.
+        ranks: the processes that each hold a part of it.
+
+    Raises:
+        UnsupportedModel: its heads or columns cannot be divided evenly among the ranks.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, kv: KVStorage = "float", head: HeadStorage = "float"
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        kv: KVStorage = "float",
+        head: HeadStorage = "float",
+        ranks: Ranks = ALONE,
     ) -> None:
+        refuse_uneven(config, ranks.size)
         self.config = config
         self.kv = kv
+        self.ranks = ranks
         family, names = config.layout, config.layout.names
-        vocabulary = (config.vocab_size, config.hidden_size)
-        self.embedding = weights.tensor(f"{names.embedding}.weight", vocabulary)
+        vocabulary, part = (config.vocab_size, config.hidden_size), part_of_rows(ranks, config.vocab_size)
+        self.embedding = weights.tensor(f"{names.embedding}.weight", vocabulary, part)
         self.position_embedding = _position_embedding(config, weights)
         # Rounded to the dtype first, as in the models' training.
         scale = torch.tensor(config.hidden_size**0.5).to(self.embedding.dtype).item()
         self.embedding_scale = scale if family.has_scaled_embedding else None
-        self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
+        self.layers = [Layer(config, weights, index, ranks) for index in range(config.num_layers)]
         self.norm = Norm.load(config, weights, names.norm)
         self.is_tied = config.is_tied and not weights.differs(f"{names.head}.weight", f"{names.embedding}.weight")
         if self.is_tied:
             self.head: Linear = FloatLinear(self.embedding, None)
         else:
-            self.head = weights.linear(names.head, *vocabulary, has_bias=False)
+            self.head = weights.linear(names.head, *vocabulary, has_bias=False, part=part)
         if config.is_tied and not self.is_tied:
             logger.warning(
                 "config.json says tie_word_embeddings, but the weights have a %s of their own: it is used", names.head
@@ -125,7 +141,7 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all Linears, the embeddings and the head; a tied head counts once."""
+        """Bytes of all Linears, the embeddings and the head, as the rank holds them; a tied head counts once."""
         linears = sum(linear.weight_bytes for layer in self.layers for linear in layer.linears)
         head = 0 if self.is_tied else self.head.weight_bytes
         positions = 0 if self.position_embedding is None else self.position_embedding.nbytes
@@ -142,7 +158,7 @@ class Decoder:
 
     def __call__(self, token_ids: Tensor, rows: Rows, caches: list[KVCache]) -> Tensor:
         """Run T tokens through all layers. Returns normed hidden states [T, hidden_size]; writes to the caches."""
-        x = F.embedding(token_ids, self.embedding)
+        x = self._embedded(token_ids)
         if self.embedding_scale is not None:
             x *= self.embedding_scale
         # Learned positions are passed as the residual, which the first norm adds.
@@ -154,11 +170,28 @@ class Decoder:
         assert isinstance(y, Tensor)
         return y
 
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        """Embeddings [T, hidden_size]; each token's row is on one rank, and the others add 0."""
+        if self.ranks.size == 1:
+            return F.embedding(token_ids, self.embedding)
+        mine = span(self.config.vocab_size, self.ranks)
+        is_here = (token_ids >= mine.start) & (token_ids < mine.stop)
+        x = F.embedding(torch.where(is_here, token_ids - mine.start, 0), self.embedding)
+        return self.ranks.sum(x.masked_fill_(~is_here[:, None], 0))
+
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits [S, V] float32 of hidden states [S, hidden_size], written to out if it is given."""
-        logits, cap = self.head(hidden), self.config.logit_cap
+        logits, cap = self._joined(self.head(hidden)), self.config.logit_cap
         logits = logits.float() if out is None else out.copy_(logits)
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _joined(self, logits: Tensor) -> Tensor:
+        """The logits of all ranks' tokens [S, V], of those of the rank's own."""
+        if self.ranks.size == 1:
+            return logits
+        missing = -(-self.config.vocab_size // self.ranks.size) - logits.shape[1]
+        found = self.ranks.gather(F.pad(logits, (0, missing)))
+        return found.transpose(0, 1).flatten(1)[:, : self.config.vocab_size]
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -167,14 +200,15 @@ class Decoder:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of one token in all caches: keys, values and, for int8, a float32 scale per head."""
-        elements = self.config.cache_elements_per_token
+        """Bytes of one token in all caches of the rank: keys, values and, for int8, a float32 scale per head."""
+        elements = self.config.cache_elements_per_token // self.ranks.size
         num_scales = elements // self.config.head_size if self.kv == "int8" else 0
         return elements * self.kv_dtype.itemsize + num_scales * torch.float32.itemsize
 
     def new_caches(self, num_blocks: int, block_size: int) -> list[KVCache]:
         """Zeroed caches, one per layer."""
-        shape = (num_blocks, block_size, self.config.num_kv_heads, self.config.head_size)
+        num_kv_heads = self.config.num_kv_heads // self.ranks.size
+        shape = (num_blocks, block_size, num_kv_heads, self.config.head_size)
         return [KVCache(self._zeros(shape), self._zeros(shape)) for _ in self.layers]
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor | Quantized:

@@ -10,7 +10,9 @@ from torch import Tensor
 import kernels
 from kernels import Quantized, ToInt8
 from quant.fused import GatedLinear, take_rows
+from quant.part import Part
 from service.models.config import ModelConfig
+from service.models.sharding import ALONE, Ranks, columns, rows
 from service.models.weights import Linear, Weights
 
 Product = Callable[[Tensor, ToInt8 | None], Tensor | Quantized]
@@ -103,12 +105,12 @@ class Experts:
         return (shares / shares.sum(-1, keepdim=True) if self.is_renormalized else shares), chosen
 
 
-def load_mlp(config: ModelConfig, weights: Weights, index: int) -> GatedMLP | PlainMLP | Experts:
-    """Load the MLP or the experts of a layer."""
+def load_mlp(config: ModelConfig, weights: Weights, index: int, ranks: Ranks = ALONE) -> GatedMLP | PlainMLP | Experts:
+    """Load the MLP or the experts of a layer; of each the rank's columns."""
     names, shape = config.layout.names, config.experts
     num_experts = config.num_experts(index)
     width = shape.intermediate_size if shape is not None and num_experts else config.intermediate_size
-    mlps = [_one_mlp(config, weights, prefix, width) for prefix in names.mlps(index, num_experts)]
+    mlps = [_one_mlp(config, weights, prefix, width, ranks) for prefix in names.mlps(index, num_experts)]
     if shape is None or not num_experts:
         return mlps[0]
     router = weights.linear(names.router(index), num_experts, config.hidden_size, has_bias=False)
@@ -116,18 +118,19 @@ def load_mlp(config: ModelConfig, weights: Weights, index: int) -> GatedMLP | Pl
     return Experts(router, experts, shape.per_token, shape.is_renormalized)
 
 
-def _one_mlp(config: ModelConfig, weights: Weights, prefix: str, width: int) -> GatedMLP | PlainMLP:
+def _one_mlp(config: ModelConfig, weights: Weights, prefix: str, width: int, ranks: Ranks) -> GatedMLP | PlainMLP:
     family, hidden = config.layout, config.hidden_size
 
-    def linear(name: str, n: int, k: int) -> Linear:
-        return weights.linear(prefix + name, n, k, config.mlp_bias, family.is_transposed)
+    def linear(name: str, n: int, k: int, part: Part) -> Linear:
+        return weights.linear(prefix + name, n, k, config.mlp_bias, is_transposed=family.is_transposed, part=part)
 
-    down = linear(family.names.down, hidden, width)
+    down = linear(family.names.down, hidden, width, columns(ranks, width))
     if not family.is_gated:
-        return PlainMLP(linear(family.names.up[0], width, hidden), PLAIN[config.activation], down)
+        up = linear(family.names.up[0], width, hidden, rows(ranks, width))
+        return PlainMLP(up, PLAIN[config.activation], down)
     if len(family.names.up) == 1:
-        fused = linear(family.names.up[0], 2 * width, hidden)
-        gate, up = (take_rows(fused, rows) for rows in torch.arange(2 * width).chunk(2))
+        fused = linear(family.names.up[0], 2 * width, hidden, rows(ranks, width, width))
+        gate, up = (take_rows(fused, half) for half in torch.arange(fused.shape[0]).chunk(2))
     else:
-        gate, up = (linear(name, width, hidden) for name in family.names.up)
+        gate, up = (linear(name, width, hidden, rows(ranks, width)) for name in family.names.up)
     return GatedMLP(GatedLinear(gate, up, down.input_format, product=GATED[config.activation]), down)

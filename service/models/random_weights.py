@@ -7,9 +7,11 @@ from torch import Tensor
 
 from kernels import CODE_MAX
 from quant.linear import FloatLinear, InputCodes, Int8Linear
+from quant.part import WHOLE, Part, taken
 from quant.scheme import Scheme
 from service.models.config import ModelConfig, linear_names
 from service.models.decoder import Decoder
+from service.models.sharding import ALONE, Ranks
 
 
 class RandomWeights:
@@ -31,9 +33,11 @@ class RandomWeights:
         self._int8_names = frozenset(int8_names if scheme.is_int8 else ())
         self._generator = torch.Generator(device).manual_seed(seed)
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], part: Part = WHOLE) -> Tensor:
         """Norm weights, the only ones of one dimension, around 1; all others around 0, with std 1 / sqrt(columns)."""
         noise = torch.randn(shape, dtype=self.dtype, device=self.device, generator=self._generator)
+        # Every rank draws the numbers of the whole, so that the parts are of one model.
+        noise = taken(noise, part)
         return 1 + 0.1 * noise if name.endswith(".weight") and len(shape) == 1 else noise.mul_(shape[-1] ** -0.5)
 
     def linear(
@@ -42,21 +46,25 @@ class RandomWeights:
         out_features: int,
         in_features: int,
         has_bias: bool,
+        *,
         is_transposed: bool = False,  # noqa: ARG002 (random numbers have no layout)
+        part: Part = WHOLE,
     ) -> FloatLinear | Int8Linear:
-        bias = self.tensor(name + ".bias", (out_features,)) if has_bias else None
+        bias = self.tensor(name + ".bias", (out_features,), Part(part.rows)) if has_bias else None
+        bias = bias if part.adds else None
         activation = self.scheme.activation
         if name not in self._int8_names or activation == "float":
-            return FloatLinear(self.tensor(name + ".weight", (out_features, in_features)), bias)
+            return FloatLinear(self.tensor(name + ".weight", (out_features, in_features), part), bias)
         codes = torch.randint(
             -CODE_MAX, CODE_MAX + 1, (out_features, in_features), device=self.device, generator=self._generator
         )
         # Uniform codes have the standard deviation 127 / sqrt(3); with this scale, real weights have 1 / sqrt(K).
         spread = 3**0.5 / CODE_MAX * in_features**-0.5
-        scale = torch.full(self._scale_shape(out_features, in_features), spread, device=self.device)
+        codes = taken(codes.to(torch.int8), part)
+        scale = torch.full(self._scale_shape(*codes.shape), spread, device=self.device)
         input_scale = torch.full((1,), 4.0 / CODE_MAX, device=self.device) if activation == "static" else None
         input_codes = InputCodes(activation, input_scale, outliers=self.scheme.outliers)
-        return Int8Linear(codes.to(torch.int8), scale, input_codes=input_codes, out_dtype=self.dtype, bias=bias)
+        return Int8Linear(codes, scale, input_codes=input_codes, out_dtype=self.dtype, bias=bias)
 
     def differs(self, name: str, other: str) -> bool:  # noqa: ARG002 (nothing is stored)
         """See `Weights`."""
@@ -70,8 +78,15 @@ class RandomWeights:
 
 
 def random_decoder(
-    config: ModelConfig, scheme: Scheme, dtype: torch.dtype, device: torch.device, seed: int = 0
+    config: ModelConfig,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Decoder:
     """A decoder with a model's shapes and random weights."""
+    weights = RandomWeights(scheme, linear_names(config), dtype, device, seed)
     with torch.inference_mode():
-        return Decoder(config, RandomWeights(scheme, linear_names(config), dtype, device, seed), scheme.kv, scheme.head)
+        return Decoder(config, weights, scheme.kv, scheme.head, ranks)

@@ -9,18 +9,26 @@ from torch import Tensor
 import kernels
 from kernels import Quantized, ToInt8
 from quant.linear import FloatLinear, Int8Linear
+from quant.part import WHOLE, Part
 from service.models.config import ModelConfig
 
 Linear = FloatLinear | Int8Linear
 
 
 class Weights(Protocol):
-    """A checkpoint, or random numbers of the same shapes."""
+    """A checkpoint, or random numbers of the same shapes. Shapes are of the whole, of which a part is returned."""
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
+    def tensor(self, name: str, shape: tuple[int, ...], part: Part = WHOLE) -> Tensor: ...
 
     def linear(
-        self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        has_bias: bool,
+        *,
+        is_transposed: bool = False,
+        part: Part = WHOLE,
     ) -> Linear: ...
 
     def differs(self, name: str, other: str) -> bool:

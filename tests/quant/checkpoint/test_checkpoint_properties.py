@@ -94,7 +94,7 @@ def test_every_form_that_is_written_is_read_back(
         (folder / "config.json").write_text(json.dumps({"quantization_config": render(scheme, ["lm_head"])}))
         (folder / NOTES_NAME).write_text(json.dumps(notes_of(scheme)))
         checkpoint = Checkpoint.open(folder, dtype, CPU)
-        linear = checkpoint.linear("x", num_rows, num_columns, has_bias, is_transposed)
+        linear = checkpoint.linear("x", num_rows, num_columns, has_bias, is_transposed=is_transposed)
     assert checkpoint.schemes == (scheme,)
     assert isinstance(linear, Int8Linear)
     assert torch.equal(linear.weight_q, codes)

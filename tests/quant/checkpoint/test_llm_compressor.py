@@ -12,6 +12,7 @@ from torch import Tensor
 from quant.checkpoint.safetensors_files import TensorFiles
 from quant.errors import CheckpointError
 from quant.linear import Int8Linear
+from quant.part import Ranges
 from service.models.decoder import score
 from service.models.loader import load_decoder
 from tests.quant.fixtures import FIXTURES, NAMES, copy_of, edit
@@ -66,9 +67,9 @@ def test_static_logits_are_the_oracle_s_as_it_comes(name: str) -> None:
 def test_every_stored_tensor_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read, get = set[str](), TensorFiles.get
 
-    def noted(files: TensorFiles, key: str) -> Tensor:
+    def noted(files: TensorFiles, key: str, *part: Ranges | None) -> Tensor:
         read.add(key)
-        return get(files, key)
+        return get(files, key, *part)
 
     monkeypatch.setattr(TensorFiles, "get", noted)
     ours(FIXTURES / name)

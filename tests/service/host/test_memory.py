@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.shapes import SHAPES
 from quant.linear import FloatLinear
+from quant.part import WHOLE, Part, taken
 from service.errors import InvalidSettings
 from service.host.memory import cache_blocks, step_bytes
 from service.models.config import ModelConfig
@@ -23,8 +24,8 @@ MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "steps-llama-3
 class Nowhere:
     """Weights that are shapes alone."""
 
-    def tensor(self, _name: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=torch.float16, device="meta")
+    def tensor(self, _name: str, shape: tuple[int, ...], part: Part = WHOLE) -> Tensor:
+        return taken(torch.empty(shape, dtype=torch.float16, device="meta"), part)
 
     def differs(self, _name: str, _other: str) -> bool:
         return False
@@ -35,9 +36,11 @@ class Nowhere:
         out_features: int,
         in_features: int,
         has_bias: bool,
+        *,
         is_transposed: bool = False,
+        part: Part = WHOLE,
     ) -> FloatLinear:
-        return FloatLinear(self.tensor(name, (out_features, in_features)), None)
+        return FloatLinear(self.tensor(name, (out_features, in_features), part), None)
 
 
 def decoder_of(shape: str) -> Decoder:

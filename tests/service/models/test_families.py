@@ -20,6 +20,7 @@ from quant.convert.model import quantize_checkpoint
 from quant.convert.smoothquant import SmoothGroup, divide
 from quant.errors import CheckpointError
 from quant.linear import FloatLinear, InputCodes, Int8Linear
+from quant.part import WHOLE, Part, taken
 from quant.scheme import PRESETS
 from service.errors import UnsupportedModel
 from service.models.config import ModelConfig, linear_names, smooth_groups
@@ -108,13 +109,21 @@ class State:
         self.int8_names = int8_names
         self.is_transposed = config.layout.is_transposed
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], part: Part = WHOLE) -> Tensor:
         assert self.tensors[name].shape == shape, name
-        return self.tensors[name]
+        return taken(self.tensors[name], part)
 
     def linear(
-        self, name: str, out_features: int, in_features: int, has_bias: bool, is_transposed: bool = False
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        has_bias: bool,
+        *,
+        is_transposed: bool = False,
+        part: Part = WHOLE,
     ) -> Linear:
+        assert part == WHOLE
         shape = (in_features, out_features) if is_transposed else (out_features, in_features)
         weight = self.tensor(f"{name}.weight", shape)
         weight = weight.t().contiguous() if is_transposed else weight
