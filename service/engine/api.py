@@ -262,6 +262,7 @@ class HostInfo:
     """The answer to GET /info.
 
     sampling_defaults: values of RECOMMENDED that a request has unless it names its own.
+    tensor_parallel: ranks that share the model, on as many devices; sizes of a variant are those of one rank.
     vocab_size: rows of the model's embedding: token ids run from 0 to vocab_size - 1, whatever the tokenizer knows.
     """
 
@@ -275,6 +276,7 @@ class HostInfo:
     device: str
     gpu_memory_bytes: int | None
     versions: Mapping[str, str]
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True, slots=True)

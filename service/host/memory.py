@@ -84,15 +84,23 @@ def _remedies(decoder: Decoder, settings: Settings, num_tokens: int) -> str:
     return "; " + "; ".join(told)
 
 
-def cache_budget(device: torch.device, num_variants: int, room: int = 0, steps: int = 0) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU; on a CPU what a variant's KV cache may have."""
+    return CPU_CACHE_BYTES if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def cache_budget(
+    device: torch.device, num_variants: int, room: int = 0, steps: int = 0, num_free: int | None = None
+) -> int:
     """Bytes for the next KV cache.
 
     Args:
         num_variants: how many still need a cache.
         room: bytes that are to stay free.
         steps: bytes that the steps of those variants will take.
+        num_free: the device's free memory; None asks for it.
     """
     if device.type == "cpu":
         return CPU_CACHE_BYTES
-    num_free = torch.cuda.mem_get_info(device)[0] - room
+    num_free = (free_bytes(device) if num_free is None else num_free) - room
     return max(0, min(int(num_free * GPU_MEMORY_SHARE), num_free - steps)) // num_variants

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from quant.scheme import PRESETS
 from service.engine.api import HostInfo
@@ -20,12 +21,14 @@ from service.host.generation_config import sampling_defaults
 from service.host.machine import device_name, versions
 from service.host.memory import cache_budget, step_bytes
 from service.host.one_token import describe_one_token
+from service.host.ranks.group import RankGroup, layout_of, refuse_missing_gpus
 from service.host.self_check import CHECK_PROMPTS, check, check_prompts
 from service.host.server import Reload, nothing_to_reload
 from service.host.variants import Variant, describe, load_variant, start_variant
 from service.models.config import ModelConfig
-from service.models.decoder import Decoder
+from service.models.decoder import Decoder, score
 from service.models.devices import pick_device
+from service.models.sharding import refuse_uneven
 from service.settings import BASELINE, Settings
 from service.store.progress import Progress, silent
 from service.store.resolve import resolve_model
@@ -46,6 +49,7 @@ class ModelHost:
         device_thread: the thread on which all variants compute.
         grammars: compiles the grammars of requests; None if the engines accept none.
         sampling_defaults: see `HostInfo`.
+        group: the other ranks of the decoders; None if there are none.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class ModelHost:
         device_thread: DeviceThread,
         grammars: Grammars | None = None,
         sampling_defaults: Mapping[str, float] | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         self.name = name
         self._sampling_defaults = sampling_defaults or {}
@@ -65,6 +70,7 @@ class ModelHost:
         self.tokenizer_folder = folder
         self.device_thread = device_thread
         self.grammars = grammars
+        self.group = group
         self.reload: Reload = nothing_to_reload
 
     @property
@@ -74,6 +80,8 @@ class ModelHost:
     def stop(self, timeout_s: float = 10.0) -> None:
         for variant in self.variants.values():
             variant.engine.stop(timeout_s)
+        if self.group is not None:
+            self.group.close()
 
     def info(self) -> HostInfo:
         """The answer to GET /info."""
@@ -91,6 +99,7 @@ class ModelHost:
             device=device_name(device),
             gpu_memory_bytes=_gpu_memory_bytes(device),
             versions=versions(),
+            tensor_parallel=1 if self.group is None else self.group.ranks.size,
         )
 
     def self_check(self) -> dict[str, str]:
@@ -107,7 +116,8 @@ class ModelHost:
         """Run the self-check on a decoder that is to serve as this variant; see `self_check.check`."""
         baseline = self.variants.get(BASELINE) if name != BASELINE else None
         prompts = check_prompts(self.tokenizer, decoder.config.max_model_len)
-        return check(decoder, baseline.decoder if baseline else None, prompts, self.device_thread)
+        scored = score if self.group is None else partial(_score_on, self.group, {id(decoder): name})
+        return check(decoder, baseline.decoder if baseline else None, prompts, self.device_thread, scored)
 
 
 def open_model(settings: Settings, on_progress: Progress = silent) -> ModelHost:
@@ -133,14 +143,29 @@ def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress
     tokens_folder = tokenizer_folder(folder, settings.cache_dir)
     tokenizer = Tokenizer.from_folder(tokens_folder)
     _refuse_alien(tokenizer, tokens_folder, num_rows)
-    loaded = {name: load_variant(name, folder, settings, device, on_progress) for name in settings.variants}
+    group = None
+    if settings.tensor_parallel > 1:
+        config = ModelConfig.load(folder, settings.max_model_len)
+        refuse_uneven(config, settings.tensor_parallel)
+        refuse_missing_gpus(device, settings.tensor_parallel)
+        on_progress(f"starting {settings.tensor_parallel} ranks", 0, 0)
+        group = RankGroup(settings, layout_of(settings, config, device), device)
+    try:
+        loaded = {
+            name: load_variant(name, folder, settings, device, on_progress, group=group) for name in settings.variants
+        }
+    except BaseException:
+        if group is not None:
+            group.close()
+        raise
     reloadable = [variant.decoder.weight_bytes for name, variant in loaded.items() if name != BASELINE]
-    room = max(reloadable, default=0) if settings.reload_room else 0
+    room = max(reloadable, default=0) if settings.reload_room and group is None else 0
     host = ModelHost(
         settings.model or folder.name,
         tokenizer,
         folder=tokens_folder,
         device_thread=device_thread,
+        group=group,
         sampling_defaults={} if settings.generation_config == "none" else sampling_defaults(tokens_folder),
         grammars=JsonCompiler(
             partial(tokenizer.vocabulary, num_rows), frozenset(i for i in tokenizer.eos_ids if 0 <= i < num_rows)
@@ -150,7 +175,8 @@ def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress
         for name, variant in loaded.items():
             left = [other.decoder for key, other in loaded.items() if key not in host.variants]
             steps = sum(step_bytes(decoder, settings) for decoder in left)
-            budget = settings.kv_cache_bytes or cache_budget(device, len(left), room, steps)
+            num_free = None if group is None else group.least_free(device)
+            budget = settings.kv_cache_bytes or cache_budget(device, len(left), room, steps, num_free)
             host.variants[name] = start_variant(
                 name,
                 variant,
@@ -160,11 +186,17 @@ def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress
                 eos_ids=tokenizer.eos_ids,
                 grammars=host.grammars,
                 on_progress=on_progress,
+                group=group,
             )
     except BaseException:
         host.stop()
         raise
     return host
+
+
+def _score_on(group: RankGroup, names: Mapping[int, str], decoder: Decoder, token_ids: Tensor) -> Tensor:
+    """`score` on all ranks. names: of the decoders, by identity; another is the baseline."""
+    return group.score(names.get(id(decoder), BASELINE), decoder, token_ids)
 
 
 def _refuse_alien(tokenizer: Tokenizer, folder: Path, num_rows: int) -> None:

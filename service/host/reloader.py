@@ -94,6 +94,10 @@ class Reloader:
             ReloadFailed: no int8 variant is served or its engine has failed; the folder is corrupt, not quantized, or
                 of another architecture or tokenizer; memory is short; or the self-check refuses it.
         """
+        if self._host.group is not None:
+            raise ReloadFailed(
+                f"weights are not replaced while tensor_parallel is {self._host.group.ranks.size}: start a new server"
+            )
         name = next((name for name in self._host.variants if name != BASELINE), None)
         if name is None:
             raise ReloadFailed(f"only {BASELINE} is served here, so there is no int8 checkpoint to reload")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,11 @@ def check_prompts(tokenizer: TokenizerLike, max_len: int) -> list[Tensor]:
 
 
 def check(
-    decoder: Decoder, baseline: Decoder | None, prompts: Sequence[Tensor], device_thread: DeviceThread
+    decoder: Decoder,
+    baseline: Decoder | None,
+    prompts: Sequence[Tensor],
+    device_thread: DeviceThread,
+    score: Callable[[Decoder, Tensor], Tensor] = score,
 ) -> float | None:
     """Compare a decoder with the baseline on the prompts, one device call per prompt, so that steps run in between.
 
@@ -38,12 +42,14 @@ def check(
 
     Args:
         baseline: None to check only that the logits are finite.
+        score: computes the logits of a text.
 
     Raises:
         SelfCheckFailed: logits are not finite, or the divergence is above MAX_KL.
     """
     total = sum(
-        device_thread.run(_divergence, decoder, baseline, place, token_ids) for place, token_ids in enumerate(prompts)
+        device_thread.run(_divergence, decoder, baseline, place, token_ids, score)
+        for place, token_ids in enumerate(prompts)
     )
     mean = total / sum(len(token_ids) for token_ids in prompts)
     if not mean <= MAX_KL:
@@ -55,7 +61,13 @@ def check(
 
 
 @torch.inference_mode()
-def _divergence(decoder: Decoder, baseline: Decoder | None, place: int, token_ids: Tensor) -> float:
+def _divergence(
+    decoder: Decoder,
+    baseline: Decoder | None,
+    place: int,
+    token_ids: Tensor,
+    score: Callable[[Decoder, Tensor], Tensor],
+) -> float:
     """KL(baseline, decoder), summed over the positions of a prompt; 0 without a baseline."""
     logits = score(decoder, token_ids)
     if not bool(logits.isfinite().all()):

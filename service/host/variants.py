@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from quant.checkpoint.reader import Checkpoint
-from quant.scheme import Scheme
+from quant.scheme import KVStorage, Scheme
 from service.engine.api import VariantInfo
 from service.engine.device.device_thread import DeviceThread
 from service.engine.device.runner import Runner
@@ -22,11 +22,13 @@ from service.engine.scheduler import Scheduler
 from service.errors import InvalidSettings
 from service.host.limits import fault_limits
 from service.host.memory import cache_blocks
+from service.host.ranks.group import RankGroup
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.devices import pick_dtype
 from service.models.loader import decoder_of, refuse_unsafe
 from service.models.random_weights import random_decoder
+from service.models.sharding import ALONE, Ranks
 from service.settings import BASELINE, Settings
 from service.store.calibration import Calibration
 from service.store.progress import Progress, silent
@@ -72,8 +74,9 @@ def start_variant(
     eos_ids: frozenset[int],
     grammars: Grammars | None = None,
     on_progress: Progress = silent,
+    group: RankGroup | None = None,
 ) -> Variant:
-    """Allocate a decoder's KV cache, warm it up, and start its engine.
+    """Allocate a decoder's KV cache, warm it up, and start its engine; on the ranks of a group, if it has any.
 
     Raises:
         InvalidSettings: the cache would not hold one request of max_model_len tokens, or drafts would change answers.
@@ -82,6 +85,8 @@ def start_variant(
     decoder, block_size = loaded.decoder, settings.block_size
     num_blocks = cache_blocks(name, decoder, settings, kv_cache_bytes)
     max_requests, max_tokens = settings.max_num_requests, settings.step_tokens(decoder.embedding.device.type)
+    if group is not None:
+        group.start(name, num_blocks)
     runner = Runner(
         decoder,
         num_blocks=num_blocks,
@@ -89,6 +94,7 @@ def start_variant(
         max_requests=max_requests,
         max_tokens=max_tokens,
         use_graphs=settings.cuda_graphs,
+        lead=None if group is None else group.lead(name),
     )
     runner.warm_up(lambda done, total: on_progress(f"capturing {name}", done, total))
     engine = EngineLoop(
@@ -131,14 +137,24 @@ def refuse_drafts(name: str, decoder: Decoder, settings: Settings) -> None:
         )
 
 
-def load_variant(name: str, folder: Path, settings: Settings, device: torch.device, on_progress: Progress) -> Loaded:
-    scheme = Scheme.preset(BASELINE if name == BASELINE else settings.scheme).with_alpha(settings.alpha)
-    scheme = scheme.with_kv(settings.kv).with_head(settings.head)
+def load_variant(
+    name: str,
+    folder: Path,
+    settings: Settings,
+    device: torch.device,
+    on_progress: Progress,
+    *,
+    group: RankGroup | None = None,
+) -> Loaded:
+    """Load a variant's weights, quantized first if need be; the rank's part of them, if there is a group."""
+    scheme = scheme_of(name, settings)
+    ranks = ALONE if group is None else group.ranks
     if settings.random_weights:
-        config = ModelConfig.load(folder, settings.max_model_len)
-        dtype = pick_dtype(settings.dtype, config, device)
+        if group is not None:
+            group.load(name, folder, scheme.kv)
+        decoder = decoder_for(name, folder, scheme.kv, settings=settings, device=device, ranks=ranks)
         notes = {"scheme": scheme.name, "description": scheme.describe(), "calibration": "random weights"}
-        return Loaded(random_decoder(config, scheme, dtype, device, settings.seed), notes, None)
+        return Loaded(decoder, notes, None)
     # A quantized folder itself determines what the settings leave open.
     kv = settings.kv if name != BASELINE and is_quantized(folder) else scheme.kv
     if name == BASELINE:
@@ -147,11 +163,34 @@ def load_variant(name: str, folder: Path, settings: Settings, device: torch.devi
         calibration = Calibration(settings.calibration, settings.seed, settings.calibration_windows)
         folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress=on_progress)
     on_progress(f"loading {name}", 0, 0)
-    config = ModelConfig.load(folder, settings.max_model_len)
     refuse_unsafe(folder)
-    checkpoint = Checkpoint.open(folder, pick_dtype(settings.dtype, config, device), device)
-    decoder = decoder_of(config, checkpoint, kv, scheme.head)
+    if group is not None:
+        group.load(name, folder, kv)
+    decoder = decoder_for(name, folder, kv, settings=settings, device=device, ranks=ranks)
+    checkpoint = Checkpoint.open(folder, decoder.dtype, "meta")
     return Loaded(decoder, variant_notes(checkpoint, decoder, scheme), folder)
+
+
+def decoder_for(
+    name: str, folder: Path, kv: KVStorage | None, *, settings: Settings, device: torch.device, ranks: Ranks
+) -> Decoder:
+    """The rank's part of a variant's decoder, of a folder that holds it as it is served.
+
+    Args:
+        kv: storage of keys and values; None for the folder's own.
+    """
+    scheme = scheme_of(name, settings)
+    config = ModelConfig.load(folder, settings.max_model_len)
+    dtype = pick_dtype(settings.dtype, config, device)
+    if settings.random_weights:
+        return random_decoder(config, scheme, dtype, device, settings.seed, ranks=ranks)
+    return decoder_of(config, Checkpoint.open(folder, dtype, device), kv, scheme.head, ranks=ranks)
+
+
+def scheme_of(name: str, settings: Settings) -> Scheme:
+    """The scheme that the settings ask of a variant."""
+    scheme = Scheme.preset(BASELINE if name == BASELINE else settings.scheme).with_alpha(settings.alpha)
+    return scheme.with_kv(settings.kv).with_head(settings.head)
 
 
 def variant_notes(checkpoint: Checkpoint, decoder: Decoder, scheme: Scheme) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from quant.scheme import HeadStorage, KVStorage
 from service.errors import ModelNotFound, UnsafeCheckpoint
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
+from service.models.sharding import ALONE, Ranks
 from service.models.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -49,9 +50,11 @@ def decoder_of(
     checkpoint: Checkpoint,
     kv: KVStorage | None = None,
     head: HeadStorage = "float",
+    *,
     weights: Weights | None = None,
+    ranks: Ranks = ALONE,
 ) -> Decoder:
-    """The decoder of an open checkpoint.
+    """The decoder of an open checkpoint, or a rank's part of it.
 
     Args:
         kv: storage type of keys and values; None for the checkpoint's own.
@@ -63,7 +66,7 @@ def decoder_of(
     """
     try:
         with torch.inference_mode():
-            decoder = Decoder(config, weights or checkpoint, kv or checkpoint.kv, head)
+            decoder = Decoder(config, weights or checkpoint, kv or checkpoint.kv, head, ranks)
     except UnlikeLinears as error:
         raise CheckpointError(f"{checkpoint.folder}: {error}") from error
     idle = checkpoint.refuse_unused()

@@ -33,6 +33,10 @@ class Ranks(Protocol):
         """All ranks' x of one shape, [size, *shape], on every rank."""
         ...
 
+    def from_first(self, x: Tensor) -> Tensor:
+        """The first rank's x, which is written into the others'."""
+        ...
+
 
 class Alone:
     """One process that computes all of a decoder."""
@@ -47,6 +51,10 @@ class Alone:
     def gather(self, x: Tensor) -> Tensor:
         """See `Ranks`."""
         return x[None]
+
+    def from_first(self, x: Tensor) -> Tensor:
+        """See `Ranks`."""
+        return x
 
 
 ALONE = Alone()

@@ -132,6 +132,13 @@ class Settings(BaseSettings):
     max_draft_tokens: int = Field(
         7, ge=1, le=64, description="Most draft tokens of a request in a step; fewer are drafted where they seldom fit."
     )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="GPUs that share every layer of the model, one process each (tensor parallelism); it must divide "
+        "the model's heads.",
+    )
     reload_room: bool = Field(
         True,
         description="Keep GPU memory free for a second copy of the w8a8 weights, which a reload needs; "

@@ -33,6 +33,9 @@ class ThreadRanks:
     def gather(self, x: Tensor) -> Tensor:
         return torch.stack(self._all(x))
 
+    def from_first(self, x: Tensor) -> Tensor:
+        return self._all(x)[0]
+
     def _all(self, x: Tensor) -> list[Tensor]:
         self._given[self.rank] = x
         self._barrier.wait(60)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -57,16 +57,27 @@ class Scores:
         return found
 
 
-def score_prompts(decoder: Decoder, hidden: Tensor, chunks: Sequence[Chunk], staging: Staging) -> Scores | None:
-    """Score the prompt tokens of a step from its hidden states [T, hidden_size]; None if no request asks for it."""
+def score_prompts(
+    decoder: Decoder,
+    hidden: Tensor,
+    chunks: Sequence[Chunk],
+    staging: Staging,
+    tell: Callable[[Tensor], None] | None = None,
+) -> Scores | None:
+    """Score the prompt tokens of a step from its hidden states [T, hidden_size]; None if no request asks for it.
+
+    tell: called with the rows that are scored, [R] int64 on the host, before their logits are computed.
+    """
     scoring = [chunk for chunk in chunks if chunk.scored]
     if not scoring:
         return None
     num_top = max(chunk.request.params.prompt_logprobs or 0 for chunk in scoring)
-    rows, targets = _on_device(chunks, staging)
-    size = max(1, SLICE_LOGITS // decoder.config.vocab_size)
-    parts = (slice(start, start + size) for start in range(0, len(rows), size))
-    slices = [_score(decoder.logits(hidden.index_select(0, rows[part])), targets[part], num_top) for part in parts]
+    on_host = _rows_and_targets(chunks, staging)
+    if tell is not None:
+        tell(on_host.view(torch.int64).view(2, -1)[0])
+    rows, targets = staging.send(on_host).view(torch.int64).view(2, -1)
+    parts = logits_in_parts(decoder, hidden, rows)
+    slices = [_score(logits, targets[part], num_top) for part, logits in parts]
     logprobs, top_ids, top_logprobs = (torch.cat(column) for column in zip(*slices, strict=True))
     return Scores(scoring, logprobs, top_ids, top_logprobs)
 
@@ -80,8 +91,16 @@ def _score(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tenso
     return logprobs.masked_fill(~total.isfinite(), math.nan), top.indices, top.values - total[:, None]
 
 
-def _on_device(chunks: Sequence[Chunk], staging: Staging) -> Tensor:
-    """[2, R] int64: the rows of the step that are scored, and the token that follows each in the prompt."""
+def logits_in_parts(decoder: Decoder, hidden: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The logits of rows [R] of hidden states, a few at a time, with which of the rows they are of."""
+    size = max(1, SLICE_LOGITS // decoder.config.vocab_size)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        yield part, decoder.logits(hidden.index_select(0, rows[part]))
+
+
+def _rows_and_targets(chunks: Sequence[Chunk], staging: Staging) -> Tensor:
+    """The rows of the step that are scored, and the token that follows each in the prompt: [2, R] int64, as bytes."""
     taken = staging.take(16 * sum(len(chunk.scored) for chunk in chunks))
     rows, targets = taken.view(torch.int64).view(2, -1).numpy()
     start = place = 0
@@ -92,4 +111,4 @@ def _on_device(chunks: Sequence[Chunk], staging: Staging) -> Tensor:
             rows[place:end] = np.arange(first, first + len(scored))
             targets[place:end] = chunk.request.prompt_ids[scored.start + 1 : scored.stop + 1]
         start, place = start + chunk.length, end
-    return staging.send(taken).view(torch.int64).view(2, -1)
+    return taken

@@ -17,7 +17,8 @@ from torch import Tensor
 from kernels.tiles import BUCKETS
 from service.engine.device.batch import Batch, BatchBuilder
 from service.engine.device.graphs import StepGraphs
-from service.engine.device.prompt_logprobs import Scores, score_prompts
+from service.engine.device.prompt_logprobs import Scores, logits_in_parts, score_prompts
+from service.engine.device.ranks import Lead
 from service.engine.device.sampler import Choice, Fault, greedy, sample
 from service.engine.device.sampling import SamplingBuilder
 from service.engine.device.staging import Staging
@@ -26,7 +27,7 @@ from service.engine.messages import Logprob
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step, StepResults
 from service.engine.shapes import DECODES, Shape
-from service.engine.step_table import StepTableBuilder, TableLayout
+from service.engine.step_table import Ints, StepTableBuilder, TableLayout
 from service.errors import EngineFailed
 from service.models.attention import KVCache
 from service.models.decoder import Decoder
@@ -138,6 +139,7 @@ class Runner:
         max_requests, max_tokens: the largest step.
         use_graphs: let `warm_up` capture steps in CUDA graphs.
         caches: KV caches to take over from the runner that this one replaces; None allocates new ones.
+        lead: tells the other ranks of the decoder to take part; None if there are none, or on these others.
     """
 
     def __init__(
@@ -150,8 +152,10 @@ class Runner:
         max_tokens: int,
         use_graphs: bool = True,
         caches: list[KVCache] | None = None,
+        lead: Lead | None = None,
     ) -> None:
         self.decoder = decoder
+        self._lead = lead
         self.device = decoder.embedding.device
         self.is_async = self.device.type == "cuda"
         can_capture = decoder.is_row_independent and decoder.can_be_captured
@@ -159,9 +163,9 @@ class Runner:
         self.max_requests = max_requests
         self.max_tokens = max_tokens
         max_blocks = -(-decoder.config.max_model_len // block_size)
-        layout = TableLayout(max_tokens=max_tokens, max_requests=max_requests, max_blocks=max_blocks)
-        self._tables = StepTableBuilder(layout, block_size)
-        self._batches = BatchBuilder(layout, self.device)
+        self.layout = TableLayout(max_tokens=max_tokens, max_requests=max_requests, max_blocks=max_blocks)
+        self._tables = StepTableBuilder(self.layout, block_size)
+        self._batches = BatchBuilder(self.layout, self.device)
         self.caches = decoder.new_caches(num_blocks, block_size) if caches is None else caches
         self._graphs = StepGraphs[Forward](max_tokens, max_requests)
         self._kept: Forward | None = None
@@ -173,6 +177,7 @@ class Runner:
         self._last_ids = torch.zeros(max_requests + 1, dtype=torch.int64, device=self.device)
         self._seen = TokenCounts(max_requests, decoder.config.vocab_size, self.device, is_seen=True)
         self._counts = TokenCounts(max_requests, decoder.config.vocab_size, self.device)
+        self._followed: tuple[Forward, Batch] | None = None
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -187,15 +192,47 @@ class Runner:
         begun = self._mark()
         shape = self._graphs.shape_of(step)
         table = self._tables.build(step, self._batches.numbers(), shape)
+        if self._lead is not None:
+            self._lead.forward(table, shape)
         batch = self._batches.build(table)
         forward = self._graphs.replay(shape) if shape else self._forward(batch)
         chunks = [chunk for chunk in step.chunks if chunk.samples]
         choice = self._choose(forward, batch, chunks)
-        scores = score_prompts(self.decoder, forward.hidden, step.chunks, self._score_staging)
+        tell = None if self._lead is None else self._lead.scored
+        scores = score_prompts(self.decoder, forward.hidden, step.chunks, self._score_staging, tell)
         if not self.is_async:
             return Sampled(choice, scores, chunks, shape=shape)
         on_host = None if scores is None else scores.to_host()
         return Sampled(choice.to_host(), on_host, chunks, begun, self._mark(), shape)
+
+    @torch.inference_mode()
+    def follow(self, numbers: Ints, *, shape: Shape | None, **sizes: int) -> None:
+        """Do another rank's part of a step that the first rank launches.
+
+        Args:
+            numbers: of the step; copied before this returns.
+            shape: of the captured step to replay, or None.
+            sizes: those of `TableLayout.table`.
+        """
+        host = self._batches.numbers()
+        host[: len(numbers)] = numbers
+        batch = self._batches.build(self.layout.table(host, **sizes))  # type: ignore[arg-type]
+        self._followed = (self._graphs.replay(shape) if shape else self._forward(batch)), batch
+
+    @torch.inference_mode()
+    def take_ids(self, num_samples: int) -> None:
+        """Take over the ids that the first rank has sampled in the step that was followed last."""
+        assert self._followed is not None
+        rows = self._followed[1].sample_rows[:num_samples].long()
+        ids = torch.empty(num_samples, dtype=torch.int64, device=self.device)
+        self._last_ids[rows] = self.decoder.ranks.from_first(ids)
+
+    @torch.inference_mode()
+    def follow_scores(self, rows: Tensor) -> None:
+        """Do another rank's part in scoring rows [R] int64 of the step that was followed last."""
+        assert self._followed is not None
+        for _ in logits_in_parts(self.decoder, self._followed[0].hidden, rows.to(self.device)):
+            pass
 
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every kernel that a request can need, and capture the steps."""
@@ -203,9 +240,19 @@ class Runner:
             if on_progress:
                 on_progress(done, total)
 
-    @torch.inference_mode()
     def warming(self) -> Iterator[tuple[int, int]]:
         """`warm_up` as an iterator over (done, total), so that another runner's steps can run in between."""
+        pieces = self._warming()
+        while True:
+            if self._lead is not None:
+                self._lead.warm()
+            piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    @torch.inference_mode()
+    def _warming(self) -> Iterator[tuple[int, int]]:
         if not self.is_async:
             return
         longest = self._longest
@@ -297,6 +344,9 @@ class Runner:
         seen = self._seen.of(chunks, rows) if sampling.is_penalized else None
         counts = self._counts.of(chunks, rows) if sampling.counts_tokens else None
         choice = sample(forward.logits[:num_samples], sampling, seen, counts)
+        if self._lead is not None:
+            self._lead.chosen(num_samples)
+            self.decoder.ranks.from_first(choice.ids)
         self._last_ids[rows] = choice.ids
         if sampling.counts_tokens:
             self._counts.add(rows, choice.ids)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from quant.checkpoint.tensor_file import TensorFile
 from quant.linear import FloatLinear, Int8Linear
+from quant.part import Ranges
 from quant.scheme import PRESETS, KVStorage
 from service.errors import InvalidRequest, ReloadFailed
 from service.host.memory import cache_budget
@@ -345,13 +346,13 @@ def test_a_folder_that_is_cut_short_while_it_is_read_changes_nothing(
     weights, read, num_read = folder / "model.safetensors", TensorFile.read, 0
     num_tensors = len(TensorFile(weights).entries)
 
-    def reading(file: TensorFile, name: str) -> torch.Tensor:
+    def reading(file: TensorFile, name: str, *part: Ranges | None) -> torch.Tensor:
         nonlocal num_read
         is_now = file.path == weights and num_read == (0, num_tensors // 2, num_tensors - 1)[moment]
         num_read += file.path == weights
         if is_now and moment < 2:
             os.truncate(weights, weights.stat().st_size // 2)
-        tensor = read(file, name)
+        tensor = read(file, name, *part)
         if is_now and moment == 2:
             os.truncate(weights, weights.stat().st_size // 2)
         return tensor

@@ -163,6 +163,9 @@ class Fixed:
     def gather(self, x: Tensor) -> Tensor:
         raise AssertionError(x)
 
+    def from_first(self, x: Tensor) -> Tensor:
+        raise AssertionError(x)
+
 
 @given(count=st.integers(1, 50), size=st.integers(1, 9))
 def test_spans_cover_everything_once(count: int, size: int) -> None:

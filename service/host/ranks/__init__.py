@@ -1,0 +1,1 @@
+"""The processes of the ranks beside the first, which is the engines' process."""

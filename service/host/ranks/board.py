@@ -1,0 +1,43 @@
+"""The numbers of steps in memory that the ranks share."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import numpy as np
+
+from service.engine.step_table import Ints
+
+NUM_SLOTS = 4
+"""At most two steps are in flight, and a rank has copied a step's numbers before that step can have ended."""
+
+
+class Board:
+    """NUM_SLOTS arrays of size int32 in anonymous memory, which a child process inherits by its descriptor.
+
+    Args:
+        size: of a slot, in int32.
+        descriptor: of the memory that another process made; None makes some.
+    """
+
+    def __init__(self, size: int, descriptor: int | None = None) -> None:
+        self.size = size
+        num_bytes = 4 * size * NUM_SLOTS
+        self.descriptor = os.memfd_create("ottava-steps") if descriptor is None else descriptor
+        if descriptor is None:
+            os.ftruncate(self.descriptor, num_bytes)
+        self._memory = mmap.mmap(self.descriptor, num_bytes)
+        numbers = np.frombuffer(self._memory, dtype=np.int32)
+        self._slots: list[Ints] = [numbers[i * size : (i + 1) * size] for i in range(NUM_SLOTS)]
+        self._last = -1
+
+    def write(self, numbers: Ints) -> int:
+        """Copy numbers into the next slot, and return which it is."""
+        self._last = (self._last + 1) % NUM_SLOTS
+        self._slots[self._last][: len(numbers)] = numbers
+        return self._last
+
+    def read(self, slot: int, count: int) -> Ints:
+        """The first count numbers of a slot, valid until NUM_SLOTS - 1 more have been written."""
+        return self._slots[slot][:count]

@@ -1,0 +1,81 @@
+"""What the first rank tells the others. Each message is one call that all ranks make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from quant.scheme import KVStorage
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True):
+    """name: the variant that the call is for."""
+
+    name: str
+
+
+class Join(Message, frozen=True, tag="join"):
+    """The first message: become rank `rank` of `size`, which meet in the folder `meeting`. name: the device's type."""
+
+    settings: dict[str, Any]
+    rank: int
+    size: int
+    meeting: str
+
+
+class Load(Message, frozen=True, tag="load"):
+    """Load a variant's weights from a folder. kv: storage of keys and values; None for the folder's own."""
+
+    folder: str
+    kv: KVStorage | None
+
+
+class Start(Message, frozen=True, tag="start"):
+    """Make a runner with so many blocks."""
+
+    num_blocks: int
+
+
+class Warm(Message, frozen=True, tag="warm"):
+    """Go one piece further in warming the runner up."""
+
+
+class Free(Message, frozen=True, tag="free"):
+    """Tell how much memory of the device is free."""
+
+
+class Forward(Message, frozen=True, tag="forward"):
+    """Run a step. The sizes are `TableLayout.table`'s; its numbers are in a slot of the shared memory."""
+
+    slot: int
+    num_tokens: int
+    num_requests: int
+    num_samples: int
+    num_tables: int
+    width: int
+    is_decode: bool
+    is_captured: bool
+
+
+class Chosen(Message, frozen=True, tag="chosen"):
+    """Take over the ids that the first rank has sampled."""
+
+    num_samples: int
+
+
+class Scored(Message, frozen=True, tag="scored"):
+    """Compute the logits of rows of the step. rows: int64."""
+
+    rows: bytes
+
+
+class Check(Message, frozen=True, tag="check"):
+    """Compute the logits of a text, as the self-check does."""
+
+    token_ids: list[int]
+
+
+ToRank = Join | Load | Start | Warm | Free | Forward | Chosen | Scored | Check
+
+encode = msgspec.msgpack.Encoder().encode

@@ -1,0 +1,132 @@
+"""One of the other ranks: `python -m service.host.ranks.process SOCKET MEMORY SIZE RANK`, the first two descriptors.
+
+It makes the calls that the first rank tells it, one after the other, and ends when the first rank does.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+import numpy as np
+import torch
+
+from service.engine.device.ranks import GroupRanks
+from service.engine.device.runner import Runner
+from service.engine.shapes import Shape
+from service.host.machine import quiet_libraries
+from service.host.ranks.board import Board
+from service.host.ranks.group import join, least_free
+from service.host.ranks.messages import Check, Chosen, Forward, Free, Join, Load, Scored, Start, ToRank, Warm
+from service.host.variants import decoder_for
+from service.models.decoder import Decoder, score
+from service.process import end_process
+from service.settings import Settings, load_settings
+from service.telemetry.logs import configure_logging
+
+MAX_MESSAGE_BYTES = 1 << 20
+
+logger = logging.getLogger(__name__)
+
+
+class Follower:
+    """What one of the other ranks holds: decoders and runners by variant."""
+
+    def __init__(self, settings: Settings, device: torch.device, board: Board) -> None:
+        self.settings = settings
+        self.device = device
+        self.board = board
+        self.ranks = GroupRanks()
+        self.decoders: dict[str, Decoder] = {}
+        self.runners: dict[str, Runner] = {}
+        self.warming: dict[str, Iterator[object]] = {}
+
+    def do(self, message: ToRank) -> None:
+        """Make one call. Raises whatever the call raises."""
+        name = message.name
+        match message:
+            case Load():
+                folder = Path(message.folder)
+                self.decoders[name] = decoder_for(
+                    name, folder, message.kv, settings=self.settings, device=self.device, ranks=self.ranks
+                )
+            case Start():
+                self._start(name, message.num_blocks)
+            case Warm():
+                next(self.warming[name], None)
+            case Free():
+                least_free(self.ranks, self.device)
+            case Forward():
+                self._follow(self.runners[name], message)
+            case Chosen():
+                self.runners[name].take_ids(message.num_samples)
+            case Scored():
+                rows = torch.from_numpy(np.frombuffer(message.rows, dtype=np.int64).copy())
+                self.runners[name].follow_scores(rows)
+            case Check():
+                with torch.inference_mode():
+                    score(self.decoders[name], torch.tensor(message.token_ids))
+            case Join():
+                raise AssertionError(message)
+
+    def _start(self, name: str, num_blocks: int) -> None:
+        settings = self.settings
+        self.runners[name] = runner = Runner(
+            self.decoders[name],
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            max_requests=settings.max_num_requests,
+            max_tokens=settings.step_tokens(self.device.type),
+            use_graphs=settings.cuda_graphs,
+        )
+        self.warming[name] = runner.warming()
+
+    def _follow(self, runner: Runner, message: Forward) -> None:
+        tables = runner.layout.starts["block_tables"] + message.num_tables * message.width
+        shape = Shape(message.num_tokens, message.num_requests, message.is_decode) if message.is_captured else None
+        runner.follow(
+            self.board.read(message.slot, tables),
+            shape=shape,
+            num_tokens=message.num_tokens,
+            num_requests=message.num_requests,
+            num_samples=message.num_samples,
+            num_tables=message.num_tables,
+            width=message.width,
+            is_decode=message.is_decode,
+        )
+
+
+def main() -> NoReturn:
+    """Follow the first rank until it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    descriptor, memory, size, rank = map(int, sys.argv[1:])
+    end = socket.socket(fileno=descriptor)
+    decoder = msgspec.msgpack.Decoder(ToRank)
+    joining = decoder.decode(end.recv(MAX_MESSAGE_BYTES) or end_process(1))
+    assert isinstance(joining, Join)
+    settings = load_settings(**joining.settings)
+    configure_logging(settings, sys.stderr, f"rank {rank}")
+    quiet_libraries()
+    device = torch.device("cuda", rank) if joining.name == "cuda" else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // joining.size))
+    try:
+        join(rank, joining.size, Path(joining.meeting), device)
+        follower = Follower(settings, device, Board(size, memory))
+        while content := end.recv(MAX_MESSAGE_BYTES):
+            follower.do(decoder.decode(content))
+    except Exception:
+        logger.exception("rank %d cannot go on", rank)
+        end_process(1)
+    end_process(0)
+
+
+if __name__ == "__main__":
+    main()
