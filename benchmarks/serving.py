@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving                                     the demo model, or
     python -m benchmarks.serving --shape llama-3.1-8b --batches 1,8,32,64,128,256 --prompt 512
+    python -m benchmarks.serving --shape llama-3.1-70b --tensor-parallel 2 --variants w8a8 --batches 1,32,128
 
 Both variants are loaded, and take turns in every round, so that a machine whose speed drifts does not favour one. A
 step is timed as the engine turns it: plan, launch, read the tokens, commit; on a GPU the next step is launched before
@@ -14,6 +15,7 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,14 @@ from service.engine.device.runner import Runner
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler
 from service.host.memory import cache_budget
+from service.host.ranks.group import RankGroup, layout_of
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
 from service.models.random_weights import random_decoder
-from service.settings import Settings
+from service.models.sharding import ALONE
+from service.settings import Settings, load_settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantized_folder
 from service.store.resolve import resolve_model
@@ -45,9 +49,22 @@ def main() -> None:
     torch.manual_seed(0)
     certificate = birth_certificate(args.commit)
     variants = args.variants.split(",")
-    decoders = {variant: _decoder(variant, args) for variant in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        group = _group(args, Path(folder)) if args.tensor_parallel > 1 else None
+        try:
+            certificate["tensor parallel"] = args.tensor_parallel
+            _measure(variants, args, certificate, group)
+        finally:
+            if group is not None:
+                group.close()
+
+
+def _measure(
+    variants: list[str], args: argparse.Namespace, certificate: dict[str, Any], group: RankGroup | None
+) -> None:
+    decoders = {variant: _decoder(variant, args, group) for variant in variants}
     benches = {
-        variant: Bench(variant, decoder, args, len(variants) - index)
+        variant: Bench(variant, decoder, args, len(variants) - index, group)
         for index, (variant, decoder) in enumerate(decoders.items())
     }
     for variant, decoder in decoders.items():
@@ -103,13 +120,19 @@ def _rates(
 class Bench:
     """One variant behind a scheduler and a runner, driven without HTTP."""
 
-    def __init__(self, variant: str, decoder: Decoder, args: argparse.Namespace, num_sharing: int) -> None:
+    def __init__(
+        self, variant: str, decoder: Decoder, args: argparse.Namespace, num_sharing: int, group: RankGroup | None
+    ) -> None:
         self.vocab_size = decoder.config.vocab_size
         self.max_batched_tokens = args.max_batched_tokens
-        self.rows = max(*args.batches, 64)
+        self.rows = _rows(args)
         block_size = Settings().block_size
         block_bytes = block_size * decoder.kv_bytes_per_token
-        num_blocks = cache_budget(decoder.embedding.device, num_sharing) // block_bytes
+        device = decoder.embedding.device
+        num_free = None if group is None else group.least_free(device)
+        num_blocks = cache_budget(device, num_sharing, num_free=num_free) // block_bytes
+        if group is not None:
+            group.start(variant, num_blocks)
         self.runner = Runner(
             decoder,
             num_blocks=num_blocks,
@@ -117,6 +140,7 @@ class Bench:
             max_requests=self.rows,
             max_tokens=args.max_batched_tokens,
             use_graphs=not args.no_graphs,
+            lead=None if group is None else group.lead(variant),
         )
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
@@ -154,13 +178,47 @@ class Bench:
             self.scheduler.add(Request(str(i), prompt, SamplingParams(max_tokens, ignore_eos=True), 0.0, i))
 
 
-def _decoder(variant: str, args: argparse.Namespace) -> Decoder:
+def _rows(args: argparse.Namespace) -> int:
+    largest: int = max(*args.batches, 64)
+    return largest
+
+
+def _max_model_len(args: argparse.Namespace) -> int:
+    longest: int = max(args.prompt + max(args.steps, args.burst_tokens) + 16, max(args.prefill) + 16)
+    return longest
+
+
+def _group(args: argparse.Namespace, folder: Path) -> RankGroup:
+    """The other ranks, which make the same random weights from the shape's config.json."""
+    if not args.shape:
+        raise SystemExit("--tensor-parallel goes with --shape: the ranks make random weights of it")
+    SHAPES[args.shape].save_pretrained(folder)
+    settings = load_settings(
+        model=str(folder),
+        random_weights=True,
+        tensor_parallel=args.tensor_parallel,
+        scheme=args.scheme,
+        kv_cache=args.kv_cache,
+        dtype=args.dtype,
+        max_model_len=_max_model_len(args),
+        max_num_requests=_rows(args),
+        max_batched_tokens=args.max_batched_tokens,
+        cuda_graphs=not args.no_graphs,
+    )
     device = pick_device("auto")
-    max_model_len = max(args.prompt + max(args.steps, args.burst_tokens) + 16, max(args.prefill) + 16)
+    return RankGroup(settings, layout_of(settings, ModelConfig.load(folder, settings.max_model_len), device), device)
+
+
+def _decoder(variant: str, args: argparse.Namespace, group: RankGroup | None) -> Decoder:
+    device = pick_device("auto")
+    max_model_len = _max_model_len(args)
     scheme = PRESETS["fp16" if variant == "fp16" else args.scheme].with_kv(args.kv_cache)
     if args.shape:
         config = ModelConfig.of(SHAPES[args.shape], max_model_len)
-        return random_decoder(config, scheme, pick_dtype(args.dtype, config, device), device)
+        ranks = ALONE if group is None else group.ranks
+        if group is not None:
+            group.load(variant, None, scheme.kv)
+        return random_decoder(config, scheme, pick_dtype(args.dtype, config, device), device, ranks=ranks)
     cache = Settings().cache_dir
     folder = resolve_model(args.model, cache)
     dtype = pick_dtype(args.dtype, ModelConfig.load(folder), device)
@@ -216,6 +274,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--burst-tokens", type=int, default=128)
     parser.add_argument("--max-batched-tokens", type=int, default=512)
     parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share the model")
     parser.add_argument("--commit", help="for a tree without git history")
     parser.add_argument("--out", help="JSON file; default: benchmarks/results/")
     return parser.parse_args()

@@ -113,9 +113,9 @@ class RankGroup:
         """The other ranks' processes."""
         return [process.pid for process in self._processes]
 
-    def load(self, name: str, folder: Path, kv: KVStorage | None) -> None:
-        """The other ranks load the weights of a variant, as this process then must."""
-        self.tell(Load(name, str(folder), kv))
+    def load(self, name: str, folder: Path | None, kv: KVStorage | None) -> None:
+        """The other ranks load the weights of a variant, as this process then must. folder: None for the model's."""
+        self.tell(Load(name, None if folder is None else str(folder), kv))
 
     def start(self, name: str, num_blocks: int) -> None:
         """The other ranks make a runner of a variant."""

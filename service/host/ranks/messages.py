@@ -25,9 +25,10 @@ class Join(Message, frozen=True, tag="join"):
 
 
 class Load(Message, frozen=True, tag="load"):
-    """Load a variant's weights from a folder. kv: storage of keys and values; None for the folder's own."""
+    """Load a variant's weights. folder: None for the settings' model. kv: storage of keys and values; None for the
+    folder's own."""
 
-    folder: str
+    folder: str | None
     kv: KVStorage | None
 
 

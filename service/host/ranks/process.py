@@ -52,7 +52,7 @@ class Follower:
         name = message.name
         match message:
             case Load():
-                folder = Path(message.folder)
+                folder = Path(message.folder or self.settings.model or "")
                 self.decoders[name] = decoder_for(
                     name, folder, message.kv, settings=self.settings, device=self.device, ranks=self.ranks
                 )

@@ -98,6 +98,7 @@ def values_of(name: str, field: FieldInfo) -> object:
         "shadow_rate": 0.5,
         "max_num_requests": 7,
         "max_draft_tokens": 5,
+        "tensor_parallel": 2,
         "host": "localhost",
     }
     if name in special:
