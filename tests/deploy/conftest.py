@@ -66,7 +66,8 @@ def stack(compose: list[str], cpu_image: str, api: tuple[int, ...]) -> Iterator[
         files.append(HOST_FILE)
     if api < KNOWS_START_INTERVAL:
         files.append(OLD_FILE)
-    made = Stack(compose, files, {"COMPOSE_PROFILES": "cpu,alerts"})
+    # With drafts, so that their panels have data.
+    made = Stack(compose, files, {"COMPOSE_PROFILES": "cpu,alerts", "OTTAVA_SPECULATE": "ngram"})
     down = ("--profile", "*", "down", "--volumes", "--timeout", "5")
     made(*down)
     yield made
