@@ -1,8 +1,8 @@
 """docker/ for real: the image is built, the compose file brought up, asked, and stopped under load.
 
 Run with `make test-deploy`. DOCKER_HOST names the engine, DOCKER its client; BASE, PIP_INDEX_URL and TORCH_INDEX are
-build arguments, as in docker/.env; DEVICES=cpu,cuda,cluster builds all images; ADVISORIES names a checkout of
-pypa/advisory-database where pip-audit cannot ask PyPI. Figures are printed as they come.
+build arguments, as in docker/.env, and BUILD_NETWORK the network of builds; DEVICES=cpu,cuda,cluster builds all images;
+ADVISORIES names a checkout of pypa/advisory-database where pip-audit cannot ask PyPI. Figures are printed as they come.
 """
 
 from __future__ import annotations

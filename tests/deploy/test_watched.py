@@ -1,7 +1,7 @@
 """The composed service with what watches and loads it: Prometheus, Alertmanager, the profile loadtest, other clients.
 
 Run by `make test-deploy`. RATES are those of the load test. guidellm runs where it is in PATH, and PICTURE=FILE keeps
-a picture of the dashboard.
+a picture of the dashboard. With STAND_INS=1 programs of this machine stand for the images that cannot be pulled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.deploy.engine import (
     build_of_this_machine,
     docker,
     get,
-    has_bridge,
+    has_stand_ins,
     output_of,
     seconds_until,
 )
@@ -87,7 +87,7 @@ def asked(path: str, **parameters: object) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def watched(stack: Stack, cold_s: float) -> Stack:
     """The service, Prometheus and Alertmanager, all of them healthy."""
-    if not has_bridge():
+    if has_stand_ins():
         for service, (programs, folder) in PROGRAMS.items():
             found = [shutil.which(program) for program in programs]
             if None in found:
