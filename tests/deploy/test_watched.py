@@ -163,7 +163,8 @@ def test_the_client_of_openai_is_served() -> None:
         asking: Any = {"role": "user", "content": "What is the capital of France? One word."}
         answer = client.chat.completions.create(model="w8a8", messages=[asking], max_tokens=16, temperature=0)
         assert "Paris" in (answer.choices[0].message.content or "")
-        parts = client.completions.create(model="fp16", prompt="The capital of France is", max_tokens=8, stream=True)
+        asking = {"model": "fp16", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+        parts = client.completions.create(**asking, stream=True)
         assert "Paris" in "".join(part.choices[0].text for part in parts if part.choices)
 
 
