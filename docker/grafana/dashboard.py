@@ -505,8 +505,9 @@ def lines_of(panel: Panel) -> timeseries.Panel:
         .span(panel.width)
         .unit(panel.unit)
         .min(0)
-        .line_width(1)
-        .fill_opacity(30 if panel.is_stacked else 8)
+        # A line of zeros would lie on top of a stack in its own color.
+        .line_width(0 if panel.is_stacked else 1)
+        .fill_opacity(60 if panel.is_stacked else 8)
         .show_points(common.VisibilityMode.NEVER)
         .legend(
             options.VizLegendOptions()
