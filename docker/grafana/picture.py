@@ -161,7 +161,7 @@ def _inner(
     place: dict[str, int], width_px: float, height_px: float, *, left: float, top: float, below: float
 ) -> tuple[float, float, float, float]:
     """Where the lines of a panel go: room for the title above, the ticks at the left, times and legend below."""
-    above, beside, right = 30, 62, 14
+    above, beside, right = 30, 70, 14
     width = place["w"] * COLUMN_PX - GAP_PX - beside - right
     height = place["h"] * ROW_PX - GAP_PX - above - below
     return (left + beside / width_px, top - (above + height) / height_px, width / width_px, height / height_px)
@@ -209,6 +209,7 @@ def _lines(axes: Axes, panel: dict[str, Any], series: Sequence[Series], span: Sp
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.grid(color=BORDER, lw=0.7)
+    axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, length=0, labelsize=7.5)
     axes.set_xlim(_moment(span.start_s), _moment(span.end_s))  # type: ignore[arg-type]
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _format(value, defaults["unit"], None)))
