@@ -7,8 +7,8 @@ INSTALLED := $(VENV)/.installed
 # An environment named with PY is used as it is; our own is made first.
 READY := $(if $(filter $(VENV)/%,$(PY)),$(INSTALLED))
 
-.PHONY: help setup serve test test-quick coverage check format gpu test-deploy test-clients test-monitoring bench bench-kernels \
-	dashboard clean
+.PHONY: help setup serve test test-quick coverage check audit format gpu test-deploy test-clients test-monitoring bench \
+	bench-kernels dashboard clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -49,6 +49,9 @@ check: $(READY) ## format, lint, types, layers, Dockerfile
 	$(PY) -m mypy
 	$(BIN)hadolint docker/Dockerfile
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-cache
+
+audit: $(READY) ## look up known vulnerabilities of constraints.txt by pip-audit, or ARGS='--advisories FOLDER'
+	$(PY) -m tests.support.audit $(ARGS)
 
 format: $(READY) ## rewrite to the project's format
 	$(PY) -m ruff format .

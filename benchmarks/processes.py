@@ -44,8 +44,17 @@ def cpu_s(pid: int) -> float:
 
 def rss_mb(pid: int) -> float:
     """Resident memory. Raises OSError if there is no such process, StopIteration if it has ended."""
+    return _memory_mb(pid, "VmRSS")
+
+
+def anonymous_mb(pid: int) -> float:
+    """Resident memory without that of files, which the kernel takes and gives back as it likes. Raises as rss_mb."""
+    return _memory_mb(pid, "RssAnon")
+
+
+def _memory_mb(pid: int, field: str) -> float:
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
 
 
 def free_port() -> int:

@@ -72,6 +72,11 @@ def test_every_image_is_pinned() -> None:
         assert source == "${BASE}" or by_device <= names, source
 
 
+def test_no_own_image_is_looked_for_in_a_registry() -> None:
+    for service in SERVICES.values():
+        assert service["image"].startswith("ottava:") == ("build" in service), service["image"]
+
+
 def test_packages_come_from_the_constraints() -> None:
     for word, rest in INSTRUCTIONS:
         for install in re.findall(r"pip install [^&;]*", rest) if word == "RUN" else ():

@@ -6,7 +6,8 @@
 A sample every --every seconds, one JSON line each: memory and open files of the server's process and of its
 children (the web and the engine), and every counter and gauge of /metrics. The verdict:
 
-- memory: over the second half of the samples each process grew by at most --max-growth (the first half warms up);
+- memory: over the second half of the samples each process grew by at most --max-growth (the first half warms up), pages
+  of files apart, which the kernel takes and gives back as it likes;
 - files: no more open files at the end than in the middle, 64 aside;
 - counters never went back, which would be a process that was replaced; no engine restarted; no run failed;
 - at the end nothing runs, nothing waits, and no block of the KV cache is in use;
@@ -32,7 +33,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.processes import children, rss_mb
+from benchmarks.processes import anonymous_mb, children, rss_mb
 
 Sample = dict[str, Any]
 IDLE = ("ottava_num_requests_running", "ottava_num_requests_waiting", "ottava_kv_cache_usage_ratio")
@@ -76,14 +77,14 @@ def watch(url: str, pid: int | None, every_s: float, out: Path) -> None:
 
 def sample(url: str, pid: int | None) -> Sample:
     """Memory and open files by process, and the values of /metrics; `metrics` is empty where that does not answer."""
-    found: Sample = {"time_s": time.time(), "rss_mb": {}, "files": {}, "metrics": {}}
+    found: Sample = {"time_s": time.time(), "rss_mb": {}, "anonymous_mb": {}, "files": {}, "metrics": {}}
     watched = [] if pid is None else [pid]
     with suppress(OSError):
         watched += [child for parent in watched for child in children(parent)]
     for number, one in enumerate(watched):
         name = "web" if number == 0 else f"engine {number}" if number > 1 else "engine"
         with suppress(OSError, StopIteration):
-            found["rss_mb"][name] = rss_mb(one)
+            found["rss_mb"][name], found["anonymous_mb"][name] = rss_mb(one), anonymous_mb(one)
             found["files"][name] = len(os.listdir(f"/proc/{one}/fd"))
     with suppress(OSError), urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
         found["metrics"] = dict(values(answer.read().decode()))
@@ -115,11 +116,13 @@ Check = tuple[bool, str]
 
 def _memory(samples: Sequence[Sample], max_growth: float) -> Iterator[Check]:
     middle, last = samples[len(samples) // 2], samples[-1]
-    for name, after in last["rss_mb"].items():
-        before = middle["rss_mb"].get(name, after)
-        most = max(one["rss_mb"].get(name, 0.0) for one in samples)
+    for name, after in last["anonymous_mb"].items():
+        before = middle["anonymous_mb"].get(name, after)
+        most = max(one["anonymous_mb"].get(name, 0.0) for one in samples)
+        resident = max(one["rss_mb"].get(name, 0.0) for one in samples)
         grown = after / before - 1
         told = f"memory of {name}: {before:.0f} MB at half, {after:.0f} at the end ({grown:+.1%}), {most:.0f} at most"
+        told += f"; with files {resident:.0f} at most"
         yield grown <= max_growth, told
         files, before_files = last["files"].get(name, 0), middle["files"].get(name, 0)
         yield files <= before_files + SLACK_FILES, f"open files of {name}: {before_files} at half, {files} at the end"

@@ -28,6 +28,7 @@ from grafana_foundation_sdk.models.dashboard import (
 OUT = Path(__file__).with_name("dashboards") / "ottava.json"
 SOURCE = DataSourceRef(type_val="prometheus", uid="$datasource")
 CHOSEN = 'instance=~"$instance", variant=~"$variant"'
+INSTANCE = 'instance=~"$instance"'
 OR_UNKNOWN = 'instance=~"$instance", variant=~"$variant|none"'
 NOT_IDENTICAL = f'{CHOSEN}, le="0.99"'
 RATE, COMPARED = "[$__rate_interval]", "[10m]"
@@ -99,6 +100,12 @@ def mean(series: str, by: str, window: str = RATE) -> str:
     return f"{rate(f'{series}_sum', by, window=window)} / {rate(f'{series}_count', by, window=window)}"
 
 
+def refusals(series: str, by: str) -> Query:
+    """Refused requests per second by a label with many values: those above 0, else a line `none` at 0."""
+    counted = f"{rate(series, by, INSTANCE)} > 0"
+    return Query(f'({counted}) or on() label_replace(vector(0), "{by}", "none", "", "")', f"{{{{{by}}}}}")
+
+
 def quantiles(series: str, *qs: float) -> tuple[Query, ...]:
     """Quantiles of a latency by variant, with the traces of slow requests."""
     return tuple(
@@ -115,6 +122,7 @@ def median_speedup(measure: str) -> Query:
 GAIN = ((None, "red"), (1.0, "green"))
 AGREEMENT, SPEEDUP, DELTA = "ottava_agreement_ratio", "ottava_speedup_ratio", "ottava_logprob_delta_nats"
 TPOT = "ottava_request_time_per_output_token_seconds"
+DRAFTS, RIGHT_DRAFTS = "ottava_speculative_draft_tokens_total", "ottava_speculative_accepted_tokens_total"
 
 COMPARISON = (
     Panel(
@@ -279,6 +287,21 @@ REQUESTS = (
         ),
         8,
     ),
+    Panel(
+        "Decode time",
+        "The rest of an answer: last token - first token.",
+        "s", quantiles("ottava_request_decode_time_seconds", 0.5, 0.99), 8,
+    ),
+    Panel(
+        "Refused, by reason",
+        "Requests a second by the code of the error, as docs/api.md lists them: limits, keys, bad requests.",
+        "reqps", (refusals("ottava_refused_requests_total", "reason"),), 8,
+    ),
+    Panel(
+        "Bad requests, by field",
+        "Requests a second answered 400, 404 or 422, by the field at fault; body: not readable, unknown: of no route.",
+        "reqps", (refusals("ottava_refusals_total", "field"),), 8,
+    ),
 )  # fmt: skip
 
 ENGINE = (
@@ -342,7 +365,7 @@ ENGINE = (
                 "restart, {{instance}}",
             ),
             Query(
-                f'sum by (outcome) (increase(ottava_reloads_total{{instance=~"$instance"}}{RATE}))',
+                f"sum by (outcome) (increase(ottava_reloads_total{{{INSTANCE}}}{RATE}))",
                 "reload, {{outcome}}",
             ),
         ),
@@ -361,7 +384,28 @@ ENGINE = (
             Query(f"sum by (variant) (ottava_weight_bytes{{{CHOSEN}}})", "{{variant}} weights"),
             Query(f"sum by (variant) (ottava_kv_cache_bytes{{{CHOSEN}}})", "{{variant}} KV"),
         ),
-        12, is_stacked=True,
+        6, is_stacked=True,
+    ),
+    Panel(
+        "Draft tokens",
+        "Per second, with `--speculate ngram`: tokens that steps have checked, and those of them that were right.",
+        "suffix: tok/s",
+        (
+            Query(rate(DRAFTS, "variant"), "{{variant}} checked"),
+            Query(rate(RIGHT_DRAFTS, "variant"), "{{variant}} right"),
+        ),
+        6,
+    ),
+    Panel(
+        "Drafts that were right",
+        "Of those checked. A draft that is wrong costs its row of a step.",
+        "percentunit", (Query(f"{rate(RIGHT_DRAFTS, 'variant')} / {rate(DRAFTS, 'variant')}", "{{variant}}"),),
+        6, top=1.05,
+    ),
+    Panel(
+        "Padding",
+        "Rows per second that only filled a step up to the size of its CUDA graph; none on a CPU.",
+        "suffix:/s", (Query(rate("ottava_step_padding_tokens_total", "variant"), "{{variant}}"),), 6,
     ),
 )  # fmt: skip
 
@@ -371,7 +415,7 @@ def both(expr: str) -> tuple[Query, ...]:
     return (Query(expr.format("process"), "web"), Query(expr.format("ottava_engine_process"), "engine"))
 
 
-OURS = '{{job="ottava", instance=~"$instance"}}'
+OURS = f'{{{{job="ottava", {INSTANCE}}}}}'
 PROCESS = (
     Panel("CPU", "Cores in use.", "suffix: cores", both(f"sum(rate({{}}_cpu_seconds_total{OURS}{RATE}))"), 6),
     Panel("Resident memory", "Of all instances.", "bytes", both(f"sum({{}}_resident_memory_bytes{OURS})"), 6),
@@ -461,8 +505,9 @@ def lines_of(panel: Panel) -> timeseries.Panel:
         .span(panel.width)
         .unit(panel.unit)
         .min(0)
-        .line_width(1)
-        .fill_opacity(30 if panel.is_stacked else 8)
+        # A line of zeros would lie on top of a stack in its own color.
+        .line_width(0 if panel.is_stacked else 1)
+        .fill_opacity(60 if panel.is_stacked else 8)
         .show_points(common.VisibilityMode.NEVER)
         .legend(
             options.VizLegendOptions()

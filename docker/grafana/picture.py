@@ -141,13 +141,16 @@ def fetch(target: dict[str, Any], span: Span) -> list[Series]:
     asked = {"query": expr, "start": span.start_s, "end": span.end_s, "step": span.step_s}
     with urllib.request.urlopen(f"{span.url}/api/v1/query_range?{urllib.parse.urlencode(asked)}", timeout=60) as answer:
         found = json.load(answer)["data"]["result"]
-    return [_series(each, target.get("legendFormat", "")) for each in found]
+    return [_series(each, target.get("legendFormat", ""), span) for each in found]
 
 
-def _series(found: dict[str, Any], legend: str) -> Series:
+def _series(found: dict[str, Any], legend: str, span: Span) -> Series:
+    """A line that is interrupted where a step has no value."""
     name = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda label: found["metric"].get(label[1], ""), legend)
-    times = [_moment(float(at)) for at, _ in found["values"]]
-    return Series(name, times, [float(value) for _, value in found["values"]])
+    known = {round((float(at) - span.start_s) / span.step_s): float(value) for at, value in found["values"]}
+    steps = range(min(known), max(known) + 1)
+    times = [_moment(span.start_s + step * span.step_s) for step in steps]
+    return Series(name, times, [known.get(step, math.nan) for step in steps])
 
 
 def _moment(at_s: float) -> datetime:
@@ -158,7 +161,7 @@ def _inner(
     place: dict[str, int], width_px: float, height_px: float, *, left: float, top: float, below: float
 ) -> tuple[float, float, float, float]:
     """Where the lines of a panel go: room for the title above, the ticks at the left, times and legend below."""
-    above, beside, right = 30, 62, 14
+    above, beside, right = 30, 70, 14
     width = place["w"] * COLUMN_PX - GAP_PX - beside - right
     height = place["h"] * ROW_PX - GAP_PX - above - below
     return (left + beside / width_px, top - (above + height) / height_px, width / width_px, height / height_px)
@@ -206,6 +209,7 @@ def _lines(axes: Axes, panel: dict[str, Any], series: Sequence[Series], span: Sp
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.grid(color=BORDER, lw=0.7)
+    axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, length=0, labelsize=7.5)
     axes.set_xlim(_moment(span.start_s), _moment(span.end_s))  # type: ignore[arg-type]
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _format(value, defaults["unit"], None)))
@@ -251,7 +255,8 @@ def _limit(axes: Axes, defaults: dict[str, Any], stacked: float | None, series: 
     # A line of a limit far above is left out, as it would press all others to the ground.
     near = [limit for limit in limits if limit <= 4 * highest or not highest]
     top = stacked or defaults.get("max") or bottom + 1.1 * (max([highest, *near]) - bottom) or 1.0
-    axes.set_ylim(bottom, top)
+    # A line at the bottom is to be seen in its whole width.
+    axes.set_ylim(bottom - (top - bottom) / 60, top)
     size = next((size for size, _ in BYTES if defaults["unit"] == "bytes" and top >= size), 1)
     ticks = MaxNLocator(5).tick_values(bottom / size, top / size)
     axes.set_yticks([tick * size for tick in ticks if bottom <= tick * size <= top])
@@ -264,8 +269,7 @@ def _stack(axes: Axes, series: Sequence[Series], colors: Sequence[str]) -> None:
     below = [0.0] * len(moments)
     for line, color, height in zip(series, colors, heights, strict=True):
         above = [low + high for low, high in zip(below, height, strict=True)]
-        axes.fill_between(moments, below, above, color=color, alpha=0.45, lw=0)  # type: ignore[arg-type]
-        axes.plot(moments, above, color=color, lw=1.1, label=line.name)  # type: ignore[arg-type]
+        axes.fill_between(moments, below, above, color=color, alpha=0.6, lw=0, label=line.name)  # type: ignore[arg-type]
         below = above
     axes.set_ylim(0, max(below, default=1.0) * 1.08 or 1)
 

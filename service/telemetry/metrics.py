@@ -41,12 +41,12 @@ RELOADED, FAILED = "reloaded", "failed"
 WHOLE_BODY, UNKNOWN_FIELD = "body", "unknown"
 """Labels of refusals that blame no field, or one that no body has."""
 NO_VARIANT = "none"
+"""Label of a request with an unreadable body, or with a variant that is not served."""
+
 REASONS = sorted(
     {kind.code for kind in leaves() if issubclass(kind, (RequestError, CapacityError))} - {OttavaError.code}
 )
 """Codes of the errors that refuse a request."""
-
-"""Label of a request with an unreadable body, or with a variant that is not served."""
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from tests.deploy.engine import (
     HOST_FILE,
     KNOWS_START_INTERVAL,
     OLD_FILE,
+    STAND_INS_FILE,
     Stack,
     Told,
     api_version,
@@ -21,6 +22,7 @@ from tests.deploy.engine import (
     compose_binary,
     get,
     has_bridge,
+    has_stand_ins,
     seconds_until,
 )
 
@@ -64,9 +66,12 @@ def stack(compose: list[str], cpu_image: str, api: tuple[int, ...]) -> Iterator[
     files = [COMPOSE_FILE]
     if not has_bridge():
         files.append(HOST_FILE)
+    if has_stand_ins():
+        files.append(STAND_INS_FILE)
     if api < KNOWS_START_INTERVAL:
         files.append(OLD_FILE)
-    made = Stack(compose, files, {"COMPOSE_PROFILES": "cpu,alerts"})
+    # With drafts, so that their panels have data.
+    made = Stack(compose, files, {"COMPOSE_PROFILES": "cpu,alerts", "OTTAVA_SPECULATE": "ngram"})
     down = ("--profile", "*", "down", "--volumes", "--timeout", "5")
     made(*down)
     yield made

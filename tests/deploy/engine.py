@@ -21,6 +21,7 @@ DOCKERFILE = ROOT / "docker" / "Dockerfile"
 COMPOSE_FILE = ROOT / "docker" / "compose.yaml"
 CLUSTER_FILE = ROOT / "docker" / "compose.cluster.yaml"
 HOST_FILE = Path(__file__).with_name("compose.host.yaml")
+STAND_INS_FILE = Path(__file__).with_name("compose.stand_ins.yaml")
 CLUSTER_HOST_FILE = Path(__file__).with_name("compose.cluster.host.yaml")
 OLD_FILE = Path(__file__).with_name("compose.old.yaml")
 BUILD_ARGUMENTS = ("BASE", "PIP_INDEX_URL", "TORCH_INDEX")
@@ -84,9 +85,14 @@ def has_bridge() -> bool:
     return "bridge" in docker("network", "ls", "--format", "{{.Driver}}").split()
 
 
+def has_stand_ins() -> bool:
+    """Whether programs of this machine stand for the images of Prometheus and Alertmanager: with STAND_INS=1."""
+    return os.environ.get("STAND_INS") == "1"
+
+
 def build(device: str, tag: str, *, knows_start_interval: bool, extras: str = "otel") -> None:
     """Build docker/Dockerfile; without --start-interval for an engine that does not know it."""
-    network = "default" if has_bridge() else "host"
+    network = os.environ.get("BUILD_NETWORK") or ("default" if has_bridge() else "host")
     text = DOCKERFILE.read_text(encoding="utf-8")
     arguments = [part for name in BUILD_ARGUMENTS if name in os.environ for part in ("--build-arg", name)]
     # Beside the original, so that its .dockerignore is found.

@@ -112,7 +112,7 @@ async def kill_engine(stage: Stage) -> None:
 
 def serve(folder: Path) -> Server:
     """The server, on its way up. The demo model is quantized in the user's cache, unless it is there already."""
-    arguments = ("--max-model-len", str(MAX_MODEL_LEN), "--max-num-requests", "16")
+    arguments = ("--max-model-len", str(MAX_MODEL_LEN), "--max-num-requests", "16", "--speculate", "ngram")
     if MODEL == "tiny":
         return Bench.make(folder, MODEL).serve(*arguments, num_kv_tokens=KV_TOKENS)
     return Server(folder / "server.log", (*arguments, "--kv-cache-bytes", str(KV_TOKENS * DEMO_TOKEN_BYTES)))

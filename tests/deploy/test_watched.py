@@ -1,7 +1,7 @@
 """The composed service with what watches and loads it: Prometheus, Alertmanager, the profile loadtest, other clients.
 
 Run by `make test-deploy`. RATES are those of the load test. guidellm runs where it is in PATH, and PICTURE=FILE keeps
-a picture of the dashboard.
+a picture of the dashboard. With STAND_INS=1 programs of this machine stand for the images that cannot be pulled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.deploy.engine import (
     build_of_this_machine,
     docker,
     get,
-    has_bridge,
+    has_stand_ins,
     output_of,
     seconds_until,
 )
@@ -87,7 +87,7 @@ def asked(path: str, **parameters: object) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def watched(stack: Stack, cold_s: float) -> Stack:
     """The service, Prometheus and Alertmanager, all of them healthy."""
-    if not has_bridge():
+    if has_stand_ins():
         for service, (programs, folder) in PROGRAMS.items():
             found = [shutil.which(program) for program in programs]
             if None in found:
@@ -163,7 +163,8 @@ def test_the_client_of_openai_is_served() -> None:
         asking: Any = {"role": "user", "content": "What is the capital of France? One word."}
         answer = client.chat.completions.create(model="w8a8", messages=[asking], max_tokens=16, temperature=0)
         assert "Paris" in (answer.choices[0].message.content or "")
-        parts = client.completions.create(model="fp16", prompt="The capital of France is", max_tokens=8, stream=True)
+        asking = {"model": "fp16", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+        parts = client.completions.create(**asking, stream=True)
         assert "Paris" in "".join(part.choices[0].text for part in parts if part.choices)
 
 
