@@ -16,7 +16,7 @@ from typing import ParamSpec, Protocol, TypeVar
 from service.engine.api import EngineStats, SamplingParams
 from service.engine.client import EngineClient
 from service.engine.device.device_thread import DeviceThread
-from service.engine.grammar import Grammars, compiled
+from service.engine.grammar import GivenUp, Grammars, compiled
 from service.engine.inbox import Inbox
 from service.engine.messages import Command, News, Sink
 from service.engine.request import Request
@@ -182,9 +182,9 @@ class EngineLoop:
         self._event_loop = asyncio.get_running_loop()
         return self._client.submit(prompt_ids, params, request_id, arrival_s)
 
-    async def compile(self, rules: str) -> None:
+    async def compile(self, rules: str, num_answers: int = 1) -> None:
         """See `Engine.compile`."""
-        await self._compile(rules)
+        await self._compile(rules, num_answers)
 
     async def num_cached(self, prompt_ids: list[int], salt: str) -> int:
         """See `Engine.num_cached`."""
@@ -256,8 +256,12 @@ class EngineLoop:
         else:
             event_loop.call_soon_threadsafe(self._client.receive, news)
 
-    async def _compile(self, rules: str) -> None:
-        await asyncio.to_thread(compiled, self._grammars, rules)
+    async def _compile(self, rules: str, num_answers: int) -> None:
+        given_up: GivenUp = Future()
+        try:
+            await asyncio.to_thread(compiled, self._grammars, rules, num_answers, given_up)
+        finally:
+            given_up.set_result(None)
 
     def _read_restarts_and_bytes(self) -> tuple[int, int, int]:
         return self._restarts.total, self._weight_bytes, self._runner.kv_cache_bytes

@@ -40,6 +40,7 @@ _VALUE_ERRORS = {
     "string_unicode": "which holds half a surrogate pair; send valid Unicode",
     "not_honoured": "which this server does not honour; {message}",
     "not_text": "which is not text; {message}",
+    "not_schema": "which is no JSON of an object; {message}",
     "not_arguments": "which is no JSON of an object; {message}",
     "too_deep": "which is nested too deep; {message}",
     "tools_alone": "which has `tools` without `messages`; {message}",

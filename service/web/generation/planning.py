@@ -222,8 +222,8 @@ def sampling_params(body: Sampling, serving: Serving, max_tokens: int) -> Sampli
         seed=body.seed,
         ignore_eos=body.ignore_eos,
         priority=body.priority,
-        owner=_owner(),
-        salt="" if serving.settings.prefix_sharing else _owner(),
+        owner=key_name(),
+        salt="" if serving.settings.prefix_sharing else key_name(),
     )
 
 
@@ -270,7 +270,7 @@ def _refuse_unknown_ids(body: Sampling, vocab_size: int) -> None:
                 )
 
 
-def _owner() -> str:
+def key_name() -> str:
     """The name of the API key that the present request came with."""
     record = current.get()
     return "" if record is None else record.key
