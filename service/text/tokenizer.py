@@ -83,11 +83,13 @@ class Tokenizer:
         """See `TokenizerLike.has_reasoning`."""
         return self._template is not None and self._template.has_reasoning
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the model expects around a prompt.
+    def encode(self, text: str, adds_special: bool = True) -> list[int]:
+        """See `TokenizerLike.encode`.
 
-        A text that begins with the first of them, as one that a chat template has made, does not get it twice.
+        A text that begins with the first special token, as one that a chat template has made, does not get it twice.
         """
+        if not adds_special:
+            return self._encode(text, add_special_tokens=False)
         ids = self._encode(text, add_special_tokens=True)
         return ids[1:] if ids[:1] == ids[1:2] == self._first_ids else ids
 

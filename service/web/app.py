@@ -17,6 +17,7 @@ from service.web.middleware import surround
 from service.web.openai import chat as openai_chat
 from service.web.openai import completions as openai_completions
 from service.web.openai import models as openai_models
+from service.web.openai import tokenize as openai_tokenize
 from service.web.openai.answers import ChatCompletionChunk
 from service.web.openapi import document_events
 from service.web.routes import admin, generate, health, page, records
@@ -54,6 +55,7 @@ def create_app(host: Host, settings: Settings) -> FastAPI:
     app.include_router(openai_completions.router)
     app.include_router(openai_chat.router)
     app.include_router(openai_models.router)
+    app.include_router(openai_tokenize.router)
     app.include_router(health.router)
     app.include_router(admin.router)
     app.include_router(records.router)

@@ -48,7 +48,7 @@ class ByteTokenizer:
         self.tool_format = tool_format
         self.has_reasoning = has_reasoning
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, adds_special: bool = True) -> list[int]:
         return list(text.encode())
 
     def apply_chat(

@@ -30,6 +30,7 @@ PUBLIC_PATHS: dict[PublicRoute, frozenset[str]] = {
 }
 PAGE_FILES = "/page/"
 ADMIN = "/admin/"
+COUNTED = frozenset({"/generate", "/tokenize", "/detokenize"})
 
 
 class Gate:
@@ -122,7 +123,7 @@ def document_keys(app: FastAPI, keys: Keyring, settings: Settings) -> None:
 def is_generation(scope: Scope) -> bool:
     """Whether a request is for tokens, which limits and draining count."""
     path: str = scope["path"]
-    return scope["method"] == "POST" and (path == "/generate" or path.startswith("/v1/"))
+    return scope["method"] == "POST" and (path in COUNTED or path.startswith("/v1/"))
 
 
 def _limited(receive: Receive, max_body_bytes: int) -> Receive:

@@ -19,6 +19,8 @@ STATUSES = {
     "POST /generate": GENERATION,
     "POST /v1/completions": GENERATION,
     "POST /v1/chat/completions": GENERATION,
+    "POST /tokenize": {"200", "400", "401", "404", "422", "429", "503", *EVERYWHERE},
+    "POST /detokenize": {"200", "400", "401", "404", "422", "429", "503", *EVERYWHERE},
     "POST /admin/reload": {"200", "400", "401", "403", "409", "422", *EVERYWHERE},
     "GET /v1/models": {"200", "401", "503", *EVERYWHERE},
     "GET /v1/models/{model}": {"200", "401", "404", "422", "503", *EVERYWHERE},
