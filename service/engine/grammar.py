@@ -16,6 +16,9 @@ GivenUp = Future[None]
 """Is done once nobody waits for a result any more."""
 
 
+MASK_S = 0.1
+
+
 @dataclass(frozen=True, slots=True)
 class GrammarLimits:
     """What a grammar may cost.
@@ -28,12 +31,18 @@ class GrammarLimits:
 
     compile_s: float = 5.0
     compile_bytes: int = 512 << 20
-    mask_s: float = 0.1
+    mask_s: float = MASK_S
     masks_s: float = 1.0
 
 
 class Matcher(Protocol):
-    """The position of one answer in its grammar."""
+    """The position of one answer in its grammar.
+
+    is_ready: whether `allowed` is known already; see `service.engine.masks`.
+    """
+
+    @property
+    def is_ready(self) -> bool: ...
 
     def allowed(self) -> bytes:
         """One bit per token id, lowest bit first: whether the token may come next. Ids beyond the last bit may not."""

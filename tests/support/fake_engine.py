@@ -352,6 +352,8 @@ class FakeGrammars:
 
 
 class FreeGrammar:
+    is_ready = True
+
     def matcher(self) -> FreeGrammar:
         return self
 

@@ -71,6 +71,8 @@ class Only:
     def matcher(self) -> Only:
         return Only(*self.sets)
 
+    is_ready = True
+
     def allowed(self) -> bytes:
         bits = bytearray(40)  # 320 tokens, more than the model has
         for token_id in self.sets[0]:

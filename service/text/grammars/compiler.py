@@ -36,6 +36,8 @@ MAX_REFUSED = 256
 class RulesMatcher:
     """Implements `service.engine.grammar.Matcher`."""
 
+    is_ready = True
+
     def __init__(self, grammar: CompiledGrammar, num_tokens: int) -> None:
         self._matcher = GrammarMatcher(grammar)
         self._words = np.zeros((1, -(-num_tokens // 32)), dtype=np.int32)

@@ -66,7 +66,7 @@ class TokenizeRequest(NullIsAbsent):
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("prompt_source", "exactly one of prompt and messages is needed")
+            raise PydanticCustomError("not_one", "send one of `prompt` and `messages`")
         return self
 
 
