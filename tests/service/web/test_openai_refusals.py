@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -310,8 +311,12 @@ def test_refusals_are_counted_once() -> None:
 
 
 def refused_fields(samples: Mapping[tuple[str, ...], float]) -> dict[str, float]:
-    counted = {key[1]: count for key, count in samples.items() if key[0] == "ottava_refusals_total"}
-    return {label.removeprefix("field="): count for label, count in counted.items() if count}
+    """How many requests were refused for each field, whatever the reason."""
+    counted = Counter[str]()
+    for key, count in samples.items():
+        if key[0] == "ottava_refused_requests_total":
+            counted[key[1].removeprefix("field=")] += count  # type: ignore[assignment]
+    return {field: count for field, count in counted.items() if count}
 
 
 @pytest.mark.parametrize(
