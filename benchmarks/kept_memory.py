@@ -29,6 +29,7 @@ from benchmarks.tool_schemas import TEMPLATE
 
 START_S = 300.0
 REST_S = 2.0
+KV_BYTES = 8 << 20
 MOST_MB = 16.0
 """Growth that is still noise of the allocators' arenas."""
 
@@ -49,7 +50,8 @@ def main() -> int:
         made_backend(SHAPES["tiny"].vocab_size).save(str(folder / "tokenizer.json"))
         (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
         words = [sys.executable, "-m", "service", "serve", str(folder), "--port", str(port)]
-        words += ["--cache-dir", str(scratch / "cache"), "--shadow-rate", "1", "--kv-cache-bytes", str(64 << 20)]
+        # A small cache of keys and values, since its pages become resident as they are first used.
+        words += ["--cache-dir", str(scratch / "cache"), "--shadow-rate", "1", "--kv-cache-bytes", str(KV_BYTES)]
         with served(words, f"http://127.0.0.1:{port}/ready", scratch / "log", START_S):
             for number in range(args.rounds):
                 statuses = played(port, number)
