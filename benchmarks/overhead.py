@@ -51,6 +51,7 @@ from benchmarks.shapes import SHAPES
 from service.engine.api import SamplingParams
 from service.engine.client import EngineClient
 from service.engine.inbox import Inbox
+from service.engine.masks import Masks
 from service.engine.messages import News, Submit
 from service.engine.scheduler import Scheduler, StepResults
 from service.engine.supervision import FaultLimits
@@ -449,7 +450,14 @@ def channel_rows() -> list[dict[str, Any]]:
         max_num_requests=CHANNEL_REQUESTS,
         max_batched_tokens=4 * CHANNEL_REQUESTS,
     )
-    inbox = Inbox(VARIANT, scheduler, grammars=None, sink=end.send, read_others=lambda: (0, 8 << 30, 8 << 30))
+    inbox = Inbox(
+        VARIANT,
+        scheduler,
+        grammars=None,
+        sink=end.send,
+        read_others=lambda: (0, 8 << 30, 8 << 30),
+        masks=Masks(1.0),
+    )
     params = SamplingParams(CHANNEL_STEPS + 16, ignore_eos=True)
     for handle in range(CHANNEL_REQUESTS):
         inbox.put(Submit(VARIANT, handle + 1, handle, f"request-{handle}", [1, 2, 3], params, 0.0, 0))

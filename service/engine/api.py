@@ -173,12 +173,15 @@ class Engine(Protocol):
         """
         ...
 
-    async def compile(self, rules: str) -> None:
-        """Compile a grammar ahead of the requests that will use it.
+    async def compile(self, rules: str, num_answers: int = 1) -> None:
+        """Compile a grammar ahead of the requests that will use it. Cancelling ends it.
+
+        Args:
+            rules: see `service.engine.grammar.Grammars.compile`.
+            num_answers: how many answers of one request are to follow it.
 
         Raises:
-            InvalidRequest: the rules cannot be compiled for this vocabulary.
-            QueueFull: too many grammars are being compiled.
+            InvalidRequest: the rules cannot be compiled for this vocabulary, or are dearer than the limits allow.
         """
         ...
 
@@ -276,7 +279,7 @@ class HostInfo:
     device: str
     gpu_memory_bytes: int | None
     versions: Mapping[str, str]
-    tensor_parallel: int = 1
+    tensor_parallel: int
 
 
 @dataclass(frozen=True, slots=True)

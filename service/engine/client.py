@@ -16,7 +16,7 @@ from service.engine.messages import Command, Ended, Finish, Gauges, Logprob, New
 from service.engine.stream import RequestStream
 from service.errors import EngineFailed, OttavaError, QueueFull
 
-Compile = Callable[[str], Awaitable[None]]
+Compile = Callable[[str, int], Awaitable[None]]
 CountCached = Callable[[list[int], str], Awaitable[int]]
 
 _handles = itertools.count(1)
@@ -80,9 +80,9 @@ class EngineClient:
             self._post(command)
         return stream
 
-    async def compile(self, rules: str) -> None:
+    async def compile(self, rules: str, num_answers: int = 1) -> None:
         """See `Engine.compile`."""
-        await self._compile(rules)
+        await self._compile(rules, num_answers)
 
     async def num_cached(self, prompt_ids: list[int], salt: str) -> int:
         """See `Engine.num_cached`."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from service.engine.api import FinishReason
 from service.engine.grammar import Grammar, Grammars, compiled
+from service.engine.masks import Masks
 from service.engine.messages import Command, Ended, Fault, Gauges, News, Scored, Sink, Submit, fault_of
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
@@ -27,6 +28,7 @@ class Inbox:
         scheduler: the engine's scheduler.
         grammars: compiles the grammars of requests; None if the engine accepts none.
         read_others: returns restarts, weight bytes and KV cache bytes, which the scheduler does not have.
+        masks: makes the masks of requests that have a grammar.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Inbox:
         grammars: Grammars | None,
         sink: Sink,
         read_others: Callable[[], tuple[int, int, int]],
+        masks: Masks,
     ) -> None:
         self.wake = threading.Condition()
         self.sink = sink
@@ -44,6 +47,7 @@ class Inbox:
         self._scheduler = scheduler
         self._grammars = grammars
         self._read_others = read_others
+        self._masks = masks
         self._arrived: deque[tuple[Command, Grammar | Fault | None]] = deque()
         self._requests: dict[int, Request] = {}
         self._closed: Fault | None = None
@@ -81,7 +85,7 @@ class Inbox:
             self.wake.notify()
 
     def take_in(self) -> None:
-        """Pass new requests and early ends to the scheduler."""
+        """Pass new requests and early ends to the scheduler, and end the requests whose grammars have failed."""
         arrived, self._arrived = self._arrived, deque()
         self._num_unseen = 0
         for command, grammar in arrived:
@@ -90,6 +94,9 @@ class Inbox:
             elif (request := self._requests.pop(command.handle, None)) is not None:
                 self._scheduler.finish(request, command.reason, time.perf_counter())
                 self._released.append(command.handle)
+        for handle, error in self._masks.take_faults():
+            if (lost := self._requests.get(handle)) is not None:
+                self._drop([lost], fault_of(error))
 
     def note_scheduled(self, requests: Sequence[Request]) -> None:
         """Record in the next news that these requests have started."""
@@ -161,7 +168,7 @@ class Inbox:
             command.arrival_s,
             command.seed,
             handle=command.handle,
-            matcher=None if grammar is None else grammar.matcher(),
+            matcher=None if grammar is None else self._masks.start(grammar, command.params.owner, command.handle),
         )
         self._requests[command.handle] = request
         self._scheduler.add(request)

@@ -87,9 +87,11 @@ class Request:
 
     @property
     def is_behind(self) -> bool:
-        """Whether it must wait for the host to read its last tokens: its grammar constrains the next by them, and of
-        drafts nobody knows before how many are right."""
-        return self.num_pending > 0 and (self.matcher is not None or self.has_drafts)
+        """Whether it must wait for the host to read its last tokens, and for the mask of its grammar that follows them;
+        of drafts nobody knows before how many are right."""
+        if self.matcher is not None:
+            return self.num_pending > 0 or not self.matcher.is_ready
+        return self.num_pending > 0 and self.has_drafts
 
     @property
     def can_draft(self) -> bool:

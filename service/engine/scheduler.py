@@ -332,13 +332,13 @@ class Scheduler:
 
     def _append(self, request: Request, token_id: int, time_s: float) -> None:
         request.output_ids.append(token_id)
-        if request.matcher is not None:
-            request.matcher.accept(token_id)
         ends = request.matcher is not None or not request.params.ignore_eos
         if (ends and token_id in self.eos_ids) or token_id in request.params.end_ids:
             self.finish(request, FinishReason.STOP, time_s)
         elif len(request.output_ids) >= request.params.max_tokens:
             self.finish(request, FinishReason.LENGTH, time_s)
+        elif request.matcher is not None:
+            request.matcher.accept(token_id)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -518,7 +518,8 @@ class Scheduler:
             keys.append(self.pool.remember(keys[-1] if keys else request.params.salt, ids, request.blocks[index]))
 
     def _may_start(self, request: Request) -> bool:
-        return self.admits_new or request.first_scheduled_s is not None
+        is_ready = request.matcher is None or request.matcher.is_ready
+        return is_ready and (self.admits_new or request.first_scheduled_s is not None)
 
     def _head(self) -> Request | None:
         """The request whose turn it is to start."""

@@ -1,7 +1,8 @@
-"""The fault limits of the settings, used by the engines and by the web that restarts their process."""
+"""The limits of the settings that the engines and the web share."""
 
 from __future__ import annotations
 
+from service.engine.grammar import GrammarLimits
 from service.engine.supervision import FaultLimits
 from service.settings import Settings
 
@@ -9,3 +10,13 @@ from service.settings import Settings
 def fault_limits(settings: Settings) -> FaultLimits:
     """See `FaultLimits`."""
     return FaultLimits(settings.engine_restarts, settings.engine_restart_window_s, settings.step_timeout_s)
+
+
+def grammar_limits(settings: Settings) -> GrammarLimits:
+    """See `GrammarLimits`."""
+    return GrammarLimits(
+        compile_s=settings.max_grammar_compile_s,
+        compile_bytes=settings.max_grammar_compile_bytes,
+        mask_s=settings.max_mask_ms / 1e3,
+        masks_s=settings.max_request_mask_ms / 1e3,
+    )

@@ -18,6 +18,7 @@ from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.errors import InvalidSettings, SelfCheckFailed, UnsupportedModel
 from service.host.generation_config import sampling_defaults
+from service.host.limits import grammar_limits
 from service.host.machine import device_name, versions
 from service.host.memory import cache_budget, step_bytes
 from service.host.one_token import describe_one_token
@@ -33,7 +34,8 @@ from service.settings import BASELINE, Settings
 from service.store.progress import Progress, silent
 from service.store.resolve import resolve_model
 from service.store.tokenizer import tokenizer_folder
-from service.text.json.compiler import JsonCompiler
+from service.text.grammars.compiler import RulesCompiler
+from service.text.grammars.trials import TrialParent
 from service.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,8 @@ class ModelHost:
             variant.engine.stop(timeout_s)
         if self.group is not None:
             self.group.close()
+        if self.grammars is not None:
+            self.grammars.close()
 
     def info(self) -> HostInfo:
         """The answer to GET /info."""
@@ -120,18 +124,20 @@ class ModelHost:
         return check(decoder, baseline.decoder if baseline else None, prompts, self.device_thread, scored)
 
 
-def open_model(settings: Settings, on_progress: Progress = silent) -> ModelHost:
-    """Load the model of the settings and start its engines.
+def open_model(settings: Settings, on_progress: Progress = silent, trials: TrialParent | None = None) -> ModelHost:
+    """Load the model of the settings and start its engines. trials: see `RulesCompiler`.
 
     Raises:
         StartupError: any subclass, with a message that says what to change.
         CheckpointError: the weights are corrupt, or quantized in an unsupported way.
     """
     device_thread = DeviceThread()
-    return device_thread.run(_open, settings, device_thread, on_progress)
+    return device_thread.run(_open, settings, device_thread, on_progress, trials)
 
 
-def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress) -> ModelHost:
+def _open(
+    settings: Settings, device_thread: DeviceThread, on_progress: Progress, trials: TrialParent | None
+) -> ModelHost:
     """`open_model`, on the device thread."""
     device = pick_device(settings.device)
     if settings.scheme not in PRESETS or not PRESETS[settings.scheme].is_int8:
@@ -167,8 +173,11 @@ def _open(settings: Settings, device_thread: DeviceThread, on_progress: Progress
         device_thread=device_thread,
         group=group,
         sampling_defaults={} if settings.generation_config == "none" else sampling_defaults(tokens_folder),
-        grammars=JsonCompiler(
-            partial(tokenizer.vocabulary, num_rows), frozenset(i for i in tokenizer.eos_ids if 0 <= i < num_rows)
+        grammars=RulesCompiler(
+            partial(tokenizer.vocabulary, num_rows),
+            frozenset(i for i in tokenizer.eos_ids if 0 <= i < num_rows),
+            grammar_limits(settings),
+            trials,
         ),
     )
     try:

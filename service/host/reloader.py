@@ -34,6 +34,7 @@ from service.settings import BASELINE, Settings
 from service.store.progress import Progress, silent
 from service.store.resolve import is_quantized
 from service.store.tokenizer import tokenizer_folder
+from service.text.grammars.trials import TrialParent
 from service.text.tokenizer import Tokenizer
 
 P = ParamSpec("P")
@@ -197,9 +198,9 @@ class Reloader:
             )
 
 
-def open_host(settings: Settings, on_progress: Progress = silent) -> ModelHost:
+def open_host(settings: Settings, on_progress: Progress = silent, trials: TrialParent | None = None) -> ModelHost:
     """`open_model`, with a host that can be reloaded. Raises as `open_model`."""
-    host = open_model(settings, on_progress)
+    host = open_model(settings, on_progress, trials)
     host.reload = Reloader(host, settings)
     return host
 

@@ -12,11 +12,12 @@ import torch
 
 from quant.errors import QuantError
 from service.engine.api import HostInfo, Reloaded, Stage
-from service.engine.grammar import Grammars, compiled
+from service.engine.grammar import GivenUp, Grammars, compiled
 from service.engine.messages import Command, Fault, Finish, News, Sink, Submit, fault_of
 from service.engine.supervision import StepStuck, describe
 from service.errors import OttavaError, ReloadFailed, StartupError
 from service.host.channel.messages import (
+    Abandon,
     Call,
     EngineFacts,
     Failed,
@@ -103,6 +104,7 @@ class HostServer:
         self._open_host = open_host
         self._send = send
         self._host: ServedHost | None = None
+        self._calls: dict[int, GivenUp] = {}
         self.stopped: Future[None] = Future()
         """Set when the web sends `Stop`."""
 
@@ -135,7 +137,11 @@ class HostServer:
         elif self._host is None:
             raise RuntimeError(f"{type(message).__name__} came before the host was open")
         elif isinstance(message, Call):
-            start_thread(message.kind, self._answer, self._host, message)
+            given_up = self._calls[message.number] = Future()
+            start_thread(message.kind, self._answer, self._host, message, given_up)
+        elif isinstance(message, Abandon):
+            if message.number in self._calls:
+                self._calls.pop(message.number).set_result(None)
         elif isinstance(message, (Submit, Finish)):
             self._host.engines[message.variant].put(message)
 
@@ -147,9 +153,9 @@ class HostServer:
     def _on_progress(self, name: str, done: int, total: int, detail: str = "", /) -> None:
         self._send(Staged(Stage(name, done, total, detail)))
 
-    def _answer(self, host: ServedHost, call: Call) -> None:
+    def _answer(self, host: ServedHost, call: Call, given_up: GivenUp) -> None:
         try:
-            self._send(_done(host, call))
+            self._send(_done(host, call, given_up))
         except OttavaError as error:
             self._send(Returned(call.number, fault_of(error)))
         except Exception as error:
@@ -157,6 +163,8 @@ class HostServer:
             # Clients may see the error of a reload or a grammar, but only operators that of the self-check.
             said = describe(error) if call.kind == "check" else "internal error; the engine's log has it"
             self._send(Returned(call.number, Fault(OttavaError.__name__, said)))
+        finally:
+            self._calls.pop(call.number, None)
 
     def _tell_failure(self, engine: ServedEngine, error: Exception) -> None:
         is_stuck = isinstance(error, StepStuck)
@@ -170,7 +178,7 @@ def fault_told(error: BaseException) -> Fault:
     return Fault("StartupError", str(error))
 
 
-def _done(host: ServedHost, call: Call) -> Returned:
+def _done(host: ServedHost, call: Call, given_up: GivenUp) -> Returned:
     """Run a call; its exceptions propagate."""
     if call.kind == "check":
         return Returned(call.number, refused=dict(host.self_check()), info=host.info())
@@ -180,7 +188,7 @@ def _done(host: ServedHost, call: Call) -> Returned:
     if call.kind == "cached":
         engine = host.engines[call.variant]
         return Returned(call.number, num_cached=engine.count_cached(call.prompt_ids, call.argument or ""))
-    compiled(host.grammars, call.argument or "")
+    compiled(host.grammars, call.argument or "", call.num_answers, given_up)
     return Returned(call.number)
 
 

@@ -20,7 +20,7 @@ from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.errors import InvalidSettings
-from service.host.limits import fault_limits
+from service.host.limits import fault_limits, grammar_limits
 from service.host.memory import cache_blocks
 from service.host.ranks.group import RankGroup
 from service.models.config import ModelConfig
@@ -120,6 +120,7 @@ def start_variant(
         weight_bytes=decoder.weight_bytes,
         limits=fault_limits(settings),
         grammars=grammars,
+        mask_s=grammar_limits(settings).mask_s,
     )
     return Variant(engine.start(), decoder, runner, loaded.notes, loaded.folder, kv_cache_bytes)
 

@@ -157,6 +157,29 @@ class Settings(BaseSettings):
         description="Most log-probabilities of a request: answers x tokens x (`logprobs` + 1), with those of an echoed "
         "prompt.",
     )
+    max_grammar_compile_s: float = Field(
+        5.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Processor seconds to compile a JSON schema, a regular expression or a grammar that answers are "
+        "held to; one that takes longer is refused.",
+    )
+    max_grammar_compile_bytes: int = Field(
+        512 << 20, ge=16 << 20, description="Memory that compiling one may take; one that takes more is refused."
+    )
+    max_mask_ms: float = Field(
+        100.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Milliseconds to find the tokens that such a grammar allows next. One that takes longer on a few "
+        "random answers is refused; an answer that comes to such a place ends with an error.",
+    )
+    max_request_mask_ms: float = Field(
+        1000.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="The same for all answers of a request together, by what was found on the random ones.",
+    )
     max_waiting: int = Field(1024, ge=1, description="Requests that may queue per variant; the next gets 503.")
     queue_timeout_s: float = Field(
         300.0,

@@ -38,8 +38,8 @@ OUTCOMES = (*FinishReason, ERROR, REJECTED, TIMEOUT)
 HOWS: tuple[How, ...] = ("compare", "shadow")
 REPLAYED, DROPPED, ABANDONED = "replayed", "dropped", "abandoned"
 RELOADED, FAILED = "reloaded", "failed"
-WHOLE_BODY, UNKNOWN_FIELD = "body", "unknown"
-"""Labels of refusals that blame no field, or one that no body has."""
+WHOLE_BODY, UNKNOWN_FIELD, NO_FIELD = "body", "unknown", "none"
+"""Labels of refusals that blame the body as a whole, a field that no body has, or nothing in a body."""
 NO_VARIANT = "none"
 """Label of a request with an unreadable body, or with a variant that is not served."""
 
@@ -115,9 +115,9 @@ class ServiceMetrics:
         self._shadow = self._counter("shadow", "Requests drawn for shadow mode by what became of them", "outcome")
         self._requests = self._counter("requests", "Runs by how they ended", "outcome")
         self._refused = Counter(
-            "refusals",
-            "Requests refused with 400, 404 or 422 by the field at fault",
-            ("field",),
+            "refused_requests",
+            "Refused requests by the error's code and the field at fault",
+            ("reason", "field"),
             namespace="ottava",
             registry=self._registry,
         )
@@ -128,13 +128,8 @@ class ServiceMetrics:
         self._reloads = Counter(
             "reloads", "Reloads of the int8 checkpoint", ("outcome",), namespace="ottava", registry=self._registry
         )
-        for field in (WHOLE_BODY, UNKNOWN_FIELD):
-            self._refused.labels(field)
-        self._by_reason = Counter(
-            "refused_requests", "By code of the error", ("reason",), namespace="ottava", registry=self._registry
-        )
         for reason in REASONS:
-            self._by_reason.labels(reason)
+            self._refused.labels(reason, NO_FIELD)
         for outcome in (RELOADED, FAILED):
             self._reloads.labels(outcome)
         for variant in engines:
@@ -157,10 +152,6 @@ class ServiceMetrics:
     def count(self, variant: str, outcome: str) -> None:
         """Count the outcome of a run, or of a request that was refused before it had one."""
         self._requests.labels(variant, outcome).inc()
-
-    def refused(self, field: str) -> None:
-        """Count a refusal by the request's field at fault, which has few values."""
-        self._refused.labels(field).inc()
 
     @contextmanager
     def counting_refusals(self, variant: str) -> Iterator[None]:
@@ -226,10 +217,10 @@ class ServiceMetrics:
         """Count the outcome of a request sampled by shadow mode: replayed, dropped or abandoned."""
         self._shadow.labels(variant, outcome).inc()
 
-    def refused_for(self, error: OttavaError) -> None:
-        """Count a request that was refused, unless the server is at fault."""
+    def refused_for(self, error: OttavaError, field: str = NO_FIELD) -> None:
+        """Count a request that was refused, unless the server is at fault. field: has few values."""
         if isinstance(error, (RequestError, CapacityError)):
-            self._by_reason.labels(error.code).inc()
+            self._refused.labels(error.code, field).inc()
 
     def reloaded(self, outcome: str) -> None:
         """Count a finished reload: reloaded, or failed with the old weights still in use."""

@@ -48,7 +48,9 @@ class TokenizerLike(Protocol):
         """Whether the chat template shows a system message that comes after others."""
         ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, adds_special: bool = True) -> list[int]:
+        """Token ids of a text. adds_special: with the special tokens that the model expects around a prompt."""
+        ...
 
     def apply_chat(
         self,

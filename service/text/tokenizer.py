@@ -89,11 +89,13 @@ class Tokenizer:
         templates = (self._template, self._tool_template)
         return all(template is None or template.takes_later_system for template in templates)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the model expects around a prompt.
+    def encode(self, text: str, adds_special: bool = True) -> list[int]:
+        """See `TokenizerLike.encode`.
 
-        A text that begins with the first of them, as one that a chat template has made, does not get it twice.
+        A text that begins with the first special token, as one that a chat template has made, does not get it twice.
         """
+        if not adds_special:
+            return self._encode(text, add_special_tokens=False)
         ids = self._encode(text, add_special_tokens=True)
         return ids[1:] if ids[:1] == ids[1:2] == self._first_ids else ids
 

@@ -19,6 +19,7 @@ from service.web.middleware import surround
 from service.web.openai import chat as openai_chat
 from service.web.openai import completions as openai_completions
 from service.web.openai import models as openai_models
+from service.web.openai import tokenize as openai_tokenize
 from service.web.openai.answers import ChatCompletionChunk
 from service.web.openapi import document_events
 from service.web.responses import routes as responses
@@ -61,6 +62,7 @@ def create_app(host: Host, settings: Settings) -> FastAPI:
     app.include_router(responses.router)
     app.include_router(responses.stored)
     app.include_router(messages.router)
+    app.include_router(openai_tokenize.router)
     app.include_router(health.router)
     app.include_router(admin.router)
     app.include_router(records.router)

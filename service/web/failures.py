@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service.errors import InvalidRequest, Malformed, OttavaError, RequestError
-from service.telemetry.metrics import NO_VARIANT, REJECTED, UNKNOWN_FIELD, WHOLE_BODY
+from service.telemetry.metrics import NO_FIELD, NO_VARIANT, REJECTED, UNKNOWN_FIELD, WHOLE_BODY
 from service.web.schemas.failure import ErrorDetail, ErrorResponse, MessagesErrorResponse
 from service.web.state import serving_of
 
@@ -40,6 +40,7 @@ _VALUE_ERRORS = {
     "string_unicode": "which holds half a surrogate pair; send valid Unicode",
     "not_honoured": "which this server does not honour; {message}",
     "not_text": "which is not text; {message}",
+    "not_schema": "which is no JSON of an object; {message}",
     "not_arguments": "which is no JSON of an object; {message}",
     "too_deep": "which is nested too deep; {message}",
     "tools_alone": "which has `tools` without `messages`; {message}",
@@ -65,7 +66,7 @@ _LONG_NUMBER = re.compile(rf"\d{{{_MAX_SHOWN + 1},}}")
 
 
 class CountedRoute(APIRoute):
-    """A generation route that counts what it refuses by field, and requests with an unreadable body as rejected."""
+    """A route that tells the field of what it refuses, and counts requests with an unreadable body as rejected."""
 
     def get_route_handler(self) -> Callable[[HTTPRequest], Awaitable[Response]]:  # type: ignore[override]
         handler = super().get_route_handler()
@@ -76,14 +77,13 @@ class CountedRoute(APIRoute):
             try:
                 return await handler(request)
             except (RequestValidationError, HTTPException) as error:
-                metrics = serving_of(request).metrics
-                metrics.count(NO_VARIANT, REJECTED)
+                serving_of(request).metrics.count(NO_VARIANT, REJECTED)
                 param = describe(error.errors()).param if isinstance(error, RequestValidationError) else None
-                metrics.refused(known_field(param, fields))
+                request.state.refused_field = known_field(param, fields)
                 raise
             except RequestError as error:
                 if error.status in REFUSALS:
-                    serving_of(request).metrics.refused(known_field(error.param, fields))
+                    request.state.refused_field = known_field(error.param, fields)
                 raise
 
         return counted
@@ -196,18 +196,23 @@ def _shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def _count(request: HTTPRequest, error: OttavaError) -> None:
+    """Count a refusal, by the field that its route has found at fault."""
+    serving_of(request).metrics.refused_for(error, getattr(request.state, "refused_field", NO_FIELD))
+
+
 async def _on_ottava_error(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, OttavaError)
     if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("request %s failed: %s", request.state.request_id, error.message, exc_info=error)
-    serving_of(request).metrics.refused_for(error)
+    _count(request, error)
     return refusal(error, request.url.path)
 
 
 async def _on_invalid_body(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     found = describe(error.errors())
-    serving_of(request).metrics.refused_for(found)
+    _count(request, found)
     return answer(found.status, error_body(found), request.url.path)
 
 
@@ -215,7 +220,7 @@ async def _on_http_error(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     cause = _unreadable(error.__cause__)
     if isinstance(cause, OttavaError):
-        serving_of(request).metrics.refused_for(cause)
+        _count(request, cause)
         return refusal(cause, request.url.path)
     status = HTTPStatus(error.status_code)
     message = str(error.detail)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +19,7 @@ from service.telemetry.metrics import ServiceMetrics
 from service.telemetry.recent import Recent
 from service.telemetry.record import current
 from service.text.protocols import TokenizerLike
+from service.web.generation.compiling import Compiling
 from service.web.keys import Keyring
 from service.web.lifecycle import Lifecycle
 from service.web.limits import KeyLimits, Pace
@@ -93,8 +93,7 @@ class Serving:
     reloads: Reloads
     models: ModelNames
     lifecycle: Lifecycle
-    compiling: dict[str, asyncio.Lock]
-    """A lock of each API key: one of its schemas is compiled at a time, so that the others' turn comes."""
+    compiling: Compiling
 
     @classmethod
     def over(cls, host: Host, settings: Settings) -> Serving:
@@ -131,7 +130,7 @@ class Serving:
             reloads=Reloads(host.reload, metrics),
             models=ModelNames(host.engines, lambda: host.info),
             lifecycle=lifecycle,
-            compiling=defaultdict(asyncio.Lock),
+            compiling=Compiling(),
         )
 
     @property

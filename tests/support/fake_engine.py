@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from service.engine.api import FinishReason, HostInfo, OneToken, Reloaded, SamplingParams
 from service.engine.client import EngineClient
-from service.engine.grammar import Grammar, Grammars
+from service.engine.grammar import GivenUp, Grammar, Grammars
 from service.engine.messages import Command, Ended, Fault, Gauges, Logprob, News, Scored, Sink, Submit, fault_of
 from service.errors import EngineFailed
 from service.host.server import ServedEngine, nothing_to_reload
@@ -35,6 +35,7 @@ INFO = HostInfo(
     device="fake",
     gpu_memory_bytes=None,
     versions={"ottava": "0"},
+    tensor_parallel=1,
 )
 
 
@@ -51,7 +52,7 @@ class ByteTokenizer:
         self.has_reasoning = has_reasoning
         self.takes_later_system = takes_later_system
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, adds_special: bool = True) -> list[int]:
         return list(text.encode())
 
     def apply_chat(
@@ -344,14 +345,19 @@ class FakeGrammars:
     compiled: list[str] = field(default_factory=list)
     refuse: Exception | None = None
 
-    def compile(self, rules: str) -> Grammar:
+    def compile(self, rules: str, num_answers: int = 1, given_up: GivenUp | None = None) -> Grammar:
         if self.refuse is not None:
             raise self.refuse
         self.compiled.append(rules)
         return FreeGrammar()
 
+    def close(self) -> None:
+        pass
+
 
 class FreeGrammar:
+    is_ready = True
+
     def matcher(self) -> FreeGrammar:
         return self
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from service.engine.api import Progress, SamplingParams, Token
-from service.engine.grammar import Grammar, Matcher
+from service.engine.grammar import GivenUp, Grammar, Matcher
 from service.engine.loop import EngineLoop
-from service.text.json.compiler import JsonCompiler
+from service.text.grammars.compiler import RulesCompiler
 from service.text.json.schema import json_grammar
 from service.text.tokenizer import NO_TEXT
 
@@ -17,7 +17,7 @@ EOS = 2
 TOKENS = [NO_TEXT, NO_TEXT, b"", *(bytes([byte]) for byte in range(3, 256))]
 
 
-JSON = JsonCompiler(lambda: TOKENS, frozenset({EOS}))
+JSON = RulesCompiler(lambda: TOKENS, frozenset({EOS}))
 
 
 SCHEMA = {
@@ -47,8 +47,11 @@ class Registry:
         self._made[f"made-{len(self._made)}"] = grammar
         return f"made-{len(self._made) - 1}"
 
-    def compile(self, rules: str) -> Grammar:
-        return self._made.get(rules) or JSON.compile(rules)
+    def compile(self, rules: str, num_answers: int = 1, given_up: GivenUp | None = None) -> Grammar:
+        return self._made.get(rules) or JSON.compile(rules, num_answers, given_up)
+
+    def close(self) -> None:
+        pass
 
 
 REGISTRY = Registry()
@@ -67,6 +70,8 @@ class Only:
 
     def matcher(self) -> Only:
         return Only(*self.sets)
+
+    is_ready = True
 
     def allowed(self) -> bytes:
         bits = bytearray(40)  # 320 tokens, more than the model has

@@ -15,6 +15,8 @@ class Anything:
     def matcher(self) -> Self:
         return self
 
+    is_ready = True
+
     def allowed(self) -> bytes:
         return b"\xff"
 

@@ -16,7 +16,18 @@ from service.engine.client import EngineClient
 from service.engine.messages import Command, News, error_of
 from service.engine.supervision import FaultLimits, Restarts
 from service.errors import EngineFailed, NotReady, OttavaError, StartupError
-from service.host.channel.messages import Call, CallKind, Failed, Opened, Refused, Returned, Staged, ToEngine, ToWeb
+from service.host.channel.messages import (
+    Abandon,
+    Call,
+    CallKind,
+    Failed,
+    Opened,
+    Refused,
+    Returned,
+    Staged,
+    ToEngine,
+    ToWeb,
+)
 from service.text.protocols import TokenizerLike
 
 STARTING = Stage("starting the engine")
@@ -309,14 +320,20 @@ class HostClient:
     def _post(self, command: Command) -> None:
         self._link.send(command)
 
-    async def _compile(self, rules: str) -> None:
-        await self._call("compile", rules)
+    async def _compile(self, rules: str, num_answers: int) -> None:
+        await self._call("compile", rules, num_answers=num_answers)
 
     async def _count_cached(self, variant: str, prompt_ids: list[int], salt: str) -> int:
-        return (await self._call("cached", salt, variant, prompt_ids)).num_cached
+        return (await self._call("cached", salt, variant=variant, prompt_ids=prompt_ids)).num_cached
 
     async def _call(
-        self, kind: CallKind, argument: str | None = None, variant: str = "", prompt_ids: Sequence[int] = ()
+        self,
+        kind: CallKind,
+        argument: str | None = None,
+        *,
+        variant: str = "",
+        prompt_ids: Sequence[int] = (),
+        num_answers: int = 1,
     ) -> Returned:
         """Send a call and wait for its result. Raises what the call raised, or EngineFailed if the engine has died."""
         if self._gone is None or self._gone.done():
@@ -326,8 +343,13 @@ class HostClient:
         number = next(self._numbers)
         done: asyncio.Future[Returned] = asyncio.get_running_loop().create_future()
         self._calls[number] = done
-        self._link.send(Call(number, kind, argument, variant, list(prompt_ids)))
-        returned = await done
+        self._link.send(Call(number, kind, argument, variant, list(prompt_ids), num_answers))
+        try:
+            returned = await done
+        except asyncio.CancelledError:
+            self._calls.pop(number, None)
+            self._link.send(Abandon(number))
+            raise
         if returned.fault is not None:
             raise error_of(returned.fault)
         return returned

@@ -23,6 +23,7 @@ class Call(msgspec.Struct, array_like=True, frozen=True, tag="call"):
 
     argument: for compile, the rules of a grammar; for reload, a folder, or None for the present one; for cached, the
         salt.
+    num_answers: for compile, see `Engine.compile`.
     variant, prompt_ids: for cached, the engine and the prompt that is looked up in its prefix cache.
     """
 
@@ -31,6 +32,13 @@ class Call(msgspec.Struct, array_like=True, frozen=True, tag="call"):
     argument: str | None = None
     variant: str = ""
     prompt_ids: list[int] = []
+    num_answers: int = 1
+
+
+class Abandon(msgspec.Struct, array_like=True, frozen=True, tag="abandon"):
+    """Nobody waits for the result of the call of this number any more."""
+
+    number: int
 
 
 class Stop(msgspec.Struct, array_like=True, frozen=True, tag="stop"):
@@ -94,7 +102,7 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):
     is_stuck: bool
 
 
-ToEngine = Open | Submit | Finish | Call | Stop
+ToEngine = Open | Submit | Finish | Call | Abandon | Stop
 ToWeb = Staged | Opened | Refused | News | Returned | Failed
 
 encode = msgspec.msgpack.Encoder().encode

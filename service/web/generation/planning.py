@@ -43,8 +43,14 @@ async def text_ids(text: str, serving: Serving, param: str) -> list[int]:
     Raises:
         InvalidRequest: the text has no tokens, or one for which the model has no row.
     """
+    return _some(await spelled(text, serving, param), param)
+
+
+async def spelled(text: str, serving: Serving, param: str, *, adds_special: bool = True) -> list[int]:
+    """As `text_ids`, but a text may have no tokens. adds_special: see `TokenizerLike.encode`."""
     encode, is_long = serving.tokenizer.encode, len(text) > THREAD_CHARS
-    return _spelled(await asyncio.to_thread(encode, text) if is_long else encode(text), serving, param)
+    ids = await asyncio.to_thread(encode, text, adds_special) if is_long else encode(text, adds_special)
+    return _known_rows(ids, serving, param)
 
 
 async def chat_ids(
@@ -70,7 +76,7 @@ async def chat_ids(
         if num_chars > THREAD_CHARS or has_calls
         else tokenizer.apply_chat(messages, is_open, tools, variables)
     )
-    return _spelled(ids, serving, "messages")
+    return _some(_known_rows(ids, serving, "messages"), "messages")
 
 
 def known_ids(ids: list[int], serving: Serving, param: str) -> list[int]:
@@ -222,8 +228,8 @@ def sampling_params(body: Sampling, serving: Serving, max_tokens: int) -> Sampli
         seed=body.seed,
         ignore_eos=body.ignore_eos,
         priority=body.priority,
-        owner=_owner(),
-        salt="" if serving.settings.prefix_sharing else _owner(),
+        owner=key_name(),
+        salt="" if serving.settings.prefix_sharing else key_name(),
     )
 
 
@@ -270,13 +276,13 @@ def _refuse_unknown_ids(body: Sampling, vocab_size: int) -> None:
                 )
 
 
-def _owner() -> str:
+def key_name() -> str:
     """The name of the API key that the present request came with."""
     record = current.get()
     return "" if record is None else record.key
 
 
-def _spelled(ids: list[int], serving: Serving, param: str) -> list[int]:
+def _known_rows(ids: list[int], serving: Serving, param: str) -> list[int]:
     """Token ids that the tokenizer made of a client's text, if the model has a row for each.
 
     A tokenizer may know more tokens than the model, for instance a [PAD] that was added for training.
@@ -288,7 +294,7 @@ def _spelled(ids: list[int], serving: Serving, param: str) -> list[int]:
             f"it, but the model's token ids run from 0 to {serving.vocab_size - 1}; leave it out of the text",
             param,
         )
-    return _some(ids, param)
+    return ids
 
 
 def _some(ids: list[int], param: str) -> list[int]:

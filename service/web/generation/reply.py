@@ -57,10 +57,15 @@ async def answered(
     try:
         answer = await unless_disconnected(http.receive, work())
     except ClientGone:
-        return Response(status_code=CLIENT_GONE_STATUS)
+        return left()
     finally:
         close()
     return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+def left() -> Response:
+    """What a client is answered that has left, for the log."""
+    return Response(status_code=CLIENT_GONE_STATUS)
 
 
 async def built(build: Callable[[], T], num_logprobs: int) -> T:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from service.engine.api import Engine, FinishReason
+from service.engine.api import FinishReason
 from service.errors import InvalidRequest
+from service.text.json.keywords import PARAM
 from service.text.json.schema import GrammarRules
 from service.text.protocols import TokenizerLike
 from service.text.reasoning import ReasoningParser
 from service.text.tools.calls import Arguments, Called, Event, Said, Tool, ToolParser
+from service.text.tools.forced import PARAM as TOOLS
 from service.text.tools.forced import ForcedParser, call_grammar
 from service.text.tools.format import Format
 from service.text.tools.parser import FreeParser
@@ -126,47 +129,58 @@ def tool_use(body: WithTools, tokenizer: TokenizerLike) -> ToolUse | None:
     )
 
 
-async def answer_grammar(
-    rules_of_text: Callable[[], GrammarRules] | None,
-    use: ToolUse | None,
-    tokenizer: TokenizerLike,
-    engine: Engine,
-    turn: asyncio.Lock,
-) -> str | None:
-    """The grammar's rules that an answer is held to, already compiled by the engine; None for any text.
+class TextRules(NamedTuple):
+    """What an answer is held to that calls no tool.
 
-    rules_of_text: makes the rules of an answer that calls no tool; None if that may be any text.
-    turn: held until they are compiled.
-
-    Raises as `Rules.all`, `call_grammar` and `Engine.compile`.
+    param: the field that says so.
+    make: makes its rules, or the text of rules that do not go together with others.
     """
-    if rules_of_text is None and (use is None or not use.is_forced):
+
+    param: str
+    make: Callable[[], GrammarRules | str]
+
+
+async def answer_rules(of_text: TextRules | None, use: ToolUse | None, tokenizer: TokenizerLike) -> str | None:
+    """The grammar's rules that an answer is held to, as for `Engine.compile`; None for any text.
+
+    of_text: None if an answer that calls no tool may be any text.
+
+    Raises as `Rules.all`, `call_grammar` and `of_text.make`.
+    """
+    if of_text is None and (use is None or not use.is_forced):
         return None
 
     def made() -> str:
         calls = None if use is None else use.rules(tokenizer)
-        if rules_of_text is None or (use is not None and use.is_forced):
+        if of_text is None or (use is not None and use.is_forced):
             assert calls is not None
             return calls.text()
-        return (rules_of_text() if calls is None else rules_of_text() | calls).text()
+        rules = of_text.make()
+        if isinstance(rules, GrammarRules):
+            return (rules if calls is None else rules | calls).text()
+        if calls is not None:
+            raise InvalidRequest(
+                f"`{of_text.param}` holds a regular expression or a grammar, beside which no tools can be called; "
+                'leave one of them out, or send `tool_choice` "none"',
+                of_text.param,
+            )
+        return rules
 
-    rules = await asyncio.to_thread(made)
-    await _compile(rules, engine, turn)
-    return rules
+    with blaming(of_text, use):
+        return await asyncio.to_thread(made)
 
 
-async def _compile(rules: str, engine: Engine, turn: asyncio.Lock) -> None:
-    await turn.acquire()
-    compiling = asyncio.ensure_future(engine.compile(rules))
-
-    def release(done: asyncio.Future[None]) -> None:
-        turn.release()
-        if not done.cancelled():
-            done.exception()
-
-    # Whoever waits for it may leave, but the engine goes on, and until it is done it is this key's turn.
-    compiling.add_done_callback(release)
-    await asyncio.shield(compiling)
+@contextmanager
+def blaming(of_text: TextRules | None, use: ToolUse | None) -> Iterator[None]:
+    """Name the field that a schema or grammar came in, whose refusals inside all name `response_format`."""
+    is_forced = use is not None and use.is_forced
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.param != PARAM or (of_text is None and not is_forced):
+            raise
+        param = TOOLS if is_forced or of_text is None else of_text.param
+        raise InvalidRequest(error.message, param) from error
 
 
 def is_continued(messages: Sequence[Turn]) -> bool:

@@ -53,6 +53,7 @@ async def answer_messages(body: MessagesRequest, http: HTTPRequest) -> Response:
             http.state.received_s,
             route=MESSAGES,
             most_tokens=body.max_tokens,
+            receive=http.receive,
         )
     choices = Choices(plan.plans, serving)
     reply = MessageReply(

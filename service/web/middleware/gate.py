@@ -31,6 +31,7 @@ PUBLIC_PATHS: dict[PublicRoute, frozenset[str]] = {
 PAGE_FILES = "/page/"
 ADMIN = "/admin/"
 API_KEY = "x-api-key"
+COUNTED = frozenset({"/generate", "/tokenize", "/detokenize"})
 
 
 class Gate:
@@ -129,7 +130,7 @@ def _authorization(headers: Headers) -> str | None:
 def is_generation(scope: Scope) -> bool:
     """Whether a request is for tokens, which limits and draining count."""
     path: str = scope["path"]
-    return scope["method"] == "POST" and (path == "/generate" or path.startswith("/v1/"))
+    return scope["method"] == "POST" and (path in COUNTED or path.startswith("/v1/"))
 
 
 def _limited(receive: Receive, max_body_bytes: int) -> Receive:

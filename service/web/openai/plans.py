@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from service.engine.api import SamplingParams
+from starlette.types import Receive
+
+from service.engine.api import Engine, SamplingParams
 from service.errors import InvalidRequest
-from service.text.json.schema import GrammarRules, choice_rules, json_rules
+from service.text.json.schema import json_rules
 from service.text.protocols import TokenizerLike
 from service.text.reasoning import CLOSING, MARKERS, OPENING, ReasoningParser
 from service.text.stops import Ending
@@ -19,6 +21,7 @@ from service.web.generation.planning import (
     ending_of,
     fitting,
     in_time,
+    key_name,
     known_ids,
     num_logprobs,
     refuse_dear,
@@ -29,8 +32,10 @@ from service.web.generation.planning import (
 from service.web.generation.run import Plan
 from service.web.generation.tool_use import (
     Answering,
+    TextRules,
     ToolUse,
-    answer_grammar,
+    answer_rules,
+    blaming,
     is_continued,
     shown_messages,
     shown_tools,
@@ -101,9 +106,15 @@ class ChatPlan(NamedTuple):
 
 
 async def completion_plans(
-    id_: str, body: CompletionRequest, variant: str, serving: Serving, received_s: float
+    id_: str,
+    body: CompletionRequest,
+    variant: str,
+    serving: Serving,
+    received_s: float,
+    *,
+    receive: Receive | None = None,
 ) -> tuple[list[Prompt], list[Plan]]:
-    """The prompts, and n plans for each.
+    """The prompts, and n plans for each. receive: as in `Compiling.compile`.
 
     Raises:
         InvalidRequest: a parameter is out of range or contradicts another one.
@@ -131,8 +142,7 @@ async def completion_plans(
     refuse_dear(num_asked, body.n * len(prompts), serving.settings)
     timeout_s = allowed_timeout(body.timeout_s, serving.settings)
     async with in_time(received_s + timeout_s, timeout_s):
-        turn = serving.compiling[wanted[0][1].owner]
-        grammar = await answer_grammar(_text_rules(body), None, serving.tokenizer, engine, turn)
+        grammar = await _grammar(body, None, serving, engine, num_answers=len(wanted) * body.n, receive=receive)
     refuse_early_ends(body, grammar)
     wanted = [(ids, replace(params, grammar=grammar)) for ids, params in wanted]
     order = Order(
@@ -169,10 +179,12 @@ async def chat_plans(
     *,
     route: str = "/v1/chat/completions",
     most_tokens: int | None = None,
+    receive: Receive | None = None,
 ) -> ChatPlan:
     """How the answers are made and read.
 
     most_tokens: as many at most where the body says no number, fewer where the context or the server's limit is less.
+    receive: as in `Compiling.compile`.
 
     Raises as `completion_plans`, `tool_use` and `shown_messages` and, where answers are held to a grammar, as
     `json_grammar`, `call_grammar` and `Engine.compile`.
@@ -198,8 +210,7 @@ async def chat_plans(
     refuse_dear(body.n * num_logprobs(params, len(ids)), body.n, serving.settings)
     timeout_s = allowed_timeout(body.timeout_s, serving.settings)
     async with in_time(received_s + timeout_s, timeout_s):
-        turn = serving.compiling[params.owner]
-        grammar = await answer_grammar(_text_rules(body), use, serving.tokenizer, engine, turn)
+        grammar = await _grammar(body, use, serving, engine, num_answers=body.n, receive=receive)
     params = replace(params, grammar=grammar)
     refuse_early_ends(body, params.grammar)
     order = Order(
@@ -233,25 +244,39 @@ def is_opened(prompt_ids: Sequence[int], tokenizer: TokenizerLike) -> bool:
     return text.rfind(OPENING) > text.rfind(CLOSING)
 
 
-def _text_rules(body: OpenAIRequest) -> Callable[[], GrammarRules] | None:
-    """Makes the rules for `response_format` or `structured_outputs`; None for any text."""
-    wanted = body.structured_outputs
-    by_format = _schema_rules(body.response_format) if isinstance(body, ChatRequest) else None
-    if wanted is None:
-        return by_format
-    if by_format is not None:
+async def _grammar(
+    body: OpenAIRequest,
+    use: ToolUse | None,
+    serving: Serving,
+    engine: Engine,
+    *,
+    num_answers: int,
+    receive: Receive | None,
+) -> str | None:
+    """The rules that the answers are held to, which the engine has compiled; None for any text."""
+    of_text = _text_rules(body)
+    rules = await answer_rules(of_text, use, serving.tokenizer)
+    if rules is not None:
+        with blaming(of_text, use):
+            await serving.compiling.compile(rules, [engine], key_name(), num_answers, receive)
+    return rules
+
+
+def _text_rules(body: OpenAIRequest) -> TextRules | None:
+    """The rules for `response_format` or `structured_outputs`; None for any text."""
+    found = [_schema_rules(body.response_format)] if isinstance(body, ChatRequest) else []
+    found += [TextRules(name, wanted.rules) for name, wanted in body.constraints()]
+    given = [rules for rules in found if rules is not None]
+    if len(given) > 1:
+        first, second = given[:2]
         raise InvalidRequest(
-            "`structured_outputs` and `response_format` both say what the answer is; send one of them",
-            "structured_outputs",
+            f"`{second.param}` and `{first.param}` both say what the answer is; send one of them", second.param
         )
-    if wanted.choice is not None:
-        texts = wanted.choice
-        return lambda: choice_rules(texts)
-    return lambda: json_rules(wanted.json_)
+    return given[0] if given else None
 
 
-def _schema_rules(wanted: ResponseFormat | None) -> Callable[[], GrammarRules] | None:
-    """Makes the rules for `response_format`; None for any text."""
+def _schema_rules(wanted: ResponseFormat | None) -> TextRules | None:
+    """The rules for `response_format`; None for any text."""
     if wanted is None:
         return None
     if (wanted.json_schema is not None) != (wanted.type == "json_schema"):
@@ -264,7 +289,7 @@ def _schema_rules(wanted: ResponseFormat | None) -> Callable[[], GrammarRules] |
     if wanted.type == "text":
         return None
     schema = None if wanted.json_schema is None else wanted.json_schema.schema_
-    return lambda: json_rules(schema)
+    return TextRules("response_format", lambda: json_rules(schema))
 
 
 def _limit_of(body: OpenAIRequest) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.text.json.schema import MAX_ALTERNATIVES
+from service.text.grammars.given import grammar_rules, regex_rules
+from service.text.json.schema import MAX_ALTERNATIVES, GrammarRules, choice_rules, json_rules
 from service.web.openai.inert import EmptyList, InertText, Metadata, Nothing, Only
 from service.web.schemas.bodies import (
     TEMPERATURE,
@@ -90,19 +92,54 @@ class StreamOptions(NullIsAbsent):
     include_obfuscation: bool = Field(default=False, description="Accepted: any; events are never padded.")
 
 
+def _parsed(value: Any) -> Any:
+    """A JSON schema that is sent as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise PydanticCustomError("not_schema", "send a JSON schema, as an object or as text") from error
+
+
+GivenSchema = Annotated[
+    dict[str, Any], BeforeValidator(_parsed), WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]})
+]
+Choices = Annotated[list[ShortText], Field(min_length=1, max_length=MAX_ALTERNATIVES)]
+
+
 class StructuredOutputs(NullIsAbsent):
     """What vLLM's clients send to hold an answer to something: one of the fields."""
 
-    json_: dict[str, Any] | None = Field(None, alias="json", description="JSON schema of the answer.")
-    choice: list[ShortText] | None = Field(
-        None, min_length=1, max_length=MAX_ALTERNATIVES, description="The texts of which the answer is one."
+    json_: GivenSchema | None = Field(None, alias="json", description="JSON schema of the answer, also as text.")
+    choice: Choices | None = Field(None, description="The texts of which the answer is one.")
+    regex: Text | None = Field(None, description="Regular expression that the whole answer matches.")
+    grammar: Text | None = Field(None, description="Grammar of the answer, in EBNF with a rule `root`.")
+    json_object: bool | None = Field(None, description="True: any JSON object.")
+    structural_tag: Nothing = Field(None, description="Accepted: null; send `tools`, or another field.")
+    whitespace_pattern: InertText = Field("", description="Accepted; what stands between values is fixed.")
+    disable_any_whitespace: Only[Literal[False]] = Field(False, description="Accepted: false.")
+    disable_additional_properties: Only[Literal[False]] = Field(
+        False, description="Accepted: false; set `additionalProperties` in the schema."
     )
+    disable_fallback: bool = Field(False, description="Accepted: any; there is one way to hold answers.")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
-        if (self.json_ is None) == (self.choice is None):
-            raise PydanticCustomError("not_one", "send one of `json` and `choice`")
+        given = (self.json_, self.choice, self.regex, self.grammar, self.json_object or None)
+        if sum(value is not None for value in given) != 1:
+            raise PydanticCustomError("not_one", "send one of `json`, `choice`, `regex`, `grammar` and `json_object`")
         return self
+
+    def rules(self) -> GrammarRules | str:
+        """The rules of the answer. Raises InvalidRequest as what makes them."""
+        if self.choice is not None:
+            return choice_rules(self.choice)
+        if self.regex is not None:
+            return regex_rules(self.regex)
+        if self.grammar is not None:
+            return grammar_rules(self.grammar)
+        return json_rules(self.json_)
 
 
 class OpenAIRequest(NullIsAbsent, Sampling):
@@ -117,6 +154,12 @@ class OpenAIRequest(NullIsAbsent, Sampling):
     )
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     structured_outputs: StructuredOutputs | None = Field(None, description="Constrains the answer; none: any text.")
+    guided_json: GivenSchema | None = Field(None, description="Older name of `structured_outputs.json`.")
+    guided_regex: Text | None = Field(None, description="Older name of `structured_outputs.regex`.")
+    guided_choice: Choices | None = Field(None, description="Older name of `structured_outputs.choice`.")
+    guided_grammar: Text | None = Field(None, description="Older name of `structured_outputs.grammar`.")
+    guided_decoding_backend: InertText = Field("", description="Accepted: any; there is one.")
+    guided_whitespace_pattern: InertText = Field("", description="Accepted; what stands between values is fixed.")
     user: InertText = Field("", description="Accepted; it has no effect on answers.")
     store: bool = Field(False, description="Accepted: any; answers are not stored.")
     metadata: Metadata = Field({}, description="Accepted: labels of stored answers; no answers are stored.")
@@ -125,6 +168,15 @@ class OpenAIRequest(NullIsAbsent, Sampling):
     prompt_cache_key: InertText = Field("", description="Accepted; prompts are found by their content.")
     prompt_cache_retention: InertText = Field("", description="Accepted; the cache keeps what fits.")
     prompt_cache_options: dict[str, Any] = Field({}, description="Accepted; prompts are found by their content.")
+
+    def constraints(self) -> list[tuple[str, StructuredOutputs]]:
+        """What holds the answer, by the name of the field that says so; the older names too."""
+        found = [] if self.structured_outputs is None else [("structured_outputs", self.structured_outputs)]
+        for kind in ("json", "regex", "choice", "grammar"):
+            value = getattr(self, f"guided_{kind}")
+            if value is not None:
+                found.append((f"guided_{kind}", StructuredOutputs.model_validate({kind: value})))
+        return found
 
 
 class CompletionRequest(OpenAIRequest):
@@ -186,6 +238,13 @@ class JsonSchema(NullIsAbsent):
 
 class ResponseFormat(NullIsAbsent):
     """Constrains the answer: tokens that would violate the format are excluded before sampling."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_tags(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == "structural_tag":
+            raise PydanticCustomError("not_honoured", 'send the type "json_schema", `structured_outputs`, or `tools`')
+        return values
 
     type: Literal["text", "json_object", "json_schema"] = Field(description="Any text, any JSON object, or a schema.")
     json_schema: JsonSchema | None = Field(None, description="Only for the type json_schema, which requires it.")

@@ -53,7 +53,7 @@ async def respond(body: ResponsesRequest, http: HTTPRequest) -> Response:
     id_ = f"resp_{uuid4().hex}"
     with serving.metrics.counting_refusals(variant), named_as_sent(NAMES):
         chat = chat_request(body, takes_later_system=serving.tokenizer.takes_later_system)
-        plan = await chat_plans(id_, chat, variant, serving, http.state.received_s, route=ROUTE)
+        plan = await chat_plans(id_, chat, variant, serving, http.state.received_s, route=ROUTE, receive=http.receive)
     choices = Choices(plan.plans, serving)
     head = _head(id_, body, variant, serving, plan.plans[0].params)
     reply = ResponseReply(choices.runs[0], Blocks(plan.answering()), head=head, spaces=split_names(body.tools))

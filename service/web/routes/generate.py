@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -14,9 +13,9 @@ from uuid import uuid4
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from starlette.responses import Response
+from starlette.types import Receive
 
 from service.comparison.compare import agreement, speedup
-from service.engine.api import Engine
 from service.errors import InvalidRequest
 from service.settings import BASELINE
 from service.telemetry.metrics import NO_VARIANT
@@ -35,14 +34,15 @@ from service.web.generation.planning import (
     sampling_params,
     text_ids,
 )
-from service.web.generation.reply import answered, built, streamed
+from service.web.generation.reply import answered, built, left, streamed
 from service.web.generation.run import Piece, Plan, Run
-from service.web.generation.sse import MARK, Form
+from service.web.generation.sse import MARK, ClientGone, Form
 from service.web.generation.tool_use import (
     Answering,
     Told,
     ToolUse,
-    answer_grammar,
+    answer_rules,
+    blaming,
     end_of,
     shown_messages,
     shown_tools,
@@ -74,7 +74,10 @@ async def generate(body: GenerateRequest, http: HTTPRequest) -> Response:
     serving = serving_of(http)
     variant = serving.default_variant if body.variant is None else body.variant
     with serving.metrics.counting_refusals(variant if variant in serving.engines else NO_VARIANT):
-        use, plan = await make_plan(body, variant, serving, http.state.received_s)
+        try:
+            use, plan = await make_plan(body, variant, serving, http.state.received_s, http.receive)
+        except ClientGone:
+            return left()
     job = Job(plan, use, body.compare, serving)
     if body.stream:
         return streamed(job.events, http, job.close)
@@ -82,9 +85,9 @@ async def generate(body: GenerateRequest, http: HTTPRequest) -> Response:
 
 
 async def make_plan(
-    body: GenerateRequest, variant: str, serving: Serving, received_s: float
+    body: GenerateRequest, variant: str, serving: Serving, received_s: float, receive: Receive | None = None
 ) -> tuple[ToolUse | None, Plan]:
-    """Check a body; returns how its answer may call tools, and the plan.
+    """Check a body; returns how its answer may call tools, and the plan. receive: as in `Compiling.compile`.
 
     Raises:
         InvalidRequest: a value is out of range, or `compare` is not possible; also as `tool_use`, `shown_messages`,
@@ -105,7 +108,11 @@ async def make_plan(
     params = sampling_params(body, serving, max_tokens)
     timeout_s = allowed_timeout(body.timeout_s, serving.settings)
     async with in_time(received_s + timeout_s, timeout_s):
-        params = replace(params, grammar=await _grammar(use, engines, serving, serving.compiling[params.owner]))
+        rules = await answer_rules(None, use, serving.tokenizer)
+        if rules is not None:
+            with blaming(None, use):
+                await serving.compiling.compile(rules, engines, params.owner, receive=receive)
+            params = replace(params, grammar=rules)
     refuse_early_ends(body, params.grammar)
     # A comparison needs the chosen tokens' log-probabilities, and the same seed for both runs.
     logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
@@ -252,12 +259,6 @@ def _require_baseline(variant: str, serving: Serving) -> None:
             f"or start the server with --variants {variant},{BASELINE}",
             "compare",
         )
-
-
-async def _grammar(use: ToolUse | None, engines: Sequence[Engine], serving: Serving, turn: asyncio.Lock) -> str | None:
-    """The rules of forced calls, compiled by every engine that the request will run on."""
-    rules = [await answer_grammar(None, use, serving.tokenizer, engine, turn) for engine in engines]
-    return rules[0]
 
 
 async def _prompt_ids(body: GenerateRequest, use: ToolUse | None, serving: Serving) -> list[int]:

@@ -10,9 +10,9 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS_CONTENT
 from starlette.responses import JSONResponse, Response
 
-from service.engine.api import HostInfo
 from service.telemetry.negotiation import OPENMETRICS, prefers_openmetrics
 from service.web.openapi import failures
+from service.web.schemas.limits import Served, served
 from service.web.schemas.operation import Health, Readiness
 from service.web.state import STOPPING, Serving, serving_of
 
@@ -58,9 +58,9 @@ async def ready(serving: Shared) -> Response:
 
 @router.head("/info", include_in_schema=False)
 @router.get("/info", summary="What is served", responses=failures(401, 503))
-async def info(serving: Shared) -> HostInfo:
-    """Model, variants, scheme, calibration, memory, device and versions; 503 until the engines are open."""
-    return serving.host.info
+async def info(serving: Shared) -> Served:
+    """Model, variants, scheme, calibration, memory, device, versions and limits; 503 until the engines are open."""
+    return served(serving.host.info, serving.settings)
 
 
 @router.head("/metrics", include_in_schema=False)

@@ -88,6 +88,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Serve:
 def values_of(name: str, field: FieldInfo) -> object:
     """A value other than the default, as a Python object, for a field of any kind."""
     special = {
+        "max_grammar_compile_bytes": 64 << 20,
         "config": None,
         "alpha": 0.25,
         "variants": ("w8a8",),

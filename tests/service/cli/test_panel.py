@@ -52,6 +52,7 @@ INFO = HostInfo(
         "w8a8": variant("smoothquant-o3", "int8 weights.", "int8", 8_000_000_000, 2_000_000),
         "fp16": variant("fp16", None, "float16", 16_000_000_000, 4_000_000),
     },
+    tensor_parallel=1,
 )
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from service.comparison.shadow import Sample
 from service.engine.api import Token
+from service.engine.masks import Constraint
 from service.engine.messages import Logprob, News, Scored, Submit
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step, StepResults
@@ -23,7 +24,7 @@ from service.errors import OttavaError
 from service.host.model_host import ModelHost
 from service.host.reloader import open_host
 from service.settings import Settings
-from service.text.json.compiler import JsonMatcher
+from service.text.grammars.compiler import RulesMatcher
 from service.web.generation.run import Piece, Plan, Run
 from service.web.openai.choices import Choices
 from service.web.routes.generate import Job
@@ -33,7 +34,7 @@ from tests.support.tiny_models import save_tiny_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HELD = (
-    Request, Step, Chunk, StepResults, JsonMatcher, RequestStream, Submit, Scored, News, Logprob, Token,
+    Request, Step, Chunk, StepResults, RulesMatcher, Constraint, RequestStream, Submit, Scored, News, Logprob, Token,
     Run, Plan, Piece, Choices, Job, Sample, OttavaError,
 )  # fmt: skip
 """What belongs to one request."""

@@ -134,7 +134,7 @@ def test_every_line_of_a_request_has_its_id(stream: io.StringIO) -> None:
 
 
 class Exploding(ByteTokenizer):
-    def encode(self, text: str) -> Never:
+    def encode(self, text: str, adds_special: bool = True) -> Never:
         raise RuntimeError("oh")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import random
-import threading
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -19,8 +18,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from service.engine.grammar import Matcher
-from service.errors import InvalidRequest, QueueFull
-from service.text.json.compiler import MAX_COMPILING, JsonCompiler, JsonGrammar, JsonMatcher
+from service.errors import InvalidRequest
+from service.text.grammars.compiler import RulesCompiler, RulesGrammar, RulesMatcher
 from service.text.json.numbers import integer_rule, number_rule
 from service.text.json.schema import MAX_ALTERNATIVES, MAX_COUNTED, MAX_RULES_BYTES, choice_rules, json_grammar
 from service.text.tokenizer import Tokenizer
@@ -49,10 +48,10 @@ PIECES = [
     "e9",
 ]
 TOKENS = [b"", b"", *(bytes([byte]) for byte in range(256)), *(piece.encode() for piece in PIECES)]
-JSON = JsonCompiler(lambda: TOKENS, frozenset({EOS}))
+JSON = RulesCompiler(lambda: TOKENS, frozenset({EOS}))
 
 
-def compiled(schema: Schema, compiler: JsonCompiler = JSON) -> JsonGrammar:
+def compiled(schema: Schema, compiler: RulesCompiler = JSON) -> RulesGrammar:
     return compiler.compile(json_grammar(schema))
 
 
@@ -329,7 +328,7 @@ def digits_match(rule: str, text: str) -> bool:
     """Whether a rule lets a number through."""
     compiler = JSON._compiler
     assert compiler is not None
-    return lets_through(JsonMatcher(compiler.compile_grammar(f"root ::= {rule}\n"), len(TOKENS)), text)
+    return lets_through(RulesMatcher(compiler.compile_grammar(f"root ::= {rule}\n"), len(TOKENS)), text)
 
 
 @settings(max_examples=60, deadline=None)
@@ -385,38 +384,13 @@ def test_matchers_of_one_schema_do_not_share_their_place() -> None:
     assert second.allowed() == start != first.allowed()
 
 
-def test_too_many_at_once_are_told_to_come_again() -> None:
-    compiler = JsonCompiler(lambda: TOKENS, frozenset({EOS}))
-    began = threading.Barrier(MAX_COMPILING + 1)
-
-    def ask() -> None:
-        began.wait()
-        compiled(STR, compiler)
-
-    threads = [threading.Thread(target=ask) for _ in range(MAX_COMPILING)]
-    with compiler._turn:
-        for thread in threads:
-            thread.start()
-        began.wait()
-        while compiler._room._value:
-            pass
-        with pytest.raises(QueueFull, match=f"{MAX_COMPILING} JSON schemas are being compiled"):
-            compiled(STR, compiler)
-    for thread in threads:
-        thread.join()
-    compiled(STR, compiler)
-    with pytest.raises(InvalidRequest):
-        compiled({"not": STR}, compiler)
-    assert compiler._room._value == MAX_COMPILING
-
-
 @pytest.mark.parametrize("backend", [byte_level_backend, byte_fallback_backend])
 def test_over_a_real_vocabulary(backend: Callable[[], Backend]) -> None:
     """The text that the decoder makes of the tokens parses; special tokens never come, whatever they are called."""
     made = backend()
     tokenizer = Tokenizer(made, frozenset({0}))
     special = [i for i, t in made.get_added_tokens_decoder().items() if t.special]
-    compiler = JsonCompiler(lambda: tokenizer.vocabulary(tokenizer.vocab_size), tokenizer.eos_ids)
+    compiler = RulesCompiler(lambda: tokenizer.vocabulary(tokenizer.vocab_size), tokenizer.eos_ids)
     for seed in range(12):
         rng, decoder, text = random.Random(seed), tokenizer.detokenizer(), ""
         matcher = compiled(SERVED["properties"], compiler).matcher()
@@ -449,7 +423,7 @@ def test_ids_with_gaps_and_rows_beyond_the_tokenizer() -> None:
     state["added_tokens"][0]["id"] = state["model"]["vocab"][name] = end = 2000
     tokenizer = Tokenizer(Backend.from_str(json.dumps(state)), frozenset({end}))
     assert tokenizer.vocab_size == 2001
-    compiler = JsonCompiler(lambda: tokenizer.vocabulary(2005), tokenizer.eos_ids)
+    compiler = RulesCompiler(lambda: tokenizer.vocabulary(2005), tokenizer.eos_ids)
     matcher = compiled({"type": "object", "properties": {}, "additionalProperties": False}, compiler).matcher()
     for wanted in (*(tokenizer._backend.get_vocab()[name] for name in "{}"), end):
         bits = np.unpackbits(np.frombuffer(matcher.allowed(), np.uint8), bitorder="little")
@@ -462,7 +436,7 @@ def test_ids_with_gaps_and_rows_beyond_the_tokenizer() -> None:
 def test_a_model_without_an_end_token_is_told() -> None:
     tokenizer = Tokenizer(byte_level_backend(), frozenset())
     with pytest.raises(InvalidRequest, match="names no end token"):
-        compiled(None, JsonCompiler(lambda: tokenizer.vocabulary(tokenizer.vocab_size), tokenizer.eos_ids))
+        compiled(None, RulesCompiler(lambda: tokenizer.vocabulary(tokenizer.vocab_size), tokenizer.eos_ids))
 
 
 def test_alternatives_are_bounded_in_the_whole_schema() -> None:

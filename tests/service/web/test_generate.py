@@ -333,7 +333,7 @@ def test_a_fault_in_decoding_frees_the_request() -> None:
             raise RuntimeError("secret")
 
     class Tokenizer(ByteTokenizer):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, adds_special: bool = True) -> list[int]:
             return [1]
 
         def detokenizer(self, context: Sequence[int] = (), shown: Collection[str] = ()) -> Faulty:

@@ -1,12 +1,14 @@
 """HEAD on the operators' routes, over a real connection: the server leaves the body out, not the application."""
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
 
+from service.settings import Settings
 from tests.support.fake_engine import FakeEngine
-from tests.support.harness import app_of, engines_of, server_of, two_engines, until
+from tests.support.harness import app_of, client_of, engines_of, server_of, two_engines, until
 
 PATHS = ("/health", "/ready", "/info", "/metrics")
 
@@ -46,3 +48,22 @@ def test_no_other_route_takes_it(path: str) -> None:
             return (await client.head(f"http://127.0.0.1:{port}{path}")).status_code
 
     assert asyncio.run(go()) == 405
+
+
+def test_info_has_every_limit_of_a_request() -> None:
+    """Those of the settings under their names; each setting that limits a request is among them."""
+
+    async def go() -> dict[str, Any]:
+        async with client_of(app_of(two_engines(), max_prompt_tokens=77, max_mask_ms=5.5)) as client:
+            answer = (await client.get("/info")).json()
+            assert isinstance(answer, dict)
+            return answer
+
+    info = asyncio.run(go())
+    limits = info["limits"]
+    assert info["rows"] == Settings().max_num_requests
+    assert (limits["max_prompt_tokens"], limits["max_mask_ms"], limits["max_tokens_limit"]) == (77, 5.5, None)
+    assert (limits["max_logprobs"], limits["max_choices"]) == (1 << 18, 128)
+    names = list(Settings.model_fields)
+    of_requests = names[names.index("max_prompt_tokens") : names.index("host")]
+    assert set(of_requests) <= set(limits)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from service.engine.api import EngineStats, SamplingParams
-from service.engine.grammar import Grammar
+from service.engine.grammar import GivenUp, Grammar
 from service.engine.messages import Submit
 from service.engine.stream import RequestStream
 from service.errors import InvalidRequest, QueueFull, RateLimited
@@ -301,12 +301,21 @@ class SlowGrammars(FakeGrammars):
 
     def __init__(self) -> None:
         super().__init__()
-        self.go = threading.Event()
+        self.num_slow = self.most_slow = self.num_given_up = 0
 
-    def compile(self, rules: str) -> Grammar:
-        grammar = super().compile(rules)
-        assert "slow" not in rules or self.go.wait(DEADLINE_S)
+    def compile(self, rules: str, num_answers: int = 1, given_up: GivenUp | None = None) -> Grammar:
+        grammar = super().compile(rules, num_answers)
+        if "slow" in rules:
+            assert given_up is not None
+            self.num_slow += 1
+            self.most_slow = max(self.most_slow, self.num_slow)
+            given_up.add_done_callback(self._count_down)
+            given_up.result(DEADLINE_S)
         return grammar
+
+    def _count_down(self, _: GivenUp) -> None:
+        self.num_slow -= 1
+        self.num_given_up += 1
 
 
 def schema_of(name: str) -> dict[str, Any]:
@@ -315,8 +324,9 @@ def schema_of(name: str) -> dict[str, Any]:
 
 
 def test_a_schema_that_takes_long_keeps_only_its_own_key_and_no_longer_than_its_time() -> None:
-    async def go() -> tuple[list[httpx.Response], httpx.Response, int]:
-        grammars = SlowGrammars()
+    grammars = SlowGrammars()
+
+    async def go() -> tuple[list[httpx.Response], httpx.Response]:
         app = app_of(two_engines(), api_keys="anna:anna-key-1,ben:ben-key-1", grammars=grammars)
         async with client_of(app) as client:
 
@@ -330,15 +340,15 @@ def test_a_schema_that_takes_long_keeps_only_its_own_key_and_no_longer_than_its_
             await until(lambda: bool(grammars.compiled))
             other = await ask("ben", "quick")
             late = await asyncio.gather(*slow)
-            num_begun = sum("slow" in rules for rules in grammars.compiled)
-            grammars.go.set()
-            return late, other, num_begun
+            await until(lambda: not grammars.num_slow)
+            return late, other
 
-    late, other, num_begun = asyncio.run(go())
+    late, other = asyncio.run(go())
     assert other.status_code == 200
     for response in late:
         assert assert_refused(response, 504, "deadline_exceeded")["param"] == "timeout_s"
-    assert num_begun == 1, "one at a time of a key"
+    assert grammars.most_slow == 1, "one at a time of a key"
+    assert grammars.num_given_up >= 1
 
 
 def test_a_full_queue_has_room_for_the_share_of_another_key() -> None:
@@ -575,8 +585,14 @@ def test_every_refusal_is_counted_by_its_reason() -> None:
             assert (await client.post("/generate", json={"prompt": "a"})).status_code == 200
             return await metrics_of(client)
 
-    counted = {
-        key[1]: value for key, value in asyncio.run(go()).items() if key[0] == "ottava_refused_requests_total" and value
+    samples = asyncio.run(go()).items()
+    counted = {key[1:]: value for key, value in samples if key[0] == "ottava_refused_requests_total" and value}
+    assert counted == {
+        ("field=none", "reason=invalid_api_key"): 1,
+        ("field=none", "reason=admin_closed"): 1,
+        ("field=none", "reason=body_too_large"): 1,
+        ("field=prompt", "reason=malformed"): 1,
+        ("field=variant", "reason=variant_not_found"): 1,
+        ("field=temperature", "reason=invalid_value"): 1,
+        ("field=n", "reason=invalid_value"): 1,
     }
-    reasons = ("invalid_api_key", "malformed", "variant_not_found", "body_too_large", "admin_closed")
-    assert counted == {**{f"reason={reason}": 1 for reason in reasons}, "reason=invalid_value": 2}

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -310,8 +311,12 @@ def test_refusals_are_counted_once() -> None:
 
 
 def refused_fields(samples: Mapping[tuple[str, ...], float]) -> dict[str, float]:
-    counted = {key[1]: count for key, count in samples.items() if key[0] == "ottava_refusals_total"}
-    return {label.removeprefix("field="): count for label, count in counted.items() if count}
+    """How many requests were refused for each field, whatever the reason."""
+    counted = Counter[str]()
+    for key, count in samples.items():
+        if key[0] == "ottava_refused_requests_total":
+            counted[key[1].removeprefix("field=")] += count  # type: ignore[assignment]
+    return {field: count for field, count in counted.items() if count}
 
 
 @pytest.mark.parametrize(
@@ -440,11 +445,21 @@ def test_structured_outputs_become_a_grammar(path: str, wanted: dict[str, object
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        ({}, ["send one of `json` and `choice`"]),
-        ({"json": {}, "choice": ["a"]}, ["send one of `json` and `choice`"]),
+        ({}, ["send one of `json`, `choice`, `regex`, `grammar` and `json_object`"]),
+        ({"json": {}, "choice": ["a"]}, ["send one of `json`"]),
+        ({"json_object": False}, ["send one of `json`"]),
+        ({"json": "no JSON"}, ["`structured_outputs.json` is 'no JSON', which is no JSON of an object"]),
+        ({"json": "[" * 100_000}, ["which is no JSON of an object"]),
         ({"choice": []}, ["too few"]),
         ({"choice": [""]}, ["at least 1"]),
-        ({"regex": "a+"}, ["`structured_outputs.regex` is not a field"]),
+        ({"regex": "a" * 5000}, ["5000 characters", "4096"]),
+        ({"regex": "a^b"}, ["has `^` or `$` inside"]),
+        ({"regex": "a\ud800"}, ["half a surrogate pair"]),
+        ({"regex": "a", "disable_any_whitespace": True}, ["does not honour"]),
+        ({"regex": "a", "structural_tag": "{}"}, ["does not honour"]),
+        ({"grammar": "x" * 70_000}, ["70000 bytes", "65536"]),
+        ({"grammar": "start: /a/"}, ["`root ::= ...`", "written for Lark"]),
+        ({"grammar": 'root ::= Token(5) "a"'}, ["uses Token"]),
         ({"json": {"type": "object", "not": {}}}, ["JSON schema"]),
     ],
 )
@@ -458,3 +473,39 @@ def test_one_of_two_formats() -> None:
     both = {"structured_outputs": {"choice": ["a"]}, "response_format": {"type": "json_object"}}
     response, _ = post(CHAT, both)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "structured_outputs")
+
+
+GUIDED: list[tuple[str, Any, str]] = [
+    ("guided_json", {"type": "boolean"}, "root ::= ref0"),
+    ("guided_json", '{"type": "boolean"}', "root ::= ref0"),
+    ("guided_choice", ["yes", "no"], '"yes" | "no"'),
+    ("guided_regex", "^[a-z]+$", "regex ^[a-z]+$"),
+    ("guided_grammar", 'root ::= "a"', 'root ::= "a"'),
+]
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+@pytest.mark.parametrize(("field", "value", "rules"), GUIDED)
+def test_older_names_of_structured_outputs(path: str, field: str, value: Any, rules: str) -> None:
+    inert = {"guided_decoding_backend": "outlines", "guided_whitespace_pattern": " "}
+    response, submitted = post(path, {field: value, **inert})
+    assert response.status_code == 200, response.text
+    assert rules in (submitted[0].params.grammar or "")
+    name = field.removeprefix("guided_")
+    newer, (same,) = post(path, {"structured_outputs": {name: value, "whitespace_pattern": " "}})
+    assert (newer.status_code, same.params.grammar) == (200, submitted[0].params.grammar)
+    both, _ = post(path, {field: value, "structured_outputs": {name: value}})
+    assert (both.status_code, both.json()["error"]["param"]) == (400, field)
+
+
+@pytest.mark.parametrize("field", ["guided_regex", "guided_grammar"])
+def test_an_older_name_is_the_one_that_is_blamed(field: str) -> None:
+    response, _ = post(CHAT, {field: "a" * 70_000})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+
+
+def test_structural_tags_are_refused_by_name() -> None:
+    tag = {"type": "structural_tag", "structures": [], "triggers": ["<f"]}
+    response, _ = post(CHAT, {"response_format": tag})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
+    assert "`tools`" in response.json()["error"]["message"]

@@ -27,6 +27,8 @@ STATUSES = {
     "GET /v1/responses/{response_id}": {"401", "404", "422", *EVERYWHERE},
     "POST /v1/messages": GENERATION,
     "POST /v1/messages/count_tokens": GENERATION - {"504"},
+    "POST /tokenize": {"200", "400", "401", "404", "422", "429", "503", *EVERYWHERE},
+    "POST /detokenize": {"200", "400", "401", "404", "422", "429", "503", *EVERYWHERE},
     "POST /admin/reload": {"200", "400", "401", "403", "409", "422", *EVERYWHERE},
     "GET /v1/models": {"200", "401", "503", *EVERYWHERE},
     "GET /v1/models/{model}": {"200", "401", "404", "422", "503", *EVERYWHERE},

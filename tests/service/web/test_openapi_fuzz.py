@@ -127,7 +127,8 @@ def limited_generate(body: Body) -> Body:
 
 def limited_openai(body: Body) -> Body:
     body = limited(body)
-    for name in ("model", "max_completion_tokens", "structured_outputs"):
+    held = ("structured_outputs", *(name for name in body if name.startswith("guided_")))
+    for name in ("model", "max_completion_tokens", *held):
         body.pop(name, None)
     body["n"] = body.get("n", 1) % 3 + 1
     if not body.get("stream"):

@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from service.errors import InvalidRequest
-from service.text.json.compiler import JsonCompiler
+from service.text.grammars.compiler import RulesCompiler
 from service.text.json.schema import json_rules
 from service.text.tools.calls import Arguments, Called, Tool
 from service.text.tools.forced import MAX_CALLS, ForcedParser, call_grammar
@@ -47,7 +47,7 @@ TOOLS = [
 NONE: Mapping[int, str] = {}
 
 
-def random_text(rules: str, seed: int, compiler: JsonCompiler = JSON, names: Mapping[int, str] = NONE) -> str:
+def random_text(rules: str, seed: int, compiler: RulesCompiler = JSON, names: Mapping[int, str] = NONE) -> str:
     """A text that the grammar allows, chosen at random with a liking for its end."""
     matcher, rng = compiler.compile(rules).matcher(), random.Random(seed)
     out: list[int] = []
