@@ -100,9 +100,9 @@ def mean(series: str, by: str, window: str = RATE) -> str:
     return f"{rate(f'{series}_sum', by, window=window)} / {rate(f'{series}_count', by, window=window)}"
 
 
-def refusals(series: str, by: str) -> Query:
+def refusals(by: str, matching: str = "") -> Query:
     """Refused requests per second by a label with many values: those above 0, else a line `none` at 0."""
-    counted = f"{rate(series, by, INSTANCE)} > 0"
+    counted = f"{rate('ottava_refused_requests_total', by, INSTANCE + matching)} > 0"
     return Query(f'({counted}) or on() label_replace(vector(0), "{by}", "none", "", "")', f"{{{{{by}}}}}")
 
 
@@ -295,12 +295,12 @@ REQUESTS = (
     Panel(
         "Refused, by reason",
         "Requests a second by the code of the error, as docs/api.md lists them: limits, keys, bad requests.",
-        "reqps", (refusals("ottava_refused_requests_total", "reason"),), 8,
+        "reqps", (refusals("reason"),), 8,
     ),
     Panel(
         "Bad requests, by field",
         "Requests a second answered 400, 404 or 422, by the field at fault; body: not readable, unknown: of no route.",
-        "reqps", (refusals("ottava_refusals_total", "field"),), 8,
+        "reqps", (refusals("field", ', field!="none"'),), 8,
     ),
 )  # fmt: skip
 
