@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from service.cli import app
 from service.web.messages.requests import MessagesRequest
 from service.web.openai.requests import ChatRequest, CompletionRequest
+from service.web.openai.tokenize import DetokenizeRequest, TokenizeRequest
 from service.web.responses.requests import ResponsesRequest
 from service.web.routes.admin import ReloadRequest
 from service.web.schemas.generate import GenerateRequest
@@ -34,6 +35,8 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/responses": ResponsesRequest,
     "/v1/messages": MessagesRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
     "/admin/reload": ReloadRequest,
 }
 NOT_YET = {"--in-process"}

@@ -288,7 +288,7 @@ def test_nothing_is_stored() -> None:
     response, samples = asyncio.run(go())
     assert (response.status_code, response.json()["error"]["code"]) == (404, "response_not_found")
     assert "stores no answers" in response.json()["error"]["message"]
-    assert samples["ottava_refusals_total", "field=background"] == 1
+    assert samples["ottava_refused_requests_total", "field=background", "reason=invalid_value"] == 1
     assert samples["ottava_requests_total", "outcome=stop", "variant=w8a8"] == 1
 
 
