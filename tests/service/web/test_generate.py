@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.support.fake_engine import ByteDetokenizer, ByteTokenizer, FakeEngine
-from tests.support.harness import app_of, client_of, engines_of, events_of, post, two_engines
+from tests.support.harness import app_of, client_of, engines_of, events_of, post, two_engines, until
 
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 RUN_METRICS = {
@@ -339,12 +339,17 @@ def test_a_fault_in_decoding_frees_the_request() -> None:
         def detokenizer(self, context: Sequence[int] = (), shown: Collection[str] = ()) -> Faulty:
             return Faulty()
 
-    for stream in (False, True):
+    async def go(is_streamed: bool) -> httpx.Response:
         engines = two_engines(delay_s=0.01)
-        response = post({"prompt": "a", "stream": stream}, app_of(engines, tokenizer=Tokenizer()))
+        async with client_of(app_of(engines, tokenizer=Tokenizer())) as client:
+            response = await client.post("/generate", json={"prompt": "a", "stream": is_streamed})
+            await until(lambda: not engines["w8a8"].active)
+            return response
+
+    for is_streamed in (False, True):
+        response = asyncio.run(go(is_streamed))
         assert "internal_error" in response.text
         assert "secret" not in response.text
-        assert not engines["w8a8"].active
 
 
 def test_many_at_once_keep_their_own_answers() -> None:

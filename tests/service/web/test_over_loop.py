@@ -120,11 +120,11 @@ def test_requests_that_run_or_wait_too_long_are_freed(
     monkeypatch: pytest.MonkeyPatch, engines: dict[str, EngineLoop]
 ) -> None:
     """16 rows, 40 requests: some start and are too late, the others are too late before they start."""
-    # 250 tokens take 5 s.
-    monkeypatch.setattr(sys.modules[__name__], "STEP_S", 0.02)
+    # 250 tokens take 10 s.
+    monkeypatch.setattr(sys.modules[__name__], "STEP_S", 0.04)
 
     async def go() -> tuple[list[httpx.Response], str, Samples]:
-        app = app_of(engines, queue_timeout_s=1, request_timeout_s=2.5)
+        app = app_of(engines, queue_timeout_s=1, request_timeout_s=5)
         async with (
             server_of(app) as port,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE_S) as client,
