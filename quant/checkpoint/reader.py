@@ -193,7 +193,6 @@ class Checkpoint:
         return unused
 
     def _stored(self, name: str, shape: tuple[int, ...], part: Part) -> Tensor:
-        self.files.refuse_missing(name)
         stored = self.files.shape(name)
         if stored != shape:
             raise CheckpointError(f"{self.files.path(name)}: {name} has shape {list(stored)}, expected {list(shape)}")

@@ -85,7 +85,8 @@ class TensorFiles:
         return self._path_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header alone."""
+        """A tensor's shape, from the header alone. Raises CheckpointError if the folder has no such tensor."""
+        self._refuse_missing(name)
         return self._file_of[name].entries[self._stored_name[name]].shape
 
     def get(self, name: str, rows: Ranges | None = None, columns: Ranges | None = None) -> Tensor:
@@ -94,12 +95,11 @@ class TensorFiles:
         Raises:
             CheckpointError: the folder has no such tensor, or its file cannot be read.
         """
-        self.refuse_missing(name)
+        self._refuse_missing(name)
         self.taken.add(name)
         return self.peek(name, rows, columns)
 
-    def refuse_missing(self, name: str) -> None:
-        """Raise CheckpointError if the folder has no such tensor."""
+    def _refuse_missing(self, name: str) -> None:
         if name not in self._file_of:
             raise CheckpointError(f"{self.folder} has no tensor {name}; is it a checkpoint of this model?")
 

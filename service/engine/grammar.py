@@ -54,7 +54,13 @@ class Matcher(Protocol):
 
 
 class Grammar(Protocol):
-    """A grammar compiled for a vocabulary; shared by all requests that use it."""
+    """A grammar compiled for a vocabulary; shared by all requests that use it.
+
+    mask_s: processor seconds that its dearest mask is expected to take.
+    """
+
+    @property
+    def mask_s(self) -> float: ...
 
     def matcher(self) -> Matcher:
         """A matcher at the start of an answer."""

@@ -112,7 +112,7 @@ class Masks:
 
     def start(self, grammar: Grammar, owner: str, handle: int) -> Constraint:
         """A constraint at the start of an answer, whose first mask is being made."""
-        constraint = Constraint(self, grammar.matcher(), owner, handle, getattr(grammar, "mask_s", 0.0))
+        constraint = Constraint(self, grammar.matcher(), owner, handle, grammar.mask_s)
         self.put(constraint)
         return constraint
 

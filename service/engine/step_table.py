@@ -21,6 +21,11 @@ ALIGNMENT = 4
 """Each column starts at a multiple of this many int32."""
 
 
+def blocks_of(max_model_len: int, block_size: int) -> int:
+    """Most blocks of a request."""
+    return -(-max_model_len // block_size)
+
+
 class TableLayout:
     """Column offsets in the one array that is copied to the device, sized for the largest step.
 

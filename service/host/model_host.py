@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from quant.analysis.perplexity import LogitsOf
 from quant.scheme import PRESETS
 from service.engine.api import HostInfo
 from service.engine.device.device_thread import DeviceThread
@@ -120,8 +120,12 @@ class ModelHost:
         """Run the self-check on a decoder that is to serve as this variant; see `self_check.check`."""
         baseline = self.variants.get(BASELINE) if name != BASELINE else None
         prompts = check_prompts(self.tokenizer, decoder.config.max_model_len)
-        scored = score if self.group is None else partial(_score_on, self.group, {id(decoder): name})
-        return check(decoder, baseline.decoder if baseline else None, prompts, self.device_thread, scored)
+        compared = None if baseline is None else self._scorer(BASELINE, baseline.decoder)
+        return check(self._scorer(name, decoder), compared, prompts, self.device_thread)
+
+    def _scorer(self, name: str, decoder: Decoder) -> LogitsOf:
+        """Computes the logits of a variant's decoder, on all its ranks."""
+        return partial(score, decoder) if self.group is None else partial(self.group.score, name, decoder)
 
 
 def open_model(settings: Settings, on_progress: Progress = silent, trials: TrialParent | None = None) -> ModelHost:
@@ -201,11 +205,6 @@ def _open(
         host.stop()
         raise
     return host
-
-
-def _score_on(group: RankGroup, names: Mapping[int, str], decoder: Decoder, token_ids: Tensor) -> Tensor:
-    """`score` on all ranks. names: of the decoders, by identity; another is the baseline."""
-    return group.score(names.get(id(decoder), BASELINE), decoder, token_ids)
 
 
 def _refuse_alien(tokenizer: Tokenizer, folder: Path, num_rows: int) -> None:

@@ -24,7 +24,7 @@ from service.errors import EngineFailed, InvalidRequest, ReloadFailed, StartupEr
 from service.host.memory import cache_blocks
 from service.host.model_host import ModelHost, open_model
 from service.host.self_check import CHECK_PROMPTS
-from service.host.variants import Variant, refuse_drafts, variant_notes
+from service.host.variants import Variant, refuse_drafts, runner_for, variant_notes
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.loader import decoder_of, refuse_unsafe
@@ -171,16 +171,8 @@ class Reloader:
         num_blocks = old.engine.stats().num_blocks
         if not fits:
             num_blocks = cache_blocks(name, decoder, settings, old.cache_budget_bytes)
-        runner = device_thread.run(
-            Runner,
-            decoder,
-            num_blocks=num_blocks,
-            block_size=settings.block_size,
-            max_requests=settings.max_num_requests,
-            max_tokens=settings.step_tokens(decoder.embedding.device.type),
-            use_graphs=settings.cuda_graphs,
-            caches=old.runner.caches if fits else None,
-        )
+        caches = old.runner.caches if fits else None
+        runner = device_thread.run(runner_for, decoder, num_blocks, settings, caches=caches)
         pieces = runner.warming()
         while device_thread.run(next, pieces, None) is not None:
             pass

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from quant.analysis.perplexity import LogitsOf
 from service.engine.device.device_thread import DeviceThread
 from service.errors import SelfCheckFailed
-from service.models.decoder import Decoder, score
 from service.text.protocols import TokenizerLike
 
 MAX_KL = 2.0
@@ -30,26 +30,20 @@ def check_prompts(tokenizer: TokenizerLike, max_len: int) -> list[Tensor]:
 
 
 def check(
-    decoder: Decoder,
-    baseline: Decoder | None,
-    prompts: Sequence[Tensor],
-    device_thread: DeviceThread,
-    score: Callable[[Decoder, Tensor], Tensor] = score,
+    scored: LogitsOf, baseline: LogitsOf | None, prompts: Sequence[Tensor], device_thread: DeviceThread
 ) -> float | None:
-    """Compare a decoder with the baseline on the prompts, one device call per prompt, so that steps run in between.
+    """Compare a variant with the baseline on the prompts, one device call per prompt, so that steps run in between.
 
-    Returns KL(baseline, decoder) in nats, averaged over all positions; None without a baseline.
+    Returns KL(baseline, variant) in nats, averaged over all positions; None without a baseline.
 
     Args:
         baseline: None to check only that the logits are finite.
-        score: computes the logits of a text.
 
     Raises:
         SelfCheckFailed: logits are not finite, or the divergence is above MAX_KL.
     """
     total = sum(
-        device_thread.run(_divergence, decoder, baseline, place, token_ids, score)
-        for place, token_ids in enumerate(prompts)
+        device_thread.run(_divergence, scored, baseline, place, token_ids) for place, token_ids in enumerate(prompts)
     )
     mean = total / sum(len(token_ids) for token_ids in prompts)
     if not mean <= MAX_KL:
@@ -61,18 +55,12 @@ def check(
 
 
 @torch.inference_mode()
-def _divergence(
-    decoder: Decoder,
-    baseline: Decoder | None,
-    place: int,
-    token_ids: Tensor,
-    score: Callable[[Decoder, Tensor], Tensor],
-) -> float:
-    """KL(baseline, decoder), summed over the positions of a prompt; 0 without a baseline."""
-    logits = score(decoder, token_ids)
+def _divergence(scored: LogitsOf, baseline: LogitsOf | None, place: int, token_ids: Tensor) -> float:
+    """KL(baseline, variant), summed over the positions of a prompt; 0 without a baseline."""
+    logits = scored(token_ids)
     if not bool(logits.isfinite().all()):
         raise SelfCheckFailed(f"its logits for check prompt {place} are not finite")
     if baseline is None:
         return 0.0
-    p, q = score(baseline, token_ids).log_softmax(-1), logits.log_softmax(-1)
+    p, q = baseline(token_ids).log_softmax(-1), logits.log_softmax(-1)
     return float((p.exp() * (p - q)).sum())

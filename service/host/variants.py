@@ -14,6 +14,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.scheme import KVStorage, Scheme
 from service.engine.api import VariantInfo
 from service.engine.device.device_thread import DeviceThread
+from service.engine.device.ranks import Lead
 from service.engine.device.runner import Runner
 from service.engine.drafts.speculation import Speculation
 from service.engine.grammar import Grammars
@@ -23,6 +24,7 @@ from service.errors import InvalidSettings
 from service.host.limits import fault_limits, grammar_limits
 from service.host.memory import cache_blocks
 from service.host.ranks.group import RankGroup
+from service.models.attention import KVCache
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.devices import pick_dtype
@@ -84,33 +86,26 @@ def start_variant(
     refuse_drafts(name, loaded.decoder, settings)
     decoder, block_size = loaded.decoder, settings.block_size
     num_blocks = cache_blocks(name, decoder, settings, kv_cache_bytes)
-    max_requests, max_tokens = settings.max_num_requests, settings.step_tokens(decoder.embedding.device.type)
     if group is not None:
         group.start(name, num_blocks)
-    runner = Runner(
-        decoder,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_requests=max_requests,
-        max_tokens=max_tokens,
-        use_graphs=settings.cuda_graphs,
-        lead=None if group is None else group.lead(name),
-    )
+    runner = runner_for(decoder, num_blocks, settings, lead=None if group is None else group.lead(name))
     runner.warm_up(lambda done, total: on_progress(f"capturing {name}", done, total))
     engine = EngineLoop(
         name,
         Scheduler(
             num_blocks=num_blocks,
             block_size=block_size,
-            max_num_requests=max_requests,
-            max_batched_tokens=max_tokens,
+            max_num_requests=runner.max_requests,
+            max_batched_tokens=runner.max_tokens,
             eos_ids=eos_ids,
             has_prefix_cache=settings.prefix_cache,
             target_itl_s=settings.target_itl_ms / 1000,
             step_times_s=runner.step_times_s,
             speculation=None
             if settings.speculate == "none"
-            else Speculation(settings.max_draft_tokens, min(max_requests, max_tokens), runner.step_times_s),
+            else Speculation(
+                settings.max_draft_tokens, min(runner.max_requests, runner.max_tokens), runner.step_times_s
+            ),
         ),
         runner,
         device_thread=device_thread,
@@ -123,6 +118,27 @@ def start_variant(
         mask_s=grammar_limits(settings).mask_s,
     )
     return Variant(engine.start(), decoder, runner, loaded.notes, loaded.folder, kv_cache_bytes)
+
+
+def runner_for(
+    decoder: Decoder,
+    num_blocks: int,
+    settings: Settings,
+    *,
+    caches: list[KVCache] | None = None,
+    lead: Lead | None = None,
+) -> Runner:
+    """A runner of the settings' sizes. caches, lead: see `Runner`."""
+    return Runner(
+        decoder,
+        num_blocks=num_blocks,
+        block_size=settings.block_size,
+        max_requests=settings.max_num_requests,
+        max_tokens=settings.step_tokens(decoder.embedding.device.type),
+        use_graphs=settings.cuda_graphs,
+        caches=caches,
+        lead=lead,
+    )
 
 
 def refuse_drafts(name: str, decoder: Decoder, settings: Settings) -> None:
@@ -149,33 +165,28 @@ def load_variant(
 ) -> Loaded:
     """Load a variant's weights, quantized first if need be; the rank's part of them, if there is a group."""
     scheme = scheme_of(name, settings)
-    ranks = ALONE if group is None else group.ranks
-    if settings.random_weights:
-        if group is not None:
-            group.load(name, folder, scheme.kv)
-        decoder = decoder_for(name, folder, scheme.kv, settings=settings, device=device, ranks=ranks)
-        notes = {"scheme": scheme.name, "description": scheme.describe(), "calibration": "random weights"}
-        return Loaded(decoder, notes, None)
-    # A quantized folder itself determines what the settings leave open.
-    kv = settings.kv if name != BASELINE and is_quantized(folder) else scheme.kv
-    if name == BASELINE:
-        folder = _baseline_folder(folder, settings, on_progress)
-    elif not is_quantized(folder):
-        calibration = Calibration(settings.calibration, settings.seed, settings.calibration_windows)
-        folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress=on_progress)
-    on_progress(f"loading {name}", 0, 0)
-    refuse_unsafe(folder)
+    kv: KVStorage | None = scheme.kv
+    if not settings.random_weights:
+        if name != BASELINE and is_quantized(folder):
+            # The folder itself determines what the settings leave open.
+            kv = settings.kv
+        if name == BASELINE:
+            folder = _baseline_folder(folder, settings, on_progress)
+        elif not is_quantized(folder):
+            calibration = Calibration(settings.calibration, settings.seed, settings.calibration_windows)
+            folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress=on_progress)
+        on_progress(f"loading {name}", 0, 0)
+        refuse_unsafe(folder)
     if group is not None:
         group.load(name, folder, kv)
-    decoder = decoder_for(name, folder, kv, settings=settings, device=device, ranks=ranks)
-    checkpoint = Checkpoint.open(folder, decoder.dtype, "meta")
-    return Loaded(decoder, variant_notes(checkpoint, decoder, scheme), folder)
+    ranks = ALONE if group is None else group.ranks
+    return load_part(name, folder, kv, settings=settings, device=device, ranks=ranks)
 
 
-def decoder_for(
+def load_part(
     name: str, folder: Path, kv: KVStorage | None, *, settings: Settings, device: torch.device, ranks: Ranks
-) -> Decoder:
-    """The rank's part of a variant's decoder, of a folder that holds it as it is served.
+) -> Loaded:
+    """The rank's part of a variant, of a folder that holds it as it is served, or random weights of its shapes.
 
     Args:
         kv: storage of keys and values; None for the folder's own.
@@ -184,8 +195,12 @@ def decoder_for(
     config = ModelConfig.load(folder, settings.max_model_len)
     dtype = pick_dtype(settings.dtype, config, device)
     if settings.random_weights:
-        return random_decoder(config, scheme, dtype, device, settings.seed, ranks=ranks)
-    return decoder_of(config, Checkpoint.open(folder, dtype, device), kv, scheme.head, ranks=ranks)
+        decoder = random_decoder(config, scheme, dtype, device, settings.seed, ranks=ranks)
+        notes = {"scheme": scheme.name, "description": scheme.describe(), "calibration": "random weights"}
+        return Loaded(decoder, notes, None)
+    checkpoint = Checkpoint.open(folder, dtype, device)
+    decoder = decoder_of(config, checkpoint, kv, scheme.head, ranks=ranks)
+    return Loaded(decoder, variant_notes(checkpoint, decoder, scheme), folder)
 
 
 def scheme_of(name: str, settings: Settings) -> Scheme:

@@ -357,6 +357,7 @@ class FakeGrammars:
 
 class FreeGrammar:
     is_ready = True
+    mask_s = 0.0
 
     def matcher(self) -> FreeGrammar:
         return self

@@ -72,6 +72,7 @@ class Only:
         return Only(*self.sets)
 
     is_ready = True
+    mask_s = 0.0
 
     def allowed(self) -> bytes:
         bits = bytearray(40)  # 320 tokens, more than the model has

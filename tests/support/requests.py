@@ -16,6 +16,7 @@ class Anything:
         return self
 
     is_ready = True
+    mask_s = 0.0
 
     def allowed(self) -> bytes:
         return b"\xff"

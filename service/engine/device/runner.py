@@ -27,7 +27,7 @@ from service.engine.messages import Logprob
 from service.engine.request import Request
 from service.engine.scheduler import Chunk, Step, StepResults
 from service.engine.shapes import DECODES, Shape
-from service.engine.step_table import Ints, StepTableBuilder, TableLayout
+from service.engine.step_table import Ints, StepTableBuilder, TableLayout, blocks_of
 from service.errors import EngineFailed
 from service.models.attention import KVCache
 from service.models.decoder import Decoder
@@ -162,7 +162,7 @@ class Runner:
         self.use_graphs = use_graphs and self.is_async and can_capture
         self.max_requests = max_requests
         self.max_tokens = max_tokens
-        max_blocks = -(-decoder.config.max_model_len // block_size)
+        max_blocks = blocks_of(decoder.config.max_model_len, block_size)
         self.layout = TableLayout(max_tokens=max_tokens, max_requests=max_requests, max_blocks=max_blocks)
         self._tables = StepTableBuilder(self.layout, block_size)
         self._batches = BatchBuilder(self.layout, self.device)

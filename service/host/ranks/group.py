@@ -23,7 +23,7 @@ from torch import Tensor
 from quant.scheme import KVStorage
 from service.engine.device.ranks import GroupRanks
 from service.engine.shapes import Shape
-from service.engine.step_table import StepTable, TableLayout
+from service.engine.step_table import StepTable, TableLayout, blocks_of
 from service.errors import InvalidSettings
 from service.host.memory import free_bytes
 from service.host.ranks.board import Board
@@ -113,9 +113,9 @@ class RankGroup:
         """The other ranks' processes."""
         return [process.pid for process in self._processes]
 
-    def load(self, name: str, folder: Path | None, kv: KVStorage | None) -> None:
-        """The other ranks load the weights of a variant, as this process then must. folder: None for the model's."""
-        self.tell(Load(name, None if folder is None else str(folder), kv))
+    def load(self, name: str, folder: Path, kv: KVStorage | None) -> None:
+        """The other ranks load the weights of a variant, as this process then must."""
+        self.tell(Load(name, str(folder), kv))
 
     def start(self, name: str, num_blocks: int) -> None:
         """The other ranks make a runner of a variant."""
@@ -226,9 +226,11 @@ def least_free(ranks: GroupRanks, device: torch.device) -> int:
 
 def layout_of(settings: Settings, config: ModelConfig, device: torch.device) -> TableLayout:
     """The layout of the largest step, on every rank the same."""
-    max_blocks = -(-config.max_model_len // settings.block_size)
-    max_tokens = settings.step_tokens(device.type)
-    return TableLayout(max_tokens=max_tokens, max_requests=settings.max_num_requests, max_blocks=max_blocks)
+    return TableLayout(
+        max_tokens=settings.step_tokens(device.type),
+        max_requests=settings.max_num_requests,
+        max_blocks=blocks_of(config.max_model_len, settings.block_size),
+    )
 
 
 def refuse_missing_gpus(device: torch.device, size: int) -> None:

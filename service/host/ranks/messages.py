@@ -25,10 +25,9 @@ class Join(Message, frozen=True, tag="join"):
 
 
 class Load(Message, frozen=True, tag="load"):
-    """Load a variant's weights. folder: None for the settings' model. kv: storage of keys and values; None for the
-    folder's own."""
+    """Load a variant's weights from a folder. kv: storage of keys and values; None for the folder's own."""
 
-    folder: str | None
+    folder: str
     kv: KVStorage | None
 
 

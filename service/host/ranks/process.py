@@ -24,7 +24,7 @@ from service.host.machine import quiet_libraries
 from service.host.ranks.board import Board
 from service.host.ranks.group import join, least_free
 from service.host.ranks.messages import Check, Chosen, Forward, Free, Join, Load, Scored, Start, ToRank, Warm
-from service.host.variants import decoder_for
+from service.host.variants import load_part, runner_for
 from service.models.decoder import Decoder, score
 from service.process import end_process
 from service.settings import Settings, load_settings
@@ -52,12 +52,18 @@ class Follower:
         name = message.name
         match message:
             case Load():
-                folder = Path(message.folder or self.settings.model or "")
-                self.decoders[name] = decoder_for(
-                    name, folder, message.kv, settings=self.settings, device=self.device, ranks=self.ranks
+                part = load_part(
+                    name,
+                    Path(message.folder),
+                    message.kv,
+                    settings=self.settings,
+                    device=self.device,
+                    ranks=self.ranks,
                 )
+                self.decoders[name] = part.decoder
             case Start():
-                self._start(name, message.num_blocks)
+                self.runners[name] = runner_for(self.decoders[name], message.num_blocks, self.settings)
+                self.warming[name] = self.runners[name].warming()
             case Warm():
                 next(self.warming[name], None)
             case Free():
@@ -74,18 +80,6 @@ class Follower:
                     score(self.decoders[name], torch.tensor(message.token_ids))
             case Join():
                 raise AssertionError(message)
-
-    def _start(self, name: str, num_blocks: int) -> None:
-        settings = self.settings
-        self.runners[name] = runner = Runner(
-            self.decoders[name],
-            num_blocks=num_blocks,
-            block_size=settings.block_size,
-            max_requests=settings.max_num_requests,
-            max_tokens=settings.step_tokens(self.device.type),
-            use_graphs=settings.cuda_graphs,
-        )
-        self.warming[name] = runner.warming()
 
     def _follow(self, runner: Runner, message: Forward) -> None:
         tables = runner.layout.starts["block_tables"] + message.num_tables * message.width

@@ -227,11 +227,11 @@ class _Bench:
         ]
 
     def _evaluate(self, candidates: Mapping[str, Decoder]) -> list[Quality]:
-        scorers = {name: _scorer(decoder) for name, decoder in candidates.items()}
-        return evaluate(("fp16", _scorer(self.baseline)), scorers, self.windows, self._progress("measuring"))
+        scorers = {name: scorer(decoder) for name, decoder in candidates.items()}
+        return evaluate(("fp16", scorer(self.baseline)), scorers, self.windows, self._progress("measuring"))
 
     def _picks(self, decoder: Decoder) -> list[int]:
-        return picks(_scorer(decoder), self.questions, self._progress("answering"))
+        return picks(scorer(decoder), self.questions, self._progress("answering"))
 
     def _row(self, quality: Quality, ratio: float, decoder: Decoder, picked: list[int]) -> Row:
         choices = compare(picked, self.answers, self._picked) if picked else None
@@ -293,7 +293,9 @@ def _stored(decoder: Decoder, scheme: Scheme) -> Decoder:
     return twin
 
 
-def _scorer(decoder: Decoder) -> LogitsOf:
+def scorer(decoder: Decoder) -> LogitsOf:
+    """Computes a decoder's logits of a text."""
+
     def logits_of(token_ids: Tensor) -> Tensor:
         with torch.inference_mode():
             return score(decoder, token_ids)
