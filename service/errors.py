@@ -255,6 +255,10 @@ class SelfCheckFailed(StartupError):
     """A variant's output is not finite or is far from the baseline's."""
 
 
+class ClientGone(Exception):
+    """The client has closed the connection: there is nobody to tell an error."""
+
+
 def leaves() -> Iterator[type[OttavaError]]:
     """Every class of the tree, including the root."""
     found = [OttavaError]

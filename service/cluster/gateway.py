@@ -19,10 +19,10 @@ from service.cluster.exchange import LEASE, Answer, Fleet, Headers, Lost, Sent, 
 from service.cluster.exposition import joined
 from service.cluster.prefixes import prefix_keys
 from service.cluster.retries import Tries, Trouble, trouble_of
-from service.errors import EngineFailed, NotReady, OttavaError
+from service.errors import ClientGone, EngineFailed, NotReady, OttavaError
 from service.telemetry.record import RequestRecord
 from service.web.failures import error_body, refusal
-from service.web.generation.sse import ClientGone, event, unless_disconnected
+from service.web.generation.sse import event, unless_disconnected
 from service.web.lifecycle import Lifecycle
 from service.web.middleware.envelope import REQUEST_ID
 from service.web.middleware.gate import is_generation, refuse_declared, too_large

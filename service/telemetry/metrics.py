@@ -15,7 +15,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from service.engine.api import Engine, EngineStats, FinishReason, HostInfo, Token
-from service.errors import CapacityError, NotReady, OttavaError, RequestError, leaves
+from service.errors import CapacityError, ClientGone, NotReady, OttavaError, RequestError, leaves
 from service.measures import Agreement, RunMetrics, Speedup
 from service.telemetry.record import RequestRecord
 
@@ -155,9 +155,11 @@ class ServiceMetrics:
 
     @contextmanager
     def counting_refusals(self, variant: str) -> Iterator[None]:
-        """Count an exception inside as `rejected`, or as `error` if the server is at fault."""
+        """Count an exception inside as `rejected`, or as `error` if the server is at fault; not that a client left."""
         try:
             yield
+        except ClientGone:
+            raise
         except (RequestError, CapacityError):
             self.count(variant, REJECTED)
             raise

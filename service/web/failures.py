@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from service.errors import InvalidRequest, Malformed, OttavaError, RequestError
+from service.errors import ClientGone, InvalidRequest, Malformed, OttavaError, RequestError
 from service.telemetry.metrics import NO_FIELD, NO_VARIANT, REJECTED, UNKNOWN_FIELD, WHOLE_BODY
 from service.web.schemas.failure import ErrorDetail, ErrorResponse, MessagesErrorResponse
 from service.web.state import serving_of
@@ -58,6 +58,7 @@ _ANTHROPIC_STATUSES = {
     HTTPStatus.NOT_FOUND: "not_found_error",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
 }
+CLIENT_GONE_STATUS = 499
 _MAX_SHOWN = 80
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _MAX_SHOWN
@@ -101,6 +102,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(OttavaError, _on_ottava_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientGone, _on_client_gone)
 
 
 def error_body(error: OttavaError) -> ErrorResponse:
@@ -214,6 +216,11 @@ async def _on_invalid_body(request: HTTPRequest, error: Exception) -> Response:
     found = describe(error.errors())
     _count(request, found)
     return answer(found.status, error_body(found), request.url.path)
+
+
+async def _on_client_gone(_request: HTTPRequest, _error: Exception) -> Response:
+    """What a client is answered that has left, for the log."""
+    return Response(status_code=CLIENT_GONE_STATUS)
 
 
 async def _on_http_error(request: HTTPRequest, error: Exception) -> Response:

@@ -14,10 +14,9 @@ from starlette.responses import Response
 
 from service.errors import OttavaError
 from service.web.failures import error_body, internal_error
-from service.web.generation.sse import DONE, ClientGone, EventStream, event, unless_disconnected
+from service.web.generation.sse import DONE, EventStream, event, unless_disconnected
 from service.web.schemas.failure import ErrorResponse
 
-CLIENT_GONE_STATUS = 499
 THREAD_LOGPROBS = 4096
 """Beyond this many, about 1 MB as text, building them would keep the event loop from others for milliseconds."""
 
@@ -53,19 +52,15 @@ def streamed(
 async def answered(
     work: Callable[[], Coroutine[object, object, BaseModel]], http: HTTPRequest, close: Callable[[], None]
 ) -> Response:
-    """The complete answer as JSON, without unset fields. Calls `close` as `streamed` does."""
+    """The complete answer as JSON, without unset fields. Calls `close` as `streamed` does.
+
+    Raises ClientGone as `unless_disconnected`.
+    """
     try:
         answer = await unless_disconnected(http.receive, work())
-    except ClientGone:
-        return left()
     finally:
         close()
     return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
-
-
-def left() -> Response:
-    """What a client is answered that has left, for the log."""
-    return Response(status_code=CLIENT_GONE_STATUS)
 
 
 async def built(build: Callable[[], T], num_logprobs: int) -> T:

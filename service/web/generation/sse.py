@@ -11,6 +11,8 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.errors import ClientGone
+
 T = TypeVar("T")
 PAUSE_EVERY = 8
 """Events between two yields to the event loop. Yielding after each would cost one loop iteration per token, and most
@@ -23,10 +25,6 @@ SEPARATORS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "
 
 MARK = "\0text\0"
 """A placeholder for text that changes; see `Form`."""
-
-
-class ClientGone(Exception):
-    """The client has closed the connection."""
 
 
 def event(body: BaseModel, name: str = "") -> bytes:

@@ -14,9 +14,8 @@ from service.engine.api import FinishReason
 from service.telemetry.metrics import NO_VARIANT
 from service.text.protocols import TokenizerLike
 from service.web.failures import CountedRoute
-from service.web.generation.reply import answered, left, streamed
+from service.web.generation.reply import answered, streamed
 from service.web.generation.run import Piece, Run
-from service.web.generation.sse import ClientGone
 from service.web.generation.tool_use import end_of, whole
 from service.web.openai.answers import (
     AssistantMessage,
@@ -56,10 +55,7 @@ async def chat(body: ChatRequest, http: HTTPRequest) -> Response:
         variant = serving.models.variant_of(body.model)
     id_ = f"chatcmpl-{uuid4().hex}"
     with serving.metrics.counting_refusals(variant):
-        try:
-            plan = await chat_plans(id_, body, variant, serving, http.state.received_s, receive=http.receive)
-        except ClientGone:
-            return left()
+        plan = await chat_plans(id_, body, variant, serving, http.state.received_s, receive=http.receive)
     head = head_of(id_, "chat.completion.chunk" if body.stream else "chat.completion", variant, serving.models)
     choices = Choices(plan.plans, serving)
     dialect = _Dialect(head, choices.runs, plan, shows_logprobs=body.logprobs, tokenizer=serving.tokenizer)

@@ -14,9 +14,8 @@ from service.engine.api import FinishReason
 from service.telemetry.metrics import NO_VARIANT
 from service.text.protocols import TokenizerLike
 from service.web.failures import CountedRoute
-from service.web.generation.reply import answered, left, streamed
+from service.web.generation.reply import answered, streamed
 from service.web.generation.run import Run
-from service.web.generation.sse import ClientGone
 from service.web.openai.answers import Completion, CompletionChoice, CompletionLogprobs, OpenAIUsage
 from service.web.openai.choices import Choices, New, Reply, head_of
 from service.web.openai.logprobs import TextLogprobs, joined
@@ -45,12 +44,9 @@ async def complete(body: CompletionRequest, http: HTTPRequest) -> Response:
         variant = serving.models.variant_of(body.model)
     id_ = f"cmpl-{uuid4().hex}"
     with serving.metrics.counting_refusals(variant):
-        try:
-            prompts, plans = await completion_plans(
-                id_, body, variant, serving, http.state.received_s, receive=http.receive
-            )
-        except ClientGone:
-            return left()
+        prompts, plans = await completion_plans(
+            id_, body, variant, serving, http.state.received_s, receive=http.receive
+        )
     head = head_of(id_, "text_completion", variant, serving.models)
     choices = Choices(plans, serving)
     texts = [

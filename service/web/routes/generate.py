@@ -34,9 +34,9 @@ from service.web.generation.planning import (
     sampling_params,
     text_ids,
 )
-from service.web.generation.reply import answered, built, left, streamed
+from service.web.generation.reply import answered, built, streamed
 from service.web.generation.run import Piece, Plan, Run
-from service.web.generation.sse import MARK, ClientGone, Form
+from service.web.generation.sse import MARK, Form
 from service.web.generation.tool_use import (
     Answering,
     Told,
@@ -74,10 +74,7 @@ async def generate(body: GenerateRequest, http: HTTPRequest) -> Response:
     serving = serving_of(http)
     variant = serving.default_variant if body.variant is None else body.variant
     with serving.metrics.counting_refusals(variant if variant in serving.engines else NO_VARIANT):
-        try:
-            use, plan = await make_plan(body, variant, serving, http.state.received_s, http.receive)
-        except ClientGone:
-            return left()
+        use, plan = await make_plan(body, variant, serving, http.state.received_s, http.receive)
     job = Job(plan, use, body.compare, serving)
     if body.stream:
         return streamed(job.events, http, job.close)

@@ -8,9 +8,11 @@ import httpx
 import pytest
 from starlette.types import Message
 
+from service.text.tools.hermes import HERMES
+from service.web.generation import compiling
 from service.web.generation.sse import EventStream
 from tests.service.kinds import Samples
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import ByteTokenizer, FakeEngine
 from tests.support.harness import DEADLINE_S, app_of, metrics_of, server_of, total, two_engines, until
 from tests.support.raw_client import leave_raw, open_raw
 
@@ -139,3 +141,51 @@ def test_events_that_piled_up_stop_at_a_disconnect() -> None:
     asyncio.run(stream({"type": "http"}, receive, send))
     assert len(sent) < 5000
     assert closed == [True]
+
+
+HELD: dict[str, dict[str, object]] = {
+    "/generate": {
+        "messages": USER,
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "tool_choice": "required",
+    },
+    "/v1/completions": {"prompt": "a", "guided_regex": "a"},
+    "/v1/chat/completions": {"messages": USER, "response_format": {"type": "json_object"}},
+    "/v1/responses": {"input": "a", "text": {"format": {"type": "json_object"}}},
+    "/v1/messages": {
+        "messages": USER,
+        "max_tokens": 9,
+        "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+    },
+}
+
+
+@pytest.mark.parametrize("path", HELD)
+def test_a_client_that_leaves_while_its_grammar_is_compiled_is_no_fault(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    events: list[str] = []
+
+    async def compile_for_ever(*_: object) -> None:
+        events.append("begun")
+        try:
+            await asyncio.sleep(DEADLINE_S)
+        finally:
+            events.append("ended")
+
+    monkeypatch.setattr(compiling, "_compile", compile_for_ever)
+
+    async def go() -> Samples:
+        app = app_of(two_engines(), tokenizer=ByteTokenizer(HERMES))
+        async with server_of(app) as port:
+            _, writer = await open_raw(port, HELD[path], path)
+            await until(lambda: bool(events))
+            await leave_raw(writer)
+            await until(lambda: events == ["begun", "ended"])
+            await until(lambda: app.state.serving.traffic.num_active == 0)
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                return await metrics_of(client)
+
+    samples = asyncio.run(go())
+    assert total(samples, "ottava_requests_total") == 0
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
