@@ -64,7 +64,8 @@ def main() -> None:
     }
     rows = kept_rows(args.out, certificate)
     known = {row["scheme"] for row in rows}
-    missing = [scheme for scheme in map(parse, args.schemes.split(",")) if scheme.label not in known]
+    schemes = [parse(spec, source) for spec in args.schemes.split(",")]
+    missing = [scheme for scheme in schemes if scheme.label not in known]
     for row in measured(source, missing, texts, settings, dtype, device):
         rows.append(row)
         write(args.out, certificate, rows)

@@ -37,6 +37,7 @@ from service.models.devices import pick_device, pick_dtype
 from service.settings import Settings, load_settings
 from service.store.calibration import Calibration, text_windows
 from service.store.resolve import resolve_model
+from service.store.sink import with_sink
 from service.tools.evaluate.evaluation import in_storages
 from service.tools.evaluate.plot import draw
 from service.tools.evaluate.quality import Row, measure_quality
@@ -65,7 +66,7 @@ def main() -> None:
         "questions per subject": args.questions,
         "tokens_per_s": SPEED_OF,
     }
-    schemes = in_storages([parse(spec) for spec in args.schemes.split(",")], ("float", "int8"))
+    schemes = in_storages([parse(spec, plain) for spec in args.schemes.split(",")], ("float", "int8"))
     questions = load_mmlu(settings.cache_dir, args.questions) if args.questions else []
     rows = kept_rows(args.out, certificate)
     with tempfile.TemporaryDirectory(dir=settings.cache_dir) as scratch:
@@ -85,13 +86,16 @@ def main() -> None:
         draw(found, plot, f"SmolLM2-135M-Instruct, {model}, {certificate['device']}, {certificate['dtype']}")
 
 
-def parse(spec: str) -> Scheme:
-    """The scheme of "preset[:alpha][+rounding]"."""
-    base, _, rounding = spec.strip().partition("+")
+def parse(spec: str, source: Path) -> Scheme:
+    """The scheme of "preset[:alpha][+rounding][+sink]" for a float model."""
+    base, *words = spec.strip().split("+")
     name, _, alpha = base.partition(":")
-    # A word that is no rounding is refused there.
-    chosen = cast("Rounding | None", rounding or None)
-    return Scheme.preset(name, float(alpha) if alpha else None).with_rounding(chosen)
+    scheme = Scheme.preset(name, float(alpha) if alpha else None)
+    for word in words:
+        # A word that is no rounding is refused there.
+        rounded = scheme.with_rounding(cast("Rounding", word)) if word != "sink" else None
+        scheme = rounded or with_sink(source, scheme, "on")
+    return scheme
 
 
 def kept_rows(out: Path, certificate: dict[str, Any]) -> Rows:

@@ -31,12 +31,14 @@ def rope_and_cache(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys by their positions, write keys and values into the cache. See reference.rope_and_cache.
 
     Raises:
-        ValueError: qkv's width is not (H + 2G) D, H is not a multiple of G, block_size is not a power of two, a
-            cache's heads are not contiguous, or only one of the two weights is given.
+        ValueError: qkv's or sink's width is not (H + 2G) D, sink has another dtype or is not contiguous, H is not a
+            multiple of G, block_size is not a power of two, a cache's heads are not contiguous, or only one of the two
+            weights is given.
     """
     if (q_weight is None) != (k_weight is None):
         raise ValueError("queries and keys are normed both or neither: give q_weight and k_weight, or none")
@@ -47,21 +49,27 @@ def rope_and_cache(
         raise ValueError(
             f"qkv has {qkv.shape[1]} columns; {all_heads} heads of {head_size} need {all_heads * head_size}"
         )
+    if sink is not None and (sink.shape[1:], sink.dtype, sink.is_contiguous()) != (qkv.shape[1:], qkv.dtype, True):
+        raise ValueError(
+            f"sink is {list(sink.shape)} {sink.dtype}; give contiguous rows like those of qkv, {qkv.shape[1]} columns "
+            f"of {qkv.dtype}"
+        )
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     q = torch.empty((T, num_heads, head_size), dtype=qkv.dtype, device=qkv.device)
     layout = paged_layout(num_heads, k_cache, v_cache)
-    plan = _plan(layout, num_kv_heads, cos_sin.shape[1], starts_early(q.device, T))
+    num_sinks = 0 if sink is None else len(sink)
+    plan = _plan(layout, num_kv_heads, cos_sin.shape[1], num_sinks, starts_early(q.device, T))
     plan.launch(
         (T, cdiv(all_heads, HEADS_PER_PROGRAM), 1), qkv, positions, slots, cos_sin, q, codes_of(k_cache),
-        codes_of(v_cache), scale_of(k_cache), scale_of(v_cache), q_weight, k_weight, qkv.stride(0), eps,
+        codes_of(v_cache), scale_of(k_cache), scale_of(v_cache), q_weight, k_weight, sink, qkv.stride(0), eps,
     )  # fmt: skip
     return q
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _plan(layout: Layout, num_kv_heads: int, rotated: int, is_early: bool) -> Plan:
+def _plan(layout: Layout, num_kv_heads: int, rotated: int, num_sinks: int, is_early: bool) -> Plan:
     return Plan(
-        _rope_and_cache_kernel, G=num_kv_heads, R=rotated, LAYOUT=layout, HEADS=HEADS_PER_PROGRAM,
+        _rope_and_cache_kernel, G=num_kv_heads, R=rotated, SINKS=num_sinks, LAYOUT=layout, HEADS=HEADS_PER_PROGRAM,
         DEPENDENT=is_early, launch_pdl=is_early,
     )  # fmt: skip
 
@@ -102,10 +110,12 @@ def _rope_and_cache_kernel(
     v_scale_ptr,
     q_weight_ptr,
     k_weight_ptr,
+    sink_ptr,
     stride_qkv,
     eps,
     G: tl.constexpr,
     R: tl.constexpr,
+    SINKS: tl.constexpr,
     LAYOUT: tl.constexpr,
     HEADS: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -131,12 +141,15 @@ def _rope_and_cache_kernel(
     is_low, is_turned = columns < R // 2, columns < R
     partners = tl.where(is_low, columns + R // 2, columns - R // 2)
     angles = tl.where(is_low, columns, columns - R // 2)
-    cos_sin_ptr += tl.load(positions_ptr + token).to(tl.int64) * R
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    cos_sin_ptr += position * R
     cos = tl.load(cos_sin_ptr + angles, mask=is_turned, other=1.0)
     sin = tl.load(cos_sin_ptr + R // 2 + angles, mask=is_turned, other=0.0)
     sin = tl.where(is_low, -sin, sin)
 
     row_ptr = qkv_ptr + token * stride_qkv
+    if sink_ptr is not None:
+        row_ptr = tl.where(position < SINKS, sink_ptr + position * (H + 2 * G) * D, row_ptr)
     x = tl.load(row_ptr + at, mask=is_here, other=0.0)
     turns = is_here & is_turned[None, :] & (heads < H + G)
     partner = tl.load(row_ptr + heads * D + partners[None, :], mask=turns, other=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
@@ -67,6 +67,8 @@ class Scheme:
         head: the product with the vocabulary: "float", or "int8" (weights with one scale per output, rounded to nearest
             when they are loaded, activations with one per row).
         rounding: of weights, "nearest" or "gptq".
+        sink: tokens that every text begins with, for which the float model's keys and values stand in; see
+            `quant.checkpoint.sink`.
         group_size: inputs that share a scale, a power of two from 32, with weight "group"; None otherwise.
         is_distilled: whether each layer's weights are trained towards the float layer's output before they are rounded.
 
@@ -89,6 +91,7 @@ class Scheme:
     rounding: Rounding = "nearest"
     group_size: int | None = None
     is_distilled: bool = False
+    sink: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _require("weight", self.weight, _WEIGHTS)
@@ -103,6 +106,9 @@ class Scheme:
             )
         if not self.is_int8:
             self._refuse_int8_knobs()
+        wrong = next((token for token in self.sink if type(token) is not int or token < 0), None)
+        if wrong is not None:
+            raise InvalidScheme(f"sink = {list(self.sink)!r}: {wrong!r} is no token id; give numbers from 0")
         self._check_smoothing()
         self._check_group_size()
         self._check_outliers()
@@ -123,6 +129,7 @@ class Scheme:
             "outliers": (self.outliers, None),
             "rounding": (self.rounding, "nearest"),
             "is_distilled": (self.is_distilled, False),
+            "sink": (self.sink, ()),
         }
         for knob, (value, unset) in knobs.items():
             if value != unset:
@@ -203,6 +210,14 @@ class Scheme:
         """The same scheme with another storage of the head, if the scheme is int8."""
         return replace(self, head=head) if self.is_int8 else self
 
+    def with_sink(self, token_ids: Sequence[int]) -> Scheme:
+        """The same scheme with these tokens as its sink, if the scheme is int8.
+
+        Raises:
+            InvalidScheme: one of them is no token id.
+        """
+        return replace(self, sink=tuple(token_ids)) if self.is_int8 else self
+
     def with_rounding(self, rounding: Rounding | None) -> Scheme:
         """The same scheme with another rounding of weights, if one is given and the scheme is int8.
 
@@ -240,11 +255,18 @@ class Scheme:
             extras.append("not smoothed" if self.smoothing is None else f"alpha {_alpha_text(self.smoothing)}")
         if self.rounding != preset.rounding:
             extras.append(self.rounding)
+        if self.sink:
+            extras.append("sink")
         if self.kv == "int8":
             extras.append("int8 KV")
         if self.head == "int8":
             extras.append("int8 head")
         return ", ".join([self.name, *extras])
+
+    @property
+    def shares_activation_scales(self) -> bool:
+        """Whether tokens share a scale, so that the largest values of one are the scale of all."""
+        return self.activation in ("static", "tensor")
 
     @property
     def needs_calibration(self) -> bool:
@@ -259,6 +281,8 @@ class Scheme:
             return "vLLM has no loader for activations with one scale per step"
         if self.weight == "group":
             return "vLLM has no loader for int8 weights with scales per group"
+        if self.sink:
+            return "others compute the first token of a text in int8, for which its scales are too narrow"
         if self.outliers is not None:
             return "others serve it as rtn-token: the format has no place for columns in float"
         return None
@@ -274,6 +298,8 @@ class Scheme:
             parts.append("each layer distilled from its float original")
         if self.rounding != "nearest":
             parts.append(_ROUNDING[self.rounding])
+        if self.sink:
+            parts.append("the first tokens of every text in float")
         if self.kv != "float":
             parts.append(_KV[self.kv])
         if self.head != "float":

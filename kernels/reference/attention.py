@@ -31,6 +31,7 @@ def rope_and_cache(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys by their positions; write keys and values into the paged cache.
 
@@ -50,6 +51,7 @@ def rope_and_cache(
         num_heads: H.
         q_weight, k_weight: [D] float, of the norms of queries and keys; both or neither.
         eps: added to the mean square.
+        sink: [S, (H + 2G) D] in qkv's dtype: row p stands in for the row of qkv of every token at position p < S.
 
     Returns:
         q [T, H, D] in qkv's dtype, rotated.
@@ -58,6 +60,8 @@ def rope_and_cache(
     (arXiv 2309.06180); norms of queries and keys: arXiv 2302.05442, section 2.
     """
     num_kv_heads, head_size = (k_cache.codes if isinstance(k_cache, Quantized) else k_cache).shape[-2:]
+    if sink is not None:
+        qkv = torch.where((positions < len(sink))[:, None], sink[positions.clamp(max=len(sink) - 1)], qkv)
     qkv = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_size)
     heads = qkv[:, : num_heads + num_kv_heads].float()
     if q_weight is not None and k_weight is not None:

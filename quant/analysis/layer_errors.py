@@ -77,7 +77,7 @@ def linear_errors(
         source: folder of the float model.
         quantized: the int8 checkpoint made of it, opened in float32 on the device to compute on.
         groups: what the scheme smooths; empty if it does not.
-        windows: [n, L] int64 token ids.
+        windows: [n, L] int64 token ids; if the checkpoint has a sink, they begin with it, and its tokens do not count.
         on_progress: called after each layer with (done, total).
 
     Raises:
@@ -94,7 +94,7 @@ def linear_errors(
         inside = [group for group in groups if group.source.startswith(f"{prefix}.")]
         smoothing = _smoothing(inside, TensorFiles(source), quantized, linears, int8)
         sums |= {name: _Sums() for name in linears}
-        with _watched(linears, int8, smoothing, sums):
+        with _watched(linears, int8, smoothing, sums, num_skipped=len(quantized.sink_ids)):
             hidden = [stream.run(index, layer, window) for window in hidden]
         stream.drop(index)
         if on_progress is not None:
@@ -177,11 +177,13 @@ def _watched(
     int8: Mapping[str, FloatLinear | Int8Linear],
     smoothing: _Smoothing,
     sums: Mapping[str, _Sums],
+    num_skipped: int,
 ) -> Iterator[None]:
-    """While the context lasts, every call of a Linear adds to its sums."""
+    """While the context lasts, every call of a Linear adds to its sums, all tokens of its window but the first ones."""
 
     def watch(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        x, y = args[0].flatten(0, -2), output.flatten(0, -2)
+        # What experts read is no window, and models with experts have no sink.
+        x, y = ((t[:, num_skipped:] if num_skipped else t).flatten(0, -2) for t in (args[0], output))
         if name in smoothing.read:
             x = x[:, smoothing.read[name]]
         if name in smoothing.written:

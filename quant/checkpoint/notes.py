@@ -10,6 +10,7 @@ from typing import Any
 
 from quant import __version__
 from quant.checkpoint.targets import Quantization
+from quant.errors import InvalidScheme
 from quant.scheme import Scheme
 
 NOTES_NAME = "ottava.json"
@@ -27,7 +28,19 @@ def notes_of(scheme: Scheme) -> dict[str, Any]:
         "rounding": scheme.rounding,
         "group_size": scheme.group_size,
         "is_distilled": scheme.is_distilled,
+        "sink": list(scheme.sink),
     }
+
+
+def _token_ids(noted: Any) -> tuple[int, ...]:
+    """The tokens of a sink.
+
+    Raises:
+        InvalidScheme: it is no list.
+    """
+    if not isinstance(noted, list):
+        raise InvalidScheme(f"sink = {noted!r} is not served; give a list of token ids")
+    return tuple(noted)
 
 
 def schemes_of(quantization: Quantization | None, notes: dict[str, Any]) -> tuple[Scheme, ...]:
@@ -48,6 +61,7 @@ def schemes_of(quantization: Quantization | None, notes: dict[str, Any]) -> tupl
             rounding=notes.get("rounding", "nearest"),
             group_size=linear_format.group_size,
             is_distilled=notes.get("is_distilled", False),
+            sink=_token_ids(notes.get("sink", [])),
         )
         for linear_format in (quantization.formats if quantization is not None else ())
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from quant.checkpoint.compressed_tensors import parse
 from quant.checkpoint.notes import NOTES_NAME, schemes_of
 from quant.checkpoint.safetensors_files import TensorFiles, cast, read_json
+from quant.checkpoint.sink import Sink
 from quant.checkpoint.targets import LinearFormat, Quantization
 from quant.errors import CheckpointError, InvalidScheme
 from quant.linear import FloatLinear, InputCodes, Int8Linear
@@ -91,6 +92,20 @@ class Checkpoint:
     def scheme_name(self) -> str | None:
         """The names of its schemes; None for a float model."""
         return " + ".join(dict.fromkeys(scheme.name for scheme in self.schemes)) or None
+
+    @property
+    def sink_ids(self) -> tuple[int, ...]:
+        """The tokens that every text begins with; none if it was not quantized with such ones."""
+        return self.schemes[0].sink if self.schemes else ()
+
+    def sink(self) -> Sink | None:
+        """What those tokens are in the float model.
+
+        Raises:
+            CheckpointError: their file is missing or damaged.
+        """
+        ids = self.sink_ids
+        return Sink.load(self.folder, ids, self.dtype, self.device) if ids else None
 
     @property
     def kv(self) -> KVStorage:

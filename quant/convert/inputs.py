@@ -60,6 +60,7 @@ def gather(
     *,
     has_gram: bool,
     seed: int,
+    num_skipped: int = 0,
 ) -> tuple[list[Tensor], dict[str, Inputs]]:
     """Run a layer on all windows and gather the inputs of its Linears.
 
@@ -68,6 +69,8 @@ def gather(
         run: the layer.
         windows: hidden states [1, L, hidden] that enter it, one or more.
         has_gram: whether X^T X is summed.
+        num_skipped: tokens at the start of each window whose inputs are not gathered; their Linears must read whole
+            windows.
         seed: of the choice of rows; the same for each Linear, so that readers of one activation keep the same rows.
 
     Returns:
@@ -76,8 +79,8 @@ def gather(
     is_held_out = [_is_held_out(index, len(windows)) for index in range(len(windows))]
     num_tokens = [0, 0]
     for window, held in zip(windows, is_held_out, strict=True):
-        num_tokens[held] += window.shape[1]
-    taps = {name: _Tap(num_tokens, has_gram=has_gram, seed=seed) for name in linears}
+        num_tokens[held] += window.shape[1] - num_skipped
+    taps = {name: _Tap(num_tokens, has_gram=has_gram, seed=seed, num_skipped=num_skipped) for name in linears}
     outputs = []
     with _hooked(linears, taps):
         for window, held in zip(windows, is_held_out, strict=True):
@@ -122,15 +125,17 @@ class _Tap:
         num_tokens: of the windows that are fitted to, and of those held out.
     """
 
-    def __init__(self, num_tokens: Sequence[int], *, has_gram: bool, seed: int) -> None:
+    def __init__(self, num_tokens: Sequence[int], *, has_gram: bool, seed: int, num_skipped: int) -> None:
         self.is_held_out = False
+        self._num_skipped = num_skipped
         self._kinds = [_Gathered(min(1.0, SAMPLED_ROWS / max(1, number))) for number in num_tokens]
         self._has_gram = has_gram
         self._gram: Tensor | None = None
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach().flatten(0, -2).float()
+        x = args[0].detach()
+        x = (x[..., self._num_skipped :, :] if self._num_skipped else x).flatten(0, -2).float()
         kind = self._kinds[self.is_held_out]
         num_rows = max(1, round(kind.share * len(x)))
         chosen = torch.randperm(len(x), generator=self._generator)[:num_rows].sort().values

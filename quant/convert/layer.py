@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,11 @@ class Recipe:
     linear_names: the Linears to quantize; every other matrix stays float, as lm_head does.
     groups: what to smooth, if the scheme smooths.
     dtype: float16, bfloat16 or float32; of norms, embeddings, biases and stored scales.
-    windows: [n, L] int64 token ids to calibrate on; None where the scheme needs no calibration.
+    windows: [n, L] int64 token ids to calibrate on, which begin with the scheme's sink; None where the scheme needs no
+        calibration.
     device: where layers are computed.
     seed: of the choice of tokens that smoothing and ranges are judged by.
+    qkv_names: of each layer, the Linears of queries, keys and values, in the order of `Sink.qkv`; for a sink alone.
     """
 
     scheme: Scheme
@@ -42,15 +45,18 @@ class Recipe:
     windows: Tensor | None = None
     device: torch.device | str = "cpu"
     seed: int = 0
+    qkv_names: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
-    """A finished layer: its tensors by checkpoint name, the choices made, and the float layer's outputs."""
+    """A finished layer: its tensors by checkpoint name, the choices made, the float layer's outputs, and the sink's row
+    of `Sink.qkv` if there is one."""
 
     tensors: dict[str, Tensor]
     notes: dict[str, Any]
     hidden: list[Tensor]
+    sink: Tensor | None
 
 
 class LayerQuantizer:
@@ -82,27 +88,34 @@ class LayerQuantizer:
         """Do all steps of the scheme.
 
         Args:
-            windows: hidden states [1, L, hidden] that enter the layer; none if the scheme needs no calibration.
+            windows: hidden states [1, L, hidden] that enter the layer; none if the scheme needs no calibration and has
+                no sink.
 
         Raises:
             Unquantizable: a weight or an activation is not finite, or a Linear whose range is needed never ran.
         """
         scheme, hidden, inputs = self.recipe.scheme, list[Tensor](), dict[str, Inputs]()
-        if windows:
+        if windows and scheme.needs_calibration:
             hidden, inputs = self._measure(windows)
+        elif windows:
+            hidden = [self._run(window) for window in windows]
         if scheme.smoothing is not None:
             self._smooth(inputs)
+        sink = self._sink(windows[0]) if scheme.sink else None
         if scheme.is_distilled:
             self._distill(windows, hidden)
         ranges = self._ranges(inputs)
         int8 = {name: self._rounded(name, inputs.get(name), ranges.get(name, FULL_RANGES)) for name in self.linears}
         self.notes["error"] = self._error(int8, windows, hidden)
-        return QuantizedLayer(self._stored(int8), self.notes, hidden)
+        return QuantizedLayer(self._stored(int8), self.notes, hidden, sink)
 
     def _measure(self, windows: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Inputs]]:
         """The float layer's outputs, and the inputs of its Linears."""
         has_gram = self.recipe.scheme.rounding == "gptq"
-        hidden, inputs = gather(self.linears, self._run, windows, has_gram=has_gram, seed=self.recipe.seed)
+        num_sinks = len(self.recipe.scheme.sink)
+        hidden, inputs = gather(
+            self.linears, self._run, windows, has_gram=has_gram, seed=self.recipe.seed, num_skipped=num_sinks
+        )
         for name, read in inputs.items():
             if not bool(read.channels.absmax.isfinite().all()):
                 raise Unquantizable(f"the input of {name} is NaN or infinite over the calibration windows")
@@ -116,6 +129,22 @@ class LayerQuantizer:
         if splits:
             self.notes["splits"] = splits
         self._put_back()
+
+    def _sink(self, window: Tensor) -> Tensor:
+        """What the smoothed float Linears of queries, keys and values give for the sink: [S, (H + 2G) D]."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            found[name] = output[0, : len(self.recipe.scheme.sink)].clone()
+
+        names = self.recipe.qkv_names[self.index]
+        handles = [self.linears[name].register_forward_hook(partial(keep, name)) for name in names]
+        try:
+            self._run(window)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat([found[name] for name in names], dim=1).cpu()
 
     def _put_back(self) -> None:
         """Load `state` into the module."""
@@ -131,7 +160,13 @@ class LayerQuantizer:
             weight, bias = self.state[f"{name}.weight"], self.state.get(f"{name}.bias")
             students[name] = Student(weight, bias, scheme=self.recipe.scheme, scale_dtype=self.recipe.dtype)
             self._replace(name, students[name])
-        losses = distill(list(students.values()), self._run, windows, targets)
+        num_sinks = len(self.recipe.scheme.sink)
+        losses = distill(
+            list(students.values()),
+            lambda hidden: self._run(hidden)[:, num_sinks:],
+            windows,
+            [target[:, num_sinks:] for target in targets],
+        )
         self.notes["distillation"] = dict(zip(("before", "after"), losses, strict=True))
         for name, student in students.items():
             self.state[f"{name}.weight"] = student.weight.data
@@ -170,11 +205,12 @@ class LayerQuantizer:
             raise Unquantizable(f"{name}.weight cannot be quantized: {error}") from error
 
     def _error(self, int8: dict[str, Int8Tensors], windows: Sequence[Tensor], hidden: Sequence[Tensor]) -> float:
-        """The relative error of the int8 layer's output on the first window, the mean over tokens.
+        """The relative error of the int8 layer's output on the first window, the mean over tokens but the sink's.
 
         Without windows it is the mean relative error of the weights.
         """
-        if not windows:
+        num_sinks = len(self.recipe.scheme.sink)
+        if not windows or windows[0].shape[1] == num_sinks:
             off = [
                 float((dequantize(t.codes, t.scale) - weight).norm() / weight.norm().clamp_min(1e-30))
                 for t, weight in ((tensors, self.state[f"{name}.weight"]) for name, tensors in int8.items())
@@ -183,7 +219,8 @@ class LayerQuantizer:
         for name, tensors in int8.items():
             linear = tensors.linear(self.recipe.scheme, self.state.get(f"{name}.bias"))
             self._replace(name, Int8Module(linear))
-        off_by = (self._run(windows[0]) - hidden[0]).norm(dim=-1) / hidden[0].norm(dim=-1).clamp_min(1e-30)
+        exact = hidden[0][:, num_sinks:]
+        off_by = (self._run(windows[0])[:, num_sinks:] - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-30)
         return float(off_by.mean())
 
     def _stored(self, int8: dict[str, Int8Tensors]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from quant.checkpoint.compressed_tensors import parse, render
 from quant.checkpoint.notes import NOTES_NAME, notes_of
 from quant.checkpoint.safetensors_files import ShardWriter, TensorFiles, cast, read_json
 from quant.checkpoint.sha256sums import write_sums
+from quant.checkpoint.sink import SINK_NAME, Sink
 from quant.convert.decoder_layers import LayerStream, has_own_head
 from quant.convert.layer import LayerQuantizer, Recipe
 from quant.convert.resume import PartFolder
@@ -82,6 +83,8 @@ def quantize_checkpoint(
         _quantize_layers(stream, part, recipe, on_progress)
         with part.whole() as folder:
             _write_rest(source, folder, part, recipe.dtype)
+            if recipe.scheme.sink:
+                _sink_of(part, recipe).save(folder, recipe.dtype)
             _write_json(folder / "config.json", _int8_config(config, recipe.scheme, ignored, recipe.dtype))
             _write_json(folder / NOTES_NAME, {**notes_of(recipe.scheme), **_layer_notes(part.notes), **notes})
             _copy_companions(source, folder)
@@ -108,6 +111,9 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"scheme {scheme.name!r} smooths and no groups say what; name them, or set smoothing to None")
     if scheme.needs_calibration and recipe.windows is None:
         raise ValueError(f"scheme {scheme.name!r} is calibrated and no windows say on what; give calibration windows")
+    sink = scheme.sink
+    if sink and recipe.windows is not None and not (recipe.windows[:, : len(sink)] == torch.tensor(sink)).all():
+        raise ValueError(f"a window does not begin with the sink's tokens {list(sink)}; put them in front of all")
 
 
 def refuse_occupied(out: Path) -> None:
@@ -119,6 +125,8 @@ def refuse_occupied(out: Path) -> None:
 def _quantize_layers(stream: LayerStream, part: PartFolder, recipe: Recipe, on_progress: LayerProgress | None) -> None:
     """Quantize every layer that is not done yet into the part folder."""
     windows = recipe.windows if recipe.scheme.needs_calibration else None
+    if windows is None and recipe.scheme.sink:
+        windows = torch.tensor([recipe.scheme.sink])
     num_layers, num_found = len(stream.prefixes), part.num_done
     hidden: list[Tensor] = []
     if windows is not None and num_found < num_layers:
@@ -130,6 +138,8 @@ def _quantize_layers(stream: LayerStream, part: PartFolder, recipe: Recipe, on_p
         done = LayerQuantizer(stream, index, recipe).quantize(hidden)
         hidden = done.hidden
         tensors = {name: _stored(name, tensor, recipe.dtype) for name, tensor in done.tensors.items()}
+        if done.sink is not None:
+            tensors[SINK_NAME] = done.sink
         part.add(tensors, done.notes, {f"{number:06d}": window for number, window in enumerate(hidden)})
         stream.drop(index)
         if on_progress is not None:
@@ -141,11 +151,19 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(tensor, dtype, name) if tensor.is_floating_point() else tensor
 
 
+def _sink_of(part: PartFolder, recipe: Recipe) -> Sink:
+    """The sink, of what was kept of all layers."""
+    first = next(iter(part.carried().values()))
+    qkv = tuple(layer[SINK_NAME] for layer in part.layers())
+    return Sink(recipe.scheme.sink, qkv, first[0, : len(recipe.scheme.sink)].cpu())
+
+
 def _write_rest(source: Path, folder: Path, part: PartFolder, dtype: torch.dtype) -> None:
     """Write the layers' tensors and then all others."""
     writer = ShardWriter(folder)
     written = set()
     for tensors in part.layers():
+        tensors.pop(SINK_NAME, None)
         written |= set(tensors)
         for name, tensor in tensors.items():
             writer.add(name, tensor)
@@ -159,7 +177,8 @@ def _write_rest(source: Path, folder: Path, part: PartFolder, dtype: torch.dtype
 def _fingerprint(files: TensorFiles, recipe: Recipe, notes: dict[str, Any]) -> str:
     """A digest of everything that determines the bytes that are written."""
     names = sorted(recipe.linear_names)
-    told = (__version__, recipe.scheme, names, recipe.groups, recipe.dtype, recipe.seed, sorted(notes.items()))
+    how = (recipe.scheme, recipe.groups, recipe.dtype, recipe.seed, recipe.qkv_names)
+    told = (__version__, names, how, sorted(notes.items()))
     digest = hashlib.sha256(repr(told).encode())
     if recipe.windows is not None:
         digest.update(recipe.windows.numpy().tobytes())

@@ -32,7 +32,7 @@ else:
 
 
 @takes_settings(
-    "baseline", "alpha", "calibration", "calibration_windows", "dtype", "device", "seed", "cache_dir", "config"
+    "baseline", "alpha", "sink", "calibration", "calibration_windows", "dtype", "device", "seed", "cache_dir", "config"
 )
 def evaluate(
     model: Model = None,
@@ -75,7 +75,7 @@ def evaluate(
         machine.quiet_libraries()
         chosen = load_settings(model=model, kv_cache=None if kv_cache == "both" else kv_cache, **settings)
         # None for all: in a folder that is quantized already there is one, and it cannot be chosen.
-        is_chosen = not (schemes is None and chosen.alpha is None and rounding is None)
+        is_chosen = not (schemes is None and chosen.alpha is None and rounding is None and chosen.sink == "auto")
         names = ",".join(PRESETS) if schemes is None else schemes
         recipes = [scheme_of(name, chosen.alpha, rounding) for name in names.split(",")] if is_chosen else None
         storages: tuple[KVStorage | None, ...] = ("float", "int8") if kv_cache == "both" else (chosen.kv,)

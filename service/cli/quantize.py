@@ -27,15 +27,17 @@ ALONE = "transformers does not load {family} in int8: its Linears there are of a
 if TYPE_CHECKING:
     from service.host import machine
     from service.models import config, devices
-    from service.store import calibration, quantized, resolve
+    from service.store import calibration, quantized, resolve, sink
 else:
     machine, devices = Later("service.host.machine"), Later("service.models.devices")
     config = Later("service.models.config")
     calibration, quantized = Later("service.store.calibration"), Later("service.store.quantized")
-    resolve = Later("service.store.resolve")
+    resolve, sink = Later("service.store.resolve"), Later("service.store.sink")
 
 
-@takes_settings("alpha", "kv_cache", "calibration", "calibration_windows", "seed", "cache_dir", "device", "config")
+@takes_settings(
+    "alpha", "sink", "kv_cache", "calibration", "calibration_windows", "seed", "cache_dir", "device", "config"
+)
 def quantize(
     model: Annotated[str, typer.Argument(help="Model folder or Hugging Face id; `demo` for the demo model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
@@ -60,6 +62,7 @@ def quantize(
             source = resolve.resolve_model(name, chosen.cache_dir, lambda stage: on_progress(stage, 0, 0))
             ranges_from = calibration.Calibration(chosen.calibration, chosen.seed, chosen.calibration_windows)
             device = devices.pick_device(chosen.device)
+            recipe = sink.with_sink(source, recipe, chosen.sink)
             quantized.quantize_model(source, out, recipe, ranges_from, device, on_progress=on_progress)
     typer.echo(f"{out}: {recipe.name}, {recipe.describe()}")
     family = config.ModelConfig.load(source).family

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -222,6 +222,7 @@ class VariantInfo:
     scheme, description, alpha, calibration: how it was quantized; null if the checkpoint does not say.
     checkpoint: name of its folder; null for random weights.
     generation: 1 at start, increased by every reload.   loaded_at: when these weights were loaded, in ISO 8601.
+    sink: tokens that are put in front of every prompt that does not begin with them, and are kept in float.
     self_check_kl: mean KL divergence from the baseline on the prompts of the self-check, in nats; null for the baseline
         itself, without a baseline, and before the check.
     """
@@ -239,6 +240,7 @@ class VariantInfo:
     generation: int
     loaded_at: str
     self_check_kl: float | None = None
+    sink: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class Inbox:
         grammars: compiles the grammars of requests; None if the engine accepts none.
         read_others: returns restarts, weight bytes and KV cache bytes, which the scheduler does not have.
         masks: makes the masks of requests that have a grammar.
+        first_ids: tokens that every prompt must begin with, and else is put behind.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Inbox:
         sink: Sink,
         read_others: Callable[[], tuple[int, int, int]],
         masks: Masks,
+        first_ids: Sequence[int] = (),
     ) -> None:
         self.wake = threading.Condition()
         self.sink = sink
@@ -48,6 +50,7 @@ class Inbox:
         self._grammars = grammars
         self._read_others = read_others
         self._masks = masks
+        self._first_ids = list(first_ids)
         self._arrived: deque[tuple[Command, Grammar | Fault | None]] = deque()
         self._requests: dict[int, Request] = {}
         self._closed: Fault | None = None
@@ -102,7 +105,9 @@ class Inbox:
         """Record in the next news that these requests have started."""
         for request in requests:
             if request.first_scheduled_s is not None:
-                self._scheduled.append((request.handle, request.first_scheduled_s, request.num_cached))
+                # One too many if a token of the sink was added; but equal to that of a variant without a sink.
+                num_cached = min(request.num_cached, len(request.prompt_ids) - request.num_added)
+                self._scheduled.append((request.handle, request.first_scheduled_s, num_cached))
 
     def commit(self, step: Step, results: StepResults) -> None:
         """Apply a step's results to the scheduler and publish them."""
@@ -161,17 +166,24 @@ class Inbox:
             self._ended.append(Ended(command.handle, FinishReason.ABORT, time.perf_counter(), fault))
             return
         assert not isinstance(grammar, Fault)
+        prompt_ids = self.begun(command.prompt_ids)
         request = Request(
             command.request_id,
-            command.prompt_ids,
+            prompt_ids,
             command.params,
             command.arrival_s,
             command.seed,
+            num_added=len(prompt_ids) - len(command.prompt_ids),
             handle=command.handle,
             matcher=None if grammar is None else self._masks.start(grammar, command.params.owner, command.handle),
         )
         self._requests[command.handle] = request
         self._scheduler.add(request)
+
+    def begun(self, prompt_ids: list[int]) -> list[int]:
+        """A prompt as it is computed: it begins with first_ids."""
+        first_ids = self._first_ids
+        return prompt_ids if prompt_ids[: len(first_ids)] == first_ids else first_ids + prompt_ids
 
     def news(self, num_requests: int, took: Sequence[tuple[int, Request]], results: StepResults) -> News:
         """The results of a step as news. The loops over all requests are kept minimal: a step may hold 256."""

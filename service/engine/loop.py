@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import ParamSpec, Protocol, TypeVar
@@ -92,6 +92,7 @@ class EngineLoop:
         runner: runs the steps on the device.
         device_thread: shared by the engines of one device, so that one step runs at a time.
         max_model_len: most tokens of a request.
+        first_ids: tokens that every prompt must begin with, and else is put behind; not counted in max_model_len.
         max_waiting: most requests that may queue.
         dtype: name of the activations' float type.
         weight_bytes: size of the weights, for the metrics.
@@ -108,6 +109,7 @@ class EngineLoop:
         *,
         device_thread: DeviceThread,
         max_model_len: int,
+        first_ids: Sequence[int] = (),
         max_waiting: int = 1024,
         dtype: str = "float32",
         weight_bytes: int = 0,
@@ -136,6 +138,7 @@ class EngineLoop:
             sink=self._deliver,
             read_others=self._read_restarts_and_bytes,
             masks=self._masks,
+            first_ids=first_ids,
         )
         self._client = EngineClient(
             variant,
@@ -209,7 +212,7 @@ class EngineLoop:
     def count_cached(self, prompt_ids: list[int], salt: str) -> int:
         """See `Engine.num_cached`. Thread-safe."""
         with self._wake:
-            return self._scheduler.num_cached(prompt_ids, salt)
+            return min(len(prompt_ids), self._scheduler.num_cached(self._inbox.begun(prompt_ids), salt))
 
     def put(self, command: Command) -> None:
         """Queue a command; its results go to the sink. Thread-safe."""

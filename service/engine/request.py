@@ -24,6 +24,7 @@ class Request:
 
     serial: unlike that of any other request of this process. Whoever has to know later whose a row was keeps this, and
         not the request, which would keep all that it holds.
+    num_added: tokens at the start of prompt_ids that are the model's sink and not the submitter's.
     handle: identifies the request in messages; chosen by the submitter.
     number: its place in the order of arrival.
     rank: its place among the running requests of several API keys; 0 while there is but one key.
@@ -34,10 +35,11 @@ class Request:
     has_drafts: the step in flight checks draft tokens of it.
     num_steps, num_batch_rows: finished steps it took part in, and the sum of the requests in them.
     is_uncounted: the news must send its step counts, since a step after its last token may have yielded none.
-    num_cached: prompt tokens whose keys and values were already in the cache on arrival.
+    num_cached: prompt tokens, those of the sink too, whose keys and values were already in the cache on arrival.
     block_keys: the keys of its first blocks, as far as the pool knows what they hold.
-    prompt_logprobs: if requested, entry i belongs to prompt token i + 1; complete with the first output token.
-    num_scored: entries of prompt_logprobs, including those that steps in flight will add.
+    prompt_logprobs: if requested, entry i belongs to the submitter's prompt token i + 1; complete with the first
+        output token.
+    num_scored: positions of the prompt whose next token is scored, or needs no score, steps in flight included.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Request:
     params: SamplingParams
     arrival_s: float
     seed: int
+    num_added: int = 0
     serial: int = field(default_factory=_serials.__next__)
     handle: int = 0
     number: int = 0
@@ -68,6 +71,9 @@ class Request:
     block_keys: list[int] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     num_scored: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_scored = self.num_added
 
     @property
     def num_tokens(self) -> int:

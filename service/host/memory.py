@@ -72,7 +72,8 @@ def _remedies(decoder: Decoder, settings: Settings, num_tokens: int) -> str:
     """What else makes room, with figures, for a cache whose size follows from the memory of a GPU."""
     if settings.kv_cache_bytes is not None or decoder.embedding.device.type == "cpu":
         return ""
-    told = [f"max_model_len {num_tokens} would fit"] if num_tokens else []
+    num_tokens -= len(decoder.sink_ids)
+    told = [f"max_model_len {num_tokens} would fit"] if num_tokens > 0 else []
     told.append(
         f"steps take {step_bytes(decoder, settings) / 2**20:.0f} MiB, fewer with a lower max_batched_tokens "
         f"({settings.step_tokens('cuda')}) and max_num_requests ({settings.max_num_requests})"

@@ -95,7 +95,7 @@ class ModelHost:
         return HostInfo(
             model=self.name,
             family=first.decoder.config.family,
-            max_model_len=first.decoder.config.max_model_len,
+            max_model_len=min(variant.decoder.max_model_len for variant in self.variants.values()),
             vocab_size=min(decoder.config.vocab_size for decoder in decoders.values()),
             variants={name: describe(variant) for name, variant in self.variants.items()},
             one_token=describe_one_token(decoders, BASELINE, device_name(device)),
@@ -119,7 +119,7 @@ class ModelHost:
     def check(self, name: str, decoder: Decoder) -> float | None:
         """Run the self-check on a decoder that is to serve as this variant; see `self_check.check`."""
         baseline = self.variants.get(BASELINE) if name != BASELINE else None
-        prompts = check_prompts(self.tokenizer, decoder.config.max_model_len)
+        prompts = check_prompts(self.tokenizer, decoder.max_model_len)
         compared = None if baseline is None else self._scorer(BASELINE, baseline.decoder)
         return check(self._scorer(name, decoder), compared, prompts, self.device_thread)
 

@@ -27,7 +27,7 @@ from service.host.self_check import CHECK_PROMPTS
 from service.host.variants import Variant, refuse_drafts, runner_for, variant_notes
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
-from service.models.loader import decoder_of, refuse_unsafe
+from service.models.loader import decoder_of, opened, refuse_unsafe
 from service.models.weights import Linear, Weights
 from service.process import settle
 from service.settings import BASELINE, Settings
@@ -152,10 +152,10 @@ class Reloader:
                 "model",
             )
         served = old.decoder
-        config = ModelConfig.load(folder, served.config.max_model_len)
+        config, checkpoint = opened(folder, served.dtype, old.runner.device, old.engine.max_model_len)
+        _refuse_other_sink(folder, checkpoint.sink_ids, served.sink_ids)
         _refuse_other_architecture(folder, config, served.config)
         self._refuse_other_tokenizer(folder)
-        checkpoint = Checkpoint.open(folder, served.dtype, old.runner.device)
         weights = InTurns(checkpoint, self._host.device_thread)
         decoder = decoder_of(config, checkpoint, self._settings.kv, weights=weights)
         checkpoint.files.refuse_changed()
@@ -221,6 +221,16 @@ def _folder(old: Variant, model: str | None, root: Path | None) -> Path:
             f"`model` is {model[:80]!r}, which is no folder below this server's reload_root; name one that is", "model"
         )
     return folder
+
+
+def _refuse_other_sink(folder: Path, new: tuple[int, ...], old: tuple[int, ...]) -> None:
+    """Raise ReloadFailed if texts begin with other tokens for the new weights: requests that wait have the old ones."""
+    if new != old:
+        raise ReloadFailed(
+            f"{folder} was quantized with the sink {list(new)}, and the served model with {list(old)}; start a server "
+            "for it",
+            "model",
+        )
 
 
 def _refuse_other_architecture(folder: Path, config: ModelConfig, served: ModelConfig) -> None:

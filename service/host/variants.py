@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from quant.checkpoint.notes import NOTES_NAME
 from quant.checkpoint.reader import Checkpoint
+from quant.checkpoint.safetensors_files import read_json
 from quant.scheme import KVStorage, Scheme
 from service.engine.api import VariantInfo
 from service.engine.device.device_thread import DeviceThread
@@ -28,7 +30,7 @@ from service.models.attention import KVCache
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.devices import pick_dtype
-from service.models.loader import decoder_of, refuse_unsafe
+from service.models.loader import decoder_of, opened, refuse_unsafe
 from service.models.random_weights import random_decoder
 from service.models.sharding import ALONE, Ranks
 from service.settings import BASELINE, Settings
@@ -36,6 +38,7 @@ from service.store.calibration import Calibration
 from service.store.progress import Progress, silent
 from service.store.quantized import quantized_folder
 from service.store.resolve import is_quantized, resolve_model
+from service.store.sink import with_sink
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,8 @@ def start_variant(
         ),
         runner,
         device_thread=device_thread,
-        max_model_len=decoder.config.max_model_len,
+        max_model_len=decoder.max_model_len,
+        first_ids=decoder.sink_ids,
         max_waiting=settings.max_waiting,
         dtype=str(decoder.dtype).removeprefix("torch."),
         weight_bytes=decoder.weight_bytes,
@@ -172,7 +176,10 @@ def load_variant(
             kv = settings.kv
         if name == BASELINE:
             folder = _baseline_folder(folder, settings, on_progress)
-        elif not is_quantized(folder):
+        elif is_quantized(folder):
+            refuse_other_sink(folder, settings)
+        else:
+            scheme = with_sink(folder, scheme, settings.sink)
             calibration = Calibration(settings.calibration, settings.seed, settings.calibration_windows)
             folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress=on_progress)
         on_progress(f"loading {name}", 0, 0)
@@ -181,6 +188,20 @@ def load_variant(
         group.load(name, folder, kv)
     ranks = ALONE if group is None else group.ranks
     return load_part(name, folder, kv, settings=settings, device=device, ranks=ranks)
+
+
+def refuse_other_sink(folder: Path, settings: Settings) -> None:
+    """Refuse settings that ask an int8 folder for what it was not made with.
+
+    Raises:
+        InvalidSettings: sink is on and the folder has none, or off and it has one.
+    """
+    has_sink = bool(read_json(folder / NOTES_NAME).get("sink")) if (folder / NOTES_NAME).is_file() else False
+    if settings.sink == ("off" if has_sink else "on"):
+        raise InvalidSettings(
+            f"sink is {settings.sink}, but {folder} was quantized {'with' if has_sink else 'without'} a sink, on which "
+            "its scales depend: leave sink auto, or quantize the float model again"
+        )
 
 
 def load_part(
@@ -198,7 +219,7 @@ def load_part(
         decoder = random_decoder(config, scheme, dtype, device, settings.seed, ranks=ranks)
         notes = {"scheme": scheme.name, "description": scheme.describe(), "calibration": "random weights"}
         return Loaded(decoder, notes, None)
-    checkpoint = Checkpoint.open(folder, dtype, device)
+    config, checkpoint = opened(folder, dtype, device, settings.max_model_len)
     decoder = decoder_of(config, checkpoint, kv, scheme.head, ranks=ranks)
     return Loaded(decoder, variant_notes(checkpoint, decoder, scheme), folder)
 
@@ -244,4 +265,5 @@ def describe(variant: Variant) -> VariantInfo:
         generation=variant.generation,
         loaded_at=variant.loaded_at.isoformat(timespec="seconds"),
         self_check_kl=variant.self_check_kl,
+        sink=list(variant.decoder.sink_ids),
     )

@@ -9,7 +9,9 @@ from torch import Tensor
 
 import kernels
 from kernels import Quantized
+from quant.errors import CheckpointError
 from quant.fused import fuse, take_rows
+from quant.part import taken
 from service.models.config import ModelConfig
 from service.models.sharding import ALONE, Ranks, columns, span
 from service.models.sharding import rows as rows_of
@@ -50,7 +52,9 @@ class KVCache:
 class Attention:
     """o(softmax(q k^T) v) of one layer, with its rotation, head norms, window and soft cap."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, index: int, ranks: Ranks = ALONE, sink: Tensor | None = None
+    ) -> None:
         names, head_size = config.layout.names, config.head_size
         self.num_heads = len(span(config.num_heads, ranks))
         self.scale = config.scale
@@ -58,6 +62,7 @@ class Attention:
         self.soft_cap = config.soft_cap
         self.eps = config.norm_eps
         self.qkv = _qkv(config, weights, index, ranks)
+        self.sink = None if sink is None else _sink(config, sink, ranks)
         self.o = weights.linear(
             f"{names.layer(index)}.{names.o}",
             config.hidden_size,
@@ -92,6 +97,7 @@ class Attention:
             self.q_weight,
             self.k_weight,
             self.eps,
+            self.sink,
         )
         attended = kernels.paged_attention(
             q,
@@ -111,13 +117,9 @@ class Attention:
 
 def _qkv(config: ModelConfig, weights: Weights, index: int, ranks: Ranks) -> Linear:
     """Load one Linear whose rows are all queries, then all keys, then all values, head by head."""
-    family, head_size = config.layout, config.head_size
-    heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-    if family.has_head_major_qkv:
-        # The three of one head stand together, and there are as many key heads as heads.
-        groups, unit = [heads[:1]], 3 * head_size
-    else:
-        groups, unit = ([[num] for num in heads] if len(family.names.qkv) > 1 else [heads]), head_size
+    family = config.layout
+    heads, unit = _stored_heads(config)
+    groups = [[num] for num in heads] if len(family.names.qkv) > 1 else [heads]
     layer = family.names.layer(index)
     qkv = fuse(
         [
@@ -132,6 +134,33 @@ def _qkv(config: ModelConfig, weights: Weights, index: int, ranks: Ranks) -> Lin
             for name, group in zip(family.names.qkv, groups, strict=True)
         ]
     )
-    if not family.has_head_major_qkv:
-        return qkv
-    return take_rows(qkv, torch.arange(qkv.shape[0]).view(-1, 3, head_size).transpose(0, 1).flatten())
+    order = _order(config, qkv.shape[0])
+    return qkv if order is None else take_rows(qkv, order)
+
+
+def _sink(config: ModelConfig, stored: Tensor, ranks: Ranks) -> Tensor:
+    """The rank's queries, keys and values of the sink, from those of the checkpoint [S, (H + 2G) D]."""
+    heads, unit = _stored_heads(config)
+    if stored.shape[1] != sum(heads) * unit:
+        raise CheckpointError(
+            f"the sink has {stored.shape[1]} numbers a token and layer, and the model {sum(heads) * unit}: they do not "
+            "belong together; quantize the float model again"
+        )
+    mine = taken(stored.T, rows_of(ranks, *heads, unit=unit)).T
+    order = _order(config, mine.shape[1])
+    return (mine if order is None else mine[:, order.to(mine.device)]).contiguous()
+
+
+def _stored_heads(config: ModelConfig) -> tuple[list[int], int]:
+    """How queries, keys and values stand in the checkpoint: numbers of units that lie together, and the unit's rows."""
+    if config.layout.has_head_major_qkv:
+        # The three of one head stand together, and there are as many key heads as heads.
+        return [config.num_heads], 3 * config.head_size
+    return [config.num_heads, config.num_kv_heads, config.num_kv_heads], config.head_size
+
+
+def _order(config: ModelConfig, num_rows: int) -> Tensor | None:
+    """Which of the checkpoint's rows to take for all queries, then all keys, then all values; None for all in order."""
+    if not config.layout.has_head_major_qkv:
+        return None
+    return torch.arange(num_rows).view(-1, 3, config.head_size).transpose(0, 1).flatten()

@@ -58,12 +58,13 @@ class ModelConfig:
     local_rope: Tensor | None = field(repr=False, compare=False)
 
     @classmethod
-    def load(cls, folder: Path, max_model_len: int | None = None) -> ModelConfig:
+    def load(cls, folder: Path, max_model_len: int | None = None, num_more: int = 0) -> ModelConfig:
         """Read config.json of a model folder.
 
         Args:
             folder: contains config.json.
             max_model_len: positions to serve; None for as many as the model was made for, at most 8192.
+            num_more: positions beyond those, as far as the model was made for them.
 
         Raises:
             UnsupportedModel: there is no config.json, or the family or one of its features is not served.
@@ -74,10 +75,10 @@ class ModelConfig:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, KeyError, OSError) as error:
             raise UnsupportedModel(f"{folder}/config.json cannot be read: {first_line(error)}") from error
-        return cls.of(config, max_model_len)
+        return cls.of(config, max_model_len, num_more)
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, max_model_len: int | None = None) -> ModelConfig:
+    def of(cls, config: PreTrainedConfig, max_model_len: int | None = None, num_more: int = 0) -> ModelConfig:
         """Convert a Hugging Face configuration. Raises UnsupportedModel as `load`."""
         family = FAMILIES.get(config.model_type)
         if family is None:
@@ -91,7 +92,7 @@ class ModelConfig:
         reason = family.unserved(config)
         if reason is not None:
             raise UnsupportedModel(reason)
-        length = _served_len(config, max_model_len)
+        length = _served_len(config, max_model_len, num_more)
         rope, local_rope = rope_tables(config, head_size, length)
         return cls(
             family=config.model_type,
@@ -142,6 +143,12 @@ def linear_names(config: ModelConfig) -> list[str]:
     return [name for i in layers for name in layer_linears(config.layout, i, config.num_experts(i))]
 
 
+def qkv_names(config: ModelConfig) -> list[tuple[str, ...]]:
+    """Of each layer, the Linears that queries, keys and values come from: one, or three in that order."""
+    names = config.layout.names
+    return [tuple(f"{names.layer(i)}.{name}" for name in names.qkv) for i in range(config.num_layers)]
+
+
 def smooth_groups(config: ModelConfig) -> list[SmoothGroup]:
     """The groups into which smoothing can be folded exactly; see `layer_groups`."""
     is_up_linear = config.layout.is_gated or config.activation == "relu"
@@ -159,11 +166,11 @@ def smooth_groups(config: ModelConfig) -> list[SmoothGroup]:
     ]
 
 
-def _served_len(config: PreTrainedConfig, max_model_len: int | None) -> int:
+def _served_len(config: PreTrainedConfig, max_model_len: int | None, num_more: int) -> int:
     limit = max_positions(config)
     if max_model_len is not None and max_model_len > limit:
         raise UnsupportedModel(f"max_model_len {max_model_len} exceeds the {limit} positions this model was made for")
-    return max_model_len or min(limit, 8192)
+    return min(limit, (max_model_len or min(limit, 8192)) + num_more)
 
 
 def _first(config: PreTrainedConfig, *keys: str) -> Any:

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import Quantized
+from quant.checkpoint.sink import Sink
 from quant.convert.rounding import ScaleRule, quantize_weight
+from quant.errors import CheckpointError
 from quant.linear import FloatLinear, InputCodes, Int8Linear
 from quant.scheme import HeadStorage, KVStorage
 from service.models.attention import Attention, KVCache, Rows
@@ -29,12 +31,14 @@ class Layer:
     last branch's output, and the residual stream without it.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, index: int, ranks: Ranks = ALONE, sink: Tensor | None = None
+    ) -> None:
         names = config.layout.names
         layer = names.layer(index)
         self.ranks = ranks
         self.is_parallel = config.is_parallel
-        self.attention = Attention(config, weights, index, ranks)
+        self.attention = Attention(config, weights, index, ranks, sink)
         self.mlp = load_mlp(config, weights, index, ranks)
         self.attention_norm = Norm.load(
             config, weights, f"{layer}.{names.attention_norm}", self.attention.qkv.input_format
@@ -84,8 +88,10 @@ class Decoder:
         kv: storage type of the KV caches.
         head: storage type of the head; "int8" rounds a float one.
         ranks: the processes that each hold a part of it.
+        sink: the tokens that every text must begin with; what they are in the float model stands in for them.
 
     Raises:
+        CheckpointError: the sink is of another model.
         UnsupportedModel: its heads or columns cannot be divided evenly among the ranks.
     """
 
@@ -95,7 +101,9 @@ class Decoder:
         weights: Weights,
         kv: KVStorage = "float",
         head: HeadStorage = "float",
+        *,
         ranks: Ranks = ALONE,
+        sink: Sink | None = None,
     ) -> None:
         refuse_uneven(config, ranks.size)
         self.config = config
@@ -108,8 +116,19 @@ class Decoder:
         # Rounded to the dtype first, as in the models' training.
         scale = torch.tensor(config.hidden_size**0.5).to(self.embedding.dtype).item()
         self.embedding_scale = scale if family.has_scaled_embedding else None
-        self.layers = [Layer(config, weights, index, ranks) for index in range(config.num_layers)]
+        if sink is not None and (len(sink.qkv), sink.hidden.shape[1]) != (config.num_layers, config.hidden_size):
+            raise CheckpointError(
+                f"the sink is of {len(sink.qkv)} layers of {sink.hidden.shape[1]} columns, and the model of "
+                f"{config.num_layers} of {config.hidden_size}: they do not belong together; quantize the float model "
+                "again"
+            )
+        self.layers = [
+            Layer(config, weights, index, ranks, None if sink is None else sink.qkv[index])
+            for index in range(config.num_layers)
+        ]
         self.norm = Norm.load(config, weights, names.norm)
+        self.sink_ids = () if sink is None else sink.ids
+        self.sink_hidden = None if sink is None else self._normed(sink.hidden)
         self.is_tied = config.is_tied and not weights.differs(f"{names.head}.weight", f"{names.embedding}.weight")
         if self.is_tied:
             self.head: Linear = FloatLinear(self.embedding, None)
@@ -124,6 +143,11 @@ class Decoder:
         rope = config.rope.to(self.embedding.device)
         local_rope = rope if config.local_rope is None else config.local_rope.to(rope.device)
         self.cos_sin = [rope if window is None else local_rope for window in config.windows]
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a text, if it does not begin with the sink's itself."""
+        return self.config.max_model_len - len(self.sink_ids)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,15 +181,29 @@ class Decoder:
             self.is_tied = False
 
     def __call__(self, token_ids: Tensor, rows: Rows, caches: list[KVCache]) -> Tensor:
-        """Run T tokens through all layers. Returns normed hidden states [T, hidden_size]; writes to the caches."""
+        """Run T tokens through all layers. Returns normed hidden states [T, hidden_size]; writes to the caches.
+
+        Tokens at the first positions are taken for the sink's, if there is one. They pass through the layers as zeros,
+        which widen no scale.
+        """
         x = self._embedded(token_ids)
         if self.embedding_scale is not None:
             x *= self.embedding_scale
+        is_sink = None
+        if self.sink_hidden is not None:
+            is_sink = (rows.positions < len(self.sink_ids))[:, None]
+            x.masked_fill_(is_sink, 0)
         # Learned positions are passed as the residual, which the first norm adds.
         table = self.position_embedding
         residual = None if table is None else F.embedding(rows.positions, table)
         for layer, cos_sin, cache in zip(self.layers, self.cos_sin, caches, strict=True):
             x, residual = layer(x, residual, rows, cos_sin, cache)
+        y = self._normed(x, residual)
+        if is_sink is None or self.sink_hidden is None:
+            return y
+        return torch.where(is_sink, self.sink_hidden[rows.positions.clamp(max=len(self.sink_ids) - 1)], y)
+
+    def _normed(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y, _ = self.norm(x, residual)
         assert isinstance(y, Tensor)
         return y
@@ -227,7 +265,13 @@ def _position_embedding(config: ModelConfig, weights: Weights) -> Tensor | None:
 
 
 def score(decoder: Decoder, token_ids: Tensor) -> Tensor:
-    """Logits [L, V] float32 after each of the L tokens of one text, through the paged path in one chunk."""
+    """Logits [L, V] float32 after each of the L tokens of one text, through the paged path in one chunk.
+
+    A text that does not begin with the decoder's sink is computed behind it.
+    """
+    sink = token_ids.new_tensor(decoder.sink_ids)
+    num_added = 0 if torch.equal(token_ids[: len(sink)], sink) else len(sink)
+    token_ids = torch.cat((sink[:num_added], token_ids))
     length, device = len(token_ids), decoder.embedding.device
     block_size = 16
     num_blocks = -(-length // block_size)
@@ -241,7 +285,7 @@ def score(decoder: Decoder, token_ids: Tensor) -> Tensor:
         is_decode=length == 1,
     )
     caches = decoder.new_caches(num_blocks, block_size)
-    return decoder.logits(decoder(token_ids.to(device), rows, caches))
+    return decoder.logits(decoder(token_ids.to(device), rows, caches)[num_added:])
 
 
 def cache_dtype(decoder: Decoder) -> torch.dtype:

@@ -41,8 +41,21 @@ def load_decoder(
         CheckpointError: a tensor is missing, corrupt, of another shape, quantized in an unsupported way, or left over.
     """
     refuse_unsafe(folder)
+    config, checkpoint = opened(folder, dtype, device, max_model_len)
+    return decoder_of(config, checkpoint, kv)
+
+
+def opened(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, max_model_len: int | None
+) -> tuple[ModelConfig, Checkpoint]:
+    """A folder's configuration and checkpoint. Arguments and errors as of `load_decoder`.
+
+    The configuration has positions for the checkpoint's sink, beside those that are served.
+    """
     config = ModelConfig.load(folder, max_model_len)
-    return decoder_of(config, Checkpoint.open(folder, dtype or config.dtype, device), kv)
+    checkpoint = Checkpoint.open(folder, dtype or config.dtype, device)
+    num_sinks = len(checkpoint.sink_ids)
+    return (ModelConfig.load(folder, max_model_len, num_sinks) if num_sinks else config), checkpoint
 
 
 def decoder_of(
@@ -66,7 +79,9 @@ def decoder_of(
     """
     try:
         with torch.inference_mode():
-            decoder = Decoder(config, weights or checkpoint, kv or checkpoint.kv, head, ranks)
+            decoder = Decoder(
+                config, weights or checkpoint, kv or checkpoint.kv, head, ranks=ranks, sink=checkpoint.sink()
+            )
     except UnlikeLinears as error:
         raise CheckpointError(f"{checkpoint.folder}: {error}") from error
     idle = checkpoint.refuse_unused()

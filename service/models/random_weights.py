@@ -89,4 +89,4 @@ def random_decoder(
     """A decoder with a model's shapes and random weights."""
     weights = RandomWeights(scheme, linear_names(config), dtype, device, seed)
     with torch.inference_mode():
-        return Decoder(config, weights, scheme.kv, scheme.head, ranks)
+        return Decoder(config, weights, scheme.kv, scheme.head, ranks=ranks)

@@ -61,6 +61,12 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="SmoothQuant migration strength: 0 leaves activations unchanged; none: the scheme's own.",
     )
+    sink: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Keep the first token of every text in float, which no scale that tokens share fits; auto: as "
+        "stated by the quantized model, else where tokens share scales and prompts begin with a BOS token; on: they do "
+        "from then on.",
+    )
     calibration: Path | None = Field(
         None, description="Text file for the activation ranges; none: the model writes its own."
     )
@@ -398,6 +404,20 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"kv_cache is 'int8' and variants is {','.join(self.variants)}: the baseline's keys and values stay "
                 "float; add w8a8 to variants, or leave kv_cache auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_a_sink_of_no_scheme(self) -> Self:
+        if self.sink == "on" and "w8a8" not in self.variants:
+            raise ValueError(
+                f"sink is 'on' and variants is {','.join(self.variants)}: the baseline is float throughout; add w8a8 "
+                "to variants, or leave sink auto"
+            )
+        if self.sink == "on" and self.random_weights:
+            raise ValueError(
+                "sink is 'on' and random_weights is true: the first token of random weights is like any other; leave "
+                "sink auto"
             )
         return self
 

@@ -18,11 +18,12 @@ from quant.convert.model import quantize_checkpoint, refuse_occupied
 from quant.errors import InvalidScheme, Unquantizable
 from quant.scheme import Scheme
 from service.errors import UnsupportedModel
-from service.models.config import ModelConfig, linear_names, smooth_groups
+from service.models.config import ModelConfig, linear_names, qkv_names, smooth_groups
 from service.models.loader import load_decoder
 from service.store.calibration import Calibration, calibration_windows
 from service.store.progress import Progress, silent
 from service.store.resolve import is_quantized
+from service.store.sink import behind_sink
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +65,10 @@ def quantize_model(
             Recipe(
                 scheme=scheme,
                 linear_names=tuple(linear_names(config)),
+                qkv_names=tuple(qkv_names(config)),
                 groups=tuple(smooth_groups(config)),
                 dtype=config.dtype,
-                windows=windows,
+                windows=None if windows is None else behind_sink(windows, scheme.sink),
                 device=device,
                 seed=calibration.seed,
             ),

@@ -16,6 +16,7 @@ from benchmarks.mmlu import parse_subject
 from quant.analysis.choices import Question
 from quant.errors import InvalidScheme
 from quant.scheme import PRESETS
+from tests.support.tiny_models import save_tiny_model
 
 SUBJECT = """The following are multiple choice questions (with answers) about sums.
 
@@ -44,19 +45,23 @@ def test_questions_are_taken_from_worked_examples() -> None:
     ]
 
 
-def test_schemes_by_name() -> None:
-    assert quality.parse("w8a8") == PRESETS["w8a8"]
-    assert quality.parse(" w8a8:0.5") == PRESETS["w8a8"].with_alpha(0.5)
-    assert quality.parse("rtn-token+gptq") == PRESETS["rtn-token"].with_rounding("gptq")
+def test_schemes_by_name(tmp_path: Path) -> None:
+    assert quality.parse("w8a8", Path()) == PRESETS["w8a8"]
+    assert quality.parse(" w8a8:0.5", Path()) == PRESETS["w8a8"].with_alpha(0.5)
+    assert quality.parse("rtn-token+gptq", Path()) == PRESETS["rtn-token"].with_rounding("gptq")
+    folder = save_tiny_model(tmp_path / "model")
+    assert quality.parse("w8a8-static+gptq+sink", folder).label == "w8a8-static, gptq, sink"
+    with pytest.raises(InvalidScheme, match="gptqq"):
+        quality.parse("w8a8+gptqq", Path())
     with pytest.raises(InvalidScheme, match="choose one of"):
-        quality.parse("w4a16")
+        quality.parse("w4a16", Path())
     with pytest.raises(InvalidScheme, match="does not smooth"):
-        quality.parse("rtn:0.5")
+        quality.parse("rtn:0.5", Path())
 
 
 def test_every_method_is_in_the_table() -> None:
     assert set(PRESETS) < {spec.partition(":")[0] for spec in quality.SCHEMES} | {"w8a8:0.5"}
-    labels = [quality.parse(spec).label for spec in quality.SCHEMES]
+    labels = [quality.parse(spec, Path()).label for spec in quality.SCHEMES]
     assert len(set(labels)) == len(labels)
 
 

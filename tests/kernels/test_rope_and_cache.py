@@ -43,6 +43,7 @@ class Case:
         self.qkv = place.randn(T, (H + 2 * G) * D + 16)[:, 16:]
         angles = 100 * place.randn(50, R // 2, dtype=torch.float32)
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+        self.sink: Tensor | None = None
         self.weights: tuple[Tensor, ...] = (1 + place.randn(D), 3 + place.randn(D + 1)[1:]) if is_normed else ()
         self.positions = torch.arange(T, dtype=torch.int32, device=place.device) * 7 % 50
         slots = torch.randperm(16 * (T // 16 + 2), generator=torch.Generator().manual_seed(T))[:T]
@@ -66,7 +67,20 @@ class Case:
     def run(self) -> Tensor:
         where = self.positions, self.slots, self.cos_sin, self.k, self.v
         q_weight, k_weight = (*self.weights, None, None)[:2]
-        return rope.rope_and_cache(self.qkv, *where, self.H, q_weight, k_weight, eps=EPS)
+        return rope.rope_and_cache(self.qkv, *where, self.H, q_weight, k_weight, EPS, self.sink)
+
+    def check_with_sink(self, sink: Tensor, given: Tensor | None = None) -> None:
+        """Run with a sink, or with another one that is given, and check as if its rows were in qkv."""
+        exact = self.qkv.clone()
+        for position, row in enumerate(sink):
+            exact[self.positions == position] = row
+            self.qkv[self.positions == position] = 1000.0
+        self.sink = sink if given is None else given
+        q, self.qkv = self.run(), exact
+        if isinstance(self.k, Quantized):
+            self.check_int8(q)
+        else:
+            self.check(q, self.positions)
 
     def turned(self, positions: Tensor) -> Tensor:
         """Queries and keys in float64 as they should leave the op."""
@@ -142,6 +156,30 @@ def test_head_norm_twins_fail(place: Place) -> None:
         case.weights = exact
         with pytest.raises(AssertionError):
             case.check(q, case.positions)
+
+
+def test_rows_of_a_sink_stand_in_for_those_of_its_positions(place: Place) -> None:
+    """At positions 0 and 1, which three of the tokens have; what qkv holds there is not read."""
+    for num_sinks, is_int8, is_normed in ((1, False, False), (2, False, True), (2, True, False), (3, True, True)):
+        case = Case(place, 63, 64, 32, 6, 2, is_int8=is_int8, is_normed=is_normed)
+        assert int((case.positions < 2).sum()) == 3
+        case.check_with_sink(place.randn(num_sinks, case.qkv.shape[1]))
+
+
+def test_sink_twins_fail(place: Place) -> None:
+    sink = place.randn(3, 640)
+    for wrong in (sink[:1], sink.roll(1, 0), sink.roll(64, 1), 1.02 * sink):
+        case = Case(place, 63, 64, 32, 6, 2)
+        with pytest.raises(AssertionError):
+            case.check_with_sink(sink[:2], wrong.contiguous())
+
+
+def test_a_sink_that_does_not_fit_is_named(place: Place) -> None:
+    case = Case(place, 3, 64, 64, 2, 1)
+    for sink in (place.randn(1, 192), place.randn(1, 256, dtype=torch.float64), place.randn(2, 512)[:, ::2]):
+        case.sink = sink
+        with pytest.raises(ValueError, match="contiguous rows like those of qkv, 256 columns"):
+            case.run()
 
 
 def test_only_padding_rows(place: Place) -> None:

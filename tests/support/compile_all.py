@@ -137,7 +137,7 @@ def attentions() -> None:
     for D, H, G in ((256, 8, 4), (128, 32, 16)):
         for is_int8 in (False, True):
             attend(D, H, G, torch.bfloat16, is_int8, window=4096, soft_cap=50.0)
-            attend(D, H, G, torch.bfloat16, is_int8, window=1024, is_normed=True)
+            attend(D, H, G, torch.bfloat16, is_int8, window=1024, is_normed=True, has_sink=True)
     for is_int8 in (False, True):
         attend(128, 32, 8, torch.float32, is_int8)
 
@@ -153,6 +153,7 @@ def attend(
     window: int | None = None,
     soft_cap: float | None = None,
     is_normed: bool = False,
+    has_sink: bool = False,
 ) -> None:
     ints, floats = {"dtype": torch.int32}, {"dtype": torch.float32}
     cache: Any = meta(64, 16, G, D, dtype=torch.int8 if is_int8 else dtype)
@@ -166,7 +167,9 @@ def attend(
         cache,
         cache,
         H,
-        *((meta(D, dtype=dtype), meta(D, dtype=dtype)) if is_normed else ()),
+        q_weight=meta(D, dtype=dtype) if is_normed else None,
+        k_weight=meta(D, dtype=dtype) if is_normed else None,
+        sink=meta(1, (H + 2 * G) * D, dtype=dtype) if has_sink else None,
     )
     for max_blocks in (4, 256) if D == 128 else (256,):
         table, starts, contexts = meta(B, max_blocks, **ints), meta(B + 1, **ints), meta(B, **ints)

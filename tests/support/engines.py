@@ -47,7 +47,8 @@ def make_engine(
         plan,
         runner if wrap is None else wrap(runner),
         device_thread=DeviceThread(),
-        max_model_len=decoder.config.max_model_len,
+        max_model_len=decoder.max_model_len,
+        first_ids=decoder.sink_ids,
         grammars=REGISTRY,
         **kwargs,
     ).start()

@@ -64,7 +64,8 @@ class TokenCounts:
         for request in requests:
             self._owners[request.row] = _owner(request)
             counts[request.row].zero_()
-            held = request.prompt_ids + request.output_ids if self._is_seen else request.output_ids
+            prompt_ids = request.prompt_ids[request.num_added :] if self._is_seen else []
+            held = prompt_ids + request.output_ids
             places += [request.row * self._shape[1] + token_id for token_id in held]
         if not places:
             return

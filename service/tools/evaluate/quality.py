@@ -29,6 +29,7 @@ from service.store.calibration import Calibration, calibration_windows, refuse_b
 from service.store.progress import Progress, silent
 from service.store.quantized import quantize_model
 from service.store.resolve import is_quantized
+from service.store.sink import behind_sink, with_sink
 from service.store.tokenizer import text_tokenizer
 from service.tools.evaluate.speed import decode_tokens_per_s
 
@@ -125,6 +126,8 @@ def measure_quality(
     dtype = pick_dtype(settings.dtype, config, device)
     asked = _encoded(folder, questions, config.max_model_len)
     quantized = [scheme for scheme in schemes if scheme.is_int8]
+    if stored is None:
+        quantized = [with_sink(folder, scheme, settings.sink) for scheme in quantized]
     if stored is not None:
         _refuse_other_vocabulary(stored, config)
     # Before anything is measured, so that a text that is too short is known at once.
@@ -311,7 +314,7 @@ def _linear_errors(
         folder,
         stored,
         groups,
-        windows[:LAYER_WINDOWS],
+        behind_sink(windows[:LAYER_WINDOWS], stored.sink_ids),
         lambda done, total: on_progress("comparing layers", done, total),
     )
     return tuple(found)
@@ -323,7 +326,9 @@ def _hidden_errors(baseline: Decoder, candidate: Decoder, windows: Tensor) -> tu
     found = []
     for window in windows[:LAYER_WINDOWS]:
         pairs = zip(_hidden_states(baseline, window), _hidden_states(candidate, window), strict=True)
-        found.append(torch.stack([((h - ref).norm(dim=-1) / ref.norm(dim=-1)).mean() for ref, h in pairs]))
+        # Without the states of a sink that was added.
+        errors = [((h[-len(ref) :] - ref).norm(dim=-1) / ref.norm(dim=-1)).mean() for ref, h in pairs]
+        found.append(torch.stack(errors))
     return tuple(torch.stack(found).mean(0).tolist())
 
 

@@ -79,6 +79,9 @@ def test_an_unknown_name_names_the_nearest() -> None:
             "speculate is 'ngram' and max_num_requests is 1.*raise max_num",
         ),
         ({"speculate": "draft"}, "speculate = 'draft'.*'none' or 'ngram'"),
+        ({"sink": "yes"}, "sink = 'yes'.*'auto', 'on' or 'off'"),
+        ({"sink": "on", "variants": "fp16"}, "sink is 'on' and variants is fp16.*add w8a8 to variants"),
+        ({"sink": "on", "random_weights": True}, "sink is 'on' and random_weights is true.*leave sink auto"),
         ({"kv_cache": "int8", "variants": "fp16"}, "kv_cache is 'int8' and variants is fp16.*add w8a8 to variants"),
     ],
 )

@@ -210,6 +210,18 @@ def test_repetition_is_penalized_the_same_however_steps_are_run() -> None:
     assert answers(penalized, wrap=LateRunner, num_blocks=16, block_size=8, is_preempted=True) == wanted
 
 
+def test_what_was_added_to_a_prompt_is_not_penalized() -> None:
+    """Tokens of the model's sink, which the submitter did not send."""
+    params = SamplingParams(repetition_penalty=1.5)
+    requests = [
+        Request(str(row), [5, 6, 7], params, 0.0, 0, row=row, num_added=num_added)
+        for row, num_added in enumerate((0, 1, 2))
+    ]
+    seen = TokenCounts(3, 256, torch.device("cpu"), is_seen=True)
+    found = seen.of([Chunk(request, 0, 3, True, 0) for request in requests], torch.arange(3))
+    assert [row.nonzero().flatten().tolist() for row in found] == [[5, 6, 7], [6, 7], [7]]
+
+
 def test_after_a_penalized_request_the_tokens_of_graphs_are_taken_again() -> None:
     runner = Runner(decoder(), num_blocks=4, block_size=16, max_requests=4, max_tokens=16)
     for params in (SamplingParams(repetition_penalty=1.5), PENALIZED):
