@@ -87,14 +87,18 @@ def main() -> None:
 
 
 def parse(spec: str, source: Path) -> Scheme:
-    """The scheme of "preset[:alpha][+rounding][+sink]" for a float model."""
+    """The scheme of "preset[:alpha][+rounding][+rotated][+sink]" for a float model."""
     base, *words = spec.strip().split("+")
     name, _, alpha = base.partition(":")
     scheme = Scheme.preset(name, float(alpha) if alpha else None)
     for word in words:
-        # A word that is no rounding is refused there.
-        rounded = scheme.with_rounding(cast("Rounding", word)) if word != "sink" else None
-        scheme = rounded or with_sink(source, scheme, "on")
+        if word == "sink":
+            scheme = with_sink(source, scheme, "on")
+        elif word == "rotated":
+            scheme = scheme.with_rotation(True)
+        else:
+            # A word that is no rounding is refused there.
+            scheme = scheme.with_rounding(cast("Rounding", word))
     return scheme
 
 

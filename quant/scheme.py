@@ -69,6 +69,7 @@ class Scheme:
         rounding: of weights, "nearest" or "gptq".
         sink: tokens that every text begins with, for which the float model's keys and values stand in; see
             `quant.checkpoint.sink`.
+        is_rotated: whether the residual stream and the values are rotated first; see `quant.convert.rotate`.
         group_size: inputs that share a scale, a power of two from 32, with weight "group"; None otherwise.
         is_distilled: whether each layer's weights are trained towards the float layer's output before they are rounded.
 
@@ -92,6 +93,7 @@ class Scheme:
     group_size: int | None = None
     is_distilled: bool = False
     sink: tuple[int, ...] = ()
+    is_rotated: bool = False
 
     def __post_init__(self) -> None:
         _require("weight", self.weight, _WEIGHTS)
@@ -130,6 +132,7 @@ class Scheme:
             "rounding": (self.rounding, "nearest"),
             "is_distilled": (self.is_distilled, False),
             "sink": (self.sink, ()),
+            "is_rotated": (self.is_rotated, False),
         }
         for knob, (value, unset) in knobs.items():
             if value != unset:
@@ -218,6 +221,10 @@ class Scheme:
         """
         return replace(self, sink=tuple(token_ids)) if self.is_int8 else self
 
+    def with_rotation(self, is_rotated: bool) -> Scheme:
+        """The same scheme with or without rotation, if the scheme is int8."""
+        return replace(self, is_rotated=is_rotated) if self.is_int8 else self
+
     def with_rounding(self, rounding: Rounding | None) -> Scheme:
         """The same scheme with another rounding of weights, if one is given and the scheme is int8.
 
@@ -255,6 +262,8 @@ class Scheme:
             extras.append("not smoothed" if self.smoothing is None else f"alpha {_alpha_text(self.smoothing)}")
         if self.rounding != preset.rounding:
             extras.append(self.rounding)
+        if self.is_rotated:
+            extras.append("rotated")
         if self.sink:
             extras.append("sink")
         if self.kv == "int8":
@@ -290,6 +299,8 @@ class Scheme:
     def describe(self) -> str:
         """One sentence for tables, logs and /info."""
         parts = [_WEIGHTS[self.weight].format(group_size=self.group_size), _ACTIVATIONS[self.activation]]
+        if self.is_rotated:
+            parts.append("the residual stream and values rotated")
         if self.smoothing is not None:
             parts.append(f"outliers smoothed into the weights with alpha {_alpha_text(self.smoothing)}")
         if self.outliers is not None:

@@ -60,6 +60,8 @@ def linear_errors(
     groups: Sequence[SmoothGroup],
     windows: Tensor,
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    open_files: Callable[[Path], TensorFiles] = TensorFiles,
 ) -> list[LinearError]:
     """The error of each Linear, the largest first.
 
@@ -79,11 +81,12 @@ def linear_errors(
         groups: what the scheme smooths; empty if it does not.
         windows: [n, L] int64 token ids; if the checkpoint has a sink, they begin with it, and its tokens do not count.
         on_progress: called after each layer with (done, total).
+        open_files: opens the float folder's tensors, rotated if the checkpoint was.
 
     Raises:
         CheckpointError: a tensor is missing from either folder or has another shape.
     """
-    stream = LayerStream(source, torch.float32, quantized.device)
+    stream = LayerStream(source, torch.float32, quantized.device, open_files)
     hidden = stream.embed(windows)
     sums: dict[str, _Sums] = {}
     for index, prefix in enumerate(stream.prefixes):
@@ -92,7 +95,7 @@ def linear_errors(
         linears = {name: module for name, module in modules.items() if _is_int8(quantized, name, module)}
         int8 = {name: _load(quantized, name, module) for name, module in linears.items()}
         inside = [group for group in groups if group.source.startswith(f"{prefix}.")]
-        smoothing = _smoothing(inside, TensorFiles(source), quantized, linears, int8)
+        smoothing = _smoothing(inside, open_files(source), quantized, linears, int8)
         sums |= {name: _Sums() for name in linears}
         with _watched(linears, int8, smoothing, sums, num_skipped=len(quantized.sink_ids)):
             hidden = [stream.run(index, layer, window) for window in hidden]

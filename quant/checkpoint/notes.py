@@ -29,6 +29,7 @@ def notes_of(scheme: Scheme) -> dict[str, Any]:
         "group_size": scheme.group_size,
         "is_distilled": scheme.is_distilled,
         "sink": list(scheme.sink),
+        "is_rotated": scheme.is_rotated,
     }
 
 
@@ -62,6 +63,7 @@ def schemes_of(quantization: Quantization | None, notes: dict[str, Any]) -> tupl
             group_size=linear_format.group_size,
             is_distilled=notes.get("is_distilled", False),
             sink=_token_ids(notes.get("sink", [])),
+            is_rotated=notes.get("is_rotated", False),
         )
         for linear_format in (quantization.formats if quantization is not None else ())
     )

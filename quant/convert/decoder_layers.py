@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,7 @@ class LayerStream:
         folder: config.json and safetensors, sharded or not.
         dtype: of the layers' computation.
         device: of the layers' computation.
+        open_files: opens the folder's tensors, perhaps changed ones.
 
     Attributes:
         prefixes: module name of each layer, in order.
@@ -75,8 +76,15 @@ class LayerStream:
         Unquantizable: the model has no list of decoder layers.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        open_files: Callable[[Path], TensorFiles] = TensorFiles,
+    ) -> None:
         self.folder = folder
+        self._open_files = open_files
         self.dtype = dtype
         self.device = device
         self.model = skeleton(folder)
@@ -107,7 +115,7 @@ class LayerStream:
 
     def _load_embeddings(self, windows: Tensor) -> Tensor:
         """Load all weights outside the layers, of the token embedding only rows in use; windows renumbered."""
-        files = TensorFiles(self.folder)
+        files = self._open_files(self.folder)
         used, renumbered = torch.unique(windows, return_inverse=True)
         token_embedding = self.model.get_input_embeddings()
         for module_name, module in self.model.base_model.named_modules():
@@ -129,7 +137,7 @@ class LayerStream:
             CheckpointError: a tensor of it is missing.
         """
         # Opened for each layer: an open file keeps every page that was read from it in memory.
-        files = TensorFiles(self.folder)
+        files = self._open_files(self.folder)
         layer, prefix = self._layers[index], self.prefixes[index]
         state = {name: self._parameter(files.get(f"{prefix}.{name}")) for name, _ in layer.named_parameters()}
         layer.load_state_dict(state, strict=False, assign=True)

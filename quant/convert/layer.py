@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from quant.checkpoint.safetensors_files import TensorFiles
 from quant.convert.decoder_layers import LayerStream
 from quant.convert.distill import Student, distill
 from quant.convert.gptq import round_gptq
 from quant.convert.inputs import Inputs, gather
 from quant.convert.int8 import Int8Module, Int8Tensors
+from quant.convert.rotate import RotatedFiles, Stream
 from quant.convert.rounding import ScaleRule, dequantize
 from quant.convert.search import FULL_RANGES, Ranges, best_ranges, readers_of_one, round_nearest, smooth_layer
 from quant.convert.smoothquant import SmoothGroup
@@ -35,6 +38,7 @@ class Recipe:
         calibration.
     device: where layers are computed.
     seed: of the choice of tokens that smoothing and ranges are judged by.
+    stream: the modules around the residual stream, if the scheme rotates.
     qkv_names: of each layer, the Linears of queries, keys and values, in the order of `Sink.qkv`; for a sink alone.
     """
 
@@ -46,6 +50,12 @@ class Recipe:
     device: torch.device | str = "cpu"
     seed: int = 0
     qkv_names: tuple[tuple[str, ...], ...] = ()
+    stream: Stream | None = None
+
+    @property
+    def open_files(self) -> Callable[[Path], TensorFiles]:
+        """Opens a float folder's tensors as the scheme starts from them."""
+        return TensorFiles if self.stream is None else partial(RotatedFiles, stream=self.stream)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,11 +69,12 @@ def quantize_checkpoint(
         raise CheckpointError(f"{source} is quantized already; start from the float model")
     notes, files = notes or {}, TensorFiles(source)
     _require_weights(files, recipe.linear_names)
-    stream = LayerStream(source, torch.float32, torch.device(recipe.device))
+    stream = LayerStream(source, torch.float32, torch.device(recipe.device), recipe.open_files)
     recipe = replace(recipe, scheme=recipe.scheme.fitted(stream.widths(recipe.linear_names)))
     settings = _fingerprint(files, recipe, notes)
     ignored = _ignored(files, recipe.linear_names)
-    if stream.model.config.tie_word_embeddings and has_own_head(stream.model, files):
+    is_apart = recipe.stream is not None or has_own_head(stream.model, files)
+    if stream.model.config.tie_word_embeddings and is_apart:
         # Readers differ in what they believe if the two contradict each other; the weights are what was trained.
         config["tie_word_embeddings"] = False
     # Closed: an open file keeps every page that was read from it in memory.
@@ -82,7 +83,7 @@ def quantize_checkpoint(
     try:
         _quantize_layers(stream, part, recipe, on_progress)
         with part.whole() as folder:
-            _write_rest(source, folder, part, recipe.dtype)
+            _write_rest(recipe.open_files(source), folder, part, recipe.dtype)
             if recipe.scheme.sink:
                 _sink_of(part, recipe).save(folder, recipe.dtype)
             _write_json(folder / "config.json", _int8_config(config, recipe.scheme, ignored, recipe.dtype))
@@ -111,6 +112,10 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"scheme {scheme.name!r} smooths and no groups say what; name them, or set smoothing to None")
     if scheme.needs_calibration and recipe.windows is None:
         raise ValueError(f"scheme {scheme.name!r} is calibrated and no windows say on what; give calibration windows")
+    if scheme.is_rotated != (recipe.stream is not None):
+        raise ValueError(
+            f"scheme {scheme.label!r} and stream = {recipe.stream!r}: what rotates takes one, nothing else"
+        )
     sink = scheme.sink
     if sink and recipe.windows is not None and not (recipe.windows[:, : len(sink)] == torch.tensor(sink)).all():
         raise ValueError(f"a window does not begin with the sink's tokens {list(sink)}; put them in front of all")
@@ -158,7 +163,7 @@ def _sink_of(part: PartFolder, recipe: Recipe) -> Sink:
     return Sink(recipe.scheme.sink, qkv, first[0, : len(recipe.scheme.sink)].cpu())
 
 
-def _write_rest(source: Path, folder: Path, part: PartFolder, dtype: torch.dtype) -> None:
+def _write_rest(files: TensorFiles, folder: Path, part: PartFolder, dtype: torch.dtype) -> None:
     """Write the layers' tensors and then all others."""
     writer = ShardWriter(folder)
     written = set()
@@ -167,7 +172,6 @@ def _write_rest(source: Path, folder: Path, part: PartFolder, dtype: torch.dtype
         written |= set(tensors)
         for name, tensor in tensors.items():
             writer.add(name, tensor)
-    files = TensorFiles(source)
     for name in files.names:
         if name not in written:
             writer.add(name, _stored(name, files.get(name), dtype))

@@ -32,7 +32,17 @@ else:
 
 
 @takes_settings(
-    "baseline", "alpha", "sink", "calibration", "calibration_windows", "dtype", "device", "seed", "cache_dir", "config"
+    "baseline",
+    "alpha",
+    "sink",
+    "rotate",
+    "calibration",
+    "calibration_windows",
+    "dtype",
+    "device",
+    "seed",
+    "cache_dir",
+    "config",
 )
 def evaluate(
     model: Model = None,
@@ -75,12 +85,12 @@ def evaluate(
         machine.quiet_libraries()
         chosen = load_settings(model=model, kv_cache=None if kv_cache == "both" else kv_cache, **settings)
         # None for all: in a folder that is quantized already there is one, and it cannot be chosen.
-        is_chosen = not (schemes is None and chosen.alpha is None and rounding is None and chosen.sink == "auto")
+        unchosen = (schemes, chosen.alpha, rounding, chosen.sink, chosen.rotate) == (None, None, None, "auto", False)
         names = ",".join(PRESETS) if schemes is None else schemes
-        recipes = [scheme_of(name, chosen.alpha, rounding) for name in names.split(",")] if is_chosen else None
+        recipes = [scheme_of(name, chosen.alpha, rounding) for name in names.split(",")]
         storages: tuple[KVStorage | None, ...] = ("float", "int8") if kv_cache == "both" else (chosen.kv,)
         asked = evaluation.Evaluation(
-            recipes,
+            None if unchosen else recipes,
             storages,
             ("float", "int8") if quantize_head else ("float",),
             text,

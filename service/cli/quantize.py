@@ -36,7 +36,7 @@ else:
 
 
 @takes_settings(
-    "alpha", "sink", "kv_cache", "calibration", "calibration_windows", "seed", "cache_dir", "device", "config"
+    "alpha", "sink", "rotate", "kv_cache", "calibration", "calibration_windows", "seed", "cache_dir", "device", "config"
 )
 def quantize(
     model: Annotated[str, typer.Argument(help="Model folder or Hugging Face id; `demo` for the demo model.")],
@@ -62,7 +62,7 @@ def quantize(
             source = resolve.resolve_model(name, chosen.cache_dir, lambda stage: on_progress(stage, 0, 0))
             ranges_from = calibration.Calibration(chosen.calibration, chosen.seed, chosen.calibration_windows)
             device = devices.pick_device(chosen.device)
-            recipe = sink.with_sink(source, recipe, chosen.sink)
+            recipe = sink.with_sink(source, recipe, chosen.sink).with_rotation(chosen.rotate)
             quantized.quantize_model(source, out, recipe, ranges_from, device, on_progress=on_progress)
     typer.echo(f"{out}: {recipe.name}, {recipe.describe()}")
     family = config.ModelConfig.load(source).family

@@ -177,9 +177,9 @@ def load_variant(
         if name == BASELINE:
             folder = _baseline_folder(folder, settings, on_progress)
         elif is_quantized(folder):
-            refuse_other_sink(folder, settings)
+            refuse_other_options(folder, settings)
         else:
-            scheme = with_sink(folder, scheme, settings.sink)
+            scheme = with_sink(folder, scheme, settings.sink).with_rotation(settings.rotate)
             calibration = Calibration(settings.calibration, settings.seed, settings.calibration_windows)
             folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress=on_progress)
         on_progress(f"loading {name}", 0, 0)
@@ -190,13 +190,19 @@ def load_variant(
     return load_part(name, folder, kv, settings=settings, device=device, ranks=ranks)
 
 
-def refuse_other_sink(folder: Path, settings: Settings) -> None:
+def refuse_other_options(folder: Path, settings: Settings) -> None:
     """Refuse settings that ask an int8 folder for what it was not made with.
 
     Raises:
-        InvalidSettings: sink is on and the folder has none, or off and it has one.
+        InvalidSettings: sink is on and the folder has none, or off and it has one; or rotate is, and it is not rotated.
     """
-    has_sink = bool(read_json(folder / NOTES_NAME).get("sink")) if (folder / NOTES_NAME).is_file() else False
+    notes = read_json(folder / NOTES_NAME) if (folder / NOTES_NAME).is_file() else {}
+    if settings.rotate and not notes.get("is_rotated"):
+        raise InvalidSettings(
+            f"rotate is true, but {folder} was quantized without a rotation, which changes every weight: leave rotate "
+            "off, or quantize the float model again"
+        )
+    has_sink = bool(notes.get("sink"))
     if settings.sink == ("off" if has_sink else "on"):
         raise InvalidSettings(
             f"sink is {settings.sink}, but {folder} was quantized {'with' if has_sink else 'without'} a sink, on which "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from quant.convert.rotate import Stream
 from quant.convert.smoothquant import SmoothGroup
 from service.errors import UnsupportedModel, first_line
 from service.models.families import FAMILIES
@@ -147,6 +148,42 @@ def qkv_names(config: ModelConfig) -> list[tuple[str, ...]]:
     """Of each layer, the Linears that queries, keys and values come from: one, or three in that order."""
     names = config.layout.names
     return [tuple(f"{names.layer(i)}.{name}" for name in names.qkv) for i in range(config.num_layers)]
+
+
+def stream_of(config: ModelConfig) -> Stream:
+    """The modules around the residual stream, which a rotation changes.
+
+    Raises:
+        UnsupportedModel: a rotation would change the function: a LayerNorm subtracts a mean, and a norm of a branch's
+            output weighs channels.
+    """
+    names, family = config.layout.names, config.layout
+    if family.norm != "rms" or names.post_attention_norm is not None:
+        what = "LayerNorms" if family.norm != "rms" else "norms behind its branches"
+        raise UnsupportedModel(f"{config.family} has {what}, through which no rotation passes: leave rotate off")
+    readers, writers, values, outputs = dict[str, str](), set[str](), dict[str, int](), set[str]()
+    for index in range(config.num_layers):
+        layer = names.layer(index)
+        num_experts = config.num_experts(index)
+        mlps = names.mlps(index, num_experts)
+        up = [f"{mlp}{part}" for mlp in mlps for part in names.up] + ([names.router(index)] if num_experts else [])
+        readers |= dict.fromkeys((f"{layer}.{part}" for part in names.qkv), f"{layer}.{names.attention_norm}")
+        readers |= dict.fromkeys(up, f"{layer}.{names.mlp_norm}")
+        writers |= {f"{layer}.{names.o}", *(f"{mlp}{names.down}" for mlp in mlps)}
+        num_before = config.num_heads + config.num_kv_heads if len(names.qkv) == 1 else 0
+        values[f"{layer}.{names.qkv[-1]}"] = num_before * config.head_size
+        outputs.add(f"{layer}.{names.o}")
+    return Stream(
+        names.embedding,
+        names.norm,
+        names.head,
+        readers,
+        frozenset(writers),
+        values,
+        frozenset(outputs),
+        config.head_size,
+        family.norm_offset,
+    )
 
 
 def smooth_groups(config: ModelConfig) -> list[SmoothGroup]:

@@ -67,6 +67,11 @@ class Settings(BaseSettings):
         "stated by the quantized model, else where tokens share scales and prompts begin with a BOS token; on: they do "
         "from then on.",
     )
+    rotate: bool = Field(
+        False,
+        description="Rotate the w8a8 variant's residual stream before it is quantized, so that no channel stands out; "
+        "folded into the weights. For models with RMSNorms before their branches.",
+    )
     calibration: Path | None = Field(
         None, description="Text file for the activation ranges; none: the model writes its own."
     )
@@ -419,6 +424,13 @@ class Settings(BaseSettings):
                 "sink is 'on' and random_weights is true: the first token of random weights is like any other; leave "
                 "sink auto"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_a_rotation_of_no_scheme(self) -> Self:
+        if self.rotate and ("w8a8" not in self.variants or self.random_weights):
+            what = "random_weights is true" if self.random_weights else f"variants is {','.join(self.variants)}"
+            raise ValueError(f"rotate is true and {what}: there is nothing to quantize; leave rotate off")
         return self
 
     @model_validator(mode="after")

@@ -138,8 +138,8 @@ class Evaluation:
             return in_storages(schemes, self.storages, self.heads)
         if self.schemes is not None:
             raise InvalidSettings(
-                f"{stored} is quantized already and is measured as it is: leave --schemes, --alpha, --sink and "
-                "--rounding out, or name the float model"
+                f"{stored} is quantized already and is measured as it is: leave --schemes, --alpha, --sink, "
+                "--rotate and --rounding out, or name the float model"
             )
         return in_storages(stored_schemes(stored, self.storages, self.has_layers), [None], self.heads)
 

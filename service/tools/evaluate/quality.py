@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,11 +17,13 @@ from quant.analysis.choices import Continuation, Question, compare, encode, pick
 from quant.analysis.layer_errors import LinearError, linear_errors
 from quant.analysis.perplexity import LogitsOf, Quality, evaluate
 from quant.checkpoint.reader import Checkpoint
+from quant.checkpoint.safetensors_files import TensorFiles
+from quant.convert.rotate import RotatedFiles, rotation
 from quant.errors import InvalidQuestions, NotFinite
 from quant.scheme import KVStorage, Scheme
 from service.errors import InvalidSettings, UnsupportedModel
 from service.models.attention import KVCache, Rows
-from service.models.config import ModelConfig, smooth_groups
+from service.models.config import ModelConfig, smooth_groups, stream_of
 from service.models.decoder import Decoder, Layer, score
 from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
@@ -127,7 +130,7 @@ def measure_quality(
     asked = _encoded(folder, questions, config.max_model_len)
     quantized = [scheme for scheme in schemes if scheme.is_int8]
     if stored is None:
-        quantized = [with_sink(folder, scheme, settings.sink) for scheme in quantized]
+        quantized = [with_sink(folder, scheme, settings.sink).with_rotation(settings.rotate) for scheme in quantized]
     if stored is not None:
         _refuse_other_vocabulary(stored, config)
     # Before anything is measured, so that a text that is too short is known at once.
@@ -157,7 +160,9 @@ def measure_quality(
                 if has_layers:
                     opened = Checkpoint.open(out, torch.float32, device)
                     errors = _linear_errors(folder, opened, config, group[0], windows=windows, on_progress=on_progress)
-                    rows = [replace(row, linear_errors=errors) for row in bench.with_hidden_errors(rows, candidates)]
+                    turn = rotation(config.hidden_size).to(device) if group[0].is_rotated else None
+                    rows = bench.with_hidden_errors(rows, candidates, turn)
+                    rows = [replace(row, linear_errors=errors) for row in rows]
             yield from rows
             # Otherwise two int8 models would be in memory while the next one is loaded.
             del weights, candidates
@@ -223,9 +228,12 @@ class _Bench:
             for quality, decoder in zip(others, candidates.values(), strict=True)
         ]
 
-    def with_hidden_errors(self, rows: Sequence[Row], candidates: Mapping[str, Decoder]) -> list[Row]:
+    def with_hidden_errors(
+        self, rows: Sequence[Row], candidates: Mapping[str, Decoder], turn: Tensor | None
+    ) -> list[Row]:
+        """turn: by which the candidates' residual streams are rotated, if they are."""
         return [
-            replace(row, hidden_errors=_hidden_errors(self.baseline, candidates[row.scheme], self.windows))
+            replace(row, hidden_errors=_hidden_errors(self.baseline, candidates[row.scheme], self.windows, turn))
             for row in rows
         ]
 
@@ -316,16 +324,19 @@ def _linear_errors(
         groups,
         behind_sink(windows[:LAYER_WINDOWS], stored.sink_ids),
         lambda done, total: on_progress("comparing layers", done, total),
+        open_files=partial(RotatedFiles, stream=stream_of(config)) if scheme.is_rotated else TensorFiles,
     )
     return tuple(found)
 
 
 @torch.inference_mode()
-def _hidden_errors(baseline: Decoder, candidate: Decoder, windows: Tensor) -> tuple[float, ...]:
+def _hidden_errors(baseline: Decoder, candidate: Decoder, windows: Tensor, turn: Tensor | None) -> tuple[float, ...]:
     """||h - h_float|| / ||h_float|| after each layer, averaged over tokens."""
     found = []
     for window in windows[:LAYER_WINDOWS]:
-        pairs = zip(_hidden_states(baseline, window), _hidden_states(candidate, window), strict=True)
+        states = _hidden_states(candidate, window)
+        states = states if turn is None else [state @ turn.T for state in states]
+        pairs = zip(_hidden_states(baseline, window), states, strict=True)
         # Without the states of a sink that was added.
         errors = [((h[-len(ref) :] - ref).norm(dim=-1) / ref.norm(dim=-1)).mean() for ref, h in pairs]
         found.append(torch.stack(errors))

@@ -614,6 +614,16 @@ def test_evaluate_lists_layers(evaluated: Evaluated) -> None:
     assert "The hidden states' error grows most in layer" in said
 
 
+def test_evaluate_compares_layers_of_a_rotated_model_in_the_float_models_basis(evaluated: Evaluated) -> None:
+    """In its own every state would be off by more than its length; and behind its sink."""
+    plain = evaluated("--schemes", "rtn-token", "--layers")[1][1]
+    turned = evaluated("--schemes", "rtn-token", "--rotate", "--sink", "on", "--layers")[1][1]
+    assert turned["scheme"] == "rtn-token, rotated, sink"
+    assert len(turned["linear_errors"]) == 2 * 7
+    for kind in (lambda row: row["hidden_errors"], lambda row: [linear["error"] for linear in row["linear_errors"]]):
+        assert 0 < max(kind(turned)) < 2 * max(kind(plain))
+
+
 def test_evaluate_draws_a_plot(evaluated: Evaluated, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     evaluated("--schemes", "rtn,w8a8", "--plot", plot)

@@ -82,6 +82,8 @@ def test_an_unknown_name_names_the_nearest() -> None:
         ({"sink": "yes"}, "sink = 'yes'.*'auto', 'on' or 'off'"),
         ({"sink": "on", "variants": "fp16"}, "sink is 'on' and variants is fp16.*add w8a8 to variants"),
         ({"sink": "on", "random_weights": True}, "sink is 'on' and random_weights is true.*leave sink auto"),
+        ({"rotate": True, "variants": "fp16"}, "rotate is true and variants is fp16.*leave rotate off"),
+        ({"rotate": True, "random_weights": True}, "rotate is true and random_weights is true"),
         ({"kv_cache": "int8", "variants": "fp16"}, "kv_cache is 'int8' and variants is fp16.*add w8a8 to variants"),
     ],
 )

@@ -13,7 +13,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.scheme import PRESETS
 from service.errors import InvalidSettings, ReloadFailed
 from service.host.reloader import open_host
-from service.host.variants import refuse_other_sink
+from service.host.variants import refuse_other_options
 from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model
@@ -86,13 +86,15 @@ def test_it_is_noted_and_read_again(plain: Path, tmp_path: Path) -> None:
     assert (read.sink, read.label) == ((1,), "w8a8-static, alpha 0.5, sink")
     assert "the first tokens of every text in float" in read.describe()
     assert "ottava.sink" in (out / "SHA256SUMS").read_text()
-    refuse_other_sink(out, Settings(sink="on"))
+    refuse_other_options(out, Settings(sink="on"))
     with pytest.raises(InvalidSettings, match=r"sink is off, but .* was quantized with a sink"):
-        refuse_other_sink(out, Settings(sink="off"))
+        refuse_other_options(out, Settings(sink="off"))
     bare = tmp_path / "bare"
     quantize_model(plain, bare, PRESETS["rtn-token"], calibration, CPU)
     with pytest.raises(InvalidSettings, match=r"sink is on, but .* was quantized without a sink"):
-        refuse_other_sink(bare, Settings(sink="on"))
+        refuse_other_options(bare, Settings(sink="on"))
+    with pytest.raises(InvalidSettings, match=r"rotate is true, but .* was quantized without a rotation"):
+        refuse_other_options(bare, Settings(rotate=True))
 
 
 def test_a_served_model_says_so_and_is_not_exchanged_for_one_without(plain: Path, tmp_path: Path) -> None:
