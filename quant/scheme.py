@@ -19,6 +19,9 @@ Rounding = Literal["nearest", "gptq"]
 MIN_GROUP_SIZE = 32
 """Depth of one int8 matrix instruction: a smaller group would not use all of it."""
 
+MAX_SINK_TOKENS = 16
+"""Longest sink: so many more positions are set aside for a text."""
+
 _WEIGHTS = {
     "float": "float weights",
     "tensor": "int8 weights with one scale per matrix",
@@ -111,6 +114,8 @@ class Scheme:
         wrong = next((token for token in self.sink if type(token) is not int or token < 0), None)
         if wrong is not None:
             raise InvalidScheme(f"sink = {list(self.sink)!r}: {wrong!r} is no token id; give numbers from 0")
+        if len(self.sink) > MAX_SINK_TOKENS:
+            raise InvalidScheme(f"sink has {len(self.sink)} tokens, and the limit is {MAX_SINK_TOKENS}; give fewer")
         self._check_smoothing()
         self._check_group_size()
         self._check_outliers()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from quant.analysis.perplexity import LogitsOf
-from quant.scheme import PRESETS
+from quant.scheme import MAX_SINK_TOKENS, PRESETS
 from service.engine.api import HostInfo
 from service.engine.device.device_thread import DeviceThread
 from service.engine.grammar import Grammars
@@ -155,7 +155,8 @@ def _open(
     _refuse_alien(tokenizer, tokens_folder, num_rows)
     group = None
     if settings.tensor_parallel > 1:
-        config = ModelConfig.load(folder, settings.max_model_len)
+        # What is told to other ranks must have room for the tokens of a sink.
+        config = ModelConfig.load(folder, settings.max_model_len, MAX_SINK_TOKENS)
         refuse_uneven(config, settings.tensor_parallel)
         refuse_missing_gpus(device, settings.tensor_parallel)
         on_progress(f"starting {settings.tensor_parallel} ranks", 0, 0)

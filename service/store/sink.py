@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from quant.convert.calibration import prompt_lead
-from quant.scheme import Scheme
+from quant.scheme import MAX_SINK_TOKENS, Scheme
 from service.errors import InvalidSettings
 from service.models.config import ModelConfig
 from service.store.tokenizer import text_tokenizer
@@ -41,7 +41,7 @@ def with_sink(folder: Path, scheme: Scheme, wish: SinkWish) -> Scheme:
         return scheme
     lead = [token for token in prompt_lead(text_tokenizer(folder)) if token < config.vocab_size]
     if lead or wish == "auto":
-        return scheme.with_sink(lead)
+        return scheme.with_sink(lead[:MAX_SINK_TOKENS])
     return scheme.with_sink([_first_token(folder, config.vocab_size)])
 
 

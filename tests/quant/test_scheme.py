@@ -130,6 +130,10 @@ def test_alpha_replaces_the_preset_s() -> None:
         (lambda: Scheme("x", None, "token"), "weight = None"),  # type: ignore[arg-type]
         (lambda: Scheme("x", "channel", "token", kv="int4"), "kv = 'int4' is not served; choose one of float, int8"),  # type: ignore[arg-type]
         (lambda: Scheme("x", "float", "float", kv="int8"), "the baseline stays float"),
+        (lambda: PRESETS["w8a8"].with_sink([1, -2]), "sink = [1, -2]: -2 is no token id".replace("[", r"\[")),
+        (lambda: PRESETS["w8a8"].with_sink(range(17)), "sink has 17 tokens, and the limit is 16"),
+        (lambda: Scheme("x", "float", "float", sink=(1,)), "changes nothing in a float scheme"),
+        (lambda: Scheme("x", "float", "float", is_rotated=True), "is_rotated = True changes nothing in a float scheme"),
     ],
 )
 def test_a_value_that_is_not_served_is_refused_by_name(make: Callable[[], Scheme], message: str) -> None:
