@@ -18,6 +18,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 
+from quant.checkpoint.json_file import read_json
+from quant.errors import CheckpointError
 from service.errors import InvalidRequest, UnsupportedModel, first_line
 from service.text.reasoning import OPENING
 from service.text.sandbox import BoundedEnvironment, OutOfBudget
@@ -189,12 +191,9 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UnsupportedModel(f"{path} holds no JSON object")
-    return content
+        return read_json(path)
+    except CheckpointError as error:
+        raise UnsupportedModel(str(error)) from error
 
 
 def _source(folder: Path, config: Mapping[str, Any]) -> str | list[str] | None:
