@@ -31,7 +31,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
     content = read_json(path)
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise CheckpointError(f"{path}: model_type is {_shown(kind)}, of which transformers knows no configuration")
+        raise CheckpointError(
+            f"{path} cannot be read: its model_type is {_shown(kind)}, which transformers does not know; mend it, or "
+            "take another model"
+        )
     _refuse_unserved(path, content)
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(

@@ -232,3 +232,10 @@ def test_a_text_that_the_tokenizer_fails_on(sources: list[Source], tmp_path: Pat
         (served, _), (refused, answer) = answers(host, settings_, bodies)
     assert (served, refused) == (200, 400)
     assert "the model's tokenizer fails on this text" in answer["error"]["message"]
+
+
+def test_a_list_of_chat_templates_whose_names_are_no_texts(sources: list[Source], tmp_path: Path) -> None:
+    folder = copied(sources[0][0], tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    templates = [{"name": {}, "template": "x"}, {"name": ["default"]}, 1, {"template": "x"}]
+    assert outcome(sources[0], with_config(folder, "tokenizer_config.json", chat_template=templates)) == ""
