@@ -2,10 +2,10 @@
 
     python -m benchmarks.kept_memory
 
-A tiny random model in both variants, with shadow mode on. Each round sends answers held to schemas, to a regular
-expression and to a grammar, log-probabilities of prompts and answers, conversations with tools, compared answers,
-refused and abandoned compilations, and streams that are cut off. Resident memory of web and engine after each; the
-verdict is about the last third of the rounds. The last line printed is JSON.
+A tiny random model in both variants, with shadow mode on. Each round sends answers held to schemas, one of them new, to
+a regular expression and to a grammar, log-probabilities of prompts and answers, conversations with tools, compared
+answers, refused and abandoned compilations, and streams that are cut off. Resident memory of web and engine after each;
+the verdict is about the last third of the rounds. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ KV_BYTES = 8 << 20
 MOST_MB = 16.0
 """Growth that is still noise of the allocators' arenas."""
 
-CITY = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 4}, "big": {"type": "boolean"}}}
+CITY: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 4}, "big": {"type": "boolean"}},
+}
 TOOL = {"type": "function", "function": {"name": "city", "parameters": CITY}}
 USER = [{"role": "user", "content": "w5 w6"}]
 TEXT, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
@@ -56,8 +59,11 @@ def main() -> int:
             for number in range(args.rounds):
                 statuses = played(port, number)
                 time.sleep(REST_S)
-                memory = resident_mb(port)
-                rows.append({"round": number, "rss_mb": round(memory), **statuses})
+                web, engine = resident_mb(port)
+                rows.append(
+                    {"round": number, "rss_mb": round(web + engine), "web_mb": round(web), "engine_mb": round(engine)}
+                    | statuses
+                )
                 print(rows[-1], flush=True)
     settled = [float(row["rss_mb"]) for row in rows[-(len(rows) // 3) - 1 :]]
     growth = settled[-1] - settled[0]
@@ -78,8 +84,11 @@ def requests_of(number: int) -> list[tuple[str, dict[str, Any], bool]]:
     """Path, body, and whether the client leaves after the first bytes."""
     schema = {"structured_outputs": {"json": CITY}}
     slow = " ".join(f'(x ("," x){{0,{990 - i}}})?' for i in range(400)) + f'\nx ::= "a{number}"'
+    # A schema that no round before had, so that compiled ones have to be dropped some day.
+    new = {"structured_outputs": {"json": CITY | {"properties": CITY["properties"] | {f"new{number}": CITY}}}}
     kinds: list[tuple[str, dict[str, Any], bool]] = [
         (TEXT, {"prompt": "w5", "n": 8, "max_tokens": 40, **schema}, False),
+        (TEXT, {"prompt": f"w{number}", "max_tokens": 40, **new}, False),
         (TEXT, {"prompt": "w5", "max_tokens": 40, "structured_outputs": {"regex": "(w[0-9] ?)*"}}, False),
         (TEXT, {"prompt": "w5", "max_tokens": 20, "guided_grammar": f'root ::= "w{number % 3}" [a-z ]*'}, False),
         (TEXT, {"prompt": [17] * 300, "echo": True, "logprobs": 20, "max_tokens": 0, "n": 4}, False),
@@ -106,17 +115,18 @@ def ask(port: int, path: str, body: dict[str, Any], leaves: bool) -> int:
     return response.status
 
 
-def resident_mb(port: int) -> float:
-    """Memory of web and engine, as /metrics has it."""
+def resident_mb(port: int) -> tuple[float, float]:
+    """Memory of the web and of the engine, as /metrics has it."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()
-    sizes = [line.split()[1] for line in text.splitlines() if line.startswith(MEMORY)]
-    return sum(map(float, sizes)) / (1 << 20)
+    sizes = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(MEMORY))
+    web, engine = (float(sizes[name]) / (1 << 20) for name in MEMORY)
+    return web, engine
 
 
-MEMORY = ("process_resident_memory_bytes ", "ottava_engine_process_resident_memory_bytes ")
+MEMORY = ("process_resident_memory_bytes", "ottava_engine_process_resident_memory_bytes")
 
 
 def _arguments() -> argparse.Namespace:

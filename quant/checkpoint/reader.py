@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from quant.checkpoint.compressed_tensors import parse
+from quant.checkpoint.json_file import read_json
 from quant.checkpoint.notes import NOTES_NAME, schemes_of
-from quant.checkpoint.safetensors_files import TensorFiles, cast, read_json
+from quant.checkpoint.safetensors_files import TensorFiles, cast
 from quant.checkpoint.sink import Sink
 from quant.checkpoint.targets import LinearFormat, Quantization
 from quant.errors import CheckpointError, InvalidScheme
@@ -30,6 +31,7 @@ BUFFERS = re.compile(
 
 NUM_NAMED = 3
 """Most tensors that a message names."""
+MAX_NAME_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,10 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder")
         config = read_json(folder / "config.json")
-        quantization = parse(config)
+        try:
+            quantization = parse(config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
         notes_path = folder / NOTES_NAME
         notes = read_json(notes_path) if notes_path.is_file() else {}
         try:
@@ -289,7 +294,7 @@ class Checkpoint:
         left = [key for key in self.files.names if key.startswith(f"{name}.") and key not in used]
         if left:
             raise CheckpointError(
-                f"{self.files.path(left[0])}: {', '.join(left)} would be loaded and never used: config.json and the "
+                f"{self.files.path(left[0])}: {some_of(left)} would be loaded and never used: config.json and the "
                 "weights do not belong together, or the model's family reads no such tensor"
             )
 
@@ -308,7 +313,12 @@ def _matrix(
 def some_of(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    return ", ".join(names[:NUM_NAMED]) + more
+    return ", ".join(map(_shown, names[:NUM_NAMED])) + more
+
+
+def _shown(name: str) -> str:
+    """A tensor's name; a file may hold one that no line can show."""
+    return name if name.isprintable() and len(name) <= MAX_NAME_CHARS else f"{name[:MAX_NAME_CHARS]!r}"
 
 
 def _dtype_name(tensor: Tensor) -> str:

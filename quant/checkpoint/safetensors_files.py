@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quant.checkpoint.json_file import read_json
 from quant.checkpoint.tensor_file import TensorFile
 from quant.errors import CheckpointError
 from quant.part import Ranges
@@ -19,23 +19,6 @@ from quant.part import Ranges
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON, or holds something other than an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is not a model folder: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content
 
 
 BARE = {"wte.weight": "transformer."}
@@ -204,8 +187,9 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map; download it again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{path} places {name} in {file!r}, which is not a file name of this folder")
+        # Path("..").name is "..".
+        if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or not file.isprintable():
+            raise CheckpointError(f"{path} places {name!r} in {file!r:.100}, which is not a file name of this folder")
     return weight_map
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,8 +57,11 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Else a pipe of that name would be waited for.
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         weakref.finalize(self, os.close, self._descriptor)
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            raise self._not_whole("it is no regular file")
         self._first = self._state()
         self.entries = self._read_header()
 
@@ -115,8 +119,8 @@ class TensorFile:
         try:
             header = json.loads(text)
             entries = {name: _entry(told, begin) for name, told in header.items() if name != "__metadata__"}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise self._not_whole(f"its header is not valid: {error!r}") from error
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise self._not_whole(f"its header is not valid: {type(error).__name__}: {str(error)[:200]!r}") from error
         end = begin
         for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
             if entry.start != end:

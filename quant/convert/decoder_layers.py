@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from quant.checkpoint.model_config import read_config
 from quant.checkpoint.safetensors_files import TensorFiles
 from quant.convert.experts import separate_experts
 from quant.errors import Unquantizable
@@ -172,7 +173,7 @@ def unpadded_config(folder: Path) -> PreTrainedConfig:
     transformers refuses a padding id beyond the embedding's rows, which many fine-tunes have, and torch one beyond the
     rows that are loaded; in a forward pass the id changes nothing.
     """
-    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder)
     config.pad_token_id = None
     return config
 

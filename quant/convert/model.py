@@ -16,8 +16,9 @@ from torch import Tensor
 
 from quant import __version__
 from quant.checkpoint.compressed_tensors import parse, render
+from quant.checkpoint.json_file import read_json
 from quant.checkpoint.notes import NOTES_NAME, notes_of
-from quant.checkpoint.safetensors_files import ShardWriter, TensorFiles, cast, read_json
+from quant.checkpoint.safetensors_files import ShardWriter, TensorFiles, cast
 from quant.checkpoint.sha256sums import write_sums
 from quant.checkpoint.sink import SINK_NAME, Sink
 from quant.convert.decoder_layers import LayerStream, has_own_head

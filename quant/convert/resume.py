@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant.checkpoint.safetensors_files import read_json, save_tensors
+from quant.checkpoint.json_file import read_json
+from quant.checkpoint.safetensors_files import save_tensors
 from quant.errors import CheckpointError
 
 STATE_NAME = "state.json"

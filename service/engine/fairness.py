@@ -3,9 +3,9 @@
 An owner is the API key that a request came with. Among owners order of arrival and priority do not count, or one of
 them could keep all others waiting; within an owner they do: see `turn`.
 
-Each owner has a counter of the tokens that were computed for it. An owner that comes back is raised to the smallest
-counter among those present, so that nobody saves up service while away (the virtual token counter of Sheng et al.,
-"Fairness in Serving Large Language Models", OSDI 2024).
+Each owner has a counter of the tokens that were computed for it, drafts that turned out wrong among them. An owner
+that comes back is raised to the smallest counter among those present, so that nobody saves up service while away (the
+virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024).
 """
 
 from __future__ import annotations

@@ -84,6 +84,14 @@ class Grammars(Protocol):
         """
         ...
 
+    def known(self, rules: str) -> Grammar | None:
+        """The grammar of rules that are compiled already, or None. Never waits; thread-safe.
+
+        Raises:
+            InvalidRequest: as `compile`, of rules that have been refused already.
+        """
+        ...
+
     def close(self) -> None:
         """End what compiles. Idempotent."""
         ...
@@ -96,6 +104,11 @@ def compiled(grammars: Grammars | None, rules: str, num_answers: int = 1, given_
         InvalidRequest: grammars is None, or as `Grammars.compile`.
         DeadlineExceeded: as `Grammars.compile`.
     """
+    return required(grammars).compile(rules, num_answers, given_up)
+
+
+def required(grammars: Grammars | None) -> Grammars:
+    """The grammars of an engine. Raises InvalidRequest if it takes none."""
     if grammars is None:
         raise InvalidRequest("this engine takes no grammar", "response_format")
-    return grammars.compile(rules, num_answers, given_up)
+    return grammars

@@ -6,10 +6,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from service.engine.api import FinishReason
-from service.engine.grammar import Grammar, Grammars, compiled
-from service.engine.masks import Masks
+from service.engine.grammar import Grammar, Grammars, compiled, required
+from service.engine.masks import Constraint, Masks
 from service.engine.messages import Command, Ended, Fault, Gauges, News, Scored, Sink, Submit, fault_of
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
@@ -77,7 +78,7 @@ class Inbox:
 
     def put(self, command: Command) -> None:
         """Queue a command; thread-safe. After `close`, a request ends at once with the error given to `close`."""
-        # Compiled on the caller's thread, because on the engine's thread it would delay a step.
+        # Not compiled here, if it is no longer known: this may be the thread that reads what the web sends.
         grammar = self._grammar(command.params.grammar) if isinstance(command, Submit) else None
         with self.wake:
             self._arrived.append((command, grammar))
@@ -152,10 +153,11 @@ class Inbox:
         self.sink(news)
 
     def _grammar(self, rules: str | None) -> Grammar | Fault | None:
+        """The grammar of rules as far as it is compiled already, or why it is refused."""
         if rules is None:
             return None
         try:
-            return compiled(self._grammars, rules)
+            return required(self._grammars).known(rules)
         except OttavaError as error:
             return fault_of(error)
 
@@ -175,7 +177,7 @@ class Inbox:
             command.seed,
             num_added=len(prompt_ids) - len(command.prompt_ids),
             handle=command.handle,
-            matcher=None if grammar is None else self._masks.start(grammar, command.params.owner, command.handle),
+            matcher=self._constraint(command, grammar),
         )
         self._requests[command.handle] = request
         self._scheduler.add(request)
@@ -184,6 +186,15 @@ class Inbox:
         """A prompt as it is computed: it begins with first_ids."""
         first_ids = self._first_ids
         return prompt_ids if prompt_ids[: len(first_ids)] == first_ids else first_ids + prompt_ids
+
+    def _constraint(self, command: Submit, grammar: Grammar | None) -> Constraint | None:
+        """What holds an answer to its grammar; None if it has none. grammar: None also if it must be compiled again."""
+        rules, owner = command.params.grammar, command.params.owner
+        if grammar is not None:
+            return self._masks.start(grammar, owner, command.handle)
+        if rules is None:
+            return None
+        return self._masks.compile(partial(compiled, self._grammars, rules, 1), owner, command.handle)
 
     def news(self, num_requests: int, took: Sequence[tuple[int, Request]], results: StepResults) -> News:
         """The results of a step as news. The loops over all requests are kept minimal: a step may hold 256."""

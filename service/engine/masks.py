@@ -7,9 +7,11 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from service.engine.grammar import Grammar, Matcher
+from service.engine.grammar import GivenUp, Grammar, Matcher
 from service.errors import EngineFailed, InvalidRequest, OttavaError
 from service.process import start_thread
 
@@ -25,12 +27,12 @@ class Constraint:
     owner: the API key of its request. handle: the request's.
     """
 
-    def __init__(self, masks: Masks, matcher: Matcher, owner: str, handle: int, expected_s: float) -> None:
+    def __init__(self, masks: Masks, owner: str, handle: int) -> None:
         self.owner = owner
         self.handle = handle
-        self.expected_s = expected_s
+        self.expected_s = 0.0
         self._masks = masks
-        self._matcher = matcher
+        self._matcher: Matcher | None = None
         self._token_id: int | None = None
         self._bits: bytes | None = None
 
@@ -38,6 +40,11 @@ class Constraint:
     def is_ready(self) -> bool:
         """Whether `allowed` is known."""
         return self._bits is not None
+
+    def begin(self, grammar: Grammar) -> None:
+        """Have the first mask of an answer made."""
+        self._matcher, self.expected_s = grammar.matcher(), grammar.mask_s
+        self._masks.put(self)
 
     def allowed(self) -> bytes:
         """See `Matcher.allowed`. Only while `is_ready`."""
@@ -56,6 +63,7 @@ class Constraint:
             InvalidRequest: it took more than most_s of processor time, or allows no token before the grammar's end.
             ValueError: the token before it was not allowed.
         """
+        assert self._matcher is not None, "it has not begun"
         begin_s = time.thread_time()
         if self._token_id is not None:
             self._matcher.accept(self._token_id)
@@ -97,7 +105,8 @@ class Lane:
 class Masks:
     """Makes the masks of one engine on two threads: one for those that steps wait for, one for dear ones.
 
-    A mask that is dearer than the limit, or allows nothing, ends its request: see `take_faults`.
+    A mask that is dearer than the limit, or allows nothing, ends its request: see `take_faults`. A grammar that is no
+    longer in the cache of compiled ones is compiled again beside the steps too.
 
     Args:
         mask_s: most processor seconds of a mask.
@@ -107,14 +116,45 @@ class Masks:
         self._mask_s = mask_s
         self._changed = threading.Condition()
         self._quick, self._dear = Lane({}), Lane({})
+        self._num_compiling = 0
         self._faults: list[tuple[int, OttavaError]] = []
         self._is_running = self._is_closed = False
 
     def start(self, grammar: Grammar, owner: str, handle: int) -> Constraint:
         """A constraint at the start of an answer, whose first mask is being made."""
-        constraint = Constraint(self, grammar.matcher(), owner, handle, grammar.mask_s)
-        self.put(constraint)
+        constraint = Constraint(self, owner, handle)
+        constraint.begin(grammar)
         return constraint
+
+    def compile(self, compiling: Callable[[GivenUp], Grammar], owner: str, handle: int) -> Constraint:
+        """As `start`, of a grammar that is first compiled on a thread of its own, which may take seconds.
+
+        It is given up when its request has ended. If it fails, so does the request: see `take_faults`.
+        """
+        constraint, given_up = Constraint(self, owner, handle), GivenUp()
+        weakref.finalize(constraint, given_up.set_result, None).atexit = False
+        with self._changed:
+            self._num_compiling += 1
+        start_thread("grammar", self._compile, weakref.ref(constraint), handle, partial(compiling, given_up))
+        return constraint
+
+    def _compile(self, waiting: weakref.ref[Constraint], handle: int, compiling: Callable[[], Grammar]) -> None:
+        fault: OttavaError | None = None
+        try:
+            grammar = compiling()
+            if (constraint := waiting()) is not None:
+                constraint.begin(grammar)
+            del constraint
+        except OttavaError as error:
+            fault = error
+        except Exception:
+            logger.exception("a grammar could not be compiled")
+            fault = EngineFailed("the grammar could not be compiled: this request is lost; send it again")
+        with self._changed:
+            self._num_compiling -= 1
+            if fault is not None:
+                self._faults.append((handle, fault))
+            self._changed.notify_all()
 
     def put(self, constraint: Constraint) -> None:
         """Have a constraint's next mask made."""
@@ -134,12 +174,10 @@ class Masks:
                 self._changed.wait_for(lambda: not self._quick.num_left, most_s)
 
     def wait(self, most_s: float) -> None:
-        """Wait until another mask is made, at most so long; not at all if none is being made."""
+        """Wait until another mask is made or grammar compiled, at most so long; not at all if none is being made."""
         with self._changed:
-            num_left = self._quick.num_left + self._dear.num_left
-            self._changed.wait_for(
-                lambda: self._quick.num_left + self._dear.num_left < num_left or not num_left, most_s
-            )
+            num_left = self._num_left
+            self._changed.wait_for(lambda: self._num_left < num_left or not num_left, most_s)
 
     def take_faults(self) -> list[tuple[int, OttavaError]]:
         """The requests that must end, by handle, and why."""
@@ -154,6 +192,10 @@ class Masks:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+
+    @property
+    def _num_left(self) -> int:
+        return self._quick.num_left + self._dear.num_left + self._num_compiling
 
     def _run(self, lane: Lane) -> None:
         while True:

@@ -386,6 +386,8 @@ class Scheduler:
         missing = self._num_blocks(request.num_computed + len(drafts)) - len(request.blocks)
         request.blocks.extend(self.pool.allocate(max(0, missing)))
         request.has_drafts = bool(drafts)
+        # Right or wrong, they were computed: others had to wait for them.
+        self._shares.charge(request.params.owner, len(drafts))
         return [
             Chunk(request, chunk.start + number, 1, True, chunk.index + number, draft=token_id)
             for number, token_id in enumerate(drafts, 1)

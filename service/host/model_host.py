@@ -16,7 +16,7 @@ from service.engine.api import HostInfo
 from service.engine.device.device_thread import DeviceThread
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
-from service.errors import InvalidSettings, SelfCheckFailed, UnsupportedModel
+from service.errors import InvalidRequest, InvalidSettings, SelfCheckFailed, UnsupportedModel
 from service.host.generation_config import sampling_defaults
 from service.host.limits import grammar_limits
 from service.host.machine import device_name, versions
@@ -34,6 +34,7 @@ from service.settings import BASELINE, Settings
 from service.store.progress import Progress, silent
 from service.store.resolve import resolve_model
 from service.store.tokenizer import tokenizer_folder
+from service.store.tokenizer_file import library_faults, unusable
 from service.text.grammars.compiler import RulesCompiler
 from service.text.grammars.trials import TrialParent
 from service.text.tokenizer import Tokenizer
@@ -213,7 +214,18 @@ def _refuse_alien(tokenizer: Tokenizer, folder: Path, num_rows: int) -> None:
 
     Text that has such a token anyway is refused request by request.
     """
-    beyond = max(token_id for text in CHECK_PROMPTS for token_id in tokenizer.encode(text))
+    try:
+        encoded = [tokenizer.encode(text) for text in CHECK_PROMPTS]
+    except InvalidRequest as error:
+        raise UnsupportedModel(f"{folder}: of ordinary text, {error.message}") from error
+    with library_faults(partial(unusable, folder)):
+        for ids in encoded:
+            detokenizer = tokenizer.detokenizer()
+            for token_id in ids:
+                detokenizer.push(token_id)
+    if not all(encoded):
+        raise UnsupportedModel(f"{folder}: the tokenizer makes no token of ordinary text; use the model's own one")
+    beyond = max(map(max, encoded))
     if beyond >= num_rows:
         raise UnsupportedModel(
             f"{folder}: the tokenizer makes token {beyond} ({tokenizer.token_text(beyond)!r}) of ordinary text, but "

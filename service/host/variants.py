@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from quant.checkpoint.json_file import read_json
 from quant.checkpoint.notes import NOTES_NAME
 from quant.checkpoint.reader import Checkpoint
-from quant.checkpoint.safetensors_files import read_json
 from quant.scheme import KVStorage, Scheme
 from service.engine.api import VariantInfo
 from service.engine.device.device_thread import DeviceThread

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from quant.checkpoint.model_config import read_config
 from quant.convert.rotate import Stream
 from quant.convert.smoothquant import SmoothGroup
-from service.errors import UnsupportedModel, first_line
+from quant.errors import CheckpointError
+from service.errors import UnsupportedModel
 from service.models.families import FAMILIES
 from service.models.family import ExpertShape, Family
+from service.models.fields import checked_count, count, number, own_value
 from service.models.positions import max_positions, refuse_rope, rope_parameters, rope_tables
 from service.models.refusals import Activation, activation_of, refuse_head_size, windows_of
 from service.models.smoothing import layer_groups, layer_linears
@@ -70,13 +72,14 @@ class ModelConfig:
         Raises:
             UnsupportedModel: there is no config.json, or the family or one of its features is not served.
         """
-        if not (folder / "config.json").is_file():
-            raise UnsupportedModel(f"{folder} is not a model folder: it has no config.json")
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, KeyError, OSError) as error:
-            raise UnsupportedModel(f"{folder}/config.json cannot be read: {first_line(error)}") from error
-        return cls.of(config, max_model_len, num_more)
+            config = read_config(folder)
+        except CheckpointError as error:
+            raise UnsupportedModel(str(error)) from error
+        try:
+            return cls.of(config, max_model_len, num_more)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{folder}/config.json: {error.message}") from error
 
     @classmethod
     def of(cls, config: PreTrainedConfig, max_model_len: int | None = None, num_more: int = 0) -> ModelConfig:
@@ -86,7 +89,9 @@ class ModelConfig:
             raise UnsupportedModel(
                 f"model family {config.model_type!r} is not served; the families are {', '.join(FAMILIES)}"
             )
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        hidden_size, num_heads = count(config, "hidden_size"), count(config, "num_attention_heads")
+        # transformers' models read it even where their configurations do not declare it.
+        head_size = checked_count("head_dim", getattr(config, "head_dim", None) or hidden_size // num_heads)
         refuse_head_size(head_size)
         for parameters in rope_parameters(config).values():
             refuse_rope(parameters, family.has_partial_rope, head_size)
@@ -97,26 +102,26 @@ class ModelConfig:
         rope, local_rope = rope_tables(config, head_size, length)
         return cls(
             family=config.model_type,
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=_first(config, "ffn_dim", "n_inner", "intermediate_size") or 4 * config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=_first(config, "num_key_value_heads", "num_attention_heads"),
+            num_layers=count(config, "num_hidden_layers"),
+            hidden_size=hidden_size,
+            intermediate_size=_intermediate_size(config, hidden_size),
+            num_heads=num_heads,
+            num_kv_heads=_num_kv_heads(config, num_heads),
             head_size=head_size,
-            vocab_size=config.vocab_size,
-            norm_eps=_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") or 1e-5,
+            vocab_size=count(config, "vocab_size"),
+            norm_eps=number(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") or 1e-5,
             activation=activation_of(config, family.is_gated),
             qkv_bias=family.qkv_bias(config),
             o_bias=family.o_bias(config),
             mlp_bias=family.mlp_bias(config),
             is_parallel=family.is_parallel(config),
             is_tied=config.tie_word_embeddings,
-            scale=(_first(config, "query_pre_attn_scalar") or head_size) ** -0.5,
-            soft_cap=_first(config, "attn_logit_softcapping"),
-            logit_cap=_first(config, "final_logit_softcapping"),
+            scale=(number(config, "query_pre_attn_scalar") or head_size) ** -0.5,
+            soft_cap=number(config, "attn_logit_softcapping"),
+            logit_cap=number(config, "final_logit_softcapping"),
             windows=windows_of(config) if family.has_window else (None,) * config.num_hidden_layers,
             experts=family.experts(config),
-            num_positions=config.max_position_embeddings,
+            num_positions=count(config, "max_position_embeddings"),
             max_model_len=length,
             dtype=config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16,
             rope=rope,
@@ -210,6 +215,13 @@ def _served_len(config: PreTrainedConfig, max_model_len: int | None, num_more: i
     return min(limit, (max_model_len or min(limit, 8192)) + num_more)
 
 
-def _first(config: PreTrainedConfig, *keys: str) -> Any:
-    """The value of the first key that the configuration sets."""
-    return next((value for key in keys if (value := getattr(config, key, None)) is not None), None)
+def _intermediate_size(config: PreTrainedConfig, hidden_size: int) -> int:
+    keys = "ffn_dim", "n_inner", "intermediate_size"
+    return 4 * hidden_size if own_value(config, *keys)[1] is None else count(config, *keys)
+
+
+def _num_kv_heads(config: PreTrainedConfig, num_heads: int) -> int:
+    found = count(config, "num_key_value_heads", "num_attention_heads")
+    if num_heads % found:
+        raise UnsupportedModel(f"num_key_value_heads {found} does not divide num_attention_heads {num_heads}")
+    return found

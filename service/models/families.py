@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
+from service.errors import UnsupportedModel
 from service.models.family import ExpertShape, Family, Names
+from service.models.fields import count
 from service.models.refusals import gemma3_unserved, gpt2_unserved, opt_unserved
 
 GEMMA_NAMES = Names(
@@ -19,10 +21,18 @@ HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 def qwen3_experts(config: PreTrainedConfig) -> ExpertShape:
     """Experts in every decoder_sparse_step-th layer, except those in mlp_only_layers."""
-    is_sparse = [(i + 1) % config.decoder_sparse_step == 0 for i in range(config.num_hidden_layers)]
-    layers = frozenset(i for i, sparse in enumerate(is_sparse) if sparse and i not in config.mlp_only_layers)
-    shape = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
-    return ExpertShape(*shape, is_renormalized=config.norm_topk_prob, layers=layers)
+    every, dense = count(config, "decoder_sparse_step"), config.mlp_only_layers or []
+    layers = frozenset(i for i in range(config.num_hidden_layers) if (i + 1) % every == 0 and i not in dense)
+    num_experts, per_token = count(config, "num_experts"), count(config, "num_experts_per_tok")
+    if per_token > num_experts:
+        raise UnsupportedModel(f"num_experts_per_tok {per_token} exceeds num_experts {num_experts}")
+    return ExpertShape(
+        num_experts,
+        per_token,
+        count(config, "moe_intermediate_size"),
+        is_renormalized=config.norm_topk_prob,
+        layers=layers,
+    )
 
 
 FAMILIES = {

@@ -7,6 +7,7 @@ from typing import Literal
 from transformers import PreTrainedConfig
 
 from service.errors import UnsupportedModel
+from service.models.fields import checked_count, own_value, shown
 from service.models.positions import GLOBAL, LOCAL
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -29,12 +30,10 @@ PLAIN: dict[str, Activation] = {
 def activation_of(config: PreTrainedConfig, is_gated: bool) -> Activation:
     """The activation of the MLP. Raises UnsupportedModel if it is not served."""
     served = GATED if is_gated else PLAIN
-    keys = ("hidden_activation", "hidden_act", "activation_function")
-    key = next(key for key in keys if getattr(config, key, None) is not None)
-    name = getattr(config, key)
-    if name not in served:
+    key, name = own_value(config, "hidden_activation", "hidden_act", "activation_function")
+    if not isinstance(name, str) or name not in served:
         raise UnsupportedModel(
-            f"{key} {name!r} is not served for {config.model_type}; the functions are {', '.join(served)}"
+            f"{key} {shown(name)} is not served for {config.model_type}; the functions are {', '.join(served)}"
         )
     return served[name]
 
@@ -42,10 +41,17 @@ def activation_of(config: PreTrainedConfig, is_gated: bool) -> Activation:
 def windows_of(config: PreTrainedConfig) -> tuple[int | None, ...]:
     """For each layer, the number of keys that a token attends to, including its own, or None for all."""
     window = getattr(config, "sliding_window", None) or None
-    kinds = getattr(config, "layer_types", None) or [LOCAL] * config.num_hidden_layers
+    if window is not None:
+        checked_count("sliding_window", window)
+    num_layers = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or [LOCAL] * num_layers
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise UnsupportedModel(
+            f"layer_types is {shown(kinds)}; a list of one for each of {num_layers} layers is served"
+        )
     for kind in kinds:
         if kind not in (GLOBAL, LOCAL):
-            raise UnsupportedModel(f"layer type {kind!r} is not served; the types are {GLOBAL}, {LOCAL}")
+            raise UnsupportedModel(f"layer type {shown(kind)} is not served; the types are {GLOBAL}, {LOCAL}")
     return tuple(window if kind == LOCAL else None for kind in kinds)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pydoc_data.topics
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from service.models.devices import pick_dtype
 from service.models.loader import load_decoder
 from service.store.progress import Progress, silent
 from service.store.tokenizer import text_tokenizer
+from service.store.tokenizer_file import library_faults, unusable
 
 DEFAULT_WINDOWS = 8
 """Windows of 512 tokens: smoothing needs typical inputs."""
@@ -95,10 +97,11 @@ def text_windows(folder: Path, path: Path | None, num_windows: int, window_len: 
         UnsupportedModel: the folder has no usable tokenizer.
     """
     text, tokenizer = calibration_text(path), text_tokenizer(folder)
-    try:
-        windows = windows_from_text(tokenizer, text, num_windows=num_windows, window_len=window_len, offset=offset)
-    except TextTooShort as error:
-        raise InvalidSettings(f"text {path or 'of the standard library'}: {error}") from error
+    with library_faults(partial(unusable, folder)):
+        try:
+            windows = windows_from_text(tokenizer, text, num_windows=num_windows, window_len=window_len, offset=offset)
+        except TextTooShort as error:
+            raise InvalidSettings(f"text {path or 'of the standard library'}: {error}") from error
     refuse_beyond(folder, int(windows.max()))
     return windows
 

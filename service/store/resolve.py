@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from quant.checkpoint.safetensors_files import read_json
+from quant.checkpoint.json_file import read_json
 from service.errors import ModelNotFound, first_line
 from service.models.loader import refuse_unsafe
 from service.store.demo import prepare_demo_model

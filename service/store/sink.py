@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
+from quant.checkpoint.model_config import read_config
 from quant.convert.calibration import prompt_lead
 from quant.scheme import MAX_SINK_TOKENS, Scheme
 from service.errors import InvalidSettings
@@ -47,16 +47,16 @@ def with_sink(folder: Path, scheme: Scheme, wish: SinkWish) -> Scheme:
 
 def _first_token(folder: Path, vocab_size: int) -> int:
     """The BOS token of a model whose prompts begin with none, or an end token, after which texts begin in training."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder)
     named = [config.bos_token_id, config.eos_token_id]
     ids = [token for entry in named for token in (entry if isinstance(entry, list) else [entry])]
-    found = next((token for token in ids if token is not None and 0 <= token < vocab_size), None)
+    found = next((token for token in ids if isinstance(token, int) and 0 <= token < vocab_size), None)
     if found is None:
         raise InvalidSettings(
             f"sink is on, but {folder}/config.json names neither a bos_token_id nor an eos_token_id to begin texts "
             "with: add one, or leave sink off"
         )
-    return int(found)
+    return found
 
 
 def behind_sink(windows: Tensor, sink: tuple[int, ...]) -> Tensor:

@@ -12,6 +12,8 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from quant.checkpoint.model_config import read_config
+from quant.errors import CheckpointError
 from service.errors import UnsupportedModel, first_line
 from service.store.tokenizer_file import FILE, read_tokenizer
 
@@ -50,8 +52,13 @@ def text_tokenizer(folder: Path) -> Tokenizer:
 
 def _convert(folder: Path, out: Path) -> None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        # Given the configuration, it reads none of another file that config.json names.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=read_config(folder), trust_remote_code=False, local_files_only=True
+        )
+    except CheckpointError as error:
+        raise UnsupportedModel(str(error)) from error
+    except Exception as error:  # What converts a tokenizer raises of a file that it does not expect is not limited.
         raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModel(f"{folder}: {type(tokenizer).__name__} has no fast form; convert it to a {FILE}")

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from service.errors import UnsupportedModel, first_line
+from service.errors import OttavaError, UnsupportedModel, first_line
 
 FILE = "tokenizer.json"
+PANIC = "PanicException"
+"""The class of a panic of the library's code, which cannot be imported and is no Exception."""
+
+
+@contextmanager
+def library_faults(told_as: Callable[[str], OttavaError]) -> Iterator[None]:
+    """Turn what the `tokenizers` library raises, a panic of its code too, into an error of ours.
+
+    Args:
+        told_as: makes that of the first line of what it says.
+    """
+    try:
+        yield
+    except OttavaError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
+        raise told_as(first_line(error)) from error
+
+
+def unusable(folder: Path, why: str) -> UnsupportedModel:
+    """The error of a folder whose tokenizer.json is of no use."""
+    return UnsupportedModel(f"{folder / FILE}: no usable tokenizer: {why}")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -23,10 +50,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     path = folder / FILE
     if not path.is_file():
         raise UnsupportedModel(f"{folder}: no usable tokenizer: it has no {FILE}; convert its tokenizer to one")
-    try:
+    with library_faults(partial(unusable, folder)):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises nothing narrower.
-        raise UnsupportedModel(f"{folder}: no usable tokenizer: {first_line(error)}") from error
     # A tokenizer.json may contain settings from training, which would silently cut or pad texts.
     tokenizer.no_truncation()
     tokenizer.no_padding()

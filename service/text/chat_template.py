@@ -18,6 +18,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 
+from quant.checkpoint.json_file import read_json
+from quant.errors import CheckpointError
 from service.errors import InvalidRequest, UnsupportedModel, first_line
 from service.text.reasoning import OPENING
 from service.text.sandbox import BoundedEnvironment, OutOfBudget
@@ -189,12 +191,9 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UnsupportedModel(f"{path} holds no JSON object")
-    return content
+        return read_json(path)
+    except CheckpointError as error:
+        raise UnsupportedModel(str(error)) from error
 
 
 def _source(folder: Path, config: Mapping[str, Any]) -> str | list[str] | None:
@@ -210,9 +209,9 @@ def _source(folder: Path, config: Mapping[str, Any]) -> str | list[str] | None:
             raise UnsupportedModel(f"{path} cannot be read: {first_line(error)}") from error
     found = read_object(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(found, list):
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        named = _named(found)
         if named and "default" not in named:
-            return [str(name) for name in named]
+            return list(named)
         found = named.get("default")
     return found if isinstance(found, str) and found else None
 
@@ -226,9 +225,15 @@ def _named_source(folder: Path, config: Mapping[str, Any], name: str) -> str | N
         except (OSError, ValueError) as error:
             raise UnsupportedModel(f"{path} cannot be read: {first_line(error)}") from error
     found = config.get("chat_template")
-    listed = found if isinstance(found, list) else []
-    named = {each.get("name"): each.get("template") for each in listed if isinstance(each, dict)}
-    return named[name] if isinstance(named.get(name), str) else None
+    named = _named(found if isinstance(found, list) else [])
+    source = named.get(name)
+    return source if isinstance(source, str) else None
+
+
+def _named(listed: Sequence[object]) -> dict[str, object]:
+    """Name -> template of a list of them; other entries are passed over."""
+    objects = [each for each in listed if isinstance(each, dict)]
+    return {each["name"]: each.get("template") for each in objects if isinstance(each.get("name"), str)}
 
 
 def _text(token: object) -> str | None:

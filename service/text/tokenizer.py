@@ -6,13 +6,14 @@ It is defined by tokenizer.json alone; no model class of a library and no code o
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from service.errors import InvalidRequest
-from service.store.tokenizer_file import read_tokenizer
+from service.errors import InvalidRequest, UnsupportedModel
+from service.store.tokenizer_file import library_faults, read_tokenizer, unusable
 from service.text.chat_template import TOOL_USE, ChatTemplate, read_object, read_template, special_tokens
 from service.text.detokenizer import Detokenizer
 from service.text.token_bytes import TokenBytes
@@ -45,7 +46,7 @@ class Tokenizer:
         self._tool_template = tool_template or template
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-        begin = self._encode("", add_special_tokens=True)[:1]
+        begin = self._ids("", add_special_tokens=True)[:1]
         self._first_ids = begin if set(begin) <= set(self._special_ids.values()) else []
         # Ids may have gaps, so their number says nothing.
         self._vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -61,7 +62,8 @@ class Tokenizer:
         """
         backend = read_tokenizer(folder)
         templates = read_template(folder), read_template(folder, TOOL_USE)
-        return cls(backend, _eos_ids(folder, backend), *templates)
+        with library_faults(partial(unusable, folder)):
+            return cls(backend, _eos_ids(folder, backend), *templates)
 
     @property
     def vocab_size(self) -> int:
@@ -147,9 +149,18 @@ class Tokenizer:
         return self._names.bytes(token_id)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Raises InvalidRequest if the library fails on the text, as where it has no token for it."""
+        with library_faults(_unencodable):
+            return self._ids(text, add_special_tokens)
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         # Only the batch calls release the interpreter lock, and a prompt of 1 MB takes 0.4 s. The fast one omits each
         # token's offset in the text, which is not used: 0.42 instead of 0.53 ms for 512 tokens.
         return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+
+def _unencodable(why: str) -> InvalidRequest:
+    return InvalidRequest(f"the model's tokenizer fails on this text: {why}; send another text, or token ids")
 
 
 def _eos_ids(folder: Path, backend: Backend) -> frozenset[int]:
@@ -159,6 +170,10 @@ def _eos_ids(folder: Path, backend: Backend) -> frozenset[int]:
     ids = set() if own_id is None else {own_id}
     for name in ("generation_config.json", "config.json"):
         listed = read_object(folder / name).get("eos_token_id")
-        if listed is not None:
-            ids.update(listed if isinstance(listed, list) else [listed])
+        found = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not all(type(token_id) is int for token_id in found):
+            raise UnsupportedModel(
+                f"{folder / name}: eos_token_id is {listed!r:.100}; a token's number, or a list of them, is served"
+            )
+        ids.update(found)
     return frozenset(ids)

@@ -50,6 +50,9 @@ class Registry:
     def compile(self, rules: str, num_answers: int = 1, given_up: GivenUp | None = None) -> Grammar:
         return self._made.get(rules) or JSON.compile(rules, num_answers, given_up)
 
+    def known(self, rules: str) -> Grammar | None:
+        return self._made.get(rules) or JSON.known(rules)
+
     def close(self) -> None:
         pass
 

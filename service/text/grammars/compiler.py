@@ -118,7 +118,23 @@ class RulesCompiler:
             InvalidRequest: the rules cannot be compiled or are too dear, or the model has no end token.
             DeadlineExceeded: it was given up.
         """
-        made = self._known(rules) or self._new(rules, Future() if given_up is None else given_up)
+        made = self._found(rules) or self._new(rules, Future() if given_up is None else given_up)
+        self._refuse_dear(made, num_answers)
+        return made
+
+    def known(self, rules: str) -> RulesGrammar | None:
+        """See `Grammars.known`.
+
+        Raises:
+            InvalidRequest: the rules have been refused, or are too dear.
+        """
+        found = self._found(rules)
+        if found is not None:
+            self._refuse_dear(found, 1)
+        return found
+
+    def _refuse_dear(self, made: RulesGrammar, num_answers: int) -> None:
+        """Raise InvalidRequest if the masks of so many answers take longer than the limit."""
         if self._limits is not None and num_answers * made.mask_s > self._limits.masks_s:
             raise InvalidRequest(
                 f"finding the tokens that the grammar allows next takes up to {1e3 * made.mask_s:.3g} ms, for "
@@ -127,7 +143,6 @@ class RulesCompiler:
                 "fewer alternatives begin alike",
                 PARAM,
             )
-        return made
 
     def close(self) -> None:
         """End the processes of trials."""
@@ -139,7 +154,7 @@ class RulesCompiler:
         """The process that trials are forked from, once it has been started."""
         return None if self._trials is None else self._trials.pid
 
-    def _known(self, rules: str) -> RulesGrammar | None:
+    def _found(self, rules: str) -> RulesGrammar | None:
         """The grammar of rules that have been compiled. Raises InvalidRequest if they have been refused."""
         with self._lock:
             found = self._made.get(rules)
@@ -158,7 +173,7 @@ class RulesCompiler:
                 PARAM,
             )
         with self._turns.turn(given_up):
-            return self._known(rules) or self._make(rules, self._tried(rules, given_up))
+            return self._found(rules) or self._make(rules, self._tried(rules, given_up))
 
     def _tried(self, rules: str, given_up: GivenUp) -> float:
         """Seconds of the dearest mask that a trial found. Raises InvalidRequest if it failed."""

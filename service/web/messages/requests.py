@@ -18,9 +18,23 @@ from service.web.schemas.bodies import (
     Text,
 )
 from service.web.schemas.content import kind_of, list_or_text, text_in_parts
-from service.web.schemas.tools import MAX_TOOLS, ToolName, encodable
+from service.web.schemas.tools import MAX_TOOLS, AllowedCallers, ToolName, encodable
 
 Object = Annotated[dict[str, Any], AfterValidator(encodable)]
+CLEARS_THINKING = "clear_thinking_"
+
+
+def _clears_thinking(value: Any) -> Any:
+    edits = (value.get("edits") or []) if isinstance(value, dict) else value
+    kinds = [kind_of(edit) for edit in edits] if isinstance(edits, list) else [None]
+    if value is not None and not all(isinstance(kind, str) and kind.startswith(CLEARS_THINKING) for kind in kinds):
+        raise PydanticCustomError(
+            "not_honoured", "leave it out, and leave what the model is not to see out of `messages`"
+        )
+    return value
+
+
+ContextManagement = Annotated[Any, AfterValidator(_clears_thinking)]
 CACHED = "Accepted: any; prompts are found by their content."
 
 
@@ -121,7 +135,7 @@ class CustomTool(Cacheable):
     input_examples: list[Any] = Field([], description="Accepted: any; the model is not shown them.")
     defer_loading: bool = Field(False, description="Accepted: any; every tool is shown from the start.")
     eager_input_streaming: bool | None = Field(None, description="Accepted: any; see `tool_choice`.")
-    allowed_callers: Any = Field(None, description="Accepted: any; the model calls.")
+    allowed_callers: AllowedCallers = Field(["direct"], description="Accepted: any with direct: the model calls.")
 
 
 def _tool_kind(value: Any) -> str | None:
@@ -205,7 +219,9 @@ class PromptFields(NullIsAbsent):
     thinking: Thinking | None = Field(None, description="None: as the chat template has it.")
     output_config: OutputConfig | None = Field(None, description="What the answer is.")
     cache_control: Any = Field(None, description=CACHED)
-    context_management: Any = Field(None, description="Accepted: any; nothing is cleared but by the chat template.")
+    context_management: ContextManagement = Field(
+        None, description="Accepted: edits of the types clear_thinking_..., as the chat template decides what it shows."
+    )
     mcp_servers: EmptyList = Field([], description="Accepted: []; the server calls no tools.")
     speed: InertText = Field("", description="Accepted: any; there is one speed.")
 

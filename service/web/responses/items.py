@@ -87,7 +87,8 @@ InputItem = Annotated[
     Discriminator(
         _kind,
         custom_error_type="unknown_kind",
-        custom_error_message=f"send items of the types {', '.join(SERVED_ITEMS)}",
+        custom_error_message="this server reads text and calls of functions alone, and stores no items: send those of "
+        f"the types {', '.join(SERVED_ITEMS)}",
     ),
 ]
 

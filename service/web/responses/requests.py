@@ -14,22 +14,38 @@ from service.web.schemas.bodies import TEMPERATURE, NullIsAbsent, Sampling, Temp
 from service.web.schemas.tools import MAX_TOOLS, encodable
 
 LOGPROBS = "message.output_text.logprobs"
+NOT_THERE = (
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
+"""What can be asked for in `include` and no answer has: it has no such items, and reasoning is given as it is."""
+
+LOGPROBS_REMEDY: LiteralString = "leave it out, or send `logprobs` to /v1/chat/completions"
 
 
-def _only(accepted: bool | None, remedy: LiteralString) -> WrapValidator:
+def _only(accepted: bool | int | None, remedy: LiteralString) -> WrapValidator:
     """Accepts one value, and refuses everything else with this remedy."""
 
     def check(value: Any, _: ValidatorFunctionWrapHandler) -> Any:
-        if value is not accepted:
+        # False is equal to 0, and no number.
+        if value != accepted or type(value) is not type(accepted):
             raise PydanticCustomError("not_honoured", remedy)
         return value
 
     return WrapValidator(check)
 
 
-def _not_logprobs(value: list[str]) -> list[str]:
+def _none_there(value: list[str]) -> list[str]:
     if LOGPROBS in value:
-        raise PydanticCustomError("not_honoured", "leave it out, or send `logprobs` to /v1/chat/completions")
+        raise PydanticCustomError("not_honoured", LOGPROBS_REMEDY)
+    unknown = next((name for name in value if name not in NOT_THERE), None)
+    if unknown is not None:
+        raise PydanticCustomError("not_honoured", "leave {unknown} out", {"unknown": unknown})
     return value
 
 
@@ -70,6 +86,8 @@ class EventOptions(NullIsAbsent):
 Stateless = Annotated[
     None, _only(None, "answers are not stored: send the whole conversation in `input`, and leave this out")
 ]
+WithoutLogprobs = Annotated[Literal[False], _only(False, LOGPROBS_REMEDY)]
+WithoutTop = Annotated[Literal[0], _only(0, LOGPROBS_REMEDY)]
 InForeground = Annotated[
     Literal[False], _only(False, "answers are not stored: wait for this one, with `stream` true if it is long")
 ]
@@ -104,8 +122,8 @@ class ResponsesRequest(NullIsAbsent, Sampling):
     )
     stream_options: EventOptions | None = Field(None, description="Accepted: any; it has no effect.")
     store: bool = Field(True, description="Accepted: any; answers are not stored.")
-    include: Annotated[list[InertText], AfterValidator(_not_logprobs)] = Field(
-        [], max_length=64, description=f"Accepted: any but {LOGPROBS}; an answer has nothing of what they ask for."
+    include: Annotated[list[InertText], AfterValidator(_none_there)] = Field(
+        [], max_length=64, description=f"Accepted: {', '.join(NOT_THERE)}; an answer has nothing of what they ask for."
     )
     metadata: Metadata = Field({}, description="Given back in the answer; nothing is stored.")
     previous_response_id: Stateless = Field(None, description="Accepted: null; answers are not stored.")
@@ -115,7 +133,8 @@ class ResponsesRequest(NullIsAbsent, Sampling):
     background_options: dict[str, Any] = Field({}, description="Accepted; nothing runs in the background.")
     truncation: Only[Literal["disabled"]] = Field("disabled", description="Accepted: disabled; nothing is left out.")
     context_management: EmptyList = Field([], description="Accepted: [].")
-    top_logprobs: Only[Literal[0]] = Field(0, description="Accepted: 0; /v1/chat/completions has log-probabilities.")
+    logprobs: WithoutLogprobs = Field(False, description="Accepted: false; /v1/chat/completions has them.")
+    top_logprobs: WithoutTop = Field(0, description="Accepted: 0; /v1/chat/completions has log-probabilities.")
     max_tool_calls: int | None = Field(None, description="Accepted: any; it counts calls of tools of the server's own.")
     moderation: Nothing = Field(None, description="Accepted: null; nothing is moderated.")
     access_programs: dict[str, Any] = Field({}, description="Accepted; there are none.")

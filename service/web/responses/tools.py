@@ -14,6 +14,7 @@ from service.web.schemas.bodies import NullIsAbsent, Text
 from service.web.schemas.content import kind_of
 from service.web.schemas.tools import (
     TOOL_NAME,
+    AllowedCallers,
     ChosenFunction,
     ChosenTool,
     FunctionDefinition,
@@ -40,7 +41,7 @@ class FunctionTool(NullIsAbsent):
     )
     strict: bool | None = Field(None, description="Accepted: any; forced calls are always held to the schema.")
     output_schema: Any = Field(None, description="Accepted: any; the model is not shown it.")
-    allowed_callers: Any = Field(None, description="Accepted: any; the model calls.")
+    allowed_callers: AllowedCallers = Field(["direct"], description="Accepted: any with direct: the model calls.")
     defer_loading: bool = Field(False, description="Accepted: any; every function is shown from the start.")
 
     def defined(self, namespace: str | None = None) -> ToolDefinition:
@@ -75,8 +76,8 @@ ResponsesTool = Annotated[
     Discriminator(
         _kind,
         custom_error_type="unknown_kind",
-        custom_error_message="this server has no tools of its own: send functions, or namespaces of functions, which "
-        "the client runs",
+        custom_error_message="this server has no tools of its own, and no custom ones, whose input is free text: send "
+        "functions, or namespaces of functions, which the client runs",
     ),
 ]
 

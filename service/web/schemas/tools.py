@@ -22,6 +22,14 @@ def encodable(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _direct(value: list[str]) -> list[str]:
+    if "direct" not in value:
+        raise PydanticCustomError("not_honoured", 'leave it out, or add "direct": nobody else than the model calls')
+    return value
+
+
+AllowedCallers = Annotated[list[str], AfterValidator(_direct)]
+"""Who may call a tool: always the model itself."""
 TOOL_NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
 ToolName = Annotated[str, Field(pattern=TOOL_NAME)]
 

@@ -209,7 +209,8 @@ def test_a_config_that_is_no_json_object(
 def test_a_family_that_is_not_served(refused_model: Callable[[Path | str], str], copy_of_tiny: Path) -> None:
     (copy_of_tiny / "config.json").write_text('{"model_type": "bert", "vocab_size": 340}')
     families = ", ".join(FAMILIES)
-    assert refused_model(copy_of_tiny) == f"model family 'bert' is not served; the families are {families}"
+    where = copy_of_tiny / "config.json"
+    assert refused_model(copy_of_tiny) == f"{where}: model family 'bert' is not served; the families are {families}"
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "no-such-family"}', '{"hidden_size": 5}'])

@@ -13,7 +13,7 @@ import pytest
 
 from service.engine.api import FinishReason, SamplingParams
 from service.engine.device.device_thread import DeviceThread
-from service.engine.grammar import GivenUp, Grammar
+from service.engine.grammar import GivenUp, Grammar, Grammars
 from service.engine.loop import EngineLoop
 from service.engine.masks import QUICK_S, Constraint, Lane, Masks
 from service.engine.scheduler import Scheduler
@@ -54,6 +54,9 @@ class One:
     def compile(self, rules: str, num_answers: int = 1, given_up: GivenUp | None = None) -> Grammar:
         return self._grammar
 
+    def known(self, rules: str) -> Grammar | None:
+        return self._grammar
+
     def close(self) -> None:
         pass
 
@@ -65,7 +68,32 @@ def burn(seconds: float) -> None:
         pass
 
 
-def engine_with(grammar: Grammar, mask_s: float = 60.0, is_async: bool = False) -> EngineLoop:
+class Evicted(One):
+    """Grammars that are no longer known, each of which is compiled again until the gate opens or it is given up."""
+
+    def __init__(self, grammar: Grammar, fault: Exception | None = None) -> None:
+        super().__init__(grammar)
+        self.gate = threading.Event()
+        self.threads: list[str] = []
+        self.given_up: list[GivenUp] = []
+        self._fault = fault
+
+    def known(self, rules: str) -> Grammar | None:
+        return None
+
+    def compile(self, rules: str, num_answers: int = 1, given_up: GivenUp | None = None) -> Grammar:
+        assert given_up is not None
+        self.threads.append(threading.current_thread().name)
+        self.given_up.append(given_up)
+        assert self.gate.wait(DEADLINE_S)
+        if self._fault is not None:
+            raise self._fault
+        return self._grammar
+
+
+def engine_with(
+    grammar: Grammar, mask_s: float = 60.0, is_async: bool = False, grammars: Grammars | None = None
+) -> EngineLoop:
     runner = ScriptedRunner()
     runner.is_async = is_async
     plan = Scheduler(num_blocks=64, block_size=4, max_num_requests=8, max_batched_tokens=64)
@@ -75,7 +103,7 @@ def engine_with(grammar: Grammar, mask_s: float = 60.0, is_async: bool = False) 
         runner,
         device_thread=DeviceThread(),
         max_model_len=256,
-        grammars=One(grammar),
+        grammars=grammars or One(grammar),
         mask_s=mask_s,
     ).start()
 
@@ -185,7 +213,7 @@ def test_a_request_that_ends_while_its_mask_is_made() -> None:
 
 def test_owners_take_turns() -> None:
     masks, lane = Masks(1.0), Lane({})
-    made = [Constraint(masks, Slow(), owner, place, 0.0) for place, owner in enumerate("aaab")]
+    made = [Constraint(masks, owner, place) for place, owner in enumerate("aaab")]
     for constraint in made:
         lane.put(constraint)
     taken = [lane.take() for _ in range(4)]
@@ -195,6 +223,90 @@ def test_owners_take_turns() -> None:
 
 def test_nothing_is_made_for_a_request_that_is_gone() -> None:
     lane = Lane({})
-    lane.put(Constraint(Masks(1.0), Slow(), "a", 1, 0.0))
+    lane.put(Constraint(Masks(1.0), "a", 1))
     gc.collect()
     assert lane.take() is None
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_grammar_that_was_evicted_is_compiled_again_beside_all_else(is_async: bool) -> None:
+    """Once on the thread that reads the web's messages, which then read nothing: no new request, and no end of one."""
+    grammar = Slow()
+    grammars = Evicted(grammar)
+    engine = engine_with(grammar, is_async=is_async, grammars=grammars)
+
+    async def go() -> tuple[bool, int]:
+        # `submit` puts the command, as the thread that reads does.
+        held = asyncio.ensure_future(tokens_of(engine, HELD))
+        for _ in range(3):
+            assert len(await tokens_of(engine, FREE, "s")) == 12
+        was_done = held.done()
+        grammars.gate.set()
+        return was_done, len(await held)
+
+    assert asyncio.run(go()) == (False, 6)
+    assert grammars.threads == ["grammar"]
+    engine.stop()
+
+
+def test_an_engine_that_waits_for_a_grammar_alone_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.engine.loop.IDLE_S", 0.2)
+    grammars = Evicted(Slow())
+    engine = engine_with(Slow(), grammars=grammars)
+    turns: list[float] = []
+    turn = engine._turn
+
+    def counted() -> None:
+        turns.append(0.0)
+        turn()
+
+    monkeypatch.setattr(engine, "_turn", counted)
+
+    async def go() -> int:
+        held = asyncio.ensure_future(tokens_of(engine, HELD))
+        await asyncio.sleep(0.5)
+        assert 1 <= len(turns) <= 5
+        grammars.gate.set()
+        return len(await held)
+
+    assert asyncio.run(go()) == 6
+    engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [(InvalidRequest("mend it"), InvalidRequest), (RuntimeError("why"), EngineFailed)],
+    ids=["refused", "broken"],
+)
+def test_a_grammar_that_cannot_be_compiled_again_ends_its_own_request(fault: Exception, error: type[Exception]) -> None:
+    grammars = Evicted(Slow(), fault)
+    grammars.gate.set()
+    engine = engine_with(Slow(), grammars=grammars)
+
+    async def go() -> int:
+        free = asyncio.ensure_future(tokens_of(engine, FREE, "s"))
+        with pytest.raises(error):
+            await tokens_of(engine, HELD)
+        return len(await free)
+
+    assert asyncio.run(go()) == 12
+    assert engine.failure is None
+    engine.stop()
+
+
+def test_a_grammar_is_given_up_when_its_request_has_ended() -> None:
+    grammars = Evicted(Slow())
+    engine = engine_with(Slow(), grammars=grammars)
+
+    async def go() -> None:
+        stream = engine.submit([1, 2, 3], HELD, "r")
+        while not grammars.given_up:
+            await asyncio.sleep(0.001)
+        assert not grammars.given_up[0].done()
+        stream.finish(FinishReason.ABORT)
+        await stream.released()
+        await asyncio.to_thread(grammars.given_up[0].result, DEADLINE_S)
+
+    asyncio.run(go())
+    grammars.gate.set()
+    engine.stop()

@@ -323,6 +323,47 @@ REFUSED: list[tuple[dict[str, Any], int, str, list[str]]] = [
     ({"stop_sequences": [""]}, 400, "stop_sequences", ["too short"]),
     ({"messages": [{**USER, "content": "x" * 5000}]}, 400, "messages", ["shorten the prompt"]),
     ({"mcp_servers": [{}]}, 400, "mcp_servers", []),
+    ({"container": "c"}, 400, "container", ["'c'", "leave it out"]),
+    ({"logprobs": True}, 400, "logprobs", ["not a field"]),
+    ({"n": 2}, 400, "n", ["not a field"]),
+    ({"output_format": {"type": "json_schema"}}, 400, "output_format", ["did you mean `output_config`?"]),
+    ({"tools": [{**F, "allowed_callers": ["code_execution_20250825"]}]}, 400, "tools", ["code_execution", "direct"]),
+    *(
+        ({"context_management": value}, 400, "context_management", ["leave what the model is not to see out of"])
+        for value in (
+            {"edits": [{"type": "clear_tool_uses_20250919"}]},
+            {"edits": [{"type": "compact_20260112"}]},
+            {"edits": 1},
+            {"edits": [1]},
+            5,
+            "clear_thinking_",
+        )
+    ),
+    *(
+        ({"tools": [{"type": kind, "name": "t"}]}, 400, "tools", [kind, "input_schema"])
+        for kind in (
+            "bash_20250124",
+            "text_editor_20250728",
+            "computer_20250124",
+            "code_execution_20250825",
+            "memory_20250818",
+            "mcp_toolset",
+            "of_tomorrow",
+        )
+    ),
+    *(
+        ({"messages": [{"role": "user", "content": [{"type": kind}]}]}, 400, "messages", [kind, "no documents"])
+        for kind in (
+            "document",
+            "search_result",
+            "server_tool_use",
+            "web_search_tool_result",
+            "container_upload",
+            "audio",
+            "compaction",
+            "of_tomorrow",
+        )
+    ),
     ({"model": "claude"}, 404, "model", ["'claude'", "fake:w8a8"]),
 ]
 

@@ -239,6 +239,7 @@ def test_what_has_no_effect_is_accepted() -> None:
         assert outcome(post({**INERT, "store": store})[0]) == [("message", "hello")]
 
 
+OUTPUT = {"type": "function_call_output", "call_id": "c", "output": "x"}
 REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"previous_response_id": "resp_1"}, "previous_response_id", ["'resp_1'", "send the whole conversation"]),
     ({"conversation": "c"}, "conversation", ["send the whole conversation"]),
@@ -258,8 +259,54 @@ REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"text": {"format": {"type": "json_schema"}}}, "text", ["no `schema`"]),
     ({"text": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "text", ["`not`"]),
     ({"include": ["message.output_text.logprobs"]}, "include", ["/v1/chat/completions"]),
+    ({"include": ["reasoning.encrypted_content", "what"]}, "include", ["leave what out"]),
     ({"truncation": "auto"}, "truncation", ["'auto'"]),
-    ({"top_logprobs": 2}, "top_logprobs", ["2"]),
+    ({"logprobs": True}, "logprobs", ["True", "/v1/chat/completions"]),
+    ({"top_logprobs": 2}, "top_logprobs", ["2", "/v1/chat/completions"]),
+    ({"top_logprobs": False}, "top_logprobs", ["False"]),
+    ({"prompt": {"id": "p"}}, "prompt", ["leave it out"]),
+    ({"context_management": [{"type": "compaction"}]}, "context_management", ["compaction"]),
+    ({"moderation": {"model": "m"}}, "moderation", ["leave it out"]),
+    ({"modalities": ["audio"]}, "modalities", ["not a field"]),
+    ({"n": 2}, "n", ["not a field"]),
+    ({"tools": [{**F, "allowed_callers": ["programmatic"]}]}, "tools", ["programmatic", "direct"]),
+    *(
+        ({"tools": [{"type": kind}, F]}, "tools", ["`tools.0`", kind, "no tools of its own", "send functions"])
+        for kind in (
+            "code_interpreter",
+            "computer_use_preview",
+            "image_generation",
+            "mcp",
+            "local_shell",
+            "shell",
+            "apply_patch",
+            "tool_search",
+            "of_tomorrow",
+        )
+    ),
+    *(
+        ({"input": [{"role": "user", "content": [{"type": kind}]}]}, "input", [kind, "send text alone"])
+        for kind in ("input_file", "input_audio", "refusal", "computer_screenshot")
+    ),
+    ({"input": [{**OUTPUT, "output": [{"type": "input_image", "image_url": "u"}]}]}, "input", ["send text alone"]),
+    *(
+        ({"input": [{"type": kind}]}, "input", ["`input.0`", kind, "function_call_output"])
+        for kind in (
+            "web_search_call",
+            "custom_tool_call",
+            "custom_tool_call_output",
+            "image_generation_call",
+            "computer_call",
+            "local_shell_call",
+            "mcp_call",
+            "compaction",
+            "of_tomorrow",
+        )
+    ),
+    *(
+        ({"tools": [F], "tool_choice": choice}, "tool_choice", ["send none, auto, required"])
+        for choice in ({"type": "custom", "name": "f"}, {"type": "allowed_tools", "mode": "auto", "tools": []})
+    ),
     ({"max_tokens": 5}, "max_tokens", ["not a field"]),
     ({"temperature": 3}, "temperature", ["at most 2.0"]),
 ]

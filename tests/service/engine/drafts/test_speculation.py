@@ -289,6 +289,21 @@ def test_nobody_is_preempted_for_drafts() -> None:
     assert (play.plan.num_preemptions, play.plan.pool.num_free) == (0, 0)
 
 
+def test_a_key_is_charged_for_its_drafts_right_or_wrong() -> None:
+    play = Play(Eager(3), rows=8)
+    drafting, other = repeating("a", owner="anna"), new_request("b", 12, 100, owner="ben")
+    begun(play, drafting, other)
+    play.read(play.next(), 2, 3, 9, 1, 4)
+    late = [new_request("a2", 4, owner="anna"), new_request("b2", 4, owner="ben")]
+    for request in late:
+        play.plan.add(request)
+    # Else both keys would have gone, and an idle engine forgets who had more.
+    for request in (drafting, other):
+        play.plan.finish(request, FinishReason.ABORT, 0.0)
+    play.next()
+    assert play.plan.admitted == late[::-1], "anna had 3 tokens more than ben, who comes first though he asked later"
+
+
 def test_what_was_accepted_of_a_request_that_has_been_preempted_meanwhile_counts() -> None:
     """It is computed again from its beginning."""
     play = Play(Eager(3), num_blocks=9)

@@ -119,6 +119,21 @@ def test_what_was_refused_costs_nothing_again(compiler: RulesCompiler, monkeypat
     assert len(compiler._refused) == 3
 
 
+def test_only_what_is_kept_is_known(compiler: RulesCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for on threads that must not wait: there is no trial, and nothing is compiled."""
+    monkeypatch.setattr(compiling, "CACHE_BYTES", 0)
+    first = compiler.compile('root ::= "first"')
+    assert compiler.known('root ::= "first"') is first
+    with pytest.raises(InvalidRequest, match="mend it"):
+        compiler.compile("root ::= b")
+    compiler.compile('root ::= "second"')
+    monkeypatch.setattr(Trials, "run", lambda *_: pytest.fail("there was a trial"))
+    assert compiler.known('root ::= "first"') is None, "it was dropped for the second"
+    assert compiler.known('root ::= "third"') is None
+    with pytest.raises(InvalidRequest, match="mend it"):
+        compiler.known("root ::= b")
+
+
 def test_the_memory_limit() -> None:
     limits = GrammarLimits(compile_s=20, compile_bytes=24 << 20)
     compiler = RulesCompiler(lambda: TOKENS, frozenset({EOS}), limits)
