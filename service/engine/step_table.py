@@ -106,6 +106,28 @@ class StepTable:
     block_tables: Ints
     is_decode: bool
 
+    @property
+    def columns(self) -> tuple[Ints, ...]:
+        """All that the step uses of `numbers`, block tables last, each as one row of numbers."""
+        return (
+            self.token_ids,
+            self.from_row,
+            self.positions,
+            self.slots,
+            self.query_starts,
+            self.context_lens,
+            self.sample_index,
+            self.sample_rows,
+            self.block_tables.reshape(-1),
+        )
+
+    def fill(self, packed: Ints) -> None:
+        """Write the columns of a step of the same sizes, which stand one behind the other."""
+        start = 0
+        for column in self.columns:
+            column[:] = packed[start : start + len(column)]
+            start += len(column)
+
 
 class StepTableBuilder:
     """Writes steps into arrays. It keeps the blocks of each request row and copies only those added since."""

@@ -210,13 +210,13 @@ class Runner:
         """Do another rank's part of a step that the first rank launches.
 
         Args:
-            numbers: of the step; copied before this returns.
+            numbers: `StepTable.columns` of the step, one behind the other; copied before this returns.
             shape: of the captured step to replay, or None.
             sizes: those of `TableLayout.table`.
         """
-        host = self._batches.numbers()
-        host[: len(numbers)] = numbers
-        batch = self._batches.build(self.layout.table(host, **sizes))  # type: ignore[arg-type]
+        table = self.layout.table(self._batches.numbers(), **sizes)  # type: ignore[arg-type]
+        table.fill(numbers)
+        batch = self._batches.build(table)
         self._followed = (self._graphs.replay(shape) if shape else self._forward(batch)), batch
 
     @torch.inference_mode()

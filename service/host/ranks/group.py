@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -133,17 +133,11 @@ class RankGroup:
 
     def lead(self, name: str) -> RunnerLead:
         """Tells the other ranks' runners of a variant."""
-        return RunnerLead(name, self)
-
-    def write(self, table: StepTable) -> int:
-        """Put a step's numbers where the other ranks read them. Returns the slot."""
-        return self._board.write(table.numbers)
+        return RunnerLead(name, self._board, self.tell)
 
     def tell(self, message: Message) -> None:
         """Send a message to every other rank."""
-        content = encode(message)
-        for end in self._ends:
-            end.sendall(content)
+        send(self._ends, message)
 
     def close(self) -> None:
         """End the other ranks. Idempotent."""
@@ -169,21 +163,22 @@ class RankGroup:
 class RunnerLead:
     """Implements `service.engine.device.ranks.Lead` for a variant."""
 
-    def __init__(self, name: str, group: RankGroup) -> None:
+    def __init__(self, name: str, board: Board, tell: Callable[[Message], None]) -> None:
         self._name = name
-        self._group = group
+        self._board = board
+        self._tell = tell
 
     def warm(self) -> None:
         """See `Lead`."""
-        self._group.tell(Warm(self._name))
+        self._tell(Warm(self._name))
 
     def forward(self, table: StepTable, shape: Shape | None) -> None:
         """See `Lead`."""
         num_tables, width = table.block_tables.shape
-        self._group.tell(
+        self._tell(
             Forward(
                 self._name,
-                self._group.write(table),
+                self._board.write(table.columns),
                 len(table.token_ids),
                 len(table.context_lens),
                 len(table.sample_index),
@@ -196,11 +191,18 @@ class RunnerLead:
 
     def chosen(self, num_samples: int) -> None:
         """See `Lead`."""
-        self._group.tell(Chosen(self._name, num_samples))
+        self._tell(Chosen(self._name, num_samples))
 
     def scored(self, rows: Tensor) -> None:
         """See `Lead`."""
-        self._group.tell(Scored(self._name, rows.numpy().tobytes()))
+        self._tell(Scored(self._name, rows.numpy().tobytes()))
+
+
+def send(ends: Sequence[socket.socket], message: Message) -> None:
+    """Send a message to every other rank."""
+    content = encode(message)
+    for end in ends:
+        end.sendall(content)
 
 
 def join(rank: int, size: int, meeting: Path, device: torch.device) -> None:

@@ -46,7 +46,7 @@ class Free(Message, frozen=True, tag="free"):
 
 
 class Forward(Message, frozen=True, tag="forward"):
-    """Run a step. The sizes are `TableLayout.table`'s; its numbers are in a slot of the shared memory."""
+    """Run a step. Its columns are in a slot of the shared memory."""
 
     slot: int
     num_tokens: int
@@ -56,6 +56,18 @@ class Forward(Message, frozen=True, tag="forward"):
     width: int
     is_decode: bool
     is_captured: bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those of `TableLayout.table`."""
+        return {
+            "num_tokens": self.num_tokens,
+            "num_requests": self.num_requests,
+            "num_samples": self.num_samples,
+            "num_tables": self.num_tables,
+            "width": self.width,
+            "is_decode": self.is_decode,
+        }
 
 
 class Chosen(Message, frozen=True, tag="chosen"):

@@ -9,7 +9,9 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +33,9 @@ from service.settings import Settings, load_settings
 from service.telemetry.logs import configure_logging
 
 MAX_MESSAGE_BYTES = 1 << 20
+POLLING_S = 0.02
+"""On a GPU, where all ranks wait for the last to launch its part of a step, and to wake up takes about 10 us. A core is
+busy with it while steps follow each other, none while the engines are idle."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,18 +87,23 @@ class Follower:
                 raise AssertionError(message)
 
     def _follow(self, runner: Runner, message: Forward) -> None:
-        tables = runner.layout.starts["block_tables"] + message.num_tables * message.width
         shape = Shape(message.num_tokens, message.num_requests, message.is_decode) if message.is_captured else None
-        runner.follow(
-            self.board.read(message.slot, tables),
-            shape=shape,
-            num_tokens=message.num_tokens,
-            num_requests=message.num_requests,
-            num_samples=message.num_samples,
-            num_tables=message.num_tables,
-            width=message.width,
-            is_decode=message.is_decode,
-        )
+        runner.follow(self.board.read(message.slot), shape=shape, **message.sizes)
+
+
+def messages_of(end: socket.socket, polling_s: float = 0.0) -> Iterator[bytes]:
+    """The first rank's messages until its end is closed. polling_s: how long to keep asking before it sleeps."""
+    while content := _polled(end, polling_s) or end.recv(MAX_MESSAGE_BYTES):
+        yield content
+
+
+def _polled(end: socket.socket, polling_s: float) -> bytes:
+    """The next message, b"" at the end of them and also if there is none for so long."""
+    stop_s = time.monotonic() + polling_s
+    while time.monotonic() < stop_s:
+        with suppress(BlockingIOError):
+            return end.recv(MAX_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+    return b""
 
 
 def main() -> NoReturn:
@@ -114,7 +124,7 @@ def main() -> NoReturn:
     try:
         join(rank, joining.size, Path(joining.meeting), device)
         follower = Follower(settings, device, Board(size, memory))
-        while content := end.recv(MAX_MESSAGE_BYTES):
+        for content in messages_of(end, POLLING_S if device.type == "cuda" else 0.0):
             follower.do(decoder.decode(content))
     except Exception:
         logger.exception("rank %d cannot go on", rank)

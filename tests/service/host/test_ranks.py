@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from service.errors import InvalidSettings, UnsupportedModel
 from service.host.model_host import ModelHost
 from service.host.ranks.board import NUM_SLOTS, Board
 from service.host.ranks.group import RankGroup, refuse_missing_gpus
+from service.host.ranks.process import messages_of
 from service.host.reloader import open_host
 from service.host.variants import scheme_of
 from service.models.config import ModelConfig
@@ -131,6 +134,33 @@ def test_slots_of_the_board_are_used_in_turn() -> None:
     other = Board(layout.size, os.dup(first.descriptor))
     for turn in range(2 * NUM_SLOTS):
         numbers = np.full(turn + 1, turn, dtype=np.int32)
-        slot = first.write(numbers)
+        slot = first.write([numbers, numbers[:1]])
         assert slot == turn % NUM_SLOTS
-        assert other.read(slot, turn + 1).tolist() == numbers.tolist()
+        assert other.read(slot)[: turn + 2].tolist() == [*numbers.tolist(), turn]
+
+
+def test_only_what_a_step_uses_is_copied() -> None:
+    layout = TableLayout(max_tokens=8, max_requests=4, max_blocks=2)
+    board = Board(layout.size)
+    sizes = {"num_tokens": 5, "num_requests": 3, "num_samples": 2, "num_tables": 3, "width": 1, "is_decode": False}
+    sent = layout.table(np.arange(layout.size, dtype=np.int32), **sizes)  # type: ignore[arg-type]
+    table = layout.table(np.full(layout.size, -7, dtype=np.int32), **sizes)  # type: ignore[arg-type]
+    table.fill(board.read(board.write(sent.columns)))
+    for had, got in zip(sent.columns, table.columns, strict=True):
+        assert got.tolist() == had.tolist()
+    num_used = sum(map(len, sent.columns))
+    assert num_used == 4 * 5 + (3 + 1) + 3 + 2 * 2 + 3 * 1
+    assert (table.numbers == -7).sum() == len(table.numbers) - num_used
+
+
+@pytest.mark.parametrize("polling_s", [0.0, 0.05])
+def test_messages_come_in_order_until_the_end(polling_s: float) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, ThreadPoolExecutor(1) as pool, theirs:
+        found = pool.submit(lambda: list(messages_of(theirs, polling_s)))
+        for content in (b"1", b"2", b"3"):
+            # Longer than it polls, so that some are read asleep.
+            time.sleep(0.04)
+            ours.sendall(content)
+        ours.close()
+        assert found.result(20) == [b"1", b"2", b"3"]
