@@ -129,7 +129,7 @@ class Bench:
         block_size = Settings().block_size
         block_bytes = block_size * decoder.kv_bytes_per_token
         device = decoder.embedding.device
-        num_free = None if group is None else group.least_free(device)
+        num_free = None if group is None else min(each[1] for each in group.measured(device, {}))
         num_blocks = cache_budget(device, num_sharing, num_free=num_free) // block_bytes
         if group is not None:
             group.start(variant, num_blocks)

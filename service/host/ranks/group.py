@@ -13,8 +13,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -31,9 +32,9 @@ from service.host.ranks.messages import (
     Check,
     Chosen,
     Forward,
-    Free,
     Join,
     Load,
+    Measure,
     Message,
     Scored,
     Start,
@@ -42,6 +43,7 @@ from service.host.ranks.messages import (
 )
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder, score
+from service.models.sharding import Ranks
 from service.process import end_process, start_thread
 from service.settings import Settings, without_secrets
 
@@ -54,6 +56,9 @@ NCCL = {
     "NCCL_NVLS_ENABLE": "0",
 }
 """Settings of NCCL unless the environment has others."""
+
+Sizes: TypeAlias = tuple[int, int]
+"""Bytes of a variant's weights and of its KV cache, on one rank."""
 
 COMMAND = (sys.executable, "-m", "service.host.ranks.process")
 EXIT_S = 5.0
@@ -121,10 +126,10 @@ class RankGroup:
         """The other ranks make a runner of a variant."""
         self.tell(Start(name, num_blocks))
 
-    def least_free(self, device: torch.device) -> int:
-        """The least free memory of the ranks' devices, in bytes."""
-        self.tell(Free(""))
-        return least_free(self.ranks, device)
+    def measured(self, device: torch.device, sizes: Mapping[str, Sizes]) -> list[list[int]]:
+        """`measured` on all ranks, of the variants that this one's sizes are given for."""
+        self.tell(Measure("", list(sizes)))
+        return measured(self.ranks, device, list(sizes.values()))
 
     def score(self, name: str, decoder: Decoder, token_ids: Tensor) -> Tensor:
         """`service.models.decoder.score`, on all ranks."""
@@ -220,10 +225,11 @@ def join(rank: int, size: int, meeting: Path, device: torch.device) -> None:
     )
 
 
-def least_free(ranks: GroupRanks, device: torch.device) -> int:
-    """The least free memory of the ranks' devices, in bytes. All ranks call it."""
-    num_free = torch.tensor([free_bytes(device)], dtype=torch.int64, device=device)
-    return int(ranks.gather(num_free).min())
+def measured(ranks: Ranks, device: torch.device, sizes: Sequence[Sizes]) -> list[list[int]]:
+    """Of each rank: the process' id, the free bytes of its device, then its sizes. All ranks call it."""
+    own = [os.getpid(), free_bytes(device), *(count for pair in sizes for count in pair)]
+    found: list[list[int]] = ranks.gather(torch.tensor(own, dtype=torch.int64, device=device)).tolist()
+    return found
 
 
 def layout_of(settings: Settings, config: ModelConfig, device: torch.device) -> TableLayout:

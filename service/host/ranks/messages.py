@@ -41,8 +41,10 @@ class Warm(Message, frozen=True, tag="warm"):
     """Go one piece further in warming the runner up."""
 
 
-class Free(Message, frozen=True, tag="free"):
-    """Tell how much memory of the device is free."""
+class Measure(Message, frozen=True, tag="measure"):
+    """Tell the process' id, the free memory of the device, and what weights and cache of these variants take."""
+
+    variants: list[str]
 
 
 class Forward(Message, frozen=True, tag="forward"):
@@ -88,6 +90,6 @@ class Check(Message, frozen=True, tag="check"):
     token_ids: list[int]
 
 
-ToRank = Join | Load | Start | Warm | Free | Forward | Chosen | Scored | Check
+ToRank = Join | Load | Start | Warm | Measure | Forward | Chosen | Scored | Check
 
 encode = msgspec.msgpack.Encoder().encode

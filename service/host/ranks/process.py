@@ -24,8 +24,8 @@ from service.engine.device.runner import Runner
 from service.engine.shapes import Shape
 from service.host.machine import quiet_libraries
 from service.host.ranks.board import Board
-from service.host.ranks.group import join, least_free
-from service.host.ranks.messages import Check, Chosen, Forward, Free, Join, Load, Scored, Start, ToRank, Warm
+from service.host.ranks.group import join, measured
+from service.host.ranks.messages import Check, Chosen, Forward, Join, Load, Measure, Scored, Start, ToRank, Warm
 from service.host.variants import load_part, runner_for
 from service.models.decoder import Decoder, score
 from service.process import end_process
@@ -71,8 +71,11 @@ class Follower:
                 self.warming[name] = self.runners[name].warming()
             case Warm():
                 next(self.warming[name], None)
-            case Free():
-                least_free(self.ranks, self.device)
+            case Measure():
+                sizes = [
+                    (self.decoders[each].weight_bytes, self.runners[each].kv_cache_bytes) for each in message.variants
+                ]
+                measured(self.ranks, self.device, sizes)
             case Forward():
                 self._follow(self.runners[name], message)
             case Chosen():

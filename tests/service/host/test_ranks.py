@@ -68,7 +68,22 @@ def test_float_answers_are_those_of_one_rank(hosts: dict[int, ModelHost]) -> Non
     assert whole is not None
     assert split == pytest.approx(whole, rel=0.3)
     assert answers(hosts[2], "fp16") == answers(hosts[1], "fp16")
-    assert (hosts[2].info().tensor_parallel, hosts[1].info().tensor_parallel) == (2, 1)
+
+
+def test_info_has_each_rank_and_its_part_of_the_memory(hosts: dict[int, ModelHost]) -> None:
+    whole, split = hosts[1].info(), hosts[2].info()
+    assert (whole.tensor_parallel, split.tensor_parallel) == (1, 2)
+    assert hosts[2].group is not None
+    assert [rank.pid for rank in split.ranks] == [os.getpid(), *hosts[2].group.pids]
+    assert [rank.rank for rank in split.ranks] == [0, 1]
+    for name, variant in split.variants.items():
+        weights, caches = zip(
+            *((rank.weight_bytes[name], rank.kv_cache_bytes[name]) for rank in split.ranks), strict=True
+        )
+        assert (weights[0], caches[0]) == (variant.weight_bytes, variant.kv_cache_bytes)
+        assert caches[1] == caches[0]
+        assert abs(weights[1] / weights[0] - 1) < 0.01
+        assert whole.ranks[0].weight_bytes[name] > 1.8 * weights[1]
 
 
 def test_int8_answers_are_those_of_the_sharded_decoder(hosts: dict[int, ModelHost], folder: Path) -> None:
