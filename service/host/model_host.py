@@ -23,6 +23,7 @@ from service.host.machine import device_name, versions
 from service.host.memory import cache_budget, step_bytes
 from service.host.one_token import describe_one_token
 from service.host.ranks.group import RankGroup, layout_of, measured, refuse_missing_gpus
+from service.host.ranks.messages import key_of
 from service.host.self_check import CHECK_PROMPTS, check, check_prompts
 from service.host.server import Reload, nothing_to_reload
 from service.host.variants import Variant, describe, load_variant, start_variant
@@ -113,7 +114,8 @@ class ModelHost:
         if self.group is None:
             found = measured(ALONE, device, list(sizes.values()))
         else:
-            found = self.group.measured(device, sizes)
+            keys = [key_of(name, variant.generation) for name, variant in self.variants.items()]
+            found = self.group.measured(device, dict(zip(keys, sizes.values(), strict=True)))
         return [
             RankInfo(
                 rank,
@@ -131,20 +133,26 @@ class ModelHost:
         refused: dict[str, str] = {}
         for name, variant in self.variants.items():
             try:
-                self.variants[name] = replace(variant, self_check_kl=self.check(name, variant.decoder))
+                self.variants[name] = replace(
+                    variant, self_check_kl=self.check(name, variant.decoder, variant.generation)
+                )
             except SelfCheckFailed as error:
                 refused[name] = error.message
         return refused
 
-    def check(self, name: str, decoder: Decoder) -> float | None:
-        """Run the self-check on a decoder that is to serve as this variant; see `self_check.check`."""
+    def check(self, name: str, decoder: Decoder, generation: int = 1) -> float | None:
+        """Run the self-check on a decoder that is to serve as this variant; see `self_check.check`.
+
+        Args:
+            generation: of its weights.
+        """
         baseline = self.variants.get(BASELINE) if name != BASELINE else None
         prompts = check_prompts(self.tokenizer, decoder.config.max_model_len)
         compared = None if baseline is None else self._scorer(BASELINE, baseline.decoder)
-        return check(self._scorer(name, decoder), compared, prompts, self.device_thread)
+        return check(self._scorer(key_of(name, generation), decoder), compared, prompts, self.device_thread)
 
     def _scorer(self, name: str, decoder: Decoder) -> LogitsOf:
-        """Computes the logits of a variant's decoder, on all its ranks."""
+        """Computes the logits of a decoder, on all its ranks. name: see `key_of`."""
         return partial(score, decoder) if self.group is None else partial(self.group.score, name, decoder)
 
 
@@ -188,8 +196,13 @@ def _open(
         if group is not None:
             group.close()
         raise
-    reloadable = [variant.decoder.weight_bytes for name, variant in loaded.items() if name != BASELINE]
-    room = max(reloadable, default=0) if settings.reload_room and group is None else 0
+    # Several ranks make sure that steps of the new weights fit, too: one that runs out of memory would end all.
+    reloadable = [
+        variant.decoder.weight_bytes + (0 if group is None else step_bytes(variant.decoder, settings))
+        for name, variant in loaded.items()
+        if name != BASELINE
+    ]
+    room = max(reloadable, default=0) if settings.reload_room else 0
     host = ModelHost(
         settings.model or folder.name,
         tokenizer,

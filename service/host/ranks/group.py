@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,17 +26,20 @@ from quant.scheme import KVStorage
 from service.engine.device.ranks import GroupRanks
 from service.engine.shapes import Shape
 from service.engine.step_table import StepTable, TableLayout, blocks_of
-from service.errors import InvalidSettings
+from service.errors import EngineFailed, InvalidSettings
 from service.host.memory import free_bytes
 from service.host.ranks.board import Board
 from service.host.ranks.messages import (
     Check,
     Chosen,
+    Drop,
     Forward,
     Join,
     Load,
     Measure,
     Message,
+    Prepare,
+    Prepared,
     Scored,
     Start,
     Warm,
@@ -61,6 +65,7 @@ Sizes: TypeAlias = tuple[int, int]
 """Bytes of a variant's weights and of its KV cache, on one rank."""
 
 COMMAND = (sys.executable, "-m", "service.host.ranks.process")
+MAX_ANSWER_BYTES = 1 << 16
 EXIT_S = 5.0
 """How long a rank may take to end once it is told to."""
 
@@ -122,9 +127,32 @@ class RankGroup:
         """The other ranks load the weights of a variant, as this process then must."""
         self.tell(Load(name, str(folder), kv))
 
-    def start(self, name: str, num_blocks: int) -> None:
-        """The other ranks make a runner of a variant."""
-        self.tell(Start(name, num_blocks))
+    def start(self, name: str, num_blocks: int, takes: str | None = None) -> None:
+        """The other ranks make a runner. takes: whose caches it takes over; None allocates new ones."""
+        self.tell(Start(name, num_blocks, takes))
+
+    def prepare(self, name: str, folder: Path, dtype: torch.dtype) -> None:
+        """The other ranks load the weights of a reload while steps go on. Call `prepared` afterwards."""
+        self.tell(Prepare(name, str(folder), str(dtype).removeprefix("torch.")))
+
+    def prepared(self) -> list[str]:
+        """Wait until the other ranks have loaded, and return why some have not."""
+        faults = []
+        for rank, end in enumerate(self._ends, 1):
+            content = end.recv(MAX_ANSWER_BYTES)
+            if not content:
+                raise EngineFailed(f"rank {rank} ended while it loaded weights")
+            fault = msgspec.msgpack.decode(content, type=Prepared).fault
+            faults += [] if fault is None else [f"rank {rank}: {fault}"]
+        return faults
+
+    def drop(self, name: str) -> None:
+        """The other ranks let go of weights and runner, if they have any."""
+        self.tell(Drop(name))
+
+    def end(self, why: str) -> None:
+        """End this process, as where a rank ends: the others may be waiting for a part that this one cannot do."""
+        self._on_end(why)
 
     def measured(self, device: torch.device, sizes: Mapping[str, Sizes]) -> list[list[int]]:
         """`measured` on all ranks, of the variants that this one's sizes are given for."""

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -22,13 +22,29 @@ import torch
 from service.engine.device.ranks import GroupRanks
 from service.engine.device.runner import Runner
 from service.engine.shapes import Shape
+from service.errors import first_line
 from service.host.machine import quiet_libraries
 from service.host.ranks.board import Board
 from service.host.ranks.group import join, measured
-from service.host.ranks.messages import Check, Chosen, Forward, Join, Load, Measure, Scored, Start, ToRank, Warm
-from service.host.variants import load_part, runner_for
+from service.host.ranks.messages import (
+    Check,
+    Chosen,
+    Drop,
+    Forward,
+    Join,
+    Load,
+    Measure,
+    Prepare,
+    Prepared,
+    Scored,
+    Start,
+    ToRank,
+    Warm,
+    encode,
+)
+from service.host.variants import checkpoint_part, load_part, runner_for
 from service.models.decoder import Decoder, score
-from service.process import end_process
+from service.process import end_process, settle, start_thread
 from service.settings import Settings, load_settings
 from service.telemetry.logs import configure_logging
 
@@ -41,9 +57,16 @@ logger = logging.getLogger(__name__)
 
 
 class Follower:
-    """What one of the other ranks holds: decoders and runners by variant."""
+    """What one of the other ranks holds: decoders and runners by variant.
 
-    def __init__(self, settings: Settings, device: torch.device, board: Board) -> None:
+    Args:
+        answer: sends a message to the first rank.
+    """
+
+    def __init__(
+        self, settings: Settings, device: torch.device, board: Board, answer: Callable[[bytes], object]
+    ) -> None:
+        self._answer = answer
         self.settings = settings
         self.device = device
         self.board = board
@@ -66,8 +89,13 @@ class Follower:
                     ranks=self.ranks,
                 )
                 self.decoders[name] = part.decoder
+            case Prepare():
+                start_thread("reload", self._prepare, message)
+            case Drop():
+                self._drop(name)
             case Start():
-                self.runners[name] = runner_for(self.decoders[name], message.num_blocks, self.settings)
+                caches = None if message.takes is None else self.runners[message.takes].caches
+                self.runners[name] = runner_for(self.decoders[name], message.num_blocks, self.settings, caches=caches)
                 self.warming[name] = self.runners[name].warming()
             case Warm():
                 next(self.warming[name], None)
@@ -88,6 +116,37 @@ class Follower:
                     score(self.decoders[name], torch.tensor(message.token_ids))
             case Join():
                 raise AssertionError(message)
+
+    def _prepare(self, message: Prepare) -> None:
+        """Load weights, and tell the first rank whether it worked. Called on a thread of its own."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            variant = message.name.partition("@")[0]
+            part = checkpoint_part(
+                variant,
+                Path(message.folder),
+                self.settings.kv,
+                settings=self.settings,
+                device=self.device,
+                ranks=self.ranks,
+                dtype=getattr(torch, message.dtype),
+            )
+            self.decoders[message.name] = part.decoder
+            fault = None
+        except Exception as error:
+            logger.exception("the weights of %s cannot be loaded", message.folder)
+            fault = first_line(error)
+        self._answer(encode(Prepared(message.name, fault)))
+
+    def _drop(self, name: str) -> None:
+        self.warming.pop(name, None)
+        runner = self.runners.pop(name, None)
+        if runner is not None:
+            runner.close()
+        self.decoders.pop(name, None)
+        # The old weights were frozen out of garbage collection; in a reference cycle they would never be freed.
+        settle()
 
     def _follow(self, runner: Runner, message: Forward) -> None:
         shape = Shape(message.num_tokens, message.num_requests, message.is_decode) if message.is_captured else None
@@ -126,7 +185,7 @@ def main() -> NoReturn:
         torch.set_num_threads(max(1, torch.get_num_threads() // joining.size))
     try:
         join(rank, joining.size, Path(joining.meeting), device)
-        follower = Follower(settings, device, Board(size, memory))
+        follower = Follower(settings, device, Board(size, memory), end.sendall)
         for content in messages_of(end, POLLING_S if device.type == "cuda" else 0.0):
             follower.do(decoder.decode(content))
     except Exception:

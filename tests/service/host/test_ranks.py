@@ -128,11 +128,6 @@ def test_a_thousand_requests_with_cancels_leave_nothing(hosts: dict[int, ModelHo
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
 
 
-def test_a_reload_is_refused(hosts: dict[int, ModelHost]) -> None:
-    with pytest.raises(Exception, match="not replaced while tensor_parallel is 2: start a new server"):
-        hosts[2].reload(None)
-
-
 def test_what_ranks_cannot_share_is_refused_before_any_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RankGroup, "__init__", lambda *_: pytest.fail("ranks were started"))
     odd = save_tiny_model(tmp_path / "odd", "llama")
