@@ -283,7 +283,7 @@ class Part:
 
 
 def step_parts(flow: Flow, whole: ModelShape, step: StepShape, num_gpus: int = 1) -> Iterator[Part]:
-    """Every kernel of a step on one of the GPUs: each layer's Linears, attention and elementwise ops, and the fp16 head.
+    """Every kernel of a step on one of the GPUs: Linears, attention and elementwise ops of each layer, and the head.
 
     With several, two sums a layer and the embedding's, and the logits that are put together.
     """
