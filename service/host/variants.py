@@ -197,8 +197,13 @@ def load_part(
         dtype = pick_dtype(settings.dtype, config, device)
         decoder = random_decoder(config, scheme, dtype, device, settings.seed, ranks=ranks)
         notes = {"scheme": scheme.name, "description": scheme.describe(), "calibration": "random weights"}
-        return Loaded(decoder, notes, None)
-    return checkpoint_part(name, folder, kv, settings=settings, device=device, ranks=ranks)
+        loaded = Loaded(decoder, notes, None)
+    else:
+        loaded = checkpoint_part(name, folder, kv, settings=settings, device=device, ranks=ranks)
+    # Before caches are sized by what is free.
+    width = loaded.decoder.config.hidden_size
+    ranks.reserve(settings.step_tokens(device.type), width, loaded.decoder.dtype)
+    return loaded
 
 
 def checkpoint_part(

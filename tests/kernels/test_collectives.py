@@ -1,4 +1,4 @@
-"""Sums over ranks with the norm behind them: the ranks of one process in turn, and processes that wait for each other."""
+"""Sums over ranks with the norm behind them, by ranks of one process that take turns."""
 
 from __future__ import annotations
 

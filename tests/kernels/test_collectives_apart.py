@@ -1,4 +1,4 @@
-"""The ranks of `test_collectives` as processes, interpreted, which reach each other's memory and wait for each other."""
+"""The ranks of `test_collectives` as processes, interpreted, which reach each other's memory and wait."""
 
 from __future__ import annotations
 

@@ -123,7 +123,9 @@ def main() -> None:
         memories = [memory[start:stop] for memory in whole]
         bases = torch.tensor([memory.data_ptr() for memory in memories])
         generations = torch.zeros(MAX_ROWS, dtype=torch.int32)
-        _exchange(op, Peers(args.rank, args.size, MAX_ROWS, WIDTH, memories[args.rank], bases, generations), args.one_buffer)
+        _exchange(
+            op, Peers(args.rank, args.size, MAX_ROWS, WIDTH, memories[args.rank], bases, generations), args.one_buffer
+        )
         start = stop
 
 

@@ -225,7 +225,7 @@ class Runner:
         assert self._followed is not None
         rows = self._followed[1].sample_rows[:num_samples].long()
         ids = torch.empty(num_samples, dtype=torch.int64, device=self.device)
-        self._last_ids[rows] = self.decoder.ranks.from_first(ids)
+        self._last_ids[rows] = self.decoder.ranks.broadcast(ids)
 
     @torch.inference_mode()
     def follow_scores(self, rows: Tensor) -> None:
@@ -346,7 +346,7 @@ class Runner:
         choice = sample(forward.logits[:num_samples], sampling, seen, counts)
         if self._lead is not None:
             self._lead.chosen(num_samples)
-            self.decoder.ranks.from_first(choice.ids)
+            self.decoder.ranks.broadcast(choice.ids)
         self._last_ids[rows] = choice.ids
         if sampling.counts_tokens:
             self._counts.add(rows, choice.ids)

@@ -256,7 +256,7 @@ def join(rank: int, size: int, meeting: Path, device: torch.device) -> None:
 def measured(ranks: Ranks, device: torch.device, sizes: Sequence[Sizes]) -> list[list[int]]:
     """Of each rank: the process' id, the free bytes of its device, then its sizes. All ranks call it."""
     own = [os.getpid(), free_bytes(device), *(count for pair in sizes for count in pair)]
-    found: list[list[int]] = ranks.gather(torch.tensor(own, dtype=torch.int64, device=device)).tolist()
+    found: list[list[int]] = ranks.all_gather(torch.tensor(own, dtype=torch.int64, device=device)).tolist()
     return found
 
 
