@@ -52,6 +52,7 @@ class Peers(NamedTuple):
     memory: uint8 [`all_reduce_bytes` or `reduce_scatter_bytes`], this rank's, zeroed before any rank's first call.
     bases: int64 [size], on the device: addresses of all ranks' memory, this rank's among them.
     generations: int32 [max_rows], this rank's alone, zeroed.
+    kept: what must live as long as the memory is reached.
     """
 
     rank: int
@@ -61,6 +62,7 @@ class Peers(NamedTuple):
     memory: Tensor
     bases: Tensor
     generations: Tensor
+    kept: object = None
 
 
 def all_reduce_bytes(size: int, max_rows: int, width: int, itemsize: int) -> int:

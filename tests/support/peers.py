@@ -81,9 +81,22 @@ def owned(rank: int, size: int, num_rows: int) -> slice:
     return slice(rank * chunk, (rank + 1) * chunk)
 
 
-def run_processes(size: int, *options: str, absent: int = 0, timeout_s: float = 120.0) -> list[int | None]:
-    """Exit codes of the processes of size ranks; None of one that had to be ended. absent: last ranks not started."""
-    num_bytes = sum(num_bytes(size, MAX_ROWS, WIDTH, 4) for num_bytes in BYTES.values())
+def run_processes(
+    size: int,
+    *options: str,
+    absent: int = 0,
+    timeout_s: float = 120.0,
+    program: str = "tests.support.peers",
+    width: int = WIDTH,
+) -> list[int | None]:
+    """Exit codes of the processes of size ranks; None of one that had to be ended.
+
+    Args:
+        absent: last ranks that are not started.
+        program: the module that they run.
+        width: of the rows that they exchange.
+    """
+    num_bytes = sum(num_bytes(size, MAX_ROWS, width, 4) for num_bytes in BYTES.values())
     with ExitStack() as stack:
         descriptors = [os.memfd_create(f"rank{rank}") for rank in range(size)]
         for descriptor in descriptors:
@@ -91,7 +104,7 @@ def run_processes(size: int, *options: str, absent: int = 0, timeout_s: float = 
             os.ftruncate(descriptor, num_bytes)
         processes = []
         for rank in range(size - absent):
-            command = [sys.executable, "-m", "tests.support.peers", str(rank), str(size), *map(str, descriptors)]
+            command = [sys.executable, "-m", program, str(rank), str(size), *map(str, descriptors)]
             environment = os.environ | {"TRITON_INTERPRET": "1"}
             process = subprocess.Popen([*command, *options], pass_fds=descriptors, env=environment)
             stack.callback(process.wait)
@@ -114,19 +127,24 @@ def main() -> None:
     parser.add_argument("descriptors", type=int, nargs="+")
     parser.add_argument("--one-buffer", action="store_true", help="count generations by two, which keep one buffer")
     args = parser.parse_args()
-    start, mapped = 0, [mmap.mmap(descriptor, 0) for descriptor in args.descriptors]
-    whole = [torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)) for memory in mapped]
     if args.rank == args.size - 1:
         _sleep_before_sums()
+    for op, peers in mapped_peers(args.rank, args.descriptors, WIDTH).items():
+        _exchange(op, peers, args.one_buffer)
+
+
+def mapped_peers(rank: int, descriptors: Sequence[int], width: int) -> dict[Op, Peers]:
+    """Memory of each op that processes share, one descriptor for each rank."""
+    start, size, found = 0, len(descriptors), {}
+    whole = [torch.from_numpy(np.frombuffer(mmap.mmap(each, 0), dtype=np.uint8)) for each in descriptors]
     for op, num_bytes in BYTES.items():
-        stop = start + num_bytes(args.size, MAX_ROWS, WIDTH, 4)
+        stop = start + num_bytes(size, MAX_ROWS, width, 4)
         memories = [memory[start:stop] for memory in whole]
         bases = torch.tensor([memory.data_ptr() for memory in memories])
         generations = torch.zeros(MAX_ROWS, dtype=torch.int32)
-        _exchange(
-            op, Peers(args.rank, args.size, MAX_ROWS, WIDTH, memories[args.rank], bases, generations), args.one_buffer
-        )
+        found[op] = Peers(rank, size, MAX_ROWS, width, memories[rank], bases, generations, memories)
         start = stop
+    return found
 
 
 def _exchange(op: Op, peers: Peers, one_buffer: bool) -> None:

@@ -6,11 +6,13 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
 
-from kernels import collectives
+from kernels import Quantized, collectives
 from kernels.tiles import current_gpu
 from kernels.ways import Way, most_rows
+from service.models.weights import Norm
 
 UNICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 """Torch would try to set up multicast over NVLink, which the kernels do not use."""
@@ -48,4 +50,15 @@ def shared_peers(way: Way, max_rows: int, width: int, dtype: torch.dtype, device
     dist.barrier()
     bases = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
     generations = torch.zeros(max_rows, dtype=torch.int32, device=device)
-    return collectives.Peers(rank, size, max_rows, width, memory, bases, generations)
+    return collectives.Peers(rank, size, max_rows, width, memory, bases, generations, handle)
+
+
+def peers_norm(
+    way: Way, peers: collectives.Peers, x: Tensor, residual: Tensor | None, norm: Norm
+) -> tuple[Tensor | Quantized, Tensor]:
+    """`Ranks.all_reduce_norm` by one of the ops."""
+    if way == "all_reduce_rms_norm":
+        return collectives.all_reduce_rms_norm(x, peers, norm.weight, norm.eps, residual, norm.quantize)
+    y, h = collectives.reduce_scatter_rms_norm(x, peers, norm.weight, norm.eps, residual, norm.quantize)
+    # Floats are what the decoder returns, which is kept beyond the next call.
+    return (y.clone() if isinstance(y, Tensor) else y), h

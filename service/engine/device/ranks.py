@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import Quantized, collectives
+from kernels import Quantized
 from kernels.tiles import current_gpu
 from kernels.ways import Way, choose
-from service.engine.device.peers import open_peers
+from service.engine.device.peers import open_peers, peers_norm
 from service.engine.shapes import Shape
 from service.engine.step_table import StepTable
 from service.models.weights import Norm
@@ -57,11 +57,7 @@ class GroupRanks:
         way = choose(self._gpu_name, self.size, x.shape[1], len(x)) if peers else "plain"
         if not peers or way == "plain" or norm.bias is not None:
             return norm(self.all_reduce(x), residual)
-        if way == "all_reduce_rms_norm":
-            return collectives.all_reduce_rms_norm(x, peers[way], norm.weight, norm.eps, residual, norm.quantize)
-        y, h = collectives.reduce_scatter_rms_norm(x, peers[way], norm.weight, norm.eps, residual, norm.quantize)
-        # Floats are what the decoder returns, which is kept beyond the next call.
-        return (y.clone() if isinstance(y, Tensor) else y), h
+        return peers_norm(way, peers[way], x, residual, norm)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See `Ranks`."""
