@@ -219,7 +219,11 @@ def _decoder(variant: str, args: argparse.Namespace, group: RankGroup | None, sh
         ranks = ALONE if group is None else group.ranks
         if group is not None:
             group.load(variant, shape_folder, scheme.kv)
-        return random_decoder(config, scheme, pick_dtype(args.dtype, config, device), device, ranks=ranks)
+        dtype = pick_dtype(args.dtype, config, device)
+        decoder = random_decoder(config, scheme, dtype, device, ranks=ranks)
+        # As the other ranks do.
+        ranks.reserve(args.max_batched_tokens, config.hidden_size, dtype)
+        return decoder
     cache = Settings().cache_dir
     folder = resolve_model(args.model, cache)
     dtype = pick_dtype(args.dtype, ModelConfig.load(folder), device)
