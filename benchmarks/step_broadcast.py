@@ -52,8 +52,7 @@ def follow(descriptor: int, memory: int, polls: int) -> None:
         for content in messages_of(end, polls * POLLING_S):
             message = decoder.decode(content)
             assert isinstance(message, Forward)
-            table = LAYOUT.table(host, **message.sizes)  # type: ignore[arg-type]
-            table.fill(board.read(message.slot))
+            LAYOUT.unpack(board.read(message.slot), host, **message.sizes)  # type: ignore[arg-type]
             end.send(time.perf_counter_ns().to_bytes(8, "little"))
 
 

@@ -214,9 +214,8 @@ class Runner:
             shape: of the captured step to replay, or None.
             sizes: those of `TableLayout.table`.
         """
-        table = self.layout.table(self._batches.numbers(), **sizes)  # type: ignore[arg-type]
-        table.fill(numbers)
-        batch = self._batches.build(table)
+        self.layout.unpack(numbers, self._batches.numbers(), **sizes)  # type: ignore[arg-type]
+        batch = self._batches.launch(**sizes)  # type: ignore[arg-type]
         self._followed = (self._graphs.replay(shape) if shape else self._forward(batch)), batch
 
     @torch.inference_mode()
