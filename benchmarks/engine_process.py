@@ -53,7 +53,8 @@ class OneEngine:
 
     def info(self) -> HostInfo:
         max_model_len = self.engines[VARIANT].max_model_len
-        return HostInfo("overhead", "", max_model_len, self._vocab_size, {}, OneToken({}, {}, ""), {}, "", None, {}, 1)
+        one_token = OneToken({}, {}, "")
+        return HostInfo("overhead", "", max_model_len, self._vocab_size, {}, one_token, {}, "", None, {}, 1, [])
 
     def self_check(self) -> dict[str, str]:
         return {}

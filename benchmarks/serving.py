@@ -129,7 +129,7 @@ class Bench:
         block_size = Settings().block_size
         block_bytes = block_size * decoder.kv_bytes_per_token
         device = decoder.embedding.device
-        num_free = None if group is None else group.least_free(device)
+        num_free = None if group is None else min(each[1] for each in group.measured(device, {}))
         num_blocks = cache_budget(device, num_sharing, num_free=num_free) // block_bytes
         if group is not None:
             group.start(variant, num_blocks)
@@ -219,7 +219,11 @@ def _decoder(variant: str, args: argparse.Namespace, group: RankGroup | None, sh
         ranks = ALONE if group is None else group.ranks
         if group is not None:
             group.load(variant, shape_folder, scheme.kv)
-        return random_decoder(config, scheme, pick_dtype(args.dtype, config, device), device, ranks=ranks)
+        dtype = pick_dtype(args.dtype, config, device)
+        decoder = random_decoder(config, scheme, dtype, device, ranks=ranks)
+        # As the other ranks do.
+        ranks.reserve(args.max_batched_tokens, config.hidden_size, dtype)
+        return decoder
     cache = Settings().cache_dir
     folder = resolve_model(args.model, cache)
     dtype = pick_dtype(args.dtype, ModelConfig.load(folder), device)

@@ -94,7 +94,9 @@ class GraphRun:
         self.graph = torch.cuda.CUDAGraph()
         kept: list[object] = []
         # A capture that fails leaves its stream current; the outer context gives ours back.
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph):
+        # NCCL's own threads ask for its events meanwhile, which only this mode allows.
+        capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
             for call in (call for _ in range(repeats) for call in calls):
                 y = call()
                 if keep:

@@ -11,15 +11,16 @@ from kernels import reference
 from kernels.quantized import CODE_MAX, Quantized, ToInt8
 
 if TYPE_CHECKING or find_spec("triton") is not None:
-    from kernels import activation, attention, gemm, groups, norm, outliers, quantize, rope
+    from kernels import activation, attention, collectives, gemm, groups, norm, outliers, quantize, rope
 else:
     # A machine without a GPU needs no Triton, which takes 0.7 GB. `pick_device` refuses CUDA without it.
-    activation = attention = gemm = groups = norm = outliers = quantize = rope = reference
+    activation = attention = collectives = gemm = groups = norm = outliers = quantize = rope = reference
 
 __all__ = [
     "CODE_MAX",
     "Quantized",
     "ToInt8",
+    "collectives",
     "gelu",
     "gelu_mul",
     "int8_gated_linear",

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -44,6 +45,14 @@ def settle() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine runs; False of one that has ended and is not yet waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def end_process(code: int) -> NoReturn:

@@ -387,6 +387,16 @@ ENGINE = (
         6, is_stacked=True,
     ),
     Panel(
+        "Free memory of a GPU",
+        "At the last start, self-check or reload; with several ranks of each rank, the least of all instances.",
+        "bytes", (Query(f"min by (rank) (ottava_rank_free_bytes{{{INSTANCE}}})", "rank {{rank}}"),), 6,
+    ),
+    Panel(
+        "Ranks that run",
+        "1 while the process of a rank runs, on all instances. One that ends takes its engine with it.",
+        "short", (Query(f"min by (rank) (ottava_rank_up{{{INSTANCE}}})", "rank {{rank}}"),), 6, top=1.05,
+    ),
+    Panel(
         "Draft tokens",
         "Per second, with `--speculate ngram`: tokens that steps have checked, and those of them that were right.",
         "suffix: tok/s",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from kernels.reference.attention import paged_attention, rope_and_cache
+from kernels.reference.collectives import all_reduce_rms_norm, reduce_scatter_rms_norm
 from kernels.reference.common import quantize_rows, quantize_tensor, split_outliers
 from kernels.reference.elementwise import gelu, gelu_mul, layer_norm, relu, rms_norm, silu_mul
 from kernels.reference.linear import int8_gated_linear, int8_group_linear, int8_linear, int8_matmul, int8_outlier_linear
@@ -19,6 +20,7 @@ from kernels.reference.linear import int8_gated_linear, int8_group_linear, int8_
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 __all__ = [
+    "all_reduce_rms_norm",
     "gelu",
     "gelu_mul",
     "int8_gated_linear",
@@ -30,6 +32,7 @@ __all__ = [
     "paged_attention",
     "quantize_rows",
     "quantize_tensor",
+    "reduce_scatter_rms_norm",
     "relu",
     "rms_norm",
     "rope_and_cache",

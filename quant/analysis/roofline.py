@@ -2,22 +2,24 @@
 
 Three dataflows are counted: `fp16`; `int8`, whose activations are fp16 between the ops; `dataflow`, whose activations
 are int8 between the ops. A multiply-add is two operations of any type. A prediction is a lower bound: each operand
-moves once, kernels reach their roof, launches and gaps take no time.
+moves once, kernels reach their roof, launches and gaps take no time. Of a model on several GPUs everything is counted
+for one of them, and what they exchange over their links.
 
 Source: roofline (Williams, Waterman, Patterson, CACM 52(4), 2009); "How Quantization Works: From a Matrix
-Multiplication Perspective" (2024), section Performance analysis, called the table below; ZeroQuant (arXiv 2206.01861).
+Multiplication Perspective" (2024), section Performance analysis, called the table below; ZeroQuant (arXiv 2206.01861);
+bandwidth-optimal all-reduce (Patarasuk, Yuan, JPDC 69(2), 2009); tensor parallelism (arXiv 1909.08053).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from quant.analysis.gpus import Gpu
 
 Flow = Literal["fp16", "int8", "dataflow"]
-Bound = Literal["memory", "compute"]
+Bound = Literal["memory", "compute", "link"]
 
 FLOWS: dict[Flow, str] = {"fp16": "FP16", "int8": "INT8, FP16 I/O", "dataflow": "INT8 dataflow"}
 
@@ -28,11 +30,15 @@ SCALE_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Operations of each type and bytes moved, of one kernel or of several."""
+    """Operations of each type and bytes moved, of one kernel or of several.
+
+    link_bytes: received from other GPUs; as many are sent.
+    """
 
     fp16_operations: float
     int8_operations: float
     num_bytes: float
+    link_bytes: float = 0
 
     @property
     def operations(self) -> float:
@@ -57,12 +63,18 @@ class Work:
         """Bytes / bandwidth."""
         return self.num_bytes / gpu.bytes_per_s
 
+    def link_s(self, gpu: Gpu) -> float:
+        """Link bytes / the link's bandwidth in one direction."""
+        return self.link_bytes / gpu.link_bytes_per_s
+
     def time_s(self, gpu: Gpu) -> float:
-        """max(compute_s, memory_s): the roofline, of one kernel. Source: Williams et al. 2009, figure 1."""
-        return max(self.compute_s(gpu), self.memory_s(gpu))
+        """max(compute_s, memory_s, link_s): the roofline, of one kernel. Source: Williams et al. 2009, figure 1."""
+        return max(self.compute_s(gpu), self.memory_s(gpu), self.link_s(gpu))
 
     def bound(self, gpu: Gpu) -> Bound:
-        """Which of the two times is larger."""
+        """Which of these times is largest."""
+        if self.link_s(gpu) > max(self.compute_s(gpu), self.memory_s(gpu)):
+            return "link"
         return "compute" if self.compute_s(gpu) > self.memory_s(gpu) else "memory"
 
 
@@ -150,6 +162,23 @@ class ModelShape:
             "down": (hidden, inner),
         }
 
+    def part(self, num_gpus: int) -> ModelShape:
+        """What one of several GPUs computes: its heads, columns of the MLP and tokens of the vocabulary.
+
+        Raises:
+            ValueError: num_gpus does not divide heads, key and value heads or columns of the MLP.
+        """
+        for count in (self.num_heads, self.num_kv_heads, self.intermediate_size):
+            if count % num_gpus:
+                raise ValueError(f"{num_gpus} GPUs do not divide {count}")
+        return replace(
+            self,
+            intermediate_size=self.intermediate_size // num_gpus,
+            num_heads=self.num_heads // num_gpus,
+            num_kv_heads=self.num_kv_heads // num_gpus,
+            vocab_size=-(-self.vocab_size // num_gpus),
+        )
+
 
 SHAPES = {
     shape.name: shape
@@ -219,6 +248,26 @@ def elementwise_work(flow: Flow, shape: ModelShape, tokens: int) -> Work:
     return Work(0, 0, norms + rope + 3 * e * tokens * shape.intermediate_size)
 
 
+def all_reduce_work(num_gpus: int, tokens: int, width: int) -> Work:
+    """Work of one GPU in adding up all GPUs' fp16 [T, width].
+
+    link bytes = 2 (n - 1) / n x 2T width: all parts of its share of the sum, then the shares of the others. No way of
+    adding receives less (Patarasuk, Yuan 2009); where all read all, faster for few tokens, it is n / 2 times that.
+    bytes = 4T width: its own summand and the sum
+    """
+    size = FP16_BYTES * tokens * width
+    return Work(0, 0, 2 * size, 2 * (num_gpus - 1) / num_gpus * size)
+
+
+def gather_work(num_gpus: int, rows: int, width: int) -> Work:
+    """Work of one GPU in putting together the GPUs' fp16 [R, width] to [R, n width].
+
+    link bytes = (n - 1) 2R width        bytes = 2 (n + 1) R width
+    """
+    size = FP16_BYTES * rows * width
+    return Work(0, 0, (num_gpus + 1) * size, (num_gpus - 1) * size)
+
+
 def _activation_bytes(flow: Flow) -> int:
     return INT8_BYTES if flow == "dataflow" else FP16_BYTES
 
@@ -233,9 +282,12 @@ class Part:
     size: tuple[int, int] | None = None
 
 
-def step_parts(flow: Flow, shape: ModelShape, step: StepShape) -> Iterator[Part]:
-    """Every kernel of a step: the Linears, attention and elementwise ops of each layer, and the fp16 head."""
-    layers = shape.num_layers
+def step_parts(flow: Flow, whole: ModelShape, step: StepShape, num_gpus: int = 1) -> Iterator[Part]:
+    """Every kernel of a step on one of the GPUs: Linears, attention and elementwise ops of each layer, and the head.
+
+    With several, two sums a layer and the embedding's, and the logits that are put together.
+    """
+    shape, layers = whole.part(num_gpus), whole.num_layers
     for name, (n, k) in shape.linears().items():
         yield Part(name, linear_work(flow, step.tokens, n, k), layers, (n, k))
     yield Part("attention", attention_work(flow, shape, step), layers)
@@ -243,6 +295,9 @@ def step_parts(flow: Flow, shape: ModelShape, step: StepShape) -> Iterator[Part]
     # Only the last row of a prompt needs logits.
     size = shape.vocab_size, shape.hidden_size
     yield Part("head", fp16_linear(step.num_requests, *size), 1, size)
+    if num_gpus > 1:
+        yield Part("all_reduce", all_reduce_work(num_gpus, step.tokens, shape.hidden_size), 2 * layers + 1)
+        yield Part("gather", gather_work(num_gpus, step.num_requests, shape.vocab_size), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,9 +318,9 @@ class Prediction:
     speedup: float
 
 
-def predict(shape: ModelShape, step: StepShape, gpu: Gpu) -> list[Prediction]:
-    """Every part under every dataflow, part by part, then the whole step."""
-    flows = {flow: [*step_parts(flow, shape, step)] for flow in FLOWS}
+def predict(shape: ModelShape, step: StepShape, gpu: Gpu, num_gpus: int = 1) -> list[Prediction]:
+    """Every part under every dataflow, part by part, then the whole step; of one of the GPUs."""
+    flows = {flow: [*step_parts(flow, shape, step, num_gpus)] for flow in FLOWS}
     rows = []
     for index in range(len(flows["fp16"])):
         base_s = flows["fp16"][index].work.time_s(gpu)
@@ -279,13 +334,16 @@ def predict(shape: ModelShape, step: StepShape, gpu: Gpu) -> list[Prediction]:
 
 
 def _total(parts: list[Part], flow: Flow, step: StepShape, gpu: Gpu, *, base_s: float | None) -> Prediction:
-    """The whole step; it is bound by what bounds kernels of more than half of its time."""
+    """The whole step; it is bound by what bounds kernels of most of its time."""
     work = Work(
         sum(part.count * part.work.fp16_operations for part in parts),
         sum(part.count * part.work.int8_operations for part in parts),
         sum(part.count * part.work.num_bytes for part in parts),
+        sum(part.count * part.work.link_bytes for part in parts),
     )
     time_s = sum(part.count * part.work.time_s(gpu) for part in parts)
-    compute_s = sum(part.count * part.work.time_s(gpu) for part in parts if part.work.bound(gpu) == "compute")
-    bound: Bound = "compute" if compute_s > time_s / 2 else "memory"
+    bounds: dict[Bound, float] = {"memory": 0.0, "compute": 0.0, "link": 0.0}
+    for part in parts:
+        bounds[part.work.bound(gpu)] += part.count * part.work.time_s(gpu)
+    bound = max(bounds, key=lambda name: bounds[name])
     return Prediction(step.tokens, "step", flow, 1, None, work, bound, time_s, (base_s or time_s) / time_s)

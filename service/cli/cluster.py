@@ -51,7 +51,7 @@ def cluster(
     target_requests: Annotated[
         float | None, _option("Requests per replica to scale for. [default: 3/4 of max-num-requests]")
     ] = None,
-    gpus_per_replica: Annotated[float | None, _option("GPUs of a replica. [default: 1 if there are any]")] = None,
+    gpus_per_replica: Annotated[float | None, _option("GPUs of a replica. [default: tensor-parallel]")] = None,
     cpus_per_replica: Annotated[float | None, _option("Cores set aside for a replica. [default: 1]")] = None,
     surge_percent: Annotated[
         int | None, _option("New replicas that start before old ones stop, in percent. [default: 0]")

@@ -46,6 +46,8 @@ def _rows(info: HostInfo, paths: Paths, settings: Settings, has_keys: bool) -> I
     url = escape(url_of(settings))
     yield "model", escape(f"{info.model} ({info.family}), up to {info.max_model_len} tokens")
     yield "device", escape(info.device)
+    if info.tensor_parallel > 1:
+        yield "ranks", f"{info.tensor_parallel}, one process each; sizes below are those of the first"
     if settings.config is not None:
         yield "settings", escape(str(settings.config))
     yield "", ""

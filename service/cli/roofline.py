@@ -23,6 +23,7 @@ EXAMPLES = """
 Examples:
   $ ottava roofline llama-3.1-8b --gpu h100 --tokens 1,16,256
   $ ottava roofline FOLDER --gpu l4 --json roofline.json
+  $ ottava roofline llama-3.1-70b --gpus 4 --tokens 1,64,2048
   $ ottava roofline llama-3.1-8b --scheme weight=channel,activation=token
 """
 
@@ -48,6 +49,13 @@ def roofline(
             autocompletion=complete(["data-sheet", "measured"]),
         ),
     ] = "data-sheet",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the model (tensor parallelism).")] = 1,
+    link: Annotated[
+        str,
+        typer.Option(
+            help="Between GPUs: data-sheet, or GB/s in one direction.", autocompletion=complete(["data-sheet"])
+        ),
+    ] = "data-sheet",
     scheme: Annotated[
         str | None, typer.Option(help="Check that a scheme is practical, such as weight=channel,activation=token.")
     ] = None,
@@ -59,9 +67,11 @@ def roofline(
     """Predict the times of MODEL's Linears and steps in FP16 and INT8 from operations and bytes."""
     with told_in_one_line():
         _refuse_impractical(scheme)
-        shape, roofs = reports.find_shape(model), reports.find_gpu(gpu, bandwidth)
+        shape, roofs = reports.find_shape(model), reports.find_gpu(gpu, bandwidth, link)
+        reports.refuse_uneven(shape, gpus)
         steps = reports.read_steps(tokens, context, decodes)
-        report = reports.Report(shape, roofs, steps, reports.read_measured(measured or [], shape, roofs, steps))
+        found = reports.read_measured(measured or [], shape, roofs, steps, gpus)
+        report = reports.Report(shape, roofs, steps, found, gpus)
         if json_file is not None:
             json_file.write_text(report.as_json(), encoding="utf-8")
     # A pipe has no width, and a line with measured times takes 94 columns.

@@ -266,7 +266,7 @@ def build(args: ClusterOptions) -> serve.Application:
     """
     settings = args.loaded()
     needs_key = not Keyring(settings).is_empty
-    resources = ray.cluster_resources()
+    most_gpus = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
     _refuse_loopback_for_many(settings)
     replica = serve.deployment(Replica).options(
         name=REPLICA,
@@ -274,7 +274,7 @@ def build(args: ClusterOptions) -> serve.Application:
         max_queued_requests=settings.max_waiting,
         ray_actor_options={
             "num_cpus": args.cpus_per_replica,
-            "num_gpus": args.gpus(settings, resources.get("GPU", 0.0)),
+            "num_gpus": args.gpus(settings, most_gpus),
         },
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + FAREWELL_S + MARGIN_S,

@@ -39,7 +39,10 @@ class ClusterOptions(BaseModel):
         description="Requests per replica that autoscaling aims at; none: three quarters of max_num_requests.",
     )
     gpus_per_replica: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="GPUs of one replica; none: 1 if the cluster has any, else 0."
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="GPUs of one replica; none: `tensor_parallel`, which is 1, if the cluster has any, else 0.",
     )
     cpus_per_replica: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="CPU cores that Ray sets aside for one replica."
@@ -80,17 +83,30 @@ class ClusterOptions(BaseModel):
         """`target_requests`, or its default."""
         return self.target_requests or max(1.0, settings.max_num_requests * 0.75)
 
-    def gpus(self, settings: Settings, num_gpus: float) -> float:
-        """`gpus_per_replica`, or its default in a cluster that has this many GPUs.
+    def gpus(self, settings: Settings, most_gpus: float) -> float:
+        """`gpus_per_replica`, or its default in a cluster whose machine with most GPUs has this many.
+
+        Ray places a replica on one machine and shows its GPUs alone to it; its ranks inherit that.
 
         Raises:
-            InvalidSettings: the settings want a GPU, and the cluster has none.
+            InvalidSettings: the settings want a GPU, and the cluster has none; or there is not one for each rank.
         """
-        if self.gpus_per_replica is not None:
-            return self.gpus_per_replica
-        if settings.device == "cuda" and not num_gpus:
+        if settings.device == "cuda" and not most_gpus and self.gpus_per_replica is None:
             raise InvalidSettings("device is cuda, and no machine of the cluster has a GPU; add one, or serve on cpu")
-        return 1.0 if num_gpus and settings.device != "cpu" else 0.0
+        uses_gpus, size = bool(most_gpus) and settings.device != "cpu", settings.tensor_parallel
+        wanted = (float(size) if uses_gpus else 0.0) if self.gpus_per_replica is None else self.gpus_per_replica
+        # A cluster that scales may have no machine with a GPU yet.
+        if most_gpus and wanted > most_gpus:
+            raise InvalidSettings(
+                f"a replica takes {wanted:g} GPUs of one machine (gpus_per_replica, tensor_parallel {size}), and no "
+                f"machine of the cluster has more than {most_gpus:g}; lower tensor_parallel, or add such a machine"
+            )
+        if size > 1 and 0 < wanted < size:
+            raise InvalidSettings(
+                f"gpus_per_replica is {wanted:g}, and tensor_parallel {size} takes a GPU for each rank; raise the "
+                f"first to {size}, or leave it out"
+            )
+        return wanted
 
 
 class GatewayOptions(BaseModel):

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 class FinishReason(StrEnum):
@@ -258,6 +258,25 @@ class OneToken:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """One process of the engines, with its part of the model and its device.
+
+    weight_bytes, kv_cache_bytes: of its part, by variant.
+    free_bytes: memory of the device when it was measured last: at start, after a self-check, after a reload; null on a
+        CPU.
+    state: running, or ended until the engines are started again.
+    """
+
+    rank: int
+    pid: int
+    device: str
+    weight_bytes: Mapping[str, int]
+    kv_cache_bytes: Mapping[str, int]
+    free_bytes: int | None
+    state: Literal["running", "ended"] = "running"
+
+
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """The sampling parameters that a model's generation_config.json may recommend."""
 
@@ -267,7 +286,8 @@ class HostInfo:
     """The answer to GET /info.
 
     sampling_defaults: values of RECOMMENDED that a request has unless it names its own.
-    tensor_parallel: ranks that share the model, on as many devices; sizes of a variant are those of one rank.
+    tensor_parallel: ranks that share the model, on as many devices; sizes of a variant are those of the first rank.
+    ranks: each of them.
     vocab_size: rows of the model's embedding: token ids run from 0 to vocab_size - 1, whatever the tokenizer knows.
     """
 
@@ -282,6 +302,7 @@ class HostInfo:
     gpu_memory_bytes: int | None
     versions: Mapping[str, str]
     tensor_parallel: int
+    ranks: Sequence[RankInfo]
 
 
 @dataclass(frozen=True, slots=True)

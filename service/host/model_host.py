@@ -12,7 +12,7 @@ import torch
 
 from quant.analysis.perplexity import LogitsOf
 from quant.scheme import MAX_SINK_TOKENS, PRESETS
-from service.engine.api import HostInfo
+from service.engine.api import HostInfo, RankInfo
 from service.engine.device.device_thread import DeviceThread
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
@@ -22,14 +22,15 @@ from service.host.limits import grammar_limits
 from service.host.machine import device_name, versions
 from service.host.memory import cache_budget, step_bytes
 from service.host.one_token import describe_one_token
-from service.host.ranks.group import RankGroup, layout_of, refuse_missing_gpus
+from service.host.ranks.group import RankGroup, layout_of, measured, refuse_missing_gpus
+from service.host.ranks.messages import key_of
 from service.host.self_check import CHECK_PROMPTS, check, check_prompts
 from service.host.server import Reload, nothing_to_reload
 from service.host.variants import Variant, describe, load_variant, start_variant
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder, score
 from service.models.devices import pick_device
-from service.models.sharding import refuse_uneven
+from service.models.sharding import ALONE, refuse_uneven
 from service.settings import BASELINE, Settings
 from service.store.progress import Progress, silent
 from service.store.resolve import resolve_model
@@ -105,27 +106,54 @@ class ModelHost:
             gpu_memory_bytes=_gpu_memory_bytes(device),
             versions=versions(),
             tensor_parallel=1 if self.group is None else self.group.ranks.size,
+            ranks=self.device_thread.run(self._ranks, device),
         )
+
+    def _ranks(self, device: torch.device) -> list[RankInfo]:
+        """Each rank of the model, as it is now."""
+        sizes = {name: (one.decoder.weight_bytes, one.runner.kv_cache_bytes) for name, one in self.variants.items()}
+        if self.group is None:
+            found = measured(ALONE, device, list(sizes.values()))
+        else:
+            keys = [key_of(name, variant.generation) for name, variant in self.variants.items()]
+            found = self.group.measured(device, dict(zip(keys, sizes.values(), strict=True)))
+        return [
+            RankInfo(
+                rank,
+                pid,
+                device.type if device.type == "cpu" else f"{device.type}:{(device.index or 0) + rank}",
+                dict(zip(sizes, counts[::2], strict=True)),
+                dict(zip(sizes, counts[1::2], strict=True)),
+                num_free if device.type == "cuda" else None,
+            )
+            for rank, (pid, num_free, *counts) in enumerate(found)
+        ]
 
     def self_check(self) -> dict[str, str]:
         """Run a few fixed prompts through every variant. Returns {variant: reason} for those that must not serve."""
         refused: dict[str, str] = {}
         for name, variant in self.variants.items():
             try:
-                self.variants[name] = replace(variant, self_check_kl=self.check(name, variant.decoder))
+                self.variants[name] = replace(
+                    variant, self_check_kl=self.check(name, variant.decoder, variant.generation)
+                )
             except SelfCheckFailed as error:
                 refused[name] = error.message
         return refused
 
-    def check(self, name: str, decoder: Decoder) -> float | None:
-        """Run the self-check on a decoder that is to serve as this variant; see `self_check.check`."""
+    def check(self, name: str, decoder: Decoder, generation: int = 1) -> float | None:
+        """Run the self-check on a decoder that is to serve as this variant; see `self_check.check`.
+
+        Args:
+            generation: of its weights.
+        """
         baseline = self.variants.get(BASELINE) if name != BASELINE else None
         prompts = check_prompts(self.tokenizer, decoder.max_model_len)
         compared = None if baseline is None else self._scorer(BASELINE, baseline.decoder)
-        return check(self._scorer(name, decoder), compared, prompts, self.device_thread)
+        return check(self._scorer(key_of(name, generation), decoder), compared, prompts, self.device_thread)
 
     def _scorer(self, name: str, decoder: Decoder) -> LogitsOf:
-        """Computes the logits of a variant's decoder, on all its ranks."""
+        """Computes the logits of a decoder, on all its ranks. name: see `key_of`."""
         return partial(score, decoder) if self.group is None else partial(self.group.score, name, decoder)
 
 
@@ -170,8 +198,13 @@ def _open(
         if group is not None:
             group.close()
         raise
-    reloadable = [variant.decoder.weight_bytes for name, variant in loaded.items() if name != BASELINE]
-    room = max(reloadable, default=0) if settings.reload_room and group is None else 0
+    # Several ranks make sure that steps of the new weights fit, too: one that runs out of memory would end all.
+    reloadable = [
+        variant.decoder.weight_bytes + (0 if group is None else step_bytes(variant.decoder, settings))
+        for name, variant in loaded.items()
+        if name != BASELINE
+    ]
+    room = max(reloadable, default=0) if settings.reload_room else 0
     host = ModelHost(
         settings.model or folder.name,
         tokenizer,
@@ -190,7 +223,7 @@ def _open(
         for name, variant in loaded.items():
             left = [other.decoder for key, other in loaded.items() if key not in host.variants]
             steps = sum(step_bytes(decoder, settings) for decoder in left)
-            num_free = None if group is None else group.least_free(device)
+            num_free = None if group is None else min(each[1] for each in group.measured(device, {}))
             budget = settings.kv_cache_bytes or cache_budget(device, len(left), room, steps, num_free)
             host.variants[name] = start_variant(
                 name,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -20,9 +22,10 @@ from quant.scheme import Scheme
 from service.engine.api import Reloaded
 from service.engine.device.device_thread import DeviceThread
 from service.engine.device.runner import Runner
-from service.errors import EngineFailed, InvalidRequest, ReloadFailed, StartupError, first_line
-from service.host.memory import cache_blocks
+from service.errors import EngineFailed, InvalidRequest, ReloadFailed, SelfCheckFailed, StartupError, first_line
+from service.host.memory import cache_blocks, step_bytes
 from service.host.model_host import ModelHost, open_model
+from service.host.ranks.messages import key_of
 from service.host.self_check import CHECK_PROMPTS
 from service.host.variants import Variant, refuse_drafts, runner_for, variant_notes
 from service.models.config import ModelConfig
@@ -81,6 +84,9 @@ class Reloader:
     The new weights are loaded next to the old ones, checked against the baseline, and warmed up on the KV cache in use,
     all in between the engines' steps. Only then does the engine stop starting requests, let the running ones finish for
     at most reload_wait_s, and continue with the new weights. If anything fails before that, nothing has changed.
+
+    Several ranks load at the same time, and what one of them cannot load, none serves. From the self-check on they need
+    each other: a fault there ends the engines' process, which is started again with the weights of the settings.
     """
 
     def __init__(self, host: ModelHost, settings: Settings) -> None:
@@ -95,10 +101,6 @@ class Reloader:
             ReloadFailed: no int8 variant is served or its engine has failed; the folder is corrupt, not quantized, or
                 of another architecture or tokenizer; memory is short; or the self-check refuses it.
         """
-        if self._host.group is not None:
-            raise ReloadFailed(
-                f"weights are not replaced while tensor_parallel is {self._host.group.ranks.size}: start a new server"
-            )
         name = next((name for name in self._host.variants if name != BASELINE), None)
         if name is None:
             raise ReloadFailed(f"only {BASELINE} is served here, so there is no int8 checkpoint to reload")
@@ -120,12 +122,15 @@ class Reloader:
 
     def _serve(self, name: str, folder: Path) -> Reloaded:
         start_s, old = time.perf_counter(), self._host.variants[name]
-        checkpoint, decoder = self._load(old, folder)
-        divergence = self._host.check(name, decoder)
-        num_blocks, runner = self._warm(name, old, decoder)
-        pause_s = time.perf_counter()
-        log.info("%s: %s is loaded and checked; it takes over when the running requests have finished", name, folder)
-        old.engine.exchange(runner, num_blocks, decoder.weight_bytes, self._settings.reload_wait_s).result()
+        generation = old.generation + 1
+        with self._dropped_if_it_fails(key_of(name, generation)):
+            checkpoint, decoder = self._load(name, old, folder)
+            with self._needing_all_ranks():
+                divergence = self._host.check(name, decoder, generation)
+            num_blocks, runner = self._warm(name, old, decoder)
+            pause_s = time.perf_counter()
+            log.info("%s: %s is loaded and checked; it takes over when the running requests are done", name, folder)
+            old.engine.exchange(runner, num_blocks, decoder.weight_bytes, self._settings.reload_wait_s).result()
         end_s = time.perf_counter()
         new = replace(
             old,
@@ -133,17 +138,43 @@ class Reloader:
             runner=runner,
             notes=variant_notes(checkpoint, decoder, Scheme.preset(self._settings.scheme)),
             folder=folder,
-            generation=old.generation + 1,
+            generation=generation,
             loaded_at=datetime.now(UTC),
             self_check_kl=divergence,
         )
         self._host.variants[name] = new
         # Everything that touches the device runs on the device thread.
         self._host.device_thread.run(old.runner.close)
+        if self._host.group is not None:
+            self._host.device_thread.run(self._host.group.drop, key_of(name, old.generation))
         return Reloaded(name, folder.name, new.generation, new.loaded_at, pause_s - start_s, end_s - pause_s)
 
-    def _load(self, old: Variant, folder: Path) -> tuple[Checkpoint, Decoder]:
-        """Load the decoder of a folder; raises if it cannot replace the old one."""
+    @contextmanager
+    def _dropped_if_it_fails(self, key: str) -> Iterator[None]:
+        """The other ranks let go of the new weights after an exception inside."""
+        try:
+            yield
+        except BaseException:
+            if self._host.group is not None:
+                self._host.device_thread.run(self._host.group.drop, key)
+            raise
+
+    @contextmanager
+    def _needing_all_ranks(self) -> Iterator[None]:
+        """End the engines' process after a fault inside, for which other ranks would wait for ever."""
+        try:
+            yield
+        except SelfCheckFailed:
+            # Found in logits that all ranks have computed to the end.
+            raise
+        except Exception as error:
+            if self._host.group is not None:
+                log.exception("a reload cannot go on, and other ranks wait for it")
+                self._host.group.end(f"the first rank raised {type(error).__name__} in a reload")
+            raise
+
+    def _load(self, name: str, old: Variant, folder: Path) -> tuple[Checkpoint, Decoder]:
+        """Load the decoder of a folder, on all ranks; raises if it cannot replace the old one."""
         refuse_unsafe(folder)
         if not is_quantized(folder):
             raise ReloadFailed(
@@ -156,8 +187,17 @@ class Reloader:
         _refuse_other_sink(folder, checkpoint.sink_ids, served.sink_ids)
         _refuse_other_architecture(folder, config, served.config)
         self._refuse_other_tokenizer(folder)
-        weights = InTurns(checkpoint, self._host.device_thread)
-        decoder = decoder_of(config, checkpoint, self._settings.kv, weights=weights)
+        weights, group = InTurns(checkpoint, self._host.device_thread), self._host.group
+        if group is None:
+            decoder = decoder_of(config, checkpoint, self._settings.kv, weights=weights)
+        else:
+            group.prepare(key_of(name, old.generation + 1), folder, served.dtype)
+            try:
+                decoder = decoder_of(config, checkpoint, self._settings.kv, weights=weights, ranks=group.ranks)
+            finally:
+                faults = group.prepared()
+            if faults:
+                raise ReloadFailed(f"{folder} is not served, the old weights are: {'; '.join(faults)}", "model")
         checkpoint.files.refuse_changed()
         if self._settings.quantize_head:
             self._host.device_thread.run(torch.inference_mode()(decoder.quantize_head))
@@ -171,12 +211,37 @@ class Reloader:
         num_blocks = old.engine.stats().num_blocks
         if not fits:
             num_blocks = cache_blocks(name, decoder, settings, old.cache_budget_bytes)
-        caches = old.runner.caches if fits else None
-        runner = device_thread.run(runner_for, decoder, num_blocks, settings, caches=caches)
-        pieces = runner.warming()
-        while device_thread.run(next, pieces, None) is not None:
-            pass
+        self._refuse_short_memory(decoder, 0 if fits else num_blocks)
+        key = key_of(name, old.generation + 1)
+
+        def made() -> Runner:
+            group, caches = self._host.group, old.runner.caches if fits else None
+            if group is not None:
+                group.start(key, num_blocks, key_of(name, old.generation) if fits else None)
+            lead = None if group is None else group.lead(key)
+            return runner_for(decoder, num_blocks, settings, caches=caches, lead=lead)
+
+        with self._needing_all_ranks():
+            runner = device_thread.run(made)
+            pieces = runner.warming()
+            while device_thread.run(next, pieces, None) is not None:
+                pass
         return num_blocks, runner
+
+    def _refuse_short_memory(self, decoder: Decoder, num_blocks: int) -> None:
+        """Raise ReloadFailed if a rank's GPU has no room for the steps and the new blocks, since one that ran out of
+        memory would end all. Alone, a rank that does may raise."""
+        host, device = self._host, decoder.embedding.device
+        if host.group is None or device.type != "cuda":
+            return
+        cache_bytes = num_blocks * self._settings.block_size * decoder.kv_bytes_per_token
+        num_needed = step_bytes(decoder, self._settings) + cache_bytes
+        num_free = min(each[1] for each in host.device_thread.run(host.group.measured, device, {}))
+        if num_free < num_needed:
+            raise ReloadFailed(
+                f"a rank's GPU has {num_free / 2**20:.0f} MiB free beside the new weights, and their steps need "
+                f"{num_needed / 2**20:.0f}: the old weights are served; start a new server with a lower kv_cache_bytes"
+            )
 
     def _refuse_other_tokenizer(self, folder: Path) -> None:
         served = self._host.tokenizer

@@ -218,13 +218,39 @@ def load_part(
     Args:
         kv: storage of keys and values; None for the folder's own.
     """
-    scheme = scheme_of(name, settings)
-    config = ModelConfig.load(folder, settings.max_model_len)
-    dtype = pick_dtype(settings.dtype, config, device)
     if settings.random_weights:
+        scheme = scheme_of(name, settings)
+        config = ModelConfig.load(folder, settings.max_model_len)
+        dtype = pick_dtype(settings.dtype, config, device)
         decoder = random_decoder(config, scheme, dtype, device, settings.seed, ranks=ranks)
         notes = {"scheme": scheme.name, "description": scheme.describe(), "calibration": "random weights"}
-        return Loaded(decoder, notes, None)
+        loaded = Loaded(decoder, notes, None)
+    else:
+        loaded = checkpoint_part(name, folder, kv, settings=settings, device=device, ranks=ranks)
+    # Before caches are sized by what is free.
+    width = loaded.decoder.config.hidden_size
+    ranks.reserve(settings.step_tokens(device.type), width, loaded.decoder.dtype)
+    return loaded
+
+
+def checkpoint_part(
+    name: str,
+    folder: Path,
+    kv: KVStorage | None,
+    *,
+    settings: Settings,
+    device: torch.device,
+    ranks: Ranks,
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """The rank's part of a variant, of a folder that holds it as it is served.
+
+    Args:
+        kv: see `load_part`.
+        dtype: of what is not quantized; None for the settings' or the folder's.
+    """
+    scheme = scheme_of(name, settings)
+    dtype = dtype or pick_dtype(settings.dtype, ModelConfig.load(folder, settings.max_model_len), device)
     config, checkpoint = opened(folder, dtype, device, settings.max_model_len)
     decoder = decoder_of(config, checkpoint, kv, scheme.head, ranks=ranks)
     return Loaded(decoder, variant_notes(checkpoint, decoder, scheme), folder)

@@ -28,7 +28,8 @@ class Layer:
     """Attention and MLP, each after its norm, both added to one residual stream.
 
     A branch's output is added by the next norm, which is fused with the addition. So a layer returns two tensors: its
-    last branch's output, and the residual stream without it.
+    last branch's output, and the residual stream without it. Where nothing else stands between the two, that norm also
+    adds up what the ranks give (`leaves_sums`), and the output that a layer takes and returns is a rank's summand.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Layer:
         layer = names.layer(index)
         self.ranks = ranks
         self.is_parallel = config.is_parallel
+        self.leaves_sums = leaves_sums(config)
         self.attention = Attention(config, weights, index, ranks, sink)
         self.mlp = load_mlp(config, weights, index, ranks)
         self.attention_norm = Norm.load(
@@ -56,15 +58,26 @@ class Layer:
     def __call__(
         self, x: Tensor, residual: Tensor | None, rows: Rows, cos_sin: Tensor, cache: KVCache
     ) -> tuple[Tensor, Tensor]:
+        if self.leaves_sums:
+            y, residual = self.ranks.all_reduce_norm(x, residual, self.attention_norm)
+            x = self.attention(y, rows, cos_sin, cache)
+            y, residual = self.ranks.all_reduce_norm(x, residual, self.mlp_norm)
+            return self.mlp(y), residual
         y, residual = self.attention_norm(x, residual)
         if self.is_parallel:
             z, _ = self.mlp_norm(residual, None)
             added = residual if self.ranks.rank == 0 else None
-            attended = self.ranks.sum(self.attention(y, rows, cos_sin, cache, added))
-            return self.ranks.sum(self.mlp(z)), attended
-        x = _normed(self.ranks.sum(self.attention(y, rows, cos_sin, cache)), self.post_attention_norm)
+            attended = self.ranks.all_reduce(self.attention(y, rows, cos_sin, cache, added))
+            return self.ranks.all_reduce(self.mlp(z)), attended
+        x = _normed(self.ranks.all_reduce(self.attention(y, rows, cos_sin, cache)), self.post_attention_norm)
         y, residual = self.mlp_norm(x, residual)
-        return _normed(self.ranks.sum(self.mlp(y)), self.post_mlp_norm), residual
+        return _normed(self.ranks.all_reduce(self.mlp(y)), self.post_mlp_norm), residual
+
+
+def leaves_sums(config: ModelConfig) -> bool:
+    """Whether layers leave their sums over the ranks to the next norm: no norm is before it, and no other addition."""
+    names = config.layout.names
+    return not config.is_parallel and names.post_attention_norm is None and names.post_mlp_norm is None
 
 
 def _normed(x: Tensor, norm: Norm | None) -> Tensor:
@@ -128,7 +141,7 @@ class Decoder:
         ]
         self.norm = Norm.load(config, weights, names.norm)
         self.sink_ids = () if sink is None else sink.ids
-        self.sink_hidden = None if sink is None else self._normed(sink.hidden)
+        self.sink_hidden = None if sink is None else _normed(sink.hidden, self.norm)
         self.is_tied = config.is_tied and not weights.differs(f"{names.head}.weight", f"{names.embedding}.weight")
         if self.is_tied:
             self.head: Linear = FloatLinear(self.embedding, None)
@@ -198,24 +211,25 @@ class Decoder:
         residual = None if table is None else F.embedding(rows.positions, table)
         for layer, cos_sin, cache in zip(self.layers, self.cos_sin, caches, strict=True):
             x, residual = layer(x, residual, rows, cos_sin, cache)
-        y = self._normed(x, residual)
+        if leaves_sums(self.config):
+            y, _ = self.ranks.all_reduce_norm(x, residual, self.norm)
+        else:
+            y, _ = self.norm(x, residual)
+        assert isinstance(y, Tensor)
         if is_sink is None or self.sink_hidden is None:
             return y
         return torch.where(is_sink, self.sink_hidden[rows.positions.clamp(max=len(self.sink_ids) - 1)], y)
 
-    def _normed(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y, _ = self.norm(x, residual)
-        assert isinstance(y, Tensor)
-        return y
-
     def _embedded(self, token_ids: Tensor) -> Tensor:
-        """Embeddings [T, hidden_size]; each token's row is on one rank, and the others add 0."""
+        """Embeddings [T, hidden_size]; each token's row is on one rank, and the others add 0, as a summand if those are
+        left to the norm."""
         if self.ranks.size == 1:
             return F.embedding(token_ids, self.embedding)
         mine = span(self.config.vocab_size, self.ranks)
         is_here = (token_ids >= mine.start) & (token_ids < mine.stop)
         x = F.embedding(torch.where(is_here, token_ids - mine.start, 0), self.embedding)
-        return self.ranks.sum(x.masked_fill_(~is_here[:, None], 0))
+        x.masked_fill_(~is_here[:, None], 0)
+        return x if leaves_sums(self.config) else self.ranks.all_reduce(x)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits [S, V] float32 of hidden states [S, hidden_size], written to out if it is given."""
@@ -228,7 +242,7 @@ class Decoder:
         if self.ranks.size == 1:
             return logits
         missing = -(-self.config.vocab_size // self.ranks.size) - logits.shape[1]
-        found = self.ranks.gather(F.pad(logits, (0, missing)))
+        found = self.ranks.all_gather(F.pad(logits, (0, missing)))
         return found.transpose(0, 1).flatten(1)[:, : self.config.vocab_size]
 
     @property

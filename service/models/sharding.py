@@ -1,7 +1,8 @@
 """Tensor parallelism: which part of a decoder a rank holds, and how the ranks' results are joined.
 
 Queries, keys, values, gate and up are split by rows, so that a rank has whole heads and whole columns of the MLP; o and
-down by the columns that read those. So a layer has two sums over the ranks, of its branches' outputs. An int8 Linear
+down by the columns that read those. So a layer has two sums over the ranks, of its branches' outputs, each of which the
+next norm takes. An int8 Linear
 rounds what it reads with the scales of the rank's own part of K: scales per token and group of K / size inputs. A
 static scale is the same on all ranks. Embedding and head are split by tokens of the vocabulary.
 
@@ -12,11 +13,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from kernels import Quantized
 from quant.part import WHOLE, Part
 from service.errors import UnsupportedModel
 from service.models.config import ModelConfig
+from service.models.weights import Norm
 
 
 class Ranks(Protocol):
@@ -25,15 +29,27 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def sum(self, x: Tensor) -> Tensor:
+    def reserve(self, max_rows: int, width: int, dtype: torch.dtype) -> None:
+        """Make ready for `all_reduce_norm` of up to max_rows rows [T, width], before any is called."""
+        ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, which may be written to."""
         ...
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_reduce_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor | Quantized, Tensor]:
+        """norm of the sum of all ranks' x, and the residual stream with it.
+
+        The residual is what the call before has returned, or None or the same on all ranks: how a rank keeps it, whole
+        or a part of its rows, is its own affair. What is returned first is valid until the next call.
+        """
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
         """All ranks' x of one shape, [size, *shape], on every rank."""
         ...
 
-    def from_first(self, x: Tensor) -> Tensor:
+    def broadcast(self, x: Tensor) -> Tensor:
         """The first rank's x, which is written into the others'."""
         ...
 
@@ -44,15 +60,22 @@ class Alone:
     rank = 0
     size = 1
 
-    def sum(self, x: Tensor) -> Tensor:
+    def reserve(self, max_rows: int, width: int, dtype: torch.dtype) -> None:
+        """See `Ranks`."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
         """See `Ranks`."""
         return x
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_reduce_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor | Quantized, Tensor]:
+        """See `Ranks`."""
+        return norm(x, residual)
+
+    def all_gather(self, x: Tensor) -> Tensor:
         """See `Ranks`."""
         return x[None]
 
-    def from_first(self, x: Tensor) -> Tensor:
+    def broadcast(self, x: Tensor) -> Tensor:
         """See `Ranks`."""
         return x
 

@@ -14,9 +14,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from service.engine.api import Engine, EngineStats, FinishReason, HostInfo, Token
+from service.engine.api import Engine, EngineStats, FinishReason, HostInfo, RankInfo, Token
 from service.errors import CapacityError, ClientGone, NotReady, OttavaError, RequestError, leaves
 from service.measures import Agreement, RunMetrics, Speedup
+from service.process import is_running
 from service.telemetry.record import RequestRecord
 
 # fmt: off
@@ -305,14 +306,18 @@ class _EngineCollector(Collector):
         divergence = GaugeMetricFamily(
             "ottava_self_check_kl_nats", "Mean KL divergence from the baseline on fixed prompts", labels=["variant"]
         )
+        ranks = _rank_families()
         with suppress(NotReady):
             info = self._info()
+            for rank in info.ranks:
+                _add_rank(ranks, rank)
             self._describe(described, info)
             for variant, own in info.variants.items():
                 if own.self_check_kl is not None:
                     divergence.add_metric([variant], own.self_check_kl)
         yield described
         yield divergence
+        yield from ranks.values()
 
     def _describe(self, family: InfoMetricFamily, info: HostInfo) -> None:
         """One series per variant, labelled only with constant texts of /info, as a changed label makes a new series."""
@@ -320,6 +325,25 @@ class _EngineCollector(Collector):
         for variant, engine in self._engines.items():
             own = {"variant": variant, "dtype": engine.dtype, "max_model_len": str(engine.max_model_len)}
             family.add_metric([variant], {**texts, **own})
+
+
+def _rank_families() -> dict[str, GaugeMetricFamily]:
+    texts = {
+        "up": ("1 while the rank's process runs, else 0", ["rank"]),
+        "free_bytes": ("Free memory of the rank's GPU at the last start, self-check or reload", ["rank"]),
+        "weight_bytes": ("Memory of the rank's part of the weights", ["variant", "rank"]),
+        "kv_cache_bytes": ("Memory of the rank's part of the KV cache", ["variant", "rank"]),
+    }
+    return {name: GaugeMetricFamily(f"ottava_rank_{name}", text, labels=own) for name, (text, own) in texts.items()}
+
+
+def _add_rank(families: Mapping[str, GaugeMetricFamily], rank: RankInfo) -> None:
+    families["up"].add_metric([str(rank.rank)], float(is_running(rank.pid)))
+    if rank.free_bytes is not None:
+        families["free_bytes"].add_metric([str(rank.rank)], rank.free_bytes)
+    for name, sizes in (("weight_bytes", rank.weight_bytes), ("kv_cache_bytes", rank.kv_cache_bytes)):
+        for variant, num_bytes in sizes.items():
+            families[name].add_metric([variant, str(rank.rank)], num_bytes)
 
 
 _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (

@@ -22,7 +22,7 @@ from service.models.config import ModelConfig
 MEASURED_AS: dict[str, Flow] = {"fp16": "fp16", "torchao": "int8", "w8a8": "dataflow"}
 """Benchmark variant -> dataflow. torchao's time of a Linear includes quantizing its input."""
 
-PARTS_IN_TABLE = ("qkv", "o", "gate_up", "down", "step")
+PARTS_IN_TABLE = ("qkv", "o", "gate_up", "down", "all_reduce", "step")
 HEADINGS = ("GOP", "MB", "op/byte", "bound", "us", "speed-up")
 MEASURED_HEADINGS = ("measured us", "speed-up")
 
@@ -32,20 +32,26 @@ Key = tuple[str, int, Flow]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Predictions of one model on one GPU. measured: microseconds by `Key`, from given results."""
+    """Predictions of one model on each of num_gpus GPUs. measured: microseconds by `Key`, from given results."""
 
     shape: ModelShape
     gpu: Gpu
     steps: Sequence[StepShape]
     measured: dict[Key, float] = field(default_factory=dict)
+    num_gpus: int = 1
+
+    def predicted(self, step: StepShape) -> list[Prediction]:
+        """`predict` of a step."""
+        return predict(self.shape, step, self.gpu, self.num_gpus)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """JSON rows of every part under every dataflow, step by step."""
         for step in self.steps:
-            for row in predict(self.shape, step, self.gpu):
+            for row in self.predicted(step):
                 n, k = row.size or (None, None)
                 found = {"tokens": row.tokens, "part": row.part, "n": n, "k": k, "calls": row.count, "flow": row.flow}
                 found |= {"operations": row.work.operations, "bytes": row.work.num_bytes}
+                found |= {"link_bytes": row.work.link_bytes}
                 found |= {"normalized_operations": row.work.normalized_operations, "intensity": row.work.intensity}
                 found |= {"bound": row.bound, "us": 1e6 * row.time_s, "speedup": row.speedup}
                 us, speedup = self.measured_of(row)
@@ -60,7 +66,8 @@ class Report:
     def as_json(self) -> str:
         """A JSON object of the model, the GPU's roofs, the steps and the rows."""
         steps = [asdict(step) | {"num_requests": step.num_requests} for step in self.steps]
-        found = {"model": asdict(self.shape), "gpu": asdict(self.gpu), "steps": steps, "rows": [*self.rows()]}
+        found = {"model": asdict(self.shape), "gpu": asdict(self.gpu), "num_gpus": self.num_gpus, "steps": steps}
+        found["rows"] = [*self.rows()]
         return json.dumps(found, indent=1) + "\n"
 
 
@@ -104,16 +111,27 @@ def _fetch_config(name: str) -> Path:
         ) from error
 
 
-def find_gpu(name: str, bandwidth: str) -> Gpu:
-    """A GPU of the table, with the given memory bandwidth.
+def refuse_uneven(shape: ModelShape, num_gpus: int) -> None:
+    """Raise InvalidSettings if a model cannot be divided evenly among so many GPUs."""
+    try:
+        shape.part(num_gpus)
+    except ValueError as error:
+        raise InvalidSettings(
+            f"gpus {num_gpus} does not divide {shape.name} with {shape.num_heads} heads, {shape.num_kv_heads} key and "
+            f"value heads and {shape.intermediate_size} columns of its MLP; take a number that divides all three"
+        ) from error
+
+
+def find_gpu(name: str, bandwidth: str, link: str = "data-sheet") -> Gpu:
+    """A GPU of the table, with the given bandwidths of its memory and its links.
 
     Raises:
-        InvalidSettings: the GPU is not in the table, or the bandwidth is unknown.
+        InvalidSettings: the GPU is not in the table, or a bandwidth is unknown.
     """
     if name not in GPUS:
         raise InvalidSettings(f"gpu {name!r} is not known; choose one of {', '.join(GPUS)}")
     try:
-        return GPUS[name].with_bandwidth(bandwidth)
+        return GPUS[name].with_bandwidth(bandwidth).with_link(link)
     except UnknownBandwidth as error:
         raise InvalidSettings(str(error)) from error
 
@@ -130,10 +148,12 @@ def read_steps(tokens: str, context: int, max_num_requests: int) -> list[StepSha
     return [StepShape(t, context, is_prefill=t > max_num_requests) for t in sorted({int(word) for word in words})]
 
 
-def read_measured(paths: Sequence[Path], shape: ModelShape, gpu: Gpu, steps: Sequence[StepShape]) -> dict[Key, float]:
+def read_measured(
+    paths: Sequence[Path], shape: ModelShape, gpu: Gpu, steps: Sequence[StepShape], num_gpus: int = 1
+) -> dict[Key, float]:
     """The times in results of `benchmarks.kernels` and `benchmarks.serving` for these steps.
 
-    Linears are matched by size and tokens; steps by batch, prompt and the model in the result's command. On average, a
+    Linears are matched by size and tokens; steps by batch, prompt, number of GPUs and the model in the command. A
     measured decode step reads half an answer more than its prompt.
 
     Raises:
@@ -147,7 +167,8 @@ def read_measured(paths: Sequence[Path], shape: ModelShape, gpu: Gpu, steps: Seq
             _refuse_other_gpu(path, run["device"], gpu)
             is_this_model = f"--shape {shape.name} " in f"{run['command']} "
             found |= _linear_times(result["rows"])
-            found |= _step_times(result["rows"], steps) if is_this_model else {}
+            if is_this_model and run.get("tensor parallel", 1) == num_gpus:
+                found |= _step_times(result["rows"], steps)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidSettings(
                 f"{path} is not a result of benchmarks.kernels or benchmarks.serving: {error!r}"
@@ -188,17 +209,20 @@ def _step_times(rows: list[dict[str, Any]], steps: Sequence[StepShape]) -> dict[
 def tables(report: Report) -> Iterator[Table]:
     """One table per step: its Linears, then the whole step."""
     for step in report.steps:
-        rows = [row for row in predict(report.shape, step, report.gpu) if row.part in PARTS_IN_TABLE]
+        rows = [row for row in report.predicted(step) if row.part in PARTS_IN_TABLE]
         is_measured = any(report.measured_of(row)[0] is not None for row in rows)
         title = f"{step.tokens} token{'s' * (step.tokens > 1)}: {step.describe()}"
+        title += f"; each of {report.num_gpus} GPUs" if report.num_gpus > 1 else ""
+        headings = [*HEADINGS[:2], *(["link MB"] if report.num_gpus > 1 else []), *HEADINGS[2:]]
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("part")
         table.add_column("dataflow")
-        for heading in [*HEADINGS, *(MEASURED_HEADINGS if is_measured else [])]:
+        for heading in [*headings, *(MEASURED_HEADINGS if is_measured else [])]:
             table.add_column(heading, justify="right")
         for row in rows:
-            cells = [_short(row.work.operations / 1e9), _short(row.work.num_bytes / 1e6), _short(row.work.intensity)]
-            cells += [row.bound, _short(1e6 * row.time_s), f"{row.speedup:.2f}"]
+            cells = [_short(row.work.operations / 1e9), _short(row.work.num_bytes / 1e6)]
+            cells += [_short(row.work.link_bytes / 1e6)] if report.num_gpus > 1 else []
+            cells += [_short(row.work.intensity), row.bound, _short(1e6 * row.time_s), f"{row.speedup:.2f}"]
             us, speedup = report.measured_of(row)
             if is_measured:
                 cells += ["" if us is None else _short(us), "" if speedup is None else f"{speedup:.2f}"]
@@ -220,7 +244,7 @@ def _short(value: float) -> str:
 def summary(report: Report) -> str:
     """A paragraph on where INT8 is faster, and where the Linears become compute-bound."""
     turns = {flow: _crossovers(report, flow) for flow in FLOWS}
-    predicted = [predict(report.shape, step, report.gpu) for step in report.steps]
+    predicted = [report.predicted(step) for step in report.steps]
     said = ", ".join(f"{rows[-1].speedup:.2f}x at {rows[-1].tokens}" for rows in predicted)
     least = min(predicted, key=lambda rows: rows[-1].speedup)
     # A step's last rows are its totals: fp16, int8, dataflow.
@@ -231,13 +255,35 @@ def summary(report: Report) -> str:
         f"{_float_share(least):.0%} of its step. FP16 activations between the ops make the "
         f"INT8 step up to {worst[-2].time_s / worst[-1].time_s - 1:.0%} longer (at {worst[-1].tokens}). The Linears "
         f"turn from memory- to compute-bound at {turns['fp16']} tokens in FP16, {turns['int8']} in INT8 with FP16 "
-        f"I/O, {turns['dataflow']} in the INT8 dataflow."
+        f"I/O, {turns['dataflow']} in the INT8 dataflow." + _of_links(report, predicted)
+    )
+
+
+def _of_links(report: Report, predicted: list[list[Prediction]]) -> str:
+    """What exchanges between GPUs take of each step; nothing on one."""
+    if report.num_gpus == 1:
+        return ""
+    shares = (
+        sum(
+            row.count * row.time_s
+            for row in rows
+            if row.flow == "dataflow" and row.work.link_bytes and row.part != "step"
+        )
+        / rows[-1].time_s
+        for rows in predicted
+    )
+    said = ", ".join(f"{share:.0%} at {step.tokens}" for share, step in zip(shares, report.steps, strict=True))
+    return (
+        f" Sums over {report.num_gpus} GPUs, in FP16 at {report.gpu.link_bytes_per_s / 1e9:.0f} GB/s a direction, and "
+        f"the gathered logits take {said} tokens of the INT8 dataflow's step; the latency of each, microseconds, comes "
+        "on top."
     )
 
 
 def _crossovers(report: Report, flow: Flow) -> str:
     """The range of tokens at which the Linears become compute-bound."""
-    ends = sorted(crossover_tokens(flow, n, k, report.gpu) for n, k in report.shape.linears().values())
+    linears = report.shape.part(report.num_gpus).linears().values()
+    ends = sorted(crossover_tokens(flow, n, k, report.gpu) for n, k in linears)
     return _between(ends[0], ends[-1])
 
 

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import activation, attention, dependent, gemm, groups, norm, outliers, quantize, rope, tiles
+from kernels import activation, attention, collectives, dependent, gemm, groups, norm, outliers, quantize, rope, tiles
 from kernels.epilogue import Epilogue
 from kernels.launching import Descriptor, Plan
 from kernels.quantized import Quantized, ToInt8
@@ -36,6 +36,8 @@ TYPES = {
     torch.float32: "*fp32",
     torch.int8: "*i8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 VARYING = {"T", "N", "K", "scale", "max_blocks", "num_requests"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -72,6 +74,22 @@ def rows(T: int = 64) -> None:
     quantize.quantize_tensor(meta(T, 4096))
     quantize.quantize_tensor(meta(T, 4096), static.scale)
     quantize.quantize_tensor(meta(T, 4096), static.scale, meta(1, dtype=torch.int8))
+
+
+def exchanged() -> None:
+    """Sums over two and eight ranks with the norm behind them, at the longest row allowed and at one of a model."""
+    static = ToInt8(meta(1, dtype=torch.float32))
+    for size, K in ((2, quantize.MAX_BUSY_ROW), (8, 8192)):
+        for op, num_bytes, T in (
+            (collectives.all_reduce_rms_norm, collectives.all_reduce_bytes, 64),
+            (collectives.reduce_scatter_rms_norm, collectives.reduce_scatter_bytes, 512),
+        ):
+            memory = meta(num_bytes(size, T, K, 2), dtype=torch.uint8)
+            generations, bases = meta(T, dtype=torch.int32), meta(size, dtype=torch.int64)
+            peers = collectives.Peers(1, size, T, K, memory, bases, generations)
+            for to in (None, ToInt8(), static):
+                op(meta(T, K), peers, meta(K), 1e-5, meta(T, K), to)
+            op(meta(T, K), peers, meta(K), 1e-5, None, ToInt8())
 
 
 def linears() -> None:
@@ -193,10 +211,11 @@ def record() -> list[Launch]:
         launches.setdefault(case, Launch(capability, case, kernel, arguments))
 
     Plan.launch = note  # type: ignore[method-assign]
-    for module in (gemm, groups, attention, dependent):
+    for module in (gemm, groups, attention, dependent, collectives):
         vars(module)["current_gpu"] = lambda _: tiles.Target("untuned", capability, num_sms=100)
     for capability in ARCHITECTURES:
         rows()
+        exchanged()
         linears()
         grouped()
         mixed()

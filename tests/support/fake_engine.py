@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from service.engine.api import FinishReason, HostInfo, OneToken, Reloaded, SamplingParams
+from service.engine.api import FinishReason, HostInfo, OneToken, RankInfo, Reloaded, SamplingParams
 from service.engine.client import EngineClient
 from service.engine.grammar import GivenUp, Grammar, Grammars
 from service.engine.messages import Command, Ended, Fault, Gauges, Logprob, News, Scored, Sink, Submit, fault_of
@@ -23,6 +24,8 @@ from service.text.tools.format import Format
 
 EOS = 0
 NUM_BLOCKS = 100
+NO_PID = 2**22 + 1
+"""Above the largest that Linux gives to a process."""
 
 INFO = HostInfo(
     model="fake",
@@ -36,6 +39,7 @@ INFO = HostInfo(
     gpu_memory_bytes=None,
     versions={"ottava": "0"},
     tensor_parallel=1,
+    ranks=[RankInfo(0, os.getpid(), "cuda:0", {"w8a8": 1000, "fp16": 1000}, {"w8a8": 2000, "fp16": 2000}, 3000)],
 )
 
 

@@ -51,17 +51,26 @@ class BatchBuilder:
 
     def build(self, table: StepTable) -> Batch:
         """Launch the copy of a step to the device, and return the step there."""
-        size, (num_tables, width) = len(table.numbers), table.block_tables.shape
+        num_tables, width = table.block_tables.shape
+        return self.launch(
+            num_tokens=len(table.token_ids),
+            num_requests=len(table.context_lens),
+            num_samples=len(table.sample_index),
+            num_tables=num_tables,
+            width=width,
+            is_decode=table.is_decode,
+        )
+
+    def launch(
+        self, *, num_tokens: int, num_requests: int, num_samples: int, num_tables: int, width: int, is_decode: bool
+    ) -> Batch:
+        """`build`, of a step of these sizes."""
+        size = self._layout.starts["block_tables"] + num_tables * width
         self._ints[:size].copy_(self._host[:size], non_blocking=True)
         # One contiguous copy, then a strided one on the device: a strided copy from the host would block.
         tables = self._ints[self._layout.starts["block_tables"] : size].view(num_tables, width)
         self._tables[:num_tables, :width] = tables
-        return self.view(
-            num_tokens=len(table.token_ids),
-            num_requests=len(table.context_lens),
-            num_samples=len(table.sample_index),
-            is_decode=table.is_decode,
-        )
+        return self.view(num_tokens=num_tokens, num_requests=num_requests, num_samples=num_samples, is_decode=is_decode)
 
     def view(self, *, num_tokens: int, num_requests: int, num_samples: int, is_decode: bool) -> Batch:
         """View the buffers as a step of these sizes, without writing to them."""

@@ -210,13 +210,12 @@ class Runner:
         """Do another rank's part of a step that the first rank launches.
 
         Args:
-            numbers: of the step; copied before this returns.
+            numbers: `StepTable.columns` of the step, one behind the other; copied before this returns.
             shape: of the captured step to replay, or None.
             sizes: those of `TableLayout.table`.
         """
-        host = self._batches.numbers()
-        host[: len(numbers)] = numbers
-        batch = self._batches.build(self.layout.table(host, **sizes))  # type: ignore[arg-type]
+        self.layout.unpack(numbers, self._batches.numbers(), **sizes)  # type: ignore[arg-type]
+        batch = self._batches.launch(**sizes)  # type: ignore[arg-type]
         self._followed = (self._graphs.replay(shape) if shape else self._forward(batch)), batch
 
     @torch.inference_mode()
@@ -225,7 +224,7 @@ class Runner:
         assert self._followed is not None
         rows = self._followed[1].sample_rows[:num_samples].long()
         ids = torch.empty(num_samples, dtype=torch.int64, device=self.device)
-        self._last_ids[rows] = self.decoder.ranks.from_first(ids)
+        self._last_ids[rows] = self.decoder.ranks.broadcast(ids)
 
     @torch.inference_mode()
     def follow_scores(self, rows: Tensor) -> None:
@@ -346,7 +345,7 @@ class Runner:
         choice = sample(forward.logits[:num_samples], sampling, seen, counts)
         if self._lead is not None:
             self._lead.chosen(num_samples)
-            self.decoder.ranks.from_first(choice.ids)
+            self.decoder.ranks.broadcast(choice.ids)
         self._last_ids[rows] = choice.ids
         if sampling.counts_tokens:
             self._counts.add(rows, choice.ids)

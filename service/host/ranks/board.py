@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,12 +33,12 @@ class Board:
         self._slots: list[Ints] = [numbers[i * size : (i + 1) * size] for i in range(NUM_SLOTS)]
         self._last = -1
 
-    def write(self, numbers: Ints) -> int:
-        """Copy numbers into the next slot, and return which it is."""
+    def write(self, columns: Sequence[Ints]) -> int:
+        """Copy columns into the next slot, one behind the other, and return which it is."""
         self._last = (self._last + 1) % NUM_SLOTS
-        self._slots[self._last][: len(numbers)] = numbers
+        np.concatenate(columns, out=self._slots[self._last][: sum(map(len, columns))])
         return self._last
 
-    def read(self, slot: int, count: int) -> Ints:
-        """The first count numbers of a slot, valid until NUM_SLOTS - 1 more have been written."""
-        return self._slots[slot][:count]
+    def read(self, slot: int) -> Ints:
+        """The numbers of a slot and whatever is behind them, valid until NUM_SLOTS - 1 more have been written."""
+        return self._slots[slot]

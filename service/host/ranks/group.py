@@ -13,9 +13,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,17 +26,20 @@ from quant.scheme import KVStorage
 from service.engine.device.ranks import GroupRanks
 from service.engine.shapes import Shape
 from service.engine.step_table import StepTable, TableLayout, blocks_of
-from service.errors import InvalidSettings
+from service.errors import EngineFailed, InvalidSettings
 from service.host.memory import free_bytes
 from service.host.ranks.board import Board
 from service.host.ranks.messages import (
     Check,
     Chosen,
+    Drop,
     Forward,
-    Free,
     Join,
     Load,
+    Measure,
     Message,
+    Prepare,
+    Prepared,
     Scored,
     Start,
     Warm,
@@ -42,6 +47,7 @@ from service.host.ranks.messages import (
 )
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder, score
+from service.models.sharding import Ranks
 from service.process import end_process, start_thread
 from service.settings import Settings, without_secrets
 
@@ -55,7 +61,11 @@ NCCL = {
 }
 """Settings of NCCL unless the environment has others."""
 
+Sizes: TypeAlias = tuple[int, int]
+"""Bytes of a variant's weights and of its KV cache, on one rank."""
+
 COMMAND = (sys.executable, "-m", "service.host.ranks.process")
+MAX_ANSWER_BYTES = 1 << 16
 EXIT_S = 5.0
 """How long a rank may take to end once it is told to."""
 
@@ -117,14 +127,37 @@ class RankGroup:
         """The other ranks load the weights of a variant, as this process then must."""
         self.tell(Load(name, str(folder), kv))
 
-    def start(self, name: str, num_blocks: int) -> None:
-        """The other ranks make a runner of a variant."""
-        self.tell(Start(name, num_blocks))
+    def start(self, name: str, num_blocks: int, takes: str | None = None) -> None:
+        """The other ranks make a runner. takes: whose caches it takes over; None allocates new ones."""
+        self.tell(Start(name, num_blocks, takes))
 
-    def least_free(self, device: torch.device) -> int:
-        """The least free memory of the ranks' devices, in bytes."""
-        self.tell(Free(""))
-        return least_free(self.ranks, device)
+    def prepare(self, name: str, folder: Path, dtype: torch.dtype) -> None:
+        """The other ranks load the weights of a reload while steps go on. Call `prepared` afterwards."""
+        self.tell(Prepare(name, str(folder), str(dtype).removeprefix("torch.")))
+
+    def prepared(self) -> list[str]:
+        """Wait until the other ranks have loaded, and return why some have not."""
+        faults = []
+        for rank, end in enumerate(self._ends, 1):
+            content = end.recv(MAX_ANSWER_BYTES)
+            if not content:
+                raise EngineFailed(f"rank {rank} ended while it loaded weights")
+            fault = msgspec.msgpack.decode(content, type=Prepared).fault
+            faults += [] if fault is None else [f"rank {rank}: {fault}"]
+        return faults
+
+    def drop(self, name: str) -> None:
+        """The other ranks let go of weights and runner, if they have any."""
+        self.tell(Drop(name))
+
+    def end(self, why: str) -> None:
+        """End this process, as where a rank ends: the others may be waiting for a part that this one cannot do."""
+        self._on_end(why)
+
+    def measured(self, device: torch.device, sizes: Mapping[str, Sizes]) -> list[list[int]]:
+        """`measured` on all ranks, of the variants that this one's sizes are given for."""
+        self.tell(Measure("", list(sizes)))
+        return measured(self.ranks, device, list(sizes.values()))
 
     def score(self, name: str, decoder: Decoder, token_ids: Tensor) -> Tensor:
         """`service.models.decoder.score`, on all ranks."""
@@ -133,17 +166,11 @@ class RankGroup:
 
     def lead(self, name: str) -> RunnerLead:
         """Tells the other ranks' runners of a variant."""
-        return RunnerLead(name, self)
-
-    def write(self, table: StepTable) -> int:
-        """Put a step's numbers where the other ranks read them. Returns the slot."""
-        return self._board.write(table.numbers)
+        return RunnerLead(name, self._board, self.tell)
 
     def tell(self, message: Message) -> None:
         """Send a message to every other rank."""
-        content = encode(message)
-        for end in self._ends:
-            end.sendall(content)
+        send(self._ends, message)
 
     def close(self) -> None:
         """End the other ranks. Idempotent."""
@@ -169,21 +196,22 @@ class RankGroup:
 class RunnerLead:
     """Implements `service.engine.device.ranks.Lead` for a variant."""
 
-    def __init__(self, name: str, group: RankGroup) -> None:
+    def __init__(self, name: str, board: Board, tell: Callable[[Message], None]) -> None:
         self._name = name
-        self._group = group
+        self._board = board
+        self._tell = tell
 
     def warm(self) -> None:
         """See `Lead`."""
-        self._group.tell(Warm(self._name))
+        self._tell(Warm(self._name))
 
     def forward(self, table: StepTable, shape: Shape | None) -> None:
         """See `Lead`."""
         num_tables, width = table.block_tables.shape
-        self._group.tell(
+        self._tell(
             Forward(
                 self._name,
-                self._group.write(table),
+                self._board.write(table.columns),
                 len(table.token_ids),
                 len(table.context_lens),
                 len(table.sample_index),
@@ -196,11 +224,18 @@ class RunnerLead:
 
     def chosen(self, num_samples: int) -> None:
         """See `Lead`."""
-        self._group.tell(Chosen(self._name, num_samples))
+        self._tell(Chosen(self._name, num_samples))
 
     def scored(self, rows: Tensor) -> None:
         """See `Lead`."""
-        self._group.tell(Scored(self._name, rows.numpy().tobytes()))
+        self._tell(Scored(self._name, rows.numpy().tobytes()))
+
+
+def send(ends: Sequence[socket.socket], message: Message) -> None:
+    """Send a message to every other rank."""
+    content = encode(message)
+    for end in ends:
+        end.sendall(content)
 
 
 def join(rank: int, size: int, meeting: Path, device: torch.device) -> None:
@@ -218,10 +253,11 @@ def join(rank: int, size: int, meeting: Path, device: torch.device) -> None:
     )
 
 
-def least_free(ranks: GroupRanks, device: torch.device) -> int:
-    """The least free memory of the ranks' devices, in bytes. All ranks call it."""
-    num_free = torch.tensor([free_bytes(device)], dtype=torch.int64, device=device)
-    return int(ranks.gather(num_free).min())
+def measured(ranks: Ranks, device: torch.device, sizes: Sequence[Sizes]) -> list[list[int]]:
+    """Of each rank: the process' id, the free bytes of its device, then its sizes. All ranks call it."""
+    own = [os.getpid(), free_bytes(device), *(count for pair in sizes for count in pair)]
+    found: list[list[int]] = ranks.all_gather(torch.tensor(own, dtype=torch.int64, device=device)).tolist()
+    return found
 
 
 def layout_of(settings: Settings, config: ModelConfig, device: torch.device) -> TableLayout:

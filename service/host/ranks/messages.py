@@ -10,7 +10,7 @@ from quant.scheme import KVStorage
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True):
-    """name: the variant that the call is for."""
+    """name: the variant that the call is for, with the weights' generation after a reload (see `key_of`)."""
 
     name: str
 
@@ -31,22 +31,39 @@ class Load(Message, frozen=True, tag="load"):
     kv: KVStorage | None
 
 
+class Prepare(Message, frozen=True, tag="prepare"):
+    """Load the weights of a reload beside those in use, while steps go on, and answer with `Prepared`.
+
+    dtype: torch's name of the type of what is not quantized.
+    """
+
+    folder: str
+    dtype: str
+
+
+class Drop(Message, frozen=True, tag="drop"):
+    """Let go of weights and runner, if there are any."""
+
+
 class Start(Message, frozen=True, tag="start"):
-    """Make a runner with so many blocks."""
+    """Make a runner with so many blocks. takes: whose caches it takes over; None allocates new ones."""
 
     num_blocks: int
+    takes: str | None = None
 
 
 class Warm(Message, frozen=True, tag="warm"):
     """Go one piece further in warming the runner up."""
 
 
-class Free(Message, frozen=True, tag="free"):
-    """Tell how much memory of the device is free."""
+class Measure(Message, frozen=True, tag="measure"):
+    """Tell the process' id, the free memory of the device, and what weights and cache of these variants take."""
+
+    variants: list[str]
 
 
 class Forward(Message, frozen=True, tag="forward"):
-    """Run a step. The sizes are `TableLayout.table`'s; its numbers are in a slot of the shared memory."""
+    """Run a step. Its columns are in a slot of the shared memory."""
 
     slot: int
     num_tokens: int
@@ -56,6 +73,18 @@ class Forward(Message, frozen=True, tag="forward"):
     width: int
     is_decode: bool
     is_captured: bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those of `TableLayout.table`."""
+        return {
+            "num_tokens": self.num_tokens,
+            "num_requests": self.num_requests,
+            "num_samples": self.num_samples,
+            "num_tables": self.num_tables,
+            "width": self.width,
+            "is_decode": self.is_decode,
+        }
 
 
 class Chosen(Message, frozen=True, tag="chosen"):
@@ -76,6 +105,17 @@ class Check(Message, frozen=True, tag="check"):
     token_ids: list[int]
 
 
-ToRank = Join | Load | Start | Warm | Free | Forward | Chosen | Scored | Check
+class Prepared(Message, frozen=True, tag="prepared"):
+    """A rank's answer. fault: why it has not loaded the weights; None if it has."""
+
+    fault: str | None
+
+
+def key_of(variant: str, generation: int) -> str:
+    """The name of a variant's weights in messages: those of the start have the variant's own."""
+    return variant if generation == 1 else f"{variant}@{generation}"
+
+
+ToRank = Join | Load | Prepare | Drop | Start | Warm | Measure | Forward | Chosen | Scored | Check
 
 encode = msgspec.msgpack.Encoder().encode

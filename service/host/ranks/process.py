@@ -9,7 +9,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,25 +21,51 @@ import torch
 from service.engine.device.ranks import GroupRanks
 from service.engine.device.runner import Runner
 from service.engine.shapes import Shape
+from service.errors import first_line
 from service.host.machine import quiet_libraries
 from service.host.ranks.board import Board
-from service.host.ranks.group import join, least_free
-from service.host.ranks.messages import Check, Chosen, Forward, Free, Join, Load, Scored, Start, ToRank, Warm
-from service.host.variants import load_part, runner_for
+from service.host.ranks.group import join, measured
+from service.host.ranks.messages import (
+    Check,
+    Chosen,
+    Drop,
+    Forward,
+    Join,
+    Load,
+    Measure,
+    Prepare,
+    Prepared,
+    Scored,
+    Start,
+    ToRank,
+    Warm,
+    encode,
+)
+from service.host.variants import checkpoint_part, load_part, runner_for
 from service.models.decoder import Decoder, score
-from service.process import end_process
+from service.process import end_process, settle, start_thread
 from service.settings import Settings, load_settings
 from service.telemetry.logs import configure_logging
 
 MAX_MESSAGE_BYTES = 1 << 20
+POLLING_S = 0.02
+"""On a GPU, where all ranks wait for the last to launch its part of a step, and to wake up takes about 10 us. A core is
+busy with it while steps follow each other, none while the engines are idle."""
 
 logger = logging.getLogger(__name__)
 
 
 class Follower:
-    """What one of the other ranks holds: decoders and runners by variant."""
+    """What one of the other ranks holds: decoders and runners by variant.
 
-    def __init__(self, settings: Settings, device: torch.device, board: Board) -> None:
+    Args:
+        answer: sends a message to the first rank.
+    """
+
+    def __init__(
+        self, settings: Settings, device: torch.device, board: Board, answer: Callable[[bytes], object]
+    ) -> None:
+        self._answer = answer
         self.settings = settings
         self.device = device
         self.board = board
@@ -61,13 +88,21 @@ class Follower:
                     ranks=self.ranks,
                 )
                 self.decoders[name] = part.decoder
+            case Prepare():
+                start_thread("reload", self._prepare, message)
+            case Drop():
+                self._drop(name)
             case Start():
-                self.runners[name] = runner_for(self.decoders[name], message.num_blocks, self.settings)
+                caches = None if message.takes is None else self.runners[message.takes].caches
+                self.runners[name] = runner_for(self.decoders[name], message.num_blocks, self.settings, caches=caches)
                 self.warming[name] = self.runners[name].warming()
             case Warm():
                 next(self.warming[name], None)
-            case Free():
-                least_free(self.ranks, self.device)
+            case Measure():
+                sizes = [
+                    (self.decoders[each].weight_bytes, self.runners[each].kv_cache_bytes) for each in message.variants
+                ]
+                measured(self.ranks, self.device, sizes)
             case Forward():
                 self._follow(self.runners[name], message)
             case Chosen():
@@ -81,19 +116,63 @@ class Follower:
             case Join():
                 raise AssertionError(message)
 
+    def _prepare(self, message: Prepare) -> None:
+        """Load weights, and tell the first rank whether it worked. Called on a thread of its own."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            variant = message.name.partition("@")[0]
+            part = checkpoint_part(
+                variant,
+                Path(message.folder),
+                self.settings.kv,
+                settings=self.settings,
+                device=self.device,
+                ranks=self.ranks,
+                dtype=getattr(torch, message.dtype),
+            )
+            self.decoders[message.name] = part.decoder
+            fault = None
+        except Exception as error:
+            logger.exception("the weights of %s cannot be loaded", message.folder)
+            fault = first_line(error)
+        self._answer(encode(Prepared(message.name, fault)))
+
+    def _drop(self, name: str) -> None:
+        self.warming.pop(name, None)
+        runner = self.runners.pop(name, None)
+        if runner is not None:
+            runner.close()
+        self.decoders.pop(name, None)
+        # The old weights were frozen out of garbage collection; in a reference cycle they would never be freed.
+        settle()
+
     def _follow(self, runner: Runner, message: Forward) -> None:
-        tables = runner.layout.starts["block_tables"] + message.num_tables * message.width
         shape = Shape(message.num_tokens, message.num_requests, message.is_decode) if message.is_captured else None
-        runner.follow(
-            self.board.read(message.slot, tables),
-            shape=shape,
-            num_tokens=message.num_tokens,
-            num_requests=message.num_requests,
-            num_samples=message.num_samples,
-            num_tables=message.num_tables,
-            width=message.width,
-            is_decode=message.is_decode,
-        )
+        runner.follow(self.board.read(message.slot), shape=shape, **message.sizes)
+
+
+def messages_of(end: socket.socket, polling_s: float = 0.0) -> Iterator[memoryview]:
+    """The first rank's messages until its end is closed, each valid until the next.
+
+    Args:
+        polling_s: how long to keep asking before it sleeps.
+    """
+    # Made once: memory of this size for each try takes longer than the try.
+    memory = memoryview(bytearray(MAX_MESSAGE_BYTES))
+    while size := _polled(end, memory, polling_s) or end.recv_into(memory):
+        yield memory[:size]
+
+
+def _polled(end: socket.socket, memory: memoryview, polling_s: float) -> int:
+    """The size of the next message, 0 at the end of them and also if there is none for so long."""
+    stop_s = time.monotonic() + polling_s
+    while time.monotonic() < stop_s:
+        try:
+            return end.recv_into(memory, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            continue
+    return 0
 
 
 def main() -> NoReturn:
@@ -113,8 +192,8 @@ def main() -> NoReturn:
         torch.set_num_threads(max(1, torch.get_num_threads() // joining.size))
     try:
         join(rank, joining.size, Path(joining.meeting), device)
-        follower = Follower(settings, device, Board(size, memory))
-        while content := end.recv(MAX_MESSAGE_BYTES):
+        follower = Follower(settings, device, Board(size, memory), end.sendall)
+        for content in messages_of(end, POLLING_S if device.type == "cuda" else 0.0):
             follower.do(decoder.decode(content))
     except Exception:
         logger.exception("rank %d cannot go on", rank)

@@ -4,7 +4,7 @@ import { Failure, generate, getJson } from "./api.js";
 import { Lane } from "./lane.js";
 import { drawRecent, fillTable, inSum } from "./recent.js";
 import { drawTracks } from "./tracks.js";
-import { verdict } from "./words.js";
+import { rankInWords, verdict } from "./words.js";
 
 const BASELINE = "fp16";
 const REFRESH_MS = 10_000;
@@ -34,6 +34,7 @@ async function showInfo() {
   const info = await getJson("/info", at("key").value);
   const variants = Object.entries(info.variants ?? {});
   at("served").textContent = [info.model, info.device].filter(Boolean).join(" · ");
+  showRanks(info.ranks ?? []);
   at("versions").textContent = info.versions?.ottava ? `ottava ${info.versions.ottava}` : "";
   const quantized = variants.filter(([name, variant]) => name !== BASELINE && variant.description);
   const described = quantized.map(([name, variant]) => `${name}: ${variant.description}`);
@@ -43,11 +44,25 @@ async function showInfo() {
   at("order").hidden = at("order-hint").hidden = lanes.length < 2;
 }
 
+/** Each rank of a model on several devices. */
+function showRanks(ranks) {
+  at("ranks").hidden = ranks.length < 2;
+  at("ranks").replaceChildren(
+    ...ranks.map((rank) => {
+      const item = document.createElement("li");
+      item.textContent = rankInWords(rank);
+      item.classList.toggle("ended", rank.state === "ended");
+      return item;
+    }),
+  );
+}
+
 async function refresh() {
   if (document.hidden || wantsKey) return;
   try {
     const key = at("key").value;
     const [{ requests }, sums] = await Promise.all([getJson("/requests/recent", key), getJson("/compare", key)]);
+    if (!at("ranks").hidden) showRanks((await getJson("/info", key)).ranks);
     recent = requests;
     drawRecent(at("chart"), recent, at("measure").value);
     fillTable(at("rows"), recent);

@@ -12,6 +12,14 @@ export function memory(bytes) {
   return bytes < 1e9 ? `${digits(bytes / 1e6)} MB` : `${digits(bytes / 1e9)} GB`;
 }
 
+/** A rank: its device, what its part of all variants takes there, and whether its process runs. */
+export function rankInWords(rank) {
+  const sum = (sizes) => memory(Object.values(sizes).reduce((one, other) => one + other, 0));
+  const free = rank.free_bytes === null ? [] : [`${memory(rank.free_bytes)} free`];
+  const sizes = [`${sum(rank.weight_bytes)} weights`, `${sum(rank.kv_cache_bytes)} KV`, ...free].join(", ");
+  return `rank ${rank.rank} · ${rank.device} · ${sizes} · ${rank.state}`;
+}
+
 /** Three digits, and all of a larger whole number. */
 export function digits(value) {
   if (value >= 100) return String(Math.round(value));

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from service.engine.api import HostInfo
+from service.process import is_running
 from service.settings import Settings
 from service.text.grammars.given import MAX_GRAMMAR_BYTES, MAX_REGEX_CHARS
 from service.text.json.schema import (
@@ -89,4 +90,5 @@ def served(info: HostInfo, settings: Settings) -> Served:
     names = [field.name for field in fields(Limits)]
     limits = Limits(**{name: FIXED[name] if name in FIXED else getattr(settings, name) for name in names})
     own = {field.name: getattr(info, field.name) for field in fields(HostInfo)}
+    own["ranks"] = [rank if is_running(rank.pid) else replace(rank, state="ended") for rank in info.ranks]
     return Served(**own, rows=settings.max_num_requests, limits=limits)

@@ -17,11 +17,13 @@ from quant.analysis.roofline import (
     ModelShape,
     StepShape,
     Work,
+    all_reduce_work,
     attention_work,
     crossover_tokens,
     dataflow_linear,
     elementwise_work,
     fp16_linear,
+    gather_work,
     int8_linear,
     linear_work,
     predict,
@@ -231,6 +233,48 @@ def test_every_gpu_s_roofs_are_in_order() -> None:
     for gpu in GPUS.values():
         assert isinstance(gpu, Gpu)
         assert gpu.bytes_per_s < gpu.fp16_per_s < gpu.int8_per_s
+
+
+@pytest.mark.parametrize("num_gpus", [2, 3, 4])
+def test_a_sum_s_link_bytes_are_what_sending_shares_around_receives(num_gpus: int) -> None:
+    """In a ring: each GPU receives every share but its own as it is summed, then as it is spread."""
+    tokens, width = 3, 12
+    received = [0] * num_gpus
+    for _ in range(2):
+        for gpu, share in product(range(num_gpus), repeat=2):
+            if share != gpu:
+                received[gpu] += 2 * tokens * width // num_gpus
+    work = all_reduce_work(num_gpus, tokens, width)
+    assert received == [work.link_bytes] * num_gpus
+    assert work.num_bytes == 2 * 2 * tokens * width
+    assert gather_work(num_gpus, tokens, width).link_bytes == (num_gpus - 1) * 2 * tokens * width
+
+
+def test_parts_of_several_gpus_add_up_to_the_whole() -> None:
+    """Weights and products; activations that every GPU has whole, such as a norm's, are counted on each."""
+    step = StepShape(5, 6, False)
+    for flow in FLOWS:
+        whole = {part.name: part for part in step_parts(flow, TINY, step)}
+        split = {part.name: part for part in step_parts(flow, TINY, step, 2)}
+        assert set(split) - set(whole) == {"all_reduce", "gather"}
+        assert split["all_reduce"].count == 2 * TINY.num_layers + 1
+        for name in ("qkv", "o", "gate_up", "down", "head"):
+            (n, k), (own_n, own_k) = whole[name].size or (0, 0), split[name].size or (0, 0)
+            assert n * k == 2 * own_n * own_k
+        assert split["attention"].work.fp16_operations * 2 == whole["attention"].work.fp16_operations
+    with pytest.raises(ValueError, match="4 GPUs do not divide 2"):
+        TINY.part(4)
+
+
+@pytest.mark.parametrize(("link_per_s", "bound"), [(1.0, "link"), (1e15, "memory")])
+def test_a_sum_is_bound_by_the_slower_of_link_and_memory(link_per_s: float, bound: str) -> None:
+    gpu = dataclasses.replace(H100, link_bytes_per_s=link_per_s)
+    assert all_reduce_work(2, 8, 64).bound(gpu) == bound
+    rows = predict(TINY, StepShape(4, 4, False), gpu, 2)
+    total = rows[-1]
+    assert total.bound == bound
+    own = [row for row in rows if row.flow == "dataflow" and row.part != "step"]
+    assert total.time_s == pytest.approx(sum(row.count * row.time_s for row in own))
 
 
 def test_an_activation_scale_per_input_channel_is_refused_with_the_algebra() -> None:

@@ -53,6 +53,7 @@ INFO = HostInfo(
         "fp16": variant("fp16", None, "float16", 16_000_000_000, 4_000_000),
     },
     tensor_parallel=1,
+    ranks=[],
 )
 
 

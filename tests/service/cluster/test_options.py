@@ -63,6 +63,33 @@ def test_a_replica_takes_a_gpu_where_there_are_any() -> None:
         cluster_options().gpus(Settings(device="cuda"), 0.0)
 
 
+def test_a_replica_takes_a_gpu_for_each_rank_of_one_machine() -> None:
+    four = Settings(tensor_parallel=4)
+    assert cluster_options().gpus(four, 8.0) == 4.0
+    assert cluster_options(gpus_per_replica=6).gpus(four, 8.0) == 6.0
+    assert cluster_options().gpus(four, 0.0) == 0.0
+    assert cluster_options().gpus(Settings(tensor_parallel=4, device="cpu"), 8.0) == 0.0
+    # Machines with GPUs may come later, as autoscaling adds them.
+    assert cluster_options(gpus_per_replica=4).gpus(four, 0.0) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("options", "most_gpus", "said"),
+    [
+        ({}, 2.0, r"a replica takes 4 GPUs of one machine .*tensor_parallel 4\), and no machine .* more than 2; lower"),
+        ({"gpus_per_replica": 3}, 2.0, r"a replica takes 3 GPUs of one machine .* no machine .* more than 2; lower"),
+        (
+            {"gpus_per_replica": 2},
+            8.0,
+            r"gpus_per_replica is 2, and tensor_parallel 4 takes .* raise the first to 4",
+        ),
+    ],
+)
+def test_ranks_that_no_machine_has_room_for_are_refused(options: dict[str, float], most_gpus: float, said: str) -> None:
+    with pytest.raises(InvalidSettings, match=said):
+        cluster_options(**options).gpus(Settings(tensor_parallel=4), most_gpus)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from service.errors import InvalidSettings, UnsupportedModel
 from service.host.model_host import ModelHost
 from service.host.ranks.board import NUM_SLOTS, Board
 from service.host.ranks.group import RankGroup, refuse_missing_gpus
+from service.host.ranks.process import messages_of
 from service.host.reloader import open_host
 from service.host.variants import scheme_of
 from service.models.config import ModelConfig
@@ -65,7 +68,22 @@ def test_float_answers_are_those_of_one_rank(hosts: dict[int, ModelHost]) -> Non
     assert whole is not None
     assert split == pytest.approx(whole, rel=0.3)
     assert answers(hosts[2], "fp16") == answers(hosts[1], "fp16")
-    assert (hosts[2].info().tensor_parallel, hosts[1].info().tensor_parallel) == (2, 1)
+
+
+def test_info_has_each_rank_and_its_part_of_the_memory(hosts: dict[int, ModelHost]) -> None:
+    whole, split = hosts[1].info(), hosts[2].info()
+    assert (whole.tensor_parallel, split.tensor_parallel) == (1, 2)
+    assert hosts[2].group is not None
+    assert [rank.pid for rank in split.ranks] == [os.getpid(), *hosts[2].group.pids]
+    assert [rank.rank for rank in split.ranks] == [0, 1]
+    for name, variant in split.variants.items():
+        weights, caches = zip(
+            *((rank.weight_bytes[name], rank.kv_cache_bytes[name]) for rank in split.ranks), strict=True
+        )
+        assert (weights[0], caches[0]) == (variant.weight_bytes, variant.kv_cache_bytes)
+        assert caches[1] == caches[0]
+        assert abs(weights[1] / weights[0] - 1) < 0.01
+        assert whole.ranks[0].weight_bytes[name] > 1.8 * weights[1]
 
 
 def test_int8_answers_are_those_of_the_sharded_decoder(hosts: dict[int, ModelHost], folder: Path) -> None:
@@ -110,11 +128,6 @@ def test_a_thousand_requests_with_cancels_leave_nothing(hosts: dict[int, ModelHo
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
 
 
-def test_a_reload_is_refused(hosts: dict[int, ModelHost]) -> None:
-    with pytest.raises(Exception, match="not replaced while tensor_parallel is 2: start a new server"):
-        hosts[2].reload(None)
-
-
 def test_what_ranks_cannot_share_is_refused_before_any_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RankGroup, "__init__", lambda *_: pytest.fail("ranks were started"))
     odd = save_tiny_model(tmp_path / "odd", "llama")
@@ -131,6 +144,33 @@ def test_slots_of_the_board_are_used_in_turn() -> None:
     other = Board(layout.size, os.dup(first.descriptor))
     for turn in range(2 * NUM_SLOTS):
         numbers = np.full(turn + 1, turn, dtype=np.int32)
-        slot = first.write(numbers)
+        slot = first.write([numbers, numbers[:1]])
         assert slot == turn % NUM_SLOTS
-        assert other.read(slot, turn + 1).tolist() == numbers.tolist()
+        assert other.read(slot)[: turn + 2].tolist() == [*numbers.tolist(), turn]
+
+
+def test_only_what_a_step_uses_is_copied() -> None:
+    layout = TableLayout(max_tokens=8, max_requests=4, max_blocks=2)
+    board = Board(layout.size)
+    sizes = {"num_tokens": 5, "num_requests": 3, "num_samples": 2, "num_tables": 3, "width": 1, "is_decode": False}
+    sent = layout.table(np.arange(layout.size, dtype=np.int32), **sizes)  # type: ignore[arg-type]
+    table = layout.table(np.full(layout.size, -7, dtype=np.int32), **sizes)  # type: ignore[arg-type]
+    layout.unpack(board.read(board.write(sent.columns)), table.numbers, **sizes)  # type: ignore[arg-type]
+    for had, got in zip(sent.columns, table.columns, strict=True):
+        assert got.tolist() == had.tolist()
+    num_used = sum(map(len, sent.columns))
+    assert num_used == 4 * 5 + (3 + 1) + 3 + 2 * 2 + 3 * 1
+    assert (table.numbers == -7).sum() == len(table.numbers) - num_used
+
+
+@pytest.mark.parametrize("polling_s", [0.0, 0.05])
+def test_messages_come_in_order_until_the_end(polling_s: float) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, ThreadPoolExecutor(1) as pool, theirs:
+        found = pool.submit(lambda: [bytes(each) for each in messages_of(theirs, polling_s)])
+        for content in (b"1", b"2", b"3"):
+            # Longer than it polls, so that some are read asleep.
+            time.sleep(0.04)
+            ours.sendall(content)
+        ours.close()
+        assert found.result(20) == [b"1", b"2", b"3"]

@@ -285,9 +285,9 @@ def test_what_fails_changes_nothing(
     seen: list[weakref.ref[Decoder]] = []
     check = ModelHost.check
 
-    def watched(host: ModelHost, name: str, new: Decoder) -> None:
+    def watched(host: ModelHost, name: str, new: Decoder, generation: int) -> None:
         seen.append(weakref.ref(new))
-        check(host, name, new)
+        check(host, name, new, generation)
 
     monkeypatch.setattr(ModelHost, "check", watched)
     with hosted(old_folder, tmp_path / "cache", baseline=str(float_folder)) as (host, settings, reload):

@@ -24,9 +24,10 @@ from service.models.decoder import Decoder, score
 from service.models.mlp import GatedMLP
 from service.models.random_weights import random_decoder
 from service.models.sharding import Ranks, columns, refuse_uneven, rows, span
+from service.models.weights import Norm
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model
-from tests.support.thread_ranks import on_ranks
+from tests.support.thread_ranks import ShardingRanks, on_ranks
 from tests.support.tiny_models import TINY, make_config, save_tiny_model
 
 CPU = torch.device("cpu")
@@ -114,6 +115,19 @@ def test_int8_bits_are_those_of_one_rank_with_grouped_activations(
     assert wanted.std() > 0.1
 
 
+@pytest.mark.parametrize("scheme", ["fp16", "rtn-token"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_rank_may_keep_its_rows_of_the_residual_alone(scheme: str, size: int, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", "llama", **SIZES | {"num_key_value_heads": 4})
+
+    def go(ranks: Ranks) -> Tensor:
+        config = ModelConfig.load(folder)
+        return score(random_decoder(config, Scheme.preset(scheme), torch.float32, CPU, seed=3, ranks=ranks), IDS)
+
+    wanted, found = on_ranks(size, go), on_ranks(size, go, ShardingRanks)
+    assert all(torch.equal(wanted[0], each) for each in (*wanted, *found))
+
+
 def hidden_of(decoder: Decoder) -> Tensor:
     """The hidden states of IDS, before the head."""
     found: list[Tensor] = []
@@ -157,13 +171,19 @@ class Fixed:
         self.rank = rank
         self.size = size
 
-    def sum(self, x: Tensor) -> Tensor:
+    def reserve(self, max_rows: int, width: int, dtype: torch.dtype) -> None:
+        raise AssertionError(max_rows, width, dtype)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
         raise AssertionError(x)
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_reduce_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor | Quantized, Tensor]:
+        raise AssertionError(x, residual, norm)
+
+    def all_gather(self, x: Tensor) -> Tensor:
         raise AssertionError(x)
 
-    def from_first(self, x: Tensor) -> Tensor:
+    def broadcast(self, x: Tensor) -> Tensor:
         raise AssertionError(x)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Never
 
 import httpx
@@ -11,7 +11,7 @@ import pytest
 
 from service.telemetry import metrics
 from tests.service.kinds import Samples
-from tests.support.fake_engine import INFO, FakeEngine
+from tests.support.fake_engine import INFO, NO_PID, FakeEngine
 from tests.support.harness import app_of, client_of, engines_of, metrics_of, total, two_engines
 
 SERIES = {
@@ -38,6 +38,24 @@ def scrape_after(
             return answers, await metrics_of(client)
 
     return asyncio.run(go())
+
+
+def test_each_rank_is_counted_and_one_that_has_ended_is_not_up() -> None:
+    dead = replace(INFO.ranks[0], rank=1, pid=NO_PID, free_bytes=None)
+
+    async def go() -> tuple[Samples, Any]:
+        async with client_of(app_of(two_engines(), info=replace(INFO, ranks=[*INFO.ranks, dead]))) as client:
+            return await metrics_of(client), (await client.get("/info")).json()
+
+    samples, info = asyncio.run(go())
+    for rank, is_up in ((0, 1), (1, 0)):
+        label = f"rank={rank}"
+        assert samples["ottava_rank_up", label] == is_up
+        assert samples["ottava_rank_weight_bytes", label, "variant=w8a8"] == 1000
+        assert samples["ottava_rank_kv_cache_bytes", label, "variant=fp16"] == 2000
+    assert samples["ottava_rank_free_bytes", "rank=0"] == 3000
+    assert ("ottava_rank_free_bytes", "rank=1") not in samples
+    assert [rank["state"] for rank in info["ranks"]] == ["running", "ended"]
 
 
 def test_every_series_is_there_with_its_buckets() -> None:

@@ -51,8 +51,10 @@ def result(
     rows: list[dict[str, Any]],
     device: str = H100,
     command: str = "python -m benchmarks.serving --shape llama-3.1-8b --steps 48",
+    num_gpus: int = 1,
 ) -> Path:
-    path.write_text(json.dumps({"run": {"device": device, "command": command}, "rows": rows}))
+    run = {"device": device, "command": command} | ({"tensor parallel": num_gpus} if num_gpus > 1 else {})
+    path.write_text(json.dumps({"run": run, "rows": rows}))
     return path
 
 
@@ -93,15 +95,48 @@ def test_the_json_has_a_row_for_every_part_and_dataflow(roofline: Roofline, tmp_
     path = tmp_path / "r.json"
     assert roofline("llama-3.1-8b", "--tokens", "16,4096", "--bandwidth", "measured", "--json", path)[0] == 0
     found = json.loads(path.read_text())
-    assert set(found) == {"model", "gpu", "steps", "rows"}
+    assert set(found) == {"model", "gpu", "num_gpus", "steps", "rows"}
     assert (found["model"]["name"], found["gpu"]["bytes_per_s"]) == ("llama-3.1-8b", 3.02e12)
     assert [(step["tokens"], step["num_requests"]) for step in found["steps"]] == [(16, 16), (4096, 8)]
     assert len(found["rows"]) == 2 * 8 * 3
     keys = {"tokens", "part", "n", "k", "calls", "flow", "operations", "bytes", "normalized_operations", "intensity"}
+    keys |= {"link_bytes"}
     assert {tuple(sorted(row)) for row in found["rows"]} == {tuple(sorted(keys | {"bound", "us", "speedup"}))}
     gpu = GPUS["h100"].with_bandwidth("measured")
     wanted = predict(SHAPES["llama-3.1-8b"], StepShape(16, 512, False), gpu)
     assert [row["us"] for row in found["rows"][:24]] == pytest.approx([1e6 * row.time_s for row in wanted])
+
+
+def test_several_gpus_share_the_work_and_the_links_are_counted(roofline: Roofline, tmp_path: Path) -> None:
+    decode = {"what": "decode", "variant": "w8a8", "batch": 16, "prompt": 512, "itl_ms_p50": 3.0}
+    path, alone = tmp_path / "r.json", result(tmp_path / "alone.json", [decode])
+    shared = result(tmp_path / "shared.json", [decode | {"itl_ms_p50": 2.0}], num_gpus=2)
+    asked = ("llama-3.1-8b", "--tokens", "16", "--gpus", "2", "--measured", alone, "--measured", shared, "--json", path)
+    code, out, _ = roofline(*asked)
+    assert code == 0
+    assert "16 tokens: 16 requests decoding, 512 tokens in the cache of each; each of 2 GPUs" in out
+    assert max(map(len, out.splitlines())) <= 110
+    assert "Sums over 2 GPUs, in FP16 at 450 GB/s a direction" in " ".join(out.split())
+    found = json.loads(path.read_text())
+    sums = [row for row in found["rows"] if row["part"] == "all_reduce"]
+    assert [(row["calls"], row["link_bytes"], row["bound"]) for row in sums] == [(65, 2 * 16 * 4096, "link")] * 3
+    assert [row["measured_us"] for row in found["rows"] if "measured_us" in row] == [2000.0]
+    assert roofline(*asked[:-2], "--link", "64", "--json", path)[0] == 0
+    slow = [row for row in json.loads(path.read_text())["rows"] if row["part"] == "all_reduce"]
+    assert slow[0]["us"] / sums[0]["us"] == pytest.approx(450 / 64)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--gpus", "3"), "gpus 3 does not divide llama-3.1-8b with 32 heads, 8 key and value heads and 14336 columns"),
+        (("--link", "fast"), "link 'fast' is not known; give data-sheet or a number of GB/s in one direction"),
+    ],
+)
+def test_what_several_gpus_cannot_be(roofline: Roofline, asked: tuple[str, str], said: str) -> None:
+    code, _, err = roofline("llama-3.1-8b", *asked)
+    assert code == 1
+    assert said in " ".join(err.split())
 
 
 def test_the_plot_is_drawn_from_the_json(roofline: Roofline, tmp_path: Path) -> None:

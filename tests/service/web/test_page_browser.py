@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +15,10 @@ import pytest
 from fastapi import FastAPI
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
+from service.engine.api import RankInfo
 from tests.support.browser import CHROMIUM, page_app, served
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import INFO, NO_PID, FakeEngine
+from tests.support.harness import app_of
 from tests.support.narrowed import present
 
 pytestmark = [
@@ -100,6 +104,20 @@ def test_type_run_and_see_both_streams_end_and_where_they_part(visit: Visit, eng
     assert first.params.max_tokens == 64
     assert page.locator("#tracks path.ticks").count() == 2
     assert "w8a8: first token after" in present(page.locator("#tracks").get_attribute("aria-label"))
+
+
+def test_each_rank_of_several_is_shown_with_its_memory_and_state(visit: Visit, engines: dict[str, FakeEngine]) -> None:
+    page = visit()
+    assert page.locator("#ranks").is_hidden()
+    first = RankInfo(0, os.getpid(), "cuda:0", {"w8a8": 10**9, "fp16": 2 * 10**9}, {"w8a8": 5 * 10**8}, 4 * 10**9)
+    app = app_of(engines, info=replace(INFO, tensor_parallel=2, ranks=[first, replace(first, rank=1, pid=NO_PID)]))
+    items = visit(app).locator("#ranks li")
+    expect(items).to_have_text(
+        [
+            "rank 0 · cuda:0 · 3.00 GB weights, 500 MB KV, 4.00 GB free · running",
+            "rank 1 · cuda:0 · 3.00 GB weights, 500 MB KV, 4.00 GB free · ended",
+        ]
+    )
 
 
 def test_the_same_texts_bear_no_mark(visit: Visit, engines: dict[str, FakeEngine]) -> None:
