@@ -89,7 +89,8 @@ def run_processes(
     program: str = "tests.support.peers",
     width: int = WIDTH,
 ) -> list[int | None]:
-    """Exit codes of the processes of size ranks; None of one that had to be ended.
+    """Exit codes of the processes of size ranks; None of one that had to be ended, since it or another took too long or
+    failed.
 
     Args:
         absent: last ranks that are not started.
@@ -111,13 +112,13 @@ def run_processes(
             stack.callback(process.kill)
             processes.append(process)
         end_s = time.monotonic() + timeout_s
-        found: list[int | None] = []
-        for process in processes:
-            try:
-                found.append(process.wait(max(0.0, end_s - time.monotonic())))
-            except subprocess.TimeoutExpired:
-                found.append(None)
-        return found
+        while time.monotonic() < end_s:
+            found = [process.poll() for process in processes]
+            if None not in found or any(found):
+                # The others may be waiting for one that has failed.
+                return found
+            time.sleep(0.05)
+        return [process.poll() for process in processes]
 
 
 def main() -> None:

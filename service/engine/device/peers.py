@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -13,6 +14,8 @@ from kernels import Quantized, collectives
 from kernels.tiles import current_gpu
 from kernels.ways import Way, most_rows
 from service.models.weights import Norm
+
+logger = logging.getLogger(__name__)
 
 UNICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 """Torch would try to set up multicast over NVLink, which the kernels do not use."""
@@ -26,6 +29,9 @@ def open_peers(max_rows: int, width: int, dtype: torch.dtype, device: torch.devi
     name, size = current_gpu(device).name, dist.get_world_size()
     ways: tuple[Way, ...] = ("all_reduce_rms_norm", "reduce_scatter_rms_norm")
     rows = {way: most_rows(name, size, width, way, max_rows) for way in ways}
+    for way, num_rows in rows.items():
+        if num_rows:
+            logger.info("sums over %d ranks of up to %d rows of %d may go by %s", size, num_rows, width, way)
     return {way: shared_peers(way, num_rows, width, dtype, device) for way, num_rows in rows.items() if num_rows}
 
 

@@ -53,11 +53,13 @@ class GroupRanks:
 
     def all_reduce_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor | Quantized, Tensor]:
         """See `Ranks`."""
-        peers = self._peers.get((x.shape[1], x.dtype))
-        way = choose(self._gpu_name, self.size, x.shape[1], len(x)) if peers else "plain"
-        if not peers or way == "plain" or norm.bias is not None:
+        found = self._peers.get((x.shape[1], x.dtype))
+        way = choose(self._gpu_name, self.size, x.shape[1], len(x)) if found else "plain"
+        peers = found.get(way) if found else None
+        # A text that is scored as a whole may be longer than any step.
+        if peers is None or len(x) > peers.max_rows or norm.bias is not None:
             return norm(self.all_reduce(x), residual)
-        return peers_norm(way, peers[way], x, residual, norm)
+        return peers_norm(way, peers, x, residual, norm)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See `Ranks`."""
