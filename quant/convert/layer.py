@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quant.checkpoint.safetensors_files import TensorFiles
 from quant.convert.decoder_layers import LayerStream
 from quant.convert.distill import Student, distill
 from quant.convert.gptq import round_gptq
 from quant.convert.inputs import Inputs, gather
 from quant.convert.int8 import Int8Module, Int8Tensors
-from quant.convert.rotate import RotatedFiles, Stream
+from quant.convert.rotate import Stream
 from quant.convert.rounding import ScaleRule, dequantize
 from quant.convert.search import FULL_RANGES, Ranges, best_ranges, readers_of_one, round_nearest, smooth_layer
 from quant.convert.smoothquant import SmoothGroup
@@ -51,11 +49,6 @@ class Recipe:
     seed: int = 0
     qkv_names: tuple[tuple[str, ...], ...] = ()
     stream: Stream | None = None
-
-    @property
-    def open_files(self) -> Callable[[Path], TensorFiles]:
-        """Opens a float folder's tensors as the scheme starts from them."""
-        return TensorFiles if self.stream is None else partial(RotatedFiles, stream=self.stream)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from quant.checkpoint.sink import SINK_NAME, Sink
 from quant.convert.decoder_layers import LayerStream, has_own_head
 from quant.convert.layer import LayerQuantizer, Recipe
 from quant.convert.resume import PartFolder
+from quant.convert.rotate import opener
 from quant.errors import CheckpointError
 from quant.scheme import Scheme
 
@@ -70,7 +71,8 @@ def quantize_checkpoint(
         raise CheckpointError(f"{source} is quantized already; start from the float model")
     notes, files = notes or {}, TensorFiles(source)
     _require_weights(files, recipe.linear_names)
-    stream = LayerStream(source, torch.float32, torch.device(recipe.device), recipe.open_files)
+    open_files = opener(recipe.stream)
+    stream = LayerStream(source, torch.float32, torch.device(recipe.device), open_files)
     recipe = replace(recipe, scheme=recipe.scheme.fitted(stream.widths(recipe.linear_names)))
     settings = _fingerprint(files, recipe, notes)
     ignored = _ignored(files, recipe.linear_names)
@@ -84,9 +86,9 @@ def quantize_checkpoint(
     try:
         _quantize_layers(stream, part, recipe, on_progress)
         with part.whole() as folder:
-            _write_rest(recipe.open_files(source), folder, part, recipe.dtype)
+            qkv = _write_tensors(open_files(source), folder, part, recipe.dtype)
             if recipe.scheme.sink:
-                _sink_of(part, recipe).save(folder, recipe.dtype)
+                _sink_of(qkv, part, recipe.scheme.sink).save(folder, recipe.dtype)
             _write_json(folder / "config.json", _int8_config(config, recipe.scheme, ignored, recipe.dtype))
             _write_json(folder / NOTES_NAME, {**notes_of(recipe.scheme), **_layer_notes(part.notes), **notes})
             _copy_companions(source, folder)
@@ -157,19 +159,19 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(tensor, dtype, name) if tensor.is_floating_point() else tensor
 
 
-def _sink_of(part: PartFolder, recipe: Recipe) -> Sink:
-    """The sink, of what was kept of all layers."""
+def _sink_of(qkv: Sequence[Tensor], part: PartFolder, token_ids: tuple[int, ...]) -> Sink:
+    """The sink, of what the layers give for it and of what was carried out of the last one."""
     first = next(iter(part.carried().values()))
-    qkv = tuple(layer[SINK_NAME] for layer in part.layers())
-    return Sink(recipe.scheme.sink, qkv, first[0, : len(recipe.scheme.sink)].cpu())
+    return Sink(token_ids, tuple(qkv), first[0, : len(token_ids)].cpu())
 
 
-def _write_rest(files: TensorFiles, folder: Path, part: PartFolder, dtype: torch.dtype) -> None:
-    """Write the layers' tensors and then all others."""
+def _write_tensors(files: TensorFiles, folder: Path, part: PartFolder, dtype: torch.dtype) -> list[Tensor]:
+    """Write the layers' tensors and then all others. Returns what the layers give for a sink, which stands apart."""
     writer = ShardWriter(folder)
-    written = set()
+    written, of_sink = set(), []
     for tensors in part.layers():
-        tensors.pop(SINK_NAME, None)
+        if SINK_NAME in tensors:
+            of_sink.append(tensors.pop(SINK_NAME))
         written |= set(tensors)
         for name, tensor in tensors.items():
             writer.add(name, tensor)
@@ -177,6 +179,7 @@ def _write_rest(files: TensorFiles, folder: Path, part: PartFolder, dtype: torch
         if name not in written:
             writer.add(name, _stored(name, files.get(name), dtype))
     writer.close()
+    return of_sink
 
 
 def _fingerprint(files: TensorFiles, recipe: Recipe, notes: dict[str, Any]) -> str:

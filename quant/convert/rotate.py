@@ -9,9 +9,9 @@ Source: QuaRot (arXiv 2404.00456), sections 4.1 and 4.2; SpinQuant (arXiv 2405.1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -62,6 +62,11 @@ def rotation(width: int) -> Tensor:
         hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)))
     signs = torch.randint(2, (width, 1), generator=generator, dtype=torch.float64) * 2 - 1
     return (signs * torch.kron(torch.linalg.qr(odd).Q.contiguous(), hadamard / power**0.5)).float()
+
+
+def opener(stream: Stream | None) -> Callable[[Path], TensorFiles]:
+    """What opens a float folder's tensors: rotated, or as they are without a stream."""
+    return TensorFiles if stream is None else partial(RotatedFiles, stream=stream)
 
 
 class RotatedFiles(TensorFiles):

@@ -378,7 +378,7 @@ def readers_of_one(inputs: Mapping[str, Inputs]) -> list[list[str]]:
 
 def _shares_scales(scheme: Scheme) -> bool:
     """Whether all rows of a weight, or all tokens, share one scale."""
-    return scheme.weight == "tensor" or scheme.activation != "token"
+    return scheme.weight == "tensor" or scheme.shares_activation_scales
 
 
 def _energy(y: Tensor, weights: Tensor | None) -> float:

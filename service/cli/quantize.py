@@ -62,7 +62,7 @@ def quantize(
             source = resolve.resolve_model(name, chosen.cache_dir, lambda stage: on_progress(stage, 0, 0))
             ranges_from = calibration.Calibration(chosen.calibration, chosen.seed, chosen.calibration_windows)
             device = devices.pick_device(chosen.device)
-            recipe = sink.with_sink(source, recipe, chosen.sink).with_rotation(chosen.rotate)
+            recipe = sink.with_options(source, recipe, chosen)
             quantized.quantize_model(source, out, recipe, ranges_from, device, on_progress=on_progress)
     typer.echo(f"{out}: {recipe.name}, {recipe.describe()}")
     family = config.ModelConfig.load(source).family

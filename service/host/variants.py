@@ -38,7 +38,7 @@ from service.store.calibration import Calibration
 from service.store.progress import Progress, silent
 from service.store.quantized import quantized_folder
 from service.store.resolve import is_quantized, resolve_model
-from service.store.sink import with_sink
+from service.store.sink import with_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ def load_variant(
         elif is_quantized(folder):
             refuse_other_options(folder, settings)
         else:
-            scheme = with_sink(folder, scheme, settings.sink).with_rotation(settings.rotate)
+            scheme = with_options(folder, scheme, settings)
             calibration = Calibration(settings.calibration, settings.seed, settings.calibration_windows)
             folder = quantized_folder(folder, scheme, calibration, settings.cache_dir, device, on_progress=on_progress)
         on_progress(f"loading {name}", 0, 0)

@@ -13,6 +13,7 @@ from quant.convert.calibration import prompt_lead
 from quant.scheme import MAX_SINK_TOKENS, Scheme
 from service.errors import InvalidSettings
 from service.models.config import ModelConfig
+from service.settings import Settings
 from service.store.tokenizer import text_tokenizer
 
 SinkWish = Literal["auto", "on", "off"]
@@ -43,6 +44,11 @@ def with_sink(folder: Path, scheme: Scheme, wish: SinkWish) -> Scheme:
     if lead or wish == "auto":
         return scheme.with_sink(lead[:MAX_SINK_TOKENS])
     return scheme.with_sink([_first_token(folder, config.vocab_size)])
+
+
+def with_options(folder: Path, scheme: Scheme, settings: Settings) -> Scheme:
+    """The scheme with the sink and the rotation that the settings ask for a float model. Raises as `with_sink`."""
+    return with_sink(folder, scheme, settings.sink).with_rotation(settings.rotate)
 
 
 def _first_token(folder: Path, vocab_size: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,8 +16,7 @@ from quant.analysis.choices import Continuation, Question, compare, encode, pick
 from quant.analysis.layer_errors import LinearError, linear_errors
 from quant.analysis.perplexity import LogitsOf, Quality, evaluate
 from quant.checkpoint.reader import Checkpoint
-from quant.checkpoint.safetensors_files import TensorFiles
-from quant.convert.rotate import RotatedFiles, rotation
+from quant.convert.rotate import opener, rotation
 from quant.errors import InvalidQuestions, NotFinite
 from quant.scheme import KVStorage, Scheme
 from service.errors import InvalidSettings, UnsupportedModel
@@ -32,7 +30,7 @@ from service.store.calibration import Calibration, calibration_windows, refuse_b
 from service.store.progress import Progress, silent
 from service.store.quantized import quantize_model
 from service.store.resolve import is_quantized
-from service.store.sink import behind_sink, with_sink
+from service.store.sink import behind_sink, with_options
 from service.store.tokenizer import text_tokenizer
 from service.tools.evaluate.speed import decode_tokens_per_s
 
@@ -130,7 +128,7 @@ def measure_quality(
     asked = _encoded(folder, questions, config.max_model_len)
     quantized = [scheme for scheme in schemes if scheme.is_int8]
     if stored is None:
-        quantized = [with_sink(folder, scheme, settings.sink).with_rotation(settings.rotate) for scheme in quantized]
+        quantized = [with_options(folder, scheme, settings) for scheme in quantized]
     if stored is not None:
         _refuse_other_vocabulary(stored, config)
     # Before anything is measured, so that a text that is too short is known at once.
@@ -324,7 +322,7 @@ def _linear_errors(
         groups,
         behind_sink(windows[:LAYER_WINDOWS], stored.sink_ids),
         lambda done, total: on_progress("comparing layers", done, total),
-        open_files=partial(RotatedFiles, stream=stream_of(config)) if scheme.is_rotated else TensorFiles,
+        open_files=opener(stream_of(config) if scheme.is_rotated else None),
     )
     return tuple(found)
 
