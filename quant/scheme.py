@@ -295,7 +295,7 @@ class Scheme:
             return "vLLM has no loader for activations with one scale per step"
         if self.weight == "group":
             return "vLLM has no loader for int8 weights with scales per group"
-        if self.sink:
+        if self.sink and self.activation == "static":
             return "others compute the first token of a text in int8, for which its scales are too narrow"
         if self.outliers is not None:
             return "others serve it as rtn-token: the format has no place for columns in float"

@@ -144,3 +144,8 @@ def test_a_value_that_is_not_served_is_refused_by_name(make: Callable[[], Scheme
 def test_a_scheme_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Scheme.preset("w8a8").weight = "tensor"  # type: ignore[misc]
+
+
+def test_only_static_ranges_are_too_narrow_for_readers_without_the_sink() -> None:
+    told = {name for name, scheme in PRESETS.items() if "first token" in (scheme.with_sink([1]).elsewhere or "")}
+    assert told == {"rtn", "w8a8-static", "smoothquant-o3"}
