@@ -22,8 +22,6 @@ BLOCK_SIZE = 64
 CHECKED_QUERIES = 8
 FP16_ERROR = 2.0**-9
 """Of the probability-weighted sum of |v|: p and y are rounded to float16, 2^-11 each, the scores' sums are float32."""
-INT8_ERROR = 2.0**-7
-"""The same where keys may be rounded to float16 once more: a score of 128 products then moves by up to 2^-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +91,8 @@ def _scene_rows(what: str, scene: Scene, roofs: Roofs, head: dict[str, Any]) -> 
     int8_bytes = 1 + 4 / scene.config.head_size
     work = {"fp16 kv": scene.work(scene.cache_bytes(2)), "int8 kv": scene.work(scene.cache_bytes(int8_bytes))}
     contenders: dict[str, Callable[[], Sequence[Call]]] = {
-        "fp16 kv": partial(_paged, scene, False),
-        "int8 kv": partial(_paged, scene, True),
+        "fp16 kv": partial(paged_calls, scene, False),
+        "int8 kv": partial(paged_calls, scene, True),
     }
     if what == "prefill":
         contenders["sdpa flash"], work["sdpa flash"] = partial(_flash, scene), work["fp16 kv"]
@@ -107,7 +105,7 @@ def _scene_rows(what: str, scene: Scene, roofs: Roofs, head: dict[str, Any]) -> 
     return rows
 
 
-def _paged(scene: Scene, is_int8: bool) -> list[Call]:
+def paged_calls(scene: Scene, is_int8: bool) -> list[Call]:
     config = scene.config
     H, G, D = config.num_heads, config.num_kv_heads, config.head_size
     copies = num_copies(scene.cache_bytes(1 if is_int8 else 2)) if scene.queries == 1 else 2
@@ -154,7 +152,10 @@ def check_attention(
         WrongResult: an output is further away than the roundings allow.
     """
     D = q.shape[-1]
-    bound = INT8_ERROR if isinstance(k, Quantized) else FP16_ERROR
+    if isinstance(k, Quantized):
+        # Queries over int8 keys are rounded too.
+        codes, scale = quantize_rows(q.flatten(0, 1))
+        q = (codes.double() * scale.double()[:, None]).view(q.shape)
     for request in {0, scene.batch - 1}:
         blocks = table[request, : scene.num_blocks].long()
         keys, values = (_gathered(cache, blocks)[: scene.context] for cache in (k, v))
@@ -164,7 +165,7 @@ def check_attention(
             p = torch.einsum("ghd,sgd->ghs", group, keys[:seen]).mul(D**-0.5).softmax(-1)
             want, reach = (torch.einsum("ghs,sgd->ghd", p, x[:seen]) for x in (values, values.abs()))
             error = (y[row].double().view_as(want) - want).abs()
-            expect((error <= bound * reach + 2.0**-14).all(), f"request {request}, query {i} differs")
+            expect((error <= FP16_ERROR * reach + 2.0**-14).all(), f"request {request}, query {i} differs")
 
 
 def _gathered(cache: Tensor | Quantized, blocks: Tensor) -> Tensor:

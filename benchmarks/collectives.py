@@ -203,7 +203,7 @@ def run(rank: int, args: argparse.Namespace, meeting: str) -> None:
     dist.barrier()
     if rank == 0:
         if args.out:
-            write(args.out, birth_certificate(), rows)
+            write(args.out, birth_certificate(args.commit), rows)
         if any("wrong" in row for row in rows):
             print("a result is wrong: nothing is written to the table of ways", file=sys.stderr)
         elif args.write:
@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--rows", type=numbers, default=list(ROWS), help="tokens of a step")
     parser.add_argument("--dtype", default="bfloat16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--write", action="store_true", help="use the fastest way of each size from now on")
+    parser.add_argument("--commit", help="for a tree without git history")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not 2 <= args.ranks <= torch.cuda.device_count():

@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.decode_attention import Operands, decode
 from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.launching import MAX_PLANS, Plan, power_of_2
-from kernels.paging import LIFT, Layout, codes_of, first_key, fold_keys, load_blocks, lowest_top, paged_layout, scale_of
+from kernels.paging import LIFT, Layout, codes_of, first_key, fold_keys, load_blocks, lowest_top, paged_layout, query_codes, scale_of
 from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import AttentionTile, Target, current_gpu, decode_tile, prefill_tile
@@ -49,7 +49,8 @@ def paged_attention(
     """Attend causally over the paged cache, prefill chunks and decodes in one batch. See reference.paged_attention.
 
     A request may have no query row here; its context is then 0. Sums are float32; q k^T and p v multiply in q's dtype,
-    p rounded to it. The scales of an int8 cache multiply q k^T after the product and p before it.
+    p rounded to it. Over int8 keys q k^T is one product of codes, with exact sums; its scales multiply it afterwards. A
+    value's scale multiplies p before the product.
 
     Raises:
         ValueError: H is not a multiple of G, block_size is not a power of two, a cache's heads are not contiguous, or
@@ -171,6 +172,10 @@ def _paged_attention_kernel(
     at = q_rows[:, None] * D + columns[None, :]
     mask = is_row[:, None] & (columns < D)[None, :]
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
+    if k_scale_ptr is not None:
+        q, q_scale = query_codes(q)
+        scale *= q_scale
+    TYPE: tl.constexpr = q_ptr.dtype.element_ty
 
     top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -193,12 +198,12 @@ def _paged_attention_kernel(
         for start in range(first, middle, BLOCK_N):
             next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
             top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start,
-                                        last, middle, num_visible, scale, False, LAYOUT, BLOCK_N)  # fmt: skip
+                                        last, middle, num_visible, scale, False, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
             blocks = next_blocks
     for start in range(middle, last, BLOCK_N):
         next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
         top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
-                                    middle, num_visible, scale, True, LAYOUT, BLOCK_N)  # fmt: skip
+                                    middle, num_visible, scale, True, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
         blocks = next_blocks
     launch_dependents(DEPENDENT)
     total = tl.maximum(total, 1.0)

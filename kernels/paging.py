@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launching import MAX_PLANS, power_of_2
-from kernels.quantize import INTERPRETED
+from kernels.quantize import INTERPRETED, magnitude, to_codes, to_scale
 from kernels.quantized import Quantized
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "load_blocks",
     "lowest_top",
     "paged_layout",
+    "query_codes",
     "scale_of",
 ]
 
@@ -36,6 +37,9 @@ LIFT = tl.constexpr(64.0)
 Sizes = tuple[int, ...]
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+
+MIN_INT8_DEPTH = tl.constexpr(32)
+"""Least summed length of an int8 matrix instruction."""
 
 # A float16 whose high byte is 0x64 and whose low byte is code + 128 is 1152 + code: five instructions for four codes,
 # while the plain conversion of each code runs at an eighth of their rate.
@@ -185,13 +189,32 @@ def _load(ptrs, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def widen(x, q):
-    """Keys or values in q's dtype. int8 codes become float16 four at a time, exactly."""
-    if x.dtype == tl.int8 and q.dtype == tl.float16 and not INTERPRETED:
+def _widen(x, TYPE: tl.constexpr):
+    """Values in another dtype. int8 codes become float16 four at a time, exactly."""
+    if x.dtype == tl.int8 and TYPE == tl.float16 and not INTERPRETED:
         y = tl.inline_asm_elementwise(CODES_TO_HALF, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
     else:
-        y = x.to(q.dtype)
+        y = x.to(TYPE)
     return y
+
+
+@triton.jit
+def query_codes(q):
+    """The codes of queries [BLOCK_M, BLOCK_D] and their scales [BLOCK_M], by the rules of `quantize_rows`."""
+    x = q.to(tl.float32)
+    scale = to_scale(tl.max(magnitude(x), axis=1))
+    return to_codes(x, scale[:, None]), scale
+
+
+@triton.jit
+def _code_scores(q, k, TYPE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """q k^T of codes, exact, as float32."""
+    if BLOCK_D >= MIN_INT8_DEPTH:
+        scores = tl.dot(q, tl.trans(k)).to(tl.float32)
+    else:
+        # Codes are exact in every float dtype, and so are sums of so few.
+        scores = tl.dot(q.to(TYPE), tl.trans(k.to(TYPE)), input_precision="ieee")
+    return scores
 
 
 @triton.jit
@@ -244,10 +267,13 @@ def fold_keys(
     num_visible,
     scale,
     MASKED: tl.constexpr,
+    TYPE: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Add keys start .. start + BLOCK_N - 1 to the running softmax of query rows q [BLOCK_M, BLOCK_D].
+
+    scale: a number, or one per row [BLOCK_M] if keys and queries are int8. TYPE: what p and v are multiplied in.
 
     Row m sees its first num_visible[m] keys, or the last WINDOW of them. Without a window every row sees the first
     num_unmasked keys, and without MASKED every key. Keys from `last` on are not read. start is a multiple of BLOCK_N.
@@ -269,15 +295,19 @@ def fold_keys(
     v_at = key_offsets(blocks, slots, V, LAYOUT.IS_WIDE)[:, None] + columns[None, :]
     is_there = is_key[:, None] & (columns < LAYOUT.D)[None, :]
     HAS_GAPS: tl.constexpr = MASKED or LAYOUT.D < LAYOUT.BLOCK_D
-    k = widen(_load(k_ptr + k_at, is_there, HAS_GAPS), q)
-    v = widen(_load(v_ptr + v_at, is_there, HAS_GAPS), q)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if k_scale_ptr is not None:
+    k = _load(k_ptr + k_at, is_there, HAS_GAPS)
+    v = _widen(_load(v_ptr + v_at, is_there, HAS_GAPS), TYPE)
+    if k_scale_ptr is None:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        row_scale = scale
+    else:
         at = key_offsets(blocks, slots, K_SCALE, LAYOUT.IS_WIDE)
-        scores *= _load(k_scale_ptr + at, is_key, MASKED)[None, :]
+        scores = _code_scores(q, k, TYPE, LAYOUT.BLOCK_D) * _load(k_scale_ptr + at, is_key, MASKED)[None, :]
+        row_scale = scale[:, None]
     if SOFT_CAP is not None:
-        scores = _soft_cap(scores * scale, SOFT_CAP)
+        scores = _soft_cap(scores * row_scale, SOFT_CAP)
         scale = 1.0
+        row_scale = 1.0
     if WINDOW is not None:
         is_seen = (keys[None, :] < num_visible[:, None]) & (keys[None, :] >= (num_visible - WINDOW)[:, None])
         scores = tl.where(is_seen, scores, float("-inf"))
@@ -285,11 +315,11 @@ def fold_keys(
         if start + BLOCK_N > num_unmasked:
             scores = tl.where(keys[None, :] < num_visible[:, None], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
-    p = tl.math.exp2(scores * scale - new_top[:, None])
+    p = tl.math.exp2(scores * row_scale - new_top[:, None])
     shrink = tl.math.exp2(top - new_top)
     total = total * shrink + tl.sum(p, axis=1)
     if v_scale_ptr is not None:
         at = key_offsets(blocks, slots, V_SCALE, LAYOUT.IS_WIDE)
         p *= (_load(v_scale_ptr + at, is_key, MASKED) * LIFT)[None, :]
-    acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    acc = tl.dot(p.to(TYPE), v, acc * shrink[:, None], input_precision="ieee")
     return new_top, total, acc

@@ -94,13 +94,24 @@ class Case:
         )  # fmt: skip
         return floats_of(y) if to_int8 is None else codes_of(y)
 
+    def multiplied(self) -> Tensor:
+        """Queries in float64; over int8 keys what the codes of each head stand for."""
+        if isinstance(self.k, Tensor):
+            return self.q.double()
+        rounded = reference.quantize_rows(self.q.flatten(0, 1))
+        return (rounded.codes.double() * rounded.scale.double()[:, None]).view(self.q.shape)
+
     def check(self, got: Tensor | Quantized) -> None:
-        """Within: p rounded to the dtype, the output rounded, and float32 scores whose exponential is taken."""
+        """Within: p rounded to the dtype, the output rounded, and float32 scores whose exponential is taken.
+
+        Queries over int8 keys are those that their codes stand for.
+        """
         got = floats_of(got)
         assert got.dtype == self.dtype
         half_ulp, start, group = torch.finfo(self.dtype).eps / 2, 0, self.q.shape[1] // self.keys[0].shape[1]
+        queries = self.multiplied()
         for (rows, context), keys, values in zip(self.requests, self.keys, self.values, strict=True):
-            q = self.q[start : start + rows].double().transpose(0, 1)
+            q = queries[start : start + rows].transpose(0, 1)
             k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (keys, values))
             visible = torch.ones(rows, context, device=q.device, dtype=torch.bool).tril(context - rows)
             if self.window is not None:
@@ -203,6 +214,11 @@ def test_int8_cache(place: Place, requests: list[tuple[int, int]]) -> None:
     for int8 in ("k", "v"):
         case = Case(place, requests, 64, 2, 2, int8=int8)
         case.check(case.run())
+
+
+def test_heads_shorter_than_an_int8_product(place: Place) -> None:
+    case = Case(place, MIXED, 16, 4, 2, int8="kv")
+    case.check(case.run())
 
 
 def test_int8_row_does_not_depend_on_its_batch(place: Place) -> None:
@@ -437,7 +453,10 @@ def test_int8_twins_fail(place: Place) -> None:
         codes = codes_of(case.k).codes
         codes.copy_(codes.flip(2))
 
-    for corrupt in (scaled, rolled, swapped):
+    def unrounded(case: Case) -> None:
+        case.multiplied = case.q.double  # type: ignore[method-assign]
+
+    for corrupt in (scaled, rolled, swapped, unrounded):
         case = Case(place, MIXED, 64, 6, 2, int8="kv")
         corrupt(case)
         with pytest.raises(AssertionError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -22,6 +24,18 @@ class Captured(Generic[Output]):
 
     graph: torch.cuda.CUDAGraph
     output: Output
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: graphs that it destroys would end a capture of this thread."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class StepGraphs(Generic[Output]):
@@ -62,7 +76,7 @@ class StepGraphs(Generic[Output]):
             batch = blank(shape)
             graph = torch.cuda.CUDAGraph()
             # The default mode forbids other threads to wait for their events meanwhile, as other engines do.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with no_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 output = forward(batch)
             captured[shape] = Captured(graph, output)
             yield shape

@@ -26,6 +26,8 @@ class TokenCounts:
         self._dtype = torch.bool if is_seen else torch.int32
         self._staging = Staging(device)
         self._counts: Tensor | None = None
+        # A bool of the host's would be sent by each step that writes it, and the host would wait.
+        self._true = torch.ones((), dtype=torch.bool, device=device)
         self._owners: list[tuple[int, int]] = [(0, 0)] * max_requests
 
     def of(self, chunks: Sequence[Chunk], rows: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ class TokenCounts:
         """Count the tokens that a step has sampled, one per row."""
         assert self._counts is not None
         if self._is_seen:
-            self._counts[rows, ids] = True
+            self._counts.index_put_((rows, ids), self._true)
         else:
             self._counts[rows, ids] += 1
 
