@@ -113,7 +113,9 @@ def _scene_rows(
             row |= {"absent": str(times)}
         rows.append(row)
     for cache in ("fp16", "int8"):
-        timed = sorted((row for row in rows if row["cache"] == cache and "us_p50" in row), key=lambda row: row["us_p50"])
+        timed = sorted(
+            (row for row in rows if row["cache"] == cache and "us_p50" in row), key=lambda row: row["us_p50"]
+        )
         best = ", ".join(f"{row['us_p50']:.1f} {row['tile']}" for row in timed[:5])
         print(f"{what} {batch} x {context} {cache}: {best}", flush=True)
     torch.cuda.empty_cache()

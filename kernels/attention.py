@@ -17,7 +17,18 @@ from torch import Tensor
 from kernels.decode_attention import Operands, decode
 from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.launching import MAX_PLANS, Plan, power_of_2
-from kernels.paging import LIFT, Layout, codes_of, first_key, fold_keys, load_blocks, lowest_top, paged_layout, query_codes, scale_of
+from kernels.paging import (
+    LIFT,
+    Layout,
+    codes_of,
+    first_key,
+    fold_keys,
+    load_blocks,
+    load_queries,
+    lowest_top,
+    paged_layout,
+    scale_of,
+)
 from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import AttentionTile, Target, current_gpu, decode_tile, prefill_tile
@@ -171,11 +182,7 @@ def _paged_attention_kernel(
     q_rows = (query_start + queries).to(tl.int64) * num_heads + kv_head * GROUP + rows % GROUP
     at = q_rows[:, None] * D + columns[None, :]
     mask = is_row[:, None] & (columns < D)[None, :]
-    q = tl.load(q_ptr + at, mask=mask, other=0.0)
-    if k_scale_ptr is not None:
-        q, q_scale = query_codes(q)
-        scale *= q_scale
-    TYPE: tl.constexpr = q_ptr.dtype.element_ty
+    q, scale = load_queries(q_ptr + at, mask, k_scale_ptr, scale)
 
     top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -198,12 +205,14 @@ def _paged_attention_kernel(
         for start in range(first, middle, BLOCK_N):
             next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
             top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start,
-                                        last, middle, num_visible, scale, False, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
+                                        last, middle, num_visible, scale, False, q_ptr.dtype.element_ty, LAYOUT,
+                                        BLOCK_N)  # fmt: skip
             blocks = next_blocks
     for start in range(middle, last, BLOCK_N):
         next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
         top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
-                                    middle, num_visible, scale, True, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
+                                    middle, num_visible, scale, True, q_ptr.dtype.element_ty, LAYOUT,
+                                    BLOCK_N)  # fmt: skip
         blocks = next_blocks
     launch_dependents(DEPENDENT)
     total = tl.maximum(total, 1.0)

@@ -22,9 +22,9 @@ __all__ = [
     "fold_keys",
     "key_offsets",
     "load_blocks",
+    "load_queries",
     "lowest_top",
     "paged_layout",
-    "query_codes",
     "scale_of",
 ]
 
@@ -191,7 +191,7 @@ def _load(ptrs, mask, MASKED: tl.constexpr):
 @triton.jit
 def _widen(x, TYPE: tl.constexpr):
     """Values in another dtype. int8 codes become float16 four at a time, exactly."""
-    if x.dtype == tl.int8 and TYPE == tl.float16 and not INTERPRETED:
+    if x.dtype == tl.int8 and tl.float16 == TYPE and not INTERPRETED:
         y = tl.inline_asm_elementwise(CODES_TO_HALF, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
     else:
         y = x.to(TYPE)
@@ -199,11 +199,18 @@ def _widen(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def query_codes(q):
-    """The codes of queries [BLOCK_M, BLOCK_D] and their scales [BLOCK_M], by the rules of `quantize_rows`."""
-    x = q.to(tl.float32)
-    scale = to_scale(tl.max(magnitude(x), axis=1))
-    return to_codes(x, scale[:, None]), scale
+def load_queries(ptrs, mask, k_scale_ptr, scale):
+    """Queries [BLOCK_M, BLOCK_D] and what scales their scores.
+
+    For int8 keys: their codes, by the rules of `quantize_rows`, and a number per row [BLOCK_M].
+    """
+    q = tl.load(ptrs, mask=mask, other=0.0)
+    if k_scale_ptr is not None:
+        x = q.to(tl.float32)
+        row_scale = to_scale(tl.max(magnitude(x), axis=1))
+        q = to_codes(x, row_scale[:, None])
+        scale *= row_scale
+    return q, scale
 
 
 @triton.jit
