@@ -24,9 +24,10 @@ from kernels.paging import (
     first_key,
     fold_keys,
     load_blocks,
-    load_queries,
     lowest_top,
+    of_head,
     paged_layout,
+    query_codes,
     scale_of,
 )
 from kernels.quantize import quantized
@@ -60,8 +61,8 @@ def paged_attention(
     """Attend causally over the paged cache, prefill chunks and decodes in one batch. See reference.paged_attention.
 
     A request may have no query row here; its context is then 0. Sums are float32; q k^T and p v multiply in q's dtype,
-    p rounded to it. Over int8 keys q k^T is one product of codes, with exact sums; its scales multiply it afterwards. A
-    value's scale multiplies p before the product.
+    p rounded to it. Over int8 keys the q of a request with several rows is rounded too, and q k^T is a product of
+    codes, exact. The scales of an int8 cache multiply q k^T after the product and p before it.
 
     Raises:
         ValueError: H is not a multiple of G, block_size is not a power of two, a cache's heads are not contiguous, or
@@ -119,8 +120,8 @@ def _prefill(step: Operands, tile: AttentionTile, y: Tensor) -> None:
 @lru_cache(maxsize=MAX_PLANS)
 def _plan(layout: Layout, tile: AttentionTile, block_m: int, is_early: bool) -> Plan:
     return Plan(
-        _paged_attention_kernel, LAYOUT=layout, BLOCK_M=block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-        num_stages=tile.num_stages, DEPENDENT=is_early, launch_pdl=is_early,
+        _paged_attention_kernel, LAYOUT=layout, INT8=tile.is_int8, BLOCK_M=block_m, BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, DEPENDENT=is_early, launch_pdl=is_early,
     )  # fmt: skip
 
 
@@ -154,6 +155,7 @@ def _paged_attention_kernel(
     max_blocks,
     scale,
     LAYOUT: tl.constexpr,
+    INT8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -182,17 +184,16 @@ def _paged_attention_kernel(
     q_rows = (query_start + queries).to(tl.int64) * num_heads + kv_head * GROUP + rows % GROUP
     at = q_rows[:, None] * D + columns[None, :]
     mask = is_row[:, None] & (columns < D)[None, :]
-    q, scale = load_queries(q_ptr + at, mask, k_scale_ptr, scale)
+    q = tl.load(q_ptr + at, mask=mask, other=0.0)
+    ROUNDED: tl.constexpr = k_scale_ptr is not None
+    if ROUNDED:
+        q, scale = query_codes(q, scale, INT8)
 
     top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    k_ptr += kv_head * LAYOUT.K.HEAD
-    v_ptr += kv_head * LAYOUT.V.HEAD
-    if k_scale_ptr is not None:
-        k_scale_ptr += kv_head * LAYOUT.K_SCALE.HEAD
-    if v_scale_ptr is not None:
-        v_scale_ptr += kv_head * LAYOUT.V_SCALE.HEAD
+    k_ptr, k_scale_ptr = of_head(k_ptr, k_scale_ptr, kv_head, LAYOUT.K, LAYOUT.K_SCALE)
+    v_ptr, v_scale_ptr = of_head(v_ptr, v_scale_ptr, kv_head, LAYOUT.V, LAYOUT.V_SCALE)
     table_ptr += request.to(tl.int64) * max_blocks
     num_visible = context - num_queries + queries + 1
     first_visible = context - num_queries + first_query + 1
@@ -205,14 +206,14 @@ def _paged_attention_kernel(
         for start in range(first, middle, BLOCK_N):
             next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
             top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start,
-                                        last, middle, num_visible, scale, False, q_ptr.dtype.element_ty, LAYOUT,
-                                        BLOCK_N)  # fmt: skip
+                                        last, middle, num_visible, scale, False, ROUNDED,
+                                        q_ptr.dtype.element_ty, LAYOUT, BLOCK_N)  # fmt: skip
             blocks = next_blocks
     for start in range(middle, last, BLOCK_N):
         next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
         top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
-                                    middle, num_visible, scale, True, q_ptr.dtype.element_ty, LAYOUT,
-                                    BLOCK_N)  # fmt: skip
+                                    middle, num_visible, scale, True, ROUNDED,
+                                    q_ptr.dtype.element_ty, LAYOUT, BLOCK_N)  # fmt: skip
         blocks = next_blocks
     launch_dependents(DEPENDENT)
     total = tl.maximum(total, 1.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.launching import MAX_PLANS, Plan, cdiv, power_of_2
-from kernels.paging import LIFT, Layout, first_key, fold_keys, load_blocks, load_queries, lowest_top
+from kernels.paging import LIFT, Layout, first_key, fold_keys, load_blocks, lowest_top, of_head
 from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import AttentionTile
@@ -158,17 +158,13 @@ def _paged_decode_kernel(
     heads, H = kv_head * GROUP + rows, tl.num_programs(1) * GROUP
     mask = (rows < GROUP)[:, None] & (columns < D)[None, :]
     at = (query_start.to(tl.int64) * H + heads)[:, None] * D + columns[None, :]
-    q, scale = load_queries(q_ptr + at, mask, k_scale_ptr, scale)
+    q = tl.load(q_ptr + at, mask=mask, other=0.0)
 
     top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    k_ptr += kv_head * LAYOUT.K.HEAD
-    v_ptr += kv_head * LAYOUT.V.HEAD
-    if k_scale_ptr is not None:
-        k_scale_ptr += kv_head * LAYOUT.K_SCALE.HEAD
-    if v_scale_ptr is not None:
-        v_scale_ptr += kv_head * LAYOUT.V_SCALE.HEAD
+    k_ptr, k_scale_ptr = of_head(k_ptr, k_scale_ptr, kv_head, LAYOUT.K, LAYOUT.K_SCALE)
+    v_ptr, v_scale_ptr = of_head(v_ptr, v_scale_ptr, kv_head, LAYOUT.V, LAYOUT.V_SCALE)
     table_ptr += request * max_blocks
     num_visible = tl.full([BLOCK_M], last if WINDOW is None else context, tl.int32)
     blocks = load_blocks(table_ptr, first, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
@@ -177,8 +173,8 @@ def _paged_decode_kernel(
         # A split starts from the lowest maximum, which also scales what the split before left to 0.
         top = tl.where((start - window_start) % split_len == 0, lowest_top(WINDOW), top)
         top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
-                                    last, num_visible, scale, True, q_ptr.dtype.element_ty, LAYOUT,
-                                    BLOCK_N)  # fmt: skip
+                                    last, num_visible, scale, True, False, q_ptr.dtype.element_ty,
+                                    LAYOUT, BLOCK_N)  # fmt: skip
         blocks = next_blocks
         if lse_ptr is not None:
             end = start + BLOCK_N

@@ -22,9 +22,10 @@ __all__ = [
     "fold_keys",
     "key_offsets",
     "load_blocks",
-    "load_queries",
     "lowest_top",
+    "of_head",
     "paged_layout",
+    "query_codes",
     "scale_of",
 ]
 
@@ -37,9 +38,6 @@ LIFT = tl.constexpr(64.0)
 Sizes = tuple[int, ...]
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-
-MIN_INT8_DEPTH = tl.constexpr(32)
-"""Least summed length of an int8 matrix instruction."""
 
 # A float16 whose high byte is 0x64 and whose low byte is code + 128 is 1152 + code: five instructions for four codes,
 # while the plain conversion of each code runs at an eighth of their rate.
@@ -183,6 +181,14 @@ def key_offsets(blocks, slots, STRIDES: tl.constexpr, IS_WIDE: tl.constexpr):
 
 
 @triton.jit
+def of_head(ptr, scale_ptr, head, STRIDES: tl.constexpr, SCALE: tl.constexpr):
+    """Where a key head's elements and scales begin; its scales are None if the cache is float."""
+    if scale_ptr is not None:
+        scale_ptr += head * SCALE.HEAD
+    return ptr + head * STRIDES.HEAD, scale_ptr
+
+
+@triton.jit
 def _load(ptrs, mask, MASKED: tl.constexpr):
     """A load; 0 where the mask is false."""
     return tl.load(ptrs, mask=mask, other=0) if MASKED else tl.load(ptrs)
@@ -199,28 +205,24 @@ def _widen(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def load_queries(ptrs, mask, k_scale_ptr, scale):
-    """Queries [BLOCK_M, BLOCK_D] and what scales their scores.
+def query_codes(q, scale, INT8: tl.constexpr):
+    """The codes of queries [BLOCK_M, BLOCK_D], by the rules of `quantize_rows`, and scale times their scales [BLOCK_M].
 
-    For int8 keys: their codes, by the rules of `quantize_rows`, and a number per row [BLOCK_M].
+    INT8: in int8; else in q's dtype, where codes are exact as well, and so are the float32 sums of their products.
     """
-    q = tl.load(ptrs, mask=mask, other=0.0)
-    if k_scale_ptr is not None:
-        x = q.to(tl.float32)
-        row_scale = to_scale(tl.max(magnitude(x), axis=1))
-        q = to_codes(x, row_scale[:, None])
-        scale *= row_scale
-    return q, scale
+    x = q.to(tl.float32)
+    row_scale = to_scale(tl.max(magnitude(x), axis=1))
+    codes = to_codes(x, row_scale[:, None])
+    return codes if INT8 else codes.to(q.dtype), scale * row_scale
 
 
 @triton.jit
-def _code_scores(q, k, TYPE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """q k^T of codes, exact, as float32."""
-    if BLOCK_D >= MIN_INT8_DEPTH:
+def _scores(q, k, TYPE: tl.constexpr):
+    """q k^T in float32, of codes if both are; they are exact in every float dtype, and so is the sum."""
+    if q.dtype == tl.int8:
         scores = tl.dot(q, tl.trans(k)).to(tl.float32)
     else:
-        # Codes are exact in every float dtype, and so are sums of so few.
-        scores = tl.dot(q.to(TYPE), tl.trans(k.to(TYPE)), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(_widen(k, TYPE)), input_precision="ieee")
     return scores
 
 
@@ -274,13 +276,15 @@ def fold_keys(
     num_visible,
     scale,
     MASKED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     TYPE: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Add keys start .. start + BLOCK_N - 1 to the running softmax of query rows q [BLOCK_M, BLOCK_D].
 
-    scale: a number, or one per row [BLOCK_M] if keys and queries are int8. TYPE: what p and v are multiplied in.
+    scale: of the scores; [BLOCK_M] if the queries are ROUNDED, that is codes, in int8 or in a float dtype.
+    TYPE: what p and v are multiplied in, and q and k unless both are int8.
 
     Row m sees its first num_visible[m] keys, or the last WINDOW of them. Without a window every row sees the first
     num_unmasked keys, and without MASKED every key. Keys from `last` on are not read. start is a multiple of BLOCK_N.
@@ -304,17 +308,14 @@ def fold_keys(
     HAS_GAPS: tl.constexpr = MASKED or LAYOUT.D < LAYOUT.BLOCK_D
     k = _load(k_ptr + k_at, is_there, HAS_GAPS)
     v = _widen(_load(v_ptr + v_at, is_there, HAS_GAPS), TYPE)
-    if k_scale_ptr is None:
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        row_scale = scale
-    else:
+    scores = _scores(q, k, TYPE)
+    if k_scale_ptr is not None:
         at = key_offsets(blocks, slots, K_SCALE, LAYOUT.IS_WIDE)
-        scores = _code_scores(q, k, TYPE, LAYOUT.BLOCK_D) * _load(k_scale_ptr + at, is_key, MASKED)[None, :]
-        row_scale = scale[:, None]
+        scores *= _load(k_scale_ptr + at, is_key, MASKED)[None, :]
+    row_scale = scale[:, None] if ROUNDED else scale
     if SOFT_CAP is not None:
         scores = _soft_cap(scores * row_scale, SOFT_CAP)
-        scale = 1.0
-        row_scale = 1.0
+        scale, row_scale = 1.0, 1.0
     if WINDOW is not None:
         is_seen = (keys[None, :] < num_visible[:, None]) & (keys[None, :] >= (num_visible - WINDOW)[:, None])
         scores = tl.where(is_seen, scores, float("-inf"))

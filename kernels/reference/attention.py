@@ -106,8 +106,8 @@ def paged_attention(
 
     y = softmax(q k^T * scale) v
 
-    Over int8 keys q is rounded too, each head of a row by the rules of `quantize_rows`, so that q k^T is a product of
-    codes; the scales do not depend on the summed index.
+    Over int8 keys the q of a request with more than one row is rounded too, each head of a row by the rules of
+    `quantize_rows`, so that q k^T is a product of codes: neither scale depends on the summed index.
 
     Request b has the query rows query_starts[b] .. query_starts[b+1]-1. Row i of its n is at position
     context_lens[b] - n + i and sees the keys 0 .. that position. With a soft cap c the scores are
@@ -133,10 +133,9 @@ def paged_attention(
     Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; PagedAttention (arXiv 2309.06180); window: Longformer
     (arXiv 2004.05150), section 3.1; soft cap: Gemma 2 (arXiv 2408.00118), section 2.
     """
-    dtype, q = q.dtype, _as_multiplied(q, k_cache)
     if is_decode and len(context_lens) == len(q):
         out = _decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale, window, soft_cap)
-        return store(out.to(dtype), dtype, quantize)
+        return store(out, q.dtype, quantize)
     out = torch.empty_like(q).flatten(1)
     starts, contexts = query_starts.tolist(), context_lens.tolist()
     lengths = [stop - start for start, stop in pairwise(starts)]
@@ -158,19 +157,19 @@ def paged_attention(
             stop, begin, end = start + TILE, max(start, first), min(start + TILE, context)
             here = slice(starts[b] + begin - first, starts[b] + end - first)
             tile = torch.zeros(TILE, *q.shape[1:], device=q.device)
-            tile[begin - start : end - start] = q[here]
+            tile[begin - start : end - start] = _as_multiplied(q[here], k_cache)
             mask = torch.ones(TILE, stop, dtype=torch.bool, device=q.device).tril(start)
             if window is not None:
                 mask = mask.triu(start - window + 1)
             y = _attend(tile.transpose(0, 1)[None], keys[:, :, :stop], values[:, :, :stop], mask, scale, soft_cap)
-            out[here] = y[0, :, begin - start : end - start].transpose(0, 1).flatten(1)
-    return store(out.to(dtype), dtype, quantize)
+            out[here] = y[0, :, begin - start : end - start].transpose(0, 1).flatten(1).to(q.dtype)
+    return store(out, q.dtype, quantize)
 
 
 def _as_multiplied(q: Tensor, k_cache: Tensor | Quantized) -> Tensor:
-    """Queries [T, H, D] in float32; over int8 keys what their codes stand for, a scale per row and head."""
+    """Queries [T, H, D]; over int8 keys what their codes stand for, float32."""
     if not isinstance(k_cache, Quantized):
-        return q.float()
+        return q
     rounded = quantize_rows(q.flatten(0, 1))
     return (rounded.codes * rounded.scale[:, None]).view(q.shape)
 
@@ -198,7 +197,7 @@ def _decode_attention(
     if window is not None:
         beyond |= positions < context_lens[:, None] - window
     mask = torch.zeros(beyond.shape, device=q.device).masked_fill_(beyond, float("-inf"))[:, None, None]
-    return _attend(q[:, :, None], keys, values, mask, scale, soft_cap).flatten(1)
+    return _attend(q.float()[:, :, None], keys, values, mask, scale, soft_cap).flatten(1).to(q.dtype)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, soft_cap: float | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels import attention, decode_attention, paging, quantize, reference
 from kernels.quantized import Quantized, ToInt8
+from kernels.tiles import AttentionTile, Target
 from tests.support.kernel_checks import codes_of, floats_of
 from tests.support.places import Place
 
@@ -94,24 +95,23 @@ class Case:
         )  # fmt: skip
         return floats_of(y) if to_int8 is None else codes_of(y)
 
-    def multiplied(self) -> Tensor:
-        """Queries in float64; over int8 keys what the codes of each head stand for."""
-        if isinstance(self.k, Tensor):
-            return self.q.double()
-        rounded = reference.quantize_rows(self.q.flatten(0, 1))
-        return (rounded.codes.double() * rounded.scale.double()[:, None]).view(self.q.shape)
+    def multiplied(self, q: Tensor) -> Tensor:
+        """The queries of a request in float64, as they are multiplied."""
+        if isinstance(self.k, Tensor) or len(q) == 1:
+            return q.double()
+        rounded = reference.quantize_rows(q.flatten(0, 1))
+        return (rounded.codes.double() * rounded.scale.double()[:, None]).view(q.shape)
 
     def check(self, got: Tensor | Quantized) -> None:
         """Within: p rounded to the dtype, the output rounded, and float32 scores whose exponential is taken.
 
-        Queries over int8 keys are those that their codes stand for.
+        Where a request has several queries over int8 keys, they are what their codes stand for.
         """
         got = floats_of(got)
         assert got.dtype == self.dtype
         half_ulp, start, group = torch.finfo(self.dtype).eps / 2, 0, self.q.shape[1] // self.keys[0].shape[1]
-        queries = self.multiplied()
         for (rows, context), keys, values in zip(self.requests, self.keys, self.values, strict=True):
-            q = queries[start : start + rows].transpose(0, 1)
+            q = self.multiplied(self.q[start : start + rows]).transpose(0, 1)
             k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (keys, values))
             visible = torch.ones(rows, context, device=q.device, dtype=torch.bool).tril(context - rows)
             if self.window is not None:
@@ -214,6 +214,18 @@ def test_int8_cache(place: Place, requests: list[tuple[int, int]]) -> None:
     for int8 in ("k", "v"):
         case = Case(place, requests, 64, 2, 2, int8=int8)
         case.check(case.run())
+
+
+def test_codes_multiplied_as_floats(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same bits, for GPUs without a fast int8 product."""
+    case = Case(place, MIXED, 64, 6, 2, int8="kv")
+    want, tile = case.run(), attention.prefill_tile
+
+    def as_floats(gpu: Target, block_d: int, element_bytes: int, cache_bytes: int) -> AttentionTile:
+        return tile(gpu, block_d, element_bytes, cache_bytes)._replace(is_int8=False)
+
+    monkeypatch.setattr(attention, "prefill_tile", as_floats)
+    assert torch.equal(case.run(), want)
 
 
 def test_heads_shorter_than_an_int8_product(place: Place) -> None:
@@ -454,10 +466,12 @@ def test_int8_twins_fail(place: Place) -> None:
         codes.copy_(codes.flip(2))
 
     def unrounded(case: Case) -> None:
-        case.multiplied = case.q.double  # type: ignore[method-assign]
+        case.multiplied = Tensor.double  # type: ignore[method-assign]
 
     for corrupt in (scaled, rolled, swapped, unrounded):
         case = Case(place, MIXED, 64, 6, 2, int8="kv")
+        # Sharper scores, which a rounded query moves by more than bfloat16's roundings of p and y.
+        case.scale *= 8
         corrupt(case)
         with pytest.raises(AssertionError):
             case.check(case.run())
