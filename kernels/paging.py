@@ -23,7 +23,6 @@ __all__ = [
     "key_offsets",
     "load_blocks",
     "lowest_top",
-    "of_head",
     "paged_layout",
     "query_codes",
     "scale_of",
@@ -178,14 +177,6 @@ def key_offsets(blocks, slots, STRIDES: tl.constexpr, IS_WIDE: tl.constexpr):
     if IS_WIDE:
         blocks = blocks.to(tl.int64)
     return blocks * STRIDES.BLOCK + slots * STRIDES.SLOT
-
-
-@triton.jit
-def of_head(ptr, scale_ptr, head, STRIDES: tl.constexpr, SCALE: tl.constexpr):
-    """Where a key head's elements and scales begin; its scales are None if the cache is float."""
-    if scale_ptr is not None:
-        scale_ptr += head * SCALE.HEAD
-    return ptr + head * STRIDES.HEAD, scale_ptr
 
 
 @triton.jit
