@@ -157,7 +157,7 @@ def paged_attention(
             stop, begin, end = start + TILE, max(start, first), min(start + TILE, context)
             here = slice(starts[b] + begin - first, starts[b] + end - first)
             tile = torch.zeros(TILE, *q.shape[1:], device=q.device)
-            tile[begin - start : end - start] = _as_multiplied(q[here], k_cache)
+            tile[begin - start : end - start] = as_multiplied(q[here], k_cache)
             mask = torch.ones(TILE, stop, dtype=torch.bool, device=q.device).tril(start)
             if window is not None:
                 mask = mask.triu(start - window + 1)
@@ -166,7 +166,7 @@ def paged_attention(
     return store(out, q.dtype, quantize)
 
 
-def _as_multiplied(q: Tensor, k_cache: Tensor | Quantized) -> Tensor:
+def as_multiplied(q: Tensor, k_cache: Tensor | Quantized) -> Tensor:
     """Queries [T, H, D]; over int8 keys what their codes stand for, float32."""
     if not isinstance(k_cache, Quantized):
         return q

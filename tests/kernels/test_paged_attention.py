@@ -99,8 +99,9 @@ class Case:
         """The queries of a request in float64, as they are multiplied."""
         if isinstance(self.k, Tensor) or len(q) == 1:
             return q.double()
-        rounded = reference.quantize_rows(q.flatten(0, 1))
-        return (rounded.codes.double() * rounded.scale.double()[:, None]).view(q.shape)
+        # On the CPU: torch's CUDA multiplies by the inverse of 127, and a tie may then round the other way.
+        rounded = reference.quantize_rows(q.flatten(0, 1).cpu())
+        return (rounded.codes.double() * rounded.scale.double()[:, None]).view(q.shape).to(q.device)
 
     def check(self, got: Tensor | Quantized) -> None:
         """Within: p rounded to the dtype, the output rounded, and float32 scores whose exponential is taken.

@@ -189,12 +189,13 @@ class Runner:
 
         Of the earlier steps, only the last may still be unread: see `Staging`.
         """
-        begun = self._mark()
         shape = self._graphs.shape_of(step)
         table = self._tables.build(step, self._batches.numbers(), shape)
         if self._lead is not None:
             self._lead.forward(table, shape)
         batch = self._batches.build(table)
+        # Not before the host has built the step: a device that waits for it would seem slow, and get shorter steps.
+        begun = self._mark()
         forward = self._graphs.replay(shape) if shape else self._forward(batch)
         chunks = [chunk for chunk in step.chunks if chunk.samples]
         choice = self._choose(forward, batch, chunks)
