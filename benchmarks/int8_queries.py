@@ -1,4 +1,4 @@
-"""What rounding queries over an int8 cache costs: w8a8 with a float cache, with int8 keys and float queries, and as served.
+"""What rounded queries over an int8 cache cost: w8a8 with a float cache, with int8 keys alone, and as it is served.
 
     python -m benchmarks.int8_queries
 
@@ -60,7 +60,7 @@ def rows_of(num_windows: int) -> Iterator[dict[str, Any]]:
     dtype = pick_dtype(settings.dtype, ModelConfig.load(source), device)
     folder = quantized_folder(source, PRESETS["w8a8"], Calibration(), settings.cache_dir, device)
     baseline = load_decoder(source, dtype, device)
-    plain, int8 = (load_decoder(folder, dtype, device, kv=kv) for kv in ("float", "int8"))  # type: ignore[arg-type]
+    plain, int8 = (load_decoder(folder, dtype, device, kv=kv) for kv in ("float", "int8"))
     candidates = {
         FLOAT_CACHE: logits_in(plain, nullcontext),
         FLOAT_QUERIES: logits_in(int8, float_queries),
