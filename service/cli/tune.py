@@ -26,6 +26,7 @@ EXAMPLES = """
 Examples:
   $ ottava tune                                # once on a GPU without a table
   $ ottava tune FOLDER                         # for one model's shapes
+  $ ottava tune FOLDER --tensor-parallel 2     # for those of its halves, as two GPUs multiply them
   $ ottava tune --table my-gpu.json            # measure all shapes, into a file
 """
 
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
 
     from kernels import tune as tuning
     from service.models import config as configs
+    from service.models import sharding
     from service.store import resolve
 else:
-    configs, resolve = Later("service.models.config"), Later("service.store.resolve")
-    torch, tuning = Later("torch"), Later("kernels.tune")
+    configs, sharding = Later("service.models.config"), Later("service.models.sharding")
+    resolve, torch, tuning = Later("service.store.resolve"), Later("torch"), Later("kernels.tune")
 
 
-@takes_settings("cache_dir", "config")
+@takes_settings("cache_dir", "config", "tensor_parallel")
 def tune(
     model: Annotated[
         str | None,
@@ -59,7 +61,16 @@ def tune(
         chosen = load_settings(**settings)
         if not torch.cuda.is_available():
             raise InvalidSettings("tuning measures a CUDA GPU, and none is visible here; run it where one is")
-        shapes = COMMON_SHAPES if model is None else _linear_shapes(resolve.resolve_model(model, chosen.cache_dir))
+        if model is not None:
+            folder = resolve.resolve_model(model, chosen.cache_dir)
+            shapes = linear_shapes(configs.ModelConfig.load(folder), chosen.tensor_parallel)
+        elif chosen.tensor_parallel == 1:
+            shapes = COMMON_SHAPES
+        else:
+            raise InvalidSettings(
+                f"tensor_parallel {chosen.tensor_parallel} without a model: what its ranks multiply follows from the "
+                "model; name one"
+            )
         with progress() as on_progress:
             choices = tuning.tune(shapes, path=table, on_progress=lambda d, n: on_progress("measuring tiles", d, n))
     for choice in choices:
@@ -69,10 +80,16 @@ def tune(
         typer.echo("every shape is tuned already: nothing was measured")
 
 
-def _linear_shapes(folder: Path) -> list[tuple[int, int]]:
-    """(N, K) of a model's Linears as fused by the decoder."""
-    config = configs.ModelConfig.load(folder)
+def linear_shapes(config: configs.ModelConfig, num_ranks: int = 1) -> list[tuple[int, int]]:
+    """(N, K) of a model's Linears as fused by the decoder; with several ranks, of each one's part.
+
+    Raises:
+        UnsupportedModel: it cannot be divided evenly among so many ranks.
+    """
+    sharding.refuse_uneven(config, num_ranks)
     hidden, size = config.hidden_size, config.head_size
     inner = config.intermediate_size if config.experts is None else config.experts.intermediate_size
     qkv, up = (config.num_heads + 2 * config.num_kv_heads) * size, (1 + config.layout.is_gated) * inner
-    return [(qkv, hidden), (hidden, config.num_heads * size), (up, hidden), (hidden, inner)]
+    whole = [(qkv, hidden), (hidden, config.num_heads * size), (up, hidden), (hidden, inner)]
+    # The first and the third of these are divided by rows, the others by columns.
+    return [(n // num_ranks, k) if index % 2 == 0 else (n, k // num_ranks) for index, (n, k) in enumerate(whole)]
