@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -123,3 +124,16 @@ def test_destroyed_graphs_are_used_no_more(log: list[str]) -> None:
     graphs.destroy()
     assert log == ["reset"] * len(graphs.shapes)
     assert graphs.shape_of(decodes(1)) is None
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_nothing_is_collected_during_a_capture(is_enabled: bool, log: list[str]) -> None:
+    """What a collection destroys may be a graph, which ends a capture. Between captures other engines take steps."""
+    graphs: StepGraphs[bool] = StepGraphs(64, 4)
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        for _ in graphs.capture(lambda shape: shape, lambda _: gc.isenabled()):  # type: ignore[arg-type,return-value]
+            assert gc.isenabled() == is_enabled
+    finally:
+        gc.enable()
+    assert not any(captured.output for captured in graphs._captured.values())
