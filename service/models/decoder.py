@@ -231,19 +231,32 @@ class Decoder:
         x.masked_fill_(~is_here[:, None], 0)
         return x if leaves_sums(self.config) else self.ranks.all_reduce(x)
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits [S, V] float32 of hidden states [S, hidden_size], written to out if it is given."""
-        logits, cap = self._joined(self.head(hidden)), self.config.logit_cap
-        logits = logits.float() if out is None else out.copy_(logits)
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [S, V] float32 of hidden states [S, hidden_size]. All ranks call it."""
+        return self.joined(self.own_logits(hidden))
 
-    def _joined(self, logits: Tensor) -> Tensor:
-        """The logits of all ranks' tokens [S, V], of those of the rank's own."""
+    @property
+    def num_own_logits(self) -> int:
+        """W, how many tokens of the vocabulary a rank has, rounded up so that all have as many; alone V."""
+        return -(-self.config.vocab_size // self.ranks.size)
+
+    def own_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits [S, W] float32 of the rank's own tokens, -inf where it has fewer; written to out if it is given."""
+        logits, cap = self.head(hidden), self.config.logit_cap
+        num_held = logits.shape[1]
+        if num_held < self.num_own_logits:
+            logits = F.pad(logits, (0, self.num_own_logits - num_held))
+        logits = logits.float() if out is None else out.copy_(logits)
+        if cap is not None:
+            logits.div_(cap).tanh_().mul_(cap)
+        logits[:, num_held:] = float("-inf")
+        return logits
+
+    def joined(self, own: Tensor) -> Tensor:
+        """Logits [S, V] of the parts [S, W] that `own_logits` has returned on each rank. All call it."""
         if self.ranks.size == 1:
-            return logits
-        missing = -(-self.config.vocab_size // self.ranks.size) - logits.shape[1]
-        found = self.ranks.all_gather(F.pad(logits, (0, missing)))
-        return found.transpose(0, 1).flatten(1)[:, : self.config.vocab_size]
+            return own
+        return self.ranks.all_gather(own).transpose(0, 1).flatten(1)[:, : self.config.vocab_size]
 
     @property
     def kv_dtype(self) -> torch.dtype:

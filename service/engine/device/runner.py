@@ -40,8 +40,8 @@ TIMED_REPLAYS = 2
 class Forward:
     """What the forward pass of a step yields, padding included.
 
-    hidden: [T, hidden_size].   logits: [S, V] float32.
-    likeliest: the likeliest tokens of all rows, computed and kept for the next step by a captured step only.
+    hidden: [T, hidden_size].   logits: [S, V] float32, or a rank's part [S, W] (`Decoder.own_logits`).
+    likeliest: the likeliest tokens of all rows, kept for the next step; of captured steps and of several ranks only.
     """
 
     hidden: Tensor
@@ -221,9 +221,11 @@ class Runner:
 
     @torch.inference_mode()
     def take_ids(self, num_samples: int) -> None:
-        """Take over the ids that the first rank has sampled in the step that was followed last."""
+        """Give the first rank the logits of the step that was followed last, and take over the ids that it samples."""
         assert self._followed is not None
-        rows = self._followed[1].sample_rows[:num_samples].long()
+        forward, batch = self._followed
+        self.decoder.joined(forward.logits[:num_samples])
+        rows = batch.sample_rows[:num_samples].long()
         ids = torch.empty(num_samples, dtype=torch.int64, device=self.device)
         self._last_ids[rows] = self.decoder.ranks.broadcast(ids)
 
@@ -284,7 +286,7 @@ class Runner:
         ids, faults = torch.zeros(2, self.max_requests, dtype=torch.int64, device=device)
         return Forward(
             torch.zeros(self.max_tokens, config.hidden_size, dtype=self.decoder.dtype, device=device),
-            torch.zeros(self.max_requests, config.vocab_size, dtype=torch.float32, device=device),
+            torch.zeros(self.max_requests, self.decoder.num_own_logits, dtype=torch.float32, device=device),
             Choice(ids, faults),
         )
 
@@ -315,14 +317,19 @@ class Runner:
         num_samples = len(batch.sample_index)
         hidden = self._kept.hidden[: len(batch.token_ids)].copy_(self._hidden(batch))
         logits = self._logits(hidden, batch, self._kept.logits[:num_samples])
-        found, kept = greedy(logits), self._kept.likeliest
+        found, kept = greedy(logits, self.decoder.ranks), self._kept.likeliest
         likeliest = Choice(kept.ids[:num_samples].copy_(found.ids), kept.faults[:num_samples].copy_(found.faults))
         self._last_ids[batch.sample_rows.long()] = likeliest.ids
         return Forward(hidden, logits, likeliest)
 
     def _forward(self, batch: Batch) -> Forward:
         hidden = self._hidden(batch)
-        return Forward(hidden, self._logits(hidden, batch))
+        logits = self._logits(hidden, batch)
+        if self.decoder.ranks.size == 1:
+            return Forward(hidden, logits)
+        likeliest = greedy(logits, self.decoder.ranks)
+        self._last_ids[batch.sample_rows.long()] = likeliest.ids
+        return Forward(hidden, logits, likeliest)
 
     def _hidden(self, batch: Batch) -> Tensor:
         last = self._last_ids[batch.from_row.clamp(min=0)]
@@ -332,7 +339,7 @@ class Runner:
     def _logits(self, hidden: Tensor, batch: Batch, out: Tensor | None = None) -> Tensor:
         """Logits of the sampling rows; in a decode step those are all rows, in order."""
         is_all = batch.rows.is_decode and len(batch.sample_index) == len(hidden)
-        return self.decoder.logits(hidden if is_all else hidden.index_select(0, batch.sample_index), out)
+        return self.decoder.own_logits(hidden if is_all else hidden.index_select(0, batch.sample_index), out)
 
     def _choose(self, forward: Forward, batch: Batch, chunks: list[Chunk]) -> Choice:
         """The next token of each chunk, which its request's row keeps for the next step."""
@@ -343,9 +350,11 @@ class Runner:
         rows = batch.sample_rows[:num_samples].long()
         seen = self._seen.of(chunks, rows) if sampling.is_penalized else None
         counts = self._counts.of(chunks, rows) if sampling.counts_tokens else None
-        choice = sample(forward.logits[:num_samples], sampling, seen, counts)
         if self._lead is not None:
             self._lead.chosen(num_samples)
+        logits = self.decoder.joined(forward.logits[:num_samples])
+        choice = sample(logits, sampling, seen, counts)
+        if self._lead is not None:
             self.decoder.ranks.broadcast(choice.ids)
         self._last_ids[rows] = choice.ids
         if sampling.counts_tokens:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from service.engine.device.sampling import RowParams, SamplingBatch
+from service.models.sharding import ALONE, Ranks
 
 SLICE_LOGITS = 2**23
 """Most logits drawn from at once: 335 MB on the way, for any number of rows."""
@@ -69,7 +70,7 @@ def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None, counts: Te
         chosen = discourage(chosen, counts, batch.params)
     if batch.bias is not None:
         chosen = batch.bias.apply(chosen)
-    faults = _faults(logits)
+    faults = _faults(logits.amax(-1))
     if batch.constraint is not None:
         chosen = batch.constraint.apply(chosen)
         is_stuck = (faults == Fault.NONE) & (chosen.amax(-1) == float("-inf"))
@@ -86,14 +87,24 @@ def sample(logits: Tensor, batch: SamplingBatch, seen: Tensor | None, counts: Te
     return Choice(ids, faults, logprobs.gather(-1, ids[:, None])[:, 0], top.indices, top.values)
 
 
-def greedy(logits: Tensor) -> Choice:
-    """Choose the likeliest token of each row of logits [S, V]."""
-    return Choice(logits.argmax(-1), _faults(logits))
+def greedy(logits: Tensor, ranks: Ranks = ALONE) -> Choice:
+    """Choose the likeliest token of each row of logits [S, V], the first of equal ones.
+
+    ranks: those of which each has its part [S, W] of the logits and calls this; only their maxima meet.
+    """
+    ids, largest = logits.argmax(-1), logits.amax(-1)
+    if ranks.size > 1:
+        own = torch.stack((largest.view(torch.int32), ids.int() + ranks.rank * logits.shape[1]), -1)
+        all_largest, all_ids = ranks.all_gather(own).unbind(-1)
+        all_largest = all_largest.contiguous().view(torch.float32)
+        ids = all_ids.gather(0, all_largest.argmax(0, keepdim=True))[0].long()
+        largest = all_largest.amax(0)
+    return Choice(ids, _faults(largest))
 
 
-def _faults(logits: Tensor) -> Tensor:
-    # The maximum of a row is not finite if any logit is NaN or +inf; this costs a tenth of testing every logit.
-    return torch.where(logits.amax(-1).isfinite(), Fault.NONE, Fault.NOT_FINITE)
+def _faults(largest: Tensor) -> Tensor:
+    """Of rows by their largest logit, which is not finite if any is NaN or +inf; a tenth of the cost of testing all."""
+    return torch.where(largest.isfinite(), Fault.NONE, Fault.NOT_FINITE)
 
 
 def penalize(logits: Tensor, seen: Tensor | None, penalty: Tensor) -> Tensor:

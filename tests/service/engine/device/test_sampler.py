@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from service.engine.api import SamplingParams
 from service.engine.device import sampler
-from service.engine.device.sampler import Choice, sample
+from service.engine.device.sampler import Choice, Fault, greedy, sample
 from service.engine.device.sampling import SamplingBuilder, uniform
 from service.engine.request import Request
 from service.engine.scheduler import Chunk
+from tests.support.thread_ranks import ThreadRanks, on_ranks
 
 CPU = torch.device("cpu")
 
@@ -120,3 +123,31 @@ def test_logprobs_are_the_models_own() -> None:
     assert choice.top_ids is not None
     assert torch.equal(choice.logprobs, expected.gather(-1, choice.ids[:, None])[:, 0])
     assert torch.equal(choice.top_ids[1], expected[1].topk(4).indices)
+
+
+def logits_of_all() -> Tensor:
+    """Rows with one largest logit, equal ones on the same and on other ranks, NaN, +inf, and nothing but -inf."""
+    logits = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+    logits[2, [1, 2]] = logits[3, [1, 6]] = logits[4, [3, 4]] = 9.0
+    logits[5, 6], logits[6, 0], logits[7] = math.nan, math.inf, -math.inf
+    return logits
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_likeliest_token_is_found_from_each_ranks_maximum(size: int) -> None:
+    logits, width = logits_of_all(), -(-7 // size)
+    padded = F.pad(logits, (0, width * size - 7), value=-math.inf)
+    want, gathered = greedy(logits), []
+
+    class Watched(ThreadRanks):
+        def all_gather(self, x: Tensor) -> Tensor:
+            gathered.append(x.shape)
+            return super().all_gather(x)
+
+    for rank, found in enumerate(
+        on_ranks(size, lambda ranks: greedy(padded[:, ranks.rank * width :][:, :width], ranks), Watched)
+    ):
+        assert torch.equal(found.faults, want.faults), rank
+        is_right = want.faults == Fault.NONE
+        assert torch.equal(found.ids[is_right], want.ids[is_right]), rank
+    assert set(gathered) == {(9, 2)}
