@@ -60,8 +60,8 @@ def paged_attention(
     """Attend causally over the paged cache, prefill chunks and decodes in one batch. See reference.paged_attention.
 
     A request may have no query row here; its context is then 0. Sums are float32; q k^T and p v multiply in q's dtype,
-    p rounded to it. Over int8 keys the q of a request with several rows is rounded too, and q k^T is a product of
-    codes, exact. The scales of an int8 cache multiply q k^T after the product and p before it.
+    p rounded to it. Over int8 keys q is rounded too, and q k^T is a product of codes, exact. An int8 cache's scales
+    multiply q k^T after the product and p before it.
 
     Raises:
         ValueError: H is not a multiple of G, block_size is not a power of two, a cache's heads are not contiguous, or

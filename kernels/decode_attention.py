@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.launching import MAX_PLANS, Plan, cdiv, power_of_2
-from kernels.paging import LIFT, Layout, first_key, fold_keys, load_blocks, lowest_top
+from kernels.paging import LIFT, Layout, first_key, fold_keys, load_blocks, lowest_top, query_codes
 from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import AttentionTile
@@ -159,6 +159,10 @@ def _paged_decode_kernel(
     mask = (rows < GROUP)[:, None] & (columns < D)[None, :]
     at = (query_start.to(tl.int64) * H + heads)[:, None] * D + columns[None, :]
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
+    ROUNDED: tl.constexpr = k_scale_ptr is not None
+    if ROUNDED:
+        # Not in int8, whose operands take more registers: H100s and H200s wait for the cache's bytes here.
+        q, scale = query_codes(q, scale, False)
 
     top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -177,7 +181,7 @@ def _paged_decode_kernel(
         # A split starts from the lowest maximum, which also scales what the split before left to 0.
         top = tl.where((start - window_start) % split_len == 0, lowest_top(WINDOW), top)
         top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
-                                    last, num_visible, scale, True, False, q_ptr.dtype.element_ty,
+                                    last, num_visible, scale, True, ROUNDED, q_ptr.dtype.element_ty,
                                     LAYOUT, BLOCK_N)  # fmt: skip
         blocks = next_blocks
         if lse_ptr is not None:

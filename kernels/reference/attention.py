@@ -106,8 +106,8 @@ def paged_attention(
 
     y = softmax(q k^T * scale) v
 
-    Over int8 keys the q of a request with more than one row is rounded too, each head of a row by the rules of
-    `quantize_rows`, so that q k^T is a product of codes: neither scale depends on the summed index.
+    Over int8 keys q is rounded too, each head of a row by the rules of `quantize_rows`, so that q k^T is a product of
+    codes: neither scale depends on the summed index.
 
     Request b has the query rows query_starts[b] .. query_starts[b+1]-1. Row i of its n is at position
     context_lens[b] - n + i and sees the keys 0 .. that position. With a soft cap c the scores are
@@ -197,7 +197,11 @@ def _decode_attention(
     if window is not None:
         beyond |= positions < context_lens[:, None] - window
     mask = torch.zeros(beyond.shape, device=q.device).masked_fill_(beyond, float("-inf"))[:, None, None]
-    return _attend(q.float()[:, :, None], keys, values, mask, scale, soft_cap).flatten(1).to(q.dtype)
+    return (
+        _attend(as_multiplied(q, k_cache).float()[:, :, None], keys, values, mask, scale, soft_cap)
+        .flatten(1)
+        .to(q.dtype)
+    )
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, soft_cap: float | None) -> Tensor:
