@@ -37,6 +37,7 @@ from service.models.devices import pick_device, pick_dtype
 from service.models.loader import load_decoder
 from service.models.random_weights import random_decoder
 from service.models.sharding import ALONE
+from service.process import keep_freed_memory
 from service.settings import Settings, load_settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantized_folder
@@ -47,6 +48,9 @@ from service.tools.evaluate.speed import drive
 def main() -> None:
     args = _arguments()
     torch.manual_seed(0)
+    if pick_device("auto").type == "cpu":
+        # As the engine process does.
+        keep_freed_memory()
     certificate = birth_certificate(args.commit)
     variants = args.variants.split(",")
     with tempfile.TemporaryDirectory() as folder:

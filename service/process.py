@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -11,6 +12,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt, from malloc.h."""
+
+MMAP_BYTES = 32 * 2**20
+"""From here on a block is mapped by itself and returned when it is freed: the largest value that glibc takes."""
+
+KEPT_BYTES = 256 * 2**20
+"""Most free memory at the end of an arena that is kept for the next step."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,6 +55,18 @@ def settle() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep memory that is freed, up to `KEPT_BYTES` an arena. Returns whether it does; others have none.
+
+    A step on a CPU allocates what the step before has freed. By default glibc returns megabytes of it in between, and
+    the system clears each page anew when it is touched again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
 
 
 def is_running(pid: int) -> bool:

@@ -191,7 +191,9 @@ def _decode_attention(
     positions = torch.arange(longest, device=q.device)
     # Past the end of a context its last key is read again: a slot never written may hold NaN, and 0 * NaN is NaN.
     inside = torch.minimum(positions, context_lens[:, None] - 1).clamp_(min=0)
-    slots = block_tables.gather(1, (inside // block_size).long()) * block_size + inside % block_size
+    # By shift and mask, as block_size is a power of two: integer division is not vectorized.
+    blocks = block_tables.gather(1, inside >> (block_size.bit_length() - 1))
+    slots = blocks * block_size + (inside & (block_size - 1))
     keys, values = (_gather(cache, slots) for cache in (k_cache, v_cache))
     beyond = positions >= context_lens[:, None]
     if window is not None:

@@ -31,6 +31,7 @@ from service.models.config import ModelConfig
 from service.models.decoder import Decoder, score
 from service.models.devices import pick_device
 from service.models.sharding import ALONE, refuse_uneven
+from service.process import keep_freed_memory
 from service.settings import BASELINE, Settings
 from service.store.progress import Progress, silent
 from service.store.resolve import resolve_model
@@ -173,6 +174,8 @@ def _open(
 ) -> ModelHost:
     """`open_model`, on the device thread."""
     device = pick_device(settings.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if settings.scheme not in PRESETS or not PRESETS[settings.scheme].is_int8:
         served = ", ".join(name for name, scheme in PRESETS.items() if scheme.is_int8)
         raise InvalidSettings(f"scheme = {settings.scheme!r} is not an int8 scheme; choose one of {served}")

@@ -43,7 +43,7 @@ from service.host.ranks.messages import (
 )
 from service.host.variants import checkpoint_part, load_part, runner_for
 from service.models.decoder import Decoder, score
-from service.process import end_process, settle, start_thread
+from service.process import end_process, keep_freed_memory, settle, start_thread
 from service.settings import Settings, load_settings
 from service.telemetry.logs import configure_logging
 
@@ -189,6 +189,7 @@ def main() -> NoReturn:
     quiet_libraries()
     device = torch.device("cuda", rank) if joining.name == "cuda" else torch.device("cpu")
     if device.type == "cpu":
+        keep_freed_memory()
         torch.set_num_threads(max(1, torch.get_num_threads() // joining.size))
     try:
         join(rank, joining.size, Path(joining.meeting), device)
