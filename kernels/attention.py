@@ -25,6 +25,7 @@ from kernels.paging import (
     fold_keys,
     load_blocks,
     lowest_top,
+    of_head,
     paged_layout,
     query_codes,
     scale_of,
@@ -140,7 +141,7 @@ def _owner_of(tile, query_starts_ptr, num_requests, QUERIES: tl.constexpr):
 
 # The number of requests changes with every step; specialized on its value, three kernels would be compiled.
 @triton.jit(do_not_specialize=["num_requests"])
-def _paged_attention_kernel(  # noqa: PLR0915
+def _paged_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -191,12 +192,7 @@ def _paged_attention_kernel(  # noqa: PLR0915
     top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    k_ptr += kv_head * LAYOUT.K.HEAD
-    v_ptr += kv_head * LAYOUT.V.HEAD
-    if k_scale_ptr is not None:
-        k_scale_ptr += kv_head * LAYOUT.K_SCALE.HEAD
-    if v_scale_ptr is not None:
-        v_scale_ptr += kv_head * LAYOUT.V_SCALE.HEAD
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr = of_head(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, kv_head, LAYOUT)
     table_ptr += request.to(tl.int64) * max_blocks
     num_visible = context - num_queries + queries + 1
     first_visible = context - num_queries + first_query + 1

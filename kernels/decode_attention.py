@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.launching import MAX_PLANS, Plan, cdiv, power_of_2
-from kernels.paging import LIFT, Layout, first_key, fold_keys, load_blocks, lowest_top, query_codes
+from kernels.paging import LIFT, Layout, first_key, fold_keys, load_blocks, lowest_top, of_head, query_codes
 from kernels.quantize import quantized
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import AttentionTile
@@ -167,12 +167,7 @@ def _paged_decode_kernel(
     top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    k_ptr += kv_head * LAYOUT.K.HEAD
-    v_ptr += kv_head * LAYOUT.V.HEAD
-    if k_scale_ptr is not None:
-        k_scale_ptr += kv_head * LAYOUT.K_SCALE.HEAD
-    if v_scale_ptr is not None:
-        v_scale_ptr += kv_head * LAYOUT.V_SCALE.HEAD
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr = of_head(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, kv_head, LAYOUT)
     table_ptr += request * max_blocks
     num_visible = tl.full([BLOCK_M], last if WINDOW is None else context, tl.int32)
     blocks = load_blocks(table_ptr, first, last, LAYOUT.BLOCK_SIZE, BLOCK_N)

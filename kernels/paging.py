@@ -23,6 +23,7 @@ __all__ = [
     "key_offsets",
     "load_blocks",
     "lowest_top",
+    "of_head",
     "paged_layout",
     "query_codes",
     "scale_of",
@@ -177,6 +178,16 @@ def key_offsets(blocks, slots, STRIDES: tl.constexpr, IS_WIDE: tl.constexpr):
     if IS_WIDE:
         blocks = blocks.to(tl.int64)
     return blocks * STRIDES.BLOCK + slots * STRIDES.SLOT
+
+
+@triton.jit
+def of_head(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, LAYOUT: tl.constexpr):
+    """Where a key head's keys, values and scales begin; scales are None for a float cache."""
+    if k_scale_ptr is not None:
+        k_scale_ptr += head * LAYOUT.K_SCALE.HEAD
+    if v_scale_ptr is not None:
+        v_scale_ptr += head * LAYOUT.V_SCALE.HEAD
+    return k_ptr + head * LAYOUT.K.HEAD, v_ptr + head * LAYOUT.V.HEAD, k_scale_ptr, v_scale_ptr
 
 
 @triton.jit

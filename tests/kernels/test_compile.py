@@ -83,9 +83,12 @@ def test_attention_uses_tensor_cores(built: list[dict[str, Any]], capability: in
         for kernel in ("_paged_attention_kernel", "_paged_decode_kernel"):
             names = instructions(built, capability, kernel, f"q_ptr={dtype}")
             assert names, kernel
-            if kernel == "_paged_attention_kernel":
-                prefix = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync.aligned.m16n8k16")
-            else:
-                prefix = "mma.sync.aligned.m16n8k16"
-            assert all(n.startswith(prefix) for n in names), names
-            assert all(name in n for n in names if not n.startswith("tcgen05")), names
+            is_prefill = kernel == "_paged_attention_kernel"
+            prefix = "mma.sync.aligned.m16n8k16"
+            if is_prefill:
+                prefix = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, prefix)
+            of_codes = {n for n in names if "s8" in n}
+            assert all(n.startswith(prefix) for n in names - of_codes), names
+            assert all(name in n for n in names - of_codes if not n.startswith("tcgen05")), names
+            assert bool(of_codes) == (is_prefill and capability <= 90), names
+            assert all(n.startswith("wgmma") if capability == 90 else n == INT8_MMA for n in of_codes), names

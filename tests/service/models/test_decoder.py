@@ -125,7 +125,10 @@ def twins(name: str, tiny: Tiny, scheme: Scheme | None = None) -> tuple[Decoder,
 
 @pytest.fixture
 def change_heads(monkeypatch: pytest.MonkeyPatch) -> Callable[[ChangeHeads], None]:
-    """Lets a function (heads [n, D], codes, scale [n]) -> heads change what a step wrote into its float caches."""
+    """Lets a function (heads [n, D], codes, scale [n]) -> heads change what a step wrote into its float caches.
+
+    Queries are rounded as well, each head by itself, as they are over int8 keys.
+    """
     rope_and_cache = kernels.rope_and_cache
 
     def use(change: ChangeHeads) -> None:
@@ -142,7 +145,8 @@ def change_heads(monkeypatch: pytest.MonkeyPatch) -> Callable[[ChangeHeads], Non
             for cache in (k_cache, v_cache):
                 heads = cache.flatten(0, 2)
                 cache.copy_(change(heads, *kernels.quantize_rows(heads)).view_as(cache))
-            return q
+            codes, scale = kernels.quantize_rows(q.flatten(0, 1))
+            return (codes * scale[:, None]).view_as(q)
 
         monkeypatch.setattr(kernels, "rope_and_cache", changed)
 
@@ -153,7 +157,7 @@ def change_heads(monkeypatch: pytest.MonkeyPatch) -> Callable[[ChangeHeads], Non
 def test_an_int8_cache_is_a_float_one_whose_heads_were_rounded(
     tiny: Tiny, change_heads: Callable[[ChangeHeads], None], scheme: Scheme | None
 ) -> None:
-    """Each head rounded by `quantize_rows` as it is written, and nothing else: the same bits."""
+    """Each head rounded by `quantize_rows` as it is written, and each query's as it is read: the same bits."""
     floating, int8 = twins("llama-3.1", tiny, scheme)
     with torch.inference_mode():
         found = score(int8, IDS)
@@ -166,7 +170,8 @@ def test_an_int8_cache_is_a_float_one_whose_heads_were_rounded(
 def test_int8_keys_and_values_are_near_float_ones(
     tiny: Tiny, change_heads: Callable[[ChangeHeads], None], name: str
 ) -> None:
-    """As near as rounding allows: what noise, uniform in half a code either way, does to float keys and values.
+    """As near as rounding allows: what noise, uniform in half a code either way, does to float keys and values, beside
+    rounded queries.
 
     That noise has the mean square of a rounding error. Twice either way, for one draw of it.
     """
@@ -178,7 +183,7 @@ def test_int8_keys_and_values_are_near_float_ones(
             lambda heads, _, scale: heads + (torch.rand(heads.shape, generator=generator) - 0.5) * scale[:, None]
         )
         allowed = relative_error(score(floating, IDS), exact)
-    assert allowed / 2 < relative_error(found, exact) < 2 * allowed < 0.1
+    assert allowed / 2 < relative_error(found, exact) < 2 * allowed < 0.12
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-3.1", "qwen2"])
