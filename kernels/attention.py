@@ -185,8 +185,7 @@ def _paged_attention_kernel(
     at = q_rows[:, None] * D + columns[None, :]
     mask = is_row[:, None] & (columns < D)[None, :]
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
-    ROUNDED: tl.constexpr = k_scale_ptr is not None
-    if ROUNDED:
+    if k_scale_ptr is not None:
         q, scale = query_codes(q, scale, INT8)
 
     top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
@@ -205,13 +204,13 @@ def _paged_attention_kernel(
         for start in range(first, middle, BLOCK_N):
             next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
             top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start,
-                                        last, middle, num_visible, scale, False, ROUNDED,
+                                        last, middle, num_visible, scale, False,
                                         q_ptr.dtype.element_ty, LAYOUT, BLOCK_N)  # fmt: skip
             blocks = next_blocks
     for start in range(middle, last, BLOCK_N):
         next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
         top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
-                                    middle, num_visible, scale, True, ROUNDED,
+                                    middle, num_visible, scale, True,
                                     q_ptr.dtype.element_ty, LAYOUT, BLOCK_N)  # fmt: skip
         blocks = next_blocks
     launch_dependents(DEPENDENT)

@@ -159,8 +159,7 @@ def _paged_decode_kernel(
     mask = (rows < GROUP)[:, None] & (columns < D)[None, :]
     at = (query_start.to(tl.int64) * H + heads)[:, None] * D + columns[None, :]
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
-    ROUNDED: tl.constexpr = k_scale_ptr is not None
-    if ROUNDED:
+    if k_scale_ptr is not None:
         # Not in int8, whose operands take more registers: H100s and H200s wait for the cache's bytes here.
         q, scale = query_codes(q, scale, False)
 
@@ -176,7 +175,7 @@ def _paged_decode_kernel(
         # A split starts from the lowest maximum, which also scales what the split before left to 0.
         top = tl.where((start - window_start) % split_len == 0, lowest_top(WINDOW), top)
         top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
-                                    last, num_visible, scale, True, ROUNDED, q_ptr.dtype.element_ty,
+                                    last, num_visible, scale, True, q_ptr.dtype.element_ty,
                                     LAYOUT, BLOCK_N)  # fmt: skip
         blocks = next_blocks
         if lse_ptr is not None:

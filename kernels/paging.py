@@ -278,14 +278,13 @@ def fold_keys(
     num_visible,
     scale,
     MASKED: tl.constexpr,
-    ROUNDED: tl.constexpr,
     TYPE: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Add keys start .. start + BLOCK_N - 1 to the running softmax of query rows q [BLOCK_M, BLOCK_D].
 
-    scale: of the scores; [BLOCK_M] if the queries are ROUNDED, that is codes, in int8 or in a float dtype.
+    scale: of the scores; [BLOCK_M] over int8 keys, where queries are codes, in int8 or in a float dtype.
     TYPE: what p and v are multiplied in, and q and k unless both are int8.
 
     Row m sees its first num_visible[m] keys, or the last WINDOW of them. Without a window every row sees the first
@@ -314,7 +313,7 @@ def fold_keys(
     if k_scale_ptr is not None:
         at = key_offsets(blocks, slots, K_SCALE, LAYOUT.IS_WIDE)
         scores *= _load(k_scale_ptr + at, is_key, MASKED)[None, :]
-    row_scale = scale[:, None] if ROUNDED else scale
+    row_scale = scale if k_scale_ptr is None else scale[:, None]
     if SOFT_CAP is not None:
         scores = _soft_cap(scores * row_scale, SOFT_CAP)
         scale, row_scale = 1.0, 1.0
