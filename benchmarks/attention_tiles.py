@@ -47,6 +47,20 @@ TILES = {
 FLOOR_S = 50e-6
 """About what a call takes, for how often a graph repeats it."""
 
+Candidate = tuple[str, bool, AttentionTile]
+"""prefill or decode, whether the cache is int8, and the tile."""
+
+
+def candidates(what: str) -> list[Candidate]:
+    """Every tile over both caches; prefill over int8 keys with int8 products too."""
+    plain = [(what, is_int8, tile) for is_int8 in (False, True) for tile in TILES[what]]
+    return plain + [(what, True, tile._replace(is_int8=True)) for tile in TILES[what] if what == "prefill"]
+
+
+def scene_of(shape: str, what: str, batch: int, context: int) -> Scene:
+    config = ModelConfig.of(SHAPES[shape], max(each for _, each in PREFILLS + DECODES) + 16)
+    return Scene(config, batch, context, context if what == "prefill" else 1, torch.device("cuda"))
+
 
 def calls_of(scene: Scene, is_int8: bool, what: str, tile: AttentionTile) -> Sequence[Call]:
     """The checked calls of a scene with one tile."""
@@ -61,10 +75,8 @@ def calls_of(scene: Scene, is_int8: bool, what: str, tile: AttentionTile) -> Seq
 
 def compiled(shape: str, what: str, is_int8: bool, tile: AttentionTile) -> str:
     """Run a tile once, in a process of its own, so that all are compiled at once. Returns what is wrong with it."""
-    config = ModelConfig.of(SHAPES[shape], max(context for _, context in PREFILLS + DECODES) + 16)
-    scene = Scene(config, 2, 512, 512 if what == "prefill" else 1, torch.device("cuda"))
     try:
-        calls_of(scene, is_int8, what, tile)
+        calls_of(scene_of(shape, what, 2, 512), is_int8, what, tile)
     except Exception as error:  # noqa: BLE001 (whatever Triton says of a tile that does not fit)
         return f"{type(error).__name__}: {error}"
     return ""
@@ -79,7 +91,7 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     kinds = [args.only] if args.only else list(TILES)
-    wanted = [(what, is_int8, tile) for what in kinds for is_int8 in (False, True) for tile in TILES[what]]
+    wanted = [candidate for what in kinds for candidate in candidates(what)]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         faults = list(pool.map(partial(compiled, args.shape), *zip(*wanted, strict=True)))
     for row, fault in zip(wanted, faults, strict=True):
@@ -98,8 +110,7 @@ def main() -> None:
 def _scene_rows(
     shape: str, what: str, batch: int, context: int, tiles: list[tuple[bool, AttentionTile]]
 ) -> list[dict[str, Any]]:
-    config = ModelConfig.of(SHAPES[shape], max(context for _, context in PREFILLS + DECODES) + 16)
-    scene = Scene(config, batch, context, context if what == "prefill" else 1, torch.device("cuda"))
+    scene = scene_of(shape, what, batch, context)
     contenders: dict[str, Callable[[], Sequence[Call]]] = {
         json.dumps([is_int8, tile]): partial(calls_of, scene, is_int8, what, tile) for is_int8, tile in tiles
     }
@@ -110,7 +121,7 @@ def _scene_rows(
         if isinstance(times, list):
             row |= {f"us_{key}": 1e6 * value for key, value in quantiles(times).items()}
         else:
-            row |= {"absent": str(times)}
+            row |= {"absent": times.reason}
         rows.append(row)
     for cache in ("fp16", "int8"):
         timed = sorted(
