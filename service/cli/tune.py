@@ -90,6 +90,9 @@ def linear_shapes(config: configs.ModelConfig, num_ranks: int = 1) -> list[tuple
     hidden, size = config.hidden_size, config.head_size
     inner = config.intermediate_size if config.experts is None else config.experts.intermediate_size
     qkv, up = (config.num_heads + 2 * config.num_kv_heads) * size, (1 + config.layout.is_gated) * inner
-    whole = [(qkv, hidden), (hidden, config.num_heads * size), (up, hidden), (hidden, inner)]
-    # The first and the third of these are divided by rows, the others by columns.
-    return [(n // num_ranks, k) if index % 2 == 0 else (n, k // num_ranks) for index, (n, k) in enumerate(whole)]
+    return [
+        (qkv // num_ranks, hidden),
+        (hidden, config.num_heads * size // num_ranks),
+        (up // num_ranks, hidden),
+        (hidden, inner // num_ranks),
+    ]

@@ -243,13 +243,14 @@ class Decoder:
     def own_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits [S, W] float32 of the rank's own tokens, -inf where it has fewer; written to out if it is given."""
         logits, cap = self.head(hidden), self.config.logit_cap
-        num_held = logits.shape[1]
-        if num_held < self.num_own_logits:
-            logits = F.pad(logits, (0, self.num_own_logits - num_held))
+        missing = self.num_own_logits - logits.shape[1]
+        if missing:
+            logits = F.pad(logits, (0, missing))
         logits = logits.float() if out is None else out.copy_(logits)
         if cap is not None:
             logits.div_(cap).tanh_().mul_(cap)
-        logits[:, num_held:] = float("-inf")
+        if missing:
+            logits[:, -missing:] = float("-inf")
         return logits
 
     def joined(self, own: Tensor) -> Tensor:

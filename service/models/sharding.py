@@ -2,10 +2,9 @@
 
 Queries, keys, values, gate and up are split by rows, so that a rank has whole heads and whole columns of the MLP; o and
 down by the columns that read those. So a layer has two sums over the ranks, of its branches' outputs, each of which the
-next norm takes. An int8 Linear
-rounds what it reads with the scales of the rank's own part of K: scales per token and group of K / size inputs. A
-static scale is the same on all ranks. Embedding and head are split by tokens of the vocabulary: for the likeliest token
-only the ranks' largest logits meet, and all of them where a token is drawn.
+next norm takes. An int8 Linear rounds what it reads with the scales of the rank's own part of K: scales per token and
+group of K / size inputs. A static scale is the same on all ranks. Embedding and head are split by tokens of the
+vocabulary: for the likeliest token only the ranks' largest logits meet, and all of them where a token is drawn.
 
 Source: Megatron-LM (arXiv 1909.08053), section 3.
 """
