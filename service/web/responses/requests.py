@@ -45,7 +45,7 @@ def _none_there(value: list[str]) -> list[str]:
         raise PydanticCustomError("not_honoured", LOGPROBS_REMEDY)
     unknown = next((name for name in value if name not in NOT_THERE), None)
     if unknown is not None:
-        raise PydanticCustomError("not_honoured", "leave {unknown} out", {"unknown": unknown})
+        raise PydanticCustomError("not_honoured", "leave {unknown} out", {"unknown": repr(unknown)})
     return value
 
 

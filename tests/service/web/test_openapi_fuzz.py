@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import schemathesis
 from fastapi import FastAPI
 from schemathesis import Case, CheckContext, Response
 from schemathesis.config import HttpBearerAuthConfig
-from schemathesis.python.asgi import get_client, shutdown_lifespans
+from schemathesis.python.asgi import get_client
 from schemathesis.schemas import BaseSchema
 
 from tests.support.fuzz import Streams, fuzz_app, strictly, thorough
@@ -43,15 +43,13 @@ keyed.config.auth.openapi.schemes["key"] = HttpBearerAuthConfig(bearer=KEY)
 keyed.config.auth.openapi.schemes["admin"] = HttpBearerAuthConfig(bearer=ADMIN_KEY)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _running() -> Iterator[None]:
-    """Both apps, once they are ready."""
+@pytest.fixture(autouse=True)
+def _ready() -> None:
+    """Both apps are ready: schemathesis stops every app after each test, and its first request would start it again."""
     for api in (opened, keyed):
         with get_client(api.app) as client:
             while client.get(f"{URL}/ready").status_code != 200:
                 time.sleep(0.01)
-    yield
-    shutdown_lifespans()
 
 
 def streams_as_documented(_: CheckContext, response: Response, case: Case[Any]) -> None:
@@ -156,7 +154,7 @@ def limited_chat(body: Body) -> Body:
 
 def limited_responses(body: Body) -> Body:
     body = limited(body)
-    for name in ("model", "max_tokens", "text", "tool_choice"):
+    for name in ("model", "max_tokens", "text", "tool_choice", "include"):
         body.pop(name, None)
     if body.get("max_output_tokens"):
         body["max_output_tokens"] = body["max_output_tokens"] % 24 + 1
@@ -169,7 +167,7 @@ def limited_responses(body: Body) -> Body:
 
 def limited_messages(body: Body) -> Body:
     body = {**limited(body), "max_tokens": body["max_tokens"] % 24 + 1}
-    for name in ("model", "output_config", "tool_choice"):
+    for name in ("model", "output_config", "tool_choice", "context_management"):
         body.pop(name, None)
     body["messages"] = [{"role": "user", "content": "x"} for _ in body["messages"]]
     body["tools"] = list({tool["name"]: tool for tool in body.get("tools") or ()}.values())

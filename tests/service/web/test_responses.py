@@ -259,7 +259,7 @@ REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"text": {"format": {"type": "json_schema"}}}, "text", ["no `schema`"]),
     ({"text": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "text", ["`not`"]),
     ({"include": ["message.output_text.logprobs"]}, "include", ["/v1/chat/completions"]),
-    ({"include": ["reasoning.encrypted_content", "what"]}, "include", ["leave what out"]),
+    ({"include": ["reasoning.encrypted_content", "what"]}, "include", ["leave 'what' out"]),
     ({"truncation": "auto"}, "truncation", ["'auto'"]),
     ({"logprobs": True}, "logprobs", ["True", "/v1/chat/completions"]),
     ({"top_logprobs": 2}, "top_logprobs", ["2", "/v1/chat/completions"]),
