@@ -16,7 +16,7 @@ help: ## show this list
 setup: $(INSTALLED) ## create .venv with everything in it, .venv/bin/ottava among it
 
 # torch is named beside the packages that need it: asked for alone, its pin finds the right build for this machine.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard kernels/cpu/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt "$$(grep ^torch== constraints.txt)" --editable '.[dev]'

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from kernels import reference
+from kernels.cpu import ops as on_cpu
 from kernels.quantized import CODE_MAX, Quantized, ToInt8
 
 if TYPE_CHECKING or find_spec("triton") is not None:
@@ -53,17 +54,17 @@ def _by_device(on_gpu: Callable[P, R], on_cpu: Callable[P, R]) -> Callable[P, R]
     return op
 
 
-quantize_rows = _by_device(quantize.quantize_rows, reference.quantize_rows)
-quantize_tensor = _by_device(quantize.quantize_tensor, reference.quantize_tensor)
-rms_norm = _by_device(norm.rms_norm, reference.rms_norm)
+quantize_rows = _by_device(quantize.quantize_rows, on_cpu.quantize_rows)
+quantize_tensor = _by_device(quantize.quantize_tensor, on_cpu.quantize_tensor)
+rms_norm = _by_device(norm.rms_norm, on_cpu.rms_norm)
 layer_norm = _by_device(norm.layer_norm, reference.layer_norm)
-silu_mul = _by_device(activation.silu_mul, reference.silu_mul)
+silu_mul = _by_device(activation.silu_mul, on_cpu.silu_mul)
 gelu_mul = _by_device(activation.gelu_mul, reference.gelu_mul)
 gelu = _by_device(activation.gelu, reference.gelu)
 relu = _by_device(activation.relu, reference.relu)
-int8_linear = _by_device(gemm.int8_linear, reference.int8_linear)
-int8_gated_linear = _by_device(gemm.int8_gated_linear, reference.int8_gated_linear)
+int8_linear = _by_device(gemm.int8_linear, on_cpu.int8_linear)
+int8_gated_linear = _by_device(gemm.int8_gated_linear, on_cpu.int8_gated_linear)
 int8_group_linear = _by_device(groups.int8_group_linear, reference.int8_group_linear)
 int8_outlier_linear = _by_device(outliers.int8_outlier_linear, reference.int8_outlier_linear)
-rope_and_cache = _by_device(rope.rope_and_cache, reference.rope_and_cache)
-paged_attention = _by_device(attention.paged_attention, reference.paged_attention)
+rope_and_cache = _by_device(rope.rope_and_cache, on_cpu.rope_and_cache)
+paged_attention = _by_device(attention.paged_attention, on_cpu.paged_attention)

@@ -1,8 +1,8 @@
-"""Every op of the dataflow in plain torch: the specification, the oracle of the tests, and the CPU backend.
+"""Every op of the dataflow in plain torch: the specification and the oracle of the tests.
 
 Shapes: T tokens, B requests, N out, K in, H query heads, G key/value heads, D head size. All arithmetic between the
-load and the store of an op is float32; only the stored result is rounded to the dtype named. The int8 product is a
-real int8 x int8 -> int32 product (`torch._int_mm`), never a float one.
+load and the store of an op is float32; only the stored result is rounded to the dtype named. The int8 product is
+exact, in int32 (`kernels.cpu.product`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -133,9 +134,38 @@ def paged_attention(
     Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; PagedAttention (arXiv 2309.06180); window: Longformer
     (arXiv 2004.05150), section 3.1; soft cap: Gemma 2 (arXiv 2408.00118), section 2.
     """
+    y = attend_requests(
+        decode_attention,
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_starts,
+        context_lens,
+        is_decode,
+        scale,
+        window,
+        soft_cap,
+    )
+    return store(y, q.dtype, quantize)
+
+
+def attend_requests(
+    decode: Callable[..., Tensor],
+    q: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    is_decode: bool,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    """`paged_attention` [T, H * D] in q's dtype, with single rows attended by `decode`: see `decode_attention`."""
     if is_decode and len(context_lens) == len(q):
-        out = _decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale, window, soft_cap)
-        return store(out, q.dtype, quantize)
+        return decode(q, k_cache, v_cache, block_tables, context_lens, scale, window, soft_cap)
     out = torch.empty_like(q).flatten(1)
     starts, contexts = query_starts.tolist(), context_lens.tolist()
     lengths = [stop - start for start, stop in pairwise(starts)]
@@ -143,7 +173,7 @@ def paged_attention(
     decodes = [b for b, length in enumerate(lengths) if length == 1]
     if decodes:
         rows = [starts[b] for b in decodes]
-        out[rows] = _decode_attention(
+        out[rows] = decode(
             q[rows], k_cache, v_cache, block_tables[decodes], context_lens[decodes], scale, window, soft_cap
         )
     for b, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
@@ -163,7 +193,7 @@ def paged_attention(
                 mask = mask.triu(start - window + 1)
             y = _attend(tile.transpose(0, 1)[None], keys[:, :, :stop], values[:, :, :stop], mask, scale, soft_cap)
             out[here] = y[0, :, begin - start : end - start].transpose(0, 1).flatten(1).to(q.dtype)
-    return store(out, q.dtype, quantize)
+    return out
 
 
 def as_multiplied(q: Tensor, k_cache: Tensor | Quantized) -> Tensor:
@@ -174,7 +204,7 @@ def as_multiplied(q: Tensor, k_cache: Tensor | Quantized) -> Tensor:
     return (rounded.codes * rounded.scale[:, None]).view(q.shape)
 
 
-def _decode_attention(
+def decode_attention(
     q: Tensor,
     k_cache: Tensor | Quantized,
     v_cache: Tensor | Quantized,

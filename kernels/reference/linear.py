@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.cpu.product import int8_product
 from kernels.quantized import Quantized, ToInt8, group_size_of
 from kernels.reference.common import ROWS_AT_ONCE, joined, row_slices, split_outliers, store
 
@@ -18,9 +19,14 @@ def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
     Raises:
         ValueError: K is above 131,071, where 128 * 128 * K no longer fits in int32.
     """
+    require_depth(x_q)
+    return int8_product(x_q, weight_q)
+
+
+def require_depth(x_q: Tensor) -> None:
+    """Raise ValueError for a K above `MAX_DEPTH`."""
     if x_q.shape[-1] > MAX_DEPTH:
         raise ValueError(f"K = {x_q.shape[-1]} can overflow the int32 accumulator; the limit is {MAX_DEPTH}")
-    return torch._int_mm(x_q.contiguous(), weight_q.t())
 
 
 def int8_linear(
@@ -177,7 +183,7 @@ def _sum_groups(x_q: Tensor, weight_q: Tensor, scales: Tensor, group_size: int) 
     acc = scales.new_zeros(len(x_q), len(weight_q))
     for group, scale in enumerate(scales):
         columns = slice(group * group_size, (group + 1) * group_size)
-        acc.addcmul_(torch._int_mm(x_q[:, columns], weight_q[:, columns].t()), scale)
+        acc.addcmul_(int8_product(x_q[:, columns], weight_q[:, columns]), scale)
     return acc
 
 

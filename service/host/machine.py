@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from kernels.cpu.library import WHY_NOT
 from quant import __version__
 
 
@@ -46,6 +47,7 @@ def birth_certificate(device: torch.device, command: Sequence[str]) -> dict[str,
         "device": device_name(device),
         **versions(),
         "threads": torch.get_num_threads(),
+        **({"cpu_ops": "C" if WHY_NOT is None else "torch"} if device.type == "cpu" else {}),
         "command": shlex.join(command),
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.cpu.library import WHY_NOT
 from quant.analysis.perplexity import LogitsOf
 from quant.scheme import MAX_SINK_TOKENS, PRESETS
 from service.engine.api import HostInfo, RankInfo
@@ -176,6 +177,8 @@ def _open(
     device = pick_device(settings.device)
     if device.type == "cpu":
         keep_freed_memory()
+        if WHY_NOT is not None:
+            logger.warning("the ops in C are not used, so a step takes longer: %s", WHY_NOT)
     if settings.scheme not in PRESETS or not PRESETS[settings.scheme].is_int8:
         served = ", ".join(name for name, scheme in PRESETS.items() if scheme.is_int8)
         raise InvalidSettings(f"scheme = {settings.scheme!r} is not an int8 scheme; choose one of {served}")

@@ -1,0 +1,137 @@
+#include "attention.h"
+
+#include "exponential.h"
+#include "sums.h"
+
+enum { WORK_OF_A_PIECE = 16384 };
+
+struct rope_task {
+    struct rope step;
+    struct cache cache;
+    int failed;
+};
+
+INLINE void norm_head(float *restrict x, const float *restrict weight, float eps, int64_t n) {
+    float inverse = 1.0f / __builtin_sqrtf(dot(x, x, n) / (float)n + eps);
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] * inverse * weight[i];
+}
+
+/* The first 2 * half elements; cos_sin holds half cosines, then half sines. */
+INLINE void rotate_head(float *restrict x, const float *restrict cos_sin, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        float low = x[i], high = x[half + i], cos = cos_sin[i], sin = cos_sin[half + i];
+        x[i] = low * cos - high * sin;
+        x[half + i] = high * cos + low * sin;
+    }
+}
+
+VECTOR static void rope_rows(int64_t begin, int64_t end, void *context) {
+    struct rope_task *task = context;
+    const struct rope *step = &task->step;
+    const struct cache *cache = &task->cache;
+    int64_t D = cache->head_size, H = step->num_heads, G = cache->num_kv_heads, width = (H + 2 * G) * D;
+    int64_t size = size_of(step->dtype), cache_size = size_of(cache->dtype);
+    float *row = malloc((size_t)(width + 2 * D) * sizeof *row + 1), *q_weight = row + width, *k_weight = q_weight + D;
+    if (row == NULL) {
+        task->failed = 1;
+        return;
+    }
+    if (step->q_weight != NULL) {
+        read_floats(q_weight, step->q_weight, step->weight_dtype, D);
+        read_floats(k_weight, step->k_weight, step->weight_dtype, D);
+    }
+    for (int64_t t = begin; t < end; t++) {
+        read_floats(row, (const char *)step->qkv + t * width * size, step->dtype, width);
+        const float *cos_sin = step->cos_sin + step->positions[t] * step->num_rotated;
+        for (int64_t h = 0; h < H + G; h++) {
+            float *head = row + h * D;
+            if (step->q_weight != NULL) norm_head(head, h < H ? q_weight : k_weight, step->eps, D);
+            rotate_head(head, cos_sin, step->num_rotated / 2);
+        }
+        write_floats((char *)step->q + t * H * D * size, row, step->dtype, H * D);
+        if (step->slots[t] < 0) continue;
+        int64_t at = step->slots[t] * G * D * cache_size;
+        write_floats((char *)cache->keys + at, row + H * D, cache->dtype, G * D);
+        write_floats((char *)cache->values + at, row + (H + G) * D, cache->dtype, G * D);
+    }
+    free(row);
+}
+
+int rope_and_cache(struct rope step, struct cache cache) {
+    struct rope_task task = {step, cache, 0};
+    int64_t width = (step.num_heads + 2 * cache.num_kv_heads) * cache.head_size;
+    parallel_for(step.num_rows, 1 + WORK_OF_A_PIECE / (width + 1), rope_rows, &task);
+    return task.failed ? -1 : 0;
+}
+
+struct decode_task {
+    struct decode step;
+    struct cache cache;
+    int failed;
+};
+
+/* A head's elements of one token: where they are if they are float32, else copied to row. */
+INLINE const float *head_at(const void *base, const struct cache *cache, const int32_t *table, int64_t token, int64_t g,
+                            float *row) {
+    int64_t slot = ((int64_t)table[token >> cache->block_shift] << cache->block_shift) + (token & (cache->block_size - 1));
+    int64_t at = (slot * cache->num_kv_heads + g) * cache->head_size;
+    if (cache->dtype == FLOAT32) return (const float *)base + at;
+    read_floats(row, (const uint16_t *)base + at, cache->dtype, cache->head_size);
+    return row;
+}
+
+/* Scores become weights that sum to 1. */
+INLINE void softmax(float *restrict scores, int64_t n) {
+    float largest = largest_of(scores, n);
+    for (int64_t i = 0; i < n; i++) scores[i] = exponential(scores[i] - largest);
+    float sum = sum_of(scores, n);
+    for (int64_t i = 0; i < n; i++) scores[i] /= sum;
+}
+
+/* One piece is a row's query heads of one key head, which read its keys and values once. */
+VECTOR static void decode_heads(int64_t begin, int64_t end, void *context) {
+    struct decode_task *task = context;
+    const struct decode *step = &task->step;
+    const struct cache *cache = &task->cache;
+    int64_t D = cache->head_size, G = cache->num_kv_heads, shared = step->num_heads / G, longest = 1;
+    for (int64_t piece = begin; piece < end; piece++)
+        longest = step->context_lens[piece / G] > longest ? step->context_lens[piece / G] : longest;
+    float *q = malloc((size_t)(2 * shared * D + D + shared * longest) * sizeof *q + 1);
+    if (q == NULL) {
+        task->failed = 1;
+        return;
+    }
+    float *y = q + shared * D, *row = y + shared * D, *scores = row + D;
+    for (int64_t piece = begin; piece < end; piece++) {
+        int64_t b = piece / G, g = piece % G, stop = step->context_lens[b];
+        int64_t first = step->window > 0 && stop > step->window ? stop - step->window : 0, n = stop - first;
+        int64_t at = (b * step->num_heads + g * shared) * D * size_of(step->dtype);
+        const int32_t *table = step->block_tables + b * step->table_stride;
+        read_floats(q, (const char *)step->q + at, step->dtype, shared * D);
+        memset(y, 0, shared * D * sizeof *y);
+        for (int64_t token = 0; token < n; token++) {
+            const float *key = head_at(cache->keys, cache, table, first + token, g, row);
+            for (int64_t j = 0; j < shared; j++) scores[j * n + token] = dot(q + j * D, key, D) * step->scale;
+        }
+        for (int64_t j = 0; n > 0 && j < shared; j++) softmax(scores + j * n, n);
+        for (int64_t token = 0; token < n; token++) {
+            const float *value = head_at(cache->values, cache, table, first + token, g, row);
+            for (int64_t j = 0; j < shared; j++) {
+                float *restrict sum = y + j * D;
+                float weight = scores[j * n + token];
+                for (int64_t i = 0; i < D; i++) sum[i] += weight * value[i];
+            }
+        }
+        write_floats((char *)step->out + at, y, step->dtype, shared * D);
+    }
+    free(q);
+}
+
+int decode_attention(struct decode step, struct cache cache) {
+    struct decode_task task = {step, cache, 0};
+    int64_t work = 1;
+    for (int64_t b = 0; b < step.num_rows; b++) work += step.context_lens[b] * step.num_heads * cache.head_size;
+    int64_t pieces = step.num_rows * cache.num_kv_heads;
+    parallel_for(pieces, 1 + WORK_OF_A_PIECE * pieces / work, decode_heads, &task);
+    return task.failed ? -1 : 0;
+}

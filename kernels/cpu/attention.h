@@ -1,0 +1,35 @@
+/* Rotary embedding, the write to the paged cache, and attention of single rows. See kernels/reference/attention.py. */
+#ifndef OTTAVA_ATTENTION_H
+#define OTTAVA_ATTENTION_H
+
+#include "native.h"
+
+/* Float caches [num_blocks, block_size, num_kv_heads, head_size], contiguous; block_size is 1 << block_shift. */
+struct cache {
+    void *keys, *values;
+    int64_t dtype, block_size, block_shift, num_kv_heads, head_size;
+};
+
+struct rope {
+    const void *qkv;
+    void *q;
+    const int32_t *positions, *slots;
+    const float *cos_sin;
+    const void *q_weight, *k_weight; /* null: heads are not normed */
+    int64_t dtype, weight_dtype, num_rows, num_heads, num_rotated;
+    float eps;
+};
+
+struct decode {
+    const void *q;
+    void *out;
+    const int32_t *block_tables, *context_lens;
+    int64_t dtype, table_stride, num_rows, num_heads, window; /* window: 0 for none */
+    float scale;
+};
+
+/* Each returns -1 if there is no memory, else 0. */
+int rope_and_cache(struct rope step, struct cache cache);
+int decode_attention(struct decode step, struct cache cache);
+
+#endif

@@ -1,0 +1,105 @@
+/* The Python module `kernels.cpu.native`. Every argument is a number: an address, a size, a dtype, a scale. */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include "attention.h"
+#include "product.h"
+#include "rows.h"
+
+enum { MOST_ARGUMENTS = 24 };
+
+typedef struct {
+    int64_t whole;
+    double real;
+} number;
+
+/* 0, or -1 with an exception set. */
+static int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, number *numbers) {
+    if (given != wanted) {
+        PyErr_Format(PyExc_TypeError, "%zd numbers are wanted, %zd were given", wanted, given);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < given; i++) {
+        numbers[i] = (number){0, 0.0};
+        if (PyFloat_Check(args[i])) {
+            numbers[i].real = PyFloat_AsDouble(args[i]);
+        } else {
+            numbers[i].whole = PyLong_AsLongLong(args[i]);
+            if (numbers[i].whole == -1 && PyErr_Occurred()) return -1;
+        }
+    }
+    return 0;
+}
+
+#define POINTER(i) ((void *)(intptr_t)n[i].whole)
+#define WHOLE(i) (n[i].whole)
+#define REAL(i) ((float)n[i].real)
+#define TARGET(i) ((struct target){POINTER(i), WHOLE(i + 1), POINTER(i + 2), POINTER(i + 3), WHOLE(i + 4)})
+#define EPILOGUE                                                                                                       \
+    ((struct epilogue){POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), POINTER(5), POINTER(6), WHOLE(7),       \
+                       WHOLE(8), WHOLE(9), WHOLE(10)})
+#define CACHE(i) ((struct cache){POINTER(i), POINTER(i + 1), WHOLE(i + 2), WHOLE(i + 3), WHOLE(i + 4), WHOLE(i + 5), WHOLE(i + 6)})
+
+/* A function of `count` numbers that computes `call` without Python's lock. */
+#define FUNCTION(name, count, call)                                                                                    \
+    static PyObject *call_##name(PyObject *self, PyObject *const *args, Py_ssize_t given) {                            \
+        (void)self;                                                                                                    \
+        number n[MOST_ARGUMENTS];                                                                                      \
+        if (read_numbers(args, given, count, n) != 0) return NULL;                                                     \
+        int failed;                                                                                                    \
+        Py_BEGIN_ALLOW_THREADS failed = call;                                                                          \
+        Py_END_ALLOW_THREADS if (failed) return PyErr_NoMemory();                                                      \
+        Py_RETURN_NONE;                                                                                                \
+    }
+
+FUNCTION(int8_product, 8,
+         int8_product(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6), WHOLE(7)))
+FUNCTION(quantize, 10, quantize(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), WHOLE(4), TARGET(5)))
+FUNCTION(rms_norm, 14,
+         rms_norm(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), POINTER(4), WHOLE(5), REAL(6), WHOLE(7), WHOLE(8),
+                  TARGET(9)))
+FUNCTION(silu_mul, 9, silu_mul(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), TARGET(4)))
+FUNCTION(finish, 16, finish(EPILOGUE, TARGET(11)))
+FUNCTION(finish_gated, 16, finish_gated(EPILOGUE, TARGET(11)))
+FUNCTION(rope_and_cache, 20,
+         rope_and_cache((struct rope){POINTER(0), POINTER(1), POINTER(2), POINTER(3), POINTER(4), POINTER(5), POINTER(6),
+                                      WHOLE(7), WHOLE(8), WHOLE(9), WHOLE(10), WHOLE(11), REAL(12)},
+                        CACHE(13)))
+FUNCTION(decode_attention, 17,
+         decode_attention((struct decode){POINTER(0), POINTER(1), POINTER(2), POINTER(3), WHOLE(4), WHOLE(5), WHOLE(6),
+                                          WHOLE(7), WHOLE(8), REAL(9)},
+                          CACHE(10)))
+
+static PyObject *call_use_threads(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    number n[1];
+    if (read_numbers(args, given, 1, n) != 0) return NULL;
+    use_threads(POINTER(0));
+    Py_RETURN_NONE;
+}
+
+static PyObject *call_is_supported(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self, (void)args, (void)given;
+    return PyBool_FromLong(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+}
+
+#define METHOD(name, does) {#name, (PyCFunction)(void (*)(void))call_##name, METH_FASTCALL, does}
+static PyMethodDef methods[] = {
+    METHOD(is_supported, "Whether this processor has the instructions that everything here is compiled to."),
+    METHOD(use_threads, "Work on torch's threads; the argument is the address of its torch_parallel_for."),
+    METHOD(int8_product, "See product.h."),
+    METHOD(quantize, "See rows.h."),
+    METHOD(rms_norm, "See rows.h."),
+    METHOD(silu_mul, "See rows.h."),
+    METHOD(finish, "See rows.h."),
+    METHOD(finish_gated, "See rows.h."),
+    METHOD(rope_and_cache, "See attention.h."),
+    METHOD(decode_attention, "See attention.h."),
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "native", "Ops on CPU tensors in C.", -1, methods,
+                                    NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit_native(void) { return PyModule_Create(&module); }

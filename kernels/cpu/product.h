@@ -1,0 +1,11 @@
+#ifndef OTTAVA_PRODUCT_H
+#define OTTAVA_PRODUCT_H
+
+#include "native.h"
+
+/* acc [rows, columns] int32 = x [rows, depth] weight [columns, depth]^T, exact for every int8 and a depth of up to
+ * 131,071. The strides are of rows; the depth is contiguous in both. -1 if there is no memory, else 0. */
+int int8_product(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
+                 int64_t depth, int64_t x_stride, int64_t weight_stride);
+
+#endif

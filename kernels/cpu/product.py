@@ -1,0 +1,56 @@
+"""The int8 product on a CPU, by the fastest exact way that the processor has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import WHY_NOT, native
+
+EXACT_DEPTH = 1024
+"""Products of codes summed over so many columns stay below 2**24, up to which float32 holds every integer."""
+
+HAS_INT8_DOT = torch.cpu._is_vnni_supported()
+"""Whether `torch._int_mm` has instructions for int8 here. Without them it is a plain loop, 13 to 30 times slower."""
+
+
+def int8_product(x_q: Tensor, weight_q: Tensor, out: Tensor | None = None) -> Tensor:
+    """x_q [T, K] @ weight_q [N, K]^T, both int8 with contiguous rows, in exact int32 [T, N]; K at most 131,071.
+
+    out: int32 [T, N], contiguous, to write to; new if None.
+    """
+    if out is None:
+        out = torch.empty(x_q.shape[0], weight_q.shape[0], dtype=torch.int32)
+    if HAS_INT8_DOT:
+        _by_int_mm(x_q, weight_q, out)
+    elif WHY_NOT is None:
+        _in_c(x_q, weight_q, out)
+    else:
+        _by_float_sums(x_q, weight_q, out)
+    return out
+
+
+def _by_int_mm(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
+    torch._int_mm(x_q.contiguous(), weight_q.t(), out=out)
+
+
+def _in_c(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
+    num_rows, num_columns = out.shape
+    native.int8_product(
+        x_q.data_ptr(),
+        weight_q.data_ptr(),
+        out.data_ptr(),
+        num_rows,
+        num_columns,
+        x_q.shape[1],
+        x_q.stride(0),
+        weight_q.stride(0),
+    )
+
+
+def _by_float_sums(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
+    """In float32, over so few columns at a time that no sum is rounded."""
+    out.zero_()
+    for start in range(0, x_q.shape[1], EXACT_DEPTH):
+        columns = slice(start, start + EXACT_DEPTH)
+        out.add_((x_q[:, columns].float() @ weight_q[:, columns].float().t()).to(torch.int32))

@@ -1,0 +1,216 @@
+#include "rows.h"
+
+#include "exponential.h"
+#include "sums.h"
+
+#define CODE_MAX 127.0f
+#define TINY 0x1p-100f
+enum { WORK_OF_A_PIECE = 16384, COLUMNS_AT_ONCE = 512 };
+
+/* The largest magnitude, and NaN if there is one: as bits without a sign NaN is above every number. */
+INLINE float absmax_of(const float *restrict x, int64_t n) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
+    }
+    float value;
+    memcpy(&value, &largest, 4);
+    return value;
+}
+
+INLINE void round_row(int8_t *restrict codes, const float *restrict x, float scale, float least, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float code = x[i] / scale;
+        code = code < least ? least : code;
+        code = code > CODE_MAX ? CODE_MAX : code;
+        codes[i] = (int8_t)(int32_t)((code + ROUNDER) - ROUNDER);
+    }
+}
+
+/* Row r of a result of n columns, to where it goes. */
+INLINE void put_row(struct target to, int64_t r, const float *restrict x, int64_t n) {
+    if (to.codes == NULL) {
+        write_floats((char *)to.out + r * n * size_of(to.dtype), x, to.dtype, n);
+        return;
+    }
+    int8_t *codes = to.codes + r * n;
+    if (to.is_static) {
+        round_row(codes, x, to.scale[0], -128.0f, n);
+        return;
+    }
+    float absmax = absmax_of(x, n);
+    if (absmax < TINY) {
+        to.scale[r] = 1.0f;
+        memset(codes, 0, n);
+        return;
+    }
+    to.scale[r] = absmax / CODE_MAX;
+    round_row(codes, x, to.scale[r], -CODE_MAX, n);
+}
+
+struct rows {
+    const void *x, *residual, *weight;
+    void *summed;
+    int64_t dtype, weight_dtype, stride, num_rows, width;
+    float eps;
+    struct target to;
+    int failed;
+};
+
+static int run(struct rows *task, body body) {
+    parallel_for(task->num_rows, 1 + WORK_OF_A_PIECE / (task->width + 1), body, task);
+    return task->failed ? -1 : 0;
+}
+
+VECTOR static void quantize_rows_of(int64_t begin, int64_t end, void *context) {
+    struct rows *task = context;
+    float *row = malloc((size_t)task->width * sizeof *row + 1);
+    if (row == NULL) {
+        task->failed = 1;
+        return;
+    }
+    for (int64_t r = begin; r < end; r++) {
+        const char *x = (const char *)task->x + r * task->stride * size_of(task->dtype);
+        read_floats(row, x, task->dtype, task->width);
+        put_row(task->to, r, row, task->width);
+    }
+    free(row);
+}
+
+int quantize(const void *x, int64_t dtype, int64_t stride, int64_t num_rows, int64_t width, struct target to) {
+    struct rows task = {.x = x, .dtype = dtype, .stride = stride, .num_rows = num_rows, .width = width, .to = to};
+    return run(&task, quantize_rows_of);
+}
+
+VECTOR static void norm_rows_of(int64_t begin, int64_t end, void *context) {
+    struct rows *task = context;
+    int64_t n = task->width, row_bytes = n * size_of(task->dtype);
+    float *h = malloc((size_t)n * 3 * sizeof *h + 1), *added = h + n, *weight = added + n;
+    if (h == NULL) {
+        task->failed = 1;
+        return;
+    }
+    read_floats(weight, task->weight, task->weight_dtype, n);
+    for (int64_t r = begin; r < end; r++) {
+        read_floats(h, (const char *)task->x + r * row_bytes, task->dtype, n);
+        if (task->residual != NULL) {
+            read_floats(added, (const char *)task->residual + r * row_bytes, task->dtype, n);
+            for (int64_t i = 0; i < n; i++) h[i] += added[i];
+            char *summed = (char *)task->summed + r * row_bytes;
+            write_floats(summed, h, task->dtype, n);
+            read_floats(h, summed, task->dtype, n);
+        }
+        float inverse = 1.0f / __builtin_sqrtf(dot(h, h, n) / (float)n + task->eps);
+        for (int64_t i = 0; i < n; i++) h[i] = h[i] * inverse * weight[i];
+        put_row(task->to, r, h, n);
+    }
+    free(h);
+}
+
+int rms_norm(const void *x, const void *residual, void *summed, int64_t dtype, const void *weight, int64_t weight_dtype,
+             float eps, int64_t num_rows, int64_t width, struct target to) {
+    struct rows task = {.x = x, .residual = residual, .summed = summed, .dtype = dtype, .weight = weight,
+                        .weight_dtype = weight_dtype, .eps = eps, .num_rows = num_rows, .width = width, .to = to};
+    return run(&task, norm_rows_of);
+}
+
+VECTOR static void gate_rows_of(int64_t begin, int64_t end, void *context) {
+    struct rows *task = context;
+    int64_t n = task->width, row_bytes = 2 * n * size_of(task->dtype);
+    float *gate = malloc((size_t)n * 2 * sizeof *gate + 1), *up = gate + n;
+    if (gate == NULL) {
+        task->failed = 1;
+        return;
+    }
+    for (int64_t r = begin; r < end; r++) {
+        read_floats(gate, (const char *)task->x + r * row_bytes, task->dtype, 2 * n);
+        for (int64_t i = 0; i < n; i++) gate[i] = silu(gate[i]) * up[i];
+        put_row(task->to, r, gate, n);
+    }
+    free(gate);
+}
+
+int silu_mul(const void *gate_up, int64_t dtype, int64_t num_rows, int64_t width, struct target to) {
+    struct rows task = {.x = gate_up, .dtype = dtype, .num_rows = num_rows, .width = width, .to = to};
+    return run(&task, gate_rows_of);
+}
+
+struct finished {
+    struct epilogue from;
+    struct target to;
+    int failed;
+};
+
+/* y = acc * weight_scale * x_scale + bias, columns begin .. begin + n of row r. */
+INLINE void scaled(float *restrict y, const struct epilogue *from, int64_t r, int64_t begin, int64_t n) {
+    const int32_t *restrict acc = from->acc + r * from->num_columns + begin;
+    float x_scale = from->x_scale[r * from->x_stride];
+    if (from->weight_stride) {
+        const float *restrict weight_scale = from->weight_scale + begin;
+        for (int64_t i = 0; i < n; i++) y[i] = (float)acc[i] * weight_scale[i] * x_scale;
+    } else {
+        float weight_scale = from->weight_scale[0];
+        for (int64_t i = 0; i < n; i++) y[i] = (float)acc[i] * weight_scale * x_scale;
+    }
+}
+
+INLINE void add_floats(float *restrict y, const void *added, int64_t dtype, int64_t begin, int64_t n) {
+    if (dtype == FLOAT32) {
+        const float *restrict values = (const float *)added + begin;
+        for (int64_t i = 0; i < n; i++) y[i] += values[i];
+    } else {
+        const uint16_t *restrict values = (const uint16_t *)added + begin;
+        for (int64_t i = 0; i < n; i++) y[i] += of_bfloat16(values[i]);
+    }
+}
+
+VECTOR static void finish_pieces(int64_t begin, int64_t end, void *context) {
+    const struct finished *task = context;
+    const struct epilogue *from = &task->from;
+    int64_t pieces = (from->num_columns + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
+    float y[COLUMNS_AT_ONCE];
+    for (int64_t piece = begin; piece < end; piece++) {
+        int64_t r = piece / pieces, first = piece % pieces * COLUMNS_AT_ONCE, left = from->num_columns - first;
+        int64_t n = left < COLUMNS_AT_ONCE ? left : COLUMNS_AT_ONCE, row = r * from->num_columns;
+        scaled(y, from, r, first, n);
+        if (from->bias != NULL) add_floats(y, from->bias, from->bias_dtype, first, n);
+        if (from->residual != NULL) add_floats(y, from->residual, from->residual_dtype, row + first, n);
+        write_floats((char *)task->to.out + (row + first) * size_of(task->to.dtype), y, task->to.dtype, n);
+    }
+}
+
+int finish(struct epilogue from, struct target to) {
+    struct finished task = {from, to, 0};
+    int64_t pieces = (from.num_columns + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
+    parallel_for(from.num_rows * pieces, WORK_OF_A_PIECE / COLUMNS_AT_ONCE, finish_pieces, &task);
+    return 0;
+}
+
+VECTOR static void finish_gated_rows(int64_t begin, int64_t end, void *context) {
+    struct finished *task = context;
+    const struct epilogue *from = &task->from;
+    int64_t n = from->num_columns / 2;
+    float *pairs = malloc((size_t)n * 3 * sizeof *pairs + 1), *restrict y = pairs + 2 * n;
+    if (pairs == NULL) {
+        task->failed = 1;
+        return;
+    }
+    for (int64_t r = begin; r < end; r++) {
+        scaled(pairs, from, r, 0, 2 * n);
+        if (from->bias != NULL) add_floats(pairs, from->bias, from->bias_dtype, 0, 2 * n);
+        for (int64_t i = 0; i < n; i++) y[i] = silu(pairs[2 * i]) * pairs[2 * i + 1];
+        if (task->to.dtype == BFLOAT16)
+            for (int64_t i = 0; i < n; i++) y[i] = of_bfloat16(to_bfloat16(y[i]));
+        put_row(task->to, r, y, n);
+    }
+    free(pairs);
+}
+
+int finish_gated(struct epilogue from, struct target to) {
+    struct finished task = {from, to, 0};
+    parallel_for(from.num_rows, 1 + WORK_OF_A_PIECE / 4 / (from.num_columns + 1), finish_gated_rows, &task);
+    return task.failed ? -1 : 0;
+}

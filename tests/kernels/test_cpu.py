@@ -1,0 +1,333 @@
+"""The ops in C, against the equations in float64 and against the reference, whose roundings they share."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.cpu import library, ops, product
+from kernels.quantized import Quantized, ToInt8
+from tests.support.kernel_checks import check_codes, check_float, codes_of, floats_of
+
+EPS = 1e-5
+DTYPES = [torch.float32, torch.bfloat16]
+STATIC = torch.tensor([0.02])
+in_c = pytest.mark.skipif(library.WHY_NOT is not None, reason=f"not in C: {library.WHY_NOT}")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(sum((i + 1) * size for i, size in enumerate(shape)))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def codes(*shape: int) -> Tensor:
+    """Every int8, -128 too."""
+    generator = torch.Generator().manual_seed(sum((i + 1) * size for i, size in enumerate(shape)))
+    return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+
+
+def hostile(T: int, K: int, dtype: torch.dtype) -> Tensor:
+    """Rows of zeros, of numbers too small for a scale, and of ties, and one with an outlier."""
+    x = randn(T, K, dtype=dtype)
+    x[0] *= 100
+    if T > 3:
+        x[1], x[2], x[3] = 0, 2.0**-110, torch.arange(K) % 255 - 127
+        x[3] += 0.5
+    return x
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("gcc") is None, reason="needs x86 and a C compiler")
+def test_the_extension_is_compiled_where_it_can_be() -> None:
+    assert library.WHY_NOT in (None, "this processor has no AVX2")
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+    "C": product._in_c,
+    "torch": product._by_int_mm,
+    "float sums": product._by_float_sums,
+}
+
+
+@pytest.mark.parametrize("way", PRODUCTS)
+def test_every_product_is_exact(way: str) -> None:
+    if way == "C" and library.WHY_NOT is not None:
+        pytest.skip(library.WHY_NOT)
+    for T in (1, 2, 3, 4, 5, 131):
+        for N, K in ((1, 1), (33, 17), (50, 44), (48, 576), (7, 2100)):
+            x, weight = codes(T, K + 3)[:, :K], codes(N, K + 5)[:, 5:]
+            acc = torch.full((T, N), 77, dtype=torch.int32)
+            PRODUCTS[way](x, weight, acc)
+            assert torch.equal(acc.long(), x.long() @ weight.long().t()), (T, N, K)
+    # The longest sums, of the largest terms: beyond float32's integers, and within one of int32's end.
+    deep = torch.full((1, 131_071), -128, dtype=torch.int8)
+    acc = torch.empty(1, 1, dtype=torch.int32)
+    PRODUCTS[way](deep, deep, acc)
+    assert acc.item() == 131_071 * 128 * 128
+
+
+@in_c
+def test_a_product_over_nothing_is_zero() -> None:
+    acc = torch.full((3, 5), 77, dtype=torch.int32)
+    product._in_c(codes(3, 0), codes(5, 0), acc)
+    assert not acc.any()
+
+
+@in_c
+@each_dtype
+@pytest.mark.parametrize("T", [0, 1, 3, 128, 129, 300])
+def test_int8_linear_has_the_bits_of_the_reference(T: int, dtype: torch.dtype) -> None:
+    K, N = 100, 530
+    weight_q, bias, residual = codes(N, K), randn(N, dtype=dtype), randn(T, N, dtype=dtype)
+    for x_scale in (randn(T).abs(), STATIC):
+        for weight_scale in (randn(N).abs(), STATIC):
+            for b, r in ((None, None), (bias, residual), (bias.float(), None), (None, residual.float())):
+                x = Quantized(codes(T, K), x_scale)
+                got = ops.int8_linear(x, weight_q, weight_scale, b, r, dtype)
+                assert torch.equal(got, reference.int8_linear(x, weight_q, weight_scale, b, r, dtype))
+
+
+@in_c
+@each_dtype
+@pytest.mark.parametrize("T", [0, 1, 129])
+@pytest.mark.parametrize("quantize", [None, ToInt8(), ToInt8(STATIC)], ids=["float", "row", "static"])
+def test_int8_gated_linear(T: int, dtype: torch.dtype, quantize: ToInt8 | None) -> None:
+    K, N = 60, 2 * 77
+    x, weight_q = Quantized(codes(T, K), randn(T).abs() / 20), codes(N, K)
+    for weight_scale, bias in ((randn(N).abs() / 50, randn(N, dtype=dtype)), (STATIC, None)):
+        got = ops.int8_gated_linear(x, weight_q, weight_scale, bias, dtype, quantize)
+        z = (x.codes.double() @ weight_q.double().t()) * x.scale.double()[:, None] * weight_scale.double()
+        z = z if bias is None else z + bias.double()
+        want = z[:, ::2] / (1 + torch.exp(-z[:, ::2])) * z[:, 1::2]
+        if T == 0:
+            assert len(got[0] if isinstance(got, Quantized) else got) == 0
+        elif quantize is None:
+            check_float(got, want, dtype)
+        else:
+            # Rounded to dtype first, as the docstring has it; ties of that rounding may fall either way.
+            plain = floats_of(ops.int8_gated_linear(x, weight_q, weight_scale, bias, dtype))
+            check_codes(got, plain.double(), quantize.scale)
+
+
+@in_c
+@each_dtype
+@pytest.mark.parametrize("quantize", [None, ToInt8(), ToInt8(STATIC)], ids=["float", "row", "static"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(dtype: torch.dtype, quantize: ToInt8 | None, with_residual: bool) -> None:
+    for T, K in ((1, 64), (17, 100), (63, 576), (300, 7)):
+        x, weight = hostile(T, K, dtype), randn(K, dtype=dtype)
+        residual = randn(T, K, dtype=dtype) if with_residual else None
+        y, h = ops.rms_norm(x, weight, EPS, residual, quantize)
+        assert torch.equal(h, x if residual is None else x + residual)
+        exact = h.double()
+        want = exact / (exact.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+        if quantize is None:
+            check_float(y, want, dtype)
+        else:
+            check_codes(y, want, quantize.scale)
+
+
+@in_c
+@each_dtype
+def test_codes_have_the_bits_of_the_reference(dtype: torch.dtype) -> None:
+    for T, K in ((0, 8), (1, 1), (5, 100), (300, 576)):
+        x = hostile(T, K, dtype) if T else randn(T, K, dtype=dtype)
+        for apart in (x, torch.cat((x, x), 1)[:, :K]):
+            got, want = ops.quantize_rows(apart), reference.quantize_rows(apart)
+            assert torch.equal(got.codes, want.codes)
+            assert torch.equal(got.scale, want.scale)
+            static = ops.quantize_tensor(apart, STATIC)
+            assert torch.equal(static.codes, reference.quantize_tensor(apart, STATIC).codes)
+            assert static.scale is STATIC
+
+
+@in_c
+@pytest.mark.parametrize("fault", [float("nan"), float("inf"), float("-inf")])
+def test_a_fault_shows_in_the_scale_of_its_row(fault: float) -> None:
+    x, weight = randn(3, 100), randn(100)
+    x[1, 50] = fault
+    gate_up = torch.cat((x, x), 1)
+    for y in (ops.quantize_rows(x), ops.rms_norm(x, weight, EPS, None, ToInt8())[0], ops.silu_mul(gate_up, ToInt8())):
+        assert codes_of(y).scale.isfinite().tolist() == [True, False, True]
+
+
+@in_c
+@each_dtype
+def test_silu_mul(dtype: torch.dtype) -> None:
+    gate = torch.cat((torch.linspace(-200, 200, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3e4, -3e4])))
+    gate_up = torch.stack((gate, randn(len(gate)))).to(dtype).flatten()[None]
+    x = gate_up.double()
+    want = x[:, : len(gate)] / (1 + torch.exp(-x[:, : len(gate)])) * x[:, len(gate) :]
+    check_float(ops.silu_mul(gate_up), want, dtype)
+    # By the value itself, not by the largest of the row: e^x within 2 ulp, and a sum, a quotient and a product.
+    got = ops.silu_mul(gate_up.float())
+    is_normal = want.abs() > 1e-30
+    error = ((floats_of(got).double() - want).abs() / want.abs())[is_normal]
+    assert error.max().item() < 6 * 2.0**-23
+    check_codes(ops.silu_mul(gate_up.float(), ToInt8()), want)
+
+
+def caches(dtype: torch.dtype, num_blocks: int, block_size: int, G: int, D: int) -> tuple[Tensor, Tensor]:
+    """What no slot holds is NaN: reading it would show."""
+    shape = (num_blocks, block_size, G, D)
+    return torch.full(shape, float("nan"), dtype=dtype), torch.full(shape, float("nan"), dtype=dtype)
+
+
+@in_c
+@each_dtype
+@pytest.mark.parametrize("rotated", [0, 16, 64])
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_rope_and_cache(dtype: torch.dtype, rotated: int, with_norm: bool) -> None:
+    T, H, G, D = 37, 6, 2, 64
+    qkv = randn(T, (H + 2 * G) * D, dtype=dtype)
+    positions, slots = torch.arange(T, dtype=torch.int32) * 3, torch.randperm(T + 7)[:T].to(torch.int32)
+    slots[5] = slots[9] = -1
+    cos_sin = randn(3 * T, rotated)
+    q_weight, k_weight = (randn(D, dtype=dtype), randn(D + 1, dtype=dtype)[1:].clone()) if with_norm else (None, None)
+    got_caches, want_caches = (caches(dtype, 3, 16, G, D) for _ in range(2))
+    q = ops.rope_and_cache(qkv, positions, slots, cos_sin, *got_caches, H, q_weight, k_weight, EPS)
+    want = reference.rope_and_cache(qkv, positions, slots, cos_sin, *want_caches, H, q_weight, k_weight, EPS)
+    # With norms the squares are summed in another order.
+    slack = torch.finfo(dtype).eps * 4 if with_norm else 0.0
+    for got, wanted in ((q, want), *zip(got_caches, want_caches, strict=True)):
+        assert torch.equal(got.isnan(), wanted.isnan())
+        error = (got.float() - wanted.float()).abs().nan_to_num()
+        assert bool((error <= slack * wanted.float().abs().nan_to_num().clamp(min=1)).all())
+
+
+def decode_case(
+    dtype: torch.dtype, contexts: list[int], G: int = 2, shared: int = 3, D: int = 64
+) -> tuple[Tensor, ...]:
+    """q, caches, block tables and contexts; blocks are dealt in no order, and unwritten slots hold NaN."""
+    block_size = 16
+    needed = [-(-context // block_size) for context in contexts]
+    order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    tables = torch.full((len(contexts), max(needed) + 2), 10**6, dtype=torch.int32)
+    keys, values = caches(dtype, sum(needed), block_size, G, D)
+    for b, (context, count, start) in enumerate(
+        zip(contexts, needed, (sum(needed[:b]) for b in range(len(needed))), strict=True)
+    ):
+        tables[b, :count] = order[start : start + count]
+        for token in range(context):
+            at = tables[b, token // block_size], token % block_size
+            keys[at], values[at] = (
+                randn(G, D, token + 1, dtype=dtype)[..., -1],
+                randn(G, D, token + 2, dtype=dtype)[..., -1],
+            )
+    q = randn(len(contexts), G * shared, D, dtype=dtype)
+    return q, keys, values, tables, torch.tensor(contexts, dtype=torch.int32)
+
+
+def exact_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, scale: float, window: int | None
+) -> Tensor:
+    rows = []
+    for b, context in enumerate(contexts.tolist()):
+        first = 0 if window is None else max(0, context - window)
+        slots = [(int(tables[b, token // 16]), token % 16) for token in range(first, context)]
+        k, v = (torch.stack([cache[slot] for slot in slots]).double() for cache in (keys, values))
+        heads = q[b].double().view(k.shape[1], -1, k.shape[2])
+        weights = (torch.einsum("grd,tgd->grt", heads, k) * scale).softmax(-1)
+        rows.append(torch.einsum("grt,tgd->grd", weights, v).flatten())
+    return torch.stack(rows)
+
+
+@in_c
+@each_dtype
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_decode_attention(dtype: torch.dtype, window: int | None) -> None:
+    for D, shared in ((64, 3), (20, 1), (128, 4)):
+        q, keys, values, tables, contexts = decode_case(dtype, [1, 16, 17, 90], shared=shared, D=D)
+        starts = torch.arange(5, dtype=torch.int32)
+        scale = D**-0.5
+        got = ops.paged_attention(q, keys, values, tables, starts, contexts, True, scale, window=window)
+        want = exact_attention(q, keys, values, tables, contexts, scale, window)
+        check_float(got, want, dtype)
+        quantized = ops.paged_attention(q, keys, values, tables, starts, contexts, True, scale, ToInt8(), window)
+        check_codes(quantized, floats_of(got).double())
+
+
+@in_c
+def test_a_row_has_the_same_bits_alone_and_in_company_and_beside_prompts() -> None:
+    q, keys, values, tables, contexts = decode_case(torch.float32, [33, 5, 80])
+    scale, starts = 0.125, torch.arange(4, dtype=torch.int32)
+    attend = partial(ops.paged_attention, k_cache=keys, v_cache=values, scale=scale)
+    together = floats_of(attend(q, block_tables=tables, query_starts=starts, context_lens=contexts, is_decode=True))
+    for b in range(3):
+        alone = attend(
+            q[b : b + 1], block_tables=tables[b : b + 1], query_starts=starts[:2], context_lens=contexts[b : b + 1],
+            is_decode=True,
+        )  # fmt: skip
+        assert torch.equal(floats_of(alone)[0], together[b])
+    # The first two as single rows, the last one as a prompt of four rows.
+    mixed = floats_of(
+        attend(
+            torch.cat((q[:2], randn(4, *q.shape[1:]))), block_tables=tables,
+            query_starts=torch.tensor([0, 1, 2, 6], dtype=torch.int32), context_lens=contexts, is_decode=False,
+        )
+    )  # fmt: skip
+    assert torch.equal(mixed[:2], together[:2])
+    assert mixed.isfinite().all()
+
+
+@in_c
+def test_threads_change_no_bit() -> None:
+    q, keys, values, tables, contexts = decode_case(torch.float32, [300] * 8)
+    x, weight_q, weight = Quantized(codes(200, 576), randn(200).abs()), codes(600, 576), randn(576)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append([
+                ops.int8_linear(x, weight_q, STATIC, out_dtype=torch.float32),
+                floats_of(ops.int8_gated_linear(x, weight_q, STATIC, out_dtype=torch.float32)),
+                floats_of(ops.rms_norm(randn(200, 576), weight, EPS)[0]),
+                floats_of(ops.silu_mul(randn(200, 1152))),
+                floats_of(ops.paged_attention(q, keys, values, tables, torch.arange(9).int(), contexts, True, 0.1)),
+            ])  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(torch.equal(first, other) for first, other in zip(results[0], others, strict=True))
+
+
+@in_c
+def test_what_the_c_does_not_take_goes_to_the_reference() -> None:
+    x = randn(3, 64, dtype=torch.float16)
+    assert torch.equal(ops.quantize_rows(x).codes, reference.quantize_rows(x).codes)
+    assert torch.equal(floats_of(ops.silu_mul(x)), floats_of(reference.silu_mul(x)))
+    columns = randn(64, 3).t()
+    assert torch.equal(ops.quantize_rows(columns).codes, reference.quantize_rows(columns).codes)
+    y, _ = ops.rms_norm(columns, randn(64), EPS)
+    assert torch.equal(floats_of(y), floats_of(reference.rms_norm(columns, randn(64), EPS)[0]))
+    q, keys, values, tables, contexts = decode_case(torch.float32, [5, 40])
+    keys, values = keys.nan_to_num(), values.nan_to_num()
+    rounded = reference.quantize_rows(keys.view(-1, 64))
+    int8_keys = Quantized(rounded.codes.view(keys.shape), rounded.scale.view(keys.shape[:3]))
+    for k, soft_cap in ((keys, 2.0), (int8_keys, None)):
+        args = (q, k, int8_keys if soft_cap is None else values, tables, torch.arange(3).int(), contexts, True, 0.1)
+        got = ops.paged_attention(*args, soft_cap=soft_cap)
+        assert torch.equal(floats_of(got), floats_of(reference.paged_attention(*args, soft_cap=soft_cap)))
+
+
+def test_without_the_extension_every_op_is_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "WHY_NOT", "it was not compiled")
+    monkeypatch.setattr(product, "WHY_NOT", "it was not compiled")
+    x = randn(5, 96)
+    got, want = ops.quantize_rows(x), reference.quantize_rows(x)
+    assert torch.equal(got.codes, want.codes)
+    weight_q, weight_scale = codes(40, 96), randn(40).abs()
+    y = ops.int8_linear(got, weight_q, weight_scale, out_dtype=torch.float32)
+    check_float(
+        y,
+        (got.codes.double() @ weight_q.double().t()) * got.scale.double()[:, None] * weight_scale.double(),
+        torch.float32,
+    )
