@@ -16,7 +16,7 @@ from kernels import Quantized
 from quant.part import WHOLE, Part
 from quant.scheme import PRESETS
 from service.models.attention import KVCache, Rows
-from service.models.config import ModelConfig, linear_names
+from service.models.config import ModelConfig
 from service.models.decoder import Layer
 from service.models.random_weights import RandomWeights
 from service.models.weights import Linear, Weights
@@ -101,7 +101,7 @@ def layer_work(config: ModelConfig, tokens: int, num_keys: int, variant: str) ->
 def _layers(config: ModelConfig, variant: str, device: torch.device) -> list[Layer]:
     """Layers on a device; drawn where the angles are, so the same on any."""
     scheme = PRESETS["w8a8" if variant == INT8_KV else variant]
-    weights = Moved(RandomWeights(scheme, linear_names(config), torch.float16, config.rope.device), device)
+    weights = Moved(RandomWeights(scheme, config, torch.float16, config.rope.device), device)
     return [Layer(config, weights, index) for index in range(NUM_LAYERS)]
 
 

@@ -27,7 +27,7 @@ from quant.convert.decoder_layers import skeleton
 from quant.convert.layer import Recipe
 from quant.convert.model import quantize_checkpoint
 from quant.scheme import PRESETS, Scheme
-from service.models.config import ModelConfig, linear_names, smooth_groups
+from service.models.config import ModelConfig, down_names, linear_names, smooth_groups
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 
@@ -101,6 +101,7 @@ def quantize(source: Path, out: Path, scheme: Scheme, num_tokens: int, peaks: li
         Recipe(
             scheme=scheme,
             linear_names=tuple(names),
+            down_names=down_names(config),
             groups=tuple(smooth_groups(config)),
             dtype=config.dtype,
             windows=tokens if scheme.needs_calibration else None,

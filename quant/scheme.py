@@ -73,6 +73,8 @@ class Scheme:
         sink: tokens that every text begins with, for which the float model's keys and values stand in; see
             `quant.checkpoint.sink`.
         is_rotated: whether the residual stream and the values are rotated first; see `quant.convert.rotate`.
+        has_token_down: whether the input of each MLP's last Linear has a scale per token, though activation is
+            "static": its tokens differ by a hundred times wherever they stand, so no range fits them all.
         group_size: inputs that share a scale, a power of two from 32, with weight "group"; None otherwise.
         is_distilled: whether each layer's weights are trained towards the float layer's output before they are rounded.
 
@@ -97,6 +99,7 @@ class Scheme:
     is_distilled: bool = False
     sink: tuple[int, ...] = ()
     is_rotated: bool = False
+    has_token_down: bool = False
 
     def __post_init__(self) -> None:
         _require("weight", self.weight, _WEIGHTS)
@@ -116,6 +119,11 @@ class Scheme:
             raise InvalidScheme(f"sink = {list(self.sink)!r}: {wrong!r} is no token id; give numbers from 0")
         if len(self.sink) > MAX_SINK_TOKENS:
             raise InvalidScheme(f"sink has {len(self.sink)} tokens, and the limit is {MAX_SINK_TOKENS}; give fewer")
+        if self.has_token_down and self.activation != "static":
+            raise InvalidScheme(
+                f"has_token_down with activation {self.activation!r} changes nothing: 'static' alone takes it; leave "
+                "it False"
+            )
         self._check_smoothing()
         self._check_group_size()
         self._check_outliers()
@@ -230,6 +238,10 @@ class Scheme:
         """The same scheme with or without rotation, if the scheme is int8."""
         return replace(self, is_rotated=is_rotated) if self.is_int8 else self
 
+    def of_down(self) -> Scheme:
+        """What the last Linears of MLPs are quantized by: this scheme, or its like with scales per token."""
+        return replace(self, activation="token", has_token_down=False) if self.has_token_down else self
+
     def with_rounding(self, rounding: Rounding | None) -> Scheme:
         """The same scheme with another rounding of weights, if one is given and the scheme is int8.
 
@@ -267,6 +279,8 @@ class Scheme:
             extras.append("not smoothed" if self.smoothing is None else f"alpha {_alpha_text(self.smoothing)}")
         if self.rounding != preset.rounding:
             extras.append(self.rounding)
+        if preset.has_token_down and self.activation == "static" and not self.has_token_down:
+            extras.append("static everywhere")
         if self.is_rotated:
             extras.append("rotated")
         if self.sink:
@@ -304,6 +318,8 @@ class Scheme:
     def describe(self) -> str:
         """One sentence for tables, logs and /info."""
         parts = [_WEIGHTS[self.weight].format(group_size=self.group_size), _ACTIVATIONS[self.activation]]
+        if self.has_token_down:
+            parts.append("one per token at the input of each MLP's last Linear")
         if self.is_rotated:
             parts.append("the residual stream and values rotated")
         if self.smoothing is not None:
@@ -345,7 +361,7 @@ PRESETS: dict[str, Scheme] = {
         Scheme("rtn-dynamic", weight="tensor", activation="tensor"),
         Scheme("rtn-token", weight="channel", activation="token"),
         Scheme("w8a8", weight="channel", activation="token", smoothing="search"),
-        Scheme("w8a8-static", weight="channel", activation="static", smoothing="search"),
+        Scheme("w8a8-static", weight="channel", activation="static", smoothing="search", has_token_down=True),
         Scheme("smoothquant-o1", weight="tensor", activation="token", smoothing="search"),
         Scheme("smoothquant-o2", weight="tensor", activation="tensor", smoothing="search"),
         Scheme("smoothquant-o3", weight="tensor", activation="static", smoothing="search"),

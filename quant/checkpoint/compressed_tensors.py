@@ -8,7 +8,7 @@ per tensor, the last also asymmetric.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from quant.checkpoint.targets import LinearFormat, Quantization
@@ -95,7 +95,7 @@ def parse(config: Mapping[str, Any]) -> Quantization | None:
     return Quantization(targets, () if ignore is None else tuple(_strings("ignore", ignore)))
 
 
-def render(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
+def render(scheme: Scheme, ignore: list[str], down_names: Iterable[str] = ()) -> dict[str, Any]:
     """The `quantization_config` of a scheme's checkpoint, with keys that compressed-tensors knows.
 
     It does not describe the KV cache: servers take a kv_cache_scheme for calibrated float8 scales.
@@ -103,7 +103,26 @@ def render(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
     Args:
         scheme: an int8 scheme.
         ignore: names of the Linears that stay float.
+        down_names: of the last Linears of MLPs, which a scheme may treat as a group of their own.
     """
+    groups = [(["Linear"], scheme)]
+    if scheme.has_token_down and (patterns := _patterns(down_names)):
+        groups.append((patterns, scheme.of_down()))
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ignore,
+        "config_groups": {f"group_{i}": _group(targets, each) for i, (targets, each) in enumerate(groups)},
+    }
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Patterns of these names, one for all layers and experts: their numbers are left open."""
+    return sorted({"re:" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "$" for name in names})
+
+
+def _group(targets: list[str], scheme: Scheme) -> dict[str, Any]:
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": scheme.weight, "dynamic": False}
     if scheme.weight == "group":
         weights["group_size"] = scheme.group_size
@@ -114,15 +133,7 @@ def render(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
         "strategy": "token" if scheme.activation == "token" else "tensor",
         "dynamic": scheme.activation != "static",
     }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "ignore": ignore,
-        "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations},
-        },
-    }
+    return {"targets": targets, "weights": weights, "input_activations": activations}
 
 
 def _check_top_level(quantization: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ def notes_of(scheme: Scheme) -> dict[str, Any]:
         "is_distilled": scheme.is_distilled,
         "sink": list(scheme.sink),
         "is_rotated": scheme.is_rotated,
+        "has_token_down": scheme.has_token_down,
     }
 
 
@@ -45,12 +46,16 @@ def _token_ids(noted: Any) -> tuple[int, ...]:
 
 
 def schemes_of(quantization: Quantization | None, notes: dict[str, Any]) -> tuple[Scheme, ...]:
-    """One scheme for each format of the config, completed by the notes.
+    """One scheme for each format of the config, completed by the notes; scales per token for the last Linears of MLPs
+    are a part of a static scheme that has them.
 
     Raises:
         InvalidScheme: the notes have a value that no scheme of that format takes.
     """
-    name = notes.get("scheme")
+    name, has_token_down = notes.get("scheme"), notes.get("has_token_down", False)
+    formats = quantization.formats if quantization is not None else ()
+    if has_token_down:
+        formats = tuple(each for each in formats if each.activation == "static")
     return tuple(
         Scheme(
             name if isinstance(name, str) else linear_format.name,
@@ -64,6 +69,7 @@ def schemes_of(quantization: Quantization | None, notes: dict[str, Any]) -> tupl
             is_distilled=notes.get("is_distilled", False),
             sink=_token_ids(notes.get("sink", [])),
             is_rotated=notes.get("is_rotated", False),
+            has_token_down=has_token_down,
         )
-        for linear_format in (quantization.formats if quantization is not None else ())
+        for linear_format in formats
     )

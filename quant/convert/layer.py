@@ -30,6 +30,7 @@ class Recipe:
 
     scheme: an int8 scheme; a group size that does not divide every width is halved until it does.
     linear_names: the Linears to quantize; every other matrix stays float, as lm_head does.
+    down_names: those of them that are the last Linear of an MLP.
     groups: what to smooth, if the scheme smooths.
     dtype: float16, bfloat16 or float32; of norms, embeddings, biases and stored scales.
     windows: [n, L] int64 token ids to calibrate on, which begin with the scheme's sink; None where the scheme needs no
@@ -44,11 +45,16 @@ class Recipe:
     linear_names: tuple[str, ...]
     groups: tuple[SmoothGroup, ...]
     dtype: torch.dtype
+    down_names: frozenset[str] = frozenset()
     windows: Tensor | None = None
     device: torch.device | str = "cpu"
     seed: int = 0
     qkv_names: tuple[tuple[str, ...], ...] = ()
     stream: Stream | None = None
+
+    def scheme_of(self, name: str) -> Scheme:
+        """What the Linear of that name is quantized by."""
+        return self.scheme.of_down() if name in self.down_names else self.scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +132,7 @@ class LayerQuantizer:
 
     def _smooth(self, inputs: dict[str, Inputs]) -> None:
         groups = [group for group in self.recipe.groups if self._is_within(group.source)]
-        choices = smooth_layer(self.state, groups, inputs, scheme=self.recipe.scheme, dtype=self.recipe.dtype)
+        choices = smooth_layer(self.state, groups, inputs, scheme_of=self.recipe.scheme_of, dtype=self.recipe.dtype)
         self.notes["alphas"] = {source: choice.note for source, choice in choices.items()}
         splits = {source: choice.split.moved for source, choice in choices.items() if choice.split is not None}
         if splits:
@@ -176,10 +182,11 @@ class LayerQuantizer:
 
     def _ranges(self, inputs: dict[str, Inputs]) -> dict[str, Ranges]:
         """The ranges of each Linear that was reached; readers of one activation share its range."""
-        scheme, found = self.recipe.scheme, dict[str, Ranges]()
-        if scheme.weight != "tensor" and scheme.activation != "static":
+        found = dict[str, Ranges]()
+        if self.recipe.scheme.weight != "tensor" and self.recipe.scheme.activation != "static":
             return found
         for names in readers_of_one(inputs):
+            scheme = self.recipe.scheme_of(names[0])
             weights = {name: self.state[f"{name}.weight"] for name in names}
             try:
                 found |= best_ranges(weights, {name: inputs[name] for name in names}, scheme, self.recipe.dtype)
@@ -191,7 +198,7 @@ class LayerQuantizer:
         return found
 
     def _rounded(self, name: str, inputs: Inputs | None, ranges: Ranges) -> Int8Tensors:
-        scheme, dtype, weight = self.recipe.scheme, self.recipe.dtype, self.state[f"{name}.weight"]
+        scheme, dtype, weight = self.recipe.scheme_of(name), self.recipe.dtype, self.state[f"{name}.weight"]
         try:
             if inputs is None:
                 if scheme.activation == "static":
@@ -220,7 +227,7 @@ class LayerQuantizer:
             ]
             return sum(off) / max(1, len(off))
         for name, tensors in int8.items():
-            linear = tensors.linear(self.recipe.scheme, self.state.get(f"{name}.bias"))
+            linear = tensors.linear(self.recipe.scheme_of(name), self.state.get(f"{name}.bias"))
             self._replace(name, Int8Module(linear))
         exact = hidden[0][:, num_sinks:]
         off_by = (self._run(windows[0])[:, num_sinks:] - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-30)

@@ -26,7 +26,6 @@ from quant.convert.layer import LayerQuantizer, Recipe
 from quant.convert.resume import PartFolder
 from quant.convert.rotate import opener
 from quant.errors import CheckpointError
-from quant.scheme import Scheme
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _EMBEDDINGS = ("embed_tokens", "embed_positions", "embed_in", "wte", "wpe")
@@ -89,7 +88,7 @@ def quantize_checkpoint(
             qkv = _write_tensors(open_files(source), folder, part, recipe.dtype)
             if recipe.scheme.sink:
                 _sink_of(qkv, part, recipe.scheme.sink).save(folder, recipe.dtype)
-            _write_json(folder / "config.json", _int8_config(config, recipe.scheme, ignored, recipe.dtype))
+            _write_json(folder / "config.json", _int8_config(config, recipe, ignored))
             _write_json(folder / NOTES_NAME, {**notes_of(recipe.scheme), **_layer_notes(part.notes), **notes})
             _copy_companions(source, folder)
             write_sums(folder)
@@ -115,6 +114,10 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"scheme {scheme.name!r} smooths and no groups say what; name them, or set smoothing to None")
     if scheme.needs_calibration and recipe.windows is None:
         raise ValueError(f"scheme {scheme.name!r} is calibrated and no windows say on what; give calibration windows")
+    if scheme.has_token_down and not recipe.down_names:
+        raise ValueError(
+            f"scheme {scheme.name!r} treats the last Linears of MLPs apart and no down_names say which; name them"
+        )
     if scheme.is_rotated != (recipe.stream is not None):
         raise ValueError(
             f"scheme {scheme.label!r} and stream = {recipe.stream!r}: what rotates takes one, nothing else"
@@ -185,7 +188,7 @@ def _write_tensors(files: TensorFiles, folder: Path, part: PartFolder, dtype: to
 def _fingerprint(files: TensorFiles, recipe: Recipe, notes: dict[str, Any]) -> str:
     """A digest of everything that determines the bytes that are written."""
     names = sorted(recipe.linear_names)
-    how = (recipe.scheme, recipe.groups, recipe.dtype, recipe.seed, recipe.qkv_names)
+    how = (recipe.scheme, sorted(recipe.down_names), recipe.groups, recipe.dtype, recipe.seed, recipe.qkv_names)
     told = (__version__, names, how, sorted(notes.items()))
     digest = hashlib.sha256(repr(told).encode())
     if recipe.windows is not None:
@@ -217,11 +220,11 @@ def _ignored(files: TensorFiles, linear_names: Sequence[str]) -> list[str]:
     return sorted({"lm_head"} | {name for name in matrices if name not in quantized})
 
 
-def _int8_config(config: dict[str, Any], scheme: Scheme, ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+def _int8_config(config: dict[str, Any], recipe: Recipe, ignore: list[str]) -> dict[str, Any]:
     """config.json with the quantization, and the dtype of float tensors under both names that readers use."""
-    stored = str(dtype).removeprefix("torch.")
+    stored = str(recipe.dtype).removeprefix("torch.")
     names = {"dtype": stored} | ({"torch_dtype": stored} if "torch_dtype" in config else {})
-    return {**config, **names, "quantization_config": render(scheme, ignore)}
+    return {**config, **names, "quantization_config": render(recipe.scheme, ignore, recipe.down_names)}
 
 
 def _require_weights(files: TensorFiles, linear_names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ over a sample of the calibration tokens, with weights rounded as they are stored
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -100,10 +100,10 @@ def smooth_layer(
     groups: Sequence[SmoothGroup],
     inputs: MutableMapping[str, Inputs],
     *,
-    scheme: Scheme,
+    scheme_of: Callable[[str], Scheme],
     dtype: torch.dtype,
 ) -> dict[str, SmoothingChoice]:
-    """Smooth the groups of one layer in place, each with the scheme's alpha or with the strength of the smallest error.
+    """Smooth the groups of one layer in place, each with its scheme's alpha or with the strength of the smallest error.
 
     Groups are smoothed in the order given. A Linear that is the sink of one and the source of another (up_proj) enters
     the second one with the changes of the first.
@@ -112,7 +112,7 @@ def smooth_layer(
         state: float tensors by checkpoint name, weights [N, K]; those of a group are replaced.
         groups: what to smooth.
         inputs: of the Linears that will be quantized, by name; replaced by the smoothed ones.
-        scheme: one that smooths.
+        scheme_of: what the Linear of a name is quantized by, with smoothing; the sinks of a group have one scheme.
         dtype: of stored norms and scales.
 
     Returns:
@@ -121,16 +121,17 @@ def smooth_layer(
     Raises:
         ValueError: a tensor of a group is missing, or widths do not agree.
     """
-    strengths: tuple[Strength | None, ...] = (None, *ALPHAS, *THRESHOLDS, *BALANCES)
-    if scheme.smoothing != "search":
-        strengths = (scheme.smoothing,)
     choices = {}
     for group in groups:
+        scheme = scheme_of(group.sinks[0])
+        strengths: tuple[Strength | None, ...] = (None, *ALPHAS, *THRESHOLDS, *BALANCES)
+        if scheme.smoothing != "search":
+            strengths = (scheme.smoothing,)
         if not any(sink in inputs for sink in group.sinks):
             # An expert that no calibration token chose: no range is known.
             choices[group.source] = SmoothingChoice(None, 0.0)
             continue
-        trial = _Trial(state, group, inputs, scheme=scheme, dtype=dtype)
+        trial = _Trial(state, group, inputs, scheme=scheme, source_scheme=scheme_of(group.source), dtype=dtype)
         choice = trial.best(strengths)
         if scheme.smoothing == "search" and group.gate is not None and _shares_scales(scheme):
             trial, choice = _split(trial, choice)
@@ -163,6 +164,7 @@ class _Trial:
         inputs: Mapping[str, Inputs],
         *,
         scheme: Scheme,
+        source_scheme: Scheme,
         dtype: torch.dtype,
     ) -> None:
         modules = (group.source, *group.sinks, *([group.gate] if group.gate is not None else []))
@@ -174,6 +176,7 @@ class _Trial:
         self.sinks = [sink for sink in group.sinks if sink in inputs]
         self.inputs = {name: inputs[name] for name in (group.source, *self.sinks) if name in inputs}
         self.scheme = scheme
+        self.source_scheme = source_scheme
         self.dtype = dtype
         self.products = {name: self.inputs[name].rows @ self.tensors[f"{name}.weight"].T for name in self.inputs}
         self.weights = {sink: self._token_weights(self.products[sink]) for sink in self.sinks}
@@ -230,24 +233,25 @@ class _Trial:
         changed, s = self.smoothed(strength, {sink: self.inputs[sink].fitted for sink in self.sinks})
         read = {sink: self.inputs[sink].divided(s) for sink in self.sinks}
         weights = {sink: changed[f"{sink}.weight"] for sink in self.sinks}
-        input_range = self._input_range(weights, read)
+        input_range = self._input_range(self.scheme, weights, read)
         error = sum(self._error(sink, weights[sink], read[sink], input_range) for sink in self.sinks)
         # Dividing rows does not affect scales per row or group, but it does affect one scale for all rows.
         if self.scheme.weight == "tensor" and self.group.source in self.inputs:
             error += self._carried_error(changed)
         return error / max(self.energy, TINY)
 
-    def _input_range(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Inputs]) -> float:
-        return likely_range(weights, inputs, self.dtype) if self.scheme.activation == "static" else 1.0
+    def _input_range(self, scheme: Scheme, weights: Mapping[str, Tensor], inputs: Mapping[str, Inputs]) -> float:
+        return likely_range(weights, inputs, self.dtype) if scheme.activation == "static" else 1.0
 
     def _error(self, name: str, weight: Tensor, inputs: Inputs, input_range: float) -> float:
-        return _energy(self._product(weight, inputs, input_range).sub_(self.products[name]), self.weights[name])
+        off = self._product(self.scheme, weight, inputs, input_range).sub_(self.products[name])
+        return _energy(off, self.weights[name])
 
-    def _product(self, weight: Tensor, inputs: Inputs, input_range: float) -> Tensor:
+    def _product(self, scheme: Scheme, weight: Tensor, inputs: Inputs, input_range: float) -> Tensor:
         """The int8 product of a Linear on the rows held out, with ranges fitted to the others."""
         ranges = Ranges(input=input_range)
-        int8 = round_nearest(weight, inputs.fitted.absmax, self.scheme, self.dtype, ranges)
-        return product(int8, inputs.rows, self.scheme)
+        int8 = round_nearest(weight, inputs.fitted.absmax, scheme, self.dtype, ranges)
+        return product(int8, inputs.rows, scheme)
 
     def _carried_error(self, changed: Mapping[str, Tensor]) -> float:
         """The error that the rounding of the source Linear adds to the sinks' outputs.
@@ -258,8 +262,9 @@ class _Trial:
         name = self.group.source
         before, after = self.tensors[f"{name}.weight"], changed[f"{name}.weight"]
         s = before.abs().sum(1) / after.abs().sum(1).clamp_min(TINY)
-        input_range = self._input_range({name: after}, {name: self.inputs[name]})
-        off = self._product(after, self.inputs[name], input_range) * s - self.products[name]
+        scheme = self.source_scheme
+        input_range = self._input_range(scheme, {name: after}, {name: self.inputs[name]})
+        off = self._product(scheme, after, self.inputs[name], input_range) * s - self.products[name]
         energy = self.products[name].square().sum(0).clamp_min(TINY)
         share = copied(off.square().sum(0) / energy, self.group)
         if self.channels_split is not None:

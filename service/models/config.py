@@ -19,7 +19,7 @@ from service.models.family import ExpertShape, Family
 from service.models.fields import checked_count, count, number, own_value
 from service.models.positions import max_positions, refuse_rope, rope_parameters, rope_tables
 from service.models.refusals import Activation, activation_of, refuse_head_size, windows_of
-from service.models.smoothing import layer_groups, layer_linears
+from service.models.smoothing import layer_downs, layer_groups, layer_linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +147,12 @@ def linear_names(config: ModelConfig) -> list[str]:
     """The Linears that a scheme quantizes: all except the head and routers."""
     layers = range(config.num_layers)
     return [name for i in layers for name in layer_linears(config.layout, i, config.num_experts(i))]
+
+
+def down_names(config: ModelConfig) -> frozenset[str]:
+    """Those of `linear_names` that are the last Linear of an MLP."""
+    layers = range(config.num_layers)
+    return frozenset(name for i in layers for name in layer_downs(config.layout, i, config.num_experts(i)))
 
 
 def qkv_names(config: ModelConfig) -> list[tuple[str, ...]]:

@@ -9,7 +9,7 @@ from kernels import CODE_MAX
 from quant.linear import FloatLinear, InputCodes, Int8Linear
 from quant.part import WHOLE, Part, taken
 from quant.scheme import Scheme
-from service.models.config import ModelConfig, linear_names
+from service.models.config import ModelConfig, down_names, linear_names
 from service.models.decoder import Decoder
 from service.models.sharding import ALONE, Ranks
 
@@ -18,19 +18,20 @@ class RandomWeights:
     """Random weights of a model's shapes; speed does not depend on the values as long as they are random.
 
     Args:
-        scheme: the quantization of the int8 Linears.
-        int8_names: the Linears that the scheme quantizes.
+        scheme: the quantization of the Linears.
+        config: names them.
         dtype: of all float tensors.
         seed: of the random numbers.
     """
 
     def __init__(
-        self, scheme: Scheme, int8_names: list[str], dtype: torch.dtype, device: torch.device, seed: int = 0
+        self, scheme: Scheme, config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0
     ) -> None:
         self.scheme = scheme
         self.dtype = dtype
         self.device = device
-        self._int8_names = frozenset(int8_names if scheme.is_int8 else ())
+        self._int8_names = frozenset(linear_names(config) if scheme.is_int8 else ())
+        self._down_names = down_names(config)
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def tensor(self, name: str, shape: tuple[int, ...], part: Part = WHOLE) -> Tensor:
@@ -52,7 +53,7 @@ class RandomWeights:
     ) -> FloatLinear | Int8Linear:
         bias = self.tensor(name + ".bias", (out_features,), Part(part.rows)) if has_bias else None
         bias = bias if part.adds else None
-        activation = self.scheme.activation
+        activation = (self.scheme.of_down() if name in self._down_names else self.scheme).activation
         if name not in self._int8_names or activation == "float":
             return FloatLinear(self.tensor(name + ".weight", (out_features, in_features), part), bias)
         codes = torch.randint(
@@ -87,6 +88,6 @@ def random_decoder(
     ranks: Ranks = ALONE,
 ) -> Decoder:
     """A decoder with a model's shapes and random weights."""
-    weights = RandomWeights(scheme, linear_names(config), dtype, device, seed)
+    weights = RandomWeights(scheme, config, dtype, device, seed)
     with torch.inference_mode():
         return Decoder(config, weights, scheme.kv, scheme.head, ranks=ranks)

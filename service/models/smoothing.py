@@ -15,6 +15,11 @@ def layer_linears(family: Family, index: int, num_experts: int) -> list[str]:
     return attention + [f"{mlp}{part}" for mlp in names.mlps(index, num_experts) for part in (*names.up, names.down)]
 
 
+def layer_downs(family: Family, index: int, num_experts: int) -> list[str]:
+    """The last Linear of each MLP of a layer."""
+    return [f"{mlp}{family.names.down}" for mlp in family.names.mlps(index, num_experts)]
+
+
 def layer_groups(
     family: Family, index: int, *, num_experts: int, is_up_linear: bool, num_copies: int, head_size: int
 ) -> list[SmoothGroup]:

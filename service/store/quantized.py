@@ -18,7 +18,7 @@ from quant.convert.model import quantize_checkpoint, refuse_occupied
 from quant.errors import InvalidScheme, Unquantizable
 from quant.scheme import Scheme
 from service.errors import UnsupportedModel
-from service.models.config import ModelConfig, linear_names, qkv_names, smooth_groups, stream_of
+from service.models.config import ModelConfig, down_names, linear_names, qkv_names, smooth_groups, stream_of
 from service.models.loader import load_decoder
 from service.store.calibration import Calibration, calibration_windows
 from service.store.progress import Progress, silent
@@ -65,6 +65,7 @@ def quantize_model(
             Recipe(
                 scheme=scheme,
                 linear_names=tuple(linear_names(config)),
+                down_names=down_names(config),
                 qkv_names=tuple(qkv_names(config)),
                 stream=stream_of(config) if scheme.is_rotated else None,
                 groups=tuple(smooth_groups(config)),

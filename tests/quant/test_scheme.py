@@ -18,7 +18,7 @@ from quant.scheme import PRESETS, ActivationScale, Scheme, WeightScale
         ("rtn-dynamic", "tensor", "tensor", {}),
         ("rtn-token", "channel", "token", {}),
         ("w8a8", "channel", "token", {"smoothing": "search"}),
-        ("w8a8-static", "channel", "static", {"smoothing": "search"}),
+        ("w8a8-static", "channel", "static", {"smoothing": "search", "has_token_down": True}),
         ("smoothquant-o1", "tensor", "token", {"smoothing": "search"}),
         ("smoothquant-o2", "tensor", "tensor", {"smoothing": "search"}),
         ("smoothquant-o3", "tensor", "static", {"smoothing": "search"}),
@@ -133,6 +133,7 @@ def test_alpha_replaces_the_preset_s() -> None:
         (lambda: PRESETS["w8a8"].with_sink([1, -2]), "sink = [1, -2]: -2 is no token id".replace("[", r"\[")),
         (lambda: PRESETS["w8a8"].with_sink(range(17)), "sink has 17 tokens, and the limit is 16"),
         (lambda: Scheme("x", "float", "float", sink=(1,)), "changes nothing in a float scheme"),
+        (lambda: Scheme("x", "channel", "token", has_token_down=True), "'static' alone takes it"),
         (lambda: Scheme("x", "float", "float", is_rotated=True), "is_rotated = True changes nothing in a float scheme"),
     ],
 )

@@ -39,7 +39,9 @@ class Tiny:
 
 def recipe(*, linear_names: Iterable[str] = (), groups: Iterable[SmoothGroup] = (), **fields: Any) -> Recipe:
     """A recipe of these fields, names and groups in any order that a test has them."""
-    return Recipe(linear_names=tuple(linear_names), groups=tuple(groups), **fields)
+    linear_names = tuple(linear_names)
+    down_names = frozenset(name for name in linear_names if name.endswith(".down_proj"))
+    return Recipe(linear_names=linear_names, down_names=down_names, groups=tuple(groups), **fields)
 
 
 def llama_groups(num_layers: int) -> list[SmoothGroup]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from quant.checkpoint.compressed_tensors import parse, render
+from quant.checkpoint.notes import notes_of, schemes_of
 from quant.checkpoint.targets import LinearFormat
 from quant.errors import CheckpointError
-from quant.scheme import Scheme
+from quant.scheme import PRESETS, Scheme
 from tests.support.narrowed import present
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -198,6 +200,22 @@ def test_the_most_specific_target_decides() -> None:
     }
     assert format_of(config(groups), DOWN).weight == "channel"
     assert format_of(config(groups), "model.layers.1.mlp.down_proj").weight == "tensor"
+
+
+def test_the_last_linears_of_mlps_may_have_scales_per_token() -> None:
+    downs = ["model.layers.0.mlp.down_proj", "model.layers.31.mlp.down_proj", "model.layers.7.mlp.experts.12.down_proj"]
+    written = {"quantization_config": render(PRESETS["w8a8-static"], ["lm_head"], downs)}
+    assert [format_of(written, name).activation for name in (*downs, "model.layers.8.mlp.down_proj")] == ["token"] * 4
+    for name in ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj_x"):
+        assert format_of(written, name) == LinearFormat("channel", "static")
+    notes = notes_of(PRESETS["w8a8-static"])
+    assert schemes_of(parse(written), notes) == (PRESETS["w8a8-static"],)
+    static = replace(PRESETS["w8a8-static"], has_token_down=False)
+    assert list(render(static, ["lm_head"], downs)["config_groups"]) == ["group_0"]
+    # A folder of an earlier version, whose notes do not know of it.
+    del notes["has_token_down"]
+    (read,) = schemes_of(parse({"quantization_config": render(static, ["lm_head"])}), notes)
+    assert (read, read.label) == (static, "w8a8-static, static everywhere")
 
 
 FORMS = [

@@ -55,7 +55,7 @@ def test_the_search_finds_what_trying_every_strength_on_the_served_linear_finds(
         )
     best = min(errors, key=errors.__getitem__)
     inputs = {sink: inputs_of(rows) for sink in GROUP.sinks}
-    choice = smooth_layer(state, [GROUP], inputs, scheme=scheme, dtype=torch.float32)["norm"]
+    choice = smooth_layer(state, [GROUP], inputs, scheme_of=lambda _: scheme, dtype=torch.float32)["norm"]
     assert choice.strength == best
     assert choice.strength is not None
     torch.testing.assert_close(inputs["a"].rows * state["norm.weight"].reciprocal(), rows, rtol=1e-5, atol=1e-6)
@@ -68,7 +68,9 @@ def test_a_group_that_no_token_reached_is_left_as_it_is(name: str, smoothing: Sm
     state = {"up.weight": noise(32, 16, seed=0), "down.weight": noise(8, 32, seed=1)}
     before = dict(state)
     scheme = replace(PRESETS[name], smoothing=smoothing)
-    choices = smooth_layer(state, [SmoothGroup("up", ("down",), gate="gate")], {}, scheme=scheme, dtype=torch.float32)
+    choices = smooth_layer(
+        state, [SmoothGroup("up", ("down",), gate="gate")], {}, scheme_of=lambda _: scheme, dtype=torch.float32
+    )
     assert choices["up"].note is None
     assert choices["up"].split is None
     assert all(state[key] is before[key] for key in before)
@@ -88,7 +90,9 @@ def test_a_fixed_alpha_is_taken_as_given() -> None:
     rows = noise(64, 32, seed=0)
     state = {"norm.weight": torch.ones(32), "a.weight": noise(16, 32, seed=1), "b.weight": noise(8, 32, seed=2)}
     inputs = {sink: inputs_of(rows) for sink in GROUP.sinks}
-    choices = smooth_layer(state, [GROUP], inputs, scheme=PRESETS["w8a8"].with_alpha(0.3), dtype=torch.float32)
+    choices = smooth_layer(
+        state, [GROUP], inputs, scheme_of=lambda _: PRESETS["w8a8"].with_alpha(0.3), dtype=torch.float32
+    )
     assert choices["norm"].strength == 0.3
 
 

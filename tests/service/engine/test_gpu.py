@@ -16,7 +16,7 @@ from service.engine.device.runner import Runner
 from service.engine.drafts.speculation import Speculation
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
-from service.models.config import ModelConfig, linear_names
+from service.models.config import ModelConfig
 from service.models.decoder import Decoder, score
 from service.models.loader import load_decoder
 from service.models.random_weights import RandomWeights, random_decoder
@@ -67,7 +67,7 @@ def test_logits_equal_the_reference_ops(scheme: Scheme) -> None:
     config = ModelConfig.of(make_model("llama").config)
     ids, cpu = torch.arange(3, 150), torch.device("cpu")
     with torch.inference_mode():
-        here, there = (Moved(RandomWeights(scheme, linear_names(config), torch.float32, cpu), x) for x in (cpu, CUDA))
+        here, there = (Moved(RandomWeights(scheme, config, torch.float32, cpu), x) for x in (cpu, CUDA))
         expected = score(Decoder(config, here, scheme.kv), ids)
         found = score(Decoder(config, there, scheme.kv), ids).cpu()
     assert ((found - expected).norm() / expected.norm()).item() < (2e-2 if scheme.is_int8 else 1e-4)

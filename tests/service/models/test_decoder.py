@@ -17,7 +17,7 @@ from kernels import Quantized
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import PRESETS, KVStorage, Scheme
 from service.errors import UnsupportedModel
-from service.models.config import ModelConfig, linear_names
+from service.models.config import ModelConfig
 from service.models.decoder import Decoder, score
 from service.models.loader import load_decoder
 from service.models.random_weights import RandomWeights, random_decoder
@@ -83,7 +83,7 @@ def test_only_what_is_found_for_a_whole_step_ties_rows_together() -> None:
 
 def test_random_weights_quantize_every_linear_but_the_head() -> None:
     config = ModelConfig.of(llama(tie_word_embeddings=False))
-    decoder = Decoder(config, RandomWeights(PRESETS["w8a8"], linear_names(config), torch.float32, CPU))
+    decoder = Decoder(config, RandomWeights(PRESETS["w8a8"], config, torch.float32, CPU))
     assert all(isinstance(linear, Int8Linear) for layer in decoder.layers for linear in layer.linears)
     assert not isinstance(decoder.head, Int8Linear)
     assert score(decoder, torch.arange(9)).isfinite().all()

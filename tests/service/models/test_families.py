@@ -23,7 +23,7 @@ from quant.linear import FloatLinear, InputCodes, Int8Linear
 from quant.part import WHOLE, Part, taken
 from quant.scheme import PRESETS
 from service.errors import UnsupportedModel
-from service.models.config import ModelConfig, linear_names, smooth_groups
+from service.models.config import ModelConfig, down_names, linear_names, smooth_groups
 from service.models.decoder import Decoder, score
 from service.models.families import FAMILIES
 from service.models.loader import load_decoder
@@ -31,6 +31,7 @@ from service.models.mlp import Experts
 from service.models.random_weights import random_decoder
 from service.models.weights import Linear
 from tests.service.kinds import Tiny
+from tests.support.narrowed import present
 from tests.support.tiny_models import (
     HALF_ROPE,
     SHAPE,
@@ -319,12 +320,20 @@ def test_readers_of_one_activation_have_one_static_scale(tiny: Tiny, tmp_path: P
         Recipe(
             scheme=PRESETS[scheme],
             linear_names=tuple(linear_names(config)),
+            down_names=down_names(config),
             groups=tuple(smooth_groups(config)),
             dtype=torch.float32,
             windows=windows,
         ),
     )
-    files, names = Checkpoint.open(tmp_path / "out", torch.float32, CPU).files, config.layout.names
+    checkpoint = Checkpoint.open(tmp_path / "out", torch.float32, CPU)
+    files, names = checkpoint.files, config.layout.names
+    assert checkpoint.schemes == (PRESETS[scheme],)
+    for linear in linear_names(config):
+        is_per_token = PRESETS[scheme].has_token_down and linear in down_names(config)
+        assert (f"{linear}.input_scale" in files) != is_per_token
+        read = present(present(checkpoint.quantization).format_of(linear))
+        assert read.activation == ("token" if is_per_token else "static")
     for index in range(config.num_layers):
         groups = [[f"{names.layer(index)}.{part}" for part in names.qkv]]
         groups += [[mlp + part for part in names.up] for mlp in names.mlps(index, config.num_experts(index))]
