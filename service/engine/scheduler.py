@@ -7,7 +7,8 @@ host.
 
 A prompt that begins like one computed before shares its blocks (`BlockPool`). At least its last two tokens are computed
 again: the last must be, and a single row would take another kernel than a prompt's rows do, which rounds differently.
-For the same reason no piece of a prompt has one row, unless a step leaves room for fewer than three.
+For the same reason no piece of a prompt has one row, nor is a single row left: a prompt that others of its step leave
+room for fewer than three waits for the next step. Only decodes may leave less to the first of them.
 
 A preempted request computes its answer again as it did the first time: every token of it in a chunk of its own. For the
 model these are requests of one row, so preemption changes no bit. A step has at most as many chunks as there are rows.
@@ -188,7 +189,7 @@ class Scheduler:
         budget = self.pacing.budget(len(decoding))
         # How many chunks the step may have beyond one of each running request.
         num_spare = self.max_num_requests - len(self.running)
-        is_starved = False
+        is_starved = has_read = False
         num_preemptions = self.num_preemptions
         for request, num_left in decoding + reading:
             if request.row < 0 or request.is_behind or request.num_generated >= request.params.max_tokens:
@@ -197,6 +198,9 @@ class Scheduler:
                 break
             length = 1
             if num_left > 1:
+                if has_read and _is_cut_short(num_left, budget):
+                    continue
+                has_read = True
                 length = _length(request, self._share(request, num_left, budget, reading), num_spare + 1)
             if not self._grow(request, length, chunks):
                 is_starved = True
@@ -211,7 +215,7 @@ class Scheduler:
         if num_drafts and chunks:
             return self._with_drafts(chunks, num_drafts)
         if not is_starved and self.num_preemptions == num_preemptions:
-            chunks += self._start(budget, num_spare, now_s)
+            chunks += self._start(budget, num_spare, now_s, has_read)
         return Step(chunks) if chunks else None
 
     def _left(self) -> tuple[list[tuple[Request, int]], list[tuple[Request, int]]]:
@@ -226,7 +230,7 @@ class Scheduler:
                 reading.append((request, num_left))
         return decoding, reading
 
-    def _start(self, budget: int, num_spare: int, now_s: float) -> list[Chunk]:
+    def _start(self, budget: int, num_spare: int, now_s: float, has_read: bool) -> list[Chunk]:
         """Admit requests in turn while they fit, and advance them by up to budget tokens in num_spare chunks."""
         chunks: list[Chunk] = []
         while budget and num_spare and (head := self._next()) is not None and not self._is_blocked(head):
@@ -234,7 +238,10 @@ class Scheduler:
             if not self._fits(head, found):
                 self._blocked = head.serial, self.pool.num_free
                 break
-            share = self._share(head, head.num_tokens - len(found) * self.block_size, budget)
+            num_left = head.num_tokens - len(found) * self.block_size
+            if (has_read or chunks) and _is_cut_short(num_left, budget):
+                break
+            share = self._share(head, num_left, budget)
             self._admit(head, now_s, found)
             length = _length(head, share, num_spare)
             missing = self._num_blocks(head.num_computed + length) - len(head.blocks)
@@ -585,6 +592,11 @@ def _length(request: Request, budget: int, max_chunks: int) -> int:
         return length
     num_again = request.num_tokens - request.num_computed - num_prompt
     return length + min(num_again, budget - length, max_chunks - (num_prompt > 0))
+
+
+def _is_cut_short(num_left: int, budget: int) -> bool:
+    """Whether a piece of a prompt's num_left tokens would be a single row, or leave one."""
+    return budget <= MIN_PIECE and num_left > budget
 
 
 def _piece(num_left: int, budget: int) -> int:

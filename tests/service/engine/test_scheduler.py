@@ -359,8 +359,25 @@ def test_pieces_have_two_rows_where_a_step_has_room_for_three() -> None:
         for i in range(6):
             plan.add(new_request(str(i), 2 + 5 * i, 1))
         while (step := plan.schedule(0.0)) is not None:
-            assert all(chunk.length > 1 for chunk in step.chunks if step.num_tokens < budget or len(step.chunks) == 1)
+            assert all(chunk.length > 1 for chunk in step.chunks)
             plan.commit(step, tokens_of(step))
+
+
+def test_decodes_leave_no_single_row_to_a_second_prompt() -> None:
+    """The first prompt has what the decodes leave, even one row, and goes on; the next waits for room."""
+    plan = Scheduler(num_blocks=400, block_size=4, max_num_requests=8, max_batched_tokens=8, has_prefix_cache=False)
+    for i in range(4):
+        plan.add(new_request(f"d{i}", 2, 300))
+    plan.commit(step := planned(plan), tokens_of(step))
+    for name, length in (("a", 3), ("b", 9), ("c", 9)):
+        plan.add(new_request(name, length, 1))
+    pieces: dict[str, list[int]] = {}
+    for _ in range(12):
+        plan.commit(step := planned(plan), tokens_of(step))
+        for chunk in step.chunks[4:]:
+            pieces.setdefault(chunk.request.id, []).append(chunk.length)
+    assert {name: sum(lengths) for name, lengths in pieces.items()} == {"a": 3, "b": 9, "c": 9}
+    assert min(min(lengths) for lengths in pieces.values()) > 1
 
 
 def test_an_urgent_prompt_does_not_give_way_to_the_answer_of_an_idle_one() -> None:
