@@ -17,6 +17,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 89, 90, 100, 120)
 # Shared memory of one block, bytes: CUDA C++ programming guide, table of technical specifications.
+# All kernels are compiled for five architectures, which takes minutes on one core, and longer on a busy one.
+pytestmark = pytest.mark.timeout(1800)
+
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 INT8_MMA = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
 HOPPERS_OWN = {"_int8_linear_pingpong_kernel", "_int8_linear_stream_kernel"}
