@@ -22,19 +22,19 @@ def int8_product(x_q: Tensor, weight_q: Tensor, out: Tensor | None = None) -> Te
     if out is None:
         out = torch.empty(x_q.shape[0], weight_q.shape[0], dtype=torch.int32)
     if HAS_INT8_DOT:
-        _by_int_mm(x_q, weight_q, out)
+        by_int_mm(x_q, weight_q, out)
     elif WHY_NOT is None:
-        _in_c(x_q, weight_q, out)
+        in_c(x_q, weight_q, out)
     else:
-        _by_float_sums(x_q, weight_q, out)
+        by_float_sums(x_q, weight_q, out)
     return out
 
 
-def _by_int_mm(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
+def by_int_mm(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
     torch._int_mm(x_q.contiguous(), weight_q.t(), out=out)
 
 
-def _in_c(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
+def in_c(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
     num_rows, num_columns = out.shape
     native.int8_product(
         x_q.data_ptr(),
@@ -48,7 +48,7 @@ def _in_c(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
     )
 
 
-def _by_float_sums(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
+def by_float_sums(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
     """In float32, over so few columns at a time that no sum is rounded."""
     out.zero_()
     for start in range(0, x_q.shape[1], EXACT_DEPTH):

@@ -47,8 +47,16 @@ def birth_certificate(device: torch.device, command: Sequence[str]) -> dict[str,
         "device": device_name(device),
         **versions(),
         "threads": torch.get_num_threads(),
-        **({"cpu_ops": "C" if WHY_NOT is None else "torch"} if device.type == "cpu" else {}),
+        **(_processor() if device.type == "cpu" else {}),
         "command": shlex.join(command),
+    }
+
+
+def _processor() -> dict[str, str]:
+    """What decides the speed of a CPU beside its name: its vector instructions, and what the ops are written in."""
+    return {
+        "instructions": torch.backends.cpu.get_cpu_capability() + (" VNNI" if torch.cpu._is_vnni_supported() else ""),
+        "cpu_ops": "C" if WHY_NOT is None else "torch",
     }
 
 

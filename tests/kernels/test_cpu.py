@@ -21,6 +21,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 STATIC = torch.tensor([0.02])
 in_c = pytest.mark.skipif(library.WHY_NOT is not None, reason=f"not in C: {library.WHY_NOT}")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_cache = pytest.mark.parametrize(
+    ("dtype", "cache_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,9 +55,9 @@ def test_the_extension_is_compiled_where_it_can_be() -> None:
 
 
 PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
-    "C": product._in_c,
-    "torch": product._by_int_mm,
-    "float sums": product._by_float_sums,
+    "C": product.in_c,
+    "torch": product.by_int_mm,
+    "float sums": product.by_float_sums,
 }
 
 
@@ -76,7 +81,7 @@ def test_every_product_is_exact(way: str) -> None:
 @in_c
 def test_a_product_over_nothing_is_zero() -> None:
     acc = torch.full((3, 5), 77, dtype=torch.int32)
-    product._in_c(codes(3, 0), codes(5, 0), acc)
+    product.in_c(codes(3, 0), codes(5, 0), acc)
     assert not acc.any()
 
 
@@ -181,17 +186,17 @@ def caches(dtype: torch.dtype, num_blocks: int, block_size: int, G: int, D: int)
 
 
 @in_c
-@each_dtype
+@each_cache
 @pytest.mark.parametrize("rotated", [0, 16, 64])
 @pytest.mark.parametrize("with_norm", [False, True])
-def test_rope_and_cache(dtype: torch.dtype, rotated: int, with_norm: bool) -> None:
+def test_rope_and_cache(dtype: torch.dtype, cache_dtype: torch.dtype, rotated: int, with_norm: bool) -> None:
     T, H, G, D = 37, 6, 2, 64
     qkv = randn(T, (H + 2 * G) * D, dtype=dtype)
     positions, slots = torch.arange(T, dtype=torch.int32) * 3, torch.randperm(T + 7)[:T].to(torch.int32)
     slots[5] = slots[9] = -1
     cos_sin = randn(3 * T, rotated)
     q_weight, k_weight = (randn(D, dtype=dtype), randn(D + 1, dtype=dtype)[1:].clone()) if with_norm else (None, None)
-    got_caches, want_caches = (caches(dtype, 3, 16, G, D) for _ in range(2))
+    got_caches, want_caches = (caches(cache_dtype, 3, 16, G, D) for _ in range(2))
     q = ops.rope_and_cache(qkv, positions, slots, cos_sin, *got_caches, H, q_weight, k_weight, EPS)
     want = reference.rope_and_cache(qkv, positions, slots, cos_sin, *want_caches, H, q_weight, k_weight, EPS)
     # With norms the squares are summed in another order.
@@ -240,11 +245,12 @@ def exact_attention(
 
 
 @in_c
-@each_dtype
+@each_cache
 @pytest.mark.parametrize("window", [None, 1, 20])
-def test_decode_attention(dtype: torch.dtype, window: int | None) -> None:
+def test_decode_attention(dtype: torch.dtype, cache_dtype: torch.dtype, window: int | None) -> None:
     for D, shared in ((64, 3), (20, 1), (128, 4)):
         q, keys, values, tables, contexts = decode_case(dtype, [1, 16, 17, 90], shared=shared, D=D)
+        keys, values = keys.to(cache_dtype), values.to(cache_dtype)
         starts = torch.arange(5, dtype=torch.int32)
         scale = D**-0.5
         got = ops.paged_attention(q, keys, values, tables, starts, contexts, True, scale, window=window)
