@@ -36,7 +36,7 @@ def rms_norm(
     quantize: ToInt8 | None = None,
 ) -> tuple[Tensor | Quantized, Tensor]:
     """See reference.rms_norm."""
-    if not _takes(x, weight, residual) or (residual is not None and residual.dtype != x.dtype):
+    if not _takes(x, weight, residual) or x.dim() != 2 or (residual is not None and residual.dtype != x.dtype):
         return reference.rms_norm(x, weight, eps, residual, quantize)
     summed = x if residual is None else torch.empty_like(x)
     num_rows, width = x.shape
@@ -58,7 +58,7 @@ def rms_norm(
 
 def silu_mul(gate_up: Tensor, quantize: ToInt8 | None = None) -> Tensor | Quantized:
     """See reference.silu_mul."""
-    if not _takes(gate_up):
+    if not _takes(gate_up) or gate_up.dim() != 2:
         return reference.silu_mul(gate_up, quantize)
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = _results(num_rows, width, gate_up.dtype, quantize)
@@ -217,7 +217,7 @@ def _takes(*tensors: Tensor | None) -> bool:
         return False
     # A loop, as a generator takes twice as long, and at one token the steps of Python are a part of the whole.
     for tensor in tensors:
-        if tensor is not None and not (tensor.dtype in _KNOWN and tensor.is_contiguous()):
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in _KNOWN and tensor.is_contiguous()):
             return False
     return True
 
@@ -232,7 +232,7 @@ def _dtype(tensor: Tensor | None) -> int:
 
 def _quantized(x: Tensor, scale: Tensor | None) -> Quantized | None:
     """x [T, K] as codes, or None if the C does not take it. scale: None for one per row."""
-    if WHY_NOT is not None or x.dtype not in DTYPES or x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+    if WHY_NOT is not None or not x.is_cpu or x.dtype not in DTYPES or x.dim() != 2 or x.stride(1) != 1:
         return None
     num_rows, width = x.shape
     y = _codes(num_rows, width, scale)

@@ -23,7 +23,7 @@ def int8_product(x_q: Tensor, weight_q: Tensor, out: Tensor | None = None) -> Te
         out = torch.empty(x_q.shape[0], weight_q.shape[0], dtype=torch.int32)
     if HAS_INT8_DOT:
         by_int_mm(x_q, weight_q, out)
-    elif WHY_NOT is None:
+    elif WHY_NOT is None and x_q.stride(1) == 1 and weight_q.stride(1) == 1:
         in_c(x_q, weight_q, out)
     else:
         by_float_sums(x_q, weight_q, out)
