@@ -24,7 +24,8 @@ from tests.support.scripted_runner import Hang, raising
 
 def test_a_signal_drains_and_loses_nobody() -> None:
     """Eight run and four wait; whoever comes after the signal is refused, over the socket that still listens."""
-    life = Life()
+    # Slow steps, so that the four requests below are answered before the first answer is done, on a busy machine too.
+    life = Life(step_s=0.03)
 
     async def go() -> tuple[
         httpx.Response, httpx.Response, httpx.Response, httpx.Response, httpx.Response, list[httpx.Response]
