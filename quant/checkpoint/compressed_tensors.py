@@ -119,7 +119,7 @@ def render(scheme: Scheme, ignore: list[str], down_names: Iterable[str] = ()) ->
 
 def _patterns(names: Iterable[str]) -> list[str]:
     """Patterns of these names, one for all layers and experts: their numbers are left open."""
-    return sorted({"re:" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "$" for name in names})
+    return sorted({"re:" + re.sub(r"(?<=\.)\d+(?=\\)", r"\\d+", re.escape(name)) + "$" for name in names})
 
 
 def _group(targets: list[str], scheme: Scheme) -> dict[str, Any]:

@@ -208,6 +208,10 @@ def test_the_last_linears_of_mlps_may_have_scales_per_token() -> None:
     assert [format_of(written, name).activation for name in (*downs, "model.layers.8.mlp.down_proj")] == ["token"] * 4
     for name in ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj_x"):
         assert format_of(written, name) == LinearFormat("channel", "static")
+    # A number that is a part of a word is no layer's.
+    opt = {"quantization_config": render(PRESETS["w8a8-static"], ["lm_head"], ["model.decoder.layers.0.fc2"])}
+    kinds = [format_of(opt, f"model.decoder.layers.11.{name}").activation for name in ("fc1", "fc2")]
+    assert kinds == ["static", "token"]
     notes = notes_of(PRESETS["w8a8-static"])
     assert schemes_of(parse(written), notes) == (PRESETS["w8a8-static"],)
     static = replace(PRESETS["w8a8-static"], has_token_down=False)

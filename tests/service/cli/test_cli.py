@@ -355,7 +355,7 @@ def test_quantize_writes_a_folder_that_serves(
     checkpoint = Checkpoint.open(out, torch.float32, "cpu")
     assert checkpoint.scheme_name == scheme
     linear = checkpoint.linear("model.layers.0.mlp.down_proj", 192, 160, has_bias=False)
-    assert int8_of(linear).input_codes.kind == PRESETS[scheme].activation
+    assert int8_of(linear).input_codes.kind == PRESETS[scheme].of_down().activation
     assert [path.name for path in out.parent.iterdir()] == [scheme]
 
 
