@@ -11,11 +11,6 @@ struct rope_task {
     int failed;
 };
 
-INLINE void norm_head(float *restrict x, const float *restrict weight, float eps, int64_t n) {
-    float inverse = 1.0f / __builtin_sqrtf(dot(x, x, n) / (float)n + eps);
-    for (int64_t i = 0; i < n; i++) x[i] = x[i] * inverse * weight[i];
-}
-
 /* The first 2 * half elements; cos_sin holds half cosines, then half sines. */
 INLINE void rotate_head(float *restrict x, const float *restrict cos_sin, int64_t half) {
     for (int64_t i = 0; i < half; i++) {
@@ -45,7 +40,7 @@ VECTOR static void rope_rows(int64_t begin, int64_t end, void *context) {
         const float *cos_sin = step->cos_sin + step->positions[t] * step->num_rotated;
         for (int64_t h = 0; h < H + G; h++) {
             float *head = row + h * D;
-            if (step->q_weight != NULL) norm_head(head, h < H ? q_weight : k_weight, step->eps, D);
+            if (step->q_weight != NULL) norm(head, h < H ? q_weight : k_weight, step->eps, D);
             rotate_head(head, cos_sin, step->num_rotated / 2);
         }
         write_floats((char *)step->q + t * H * D * size, row, step->dtype, H * D);

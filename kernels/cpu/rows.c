@@ -103,8 +103,7 @@ VECTOR static void norm_rows_of(int64_t begin, int64_t end, void *context) {
             write_floats(summed, h, task->dtype, n);
             read_floats(h, summed, task->dtype, n);
         }
-        float inverse = 1.0f / __builtin_sqrtf(dot(h, h, n) / (float)n + task->eps);
-        for (int64_t i = 0; i < n; i++) h[i] = h[i] * inverse * weight[i];
+        norm(h, weight, task->eps, n);
         put_row(task->to, r, h, n);
     }
     free(h);

@@ -21,6 +21,12 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     return sum;
 }
 
+/* x becomes x / sqrt(mean x^2 + eps) * weight. */
+INLINE void norm(float *restrict x, const float *restrict weight, float eps, int64_t n) {
+    float inverse = 1.0f / __builtin_sqrtf(dot(x, x, n) / (float)n + eps);
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] * inverse * weight[i];
+}
+
 INLINE float sum_of(const float *x, int64_t n) {
     __m256 parts = _mm256_setzero_ps();
     int64_t i = 0;

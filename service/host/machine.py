@@ -16,6 +16,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from kernels.cpu.library import WHY_NOT
+from kernels.cpu.product import HAS_INT8_DOT
 from quant import __version__
 
 
@@ -55,7 +56,7 @@ def birth_certificate(device: torch.device, command: Sequence[str]) -> dict[str,
 def _processor() -> dict[str, str]:
     """What decides the speed of a CPU beside its name: its vector instructions, and what the ops are written in."""
     return {
-        "instructions": torch.backends.cpu.get_cpu_capability() + (" VNNI" if torch.cpu._is_vnni_supported() else ""),
+        "instructions": torch.backends.cpu.get_cpu_capability() + (" VNNI" if HAS_INT8_DOT else ""),
         "cpu_ops": "C" if WHY_NOT is None else "torch",
     }
 

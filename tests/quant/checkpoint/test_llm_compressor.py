@@ -68,6 +68,7 @@ def test_static_logits_are_the_oracle_s_as_it_comes(name: str) -> None:
     expected = theirs(FIXTURES / name)
     found = ours(FIXTURES / name)
     assert_close(found, expected)
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
