@@ -11,7 +11,7 @@ from kernels import reference
 from kernels.cpu.library import DTYPES, WHY_NOT, native
 from kernels.cpu.product import int8_product
 from kernels.quantized import Quantized, ToInt8
-from kernels.reference.attention import attend_requests, decode_attention
+from kernels.reference.attention import decode_attention
 from kernels.reference.common import ROWS_AT_ONCE, row_slices
 from kernels.reference.linear import require_depth
 
@@ -160,8 +160,7 @@ def paged_attention(
     soft_cap: float | None = None,
 ) -> Tensor | Quantized:
     """See reference.paged_attention. Single rows are attended in C, rows of prompts as there."""
-    y = attend_requests(
-        _decode_attention,
+    y = reference.paged_attention(
         q,
         k_cache,
         v_cache,
@@ -170,11 +169,13 @@ def paged_attention(
         context_lens,
         is_decode,
         scale,
-        window,
-        soft_cap,
+        window=window,
+        soft_cap=soft_cap,
+        decode=_decode_attention,
     )
     if quantize is None:
         return y
+    assert isinstance(y, Tensor)
     return quantize_rows(y) if quantize.scale is None else quantize_tensor(y, quantize.scale)
 
 

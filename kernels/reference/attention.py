@@ -102,6 +102,8 @@ def paged_attention(
     quantize: ToInt8 | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
+    *,
+    decode: Callable[..., Tensor] | None = None,
 ) -> Tensor | Quantized:
     """Attend causally over the paged cache, for prefill chunks and decodes in one batch.
 
@@ -127,6 +129,7 @@ def paged_attention(
         quantize: None writes y in q's dtype; `ToInt8` writes codes and scale of y rounded to q's dtype.
         window: a row sees only the last window keys up to its own position, at least 1; None for all.
         soft_cap: positive bound of the scores; None for none.
+        decode: attends single rows in place of `decode_attention`, with its arguments.
 
     Returns:
         y [T, H * D]. Rows outside every request are not defined.
@@ -134,38 +137,10 @@ def paged_attention(
     Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; PagedAttention (arXiv 2309.06180); window: Longformer
     (arXiv 2004.05150), section 3.1; soft cap: Gemma 2 (arXiv 2408.00118), section 2.
     """
-    y = attend_requests(
-        decode_attention,
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        query_starts,
-        context_lens,
-        is_decode,
-        scale,
-        window,
-        soft_cap,
-    )
-    return store(y, q.dtype, quantize)
-
-
-def attend_requests(
-    decode: Callable[..., Tensor],
-    q: Tensor,
-    k_cache: Tensor | Quantized,
-    v_cache: Tensor | Quantized,
-    block_tables: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    is_decode: bool,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-) -> Tensor:
-    """`paged_attention` [T, H * D] in q's dtype, with single rows attended by `decode`: see `decode_attention`."""
+    decode = decode_attention if decode is None else decode
     if is_decode and len(context_lens) == len(q):
-        return decode(q, k_cache, v_cache, block_tables, context_lens, scale, window, soft_cap)
+        y = decode(q, k_cache, v_cache, block_tables, context_lens, scale, window, soft_cap)
+        return store(y, q.dtype, quantize)
     out = torch.empty_like(q).flatten(1)
     starts, contexts = query_starts.tolist(), context_lens.tolist()
     lengths = [stop - start for start, stop in pairwise(starts)]
@@ -193,7 +168,7 @@ def attend_requests(
                 mask = mask.triu(start - window + 1)
             y = _attend(tile.transpose(0, 1)[None], keys[:, :, :stop], values[:, :, :stop], mask, scale, soft_cap)
             out[here] = y[0, :, begin - start : end - start].transpose(0, 1).flatten(1).to(q.dtype)
-    return out
+    return store(out, q.dtype, quantize)
 
 
 def as_multiplied(q: Tensor, k_cache: Tensor | Quantized) -> Tensor:
