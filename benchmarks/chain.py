@@ -12,10 +12,10 @@ from torch import Tensor
 
 import kernels
 from benchmarks.timing import Call, Roofs, Work, add_ratios, expect, measure, result_row
-from kernels import Quantized
+from kernels import Quantized, Rows
 from quant.part import WHOLE, Part
 from quant.scheme import PRESETS
-from service.models.attention import KVCache, Rows
+from service.models.attention import KVCache
 from service.models.config import ModelConfig
 from service.models.decoder import Layer
 from service.models.random_weights import RandomWeights
@@ -179,6 +179,8 @@ def _decode_rows(config: ModelConfig, tokens: int, context: int) -> Rows:
         context_lens=torch.full_like(requests, context),
         block_tables=tables,
         is_decode=True,
+        arrivals=torch.zeros(tokens, config.num_kv_heads, dtype=torch.int32, device=device),
+        is_alone=True,
     )
 
 

@@ -27,11 +27,11 @@ import kernels
 from benchmarks.report import RESULTS, birth_certificate, quantiles, write
 from benchmarks.shapes import SHAPES
 from benchmarks.stand_in import stand_in
-from kernels import Quantized, ToInt8, gemm
+from kernels import Quantized, Rows, ToInt8, gemm
 from kernels.tiles import Tile, choose
 from quant.linear import InputCodes, Int8Linear
 from quant.part import WHOLE, Part, taken
-from service.models.attention import KVCache, Rows
+from service.models.attention import KVCache
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 
@@ -142,16 +142,13 @@ def cases(T: int, device: torch.device) -> Iterator[tuple[str, Call]]:
     shape = (NUM_BLOCKS, BLOCK_SIZE, config.num_kv_heads, config.head_size)
     cache = KVCache(*(torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2)))
     x = torch.empty((T, config.hidden_size), dtype=torch.float16, device=device)
-    decode, prefill = _rows(T, T, device), _rows(T, 1, device)
+    decode, prefill = (_rows(T, count, config.num_kv_heads, device) for count in (T, 1))
 
     yield from _op_cases(x, device)
     qkv = torch.empty((T, layer.attention.qkv.shape[0]), dtype=torch.float16, device=device)
-    q = torch.empty((T, config.num_heads, config.head_size), dtype=torch.float16, device=device)
-    at = decode.positions, decode.slots, cos_sin, cache.k, cache.v, config.num_heads
-    yield "rope_and_cache", partial(kernels.rope_and_cache, qkv, *at)
     for name, rows in (("decode", decode), ("prefill", prefill)):
-        where = cache.k, cache.v, rows.block_tables, rows.query_starts, rows.context_lens, rows.is_decode
-        yield f"paged_attention, {name}", partial(kernels.paged_attention, q, *where, config.scale)
+        where = rows, cos_sin, cache.k, cache.v, config.num_heads, config.scale, ToInt8()
+        yield f"rotary_attention, {name}", partial(kernels.rotary_attention, qkv, *where)
     for name, rows in (("decode", decode), ("prefill", prefill)):
         yield f"layer, {name}", partial(layer, x, x, rows, cos_sin, cache)
         yield f"forward, {name}", partial(decoder, rows.slots, rows, [cache] * len(decoder.layers))
@@ -185,7 +182,7 @@ def _with_tile(tile: Tile, call: Call) -> Call:
     return chosen
 
 
-def _rows(num_tokens: int, num_requests: int, device: torch.device) -> Rows:
+def _rows(num_tokens: int, num_requests: int, num_kv_heads: int, device: torch.device) -> Rows:
     """T tokens of as many requests, each at the start of its context, or of one."""
     step = torch.arange(num_tokens + 1, dtype=torch.int32, device=device)
     return Rows(
@@ -195,6 +192,8 @@ def _rows(num_tokens: int, num_requests: int, device: torch.device) -> Rows:
         context_lens=torch.full_like(step[:num_requests], num_tokens // num_requests),
         block_tables=torch.zeros((num_requests, MAX_MODEL_LEN // BLOCK_SIZE), dtype=torch.int32, device=device),
         is_decode=num_requests == num_tokens,
+        arrivals=torch.zeros((num_requests, num_kv_heads), dtype=torch.int32, device=device),
+        is_alone=num_requests == num_tokens,
     )
 
 

@@ -145,6 +145,7 @@ class Bench:
             max_tokens=args.max_batched_tokens,
             use_graphs=not args.no_graphs,
             lead=None if group is None else group.lead(variant),
+            has_drafts=False,
         )
         self.scheduler = Scheduler(
             num_blocks=num_blocks,

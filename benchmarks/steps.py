@@ -53,6 +53,7 @@ def _measured(variant: str, args: argparse.Namespace) -> tuple[dict[str, Any], d
         block_size=BLOCK_SIZE,
         max_requests=args.max_num_requests,
         max_tokens=args.max_batched_tokens,
+        has_drafts=False,
     )
     before_bytes, marks = torch.cuda.mem_get_info()[0], [time.perf_counter()]
     marks += [time.perf_counter() for _ in runner.warming()]

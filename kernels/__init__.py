@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from kernels import reference
 from kernels.cpu import ops as on_cpu
 from kernels.quantized import CODE_MAX, Quantized, ToInt8
+from kernels.rows import Rows
 
 if TYPE_CHECKING or find_spec("triton") is not None:
     from kernels import activation, attention, collectives, gemm, groups, norm, outliers, quantize, rope
@@ -20,6 +21,7 @@ else:
 __all__ = [
     "CODE_MAX",
     "Quantized",
+    "Rows",
     "ToInt8",
     "collectives",
     "gelu",
@@ -35,6 +37,7 @@ __all__ = [
     "relu",
     "rms_norm",
     "rope_and_cache",
+    "rotary_attention",
     "silu_mul",
 ]
 
@@ -68,3 +71,4 @@ int8_group_linear = _by_device(groups.int8_group_linear, reference.int8_group_li
 int8_outlier_linear = _by_device(outliers.int8_outlier_linear, reference.int8_outlier_linear)
 rope_and_cache = _by_device(rope.rope_and_cache, on_cpu.rope_and_cache)
 paged_attention = _by_device(attention.paged_attention, on_cpu.paged_attention)
+rotary_attention = _by_device(attention.rotary_attention, on_cpu.rotary_attention)

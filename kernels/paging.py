@@ -23,7 +23,6 @@ __all__ = [
     "key_offsets",
     "load_blocks",
     "lowest_top",
-    "of_head",
     "paged_layout",
     "query_codes",
     "scale_of",
@@ -64,13 +63,14 @@ class Strides:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What attention is compiled for: GROUP query heads per key head, head size D, the strides of the caches.
+    """What attention is compiled for: G key heads of GROUP query heads, head size D, the strides of the caches.
 
     IS_WIDE: whether offsets need 64 bits.
     WINDOW: number of keys a query sees, its own the last; None for all up to its own.
     SOFT_CAP: bound of the scores' magnitude; None for none.
     """
 
+    G: int
     GROUP: int
     D: int
     BLOCK_D: int
@@ -141,6 +141,7 @@ def _layout(
             "not a multiple, or not 2**n"
         )
     return Layout(
+        G=num_kv_heads,
         GROUP=num_heads // num_kv_heads,
         D=head_size,
         BLOCK_D=power_of_2(head_size),
@@ -178,16 +179,6 @@ def key_offsets(blocks, slots, STRIDES: tl.constexpr, IS_WIDE: tl.constexpr):
     if IS_WIDE:
         blocks = blocks.to(tl.int64)
     return blocks * STRIDES.BLOCK + slots * STRIDES.SLOT
-
-
-@triton.jit
-def of_head(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, LAYOUT: tl.constexpr):
-    """Where a key head's keys, values and scales begin; scales are None for a float cache."""
-    if k_scale_ptr is not None:
-        k_scale_ptr += head * LAYOUT.K_SCALE.HEAD
-    if v_scale_ptr is not None:
-        v_scale_ptr += head * LAYOUT.V_SCALE.HEAD
-    return k_ptr + head * LAYOUT.K.HEAD, v_ptr + head * LAYOUT.V.HEAD, k_scale_ptr, v_scale_ptr
 
 
 @triton.jit

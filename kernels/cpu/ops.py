@@ -14,6 +14,7 @@ from kernels.quantized import Quantized, ToInt8
 from kernels.reference.attention import decode_attention
 from kernels.reference.common import ROWS_AT_ONCE, row_slices
 from kernels.reference.linear import require_depth
+from kernels.rows import Rows
 
 
 def quantize_rows(x: Tensor) -> Quantized:
@@ -177,6 +178,29 @@ def paged_attention(
         return y
     assert isinstance(y, Tensor)
     return quantize_rows(y) if quantize.scale is None else quantize_tensor(y, quantize.scale)
+
+
+def rotary_attention(
+    qkv: Tensor,
+    rows: Rows,
+    cos_sin: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
+    num_heads: int,
+    scale: float,
+    quantize: ToInt8 | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    sink: Tensor | None = None,
+) -> Tensor | Quantized:
+    """See reference.rotary_attention."""
+    where = rows.positions, rows.slots, cos_sin, k_cache, v_cache
+    q = rope_and_cache(qkv, *where, num_heads, q_weight, k_weight, eps, sink)
+    requests = rows.block_tables, rows.query_starts, rows.context_lens, rows.is_decode
+    return paged_attention(q, k_cache, v_cache, *requests, scale, quantize, window, soft_cap)
 
 
 def _decode_attention(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from kernels.reference.attention import paged_attention, rope_and_cache
+from kernels.reference.attention import paged_attention, rope_and_cache, rotary_attention
 from kernels.reference.collectives import all_reduce_rms_norm, reduce_scatter_rms_norm
 from kernels.reference.common import quantize_rows, quantize_tensor, split_outliers
 from kernels.reference.elementwise import gelu, gelu_mul, layer_norm, relu, rms_norm, silu_mul
@@ -36,6 +36,7 @@ __all__ = [
     "relu",
     "rms_norm",
     "rope_and_cache",
+    "rotary_attention",
     "silu_mul",
     "split_outliers",
 ]

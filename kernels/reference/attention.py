@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kernels.quantized import Quantized, ToInt8
 from kernels.reference.common import quantize_rows, store
+from kernels.rows import Rows
 
 TILE = 64
 """Query rows that are multiplied at once: those of positions t * TILE .. (t + 1) * TILE - 1, some of which may not be
@@ -250,3 +251,26 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     low, high = x[..., :half], x[..., half : 2 * half]
     return torch.cat((low * cos - high * sin, high * cos + low * sin, x[..., 2 * half :]), dim=-1)
+
+
+def rotary_attention(
+    qkv: Tensor,
+    rows: Rows,
+    cos_sin: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
+    num_heads: int,
+    scale: float,
+    quantize: ToInt8 | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    sink: Tensor | None = None,
+) -> Tensor | Quantized:
+    """`rope_and_cache` of a step's rows, then `paged_attention` of what it returns; their arguments are these."""
+    where = rows.positions, rows.slots, cos_sin, k_cache, v_cache
+    q = rope_and_cache(qkv, *where, num_heads, q_weight, k_weight, eps, sink)
+    requests = rows.block_tables, rows.query_starts, rows.context_lens, rows.is_decode
+    return paged_attention(q, k_cache, v_cache, *requests, scale, quantize, window, soft_cap)

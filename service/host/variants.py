@@ -142,6 +142,7 @@ def runner_for(
         use_graphs=settings.cuda_graphs,
         caches=caches,
         lead=lead,
+        has_drafts=settings.speculate != "none",
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import Quantized
+from kernels import Quantized, Rows
 from quant.errors import CheckpointError
 from quant.fused import fuse, take_rows
 from quant.part import taken
@@ -16,22 +16,6 @@ from service.models.config import ModelConfig
 from service.models.sharding import ALONE, Ranks, columns, span
 from service.models.sharding import rows as rows_of
 from service.models.weights import Linear, Weights, norm_weight
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The positions and cache locations of a step's T token rows. int32 tensors on the device.
-
-    positions, slots: [T].   query_starts: [B + 1].   context_lens: [B].   block_tables: [B, W].
-    is_decode: whether no request has more than one row.
-    """
-
-    positions: Tensor
-    slots: Tensor
-    query_starts: Tensor
-    context_lens: Tensor
-    block_tables: Tensor
-    is_decode: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +31,11 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
+
+    @property
+    def num_heads(self) -> int:
+        """G."""
+        return (self.k.codes if isinstance(self.k, Quantized) else self.k).shape[2]
 
 
 class Attention:
@@ -86,31 +75,21 @@ class Attention:
         self, y: Tensor | Quantized, rows: Rows, cos_sin: Tensor, cache: KVCache, residual: Tensor | None = None
     ) -> Tensor:
         """Returns the rank's sum [T, hidden_size], with the residual added if given. Writes to the cache."""
-        q = kernels.rope_and_cache(
+        attended = kernels.rotary_attention(
             self.qkv(y),
-            rows.positions,
-            rows.slots,
+            rows,
             cos_sin,
             cache.k,
             cache.v,
             self.num_heads,
-            self.q_weight,
-            self.k_weight,
-            self.eps,
-            self.sink,
-        )
-        attended = kernels.paged_attention(
-            q,
-            cache.k,
-            cache.v,
-            rows.block_tables,
-            rows.query_starts,
-            rows.context_lens,
-            rows.is_decode,
             self.scale,
             self.o.input_format,
             self.window,
             self.soft_cap,
+            self.q_weight,
+            self.k_weight,
+            self.eps,
+            self.sink,
         )
         return self.o(attended, residual)
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import Quantized
+from kernels import Quantized, Rows
 from quant.checkpoint.sink import Sink
 from quant.convert.rounding import ScaleRule, quantize_weight
 from quant.errors import CheckpointError
 from quant.linear import FloatLinear, InputCodes, Int8Linear
 from quant.scheme import HeadStorage, KVStorage
-from service.models.attention import Attention, KVCache, Rows
+from service.models.attention import Attention, KVCache
 from service.models.config import ModelConfig
 from service.models.mlp import Experts, load_mlp
 from service.models.sharding import ALONE, Ranks, refuse_uneven, span

@@ -102,8 +102,9 @@ def test_both_parts_are_exact(place: Place) -> None:
     weight = torch.randint(-7, 8, (N, K), generator=generator, dtype=torch.int8)
     weight_scale = 2.0 ** torch.randint(-2, 3, (N,), generator=generator)
     want = x.double() @ (weight * weight_scale[:, None]).double().t()
-    x, weight, weight_scale = (tensor.to(place.device) for tensor in (x.to(place.dtype), weight, weight_scale))
-    for op in (outliers.int8_outlier_linear, reference.int8_outlier_linear):
+    operands = x.to(place.dtype), weight, weight_scale
+    for op, device in ((outliers.int8_outlier_linear, place.device), (reference.int8_outlier_linear, "cpu")):
+        x, weight, weight_scale = (tensor.to(device) for tensor in operands)
         got = op(x, weight, weight_scale, out_dtype=torch.float32, threshold=THRESHOLD)
         assert torch.equal(got.double().cpu(), want)
         one = op(x, weight, weight_scale[:1].contiguous(), out_dtype=torch.float32, threshold=THRESHOLD)

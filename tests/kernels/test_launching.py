@@ -82,13 +82,12 @@ def test_a_forward_pass_is_this_many_launches(found: dict[str, Any]) -> None:
         "int8_linear, plain": 1,
         "int8_linear, pingpong": 1,
         "int8_gated_linear, to int8": 2,
-        "rope_and_cache": 1,
-        "paged_attention, decode": 2,
-        "paged_attention, prefill": 3,
-        "layer, decode": 11,
-        "forward, decode": 32 * 11 + 1,
-        "layer, prefill": 12,
-        "forward, prefill": 32 * 12 + 1,
+        "rotary_attention, decode": 3,
+        "rotary_attention, prefill": 4,
+        "layer, decode": 10,
+        "forward, decode": 32 * 10 + 1,
+        "layer, prefill": 11,
+        "forward, prefill": 32 * 11 + 1,
     }
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import activation, attention, collectives, dependent, gemm, groups, norm, outliers, quantize, rope, tiles
+from kernels import activation, attention, collectives, dependent, gemm, groups, norm, outliers, quantize, tiles
 from kernels.epilogue import Epilogue
 from kernels.launching import Descriptor, Plan
 from kernels.quantized import Quantized, ToInt8
+from kernels.rows import Rows
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 TYPES = {
@@ -146,7 +148,7 @@ def tuned(capability: int) -> None:
 
 
 def attentions() -> None:
-    """Head sizes and dtypes, float and int8 caches and outputs, decodes of one split and of sixteen."""
+    """Head sizes and dtypes, float and int8 caches, decodes of one split and of sixteen, alone and among many."""
     for D, H, G in ((64, 32, 8), (96, 32, 32), (128, 32, 8), (256, 8, 1)):
         for dtype in (torch.float16, torch.bfloat16) if D == 64 else (torch.float16,):
             for is_int8 in (False, True):
@@ -166,8 +168,6 @@ def attend(
     G: int,
     dtype: torch.dtype,
     is_int8: bool,
-    B: int = 4,
-    T: int = 512,
     window: int | None = None,
     soft_cap: float | None = None,
     is_normed: bool = False,
@@ -177,23 +177,14 @@ def attend(
     cache: Any = meta(64, 16, G, D, dtype=torch.int8 if is_int8 else dtype)
     if is_int8:
         cache = Quantized(cache, meta(64, 16, G, **floats))
-    q = rope.rope_and_cache(
-        meta(T, (H + 2 * G) * D, dtype=dtype),
-        meta(T, **ints),
-        meta(T, **ints),
-        meta(4096, D, **floats),
-        cache,
-        cache,
-        H,
-        q_weight=meta(D, dtype=dtype) if is_normed else None,
-        k_weight=meta(D, dtype=dtype) if is_normed else None,
-        sink=meta(1, (H + 2 * G) * D, dtype=dtype) if has_sink else None,
-    )
-    for max_blocks in (4, 256) if D == 128 else (256,):
-        table, starts, contexts = meta(B, max_blocks, **ints), meta(B + 1, **ints), meta(B, **ints)
-        attention.paged_attention(q, cache, cache, table, starts, contexts, False, D**-0.5, None, window, soft_cap)
-        for to in (None, ToInt8(), ToInt8(meta(1, **floats))) if D == 128 else (ToInt8(),):
-            attention.paged_attention(q[:B], cache, cache, table, starts, contexts, True, D**-0.5, to, window, soft_cap)
+    norm = meta(D, dtype=dtype) if is_normed else None
+    sink = meta(1, (H + 2 * G) * D, dtype=dtype) if has_sink else None
+    for width, (T, B) in product((4, 256) if D == 128 else (256,), ((512, 4), (512, 128), (4, 4))):
+        token, request, is_decode = meta(T, **ints), meta(B, **ints), T == B
+        table, arrivals = meta(B, width, **ints), meta(B, G, **ints)
+        rows = Rows(token, token, meta(B + 1, **ints), request, table, is_decode, arrivals, is_decode)
+        where = rows, meta(4096, D, **floats), cache, cache, H, D**-0.5, ToInt8(), window, soft_cap
+        attention.rotary_attention(meta(T, (H + 2 * G) * D, dtype=dtype), *where, norm, norm, 1e-5, sink)
 
 
 def record() -> list[Launch]:

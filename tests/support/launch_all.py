@@ -155,13 +155,16 @@ def _attention(rng: random.Random, x: Tensor, to: ToInt8 | None) -> Call:
     if rng.random() < 0.5:
         cache = Quantized(torch.zeros(8, 16, G, D, dtype=torch.int8), torch.zeros(8, 16, G))
     qkv, rope = floats(rng, T, (H + 2 * G) * D), torch.zeros(64, D)
-    step = torch.zeros(T + 1, dtype=torch.int32)
-    tables = torch.zeros(T, rng.choice((1, 4, 16)), dtype=torch.int32)
-    is_decode, window = rng.random() < 0.5, rng.choice((None, 32))
+    step, is_decode = torch.zeros(T + 1, dtype=torch.int32), rng.random() < 0.5
+    tables, arrivals = (torch.zeros(T, n, dtype=torch.int32) for n in (rng.choice((1, 4, 16)), G))
+    rows = kernels.Rows(
+        step[:T], step[:T], step, step[:T], tables, is_decode, arrivals, is_decode and rng.random() < 0.7
+    )
+    window, norm = rng.choice((None, 32)), rng.choice((None, None, floats(rng, D)))
 
     def call() -> None:
-        q = kernels.rope_and_cache(qkv, step[:T], step[:T], rope, cache, cache, H)
-        kernels.paged_attention(q, cache, cache, tables, step, step[:T], is_decode, 0.125, to, window)
+        where = rows, rope, cache, cache, H, 0.125
+        kernels.rotary_attention(qkv, *where, to, window, q_weight=norm, k_weight=norm)
 
     return call
 

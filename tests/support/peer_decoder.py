@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import Quantized, collectives
+from kernels import Quantized, Rows, collectives
 from kernels.collectives import Peers
 from kernels.ways import Way
 from quant.scheme import Scheme
 from service.engine.device.peers import peers_norm
-from service.models.attention import Rows
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder
 from service.models.random_weights import random_decoder

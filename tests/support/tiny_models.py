@@ -36,7 +36,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from service.models.attention import Rows
+from kernels import Rows
 from service.models.decoder import Decoder
 from tests.support.modules import evaluated, in_float32
 from tests.support.tokenizers import byte_level_backend, save

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import Rows
 from service.engine.device.staging import Staging
 from service.engine.shapes import Shape
 from service.engine.step_table import Ints, StepTable, TableLayout
-from service.models.attention import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,13 @@ class BatchBuilder:
     For each step, write a `StepTable` of the same layout into the memory from `numbers`, then pass it to `build`.
     """
 
-    def __init__(self, layout: TableLayout, device: torch.device) -> None:
+    def __init__(self, layout: TableLayout, device: torch.device, num_kv_heads: int, *, has_drafts: bool) -> None:
         self._layout = layout
         self._staging = Staging(device, 4 * layout.size)
         self._host = torch.empty(0, dtype=torch.int32)
         self._ints = torch.zeros(layout.size, dtype=torch.int32, device=device)
+        self._has_drafts = has_drafts
+        self._arrivals = torch.zeros(layout.max_requests, num_kv_heads, dtype=torch.int32, device=device)
         self._tables = torch.zeros(layout.max_requests, layout.max_blocks, dtype=torch.int32, device=device)
 
     def numbers(self) -> Ints:
@@ -86,6 +88,8 @@ class BatchBuilder:
             context_lens=column("context_lens", num_requests),
             block_tables=self._tables[:num_requests],
             is_decode=is_decode,
+            arrivals=self._arrivals[:num_requests],
+            is_alone=is_decode and not self._has_drafts,
         )
         return Batch(
             token_ids=column("token_ids", num_tokens),

@@ -140,6 +140,7 @@ class Runner:
         use_graphs: let `warm_up` capture steps in CUDA graphs.
         caches: KV caches to take over from the runner that this one replaces; None allocates new ones.
         lead: tells the other ranks of the decoder to take part; None if there are none, or on these others.
+        has_drafts: whether steps may hold drafts; without them small decode steps take fewer kernels.
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class Runner:
         use_graphs: bool = True,
         caches: list[KVCache] | None = None,
         lead: Lead | None = None,
+        has_drafts: bool = True,
     ) -> None:
         self.decoder = decoder
         self._lead = lead
@@ -165,8 +167,8 @@ class Runner:
         max_blocks = blocks_of(decoder.config.max_model_len, block_size)
         self.layout = TableLayout(max_tokens=max_tokens, max_requests=max_requests, max_blocks=max_blocks)
         self._tables = StepTableBuilder(self.layout, block_size)
-        self._batches = BatchBuilder(self.layout, self.device)
         self.caches = decoder.new_caches(num_blocks, block_size) if caches is None else caches
+        self._batches = BatchBuilder(self.layout, self.device, self.caches[0].num_heads, has_drafts=has_drafts)
         self._graphs = StepGraphs[Forward](max_tokens, max_requests)
         self._kept: Forward | None = None
         self.step_times_s: dict[Shape, float] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import Rows
 from quant.analysis.choices import Continuation, Question, compare, encode, picks, read_questions
 from quant.analysis.layer_errors import LinearError, linear_errors
 from quant.analysis.perplexity import LogitsOf, Quality, evaluate
@@ -20,7 +21,7 @@ from quant.convert.rotate import opener, rotation
 from quant.errors import InvalidQuestions, NotFinite
 from quant.scheme import KVStorage, Scheme
 from service.errors import InvalidSettings, UnsupportedModel
-from service.models.attention import KVCache, Rows
+from service.models.attention import KVCache
 from service.models.config import ModelConfig, smooth_groups, stream_of
 from service.models.decoder import Decoder, Layer, score
 from service.models.devices import pick_device, pick_dtype

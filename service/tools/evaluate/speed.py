@@ -27,7 +27,14 @@ def decode_tokens_per_s(decoder: Decoder) -> float:
     prompt_len = min(PROMPT_LEN, context // 2)
     num_steps = min(NUM_STEPS, context - prompt_len)
     num_blocks = -(-(prompt_len + num_steps) // BLOCK_SIZE) + 1
-    runner = Runner(decoder, num_blocks=num_blocks, block_size=BLOCK_SIZE, max_requests=1, max_tokens=prompt_len)
+    runner = Runner(
+        decoder,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        max_requests=1,
+        max_tokens=prompt_len,
+        has_drafts=False,
+    )
     scheduler = Scheduler(
         num_blocks=num_blocks, block_size=BLOCK_SIZE, max_num_requests=1, max_batched_tokens=prompt_len
     )

@@ -17,7 +17,7 @@ from tests.support.requests import new_request
 
 @pytest.fixture(params=[CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
 def batches(request: pytest.FixtureRequest) -> BatchBuilder:
-    return BatchBuilder(TableLayout(max_tokens=24, max_requests=6, max_blocks=16), request.param)
+    return BatchBuilder(TableLayout(max_tokens=24, max_requests=6, max_blocks=16), request.param, 2, has_drafts=False)
 
 
 def test_the_device_gets_the_numbers_of_each_step_in_the_same_place(batches: BatchBuilder) -> None:
@@ -36,7 +36,7 @@ def test_the_device_gets_the_numbers_of_each_step_in_the_same_place(batches: Bat
         num_tables, width = table.block_tables.shape
         assert batch.rows.block_tables.shape == (len(table.context_lens), 16), "grids depend on it"
         assert batch.rows.block_tables[:num_tables, :width].tolist() == table.block_tables.tolist()
-        assert batch.rows.is_decode == table.is_decode
+        assert batch.rows.is_decode == batch.rows.is_alone == table.is_decode
         addresses.add((batch.token_ids.data_ptr(), batch.rows.slots.data_ptr(), batch.rows.block_tables.data_ptr()))
         plan.commit(step, StepResults(0.0, [7 + num_steps] * sum(chunk.samples for chunk in step.chunks)))
         num_steps += 1

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 import kernels
 from kernels import Quantized
+from kernels.cpu import ops
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import PRESETS, KVStorage, Scheme
 from service.errors import UnsupportedModel
@@ -129,7 +130,7 @@ def change_heads(monkeypatch: pytest.MonkeyPatch) -> Callable[[ChangeHeads], Non
 
     Queries are rounded as well, each head by itself, as they are over int8 keys.
     """
-    rope_and_cache = kernels.rope_and_cache
+    rope_and_cache = ops.rope_and_cache
 
     def use(change: ChangeHeads) -> None:
         def changed(
@@ -148,7 +149,7 @@ def change_heads(monkeypatch: pytest.MonkeyPatch) -> Callable[[ChangeHeads], Non
             codes, scale = kernels.quantize_rows(q.flatten(0, 1))
             return (codes * scale[:, None]).view_as(q)
 
-        monkeypatch.setattr(kernels, "rope_and_cache", changed)
+        monkeypatch.setattr(ops, "rope_and_cache", changed)
 
     return use
 
