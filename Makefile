@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(if $(filter $(VENV)/%,$(PY)),$(INSTALLED))
 
 .PHONY: help setup serve test test-quick coverage check audit format gpu test-deploy test-clients test-monitoring bench \
-	bench-kernels dashboard clean
+	bench-kernels compile dashboard clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -59,6 +59,12 @@ format: $(READY) ## rewrite to the project's format
 
 gpu: $(READY) ## run the tests that need a CUDA GPU
 	$(PY) -m pytest -m gpu -n $(GPU_JOBS) $(GPU_TESTS) $(ARGS)
+
+# A GPU build of torch may bring an older Triton than the CPU build does, which compiles less.
+TRITON ?= 3.6.0
+compile: $(READY) ## compile every kernel for every architecture by TRITON=3.6.0, or ARGS=REGEX alone
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton triton==$(TRITON)
+	TRITON_INTERPRET=0 PYTHONPATH=$(VENV)/triton:. $(PY) tests/support/compile_all.py $(ARGS) > $(VENV)/compiled.json
 
 test-deploy: $(READY) ## build the image, bring up docker/compose.yaml and stop it under load; needs a Docker engine
 	$(PY) -m pytest -m deploy -rs tests/deploy $(ARGS)

@@ -12,12 +12,12 @@ from torch import Tensor
 from kernels import attention, decode_attention, reference, rope
 from kernels.quantized import Quantized, ToInt8
 from kernels.rows import Rows
-from tests.support.kernel_checks import check_float, floats_of
+from tests.support.kernel_checks import floats_of
 from tests.support.places import Place
 
 BLOCK_SIZE = 16
 CONTEXTS = [1, 47, 128, 200]
-LARGE_CONTEXTS = [16, 130, 300, 2048, 2049, 5000, *range(500, 560)]
+LARGE_CONTEXTS = [16, 130, 300, 2048, 2049, *range(500, 565)]
 SHAPES = [(64, 64, 6, 2), (80, 32, 2, 1)]
 LARGE = [(64, 0, 2, 2), (128, 128, 32, 8), (96, 96, 32, 32), (256, 64, 8, 1), (64, 64, 71, 1)]
 
@@ -139,9 +139,12 @@ def test_against_the_reference(place: Place) -> None:
     where = some.rows, some.cos_sin, some.k, some.v, some.num_heads, some.scale
     want = reference.rotary_attention(some.qkv, *where)
     assert torch.equal(floats_of(v), floats_of(some.v))
-    check_float(floats_of(k), floats_of(some.k).double(), place.dtype)
-    error = (floats_of(y).double() - floats_of(want).double())[: some.num_requests].abs().max().item()
-    assert error < 4 * torch.finfo(place.dtype).eps
+    # Both round the same rotation.
+    assert torch.allclose(floats_of(k), floats_of(some.k), rtol=torch.finfo(place.dtype).eps, atol=1e-6)
+    got, expected = (floats_of(each)[: some.num_requests].double() for each in (y, want))
+    # Both round y, and one of them p.
+    bound = torch.finfo(place.dtype).eps * (expected.abs() + floats_of(some.v).double().abs().max())
+    assert bool(((got - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("window", [20, 150])

@@ -74,12 +74,12 @@ def test_shapes_reach_the_largest_step_and_no_further() -> None:
 def test_every_step_within_the_limits_has_a_shape_that_holds_it(log: list[str]) -> None:
     graphs = StepGraphs[Shape](700, 70)
     captured(graphs, log)
+    prompt = new_request("p", 800)
     for num_requests in range(1, 71):
         assert graphs.shape_of(decodes(num_requests)) in graphs.shapes
+        others = decodes(num_requests - 1).chunks
         for num_tokens in range(max(2, num_requests), 701):
-            chunks = decodes(num_requests - 1).chunks
-            chunks.append(Chunk(new_request("p", 800), 0, num_tokens - len(chunks), False, 0))
-            shape = graphs.shape_of(Step(chunks))
+            shape = graphs.shape_of(Step([*others, Chunk(prompt, 0, num_tokens - len(others), False, 0)]))
             assert shape is not None
             assert not shape.is_decode
             assert num_tokens <= shape.num_tokens <= max(16, 2 * num_tokens)
