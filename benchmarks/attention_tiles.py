@@ -52,9 +52,14 @@ Candidate = tuple[str, bool, AttentionTile]
 
 
 def candidates(what: str) -> list[Candidate]:
-    """Every tile over both caches; prefill over int8 keys with int8 products too."""
+    """Every tile over both caches; over int8 ones with int8 products too, and a decode with values in pairs."""
     plain = [(what, is_int8, tile) for is_int8 in (False, True) for tile in TILES[what]]
-    return plain + [(what, True, tile._replace(is_int8=True)) for tile in TILES[what] if what == "prefill"]
+    if what == "prefill":
+        return plain + [(what, True, tile._replace(is_int8=True)) for tile in TILES[what]]
+    ways = ((True, False), (True, True))
+    return plain + [
+        (what, True, tile._replace(in_pairs=pairs, is_int8=codes)) for pairs, codes in ways for tile in TILES[what]
+    ]
 
 
 def scene_of(shape: str, what: str, batch: int, context: int) -> Scene:

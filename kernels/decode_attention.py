@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.launching import MAX_PLANS, Plan, cdiv, power_of_2
-from kernels.paging import LIFT, Layout, first_key, fold_keys, load_blocks, lowest_top, query_codes
+from kernels.paging import LIFT, Layout, first_key, fold_keys, fold_pairs, load_blocks, lowest_top, query_codes
 from kernels.rope import Rotation, Turn, turned_heads, write_heads
 from kernels.tiles import AttentionTile
 
@@ -126,9 +126,10 @@ def _parts(step: Operands, num_splits: int) -> Parts:
 @lru_cache(maxsize=MAX_PLANS)
 def _split_plan(layout: Layout, turn: Turn | None, tile: AttentionTile, num_splits: int, is_early: bool) -> Plan:
     return Plan(
-        _paged_decode_kernel, LAYOUT=layout, TURN=turn, SPLITS=num_splits, BLOCK_M=max(16, power_of_2(layout.GROUP)),
-        BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        DEPENDENT=is_early, launch_pdl=is_early,
+        _paged_decode_kernel, LAYOUT=layout, TURN=turn, SPLITS=num_splits,
+        PAIRS=tile.in_pairs and layout.V_SCALE is not None, INT8=tile.is_int8,
+        BLOCK_M=max(16, power_of_2(layout.GROUP)), BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, DEPENDENT=is_early, launch_pdl=is_early,
     )  # fmt: skip
 
 
@@ -179,9 +180,9 @@ def _write_new_key(qkv_ptr, rotation, token, k_ptr, v_ptr, k_scale_ptr, v_scale_
 
 @triton.jit
 def _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, part_ptr, lse_ptr, table_ptr, kv_head, first, last, context,
-            window_start, split_len, scale, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
-            BLOCK_N: tl.constexpr):  # fmt: skip
-    """Attend with q [BLOCK_M, BLOCK_D] to the keys first .. last - 1, which are whole splits.
+            window_start, split_len, scale, LAYOUT: tl.constexpr, SPLITS: tl.constexpr, PAIRS: tl.constexpr,
+            TYPE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Attend with q [BLOCK_M, BLOCK_D], codes over int8 keys, to the keys first .. last - 1, which are whole splits.
 
     Writes each split's softmax times v and log2 of its sum. Returns the former of the last, for a request of one split.
     """
@@ -190,16 +191,14 @@ def _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, part_ptr, lse_ptr, table_
     WINDOW: tl.constexpr = LAYOUT.WINDOW
     BLOCK_D: tl.constexpr = LAYOUT.BLOCK_D
     H: tl.constexpr = GROUP * LAYOUT.G
-    TYPE: tl.constexpr = q.dtype
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, LAYOUT.BLOCK_D)
     heads = kv_head * GROUP + rows
     mask = (rows < GROUP)[:, None] & (columns < LAYOUT.D)[None, :]
-    if k_scale_ptr is not None:
-        # Not in int8, whose operands take more registers: H100s and H200s wait for the cache's bytes here.
-        q, scale = query_codes(q, scale, False)
     top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # With PAIRS acc has the even columns.
+    acc = tl.zeros([BLOCK_M, BLOCK_D // 2 if PAIRS else BLOCK_D], tl.float32)
+    odd = tl.zeros([BLOCK_M, BLOCK_D // 2], tl.float32)
     k_ptr += kv_head * LAYOUT.K.HEAD
     v_ptr += kv_head * LAYOUT.V.HEAD
     if k_scale_ptr is not None:
@@ -212,19 +211,29 @@ def _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, part_ptr, lse_ptr, table_
         next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
         # A split starts from the lowest maximum, which also scales what the split before left to 0.
         top = tl.where((start - window_start) % split_len == 0, lowest_top(WINDOW), top)
-        top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
-                                    last, num_visible, scale, True, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
+        if PAIRS:
+            top, total, acc, odd = fold_pairs(q, top, total, acc, odd, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks,
+                                              start, last, num_visible, scale, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
+        else:
+            top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
+                                        last, num_visible, scale, True, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
         blocks = next_blocks
         if SPLITS > 1:
             end = start + BLOCK_N
             if ((end - window_start) % split_len == 0) | (end >= last):
                 part = (start - window_start) // split_len * H + heads
-                y = acc / (total if v_scale_ptr is None else total * LIFT)[:, None]
+                y = _columns_of(acc, odd, PAIRS) / (total if v_scale_ptr is None else total * LIFT)[:, None]
                 tl.store(part_ptr + part[:, None] * LAYOUT.D + columns[None, :], y, mask=mask)
                 tl.store(lse_ptr + part, top + tl.math.log2(total), mask=rows < GROUP)
     # The largest score adds 1 to total. Less than 1 means no key (context 0), and y is then 0.
     total = tl.maximum(total, 1.0)
-    return acc / (total if v_scale_ptr is None else total * LIFT)[:, None]
+    return _columns_of(acc, odd, PAIRS) / (total if v_scale_ptr is None else total * LIFT)[:, None]
+
+
+@triton.jit
+def _columns_of(acc, odd, PAIRS: tl.constexpr):
+    """All columns in order."""
+    return tl.reshape(tl.join(acc, odd), [acc.shape[0], 2 * acc.shape[1]]) if PAIRS else acc
 
 
 @triton.jit
@@ -289,6 +298,8 @@ def _paged_decode_kernel(
     LAYOUT: tl.constexpr,
     TURN: tl.constexpr,
     SPLITS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INT8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -325,13 +336,15 @@ def _paged_decode_kernel(
         q = y.to(q_ptr.dtype.element_ty)
         if last == context:
             _write_new_key(q_ptr, rotation, token, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, kv_head, LAYOUT, TURN)
+    if k_scale_ptr is not None:
+        q, scale = query_codes(q, scale, INT8)
     part_ptr, lse_ptr = parts.y, parts.lse
     if SPLITS > 1:
         part_ptr += request * SPLITS * H * D
         lse_ptr += request * SPLITS * H
     table_ptr = requests.block_tables + request * max_blocks
     y = _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, part_ptr, lse_ptr, table_ptr, kv_head, first, last, context,
-                window_start, split_len, scale, LAYOUT, SPLITS, BLOCK_N)  # fmt: skip
+                window_start, split_len, scale, LAYOUT, SPLITS, PAIRS, q_ptr.dtype.element_ty, BLOCK_N)  # fmt: skip
 
     if SPLITS == 1:
         _store_heads(y, out_ptr, token, heads, is_head, LAYOUT)

@@ -20,6 +20,7 @@ __all__ = [
     "codes_of",
     "first_key",
     "fold_keys",
+    "fold_pairs",
     "key_offsets",
     "load_blocks",
     "lowest_top",
@@ -47,6 +48,19 @@ CODES_TO_HALF = tl.constexpr("""{
     mov.b32 bias, 0x64806480;
     prmt.b32 $0, bytes, ones, 0x4140;
     prmt.b32 $1, bytes, ones, 0x4342;
+    sub.f16x2 $0, $0, bias;
+    sub.f16x2 $1, $1, bias;
+}""")
+
+
+# The same of two pairs of codes: the first of each pair, and the second.
+PAIRS_TO_HALF = tl.constexpr("""{
+    .reg .b32 bytes, ones, bias;
+    xor.b32 bytes, $2, 0x80808080;
+    mov.b32 ones, 0x64646464;
+    mov.b32 bias, 0x64806480;
+    prmt.b32 $0, bytes, ones, 0x4240;
+    prmt.b32 $1, bytes, ones, 0x4341;
     sub.f16x2 $0, $0, bias;
     sub.f16x2 $1, $1, bias;
 }""")
@@ -198,6 +212,18 @@ def _widen(x, TYPE: tl.constexpr):
 
 
 @triton.jit
+def _widen_pairs(x, TYPE: tl.constexpr):
+    """The low and the high bytes of int16 as signed values in TYPE, exactly."""
+    if tl.float16 == TYPE and not INTERPRETED:
+        low, high = tl.inline_asm_elementwise(
+            PAIRS_TO_HALF, "=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        low, high = ((x << 8) >> 8).to(TYPE), (x >> 8).to(TYPE)
+    return low, high
+
+
+@triton.jit
 def query_codes(q, scale, INT8: tl.constexpr):
     """The codes of queries [BLOCK_M, BLOCK_D], by the rules of `quantize_rows`, and scale times their scales [BLOCK_M].
 
@@ -253,6 +279,61 @@ def _soft_cap(x, CAP: tl.constexpr):
 
 
 @triton.jit
+def key_weights(
+    q,
+    k,
+    top,
+    total,
+    k_scale_ptr,
+    v_scale_ptr,
+    blocks,
+    start,
+    last,
+    num_unmasked,
+    num_visible,
+    scale,
+    MASKED: tl.constexpr,
+    TYPE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add keys k [BLOCK_N, BLOCK_D], start and up, to the running maximum and sum of query rows q [BLOCK_M, BLOCK_D].
+
+    Returns both, what scales all that was summed before [BLOCK_M], and the weights of the keys' values
+    [BLOCK_M, BLOCK_N] in TYPE, times LIFT if v is int8. The other arguments are those of `fold_keys`.
+    """
+    WINDOW: tl.constexpr = LAYOUT.WINDOW
+    SOFT_CAP: tl.constexpr = LAYOUT.SOFT_CAP
+    K_SCALE: tl.constexpr = LAYOUT.K_SCALE
+    V_SCALE: tl.constexpr = LAYOUT.V_SCALE
+    keys = start + tl.arange(0, BLOCK_N)
+    is_key = keys < last
+    slots = keys % LAYOUT.BLOCK_SIZE
+    scores = _scores(q, k, TYPE)
+    if k_scale_ptr is not None:
+        at = key_offsets(blocks, slots, K_SCALE, LAYOUT.IS_WIDE)
+        scores *= _load(k_scale_ptr + at, is_key, MASKED)[None, :]
+    row_scale = scale if k_scale_ptr is None else scale[:, None]
+    if SOFT_CAP is not None:
+        scores = _soft_cap(scores * row_scale, SOFT_CAP)
+        scale, row_scale = 1.0, 1.0
+    if WINDOW is not None:
+        is_seen = (keys[None, :] < num_visible[:, None]) & (keys[None, :] >= (num_visible - WINDOW)[:, None])
+        scores = tl.where(is_seen, scores, float("-inf"))
+    elif MASKED:  # noqa: SIM102
+        if start + BLOCK_N > num_unmasked:
+            scores = tl.where(keys[None, :] < num_visible[:, None], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    p = tl.math.exp2(scores * row_scale - new_top[:, None])
+    shrink = tl.math.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, axis=1)
+    if v_scale_ptr is not None:
+        at = key_offsets(blocks, slots, V_SCALE, LAYOUT.IS_WIDE)
+        p *= (_load(v_scale_ptr + at, is_key, MASKED) * LIFT)[None, :]
+    return new_top, total, shrink, p.to(TYPE)
+
+
+@triton.jit
 def fold_keys(
     q,
     top,
@@ -283,43 +364,61 @@ def fold_keys(
     top: largest score so far (in powers of two); total: sum of exp2(score - top); acc: the same sum weighted by v,
     times LIFT if v is int8.
     """
-    WINDOW: tl.constexpr = LAYOUT.WINDOW
-    SOFT_CAP: tl.constexpr = LAYOUT.SOFT_CAP
     K: tl.constexpr = LAYOUT.K
     V: tl.constexpr = LAYOUT.V
-    K_SCALE: tl.constexpr = LAYOUT.K_SCALE
-    V_SCALE: tl.constexpr = LAYOUT.V_SCALE
     columns = tl.arange(0, LAYOUT.BLOCK_D)
     keys = start + tl.arange(0, BLOCK_N)
-    # Masked: a slot beyond the context may hold anything, NaN included.
-    is_key = keys < last
     slots = keys % LAYOUT.BLOCK_SIZE
     k_at = key_offsets(blocks, slots, K, LAYOUT.IS_WIDE)[:, None] + columns[None, :]
     v_at = key_offsets(blocks, slots, V, LAYOUT.IS_WIDE)[:, None] + columns[None, :]
-    is_there = is_key[:, None] & (columns < LAYOUT.D)[None, :]
+    # Masked: a slot beyond the context may hold anything, NaN included.
+    is_there = (keys < last)[:, None] & (columns < LAYOUT.D)[None, :]
     HAS_GAPS: tl.constexpr = MASKED or LAYOUT.D < LAYOUT.BLOCK_D
     k = _load(k_ptr + k_at, is_there, HAS_GAPS)
     v = _widen(_load(v_ptr + v_at, is_there, HAS_GAPS), TYPE)
-    scores = _scores(q, k, TYPE)
-    if k_scale_ptr is not None:
-        at = key_offsets(blocks, slots, K_SCALE, LAYOUT.IS_WIDE)
-        scores *= _load(k_scale_ptr + at, is_key, MASKED)[None, :]
-    row_scale = scale if k_scale_ptr is None else scale[:, None]
-    if SOFT_CAP is not None:
-        scores = _soft_cap(scores * row_scale, SOFT_CAP)
-        scale, row_scale = 1.0, 1.0
-    if WINDOW is not None:
-        is_seen = (keys[None, :] < num_visible[:, None]) & (keys[None, :] >= (num_visible - WINDOW)[:, None])
-        scores = tl.where(is_seen, scores, float("-inf"))
-    elif MASKED:  # noqa: SIM102
-        if start + BLOCK_N > num_unmasked:
-            scores = tl.where(keys[None, :] < num_visible[:, None], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
-    p = tl.math.exp2(scores * row_scale - new_top[:, None])
-    shrink = tl.math.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, axis=1)
-    if v_scale_ptr is not None:
-        at = key_offsets(blocks, slots, V_SCALE, LAYOUT.IS_WIDE)
-        p *= (_load(v_scale_ptr + at, is_key, MASKED) * LIFT)[None, :]
-    acc = tl.dot(p.to(TYPE), v, acc * shrink[:, None], input_precision="ieee")
-    return new_top, total, acc
+    top, total, shrink, p = key_weights(q, k, top, total, k_scale_ptr, v_scale_ptr, blocks, start, last, num_unmasked,
+                                        num_visible, scale, MASKED, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
+    return top, total, tl.dot(p, v, acc * shrink[:, None], input_precision="ieee")
+
+
+@triton.jit
+def fold_pairs(
+    q,
+    top,
+    total,
+    even,
+    odd,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    blocks,
+    start,
+    last,
+    num_visible,
+    scale,
+    TYPE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`fold_keys`, masked, over int8 values read two at a time. even, odd: acc's columns, [BLOCK_M, BLOCK_D / 2].
+
+    The matrix instruction wants neighbouring keys of a column in one register. Single bytes are turned around by a load
+    each, 128 a thread for a tile; pairs are turned by the load that does so for 16 bits.
+    """
+    K: tl.constexpr = LAYOUT.K
+    V: tl.constexpr = LAYOUT.V
+    HALF: tl.constexpr = LAYOUT.BLOCK_D // 2
+    columns, halves, keys = tl.arange(0, LAYOUT.BLOCK_D), tl.arange(0, HALF), start + tl.arange(0, BLOCK_N)
+    slots, is_key = keys % LAYOUT.BLOCK_SIZE, (keys < last)[:, None]
+    k_at = key_offsets(blocks, slots, K, LAYOUT.IS_WIDE)[:, None] + columns[None, :]
+    v_at = key_offsets(blocks, slots, V, LAYOUT.IS_WIDE)[:, None] // 2 + halves[None, :]
+    k = tl.load(k_ptr + k_at, mask=is_key & (columns < LAYOUT.D)[None, :], other=0)
+    pairs_ptr = v_ptr.to(tl.pointer_type(tl.int16))
+    pairs = tl.load(pairs_ptr + v_at, mask=is_key & (halves < LAYOUT.D // 2)[None, :], other=0)
+    even_v, odd_v = _widen_pairs(pairs, TYPE)
+    top, total, shrink, p = key_weights(q, k, top, total, k_scale_ptr, v_scale_ptr, blocks, start, last, last,
+                                        num_visible, scale, True, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
+    even = tl.dot(p, even_v, even * shrink[:, None], input_precision="ieee")
+    odd = tl.dot(p, odd_v, odd * shrink[:, None], input_precision="ieee")
+    return top, total, even, odd

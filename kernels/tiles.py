@@ -82,6 +82,7 @@ class AttentionTile(NamedTuple):
     """How attention is cut: query rows (positions x heads per key head) and keys of one step of the softmax.
 
     is_int8: whether codes of queries and keys are multiplied as such, for int8 keys; the sums are the same if not.
+    in_pairs: whether a decode reads int8 values two at a time.
     """
 
     block_m: int
@@ -89,6 +90,7 @@ class AttentionTile(NamedTuple):
     num_warps: int
     num_stages: int
     is_int8: bool = False
+    in_pairs: bool = False
 
 
 class Target(NamedTuple):

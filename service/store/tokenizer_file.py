@@ -25,12 +25,16 @@ def library_faults(told_as: Callable[[str], OttavaError]) -> Iterator[None]:
     """
     try:
         yield
-    except OttavaError:
-        raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+        if not is_librarys(error):
             raise
         raise told_as(first_line(error)) from error
+
+
+def is_librarys(error: BaseException) -> bool:
+    """Whether an error that came out of a call of the library is its own: not ours, nor one that ends a task."""
+    is_fault = isinstance(error, Exception) or type(error).__name__ == PANIC
+    return is_fault and not isinstance(error, OttavaError)
 
 
 def unusable(folder: Path, why: str) -> UnsupportedModel:

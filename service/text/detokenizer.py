@@ -6,6 +6,9 @@ from collections.abc import Sequence, Set
 
 from tokenizers import Tokenizer as Backend
 
+from service.errors import EngineFailed, first_line
+from service.store.tokenizer_file import is_librarys
+
 REPLACEMENT = "\ufffd"
 
 
@@ -74,6 +77,15 @@ class Detokenizer:
         return min(ends, key=lambda end: self._decode(end).count(REPLACEMENT))
 
     def _decode(self, ids: list[int]) -> str:
-        if self._hidden is None:
-            return self._backend.decode(ids, skip_special_tokens=True)
-        return self._backend.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False)
+        """Raises EngineFailed if the library fails on these tokens together; each by itself was tried at the start."""
+        try:
+            if self._hidden is None:
+                return self._backend.decode(ids, skip_special_tokens=True)
+            return self._backend.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False)
+        except BaseException as error:
+            if not is_librarys(error):
+                raise
+            raise EngineFailed(
+                f"the model's tokenizer fails to turn tokens into text: {first_line(error)}; this request is lost, "
+                "others go on: mend the decoder of its tokenizer.json"
+            ) from error

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import attention, decode_attention, paging, quantize, reference
 from kernels.quantized import Quantized, ToInt8
-from kernels.tiles import AttentionTile, Target, prefill_tile
+from kernels.tiles import AttentionTile, Target, decode_tile, prefill_tile
 from tests.support.kernel_checks import codes_of, floats_of
 from tests.support.places import Place
 
@@ -227,6 +227,29 @@ def test_codes_multiplied_as_floats(place: Place, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(attention, "prefill_tile", as_floats)
     assert torch.equal(case.run(), want)
+
+
+@pytest.mark.parametrize("requests", [DECODES, [(1, 900), (3, 40)]], ids=["decodes", "mixed"])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["floats", "codes"])
+def test_values_of_decodes_read_in_pairs(
+    place: Place, requests: list[tuple[int, int]], is_int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With codes of queries multiplied as floats or as such, to the same bits; a float cache has no pairs."""
+
+    def with_tile(**changes: bool) -> None:
+        monkeypatch.setattr(attention, "decode_tile", lambda *args: decode_tile(*args)._replace(**changes))
+
+    for D, H, G in place.shapes([(64, 6, 2), (96, 4, 1)], LARGE):
+        case = Case(place, requests, D, H, G, int8="kv")
+        with_tile(in_pairs=True)
+        want = case.run()
+        with_tile(in_pairs=True, is_int8=is_int8)
+        assert torch.equal(case.run(), want)
+        case.check(want)
+    for case in (Case(place, requests, 64, 6, 2, int8="v"), Case(place, requests, 64, 6, 2)):
+        case.check(case.run())
+    case = Case(place, requests, 64, 6, 2, int8="kv", window=50, soft_cap=2.0)
+    case.check(case.run())
 
 
 def test_heads_shorter_than_an_int8_product(place: Place) -> None:

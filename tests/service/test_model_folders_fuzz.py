@@ -219,6 +219,14 @@ def test_a_tokenizer_whose_code_panics(sources: list[Source], tmp_path: Path) ->
     assert "tokenizer.json: no usable tokenizer" in line
 
 
+def test_a_decoder_that_panics_on_one_token(sources: list[Source], tmp_path: Path) -> None:
+    """Of a token that is nothing but what is stripped from both its ends, the library takes less than nothing."""
+    folder = copied(sources[0][0], tmp_path / "model")
+    decoder = {"type": "Strip", "content": "x", "start": 1, "stop": 1}
+    line = outcome(sources[0], with_config(folder, "tokenizer.json", decoder=decoder))
+    assert "tokenizer.json: no usable tokenizer: " in line
+
+
 def test_a_text_that_the_tokenizer_fails_on(sources: list[Source], tmp_path: Path) -> None:
     """Its vocabulary has the letters of the prompts that a start tries, and no token for others."""
     folder = copied(sources[0][0], tmp_path / "model")

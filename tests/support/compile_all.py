@@ -162,6 +162,19 @@ def attentions() -> None:
         attend(128, 32, 8, torch.float32, is_int8)
 
 
+def paired() -> None:
+    """Decodes that read int8 values in pairs."""
+    tile_of = vars(attention)["decode_tile"]
+    vars(attention)["decode_tile"] = lambda *args: tile_of(*args)._replace(in_pairs=True)
+    try:
+        for dtype in (torch.float16, torch.bfloat16):
+            attend(128, 32, 8, dtype, is_int8=True)
+        attend(64, 32, 8, torch.float16, is_int8=True)
+        attend(128, 32, 16, torch.bfloat16, is_int8=True, window=4096, soft_cap=50.0)
+    finally:
+        vars(attention)["decode_tile"] = tile_of
+
+
 def attend(
     D: int,
     H: int,
@@ -212,6 +225,7 @@ def record() -> list[Launch]:
         mixed()
         tuned(capability)
         attentions()
+        paired()
     return list(launches.values())
 
 

@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import Strip
+from tokenizers.models import WordLevel
 
+from service.errors import EngineFailed
 from service.settings import Settings
+from service.text.detokenizer import Detokenizer
 from service.text.tokenizer import Tokenizer
 from tests.support.tokenizers import byte_fallback_backend, byte_level_backend
 
@@ -135,3 +140,13 @@ def test_a_first_llama_keeps_the_space_of_a_continuation_alone() -> None:
     prompt, answer = ids_of(tokenizer, "hello"), ids_of(tokenizer, "hello world")[len(ids_of(tokenizer, "hello")) :]
     assert "".join(pieces(tokenizer, answer, prompt)) == " world"
     assert "".join(pieces(tokenizer, answer)) == "world"
+
+
+def test_a_decoder_that_panics_is_an_error_of_one_request() -> None:
+    """A panic of the library is no Exception."""
+    backend = Backend(WordLevel({"a": 0, "x": 1}, unk_token="a"))
+    backend.decoder = Strip("x", 1, 1)
+    decoder = Detokenizer(backend)
+    assert decoder.push(0) == "a"
+    with pytest.raises(EngineFailed, match="fails to turn tokens into text: slice index"):
+        decoder.push(1)
