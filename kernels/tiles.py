@@ -205,9 +205,11 @@ def decode_tile(gpu: Target, block_d: int, element_bytes: int, cache_bytes: int)
         return AttentionTile(16, 16, num_warps=4, num_stages=1)
     if element_bytes == 4:
         return AttentionTile(16, 16, num_warps=8, num_stages=2)
-    if gpu.capability in {90, 100} and block_d <= 128:
+    is_int8 = cache_bytes == 1
+    # Over an int8 cache sm_100 would spill.
+    if block_d <= 128 and gpu.capability in ({90} if is_int8 else {90, 100}):
         # H100, 32 requests at context 8192: 379 us; int8 238, with 64 keys 275, since fewer bytes are in flight.
-        return AttentionTile(16, 128, num_warps=4, num_stages=3 if cache_bytes == 1 else 2)
+        return AttentionTile(16, 128, num_warps=4, num_stages=3 if is_int8 else 2)
     return AttentionTile(16, 64 if block_d <= 128 else 32, num_warps=4, num_stages=3)
 
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +151,13 @@ def attentions() -> None:
     for D, H, G in ((64, 32, 8), (96, 32, 32), (128, 32, 8), (256, 8, 1)):
         for dtype in (torch.float16, torch.bfloat16) if D == 64 else (torch.float16,):
             for is_int8 in (False, True):
-                attend(D, H, G, dtype, is_int8)
+                attend(D, H, G, dtype, is_int8, is_whole=D == 128)
     attend(128, 32, 8, torch.bfloat16, is_int8=True)
     for D, H, G in ((256, 8, 4), (128, 32, 16)):
-        for is_int8 in (False, True):
+        # What takes the most registers, and the same over a float cache once.
+        for is_int8 in (True,) if D == 128 else (False, True):
             attend(D, H, G, torch.bfloat16, is_int8, window=4096, soft_cap=50.0)
-            attend(D, H, G, torch.bfloat16, is_int8, window=1024, is_normed=True, has_sink=True)
+        attend(D, H, G, torch.bfloat16, is_int8=D == 128, window=1024, is_normed=True, has_sink=True)
     for is_int8 in (False, True):
         attend(128, 32, 8, torch.float32, is_int8)
 
@@ -169,8 +169,6 @@ def paired() -> None:
     try:
         for dtype in (torch.float16, torch.bfloat16):
             attend(128, 32, 8, dtype, is_int8=True)
-        attend(64, 32, 8, torch.float16, is_int8=True)
-        attend(128, 32, 16, torch.bfloat16, is_int8=True, window=4096, soft_cap=50.0)
     finally:
         vars(attention)["decode_tile"] = tile_of
 
@@ -185,6 +183,7 @@ def attend(
     soft_cap: float | None = None,
     is_normed: bool = False,
     has_sink: bool = False,
+    is_whole: bool = False,
 ) -> None:
     ints, floats = {"dtype": torch.int32}, {"dtype": torch.float32}
     cache: Any = meta(64, 16, G, D, dtype=torch.int8 if is_int8 else dtype)
@@ -192,7 +191,9 @@ def attend(
         cache = Quantized(cache, meta(64, 16, G, **floats))
     norm = meta(D, dtype=dtype) if is_normed else None
     sink = meta(1, (H + 2 * G) * D, dtype=dtype) if has_sink else None
-    for width, (T, B) in product((4, 256) if D == 128 else (256,), ((512, 4), (512, 128), (4, 4))):
+    # Requests that prompts are beside, that decode by themselves, and, for one model, many and short ones.
+    steps = [(256, 512, 4), (256, 4, 4)] + ([(4, 512, 4), (4, 4, 4), (256, 512, 128)] if is_whole else [])
+    for width, T, B in steps:
         token, request, is_decode = meta(T, **ints), meta(B, **ints), T == B
         table, arrivals = meta(B, width, **ints), meta(B, G, **ints)
         rows = Rows(token, token, meta(B + 1, **ints), request, table, is_decode, arrivals, is_decode)
