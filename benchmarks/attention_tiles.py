@@ -56,9 +56,8 @@ def candidates(what: str) -> list[Candidate]:
     plain = [(what, is_int8, tile) for is_int8 in (False, True) for tile in TILES[what]]
     if what == "prefill":
         return plain + [(what, True, tile._replace(is_int8=True)) for tile in TILES[what]]
-    ways = ((True, False), (True, True))
     return plain + [
-        (what, True, tile._replace(in_pairs=pairs, is_int8=codes)) for pairs, codes in ways for tile in TILES[what]
+        (what, True, tile._replace(in_pairs=True, is_int8=is_int8)) for is_int8 in (False, True) for tile in TILES[what]
     ]
 
 

@@ -143,7 +143,7 @@ def _paged_attention(step: Operands, is_decode: bool, quantize: ToInt8 | None) -
     if is_decode:
         y = decode(step, _decode_tile(step))
     else:
-        (T, H, D) = step.q.shape
+        T, H, D = step.q.shape
         y = torch.empty((T, H * D), dtype=step.q.dtype, device=step.q.device)
         _prefill(step, _prefill_tile(step), y)
         decode(step, _decode_tile(step), y)

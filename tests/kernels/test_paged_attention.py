@@ -296,7 +296,7 @@ def test_quantized_output(place: Place, requests: list[tuple[int, int]], int8: s
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("requests", [DECODES, LONG, [(1, 900)]], ids=["decodes", "long", "longer"])
+@pytest.mark.parametrize("requests", [DECODES, LONG, [(1, 900), (1, 2500)]], ids=["decodes", "long", "longer"])
 def test_splits_in_one_program(place: Place, requests: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """A split has the same bits whether a program takes one or several, at any number of requests."""
     case = Case(place, requests, 64, 4, 2, int8="k")
