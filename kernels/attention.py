@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kernels.decode_attention import Operands, Requests, decode
 from kernels.dependent import await_inputs, launch_dependents, starts_early
+from kernels.dequantize import REQUESTS, as_floats, num_dequantized
 from kernels.launching import MAX_PLANS, Plan, power_of_2
 from kernels.paging import (
-    LIFT,
     Layout,
     codes_of,
     first_key,
@@ -26,7 +26,6 @@ from kernels.paging import (
     load_blocks,
     lowest_top,
     paged_layout,
-    query_codes,
     scale_of,
 )
 from kernels.quantize import quantized
@@ -39,9 +38,6 @@ __all__ = ["paged_attention", "rotary_attention"]
 
 HOPPER = 90
 LOG2_E = math.log2(math.e)
-REQUESTS = tl.constexpr(256)
-"""Requests whose first tiles a program reads at once."""
-
 MAX_TURNED = 8
 """Most requests of a decode step that the kernel of attention rotates. H200, a layer at context 512: 79.9 us instead of
 84.9 at one request, 85.8 instead of 86.3 at eight, 91.9 instead of 90.8 at 16."""
@@ -66,8 +62,7 @@ def paged_attention(
     """Attend causally over the paged cache, prefill chunks and decodes in one batch. See reference.paged_attention.
 
     A request may have no query row here; its context is then 0. Sums are float32; q k^T and p v multiply in q's dtype,
-    p rounded to it. Over int8 keys q is rounded too, and q k^T is a product of codes, exact. An int8 cache's scales
-    multiply q k^T after the product and p before it.
+    p rounded to it. Where one row multiplies int8 codes, exactly, scales multiply q k^T after the product and p before.
 
     Raises:
         ValueError: H is not a multiple of G, block_size is not a power of two, a cache's heads are not contiguous, or
@@ -167,21 +162,34 @@ def _prefill_tile(step: Operands) -> AttentionTile:
 def _prefill(step: Operands, tile: AttentionTile, y: Tensor) -> None:
     """Launches the tiles of every request with more than one query row.
 
-    The grid follows from the operands' shapes alone, so that a captured launch fits any step of these shapes.
+    Which requests of a large step over an int8 cache read floats is found on the device: there is a launch for those,
+    and one for the others.
     """
+    num_keys = 0
+    if step.k_scale is not None and step.v_scale is not None:
+        num_keys = num_dequantized(y.shape[0], step.layout.BLOCK_SIZE)
+    places = None
+    if num_keys:
+        floats, places = as_floats(step, num_keys, tile.block_n)
+        _launch_tiles(floats, _prefill_tile(floats), y, True, places)
+    _launch_tiles(step, tile, y, False, places)
+
+
+def _launch_tiles(step: Operands, tile: AttentionTile, y: Tensor, is_dequantized: bool, places: Tensor | None) -> None:
+    """The grid follows from the operands' shapes alone, so that a captured launch fits any step of these shapes."""
     block_m = max(tile.block_m, power_of_2(step.layout.GROUP))
     T, (num_requests, max_blocks) = y.shape[0], step.requests.block_tables.shape
     grid = (T // (block_m // step.layout.GROUP) + num_requests, step.k.shape[2], 1)
-    _plan(step.layout, tile, block_m, starts_early(y.device, T)).launch(
-        grid, step.q, step.k, step.v, step.k_scale, step.v_scale, y, *step.requests, num_requests,
+    _plan(step.layout, tile, block_m, is_dequantized, starts_early(y.device, T)).launch(
+        grid, step.q, step.k, step.v, step.k_scale, step.v_scale, places, y, *step.requests, num_requests,
         max_blocks, step.scale,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _plan(layout: Layout, tile: AttentionTile, block_m: int, is_early: bool) -> Plan:
+def _plan(layout: Layout, tile: AttentionTile, block_m: int, is_dequantized: bool, is_early: bool) -> Plan:
     return Plan(
-        _paged_attention_kernel, LAYOUT=layout, INT8=tile.is_int8, BLOCK_M=block_m, BLOCK_N=tile.block_n,
+        _paged_attention_kernel, LAYOUT=layout, DEQUANTIZED=is_dequantized, BLOCK_M=block_m, BLOCK_N=tile.block_n,
         num_warps=tile.num_warps, num_stages=tile.num_stages, DEPENDENT=is_early, launch_pdl=is_early,
     )  # fmt: skip
 
@@ -200,55 +208,56 @@ def _owner_of(tile, query_starts_ptr, num_requests, QUERIES: tl.constexpr):
     return request
 
 
+@triton.jit
+def _blocks_of(table_ptr, start, last, DEQUANTIZED: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`load_blocks` of a request; dequantized keys follow each other."""
+    if DEQUANTIZED:
+        blocks = start // LAYOUT.BLOCK_SIZE
+    else:
+        blocks = load_blocks(table_ptr, start, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
+    return blocks
+
+
 # The number of requests changes with every step; specialized on its value, three kernels would be compiled.
 @triton.jit(do_not_specialize=["num_requests"])
-def _paged_attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    out_ptr,
-    table_ptr,
-    query_starts_ptr,
-    context_lens_ptr,
-    num_requests,
-    max_blocks,
-    scale,
-    LAYOUT: tl.constexpr,
-    INT8: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """One tile of queries of one request. The GROUP query heads of one key head share its rows."""
+def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, places_ptr, out_ptr, table_ptr,
+                            query_starts_ptr, context_lens_ptr, num_requests, max_blocks, scale,
+                            LAYOUT: tl.constexpr, DEQUANTIZED: tl.constexpr, BLOCK_M: tl.constexpr,
+                            BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
+    """One tile of queries of one request. The GROUP query heads of one key head share its rows.
+
+    places: of the requests' first keys in `as_floats`, -1 for a request without; None if all are.
+    DEQUANTIZED: the keys and values are those floats, and requests without are left out; else the requests with some.
+    """
     await_inputs(DEPENDENT)
     GROUP: tl.constexpr = LAYOUT.GROUP
     BLOCK_D: tl.constexpr = LAYOUT.BLOCK_D
     WINDOW: tl.constexpr = LAYOUT.WINDOW
     QUERIES: tl.constexpr = BLOCK_M // GROUP
-    kv_head = tl.program_id(1)
     # The last tile of a request runs first: it sees the most keys.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head, tile = tl.program_id(1), tl.num_programs(0) - 1 - tl.program_id(0)
     request = _owner_of(tile, query_starts_ptr, num_requests, QUERIES)
     query_start = tl.load(query_starts_ptr + request)
     num_queries = tl.load(query_starts_ptr + request + 1) - query_start
     first_query = (tile - query_start // QUERIES - request) * QUERIES
     if (num_queries < 2) | (first_query >= num_queries):
         return
+    if places_ptr is not None:
+        place = tl.load(places_ptr + request).to(tl.int64)
+        if (place >= 0) != DEQUANTIZED:
+            return
+        if DEQUANTIZED:
+            k_ptr += place * LAYOUT.K.SLOT
+            v_ptr += place * LAYOUT.V.SLOT
     context = tl.load(context_lens_ptr + request)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     queries = first_query + rows // GROUP
-    is_row = (queries < num_queries) & (rows < QUERIES * GROUP)
     q_rows = ((query_start + queries).to(tl.int64) * tl.num_programs(1) + kv_head) * GROUP + rows % GROUP
     at = q_rows[:, None] * LAYOUT.D + columns[None, :]
-    mask = is_row[:, None] & (columns < LAYOUT.D)[None, :]
+    mask = ((queries < num_queries) & (rows < QUERIES * GROUP))[:, None] & (columns < LAYOUT.D)[None, :]
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
-    if k_scale_ptr is not None:
-        q, scale = query_codes(q, scale, INT8)
 
-    top = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    top, total = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_ptr += kv_head * LAYOUT.K.HEAD
     v_ptr += kv_head * LAYOUT.V.HEAD
@@ -263,21 +272,20 @@ def _paged_attention_kernel(
     first = first_key(first_visible, WINDOW, BLOCK_N)
     # Keys that every query sees need no mask. With a window later rows do not see them, so every tile is masked.
     middle = first_visible // BLOCK_N * BLOCK_N if WINDOW is None else first
-    blocks = load_blocks(table_ptr, first, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
+    blocks = _blocks_of(table_ptr, first, last, DEQUANTIZED, LAYOUT, BLOCK_N)
     if WINDOW is None:
         for start in range(first, middle, BLOCK_N):
-            next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
+            next_blocks = _blocks_of(table_ptr, start + BLOCK_N, last, DEQUANTIZED, LAYOUT, BLOCK_N)
             top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start,
-                                        last, middle, num_visible, scale, False,
+                                        last, middle, num_visible, scale, False, not DEQUANTIZED,
                                         q_ptr.dtype.element_ty, LAYOUT, BLOCK_N)  # fmt: skip
             blocks = next_blocks
     for start in range(middle, last, BLOCK_N):
-        next_blocks = load_blocks(table_ptr, start + BLOCK_N, last, LAYOUT.BLOCK_SIZE, BLOCK_N)
+        next_blocks = _blocks_of(table_ptr, start + BLOCK_N, last, DEQUANTIZED, LAYOUT, BLOCK_N)
         top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
-                                    middle, num_visible, scale, True,
+                                    middle, num_visible, scale, True, not DEQUANTIZED,
                                     q_ptr.dtype.element_ty, LAYOUT, BLOCK_N)  # fmt: skip
         blocks = next_blocks
     launch_dependents(DEPENDENT)
-    total = tl.maximum(total, 1.0)
-    y = acc / (total if v_scale_ptr is None else total * LIFT)[:, None]
+    y = acc / tl.maximum(total, 1.0)[:, None]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)

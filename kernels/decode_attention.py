@@ -216,7 +216,7 @@ def _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, part_ptr, lse_ptr, table_
                                               start, last, num_visible, scale, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
         else:
             top, total, acc = fold_keys(q, top, total, acc, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, blocks, start, last,
-                                        last, num_visible, scale, True, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
+                                        last, num_visible, scale, True, False, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
         blocks = next_blocks
         if SPLITS > 1:
             end = start + BLOCK_N

@@ -18,6 +18,7 @@ __all__ = [
     "Layout",
     "Strides",
     "codes_of",
+    "dequantized",
     "first_key",
     "fold_keys",
     "fold_pairs",
@@ -224,6 +225,18 @@ def _widen_pairs(x, TYPE: tl.constexpr):
 
 
 @triton.jit
+def dequantized(codes, scale_ptr, blocks, slots, is_key, MASKED: tl.constexpr, TYPE: tl.constexpr,
+                STRIDES: tl.constexpr, IS_WIDE: tl.constexpr):  # fmt: skip
+    """What codes [keys, BLOCK_D] of slots of blocks stand for, rounded to TYPE; values without scales as they are."""
+    if scale_ptr is None:
+        y = codes
+    else:
+        scale = _load(scale_ptr + key_offsets(blocks, slots, STRIDES, IS_WIDE), is_key, MASKED)
+        y = (codes.to(tl.float32) * scale[:, None]).to(TYPE)
+    return y
+
+
+@triton.jit
 def query_codes(q, scale, INT8: tl.constexpr):
     """The codes of queries [BLOCK_M, BLOCK_D], by the rules of `quantize_rows`, and scale times their scales [BLOCK_M].
 
@@ -350,6 +363,7 @@ def fold_keys(
     num_visible,
     scale,
     MASKED: tl.constexpr,
+    DEQUANTIZE: tl.constexpr,
     TYPE: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -357,6 +371,7 @@ def fold_keys(
     """Add keys start .. start + BLOCK_N - 1 to the running softmax of query rows q [BLOCK_M, BLOCK_D].
 
     scale: of the scores; [BLOCK_M] over int8 keys, where queries are codes, in int8 or in a float dtype.
+    DEQUANTIZE: multiply what the codes of keys and values stand for instead, rounded to TYPE; queries are floats then.
     TYPE: what p and v are multiplied in, and q and k unless both are int8.
 
     Row m sees its first num_visible[m] keys, or the last WINDOW of them. Without a window every row sees the first
@@ -366,6 +381,8 @@ def fold_keys(
     """
     K: tl.constexpr = LAYOUT.K
     V: tl.constexpr = LAYOUT.V
+    K_SCALE: tl.constexpr = LAYOUT.K_SCALE
+    V_SCALE: tl.constexpr = LAYOUT.V_SCALE
     columns = tl.arange(0, LAYOUT.BLOCK_D)
     keys = start + tl.arange(0, BLOCK_N)
     slots = keys % LAYOUT.BLOCK_SIZE
@@ -375,8 +392,14 @@ def fold_keys(
     is_there = (keys < last)[:, None] & (columns < LAYOUT.D)[None, :]
     HAS_GAPS: tl.constexpr = MASKED or LAYOUT.D < LAYOUT.BLOCK_D
     k = _load(k_ptr + k_at, is_there, HAS_GAPS)
-    v = _widen(_load(v_ptr + v_at, is_there, HAS_GAPS), TYPE)
-    top, total, shrink, p = key_weights(q, k, top, total, k_scale_ptr, v_scale_ptr, blocks, start, last, num_unmasked,
+    v = _load(v_ptr + v_at, is_there, HAS_GAPS)
+    if DEQUANTIZE:
+        k = dequantized(k, k_scale_ptr, blocks, slots, keys < last, MASKED, TYPE, K_SCALE, LAYOUT.IS_WIDE)
+        v = dequantized(v, v_scale_ptr, blocks, slots, keys < last, MASKED, TYPE, V_SCALE, LAYOUT.IS_WIDE)
+    k_scales = None if DEQUANTIZE else k_scale_ptr
+    v_scales = None if DEQUANTIZE else v_scale_ptr
+    v = _widen(v, TYPE)
+    top, total, shrink, p = key_weights(q, k, top, total, k_scales, v_scales, blocks, start, last, num_unmasked,
                                         num_visible, scale, MASKED, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
     return top, total, tl.dot(p, v, acc * shrink[:, None], input_precision="ieee")
 

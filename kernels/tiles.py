@@ -81,7 +81,7 @@ class Tile(NamedTuple):
 class AttentionTile(NamedTuple):
     """How attention is cut: query rows (positions x heads per key head) and keys of one step of the softmax.
 
-    is_int8: whether codes of queries and keys are multiplied as such, for int8 keys; the sums are the same if not.
+    is_int8: whether a decode multiplies codes of queries and keys as such, for int8 keys; the sums are the same if not.
     in_pairs: whether a decode reads int8 values two at a time.
     """
 
@@ -170,45 +170,57 @@ def _small_smem(bucket_t: int) -> Tile:
 def prefill_tile(gpu: Target, block_d: int, element_bytes: int, cache_bytes: int) -> AttentionTile:
     """The tile of prefill attention; block_d is the head size rounded up to a power of two.
 
-    float32 runs exactly, without tensor cores; its tiles are small because their products are in registers. The values
-    of an int8 cache are converted in registers, which leaves less room for the tile.
+    float32 runs exactly, without tensor cores; its tiles are small because their products are in registers. Codes of an
+    int8 cache are converted in registers, which leaves less room for the tile; it has as many keys as that of a float
+    cache, so that a row has the same bits over dequantized keys.
     """
     is_int8 = cache_bytes == 1
     if gpu == INTERPRETER:
-        return AttentionTile(16, 16, num_warps=4, num_stages=1, is_int8=is_int8 and block_d >= MIN_INT8_DEPTH)
+        return AttentionTile(16, 16, num_warps=4, num_stages=1)
     if element_bytes == 4:
-        # With one stage sm_89 would spill.
-        return AttentionTile(16, 16, num_warps=8, num_stages=2 if gpu.capability == 89 else 1)
-    # Triton has no int8 form of sm_100's tcgen05; on sm_120 the int8 form spills.
-    tile = _prefill_tile(gpu, block_d, is_int8)
-    return tile._replace(is_int8=is_int8 and block_d >= MIN_INT8_DEPTH and gpu.capability <= 90)
+        # With one stage sm_89 and sm_120 would spill.
+        return AttentionTile(16, 16, num_warps=8, num_stages=2 if gpu.capability in {89, 120} else 1)
+    return _wide_tile(gpu, is_int8) if block_d > 128 else _narrow_tile(gpu, block_d, is_int8)
 
 
-def _prefill_tile(gpu: Target, block_d: int, is_int8: bool) -> AttentionTile:
-    """See `prefill_tile`; of two bytes an element."""
-    if block_d > 128:
+def _wide_tile(gpu: Target, is_int8: bool) -> AttentionTile:
+    """`prefill_tile` of heads of 256 in two bytes an element."""
+    if gpu.capability == 90 and not is_int8:
         # Only Hopper has room for 128 rows of 256 columns and three tiles of keys.
-        rows, num_stages = (128, 3) if gpu.capability == 90 and not is_int8 else (64, 2)
-        return AttentionTile(rows, 32, num_warps=8, num_stages=num_stages)
-    if gpu.capability == 90 and is_int8 and block_d > 64:
-        # H200, 16 requests of 2048: 1872 us; 128 rows on 4 warps 1980, on 8 warps more than 2215.
-        return AttentionTile(64, 128, num_warps=4, num_stages=2)
+        return AttentionTile(128, 32, num_warps=8, num_stages=3)
+    return AttentionTile(64, 32, num_warps=8, num_stages=3 if gpu.capability == 100 else 2)
+
+
+def _narrow_tile(gpu: Target, block_d: int, is_int8: bool) -> AttentionTile:
+    """`prefill_tile` of smaller heads."""
+    if gpu.capability == 90 and is_int8:
+        return AttentionTile(64, 64, num_warps=4, num_stages=2)
     if gpu.capability in {90, 100}:
-        is_small = gpu.capability == 100 and block_d <= 64 and not is_int8
+        is_small = gpu.capability == 100 and block_d <= 64
         return AttentionTile(128, 64, num_warps=4 if is_small else 8, num_stages=3)
+    if gpu.capability == 120 and block_d <= 64:
+        return AttentionTile(64, 32, num_warps=4, num_stages=3)
     return AttentionTile(64 if is_int8 else 128, 32, num_warps=8, num_stages=3)
 
 
 def decode_tile(gpu: Target, block_d: int, element_bytes: int, cache_bytes: int) -> AttentionTile:
     """The tile of decode attention, bound by the cache's bytes; block_m follows from the heads per key head."""
+    is_int8 = cache_bytes == 1
+    tile = _decode_tile(gpu, block_d, element_bytes, is_int8)
+    if element_bytes == 4 and gpu != INTERPRETER:
+        return tile
+    return tile._replace(is_int8=is_int8 and block_d >= MIN_INT8_DEPTH, in_pairs=is_int8)
+
+
+def _decode_tile(gpu: Target, block_d: int, element_bytes: int, is_int8: bool) -> AttentionTile:
+    """See `decode_tile`."""
     if gpu == INTERPRETER:
         return AttentionTile(16, 16, num_warps=4, num_stages=1)
     if element_bytes == 4:
         return AttentionTile(16, 16, num_warps=8, num_stages=2)
-    is_int8 = cache_bytes == 1
     # Over an int8 cache sm_100 would spill.
     if block_d <= 128 and gpu.capability in ({90} if is_int8 else {90, 100}):
-        # H100, 32 requests at context 8192: 379 us; int8 238, with 64 keys 275, since fewer bytes are in flight.
+        # H200, 32 requests at context 8192: 263 us; int8 159 with 3 stages, 172 with 2.
         return AttentionTile(16, 128, num_warps=4, num_stages=3 if is_int8 else 2)
     return AttentionTile(16, 64 if block_d <= 128 else 32, num_warps=4, num_stages=3)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from copy import copy
 from itertools import pairwise
-from typing import overload
+from typing import Any, overload
 
 import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels import attention, decode_attention, paging, quantize, reference
+from kernels import attention, decode_attention, dequantize, paging, quantize, reference
 from kernels.quantized import Quantized, ToInt8
-from kernels.tiles import AttentionTile, Target, decode_tile, prefill_tile
+from kernels.tiles import decode_tile
 from tests.support.kernel_checks import codes_of, floats_of
 from tests.support.places import Place
 
@@ -79,7 +79,7 @@ class Case:
         for b, heads in enumerate(rows):
             at, rounded = self.slots(b, shape[1]), reference.quantize_rows(heads.flatten(0, 1))
             codes[at], scale[at] = rounded.codes.view(heads.shape), rounded.scale.view(heads.shape[:2])
-            rows[b] = codes[at].double() * scale[at].double()[..., None]
+            rows[b] = codes[at].float() * scale[at][..., None]
         return Quantized(codes, scale)
 
     @overload
@@ -96,7 +96,7 @@ class Case:
         return floats_of(y) if to_int8 is None else codes_of(y)
 
     def multiplied(self, q: Tensor) -> Tensor:
-        """The queries of a request in float64, as they are multiplied."""
+        """The query of a decode in float64, as it is multiplied."""
         if isinstance(self.k, Tensor):
             return q.double()
         # On the CPU: torch's CUDA multiplies by the inverse of 127, and a tie may then round the other way.
@@ -106,14 +106,16 @@ class Case:
     def check(self, got: Tensor | Quantized) -> None:
         """Within: p rounded to the dtype, the output rounded, and float32 scores whose exponential is taken.
 
-        Queries over int8 keys are what their codes stand for.
+        Over an int8 cache the query of a decode is what its codes stand for, and so are a prompt's keys, in the dtype.
         """
         got = floats_of(got)
         assert got.dtype == self.dtype
         half_ulp, start, group = torch.finfo(self.dtype).eps / 2, 0, self.q.shape[1] // self.keys[0].shape[1]
         for (rows, context), keys, values in zip(self.requests, self.keys, self.values, strict=True):
-            q = self.multiplied(self.q[start : start + rows]).transpose(0, 1)
-            k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (keys, values))
+            q = self.q[start : start + rows]
+            q = (self.multiplied(q) if rows == 1 else q.double()).transpose(0, 1)
+            floats = [x.to(self.dtype) if rows > 1 else x for x in (keys, values)]
+            k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in floats)
             visible = torch.ones(rows, context, device=q.device, dtype=torch.bool).tril(context - rows)
             if self.window is not None:
                 visible = visible.triu(context - rows - self.window + 1)
@@ -217,16 +219,81 @@ def test_int8_cache(place: Place, requests: list[tuple[int, int]]) -> None:
         case.check(case.run())
 
 
-def test_codes_multiplied_as_floats(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the same bits, for GPUs without a fast int8 product."""
-    case = Case(place, MIXED, 64, 6, 2, int8="kv")
+PROMPTS = [(1, 40), (20, 25), (0, 0), (9, 60), (3, 33), (16, 16), (1, 5)]
+
+
+def dequantize_before(monkeypatch: pytest.MonkeyPatch, min_rows: int = 9, keys_per_token: int = 4) -> None:
+    """Have every prompt of min_rows rows and more read dequantized keys where there is room."""
+    monkeypatch.setattr(dequantize, "MIN_TOKENS", 1)
+    monkeypatch.setattr(dequantize, "MIN_ROWS", tl.constexpr(min_rows))
+    monkeypatch.setattr(dequantize, "KEYS_PER_TOKEN", keys_per_token)
+
+
+@pytest.mark.parametrize(("block_size", "window"), [(16, None), (64, 20)])
+def test_dequantized_keys(place: Place, block_size: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row has the bits that it has over codes, whichever requests are dequantized, find room, or are padding."""
+    requests = PROMPTS if place.device == "cpu" else [(30 * rows, 40 * context) for rows, context in PROMPTS]
+    for D, H, G in place.shapes([(64, 4, 2), (80, 2, 1)], LARGE):
+        case = Case(place, requests, D, H, G, block_size, int8="kv", window=window)
+        if window is not None:
+            forget_before(case, window)
+        monkeypatch.setattr(dequantize, "MIN_TOKENS", 10**6)
+        want = case.run()
+        case.check(want)
+        for min_rows, keys_per_token, padding in ((9, 4, (0, 0)), (2, 4, (9, 3)), (2, 1, (0, 0))):
+            dequantize_before(monkeypatch, min_rows, keys_per_token)
+            assert torch.equal(padded(case, *padding).run()[: len(want)], want), (min_rows, keys_per_token)
+
+
+def test_dequantized_keys_of_one_cache(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    dequantize_before(monkeypatch)
+    for int8 in ("v", "k", ""):
+        case = Case(place, PROMPTS, 64, 4, 2, int8=int8)
+        case.check(case.run())
+    case = Case(place, PROMPTS, 64, 4, 2, int8="kv", soft_cap=2.0)
+    case.check(case.run())
+
+
+def test_dequantized_keys_of_many_requests(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a program reads the places of at once."""
+    case = Case(place, PROMPTS if place.device == "cpu" else PROMPTS * 60, 64, 4, 2, int8="kv")
     want = case.run()
-
-    def as_floats(gpu: Target, block_d: int, element_bytes: int, cache_bytes: int) -> AttentionTile:
-        return prefill_tile(gpu, block_d, element_bytes, cache_bytes)._replace(is_int8=False)
-
-    monkeypatch.setattr(attention, "prefill_tile", as_floats)
+    dequantize_before(monkeypatch, min_rows=2)
+    if place.device == "cpu":
+        monkeypatch.setattr(attention, "REQUESTS", tl.constexpr(4))
+        monkeypatch.setattr(dequantize, "REQUESTS", tl.constexpr(4))
     assert torch.equal(case.run(), want)
+
+
+def test_wide_offsets_of_dequantized_keys(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(place, PROMPTS, 64, 4, 2, int8="kv")
+    want = case.run()
+    dequantize_before(monkeypatch)
+    monkeypatch.setattr(paging, "MAX_NARROW", 0)
+    assert torch.equal(case.run(), want)
+
+
+def test_who_reads_dequantized_keys(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of enough rows for which there is room: values of another's would show."""
+    sizes, as_floats = [-(-context // 16) * 16 for _, context in PROMPTS], dequantize.as_floats
+
+    def of_ones(step: Any, num_keys: int, block_n: int) -> Any:
+        step, places = as_floats(step, num_keys, block_n)
+        step.v.fill_(1.0)
+        return step, places
+
+    case = Case(place, PROMPTS, 64, 4, 2, int8="kv")
+    want = case.run()
+    monkeypatch.setattr(attention, "as_floats", of_ones)
+    for keys_per_token in (4, 1):
+        dequantize_before(monkeypatch, 9, keys_per_token)
+        got, start, room = case.run(), 0, -(-len(case.q) * keys_per_token // 16) * 16
+        for (rows, _), size in zip(PROMPTS, sizes, strict=True):
+            room -= size if rows >= 9 else 0
+            is_same = torch.equal(got[start : start + rows], want[start : start + rows])
+            assert is_same == (rows < 9 or room < 0)
+            start += rows
+        assert (room < 0) == (keys_per_token == 1)
 
 
 @pytest.mark.parametrize("requests", [DECODES, [(1, 900), (3, 40)]], ids=["decodes", "mixed"])

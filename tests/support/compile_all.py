@@ -162,17 +162,6 @@ def attentions() -> None:
         attend(128, 32, 8, torch.float32, is_int8)
 
 
-def paired() -> None:
-    """Decodes that read int8 values in pairs."""
-    tile_of = vars(attention)["decode_tile"]
-    vars(attention)["decode_tile"] = lambda *args: tile_of(*args)._replace(in_pairs=True)
-    try:
-        for dtype in (torch.float16, torch.bfloat16):
-            attend(128, 32, 8, dtype, is_int8=True)
-    finally:
-        vars(attention)["decode_tile"] = tile_of
-
-
 def attend(
     D: int,
     H: int,
@@ -226,7 +215,6 @@ def record() -> list[Launch]:
         mixed()
         tuned(capability)
         attentions()
-        paired()
     return list(launches.values())
 
 

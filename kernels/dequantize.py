@@ -1,0 +1,185 @@
+"""Keys and values of an int8 cache as floats, once for all tiles of a prompt that multiply them.
+
+A tile that converts codes does so for its own 64 or 128 rows, and the next tile again; a matrix instruction of Hopper
+even takes its operands from shared memory, where codes come from registers. So the keys and values of the step's
+prompts are written as floats first, in one pass, and attention reads those as it reads a float cache. A request that
+finds no room there converts codes itself, to the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.decode_attention import Operands
+from kernels.dependent import await_inputs, launch_dependents, starts_early
+from kernels.launching import MAX_PLANS, Plan, cdiv
+from kernels.paging import Layout, Strides, dequantized, first_key, key_offsets
+
+__all__ = ["REQUESTS", "as_floats", "num_dequantized"]
+
+REQUESTS = tl.constexpr(256)
+"""Requests whose places a program reads at once."""
+
+MIN_ROWS = tl.constexpr(64)
+"""Fewest query rows of a request whose keys are dequantized before: with few rows each is used about once."""
+
+MIN_TOKENS = 512
+"""Fewest tokens of a step that dequantizes before."""
+
+KEYS_PER_TOKEN = 4
+"""Room for dequantized keys for each token of a step. Requests whose contexts find none read codes."""
+
+KEYS = 32
+"""Most keys of a program."""
+
+MAX_TILE = 128
+"""Most keys of a tile of attention."""
+
+
+def num_dequantized(num_tokens: int, block_size: int) -> int:
+    """Keys that a step of num_tokens has room for, a multiple of block_size; 0 if it reads codes."""
+    return 0 if num_tokens < MIN_TOKENS else cdiv(KEYS_PER_TOKEN * num_tokens, block_size) * block_size
+
+
+def as_floats(step: Operands, num_keys: int, block_n: int) -> tuple[Operands, Tensor]:
+    """The step over keys and values in q's dtype, and the place of each request's first one there, int32 [B].
+
+    The keys of a request follow each other. The place is -1 for a request of few rows, and for one that the num_keys
+    places are not enough for. Tiles of block_n keys that no query sees are left out.
+    """
+    layout, requests = step.layout, step.requests
+    num_requests, max_blocks = requests.block_tables.shape
+    size = num_keys // layout.BLOCK_SIZE, layout.BLOCK_SIZE, layout.G, layout.D
+    k, v = torch.empty((2, *size), dtype=step.q.dtype, device=step.q.device)
+    keys = min(KEYS, layout.BLOCK_SIZE)
+    plan = _plan(layout, block_n, keys, starts_early(k.device, step.q.shape[0]))
+    places = torch.empty(num_requests, dtype=torch.int32, device=step.q.device)
+    plan.launch(
+        (max(num_keys // keys, num_requests), 1, 1), step.k, step.v, step.k_scale, step.v_scale, k, v, places,
+        *requests, num_requests, max_blocks, num_keys,
+    )  # fmt: skip
+    floats = step._replace(k=k, v=v, k_scale=None, v_scale=None, layout=_float_layout(layout))
+    return floats, places
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _float_layout(layout: Layout) -> Layout:
+    """The layout of floats whose slots follow each other, in blocks that hold a tile."""
+    slot = layout.G * layout.D
+    strides = Strides(MAX_TILE * slot, slot, layout.D)
+    return replace(layout, BLOCK_SIZE=MAX_TILE, K=strides, V=strides, K_SCALE=None, V_SCALE=None)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan(layout: Layout, block_n: int, keys: int, is_early: bool) -> Plan:
+    return Plan(
+        _dequantize_kernel, LAYOUT=layout, BLOCK_N=block_n, KEYS=keys,
+        num_warps=4, num_stages=1, DEPENDENT=is_early, launch_pdl=is_early,
+    )  # fmt: skip
+
+
+@triton.jit
+def _num_keys(query_starts_ptr, context_lens_ptr, requests, num_requests, BLOCK_SIZE: tl.constexpr):
+    """Keys of requests that are dequantized if there is room: whole blocks; 0 for a request of few rows."""
+    is_request = requests < num_requests
+    starts = tl.load(query_starts_ptr + requests, mask=is_request, other=0)
+    ends = tl.load(query_starts_ptr + requests + 1, mask=is_request, other=0)
+    contexts = tl.load(context_lens_ptr + requests, mask=is_request, other=0)
+    return tl.where(ends - starts >= MIN_ROWS, tl.cdiv(contexts, BLOCK_SIZE) * BLOCK_SIZE, 0)
+
+
+@triton.jit
+def _place_of(request, query_starts_ptr, context_lens_ptr, num_requests, num_keys, BLOCK_SIZE: tl.constexpr):
+    """The place of a request's first key, or -1."""
+    first, size = 0, 0
+    for start in range(0, request + 1, REQUESTS):
+        requests = start + tl.arange(0, REQUESTS)
+        sizes = _num_keys(query_starts_ptr, context_lens_ptr, requests, num_requests, BLOCK_SIZE)
+        first += tl.sum(tl.where(requests < request, sizes, 0))
+        size += tl.sum(tl.where(requests == request, sizes, 0))
+    return tl.where((size > 0) & (first + size <= num_keys), first, -1)
+
+
+@triton.jit
+def _owner_of(key, query_starts_ptr, context_lens_ptr, num_requests, BLOCK_SIZE: tl.constexpr):
+    """The request of a key's place, or num_requests if there is none; and the place of its first key."""
+    request, first, end = 0, 0, 0
+    for start in range(0, num_requests, REQUESTS):
+        requests = start + tl.arange(0, REQUESTS)
+        sizes = _num_keys(query_starts_ptr, context_lens_ptr, requests, num_requests, BLOCK_SIZE)
+        ends = end + tl.cumsum(sizes)
+        is_before = (ends <= key) & (requests < num_requests)
+        request += tl.sum(is_before.to(tl.int32))
+        first = tl.maximum(first, tl.max(tl.where(is_before, ends, 0)))
+        end = tl.max(ends)
+    return request, first
+
+
+@triton.jit(do_not_specialize=["num_requests"])
+def _dequantize_kernel(
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    k_out_ptr,
+    v_out_ptr,
+    places_ptr,
+    table_ptr,
+    query_starts_ptr,
+    context_lens_ptr,
+    num_requests,
+    max_blocks,
+    num_keys,
+    LAYOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """KEYS keys and values, all in one block, of all heads; and the place of the request of the program's number."""
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
+    BLOCK_SIZE: tl.constexpr = LAYOUT.BLOCK_SIZE
+    K: tl.constexpr = LAYOUT.K
+    V: tl.constexpr = LAYOUT.V
+    K_SCALE: tl.constexpr = LAYOUT.K_SCALE
+    V_SCALE: tl.constexpr = LAYOUT.V_SCALE
+    if tl.program_id(0) < num_requests:
+        place = _place_of(tl.program_id(0), query_starts_ptr, context_lens_ptr, num_requests, num_keys, BLOCK_SIZE)
+        tl.store(places_ptr + tl.program_id(0), place)
+    start = tl.program_id(0) * KEYS
+    request, first = _owner_of(start, query_starts_ptr, context_lens_ptr, num_requests, BLOCK_SIZE)
+    if request == num_requests:
+        return
+    context = tl.load(context_lens_ptr + request)
+    num_queries = tl.load(query_starts_ptr + request + 1) - tl.load(query_starts_ptr + request)
+    key = start - first
+    has_room = first + tl.cdiv(context, BLOCK_SIZE) * BLOCK_SIZE <= num_keys
+    is_seen = (key < context) & (key + KEYS > first_key(context - num_queries + 1, LAYOUT.WINDOW, BLOCK_N))
+    if has_room & is_seen:
+        block = tl.load(table_ptr + request.to(tl.int64) * max_blocks + key // BLOCK_SIZE)
+        keys, columns = tl.arange(0, KEYS), tl.arange(0, LAYOUT.BLOCK_D)
+        slots, is_key = key % BLOCK_SIZE + keys, key + keys < context
+        to = (start + keys).to(tl.int64)[:, None] * (LAYOUT.G * LAYOUT.D) + columns[None, :]
+        is_there = is_key[:, None] & (columns < LAYOUT.D)[None, :]
+        for head in range(LAYOUT.G):
+            k = _head(k_ptr, k_scale_ptr, head, block, slots, is_key, is_there, K, K_SCALE, LAYOUT)
+            v = _head(v_ptr, v_scale_ptr, head, block, slots, is_key, is_there, V, V_SCALE, LAYOUT)
+            tl.store(k_out_ptr + to + head * LAYOUT.D, k.to(k_out_ptr.dtype.element_ty), mask=is_there)
+            tl.store(v_out_ptr + to + head * LAYOUT.D, v.to(v_out_ptr.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _head(ptr, scale_ptr, head, block, slots, is_key, is_there, STRIDES: tl.constexpr, SCALE_STRIDES: tl.constexpr,
+          LAYOUT: tl.constexpr):  # fmt: skip
+    """Slots of a block of one head in float32, [KEYS, BLOCK_D]."""
+    columns = tl.arange(0, LAYOUT.BLOCK_D)
+    at = key_offsets(block, slots, STRIDES, LAYOUT.IS_WIDE)[:, None] + head * STRIDES.HEAD + columns[None, :]
+    codes = tl.load(ptr + at, mask=is_there, other=0)
+    scale_ptr += head * SCALE_STRIDES.HEAD
+    return dequantized(codes, scale_ptr, block, slots, is_key, True, tl.float32, SCALE_STRIDES, LAYOUT.IS_WIDE)
