@@ -150,13 +150,13 @@ def _decode_tile(step: Operands) -> AttentionTile:
 
 
 def _prefill_tile(step: Operands) -> AttentionTile:
-    """The tile of a step; half as many rows if int8 codes and a window's mask would spill. Only Hopper holds both."""
+    """The tile of a step; half as large if int8 codes and a window's mask would spill. Only Hopper holds both."""
     gpu, layout = current_gpu(step.q.device), step.layout
     tile = prefill_tile(gpu, layout.BLOCK_D, step.q.element_size(), step.k.element_size())
     is_crowded = step.k_scale is not None and (layout.WINDOW is not None or layout.SOFT_CAP is not None)
     if not is_crowded or gpu.capability == HOPPER or tile.block_m == MIN_ROWS:
         return tile
-    return tile._replace(block_m=tile.block_m // 2)
+    return tile._replace(block_m=tile.block_m // 2, num_warps=tile.num_warps // 2)
 
 
 def _prefill(step: Operands, tile: AttentionTile, y: Tensor) -> None:
@@ -171,7 +171,9 @@ def _prefill(step: Operands, tile: AttentionTile, y: Tensor) -> None:
     places = None
     if num_keys:
         floats, places = as_floats(step, num_keys, tile.block_n)
-        _launch_tiles(floats, _prefill_tile(floats), y, True, places)
+        # Warps that share rows add up in another order.
+        shares_rows = tile.block_m < MIN_ROWS * tile.num_warps
+        _launch_tiles(floats, tile if shares_rows else _prefill_tile(floats), y, True, places)
     _launch_tiles(step, tile, y, False, places)
 
 
@@ -209,6 +211,22 @@ def _owner_of(tile, query_starts_ptr, num_requests, QUERIES: tl.constexpr):
 
 
 @triton.jit
+def _is_idle(places_ptr, num_requests, DEQUANTIZED: tl.constexpr):
+    """Whether every prompt of the step is dequantized, and this launch is for the others."""
+    is_idle = False
+    if places_ptr is not None and not DEQUANTIZED:
+        is_idle = tl.load(places_ptr + num_requests) == 0
+    return is_idle
+
+
+@triton.jit
+def _row_offsets(tokens, heads, LAYOUT: tl.constexpr):
+    """Distance in elements from the start of q or the output to heads of tokens, [BLOCK_M, BLOCK_D]."""
+    rows = tokens.to(tl.int64) * (LAYOUT.GROUP * LAYOUT.G) + heads
+    return rows[:, None] * LAYOUT.D + tl.arange(0, LAYOUT.BLOCK_D)[None, :]
+
+
+@triton.jit
 def _blocks_of(table_ptr, start, last, DEQUANTIZED: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr):
     """`load_blocks` of a request; dequantized keys follow each other."""
     if DEQUANTIZED:
@@ -236,6 +254,8 @@ def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, place
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     # The last tile of a request runs first: it sees the most keys.
     kv_head, tile = tl.program_id(1), tl.num_programs(0) - 1 - tl.program_id(0)
+    if _is_idle(places_ptr, num_requests, DEQUANTIZED):
+        return
     request = _owner_of(tile, query_starts_ptr, num_requests, QUERIES)
     query_start = tl.load(query_starts_ptr + request)
     num_queries = tl.load(query_starts_ptr + request + 1) - query_start
@@ -252,8 +272,7 @@ def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, place
     context = tl.load(context_lens_ptr + request)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     queries = first_query + rows // GROUP
-    q_rows = ((query_start + queries).to(tl.int64) * tl.num_programs(1) + kv_head) * GROUP + rows % GROUP
-    at = q_rows[:, None] * LAYOUT.D + columns[None, :]
+    at = _row_offsets(query_start + queries, kv_head * GROUP + rows % GROUP, LAYOUT)
     mask = ((queries < num_queries) & (rows < QUERIES * GROUP))[:, None] & (columns < LAYOUT.D)[None, :]
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
 
@@ -266,8 +285,7 @@ def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, place
     if v_scale_ptr is not None:
         v_scale_ptr += kv_head * LAYOUT.V_SCALE.HEAD
     table_ptr += request.to(tl.int64) * max_blocks
-    num_visible = context - num_queries + queries + 1
-    first_visible = context - num_queries + first_query + 1
+    num_visible, first_visible = context - num_queries + queries + 1, context - num_queries + first_query + 1
     last = tl.minimum(context, first_visible + QUERIES - 1)
     first = first_key(first_visible, WINDOW, BLOCK_N)
     # Keys that every query sees need no mask. With a window later rows do not see them, so every tile is masked.

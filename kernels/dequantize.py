@@ -38,6 +38,11 @@ KEYS_PER_TOKEN = 4
 KEYS = 32
 """Most keys of a program."""
 
+NUM_WARPS = 4
+
+HEAD_STAGES = tl.constexpr(3)
+"""Heads that a program has in flight."""
+
 MAX_TILE = 128
 """Most keys of a tile of attention."""
 
@@ -48,10 +53,11 @@ def num_dequantized(num_tokens: int, block_size: int) -> int:
 
 
 def as_floats(step: Operands, num_keys: int, block_n: int) -> tuple[Operands, Tensor]:
-    """The step over keys and values in q's dtype, and the place of each request's first one there, int32 [B].
+    """The step over keys and values in q's dtype, and places int32 [B + 1]: of each request's first key there.
 
     The keys of a request follow each other. The place is -1 for a request of few rows, and for one that the num_keys
-    places are not enough for. Tiles of block_n keys that no query sees are left out.
+    places are not enough for; the last entry is how many prompts these are. Tiles of block_n keys that no query sees
+    are left out.
     """
     layout, requests = step.layout, step.requests
     num_requests, max_blocks = requests.block_tables.shape
@@ -59,9 +65,9 @@ def as_floats(step: Operands, num_keys: int, block_n: int) -> tuple[Operands, Te
     k, v = torch.empty((2, *size), dtype=step.q.dtype, device=step.q.device)
     keys = min(KEYS, layout.BLOCK_SIZE)
     plan = _plan(layout, block_n, keys, starts_early(k.device, step.q.shape[0]))
-    places = torch.empty(num_requests, dtype=torch.int32, device=step.q.device)
+    places = torch.empty(num_requests + 1, dtype=torch.int32, device=step.q.device)
     plan.launch(
-        (max(num_keys // keys, num_requests), 1, 1), step.k, step.v, step.k_scale, step.v_scale, k, v, places,
+        (num_keys // keys, 1, 1), step.k, step.v, step.k_scale, step.v_scale, k, v, places,
         *requests, num_requests, max_blocks, num_keys,
     )  # fmt: skip
     floats = step._replace(k=k, v=v, k_scale=None, v_scale=None, layout=_float_layout(layout))
@@ -80,7 +86,7 @@ def _float_layout(layout: Layout) -> Layout:
 def _plan(layout: Layout, block_n: int, keys: int, is_early: bool) -> Plan:
     return Plan(
         _dequantize_kernel, LAYOUT=layout, BLOCK_N=block_n, KEYS=keys,
-        num_warps=4, num_stages=1, DEPENDENT=is_early, launch_pdl=is_early,
+        num_warps=NUM_WARPS, num_stages=1, DEPENDENT=is_early, launch_pdl=is_early,
     )  # fmt: skip
 
 
@@ -95,15 +101,21 @@ def _num_keys(query_starts_ptr, context_lens_ptr, requests, num_requests, BLOCK_
 
 
 @triton.jit
-def _place_of(request, query_starts_ptr, context_lens_ptr, num_requests, num_keys, BLOCK_SIZE: tl.constexpr):
-    """The place of a request's first key, or -1."""
-    first, size = 0, 0
-    for start in range(0, request + 1, REQUESTS):
+def _write_places(places_ptr, query_starts_ptr, context_lens_ptr, num_requests, num_keys, BLOCK_SIZE: tl.constexpr):
+    """Write the place of each request's first key, or -1, and behind them how many prompts have none."""
+    end, num_left = 0, 0
+    for start in range(0, num_requests, REQUESTS):
         requests = start + tl.arange(0, REQUESTS)
+        is_request = requests < num_requests
         sizes = _num_keys(query_starts_ptr, context_lens_ptr, requests, num_requests, BLOCK_SIZE)
-        first += tl.sum(tl.where(requests < request, sizes, 0))
-        size += tl.sum(tl.where(requests == request, sizes, 0))
-    return tl.where((size > 0) & (first + size <= num_keys), first, -1)
+        ends = end + tl.cumsum(sizes)
+        places = tl.where((sizes > 0) & (ends <= num_keys), ends - sizes, -1)
+        tl.store(places_ptr + requests, places, mask=is_request)
+        first = tl.load(query_starts_ptr + requests, mask=is_request, other=0)
+        num_rows = tl.load(query_starts_ptr + requests + 1, mask=is_request, other=0) - first
+        num_left += tl.sum(((num_rows > 1) & (places < 0)).to(tl.int32))
+        end = tl.max(ends)
+    tl.store(places_ptr + num_requests, num_left)
 
 
 @triton.jit
@@ -141,7 +153,7 @@ def _dequantize_kernel(
     KEYS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """KEYS keys and values, all in one block, of all heads; and the place of the request of the program's number."""
+    """KEYS keys and values, all in one block, of all heads."""
     launch_dependents(DEPENDENT)
     await_inputs(DEPENDENT)
     BLOCK_SIZE: tl.constexpr = LAYOUT.BLOCK_SIZE
@@ -149,9 +161,8 @@ def _dequantize_kernel(
     V: tl.constexpr = LAYOUT.V
     K_SCALE: tl.constexpr = LAYOUT.K_SCALE
     V_SCALE: tl.constexpr = LAYOUT.V_SCALE
-    if tl.program_id(0) < num_requests:
-        place = _place_of(tl.program_id(0), query_starts_ptr, context_lens_ptr, num_requests, num_keys, BLOCK_SIZE)
-        tl.store(places_ptr + tl.program_id(0), place)
+    if tl.program_id(0) == 0:
+        _write_places(places_ptr, query_starts_ptr, context_lens_ptr, num_requests, num_keys, BLOCK_SIZE)
     start = tl.program_id(0) * KEYS
     request, first = _owner_of(start, query_starts_ptr, context_lens_ptr, num_requests, BLOCK_SIZE)
     if request == num_requests:
@@ -167,7 +178,7 @@ def _dequantize_kernel(
         slots, is_key = key % BLOCK_SIZE + keys, key + keys < context
         to = (start + keys).to(tl.int64)[:, None] * (LAYOUT.G * LAYOUT.D) + columns[None, :]
         is_there = is_key[:, None] & (columns < LAYOUT.D)[None, :]
-        for head in range(LAYOUT.G):
+        for head in tl.range(0, LAYOUT.G, num_stages=HEAD_STAGES):
             k = _head(k_ptr, k_scale_ptr, head, block, slots, is_key, is_there, K, K_SCALE, LAYOUT)
             v = _head(v_ptr, v_scale_ptr, head, block, slots, is_key, is_there, V, V_SCALE, LAYOUT)
             tl.store(k_out_ptr + to + head * LAYOUT.D, k.to(k_out_ptr.dtype.element_ty), mask=is_there)
