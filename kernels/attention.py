@@ -26,6 +26,7 @@ from kernels.paging import (
     load_blocks,
     lowest_top,
     paged_layout,
+    rounded_queries,
     scale_of,
 )
 from kernels.quantize import quantized
@@ -62,7 +63,7 @@ def paged_attention(
     """Attend causally over the paged cache, prefill chunks and decodes in one batch. See reference.paged_attention.
 
     A request may have no query row here; its context is then 0. Sums are float32; q k^T and p v multiply in q's dtype,
-    p rounded to it. Where one row multiplies int8 codes, exactly, scales multiply q k^T after the product and p before.
+    p rounded to it. Where a row multiplies int8 codes, scales multiply q k^T after the product and p before.
 
     Raises:
         ValueError: H is not a multiple of G, block_size is not a power of two, a cache's heads are not contiguous, or
@@ -274,7 +275,7 @@ def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, place
     queries = first_query + rows // GROUP
     at = _row_offsets(query_start + queries, kv_head * GROUP + rows % GROUP, LAYOUT)
     mask = ((queries < num_queries) & (rows < QUERIES * GROUP))[:, None] & (columns < LAYOUT.D)[None, :]
-    q = tl.load(q_ptr + at, mask=mask, other=0.0)
+    q = rounded_queries(tl.load(q_ptr + at, mask=mask, other=0.0), DEQUANTIZED or k_scale_ptr is not None)
 
     top, total = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

@@ -27,6 +27,7 @@ __all__ = [
     "lowest_top",
     "paged_layout",
     "query_codes",
+    "rounded_queries",
     "scale_of",
 ]
 
@@ -246,6 +247,16 @@ def query_codes(q, scale, INT8: tl.constexpr):
     row_scale = to_scale(tl.max(magnitude(x), axis=1))
     codes = to_codes(x, row_scale[:, None])
     return codes if INT8 else codes.to(q.dtype), scale * row_scale
+
+
+@triton.jit
+def rounded_queries(q, IS_ROUNDED: tl.constexpr):
+    """What the codes of queries [BLOCK_M, BLOCK_D] stand for, in their dtype; without IS_ROUNDED the queries."""
+    y = q
+    if IS_ROUNDED:
+        codes, scale = query_codes(q, 1.0, False)
+        y = (codes.to(tl.float32) * scale[:, None]).to(q.dtype)
+    return y
 
 
 @triton.jit

@@ -25,6 +25,7 @@ import torch
 
 __all__ = [
     "BUCKETS",
+    "KEYS_PER_TOKEN",
     "AttentionTile",
     "Target",
     "Tile",
@@ -44,6 +45,9 @@ BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 """The largest T of each bucket; narrow ones from 65 to 512 tokens, where one more row of tiles is much of the work."""
 
 MIN_BUCKET = BUCKETS[0]
+
+KEYS_PER_TOKEN = 4
+"""Room for dequantized keys and values for each token of a step over an int8 cache; a request without reads codes."""
 
 MIN_INT8_DEPTH = 32
 """Least summed length of an int8 matrix instruction."""

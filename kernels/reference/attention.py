@@ -110,9 +110,9 @@ def paged_attention(
 
     y = softmax(q k^T * scale) v
 
-    Over an int8 cache a request of several rows multiplies what the codes stand for, rounded to q's dtype. With one row
-    it multiplies codes: q is rounded too, each head by the rules of `quantize_rows`, and neither scale of q k^T depends
-    on the summed index.
+    Over int8 keys q is rounded too, each head of a row by the rules of `quantize_rows`. A request of one row multiplies
+    codes, exactly, as neither scale of q k^T depends on the summed index; one of several rows what the codes stand for,
+    rounded to q's dtype.
 
     Request b has the query rows query_starts[b] .. query_starts[b+1]-1. Row i of its n is at position
     context_lens[b] - n + i and sees the keys 0 .. that position. With a soft cap c the scores are
@@ -165,7 +165,7 @@ def paged_attention(
             stop, begin, end = start + TILE, max(start, first), min(start + TILE, context)
             here = slice(starts[b] + begin - first, starts[b] + end - first)
             tile = torch.zeros(TILE, *q.shape[1:], device=q.device)
-            tile[begin - start : end - start] = q[here]
+            tile[begin - start : end - start] = as_multiplied(q[here], k_cache).to(q.dtype)
             mask = torch.ones(TILE, stop, dtype=torch.bool, device=q.device).tril(start)
             if window is not None:
                 mask = mask.triu(start - window + 1)

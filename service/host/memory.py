@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kernels.tiles import KEYS_PER_TOKEN
 from service.engine.shapes import shapes_of
 from service.errors import InvalidSettings
 from service.models.decoder import Decoder
@@ -33,13 +34,14 @@ log-probabilities; and kept, how often its token is in the output, and whether i
 def step_bytes(decoder: Decoder, settings: Settings) -> int:
     """GPU memory that a variant's steps take beside weights and cache, by the sizes of the largest.
 
-    Activations of a layer, of which the widest are the output of gate and up and what is made of it; what captured
-    steps yield; the graphs; and what sampling takes.
+    Activations of a layer, of which the widest are the output of gate and up and what is made of it, or what attention
+    has over an int8 cache; what captured steps yield; the graphs; and what sampling takes.
     """
     max_tokens, max_requests = settings.step_tokens("cuda"), settings.max_num_requests
     config, itemsize = decoder.config, decoder.dtype.itemsize
     widest = max(linear.shape[0] for linear in decoder.layers[0].linears)
-    activations = max_tokens * itemsize * (4 * config.hidden_size + 2 * widest)
+    attending = _attention_elements(decoder) if decoder.kv == "int8" else 0
+    activations = max_tokens * itemsize * (4 * config.hidden_size + max(2 * widest, attending))
     sampling = SAMPLING_BYTES + LOGIT_BYTES * max_requests * config.vocab_size
     if not settings.cuda_graphs:
         return activations + max_requests * config.vocab_size * 4 + sampling
@@ -47,6 +49,14 @@ def step_bytes(decoder: Decoder, settings: Settings) -> int:
     graphs = len(shapes_of(max_tokens, max_requests)) * GRAPH_BYTES
     # Steps beyond the largest graph are not captured, and then take as much beside the graphs' memory.
     return 2 * activations + yielded + graphs + sampling
+
+
+def _attention_elements(decoder: Decoder) -> int:
+    """What attention over an int8 cache has of one token at a time: qkv, rotated queries, its output, keys and values
+    as floats."""
+    config, size = decoder.config, decoder.ranks.size
+    queries, keys = (num * config.head_size // size for num in (config.num_heads, config.num_kv_heads))
+    return 3 * queries + 2 * keys + KEYS_PER_TOKEN * 2 * keys
 
 
 def cache_blocks(name: str, decoder: Decoder, settings: Settings, kv_cache_bytes: int) -> int:

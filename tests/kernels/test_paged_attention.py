@@ -96,24 +96,24 @@ class Case:
         return floats_of(y) if to_int8 is None else codes_of(y)
 
     def multiplied(self, q: Tensor) -> Tensor:
-        """The query of a decode in float64, as it is multiplied."""
+        """The queries of a request in float64, as they are multiplied."""
         if isinstance(self.k, Tensor):
             return q.double()
         # On the CPU: torch's CUDA multiplies by the inverse of 127, and a tie may then round the other way.
         rounded = reference.quantize_rows(q.flatten(0, 1).cpu())
-        return (rounded.codes.double() * rounded.scale.double()[:, None]).view(q.shape).to(q.device)
+        floats = (rounded.codes.float() * rounded.scale[:, None]).view(q.shape).to(q.device)
+        return floats.double() if len(q) == 1 else floats.to(self.dtype).double()
 
     def check(self, got: Tensor | Quantized) -> None:
         """Within: p rounded to the dtype, the output rounded, and float32 scores whose exponential is taken.
 
-        Over an int8 cache the query of a decode is what its codes stand for, and so are a prompt's keys, in the dtype.
+        Over an int8 cache queries, keys and values are what their codes stand for, those of a prompt in the dtype.
         """
         got = floats_of(got)
         assert got.dtype == self.dtype
         half_ulp, start, group = torch.finfo(self.dtype).eps / 2, 0, self.q.shape[1] // self.keys[0].shape[1]
         for (rows, context), keys, values in zip(self.requests, self.keys, self.values, strict=True):
-            q = self.q[start : start + rows]
-            q = (self.multiplied(q) if rows == 1 else q.double()).transpose(0, 1)
+            q = self.multiplied(self.q[start : start + rows]).transpose(0, 1)
             floats = [x.to(self.dtype) if rows > 1 else x for x in (keys, values)]
             k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in floats)
             visible = torch.ones(rows, context, device=q.device, dtype=torch.bool).tril(context - rows)
@@ -310,9 +310,13 @@ def test_values_of_decodes_read_in_pairs(
         case = Case(place, requests, D, H, G, int8="kv")
         with_tile(in_pairs=True)
         want = case.run()
-        with_tile(in_pairs=True, is_int8=is_int8)
-        assert torch.equal(case.run(), want)
         case.check(want)
+        with_tile(in_pairs=True, is_int8=is_int8)
+        if place.device == "cuda" and place.dtype == torch.float32:
+            # A float32 product has another layout, and a row's sum with it another order.
+            case.check(case.run())
+        else:
+            assert torch.equal(case.run(), want)
     for case in (Case(place, requests, 64, 6, 2, int8="v"), Case(place, requests, 64, 6, 2)):
         case.check(case.run())
     case = Case(place, requests, 64, 6, 2, int8="kv", window=50, soft_cap=2.0)

@@ -67,6 +67,14 @@ def test_smaller_steps_take_less() -> None:
     assert step_bytes(decoder, settings_of(cuda_graphs=False)) < sizes[0]
 
 
+def test_an_int8_cache_takes_room_for_the_keys_of_prompts_as_floats() -> None:
+    """Eight key heads fit where gate and up do; as many as query heads do not. Twice, in float16, in steps of 4096."""
+    for shape, elements in (("llama-3.1-8b", 0), ("llama-2-13b", 8 * 5120 + 5 * 5120 - 4 * 13824)):
+        plain, int8 = decoder_of(shape), decoder_of(shape)
+        int8.kv = "int8"
+        assert step_bytes(int8, settings_of()) - step_bytes(plain, settings_of()) == 2 * 2 * 4096 * elements
+
+
 def test_a_card_that_is_too_small_is_told_what_would_fit() -> None:
     decoder = decoder_of("llama-3.1-8b")
     with pytest.raises(InvalidSettings) as caught:
