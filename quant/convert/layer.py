@@ -16,6 +16,7 @@ from quant.convert.distill import Student, distill
 from quant.convert.gptq import round_gptq
 from quant.convert.inputs import Inputs, gather
 from quant.convert.int8 import Int8Module, Int8Tensors
+from quant.convert.massive import massive_places
 from quant.convert.rotate import Stream
 from quant.convert.rounding import ScaleRule, dequantize
 from quant.convert.search import FULL_RANGES, Ranges, best_ranges, readers_of_one, round_nearest, smooth_layer
@@ -106,6 +107,7 @@ class LayerQuantizer:
         scheme, hidden, inputs = self.recipe.scheme, list[Tensor](), dict[str, Inputs]()
         if windows and scheme.needs_calibration:
             hidden, inputs = self._measure(windows)
+            self.notes["massive"] = massive_places(hidden)
         elif windows:
             hidden = [self._run(window) for window in windows]
         if scheme.smoothing is not None:

@@ -12,8 +12,11 @@ from filelock import FileLock
 from torch import Tensor
 
 from quant import __version__
+from quant.checkpoint.json_file import read_json
+from quant.checkpoint.notes import NOTES_NAME
 from quant.checkpoint.sha256sums import first_damaged
 from quant.convert.layer import Recipe
+from quant.convert.massive import noted_tokens
 from quant.convert.model import quantize_checkpoint, refuse_occupied
 from quant.errors import InvalidScheme, Unquantizable
 from quant.scheme import Scheme
@@ -24,6 +27,10 @@ from service.store.calibration import Calibration, calibration_windows
 from service.store.progress import Progress, silent
 from service.store.resolve import is_quantized
 from service.store.sink import behind_sink
+from service.store.tokenizer import text_tokenizer
+
+SHOWN = 4
+"""Kinds of tokens that a warning names."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +86,36 @@ def quantize_model(
         )
     except (InvalidScheme, Unquantizable) as error:
         raise UnsupportedModel(f"{source} cannot be quantized: {error}") from error
+    if scheme.shares_activation_scales:
+        _tell_massive_tokens(source, out, scheme)
+
+
+def _tell_massive_tokens(source: Path, out: Path, scheme: Scheme) -> None:
+    """Warn of tokens that spoil scales that all share, and that no sink keeps out."""
+    found = [token for token in noted_tokens(read_json(out / NOTES_NAME)) if not token.is_sink]
+    if not found:
+        return
+    worst = max(found, key=lambda token: token.ratio)
+    logger.warning(
+        "%s have activations up to %.0f times as large as other tokens', most in layer %d, from position %d on; they "
+        "widen the scale that all tokens share: choose a scheme with a scale for each, as w8a8%s",
+        _shown(source, [token.token_id for token in found]),
+        worst.ratio,
+        worst.layer,
+        min(token.first for token in found),
+        "" if scheme.sink else ", or look at --sink, which keeps the first token of a text in float",
+    )
+
+
+def _shown(source: Path, token_ids: list[int]) -> str:
+    """Tokens as a user knows them, the first few."""
+    try:
+        tokenizer = text_tokenizer(source)
+        names = [repr(tokenizer.decode([token_id], skip_special_tokens=False)) for token_id in token_ids[:SHOWN]]
+    except UnsupportedModel:
+        names = [str(token_id) for token_id in token_ids[:SHOWN]]
+    others = f" and {len(token_ids) - SHOWN} others" if len(token_ids) > SHOWN else ""
+    return f"the tokens {', '.join(names)}{others}"
 
 
 def quantized_folder(

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from kernels import tiles, tune
-from kernels.tiles import Target, Tile
+from kernels.dequantize import MAX_TILE
+from kernels.tiles import Target, Tile, prefill_tile
 from kernels.tune import TileChoice
 
 TUNED = Tile("plain", 16, 32, 512, num_warps=2, num_stages=4)
@@ -189,3 +190,15 @@ def test_few_tokens_use_swapped_operands() -> None:
     hopper = Target("untuned", 90)
     assert tiles.choose(hopper, 28672, 4096, 1).kernel == "swapped"
     assert tiles.choose(hopper, 28672, 4096, 4096).kernel == "pingpong"
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("block_d", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_prompts_are_cut_into_as_many_keys_over_codes_as_over_floats(
+    capability: int, block_d: int, element_bytes: int
+) -> None:
+    """Or a row over dequantized keys would have other bits."""
+    gpu = Target("any", capability)
+    codes, floats = (prefill_tile(gpu, block_d, element_bytes, size) for size in (1, element_bytes))
+    assert codes.block_n == floats.block_n <= MAX_TILE

@@ -29,6 +29,7 @@ from service.store import calibration, demo, quantized, resolve
 from service.store.calibration import Calibration, calibration_text, calibration_windows
 from service.store.quantized import quantize_model, quantized_folder
 from service.store.resolve import is_quantized, resolve_model
+from service.store.tokenizer import text_tokenizer
 from service.text.tokenizer import Tokenizer
 from service.tools.evaluate import quality
 from tests.support.narrowed import int8_of
@@ -230,6 +231,21 @@ def test_the_notes_say_how_it_was_calibrated(tiny_folder: Path, int8_folder: Pat
     notes = json.loads((tmp_path / "out" / "ottava.json").read_text())
     assert notes["calibration"] == "64 tokens of own.txt"
     assert notes["alpha"] is None
+
+
+def test_tokens_that_spoil_a_shared_scale_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, text = save_tiny_model(tmp_path / "model"), tmp_path / "own.txt"
+    text.write_text("hello world, " * 200)
+    name, encoded = "model.embed_tokens.weight", text_tokenizer(source).encode("hello", add_special_tokens=False)
+    embedding = load_file(source / "model.safetensors")[name]
+    embedding[encoded.ids[0]] *= 3e4
+    change_tensors(source, {name: embedding})
+    for scheme, is_told in (("rtn", True), ("w8a8", False)):
+        caplog.clear()
+        quantize_model(source, tmp_path / scheme, PRESETS[scheme], replace(SHORT, text=text), CPU)
+        said = [record.getMessage() for record in caplog.records if "activations up to" in record.getMessage()]
+        assert bool(said) == is_told
+        assert all(repr(encoded.tokens[0]) in each and "--sink" in each for each in said)
 
 
 def test_static_scales_read_four_times_as_much_unless_told_otherwise(tmp_path: Path) -> None:
