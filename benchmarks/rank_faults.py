@@ -4,8 +4,9 @@
     python -m benchmarks.rank_faults --tensor-parallel 2 --shape tiny          the same on a CPU
 
 First --requests requests, each of which may leave after some tokens; then, for each rank from the last to the first, 50
-streams during which it is killed. Clients must be answered or told; afterwards nobody runs, no KV block is in use, no
-process of before lives, each GPU holds what it held, and the server gives the answers that it gave at first.
+streams during which it is killed. Clients must be answered or told; afterwards no KV block is in use and each GPU holds
+what it held. After a kill no process of before lives, there is no more shared memory than before, and the server gives
+the answers that it gave at first.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ async def _killed(server: Server, rank: int) -> Outcome:
     outcome.numbers["all told after s"] = round(time.monotonic() - killed_s, 2)
     while (await server.get("/ready")).status_code != 200 and time.monotonic() - killed_s < READY_S:
         await asyncio.sleep(0.1)
+    outcome.expect((await server.get("/ready")).status_code == 200, "it is not ready again")
     outcome.numbers["ready again after s"] = round(time.monotonic() - killed_s, 1)
     left = [pid for pid in old if is_running(pid)]
     outcome.expect(not left, f"processes {left} of before still run")
@@ -146,6 +148,9 @@ async def _settled(server: Server, outcome: Outcome, before: list[float]) -> Non
 
 async def _answers(server: Server) -> list[tuple[int, ...]]:
     seen = [await ask(server.port, Question(_prompt(number, 40), 16)) for number in range(4)]
+    for each in seen:
+        if each.kind is not Kind.ANSWERED:
+            raise RuntimeError(f"a lone request ended with {each} {each.message}")
     return [each.token_ids for each in seen]
 
 

@@ -37,7 +37,7 @@ from kernels.tiles import AttentionTile, current_gpu, decode_tile, prefill_tile
 
 __all__ = ["paged_attention", "rotary_attention"]
 
-HOPPER = 90
+HOPPER, BLACKWELL = 90, 100
 LOG2_E = math.log2(math.e)
 MAX_TURNED = 8
 """Most requests of a decode step that the kernel of attention rotates. H200, a layer at context 512: 79.9 us instead of
@@ -172,9 +172,9 @@ def _prefill(step: Operands, tile: AttentionTile, y: Tensor) -> None:
     places = None
     if num_keys:
         floats, places = as_floats(step, num_keys, tile.block_n)
-        # Warps that share rows add up in another order.
-        shares_rows = tile.block_m < MIN_ROWS * tile.num_warps
-        _launch_tiles(floats, tile if shares_rows else _prefill_tile(floats), y, True, places)
+        # Where warps share rows, or a matrix unit of its own holds them, another tile adds up in another order.
+        has_other_sums = tile.block_m < MIN_ROWS * tile.num_warps or current_gpu(y.device).capability == BLACKWELL
+        _launch_tiles(floats, tile if has_other_sums else _prefill_tile(floats), y, True, places)
     _launch_tiles(step, tile, y, False, places)
 
 
@@ -245,7 +245,7 @@ def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, place
                             BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
     """One tile of queries of one request. The GROUP query heads of one key head share its rows.
 
-    places: of the requests' first keys in `as_floats`, -1 for a request without; None if all are.
+    places: of the requests' first keys in `as_floats`, -1 for a request without; None where no request has any.
     DEQUANTIZED: the keys and values are those floats, and requests without are left out; else the requests with some.
     """
     await_inputs(DEPENDENT)

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decode_attention import Operands
-from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.launching import MAX_PLANS, Plan, cdiv
 from kernels.paging import Layout, Strides, dequantized, first_key, key_offsets
 from kernels.tiles import KEYS_PER_TOKEN
@@ -27,7 +26,7 @@ __all__ = ["REQUESTS", "as_floats", "num_dequantized"]
 REQUESTS = tl.constexpr(256)
 """Requests whose places a program reads at once."""
 
-MIN_ROWS = tl.constexpr(64)
+MIN_QUERIES = tl.constexpr(64)
 """Fewest query rows of a request whose keys are dequantized before: with few rows each is used about once."""
 
 MIN_TOKENS = 512
@@ -53,18 +52,17 @@ def num_dequantized(num_tokens: int, block_size: int) -> int:
 def as_floats(step: Operands, num_keys: int, block_n: int) -> tuple[Operands, Tensor]:
     """The step over keys and values in q's dtype, and places int32 [B + 1]: of each request's first key there.
 
-    The keys of a request follow each other. The place is -1 for a request of few rows, and for one that the num_keys
-    places are not enough for; the last entry is how many prompts these are. Tiles of block_n keys that no query sees
-    are left out.
+    Requests are served in their order, and the keys of one follow each other. The place is -1 for a request of few
+    rows, and for one that finds too few of the num_keys places left; the last entry is how many prompts these are.
+    Tiles of block_n keys that no query sees are left out.
     """
     layout, requests = step.layout, step.requests
     num_requests, max_blocks = requests.block_tables.shape
     size = num_keys // layout.BLOCK_SIZE, layout.BLOCK_SIZE, layout.G, layout.D
     k, v = torch.empty((2, *size), dtype=step.q.dtype, device=step.q.device)
     keys = min(KEYS, layout.BLOCK_SIZE)
-    plan = _plan(layout, block_n, keys, starts_early(k.device, step.q.shape[0]))
     places = torch.empty(num_requests + 1, dtype=torch.int32, device=step.q.device)
-    plan.launch(
+    _plan(layout, block_n, keys).launch(
         (num_keys // keys, 1, 1), step.k, step.v, step.k_scale, step.v_scale, k, v, places,
         *requests, num_requests, max_blocks, num_keys,
     )  # fmt: skip
@@ -81,21 +79,23 @@ def _float_layout(layout: Layout) -> Layout:
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _plan(layout: Layout, block_n: int, keys: int, is_early: bool) -> Plan:
-    return Plan(
-        _dequantize_kernel, LAYOUT=layout, BLOCK_N=block_n, KEYS=keys,
-        num_warps=NUM_WARPS, num_stages=1, DEPENDENT=is_early, launch_pdl=is_early,
-    )  # fmt: skip
+def _plan(layout: Layout, block_n: int, keys: int) -> Plan:
+    # Steps that are this large start no kernel early.
+    return Plan(_dequantize_kernel, LAYOUT=layout, BLOCK_N=block_n, KEYS=keys, num_warps=NUM_WARPS, num_stages=1)
 
 
 @triton.jit
-def _num_keys(query_starts_ptr, context_lens_ptr, requests, num_requests, BLOCK_SIZE: tl.constexpr):
-    """Keys of requests that are dequantized if there is room: whole blocks; 0 for a request of few rows."""
+def _num_keys(query_starts_ptr, context_lens_ptr, requests, num_requests, num_keys, BLOCK_SIZE: tl.constexpr):
+    """Keys of requests that are dequantized if there is room behind those before: whole blocks.
+
+    0 for a request of few rows, and for one that num_keys places alone do not hold.
+    """
     is_request = requests < num_requests
     starts = tl.load(query_starts_ptr + requests, mask=is_request, other=0)
     ends = tl.load(query_starts_ptr + requests + 1, mask=is_request, other=0)
     contexts = tl.load(context_lens_ptr + requests, mask=is_request, other=0)
-    return tl.where(ends - starts >= MIN_ROWS, tl.cdiv(contexts, BLOCK_SIZE) * BLOCK_SIZE, 0)
+    sizes = tl.cdiv(contexts, BLOCK_SIZE) * BLOCK_SIZE
+    return tl.where((ends - starts >= MIN_QUERIES) & (sizes <= num_keys), sizes, 0)
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def _write_places(places_ptr, query_starts_ptr, context_lens_ptr, num_requests, 
     for start in range(0, num_requests, REQUESTS):
         requests = start + tl.arange(0, REQUESTS)
         is_request = requests < num_requests
-        sizes = _num_keys(query_starts_ptr, context_lens_ptr, requests, num_requests, BLOCK_SIZE)
+        sizes = _num_keys(query_starts_ptr, context_lens_ptr, requests, num_requests, num_keys, BLOCK_SIZE)
         ends = end + tl.cumsum(sizes)
         places = tl.where((sizes > 0) & (ends <= num_keys), ends - sizes, -1)
         tl.store(places_ptr + requests, places, mask=is_request)
@@ -117,12 +117,12 @@ def _write_places(places_ptr, query_starts_ptr, context_lens_ptr, num_requests, 
 
 
 @triton.jit
-def _owner_of(key, query_starts_ptr, context_lens_ptr, num_requests, BLOCK_SIZE: tl.constexpr):
+def _owner_of_key(key, query_starts_ptr, context_lens_ptr, num_requests, num_keys, BLOCK_SIZE: tl.constexpr):
     """The request of a key's place, or num_requests if there is none; and the place of its first key."""
     request, first, end = 0, 0, 0
     for start in range(0, num_requests, REQUESTS):
         requests = start + tl.arange(0, REQUESTS)
-        sizes = _num_keys(query_starts_ptr, context_lens_ptr, requests, num_requests, BLOCK_SIZE)
+        sizes = _num_keys(query_starts_ptr, context_lens_ptr, requests, num_requests, num_keys, BLOCK_SIZE)
         ends = end + tl.cumsum(sizes)
         is_before = (ends <= key) & (requests < num_requests)
         request += tl.sum(is_before.to(tl.int32))
@@ -149,11 +149,8 @@ def _dequantize_kernel(
     LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEYS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """KEYS keys and values, all in one block, of all heads."""
-    launch_dependents(DEPENDENT)
-    await_inputs(DEPENDENT)
     BLOCK_SIZE: tl.constexpr = LAYOUT.BLOCK_SIZE
     K: tl.constexpr = LAYOUT.K
     V: tl.constexpr = LAYOUT.V
@@ -162,7 +159,7 @@ def _dequantize_kernel(
     if tl.program_id(0) == 0:
         _write_places(places_ptr, query_starts_ptr, context_lens_ptr, num_requests, num_keys, BLOCK_SIZE)
     start = tl.program_id(0) * KEYS
-    request, first = _owner_of(start, query_starts_ptr, context_lens_ptr, num_requests, BLOCK_SIZE)
+    request, first = _owner_of_key(start, query_starts_ptr, context_lens_ptr, num_requests, num_keys, BLOCK_SIZE)
     if request == num_requests:
         return
     context = tl.load(context_lens_ptr + request)

@@ -228,12 +228,15 @@ def _widen_pairs(x, TYPE: tl.constexpr):
 @triton.jit
 def dequantized(codes, scale_ptr, blocks, slots, is_key, MASKED: tl.constexpr, TYPE: tl.constexpr,
                 STRIDES: tl.constexpr, IS_WIDE: tl.constexpr):  # fmt: skip
-    """What codes [keys, BLOCK_D] of slots of blocks stand for, rounded to TYPE; values without scales as they are."""
+    """What codes [keys, BLOCK_D] of slots of blocks stand for, rounded to TYPE; values without scales as they are.
+
+    By way of float16, which holds codes exactly and is made of them faster.
+    """
     if scale_ptr is None:
         y = codes
     else:
         scale = _load(scale_ptr + key_offsets(blocks, slots, STRIDES, IS_WIDE), is_key, MASKED)
-        y = (codes.to(tl.float32) * scale[:, None]).to(TYPE)
+        y = (_widen(codes, tl.float16).to(tl.float32) * scale[:, None]).to(TYPE)
     return y
 
 
@@ -381,8 +384,9 @@ def fold_keys(
 ):
     """Add keys start .. start + BLOCK_N - 1 to the running softmax of query rows q [BLOCK_M, BLOCK_D].
 
-    scale: of the scores; [BLOCK_M] over int8 keys, where queries are codes, in int8 or in a float dtype.
-    DEQUANTIZE: multiply what the codes of keys and values stand for instead, rounded to TYPE; queries are floats then.
+    scale: of the scores; [BLOCK_M] where queries and keys are codes, in int8 or in a float dtype.
+    DEQUANTIZE: multiply what the codes of keys and values stand for instead, rounded to TYPE; queries are floats, and
+        acc has no LIFT.
     TYPE: what p and v are multiplied in, and q and k unless both are int8.
 
     Row m sees its first num_visible[m] keys, or the last WINDOW of them. Without a window every row sees the first

@@ -111,8 +111,8 @@ def paged_attention(
     y = softmax(q k^T * scale) v
 
     Over int8 keys q is rounded too, each head of a row by the rules of `quantize_rows`. A request of one row multiplies
-    codes, exactly, as neither scale of q k^T depends on the summed index; one of several rows what the codes stand for,
-    rounded to q's dtype.
+    codes, exactly, as neither scale of q k^T depends on the summed index. One of several rows multiplies what the codes
+    of queries, keys and values stand for, each rounded to q's dtype.
 
     Request b has the query rows query_starts[b] .. query_starts[b+1]-1. Row i of its n is at position
     context_lens[b] - n + i and sees the keys 0 .. that position. With a soft cap c the scores are

@@ -16,7 +16,7 @@ from quant.convert.distill import Student, distill
 from quant.convert.gptq import round_gptq
 from quant.convert.inputs import Inputs, gather
 from quant.convert.int8 import Int8Module, Int8Tensors
-from quant.convert.massive import massive_places
+from quant.convert.massive import massive_tokens
 from quant.convert.rotate import Stream
 from quant.convert.rounding import ScaleRule, dequantize
 from quant.convert.search import FULL_RANGES, Ranges, best_ranges, readers_of_one, round_nearest, smooth_layer
@@ -107,7 +107,7 @@ class LayerQuantizer:
         scheme, hidden, inputs = self.recipe.scheme, list[Tensor](), dict[str, Inputs]()
         if windows and scheme.needs_calibration:
             hidden, inputs = self._measure(windows)
-            self.notes["massive"] = massive_places(hidden)
+            self.notes["massive_tokens"] = self._massive_tokens(hidden)
         elif windows:
             hidden = [self._run(window) for window in windows]
         if scheme.smoothing is not None:
@@ -131,6 +131,12 @@ class LayerQuantizer:
             if not bool(read.channels.absmax.isfinite().all()):
                 raise Unquantizable(f"the input of {name} is NaN or infinite over the calibration windows")
         return hidden, inputs
+
+    def _massive_tokens(self, hidden: Sequence[Tensor]) -> list[dict[str, Any]]:
+        windows = self.recipe.windows
+        assert windows is not None
+        found = massive_tokens(hidden, windows, len(self.recipe.scheme.sink), self.index)
+        return [token._asdict() for token in found]
 
     def _smooth(self, inputs: dict[str, Inputs]) -> None:
         groups = [group for group in self.recipe.groups if self._is_within(group.source)]

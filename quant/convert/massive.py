@@ -7,7 +7,7 @@ Source: Massive Activations in Large Language Models (arXiv 2402.17762), section
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +17,13 @@ MASSIVE = 100.0
 """A token is massive if its largest value is more than this many times the median token's."""
 
 MAX_NOTED = 64
-"""Most tokens noted of a layer, and kinds of tokens of a model."""
+"""Most tokens of the vocabulary that are noted of a layer and of a model."""
 
 
 class MassiveToken(NamedTuple):
-    """A token of the vocabulary that was massive in some places of the calibration windows.
+    """A token of the vocabulary that is massive in some places of the calibration windows.
 
-    num_places: how many.   first: the earliest position among them.   is_sink: whether all are kept in float.
+    num_places: how many, in the layer with the most.   first: the earliest position among them.
     ratio: of its largest value to the median token's, in the layer where that is largest.
     """
 
@@ -32,46 +32,44 @@ class MassiveToken(NamedTuple):
     first: int
     ratio: float
     layer: int
-    is_sink: bool
 
 
-def massive_places(hidden: Sequence[Tensor]) -> list[tuple[int, int, float]]:
-    """(window, position, ratio) of the massive tokens of a layer's outputs [1, L, hidden], the largest first."""
-    sizes = torch.stack([window[0].abs().amax(-1).float() for window in hidden])
-    ratios = sizes / sizes.median().clamp_min(torch.finfo(torch.float32).tiny)
-    places = (ratios > MASSIVE).nonzero().tolist()
-    found = [(window, position, float(ratios[window, position])) for window, position in places]
-    return sorted(found, key=lambda place: -place[2])[:MAX_NOTED]
+def massive_tokens(hidden: Sequence[Tensor], windows: Tensor, num_sinks: int, layer: int) -> list[MassiveToken]:
+    """Those of a layer's outputs [1, L, hidden] of each of the windows [n, L], the most frequent first.
 
-
-def massive_tokens(
-    places: Sequence[Sequence[Sequence[float]]], windows: Tensor | None, num_sinks: int
-) -> list[MassiveToken]:
-    """The massive tokens of all layers by token, those in the most places first.
-
-    Args:
-        places: of each layer, what `massive_places` found; entries of JSON, so lists.
-        windows: [n, L] token ids; without any no place is known.
-        num_sinks: tokens at the start of each window that are kept in float.
+    The first num_sinks tokens of a window are left out: they are kept in float.
     """
-    largest: dict[tuple[int, int], tuple[float, int]] = {}
-    for layer, found in enumerate(places):
-        for window, position, ratio in found:
-            place = int(window), int(position)
-            largest[place] = max(largest.get(place, (0.0, layer)), (float(ratio), layer))
-    if windows is None:
-        return []
-    by_token: dict[int, list[tuple[int, float, int]]] = {}
-    for (window, position), (ratio, layer) in largest.items():
-        by_token.setdefault(int(windows[window, position]), []).append((position, ratio, layer))
-    tokens = [_joined(token_id, found, num_sinks) for token_id, found in by_token.items()]
+    sizes = torch.stack([window[0].abs().amax(-1).float().cpu() for window in hidden])
+    ratios = sizes / sizes.median().clamp_min(torch.finfo(torch.float32).tiny)
+    places: dict[int, list[tuple[int, float]]] = {}
+    for window, position in (ratios[:, num_sinks:] > MASSIVE).nonzero().tolist():
+        place = position + num_sinks, float(ratios[window, position + num_sinks])
+        places.setdefault(int(windows[window, place[0]]), []).append(place)
+    found = [
+        MassiveToken(token_id, len(each), min(each)[0], round(max(ratio for _, ratio in each), 1), layer)
+        for token_id, each in places.items()
+    ]
+    return _most(found)
+
+
+def joined(layers: Iterable[Iterable[MassiveToken]]) -> list[MassiveToken]:
+    """The tokens of all layers."""
+    found: dict[int, MassiveToken] = {}
+    for token in (token for tokens in layers for token in tokens):
+        before = found.get(token.token_id, token)
+        largest = max(before, token, key=lambda each: each.ratio)
+        found[token.token_id] = MassiveToken(
+            token.token_id,
+            max(before.num_places, token.num_places),
+            min(before.first, token.first),
+            largest.ratio,
+            largest.layer,
+        )
+    return _most(found.values())
+
+
+def _most(tokens: Iterable[MassiveToken]) -> list[MassiveToken]:
     return sorted(tokens, key=lambda token: (-token.num_places, -token.ratio))[:MAX_NOTED]
-
-
-def _joined(token_id: int, found: Sequence[tuple[int, float, int]], num_sinks: int) -> MassiveToken:
-    _, ratio, layer = max(found, key=lambda place: place[1])
-    positions = [position for position, _, _ in found]
-    return MassiveToken(token_id, len(found), min(positions), round(ratio, 1), layer, max(positions) < num_sinks)
 
 
 def noted_tokens(notes: Mapping[str, Any]) -> list[MassiveToken]:

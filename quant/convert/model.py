@@ -23,7 +23,7 @@ from quant.checkpoint.sha256sums import write_sums
 from quant.checkpoint.sink import SINK_NAME, Sink
 from quant.convert.decoder_layers import LayerStream, has_own_head
 from quant.convert.layer import LayerQuantizer, Recipe
-from quant.convert.massive import massive_tokens
+from quant.convert.massive import joined, noted_tokens
 from quant.convert.resume import PartFolder
 from quant.convert.rotate import opener
 from quant.errors import CheckpointError
@@ -90,7 +90,7 @@ def quantize_checkpoint(
             if recipe.scheme.sink:
                 _sink_of(qkv, part, recipe.scheme.sink).save(folder, recipe.dtype)
             _write_json(folder / "config.json", _int8_config(config, recipe, ignored))
-            _write_json(folder / NOTES_NAME, {**notes_of(recipe.scheme), **_layer_notes(part.notes, recipe), **notes})
+            _write_json(folder / NOTES_NAME, {**notes_of(recipe.scheme), **_layer_notes(part.notes), **notes})
             _copy_companions(source, folder)
             write_sums(folder)
     except OSError as error:
@@ -200,17 +200,15 @@ def _fingerprint(files: TensorFiles, recipe: Recipe, notes: dict[str, Any]) -> s
     return digest.hexdigest()
 
 
-def _layer_notes(notes: Sequence[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
+def _layer_notes(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The choices by group, Linear and layer, of the whole model, and the massive tokens of its calibration."""
-    joined: dict[str, Any] = {"alphas": {}, "ranges": {}, "splits": {}, "errors": [note["error"] for note in notes]}
+    whole: dict[str, Any] = {"alphas": {}, "ranges": {}, "splits": {}, "errors": [note["error"] for note in notes]}
     for note in notes:
         for kind in ("alphas", "ranges", "splits"):
-            joined[kind] |= note.get(kind, {})
-    places = [note.get("massive", []) for note in notes]
-    massive = massive_tokens(places, recipe.windows, len(recipe.scheme.sink))
-    joined["massive_tokens"] = [token._asdict() for token in massive]
+            whole[kind] |= note.get(kind, {})
+    whole["massive_tokens"] = [token._asdict() for token in joined(map(noted_tokens, notes))]
     distillation = [note["distillation"] for note in notes if "distillation" in note]
-    return {**joined, **({"distillation": distillation} if distillation else {})}
+    return {**whole, **({"distillation": distillation} if distillation else {})}
 
 
 def _ignored(files: TensorFiles, linear_names: Sequence[str]) -> list[str]:

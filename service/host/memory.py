@@ -52,8 +52,8 @@ def step_bytes(decoder: Decoder, settings: Settings) -> int:
 
 
 def _attention_elements(decoder: Decoder) -> int:
-    """What attention over an int8 cache has of one token at a time: qkv, rotated queries, its output, keys and values
-    as floats."""
+    """Elements per token that are alive at once in attention over an int8 cache: qkv, rotated queries, the output, and
+    keys and values as floats."""
     config, size = decoder.config, decoder.ranks.size
     queries, keys = (num * config.head_size // size for num in (config.num_heads, config.num_kv_heads))
     return 3 * queries + 2 * keys + KEYS_PER_TOKEN * 2 * keys

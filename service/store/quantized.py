@@ -92,13 +92,13 @@ def quantize_model(
 
 def _tell_massive_tokens(source: Path, out: Path, scheme: Scheme) -> None:
     """Warn of tokens that spoil scales that all share, and that no sink keeps out."""
-    found = [token for token in noted_tokens(read_json(out / NOTES_NAME)) if not token.is_sink]
+    found = noted_tokens(read_json(out / NOTES_NAME))
     if not found:
         return
     worst = max(found, key=lambda token: token.ratio)
     logger.warning(
-        "%s have activations up to %.0f times as large as other tokens', most in layer %d, from position %d on; they "
-        "widen the scale that all tokens share: choose a scheme with a scale for each, as w8a8%s",
+        "%s have activations up to %.0f times as large as other tokens', most in layer %d, from position %d on, and "
+        "may widen scales that tokens share: compare with a scheme that has a scale for each, as w8a8%s",
         _shown(source, [token.token_id for token in found]),
         worst.ratio,
         worst.layer,

@@ -225,7 +225,7 @@ PROMPTS = [(1, 40), (20, 25), (0, 0), (9, 60), (3, 33), (16, 16), (1, 5)]
 def dequantize_before(monkeypatch: pytest.MonkeyPatch, min_rows: int = 9, keys_per_token: int = 4) -> None:
     """Have every prompt of min_rows rows and more read dequantized keys where there is room."""
     monkeypatch.setattr(dequantize, "MIN_TOKENS", 1)
-    monkeypatch.setattr(dequantize, "MIN_ROWS", tl.constexpr(min_rows))
+    monkeypatch.setattr(dequantize, "MIN_QUERIES", tl.constexpr(min_rows))
     monkeypatch.setattr(dequantize, "KEYS_PER_TOKEN", keys_per_token)
 
 
@@ -274,26 +274,33 @@ def test_wide_offsets_of_dequantized_keys(place: Place, monkeypatch: pytest.Monk
 
 
 def test_who_reads_dequantized_keys(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of enough rows for which there is room: values of another's would show."""
-    sizes, as_floats = [-(-context // 16) * 16 for _, context in PROMPTS], dequantize.as_floats
+    """Prompts of enough rows that find room behind those before: values of another's would show.
+
+    One that no room holds takes none.
+    """
 
     def of_ones(step: Any, num_keys: int, block_n: int) -> Any:
-        step, places = as_floats(step, num_keys, block_n)
+        step, places = dequantize.as_floats(step, num_keys, block_n)
         step.v.fill_(1.0)
         return step, places
 
-    case = Case(place, PROMPTS, 64, 4, 2, int8="kv")
-    want = case.run()
-    monkeypatch.setattr(attention, "as_floats", of_ones)
-    for keys_per_token in (4, 1):
-        dequantize_before(monkeypatch, 9, keys_per_token)
-        got, start, room = case.run(), 0, -(-len(case.q) * keys_per_token // 16) * 16
-        for (rows, _), size in zip(PROMPTS, sizes, strict=True):
-            room -= size if rows >= 9 else 0
-            is_same = torch.equal(got[start : start + rows], want[start : start + rows])
-            assert is_same == (rows < 9 or room < 0)
+    for requests, keys_per_token, expected in (
+        (PROMPTS, 4, {1, 3, 5}),
+        (PROMPTS, 1, {1}),
+        ([(10, 300), *PROMPTS], 4, {2, 4, 6}),
+        ([(10, 300), *PROMPTS], 1, {2}),
+    ):
+        case = Case(place, requests, 64, 4, 2, int8="kv")
+        want, start, found = case.run(), 0, set()
+        with monkeypatch.context() as patch:
+            dequantize_before(patch, 9, keys_per_token)
+            patch.setattr(attention, "as_floats", of_ones)
+            got = case.run()
+        for number, (rows, _) in enumerate(requests):
+            if not torch.equal(got[start : start + rows], want[start : start + rows]):
+                found.add(number)
             start += rows
-        assert (room < 0) == (keys_per_token == 1)
+        assert found == expected
 
 
 @pytest.mark.parametrize("requests", [DECODES, [(1, 900), (3, 40)]], ids=["decodes", "mixed"])
@@ -308,7 +315,9 @@ def test_values_of_decodes_read_in_pairs(
 
     for D, H, G in place.shapes([(64, 6, 2), (96, 4, 1)], LARGE):
         case = Case(place, requests, D, H, G, int8="kv")
-        with_tile(in_pairs=True)
+        with_tile(in_pairs=False, is_int8=False)
+        case.check(case.run())
+        with_tile(in_pairs=True, is_int8=False)
         want = case.run()
         case.check(want)
         with_tile(in_pairs=True, is_int8=is_int8)

@@ -181,8 +181,8 @@ def attend(
     norm = meta(D, dtype=dtype) if is_normed else None
     sink = meta(1, (H + 2 * G) * D, dtype=dtype) if has_sink else None
     # Requests that prompts are beside, that decode by themselves, and, for one model, many and short ones. Prompts of
-    # many tokens dequantize an int8 cache; that is left out where the kernels are those of a float cache and others.
-    T = 512 if is_whole or window is not None else 256
+    # many tokens dequantize an int8 cache, to bfloat16 as to float16, so only the widest layouts are compiled for both.
+    T = 512 if dtype == torch.float16 or window is not None else 256
     steps = [(256, T, 4), (256, 4, 4)] + ([(4, T, 4), (4, 4, 4), (256, T, 128)] if is_whole else [])
     for width, T, B in steps:
         token, request, is_decode = meta(T, **ints), meta(B, **ints), T == B

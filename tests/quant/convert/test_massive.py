@@ -7,11 +7,10 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from quant.checkpoint.notes import NOTES_NAME
-from quant.convert.massive import MAX_NOTED, MassiveToken, massive_places, massive_tokens, noted_tokens
+from quant.convert.massive import MAX_NOTED, MassiveToken, joined, massive_tokens, noted_tokens
 from quant.scheme import PRESETS
 from tests.support.tiny_llama import NUM_LAYERS, Tiny
 
@@ -36,7 +35,7 @@ def found_in(tiny: Tiny, tmp_path: Path, factor: float, sink: tuple[int, ...] = 
 
 def test_a_planted_token_is_found_in_all_its_places(tiny: Tiny, tmp_path: Path) -> None:
     (token,) = found_in(tiny, tmp_path, 3e4)
-    assert (token.token_id, token.num_places, token.first, token.is_sink) == (PLANTED, 3, 0, False)
+    assert (token.token_id, token.num_places, token.first) == (PLANTED, 3, 0)
     assert token.ratio > 100
 
 
@@ -47,22 +46,22 @@ def test_ordinary_tokens_are_none(tiny: Tiny, tmp_path: Path) -> None:
 def test_what_a_sink_leaves_is_told(tiny: Tiny, tmp_path: Path) -> None:
     """The planted token begins every window, and stands elsewhere too."""
     (token,) = found_in(tiny, tmp_path, 3e4, (PLANTED,))
-    assert (token.num_places, token.first, token.is_sink) == (5, 0, False)
+    assert (token.num_places, token.first) == (2, 2)
 
 
-@pytest.mark.parametrize("num_sinks", [0, 1])
-def test_places_of_all_layers_are_joined_by_token(num_sinks: int) -> None:
-    windows = torch.tensor([[5, 6, 7], [5, 8, 6]])
-    places = [[(0, 0, 300.0)], [(0, 0, 900.0), (1, 0, 200.0), (1, 2, 150.0)]]
-    expected = [MassiveToken(5, 2, 0, 900.0, 1, num_sinks == 1), MassiveToken(6, 1, 2, 150.0, 1, False)]
-    assert massive_tokens(json.loads(json.dumps(places)), windows, num_sinks) == expected
-    assert massive_tokens([[]], None, 0) == []
+def test_a_sink_in_many_windows_hides_no_other_token() -> None:
+    windows = torch.arange(10, 20).repeat(3 * MAX_NOTED, 1)
+    hidden = [torch.ones(1, 10, 4) for _ in windows]
+    for window in hidden:
+        window[0, 0] = 5000.0
+    hidden[4][0, 3, 2] = -500.0
+    assert massive_tokens(hidden, windows, 1, 2) == [MassiveToken(13, 1, 3, 500.0, 2)]
+    first, other = massive_tokens(hidden, windows, 0, 2)
+    assert (first.token_id, first.num_places, other.token_id) == (10, 3 * MAX_NOTED, 13)
 
 
-def test_many_are_cut_off_the_smallest() -> None:
-    hidden = torch.ones(1, 1000, 4)
-    hidden[0, :100, 0] = 1000.0 + torch.arange(100)
-    places = massive_places([hidden])
-    assert len(places) == MAX_NOTED
-    assert places[0] == (0, 99, 1099.0)
-    assert places[-1][2] == 1099.0 - MAX_NOTED + 1
+def test_layers_are_joined_by_token() -> None:
+    layers = [[MassiveToken(5, 1, 0, 300.0, 0)], [MassiveToken(5, 2, 3, 900.0, 1), MassiveToken(6, 1, 2, 150.0, 1)]]
+    assert joined(layers) == [MassiveToken(5, 2, 0, 900.0, 1), MassiveToken(6, 1, 2, 150.0, 1)]
+    kinds = [[MassiveToken(number, 1, 0, 100.0 + number, 0) for number in range(100)]]
+    assert [token.token_id for token in joined(kinds)] == list(range(99, 99 - MAX_NOTED, -1))
