@@ -192,7 +192,7 @@ def _wide_tile(gpu: Target, is_int8: bool) -> AttentionTile:
     if gpu.capability == 90 and not is_int8:
         # Only Hopper has room for 128 rows of 256 columns and three tiles of keys.
         return AttentionTile(128, 32, num_warps=8, num_stages=3)
-    return AttentionTile(64, 32, num_warps=8, num_stages=3 if gpu.capability == 100 else 2)
+    return AttentionTile(64, 32, num_warps=8, num_stages=3 if is_int8 and gpu.capability == 100 else 2)
 
 
 def _narrow_tile(gpu: Target, block_d: int, is_int8: bool) -> AttentionTile:

@@ -81,7 +81,8 @@ def test_int8_tensor_cores_of_hopper(built: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_attention_uses_tensor_cores(built: list[dict[str, Any]], capability: int) -> None:
     # A window over an int8 cache has tiles of 64 rows, too few for the tcgen05 of sm_100.
-    built = [r for r in built if "k_scale_ptr" not in r["case"] or "WINDOW=None, SOFT_CAP=None" in r["case"]]
+    of_floats = [r for r in built if "k_scale_ptr" not in r["case"] and "DEQUANTIZED=True" not in r["case"]]
+    built = of_floats + [r for r in built if "WINDOW=None, SOFT_CAP=None" in r["case"]]
     for dtype, name in (("*fp16", "f16"), ("*bf16", "bf16")):
         for kernel in ("_paged_attention_kernel", "_paged_decode_kernel"):
             names = instructions(built, capability, kernel, f"q_ptr={dtype}")
@@ -93,5 +94,5 @@ def test_attention_uses_tensor_cores(built: list[dict[str, Any]], capability: in
             of_codes = {n for n in names if "s8" in n}
             assert all(n.startswith(prefix) for n in names - of_codes), names
             assert all(name in n for n in names - of_codes if not n.startswith("tcgen05")), names
-            assert bool(of_codes) == (is_prefill and capability <= 90), names
-            assert all(n.startswith("wgmma") if capability == 90 else n == INT8_MMA for n in of_codes), names
+            # Decodes multiply codes, 16 rows at a time; prompts what they stand for.
+            assert of_codes == (set() if is_prefill else {INT8_MMA}), names
