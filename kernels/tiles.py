@@ -204,7 +204,9 @@ def _narrow_tile(gpu: Target, block_d: int, is_int8: bool) -> AttentionTile:
         return AttentionTile(128, 64, num_warps=4 if is_small else 8, num_stages=3)
     if gpu.capability == 120 and block_d <= 64:
         return AttentionTile(64, 32, num_warps=4, num_stages=3)
-    return AttentionTile(64, 32, num_warps=4, num_stages=3) if is_int8 else AttentionTile(128, 32, 8, 3)
+    if is_int8 and block_d > 64:
+        return AttentionTile(64, 32, num_warps=4, num_stages=3)
+    return AttentionTile(128, 32, num_warps=8, num_stages=3)
 
 
 def decode_tile(gpu: Target, block_d: int, element_bytes: int, cache_bytes: int) -> AttentionTile:
