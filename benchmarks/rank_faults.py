@@ -118,9 +118,9 @@ async def _killed(server: Server, rank: int) -> Outcome:
     killed_s = time.monotonic()
     _take(outcome, await asking, (Kind.FAILED,))
     outcome.numbers["all told after s"] = round(time.monotonic() - killed_s, 2)
-    while (await server.get("/ready")).status_code != 200 and time.monotonic() - killed_s < READY_S:
+    while not (is_ready := (await server.get("/ready")).status_code == 200) and time.monotonic() - killed_s < READY_S:
         await asyncio.sleep(0.1)
-    outcome.expect((await server.get("/ready")).status_code == 200, "it is not ready again")
+    outcome.expect(is_ready, "it is not ready again")
     outcome.numbers["ready again after s"] = round(time.monotonic() - killed_s, 1)
     left = [pid for pid in old if is_running(pid)]
     outcome.expect(not left, f"processes {left} of before still run")

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from kernels.decode_attention import Operands, Requests, decode
 from kernels.dependent import await_inputs, launch_dependents, starts_early
-from kernels.dequantize import REQUESTS, as_floats, num_dequantized
+from kernels.dequantize import as_floats, num_dequantized
 from kernels.launching import MAX_PLANS, Plan, power_of_2
 from kernels.paging import (
+    REQUESTS,
     Layout,
     codes_of,
     first_key,
@@ -39,6 +40,7 @@ __all__ = ["paged_attention", "rotary_attention"]
 
 HOPPER, BLACKWELL = 90, 100
 LOG2_E = math.log2(math.e)
+
 MAX_TURNED = 8
 """Most requests of a decode step that the kernel of attention rotates. H200, a layer at context 512: 79.9 us instead of
 84.9 at one request, 85.8 instead of 86.3 at eight, 91.9 instead of 90.8 at 16."""
@@ -166,9 +168,8 @@ def _prefill(step: Operands, tile: AttentionTile, y: Tensor) -> None:
     Which requests of a large step over an int8 cache read floats is found on the device: there is a launch for those,
     and one for the others.
     """
-    num_keys = 0
-    if step.k_scale is not None and step.v_scale is not None:
-        num_keys = num_dequantized(y.shape[0], step.layout.BLOCK_SIZE)
+    has_codes = step.k_scale is not None and step.v_scale is not None
+    num_keys = num_dequantized(y.shape[0], step.layout.BLOCK_SIZE) if has_codes else 0
     places = None
     if num_keys:
         floats, places = as_floats(step, num_keys, tile.block_n)

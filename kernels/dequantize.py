@@ -18,13 +18,10 @@ from torch import Tensor
 
 from kernels.decode_attention import Operands
 from kernels.launching import MAX_PLANS, Plan, cdiv
-from kernels.paging import Layout, Strides, dequantized, first_key, key_offsets
+from kernels.paging import REQUESTS, Layout, Strides, dequantized, first_key, key_offsets
 from kernels.tiles import KEYS_PER_TOKEN
 
-__all__ = ["REQUESTS", "as_floats", "num_dequantized"]
-
-REQUESTS = tl.constexpr(256)
-"""Requests whose places a program reads at once."""
+__all__ = ["as_floats", "num_dequantized"]
 
 MIN_QUERIES = tl.constexpr(64)
 """Fewest query rows of a request whose keys are dequantized before: with few rows each is used about once."""

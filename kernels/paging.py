@@ -15,6 +15,7 @@ from kernels.quantize import INTERPRETED, magnitude, to_codes, to_scale
 from kernels.quantized import Quantized
 
 __all__ = [
+    "REQUESTS",
     "Layout",
     "Strides",
     "codes_of",
@@ -36,6 +37,9 @@ MAX_NARROW = 2**31
 
 # Keeps p * v_scale out of float16's subnormals. The scale of float16 values is at most 65504 / 127: it stays finite.
 LIFT = tl.constexpr(64.0)
+
+REQUESTS = tl.constexpr(256)
+"""Requests whose places a program reads at once."""
 
 Sizes = tuple[int, ...]
 

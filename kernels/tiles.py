@@ -202,9 +202,8 @@ def _narrow_tile(gpu: Target, block_d: int, is_int8: bool) -> AttentionTile:
     if gpu.capability in {90, 100}:
         is_small = gpu.capability == 100 and block_d <= 64
         return AttentionTile(128, 64, num_warps=4 if is_small else 8, num_stages=3)
-    if gpu.capability == 120 and block_d <= 64:
-        return AttentionTile(64, 32, num_warps=4, num_stages=3)
-    if is_int8 and block_d > 64:
+    # With 128 rows these would spill.
+    if (is_int8 and block_d > 64) or (gpu.capability == 120 and block_d <= 64):
         return AttentionTile(64, 32, num_warps=4, num_stages=3)
     return AttentionTile(128, 32, num_warps=8, num_stages=3)
 
