@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler, Step, StepResults
+from service.engine.shapes import Shape
 from service.settings import Settings
 from service.text.tokenizer import Tokenizer
 
@@ -24,17 +25,23 @@ APART = 97
 
 @dataclass(frozen=True, slots=True)
 class PacedStep:
-    """A launched step: its tokens, and when it is done."""
+    """A launched step: its tokens, when it is done, how long it takes, and its shape: that of itself, unpadded."""
 
     ids: list[int]
     done_s: float
+    step_s: float
+    shape: Shape
+
+    @property
+    def is_done(self) -> bool:
+        return time.perf_counter() >= self.done_s
 
     def read(self) -> StepResults:
         """Sleep until the step is done. Sleeping lets other threads run, as waiting for a GPU does."""
         left_s = self.done_s - time.perf_counter()
         if left_s > 0:
             time.sleep(left_s)
-        return StepResults(time.perf_counter(), self.ids)
+        return StepResults(time.perf_counter(), self.ids, shape=self.shape, device_s=self.step_s)
 
 
 class PacedRunner:
@@ -73,6 +80,8 @@ class PacedRunner:
         return PacedStep(
             [ids[(chunk.request.row * APART + chunk.index) % len(ids)] for chunk in step.chunks if chunk.samples],
             self._free_s,
+            self._step_s,
+            Shape(step.num_tokens, step.num_requests, step.is_decode),
         )
 
 

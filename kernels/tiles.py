@@ -7,7 +7,7 @@ A tuned table is a file named after the GPU in lower case and dashes, e.g. nvidi
 
 The keys are "NxK" and the largest T of the bucket, one of `BUCKETS`. A product is looked up in the user's table, which
 `ottava tune` writes to $XDG_CACHE_HOME/ottava/tiles (~/.cache/ottava/tiles), then in the package's, in `kernels/tiles`.
-What both leave out takes the defaults of the architecture.
+What both leave out takes the tile of the next bucket, at most twice as large, or else the architecture's default.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = [
     "Target",
     "Tile",
     "bucket",
+    "buckets",
     "choose",
     "current_gpu",
     "decode_tile",
@@ -41,8 +42,8 @@ __all__ = [
     "write_table",
 ]
 
-BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
-"""The largest T of each bucket; narrow ones from 65 to 512 tokens, where one more row of tiles is much of the work."""
+BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 576, 640, 768, 896, 1024, 1280, 1536, 2048, 4096, 8192)
+"""The largest T of each bucket; narrow ones from 65 to 1536 tokens, where one more row of tiles is much of the work."""
 
 MIN_BUCKET = BUCKETS[0]
 
@@ -111,6 +112,12 @@ INTERPRETER = Target("interpreter", 80, 4)
 def bucket(t: int) -> int:
     """The smallest of `BUCKETS` that is at least t, or else the last."""
     return BUCKETS[min(bisect_left(BUCKETS, t), len(BUCKETS) - 1)]
+
+
+def buckets(t: int) -> tuple[int, ...]:
+    """The bucket of t, and behind it those up to twice as large, which stand in where a table lacks the first."""
+    first = bucket(t)
+    return tuple(limit for limit in BUCKETS if first <= limit <= 2 * first)
 
 
 def choose(gpu: Target, n: int, k: int, t: int) -> Tile:
@@ -273,8 +280,9 @@ def _file_name(gpu_name: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _choose(gpu: Target, n: int, k: int, bucket_t: int) -> Tile:
-    tuned = _tuned(gpu.name).get((n, k, bucket_t))
-    return tuned or defaults(gpu.capability, n, k, bucket_t)
+    tuned = _tuned(gpu.name)
+    found = (tuned[n, k, limit] for limit in buckets(bucket_t) if (n, k, limit) in tuned)
+    return next(found, None) or defaults(gpu.capability, n, k, bucket_t)
 
 
 @lru_cache(maxsize=16)

@@ -42,7 +42,10 @@ MAX_STREAMED = 256
 """Largest bucket of the streaming kernel, which leaves the tensor cores idle in its epilogue."""
 
 MAX_SMALL_BUCKET = 512
-"""Above this bucket one tile more or less is a small part of the work."""
+"""Largest bucket of the kernels that have no stages for a copying warp."""
+
+MAX_NARROW_BUCKET = 1536
+"""Above this bucket one row of tiles more or less is a small part of the work."""
 
 MIN_GAIN = 0.98
 """A tile replaces the default only if it takes less than this share of its time; the rest is noise."""
@@ -176,9 +179,8 @@ def _streams(bucket: int) -> Iterator[Tile]:
 
 def _pingpongs(bucket: int) -> Iterator[Tile]:
     """About as many stages as fit."""
-    is_small = bucket <= MAX_SMALL_BUCKET
-    sizes = ((64, 64), (64, 128), (128, 64), (128, 128)) if is_small else ((128, 128),)
-    for (block_t, block_n), group in itertools.product(sizes, (8,) if is_small else (4, 8, 16)):
+    sizes = ((64, 64), (64, 128), (128, 64), (128, 128)) if bucket <= MAX_NARROW_BUCKET else ((128, 128),)
+    for (block_t, block_n), group in itertools.product(sizes, (8,) if bucket <= MAX_SMALL_BUCKET else (4, 8, 16)):
         deepest = SHARED_BYTES // ((block_t + block_n) * 128) - 2
         for stages in range(max(4, deepest - 1), deepest + 2):
             yield Tile("pingpong", block_t, block_n, 128, 4, stages, group)
@@ -186,7 +188,7 @@ def _pingpongs(bucket: int) -> Iterator[Tile]:
 
 def token_counts(bucket: int) -> tuple[int, ...]:
     """The numbers of tokens that a bucket is measured with: both its ends, so that no tile is slow at one of them."""
-    if bucket > MAX_SMALL_BUCKET:
+    if bucket > MAX_NARROW_BUCKET:
         return (bucket,)
     index = BUCKETS.index(bucket)
     return (BUCKETS[index - 1] + 1 if index else 1, bucket)

@@ -6,7 +6,7 @@ A table is a file named after the GPU, as those of `kernels.tiles`, e.g. nvidia-
 
 The keys are "RANKSxK" and the largest T of the bucket, one of `kernels.tiles.BUCKETS`. The user's table, which
 `python -m benchmarks.collectives --write` makes in $XDG_CACHE_HOME/ottava/ways (~/.cache/ottava/ways), comes before the
-package's, in `kernels/ways`. What neither has is done in the plain way.
+package's, in `kernels/ways`. What neither has is done as in the next bucket, at most twice as large, or else plainly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from kernels.tiles import UNREADABLE, bucket, user_table
+from kernels.tiles import UNREADABLE, bucket, buckets, user_table
 
 __all__ = ["Table", "Way", "choose", "most_rows", "read_ways", "user_ways"]
 
@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 def choose(gpu_name: str, size: int, width: int, num_rows: int) -> Way:
     """The way for rows [T, K] of size ranks: measured if a table has it, else plain."""
-    return _ways(gpu_name).get((size, width, bucket(num_rows)), "plain")
+    known = _ways(gpu_name)
+    found = (known[size, width, limit] for limit in buckets(num_rows) if (size, width, limit) in known)
+    return next(found, "plain")
 
 
 def most_rows(gpu_name: str, size: int, width: int, way: Way, max_rows: int) -> int:
@@ -59,9 +61,9 @@ def read_ways(path: Path) -> Table:
     found: Table = {}
     if not path.is_file():
         return found
-    for key, buckets in json.loads(path.read_text(encoding="utf-8"))["ways"].items():
+    for key, limits in json.loads(path.read_text(encoding="utf-8"))["ways"].items():
         size, width = (int(number) for number in key.split("x"))
-        for limit, way in buckets.items():
+        for limit, way in limits.items():
             if way not in get_args(Way) or bucket(int(limit)) != int(limit):
                 raise ValueError(f"{way!r} for {limit} rows is no way, or {limit} is the end of no bucket")
             found[size, width, int(limit)] = way

@@ -18,10 +18,12 @@ from service.engine.client import EngineClient
 from service.engine.device.device_thread import DeviceThread
 from service.engine.grammar import MASK_S, GivenUp, Grammars, compiled
 from service.engine.inbox import Inbox
+from service.engine.just_in_time import JustInTime
 from service.engine.masks import Masks
 from service.engine.messages import Command, News, Sink
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
+from service.engine.shapes import Shape
 from service.engine.stream import RequestStream
 from service.engine.supervision import FaultLimits, InHand, Restarts, StepStuck, Watchdog, describe, is_poison, stacks
 from service.errors import EngineFailed, OttavaError, ReloadFailed, WeightsReplaced
@@ -43,7 +45,16 @@ IDLE_S = 0.01
 
 
 class Handle(Protocol):
-    """A launched step; `read` waits for its results."""
+    """A launched step; `read` waits for its results.
+
+    shape: the captured shape in which it runs, or None.   is_done: whether `read` would not wait.
+    """
+
+    @property
+    def shape(self) -> Shape | None: ...
+
+    @property
+    def is_done(self) -> bool: ...
 
     def read(self) -> StepResults: ...
 
@@ -155,6 +166,7 @@ class EngineLoop:
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._wake = self._inbox.wake
         self._unread: deque[tuple[Step, Handle]] = deque()
+        self._just_in_time = JustInTime()
         self._lost: set[Request] = set()
         self._exchange: Exchange | None = None
         self._in_hand: InHand | None = None
@@ -307,6 +319,7 @@ class EngineLoop:
         try:
             while self._wait_for_work():
                 self._turn()
+                self._wait_for_arrivals()
         except Exception as error:  # noqa: BLE001 (any exception of a step is a fault, which `_run` logs)
             return error
         return None
@@ -349,7 +362,7 @@ class EngineLoop:
 
     def _turn(self) -> None:
         """Launch a step and read a finished one: the previous one if the device is asynchronous, else the same."""
-        num_before = len(self._unread)
+        planned_s, num_before = time.perf_counter(), len(self._unread)
         self._masks.settle(MASKS_S)
         with self._wake:
             step = self._scheduler.schedule(time.perf_counter())
@@ -357,7 +370,9 @@ class EngineLoop:
             self._scheduler.admitted = []
             self._inbox.publish()
         if step is not None:
+            was_late = any(handle.is_done for _, handle in self._unread)
             handle = self._watched("launching", step, self._device_thread.run, self._runner.execute, step)
+            self._just_in_time.launched(planned_s, time.perf_counter(), was_late=was_late)
             self._unread.append((step, handle))
             self._step_batch_sizes[step.num_requests] += 1
         for _ in range(num_before if self._runner.is_async else len(self._unread)):
@@ -365,12 +380,21 @@ class EngineLoop:
         if step is None and not num_before:
             self._masks.wait(IDLE_S)
 
+    def _wait_for_arrivals(self) -> None:
+        """Let a step run alone for as long as the device then needs not wait: requests may come for the next one."""
+        if self._unread:
+            _, running = self._unread[-1]
+            wait_s = self._just_in_time.wait_s(running.shape, time.perf_counter())
+            if wait_s:
+                time.sleep(wait_s)
+
     def _settle(self) -> None:
         """Read the oldest step's results and publish them, unless those of an earlier step were lost."""
         step, handle = self._unread.popleft()
         is_placed = False
         try:
             results = self._watched("reading", step, handle.read)
+            self._just_in_time.ended(results)
             if not self._lost:
                 self._inbox.commit(step, results)
                 is_placed = True

@@ -71,6 +71,17 @@ def test_what_the_table_leaves_out_takes_the_default(gpu: Target) -> None:
         assert tiles.choose(gpu, n, k, t) == tiles.defaults(90, n, k, tiles.bucket(t))
 
 
+def test_a_bucket_that_a_table_lacks_takes_the_next_tile_up_to_twice_as_large(gpu: Target, user: Path) -> None:
+    """As in tables that were measured with fewer buckets."""
+    user.write_text(json.dumps(table(("4096x4096", "1024", TUNED), ("4096x4096", "2048", OTHER))))
+    for t, tile in ((513, TUNED), (1024, TUNED), (1025, OTHER), (2048, OTHER)):
+        assert tiles.choose(gpu, 4096, 4096, t) == tile
+    for t in (512, 2049):
+        expected = TUNED if t == 512 else tiles.defaults(90, 4096, 4096, 4096)
+        assert tiles.choose(gpu, 4096, 4096, t) == expected
+    assert tiles.choose(gpu, 4096, 4096, 384) == tiles.defaults(90, 4096, 4096, 384)
+
+
 def test_the_user_s_table_is_read_first(gpu: Target, user: Path) -> None:
     user.write_text(json.dumps(table(("4096x14336", "32", OTHER), ("4096x4096", "16", OTHER))))
     assert tiles.choose(gpu, 4096, 14336, 32) == tiles.choose(gpu, 4096, 4096, 1) == OTHER

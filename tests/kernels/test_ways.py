@@ -38,7 +38,7 @@ def test_without_a_table_everything_is_plain(cache_home: Path) -> None:
 
 def test_a_way_holds_for_its_bucket_of_rows_its_ranks_and_its_width() -> None:
     written({"ways": {"2x4096": {"64": "all_reduce_rms_norm", "96": "plain", "2048": "reduce_scatter_rms_norm"}}})
-    chosen = [ways.choose(GPU, 2, 4096, rows) for rows in (33, 64, 65, 96, 1024, 1025, 2048, 2049)]
+    chosen = [ways.choose(GPU, 2, 4096, rows) for rows in (33, 64, 65, 96, 896, 897, 2048, 2049)]
     assert chosen == [FEW, FEW, "plain", "plain", "plain", MANY, MANY, "plain"]
     assert ways.choose(GPU, 4, 4096, 64) == ways.choose(GPU, 2, 8192, 64) == "plain"
     assert ways.most_rows(GPU, 2, 4096, FEW, 8192) == 64

@@ -35,6 +35,8 @@ class ScriptedRunner:
 
 
 class ScriptedHandle:
+    shape, is_done = None, False
+
     def __init__(self, runner: ScriptedRunner, number: int, chunks: list[Chunk]) -> None:
         self.runner, self.number, self.chunks = runner, number, chunks
 

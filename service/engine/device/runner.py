@@ -64,6 +64,10 @@ class Sampled:
     ready: torch.cuda.Event | None = None
     shape: Shape | None = None
 
+    @property
+    def is_done(self) -> bool:
+        return self.ready is None or bool(self.ready.query())  # type: ignore[no-untyped-call]
+
     def read(self) -> StepResults:
         """Wait for the step and return its results."""
         if self.ready is not None:

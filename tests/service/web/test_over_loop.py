@@ -26,6 +26,8 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 @dataclass
 class AlphabetStep:
     ids: list[int]
+    shape = None
+    is_done = False
 
     def read(self) -> StepResults:
         time.sleep(STEP_S)

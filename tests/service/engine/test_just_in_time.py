@@ -1,0 +1,103 @@
+"""A step is planned just before the one that runs ends, so that requests that arrive meanwhile are in it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from service.engine.api import SamplingParams
+from service.engine.just_in_time import MOST_S, RESERVE_S, JustInTime
+from service.engine.scheduler import StepResults
+from service.engine.shapes import Shape
+from tests.service.kinds import StartEngine
+from tests.support.engines import collect
+from tests.support.scripted_runner import ScriptedRunner
+
+SHAPE = Shape(8, 8, is_decode=True)
+
+
+def knowing(*times_s: float) -> JustInTime:
+    """A device whose steps took so long, the last of which ended at 1 s; another, launched before, runs since then."""
+    known = JustInTime()
+    known.launched(0.0, 0.0, was_late=False)
+    for time_s in times_s:
+        known.ended(StepResults(1.0, [], shape=SHAPE, device_s=time_s))
+    return known
+
+
+def test_the_next_step_waits_until_just_before_the_running_one_ends() -> None:
+    known = knowing(0.004)
+    assert known.wait_s(SHAPE, 1.0) == pytest.approx(0.004 - RESERVE_S)
+    assert known.wait_s(SHAPE, 1.001) == pytest.approx(0.003 - RESERVE_S)
+    assert known.wait_s(SHAPE, 1.1) == 0.0
+
+
+@pytest.mark.parametrize("shape", [None, Shape(16, 16, is_decode=True)])
+def test_a_step_whose_time_is_not_known_keeps_nobody(shape: Shape | None) -> None:
+    assert knowing(0.004).wait_s(shape, 1.0) == 0.0
+
+
+def test_launching_takes_time_too() -> None:
+    known = knowing(0.004)
+    known.launched(1.0, 1.001, was_late=False)
+    known.ended(StepResults(2.0, [], shape=SHAPE, device_s=0.004))
+    assert known.wait_s(SHAPE, 2.0) == pytest.approx(0.003 - RESERVE_S)
+    # The longest counts, less and less.
+    for _ in range(200):
+        known.launched(2.0, 2.0, was_late=False)
+    assert known.wait_s(SHAPE, 2.0) == pytest.approx(0.004 - RESERVE_S, abs=5e-5)
+
+
+def test_a_shorter_step_is_believed_at_once_and_a_longer_one_slowly() -> None:
+    assert knowing(0.004, 0.002).wait_s(SHAPE, 1.0) == pytest.approx(0.002 - RESERVE_S)
+    assert knowing(0.002, 0.004).wait_s(SHAPE, 1.0) == pytest.approx(0.0022 - RESERVE_S)
+    assert knowing(0.002, *[0.004] * 60).wait_s(SHAPE, 1.0) == pytest.approx(0.004 - RESERVE_S, abs=1e-5)
+
+
+def test_being_late_is_answered_by_more_reserve() -> None:
+    known = knowing(0.1)
+    for count in range(1, 9):
+        known.launched(1.0, 1.0, was_late=True)
+        assert known.wait_s(SHAPE, 1.0) == pytest.approx(0.1 - min(MOST_S, RESERVE_S * 2**count))
+    for _ in range(400):
+        known.launched(1.0, 1.0, was_late=False)
+    assert known.wait_s(SHAPE, 1.0) == pytest.approx(0.1 - RESERVE_S)
+
+
+class Held(JustInTime):
+    """Holds the planning of the third step until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_launched = 0
+        self.is_held, self.release = threading.Event(), threading.Event()
+
+    def launched(self, planned_s: float, now_s: float, *, was_late: bool) -> None:
+        self.num_launched += 1
+        super().launched(planned_s, now_s, was_late=was_late)
+
+    def wait_s(self, shape: Shape | None, now_s: float) -> float:
+        if self.num_launched == 2:
+            self.is_held.set()
+            assert self.release.wait(60)
+        return super().wait_s(shape, now_s)
+
+
+def test_a_request_that_comes_while_a_step_runs_is_in_the_next_one(engine_of: StartEngine) -> None:
+    engine = engine_of(ScriptedRunner())
+    engine._just_in_time = held = Held()
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+
+    async def second_beside_first() -> list[list[int]]:
+        first = asyncio.create_task(collect(engine, [1, 2, 3], params))
+        await asyncio.to_thread(held.is_held.wait, 60)
+        second = asyncio.create_task(collect(engine, [4, 5, 6], params))
+        await asyncio.sleep(0)  # it is submitted
+        held.release.set()
+        return [[token.id for token in tokens] for tokens in await asyncio.gather(first, second)]
+
+    assert asyncio.run(second_beside_first()) == [list(range(6))] * 2
+    # Two steps of the first alone, four of both, and two of the second alone.
+    assert engine.stats().step_batch_sizes[:3] == (0, 4, 4)
