@@ -21,12 +21,12 @@ from quant.scheme import PRESETS, Scheme
 from service.errors import UnsupportedModel
 from service.models.config import ModelConfig
 from service.models.decoder import Decoder, score
-from service.models.mlp import GatedMLP
 from service.models.random_weights import random_decoder
 from service.models.sharding import Ranks, columns, refuse_uneven, rows, span
 from service.models.weights import Norm
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model
+from tests.support.grouped_activations import group_activations, hidden_of
 from tests.support.thread_ranks import ShardingRanks, on_ranks
 from tests.support.tiny_models import TINY, make_config, save_tiny_model
 
@@ -61,26 +61,6 @@ def test_float_logits_of_every_family(name: str, tmp_path: Path) -> None:
     assert torch.allclose(first, whole, atol=2e-4, rtol=1e-4)
 
 
-class Summed:
-    """The sum over ranks of what their parts make of one input, split where the parts read columns of it."""
-
-    input_format = None
-
-    def __init__(self, parts: list[Any], *, splits: bool) -> None:
-        self.parts = parts
-        self.splits = splits
-
-    def __call__(self, x: Any, residual: Tensor | None = None) -> Tensor:
-        inputs = [x] * len(self.parts)
-        if self.splits:
-            inputs = [each.contiguous() for each in x.chunk(len(self.parts), 1)]
-        first, *others = (part(each) for part, each in zip(self.parts, inputs, strict=True))
-        total: Tensor = first if residual is None else first + residual
-        for other in others:
-            total = total + other
-        return total
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("scheme", "size"),
@@ -89,10 +69,7 @@ class Summed:
 def test_int8_bits_are_those_of_one_rank_with_grouped_activations(
     scheme: str, size: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """One rank whose o and down are sums of parts, each with its own scales: groups of K / size inputs.
-
-    In bfloat16 the MLPs are summed as a whole: on one rank gate and up would be rounded to bfloat16 before the codes.
-    """
+    """One rank whose o and down are sums of parts, each with its own scales: groups of K / size inputs."""
     changes = SIZES | {"num_key_value_heads": 4, "intermediate_size": 256}
     folder, text, out = save_tiny_model(tmp_path / "model", "llama", **changes), tmp_path / "text", tmp_path / "int8"
     text.write_text("to be or not to be " * 100)
@@ -100,17 +77,8 @@ def test_int8_bits_are_those_of_one_rank_with_grouped_activations(
     load = loader(out, dtype)
     decoders = on_ranks(size, load)
     (whole,) = on_ranks(1, load)
-    for index, layer in enumerate(whole.layers):
-        parts = [decoder.layers[index] for decoder in decoders]
-        layer.attention.o = Summed([part.attention.o for part in parts], splits=True)  # type: ignore[assignment]
-        if dtype == torch.bfloat16:
-            layer.mlp = Summed([part.mlp for part in parts], splits=False)  # type: ignore[assignment]
-            continue
-        assert isinstance(layer.mlp, GatedMLP)
-        layer.mlp.gated.output_format = None
-        downs = [part.mlp.down for part in parts]  # type: ignore[union-attr]
-        layer.mlp.down = Summed(downs, splits=True)  # type: ignore[assignment]
-    wanted, found = hidden_of(whole), on_ranks(size, lambda ranks: hidden_of(load(ranks)))
+    group_activations(whole, decoders, dtype)
+    wanted, found = hidden_of(whole, IDS), on_ranks(size, lambda ranks: hidden_of(load(ranks), IDS))
     assert all(torch.equal(wanted, each) for each in found)
     assert wanted.std() > 0.1
 
@@ -126,23 +94,6 @@ def test_each_rank_may_keep_its_rows_of_the_residual_alone(scheme: str, size: in
 
     wanted, found = on_ranks(size, go), on_ranks(size, go, ShardingRanks)
     assert all(torch.equal(wanted[0], each) for each in (*wanted, *found))
-
-
-def hidden_of(decoder: Decoder) -> Tensor:
-    """The hidden states of IDS, before the head."""
-    found: list[Tensor] = []
-    head = decoder.head
-
-    def noted(x: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
-        assert isinstance(x, Tensor)
-        found.append(x)
-        return head(x, residual)
-
-    decoder.head = noted  # type: ignore[assignment]
-    with torch.inference_mode():
-        score(decoder, IDS)
-    decoder.head = head
-    return found[0]
 
 
 def test_a_rank_reads_its_part_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
