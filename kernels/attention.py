@@ -27,7 +27,6 @@ from kernels.paging import (
     load_blocks,
     lowest_top,
     paged_layout,
-    rounded_queries,
     scale_of,
 )
 from kernels.quantize import quantized
@@ -276,7 +275,7 @@ def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, place
     queries = first_query + rows // GROUP
     at = _row_offsets(query_start + queries, kv_head * GROUP + rows % GROUP, LAYOUT)
     mask = ((queries < num_queries) & (rows < QUERIES * GROUP))[:, None] & (columns < LAYOUT.D)[None, :]
-    q = rounded_queries(tl.load(q_ptr + at, mask=mask, other=0.0), DEQUANTIZED or k_scale_ptr is not None)
+    q = tl.load(q_ptr + at, mask=mask, other=0.0)
 
     top, total = tl.full([BLOCK_M], lowest_top(WINDOW), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

@@ -258,7 +258,10 @@ def query_codes(q, scale, INT8: tl.constexpr):
 
 @triton.jit
 def rounded_queries(q, IS_ROUNDED: tl.constexpr):
-    """What the codes of queries [BLOCK_M, BLOCK_D] stand for, in their dtype; without IS_ROUNDED the queries."""
+    """What the codes of queries [heads, BLOCK_D] stand for, in their dtype; without IS_ROUNDED the queries.
+
+    Their codes and scales are those of the queries, to the bit: the largest value of a head stays as it is.
+    """
     y = q
     if IS_ROUNDED:
         codes, scale = query_codes(q, 1.0, False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.launching import MAX_PLANS, Plan, cdiv
-from kernels.paging import Layout, codes_of, key_offsets, paged_layout, scale_of
+from kernels.paging import Layout, codes_of, key_offsets, paged_layout, rounded_queries, scale_of
 from kernels.quantize import magnitude, to_codes, to_scale
 from kernels.quantized import Quantized
 
@@ -212,7 +212,8 @@ def _rope_and_cache_kernel(
 
     is_here = is_head[:, None] & (columns < D)[None, :]
     at = token * H * D + heads * D + columns[None, :]
-    tl.store(q_ptr + at, y.to(q_ptr.dtype.element_ty), mask=is_here & (heads < H))
+    q = rounded_queries(y.to(q_ptr.dtype.element_ty), k_scale_ptr is not None)
+    tl.store(q_ptr + at, q, mask=is_here & (heads < H))
     slot = tl.load(turn.slots + token)
     is_written = is_here & (slot >= 0)
     if (first + HEADS > H) & (first < H + G):

@@ -56,7 +56,8 @@ def rope_and_cache(
         sink: [S, (H + 2G) D] in qkv's dtype: row p stands in for the row of qkv of every token at position p < S.
 
     Returns:
-        q [T, H, D] in qkv's dtype, rotated.
+        q [T, H, D] in qkv's dtype, rotated. Over int8 keys it holds what the codes of each head stand for, by the rules
+        of `quantize_rows`: codes of that are the same.
 
     Source: RoFormer (arXiv 2104.09864), equation 34, with halves instead of neighbours paired; PagedAttention
     (arXiv 2309.06180); norms of queries and keys: arXiv 2302.05442, section 2.
@@ -78,7 +79,8 @@ def rope_and_cache(
         rotated_k, v = rotated[:, num_heads:], qkv[:, num_heads + num_kv_heads :]
     _write_slots(k_cache, slots, rotated_k)
     _write_slots(v_cache, slots, v)
-    return rotated[:, :num_heads].to(qkv.dtype)
+    q = rotated[:, :num_heads].to(qkv.dtype)
+    return as_multiplied(q, k_cache).to(q.dtype)
 
 
 def _write_slots(cache: Tensor | Quantized, slots: Tensor, heads: Tensor) -> None:
@@ -110,9 +112,9 @@ def paged_attention(
 
     y = softmax(q k^T * scale) v
 
-    Over int8 keys q is rounded too, each head of a row by the rules of `quantize_rows`. A request of one row multiplies
-    codes, exactly, as neither scale of q k^T depends on the summed index. One of several rows multiplies what the codes
-    of queries, keys and values stand for, each rounded to q's dtype.
+    Over int8 keys a request of one row multiplies codes, of q as well, each head by the rules of `quantize_rows`. As
+    neither scale of q k^T depends on the summed index, that is exact. One of several rows multiplies q, which
+    `rope_and_cache` has rounded, by what the codes of keys and values stand for, rounded to q's dtype.
 
     Request b has the query rows query_starts[b] .. query_starts[b+1]-1. Row i of its n is at position
     context_lens[b] - n + i and sees the keys 0 .. that position. With a soft cap c the scores are
@@ -165,7 +167,7 @@ def paged_attention(
             stop, begin, end = start + TILE, max(start, first), min(start + TILE, context)
             here = slice(starts[b] + begin - first, starts[b] + end - first)
             tile = torch.zeros(TILE, *q.shape[1:], device=q.device)
-            tile[begin - start : end - start] = as_multiplied(q[here], k_cache).to(q.dtype)
+            tile[begin - start : end - start] = q[here]
             mask = torch.ones(TILE, stop, dtype=torch.bool, device=q.device).tril(start)
             if window is not None:
                 mask = mask.triu(start - window + 1)
@@ -175,7 +177,7 @@ def paged_attention(
 
 
 def as_multiplied(q: Tensor, k_cache: Tensor | Quantized) -> Tensor:
-    """Queries [T, H, D]; over int8 keys what their codes stand for, float32."""
+    """Queries [T, H, D]; over int8 keys what their codes stand for, in float32."""
     if not isinstance(k_cache, Quantized):
         return q
     rounded = quantize_rows(q.flatten(0, 1))

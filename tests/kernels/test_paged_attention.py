@@ -97,17 +97,17 @@ class Case:
 
     def multiplied(self, q: Tensor) -> Tensor:
         """The queries of a request in float64, as they are multiplied."""
-        if isinstance(self.k, Tensor):
+        if isinstance(self.k, Tensor) or len(q) > 1:
             return q.double()
         # On the CPU: torch's CUDA multiplies by the inverse of 127, and a tie may then round the other way.
         rounded = reference.quantize_rows(q.flatten(0, 1).cpu())
-        floats = (rounded.codes.float() * rounded.scale[:, None]).view(q.shape).to(q.device)
-        return floats.double() if len(q) == 1 else floats.to(self.dtype).double()
+        return (rounded.codes.float() * rounded.scale[:, None]).view(q.shape).to(q.device).double()
 
     def check(self, got: Tensor | Quantized) -> None:
         """Within: p rounded to the dtype, the output rounded, and float32 scores whose exponential is taken.
 
-        Over an int8 cache queries, keys and values are what their codes stand for, those of a prompt in the dtype.
+        Over an int8 cache keys and values are what their codes stand for, those of a prompt in the dtype; of a decode
+        queries as well.
         """
         got = floats_of(got)
         assert got.dtype == self.dtype

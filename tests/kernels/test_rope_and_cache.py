@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import reference, rope
 from kernels.quantized import Quantized
+from kernels.reference.attention import as_multiplied
 from tests.support.kernel_checks import check_codes, check_float, codes_of, floats_of
 from tests.support.places import Place
 
@@ -95,7 +98,7 @@ class Case:
         G, D = caches[0].codes.shape[-2:]
         heads = torch.unflatten(self.qkv, 1, (self.H + 2 * G, D))
         turned = self.turned(self.positions)
-        check_float(q, turned[:, : self.H], self.qkv.dtype)
+        self.check_rounded(q, turned[:, : self.H])
         keep = self.slots >= 0
         at = self.slots[keep].long() // 16, self.slots[keep].long() % 16
         k, v = (Quantized(cache.codes[at].flatten(0, 1), cache.scale[at].flatten()) for cache in caches)
@@ -108,6 +111,18 @@ class Case:
                 rest = part.clone()
                 rest[at] = sentinel
                 assert bool((rest == sentinel).all()), "an unused slot was written"
+
+    def check_rounded(self, q: Tensor, turned: Tensor) -> None:
+        """Within half a code and what the dtype rounds of the exact heads, and what its own codes stand for."""
+        assert q.dtype == self.qkv.dtype
+        half_ulp = torch.finfo(q.dtype).eps / 2
+        # The head is rounded to the dtype, to codes, and what they stand for to the dtype.
+        bound = (0.5 / 127 + 2.1 * half_ulp + 2.0**-18) * turned.abs().amax(-1, keepdim=True)
+        assert bool(((q.double() - turned).abs() <= bound).all())
+        # On the CPU: on a GPU torch divides by 127 as a multiplication, an ulp off.
+        rounded = reference.quantize_rows(q.flatten(0, 1).cpu())
+        stand_for = (rounded.codes * rounded.scale[:, None]).to(q.dtype)
+        assert torch.equal(q.flatten(0, 1).cpu(), stand_for)
 
     def check(self, q: Tensor, positions: Tensor) -> None:
         caches = floats_of(self.k), floats_of(self.v)
@@ -251,3 +266,16 @@ def test_int8_twins_fail(place: Place) -> None:
     case.slots[0] = -1
     with pytest.raises(AssertionError):
         case.check_int8(q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@given(seed=st.integers(0, 10**6), exponent=st.integers(-24, 12))
+def test_codes_of_rounded_queries_are_the_same(dtype: torch.dtype, seed: int, exponent: int) -> None:
+    """So a decode has the same bits whether its query was rounded before or not. Very small heads are subnormal."""
+    generator = torch.Generator().manual_seed(seed)
+    q = (torch.randn(16, 3, 64, generator=generator) * 2.0**exponent).to(dtype)
+    keys = Quantized(torch.zeros(1, 16, 3, 64, dtype=torch.int8), torch.ones(1, 16, 3))
+    rounded = as_multiplied(q, keys).to(dtype)
+    before, after = (reference.quantize_rows(x.flatten(0, 1)) for x in (q, rounded))
+    assert torch.equal(before.codes, after.codes)
+    assert torch.equal(before.scale, after.scale)

@@ -21,7 +21,7 @@ from service.models.sharding import ALONE, Ranks
 from tests.support.grouped_activations import hidden_of
 
 DTYPE, SEED = torch.float16, 3
-LENGTHS = 1, 40, 600
+LENGTHS = 1, 40, 200
 """Of the texts; on an H200 a table chooses both kernels for these rows."""
 
 
