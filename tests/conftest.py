@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-LONG_FILES = ("test_demo_model.py", "test_paged_attention.py", "test_convert.py")
+LONG_FILES = ("test_compile.py", "test_demo_model.py", "test_paged_attention.py", "test_convert.py")
 """Files that take the longest. Begun last, each would keep one process busy after the others have ended."""
 
 

@@ -1,18 +1,23 @@
 """Every kernel compiles for every architecture, on the tensor cores meant for it, without spilling a register.
 
-`compile_all.py` does the work in a process of its own, since here the kernels may be defined for the interpreter.
+`compile_all.py` does the work in a process of its own, since here the kernels may be defined for the interpreter. What
+it takes for doubles is left to `make compile`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kernels.tiles import Target, decode_tile, prefill_tile
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -29,7 +34,7 @@ GEMMS = ("_int8_linear_kernel", "_int8_linear_swapped_kernel", "_int8_group_line
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """One record per kernel, launch options and architecture."""
-    command = [sys.executable, str(ROOT / "tests/support/compile_all.py")]
+    command = [sys.executable, str(ROOT / "tests/support/compile_all.py"), "--without-doubles"]
     cache = str(tmp_path_factory.mktemp("cache"))
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": cache}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -53,6 +58,24 @@ def test_every_kernel_was_compiled_for_every_architecture(built: list[dict[str, 
     for capability in ARCHITECTURES:
         known = defined if capability == 90 else defined - HOPPERS_OWN
         assert {r["kernel"] for r in built if r["capability"] == capability} == known
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_no_head_size_cache_or_tile_of_attention_is_left_out(built: list[dict[str, Any]], capability: int) -> None:
+    gpu, caches = Target("untuned", capability, num_sms=100), (2, 1)
+    for kernel, choose in (("_paged_attention_kernel", prefill_tile), ("_paged_decode_kernel", decode_tile)):
+        cases = [r["case"] for r in built if (r["capability"], r["kernel"]) == (capability, kernel)]
+        whole = [case for case in cases if "DEQUANTIZED=True" not in case]
+        found = {(int(re.findall(r" D=(\d+)", case)[0]), 1 if "k_scale_ptr" in case else 2) for case in whole}
+        # Over floats 96 has the tile of 128, and no more registers.
+        assert found >= set(product((64, 96, 128, 256), caches)) - {(96, 2)}
+        for block_d, (num_bytes, cache) in product((64, 128, 256), ((2, 2), (2, 1), (4, 1))):
+            if num_bytes == 4 and block_d != 128:
+                continue
+            tile = choose(gpu, block_d, num_bytes, cache)
+            shown = f"BLOCK_N={tile.block_n} num_warps={tile.num_warps} num_stages={tile.num_stages}"
+            fitting = [case for case in whole if f"BLOCK_D={block_d}" in case and shown in case]
+            assert [case for case in fitting if ("k_scale_ptr" in case) == (cache == 1)], (kernel, block_d, shown)
 
 
 def test_nothing_spills(built: list[dict[str, Any]]) -> None:

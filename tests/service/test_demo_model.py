@@ -144,20 +144,20 @@ def test_64_greedy_tokens_of_20_prompts_equal_transformers(
 ) -> None:
     """By induction: if every token is the argmax of transformers' logits after the tokens before it, then
     transformers' own greedy generation, which starts from the same prompt, takes the same tokens."""
-    alone, together = generate(baseline, prompt_ids, 64, apart=4)
+    alone, together = generate(baseline, prompt_ids, 64, apart=7)
     for index, (prompt, tokens) in enumerate(zip(prompt_ids, together, strict=True)):
         assert len(tokens) == 64
         with torch.inference_mode():
             logits = oracle(torch.tensor([prompt + tokens])).logits[0]
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens, PROMPTS[index]
-    assert together[::4] == alone
+    assert together[::7] == alone
 
 
 def test_int8_greedy_tokens_do_not_depend_on_the_batch(int8_folder: Path, prompt_ids: list[list[int]]) -> None:
     decoder = load_decoder(int8_folder, torch.bfloat16, CPU, 512)
-    alone, together = generate(decoder, prompt_ids[:8], 32)
-    assert together == alone
-    assert len({tuple(tokens) for tokens in alone}) == 8
+    alone, together = generate(decoder, prompt_ids[:8], 32, apart=2)
+    assert together[::2] == alone
+    assert len({tuple(tokens) for tokens in together}) == 8
 
 
 def test_w8a8_costs_at_most_two_percent_of_perplexity(

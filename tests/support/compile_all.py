@@ -3,15 +3,17 @@
 The wrappers run on meta tensors with the launch replaced by a note of its arguments; what is compiled is therefore what
 ships: the default tile of each architecture and bucket, every tuned tile, realistic shapes and dtypes. The last line of
 the output is a JSON list, one object per kernel and architecture.
+
+As a program it takes a regular expression of the cases to compile, and `--without-doubles`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from kernels.epilogue import Epilogue
 from kernels.launching import Descriptor, Plan
 from kernels.quantized import Quantized, ToInt8
 from kernels.rows import Rows
+from tests.support.doubles import is_double
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 TYPES = {
@@ -52,6 +55,10 @@ class Launch:
     case: str
     fn: JITFunction
     arguments: dict[str, Any]
+
+    @property
+    def is_double(self) -> bool:
+        return is_double(self.capability, self.fn.__name__, self.arguments)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -283,8 +290,17 @@ def build_nth(index: int) -> dict[str, Any]:
     return build(LAUNCHES[index])
 
 
-if __name__ == "__main__":
-    LAUNCHES += [launch for launch in record() if len(sys.argv) < 2 or re.search(sys.argv[1], launch.case)]
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("pattern", nargs="?", default="")
+    parser.add_argument("--without-doubles", action="store_true")
+    args = parser.parse_args()
+    chosen = (launch for launch in record() if re.search(args.pattern, launch.case))
+    LAUNCHES.extend(launch for launch in chosen if not (args.without_doubles and launch.is_double))
+    with multiprocessing.get_context("fork").Pool() as pool:
         results = pool.map(build_nth, range(len(LAUNCHES)), chunksize=4)
     print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -83,9 +85,27 @@ def ottava(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
     return run
 
 
+@pytest.fixture(scope="module")
+def document() -> Callable[..., dict[str, Any]]:
+    """FastAPI's document of the routes, the same for every application, made once."""
+    made: dict[str, Any] = {}
+
+    def get(**options: Any) -> dict[str, Any]:
+        if not made:
+            made.update(get_openapi(**options))
+        return copy.deepcopy(made)
+
+    return get
+
+
 @pytest.fixture
-def refusal(ottava: Command, monkeypatch: pytest.MonkeyPatch) -> Refusal:
-    """The one line that a refused command says. The engine runs in this process, where it is refused sooner."""
+def refusal(ottava: Command, monkeypatch: pytest.MonkeyPatch, document: Callable[..., dict[str, Any]]) -> Refusal:
+    """The one line that a refused command says. The engine runs in this process, where it is refused sooner.
+
+    What takes a server most of its start, and says nothing, is left out: its document, and a collection of garbage.
+    """
+    monkeypatch.setattr("fastapi.applications.get_openapi", document)
+    monkeypatch.setattr("service.web.server.settle", lambda: None)
     for name, value in {"IN_PROCESS": "true", "PORT": "0", "LOG_LEVEL": "error"}.items():
         monkeypatch.setenv(f"OTTAVA_{name}", value)
 
