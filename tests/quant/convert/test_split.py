@@ -19,8 +19,9 @@ from quant.convert.search import ALPHAS, BALANCES, THRESHOLDS, smooth_layer
 from quant.convert.smoothquant import Channels, SmoothGroup
 from quant.convert.split import Split
 from quant.scheme import PRESETS, Scheme
+from service.store.calibration import Calibration, text_windows
 from service.store.quantized import quantize_model
-from tests.support.layer_errors import CPU, SHORT, errors
+from tests.support.layer_errors import CPU, errors
 from tests.support.tiny_models import change_tensors, save_tiny_model
 
 GROUP = SmoothGroup("up", ("down",), gate="gate")
@@ -170,11 +171,14 @@ def test_a_checkpoint_notes_its_splits_and_its_layers_are_compared_around_them(t
             changes[name][:, 3] *= 2
             changes[name][:, 5:40] *= 1e-3
     change_tensors(source, changes)
-    int8 = tmp_path / "int8"
-    quantize_model(source, int8, scheme, SHORT, CPU)
+    int8, text = tmp_path / "int8", tmp_path / "text"
+    text.write_text("to be or not to be, that is the question " * 20)
+    # Compared on what it was calibrated on: a range that fits no other text would hide a channel in the wrong place.
+    quantize_model(source, int8, scheme, Calibration(text, num_windows=4, window_len=40), CPU)
+    windows = text_windows(source, text, 4, 40)
     splits = json.loads((int8 / NOTES_NAME).read_text())["splits"]
     assert splits
     for up, moved in splits.items():
         gate = load_file(int8 / "model.safetensors")[up.replace("up_proj", "gate_proj") + ".weight"]
         assert all(torch.equal(gate[int(place)], gate[origin]) for place, origin in moved.items())
-    assert all(row.error < 0.1 for row in errors(source, int8, scheme))
+    assert all(row.error < 0.1 for row in errors(source, int8, scheme, windows))
