@@ -25,6 +25,11 @@ INLINE float exponential(float x) {
     return (p * r * r + r + 1.0f) * power;
 }
 
-INLINE float silu(float x) { return x / (1.0f + exponential(-x)); }
+/* gate becomes silu(gate) * up; `powers` has room for n. In two loops: in one, GCC divides every element also by what e^x
+ * is beyond its ends, and such a quotient is subnormal, which takes six times as long as all the rest. */
+INLINE void gate_row(float *restrict gate, const float *restrict up, float *restrict powers, int64_t n) {
+    for (int64_t i = 0; i < n; i++) powers[i] = exponential(-gate[i]);
+    for (int64_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + powers[i]) * up[i];
+}
 
 #endif

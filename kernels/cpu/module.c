@@ -55,6 +55,8 @@ static int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t want
 
 FUNCTION(int8_product, 8,
          int8_product(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6), WHOLE(7)))
+FUNCTION(int8_product_vnni, 8,
+         int8_product_vnni(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6), WHOLE(7)))
 FUNCTION(quantize, 10, quantize(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), WHOLE(4), TARGET(5)))
 FUNCTION(rms_norm, 14,
          rms_norm(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), POINTER(4), WHOLE(5), REAL(6), WHOLE(7), WHOLE(8),
@@ -84,11 +86,19 @@ static PyObject *call_is_supported(PyObject *self, PyObject *const *args, Py_ssi
     return PyBool_FromLong(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 }
 
+static PyObject *call_has_vnni(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self, (void)args, (void)given;
+    return PyBool_FromLong(__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("avx512vnni"));
+}
+
 #define METHOD(name, does) {#name, (PyCFunction)(void (*)(void))call_##name, METH_FASTCALL, does}
 static PyMethodDef methods[] = {
     METHOD(is_supported, "Whether this processor has the instructions that everything here is compiled to."),
     METHOD(use_threads, "Work on torch's threads; the argument is the address of its torch_parallel_for."),
     METHOD(int8_product, "See product.h."),
+    METHOD(has_vnni, "Whether this processor has the instructions of int8_product_vnni."),
+    METHOD(int8_product_vnni, "See product.h."),
     METHOD(quantize, "See rows.h."),
     METHOD(rms_norm, "See rows.h."),
     METHOD(silu_mul, "See rows.h."),

@@ -13,6 +13,11 @@ EXACT_DEPTH = 1024
 HAS_INT8_DOT = torch.cpu._is_vnni_supported()
 """Whether `torch._int_mm` has instructions for int8 here. Without them it is a plain loop, 3 to 30 times slower."""
 
+HAS_VNNI = WHY_NOT is None and native.has_vnni()
+
+FEW_ROWS = 8
+"""Most rows that are multiplied in C where both have such instructions: torch packs the weights anew at each call."""
+
 
 def int8_product(x_q: Tensor, weight_q: Tensor, out: Tensor | None = None) -> Tensor:
     """x_q [T, K] @ weight_q [N, K]^T, both int8 with contiguous rows, in exact int32 [T, N]; K at most 131,071.
@@ -21,9 +26,12 @@ def int8_product(x_q: Tensor, weight_q: Tensor, out: Tensor | None = None) -> Te
     """
     if out is None:
         out = torch.empty(x_q.shape[0], weight_q.shape[0], dtype=torch.int32)
-    if HAS_INT8_DOT:
+    has_rows = x_q.stride(1) == 1 and weight_q.stride(1) == 1
+    if HAS_VNNI and has_rows and len(x_q) <= FEW_ROWS:
+        by_vnni(x_q, weight_q, out)
+    elif HAS_INT8_DOT:
         by_int_mm(x_q, weight_q, out)
-    elif WHY_NOT is None and x_q.stride(1) == 1 and weight_q.stride(1) == 1:
+    elif WHY_NOT is None and has_rows:
         in_c(x_q, weight_q, out)
     else:
         by_float_sums(x_q, weight_q, out)
@@ -35,8 +43,17 @@ def by_int_mm(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
 
 
 def in_c(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
+    native.int8_product(*_numbers(x_q, weight_q, out))
+
+
+def by_vnni(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
+    native.int8_product_vnni(*_numbers(x_q, weight_q, out))
+
+
+def _numbers(x_q: Tensor, weight_q: Tensor, out: Tensor) -> tuple[int, ...]:
+    """The arguments of the functions of product.h."""
     num_rows, num_columns = out.shape
-    native.int8_product(
+    return (
         x_q.data_ptr(),
         weight_q.data_ptr(),
         out.data_ptr(),

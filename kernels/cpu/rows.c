@@ -119,14 +119,14 @@ int rms_norm(const void *x, const void *residual, void *summed, int64_t dtype, c
 VECTOR static void gate_rows_of(int64_t begin, int64_t end, void *context) {
     struct rows *task = context;
     int64_t n = task->width, row_bytes = 2 * n * size_of(task->dtype);
-    float *gate = malloc((size_t)n * 2 * sizeof *gate + 1), *up = gate + n;
+    float *gate = malloc((size_t)n * 3 * sizeof *gate + 1), *up = gate + n, *powers = up + n;
     if (gate == NULL) {
         task->failed = 1;
         return;
     }
     for (int64_t r = begin; r < end; r++) {
         read_floats(gate, (const char *)task->x + r * row_bytes, task->dtype, 2 * n);
-        for (int64_t i = 0; i < n; i++) gate[i] = silu(gate[i]) * up[i];
+        gate_row(gate, up, powers, n);
         put_row(task->to, r, gate, n);
     }
     free(gate);
@@ -192,7 +192,7 @@ VECTOR static void finish_gated_rows(int64_t begin, int64_t end, void *context) 
     struct finished *task = context;
     const struct epilogue *from = &task->from;
     int64_t n = from->num_columns / 2;
-    float *pairs = malloc((size_t)n * 3 * sizeof *pairs + 1), *restrict y = pairs + 2 * n;
+    float *pairs = malloc((size_t)n * 5 * sizeof *pairs + 1), *restrict y = pairs + 2 * n, *restrict up = y + n;
     if (pairs == NULL) {
         task->failed = 1;
         return;
@@ -200,7 +200,11 @@ VECTOR static void finish_gated_rows(int64_t begin, int64_t end, void *context) 
     for (int64_t r = begin; r < end; r++) {
         scaled(pairs, from, r, 0, 2 * n);
         if (from->bias != NULL) add_floats(pairs, from->bias, from->bias_dtype, 0, 2 * n);
-        for (int64_t i = 0; i < n; i++) y[i] = silu(pairs[2 * i]) * pairs[2 * i + 1];
+        for (int64_t i = 0; i < n; i++) {
+            y[i] = pairs[2 * i];
+            up[i] = pairs[2 * i + 1];
+        }
+        gate_row(y, up, up + n, n);
         if (task->to.dtype == BFLOAT16)
             for (int64_t i = 0; i < n; i++) y[i] = of_bfloat16(to_bfloat16(y[i]));
         put_row(task->to, r, y, n);

@@ -56,6 +56,7 @@ def test_the_extension_is_compiled_where_it_can_be() -> None:
 
 PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
     "C": product.in_c,
+    "VNNI": product.by_vnni,
     "torch": product.by_int_mm,
     "float sums": product.by_float_sums,
 }
@@ -65,6 +66,8 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
 def test_every_product_is_exact(way: str) -> None:
     if way == "C" and library.WHY_NOT is not None:
         pytest.skip(library.WHY_NOT)
+    if way == "VNNI" and not product.HAS_VNNI:
+        pytest.skip("this processor has no AVX-512 VNNI, or nothing was compiled")
     for T in (1, 2, 3, 4, 5, 131):
         for N, K in ((1, 1), (33, 17), (50, 44), (48, 576), (7, 2100)):
             x, weight = codes(T, K + 3)[:, :K], codes(N, K + 5)[:, 5:]
@@ -83,6 +86,9 @@ def test_a_product_over_nothing_is_zero() -> None:
     acc = torch.full((3, 5), 77, dtype=torch.int32)
     product.in_c(codes(3, 0), codes(5, 0), acc)
     assert not acc.any()
+    if product.HAS_VNNI:
+        product.by_vnni(codes(3, 0), codes(5, 0), acc.fill_(77))
+        assert not acc.any()
 
 
 @in_c
