@@ -260,7 +260,8 @@ def query_codes(q, scale, INT8: tl.constexpr):
 def rounded_queries(q, IS_ROUNDED: tl.constexpr):
     """What the codes of queries [heads, BLOCK_D] stand for, in their dtype; without IS_ROUNDED the queries.
 
-    Their codes and scales are those of the queries, to the bit: the largest value of a head stays as it is.
+    Their codes and scales are those of the queries, to the bit: the largest value of a head stays as it is, in float32
+    but for an ulp that leaves the scale.
     """
     y = q
     if IS_ROUNDED:

@@ -7,7 +7,8 @@ A tuned table is a file named after the GPU in lower case and dashes, e.g. nvidi
 
 The keys are "NxK" and the largest T of the bucket, one of `BUCKETS`. A product is looked up in the user's table, which
 `ottava tune` writes to $XDG_CACHE_HOME/ottava/tiles (~/.cache/ottava/tiles), then in the package's, in `kernels/tiles`.
-What both leave out takes the tile of the next bucket, at most twice as large, or else the architecture's default.
+What both leave out takes the tile of the next bucket that either has, at most twice as large, or else the
+architecture's default.
 """
 
 from __future__ import annotations

@@ -88,8 +88,7 @@ static PyObject *call_is_supported(PyObject *self, PyObject *const *args, Py_ssi
 
 static PyObject *call_has_vnni(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self, (void)args, (void)given;
-    return PyBool_FromLong(__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                           __builtin_cpu_supports("avx512vnni"));
+    return PyBool_FromLong(has_vnni());
 }
 
 #define METHOD(name, does) {#name, (PyCFunction)(void (*)(void))call_##name, METH_FASTCALL, does}

@@ -8,7 +8,10 @@
 int int8_product(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
                  int64_t depth, int64_t x_stride, int64_t weight_stride);
 
-/* The same where the processor has AVX-512 VNNI. */
+/* Whether the processor has AVX-512 VNNI, and the compiler knew it. */
+int has_vnni(void);
+
+/* The same with these instructions. */
 int int8_product_vnni(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
                       int64_t depth, int64_t x_stride, int64_t weight_stride);
 

@@ -5,6 +5,13 @@
  * torch's product packs the weights anew at each call, which is most of its time where there are few rows. */
 #include "product.h"
 
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 8)
+
+int has_vnni(void) {
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
 #define DOTS __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 #define INLINE_DOTS static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512vnni")))
 
@@ -113,3 +120,14 @@ int int8_product_vnni(const int8_t *x, const int8_t *weight, int32_t *acc, int64
     free(shifted);
     return 0;
 }
+
+#else /* the compiler does not know the instructions */
+
+int has_vnni(void) { return 0; }
+
+int int8_product_vnni(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
+                      int64_t depth, int64_t x_stride, int64_t weight_stride) {
+    return int8_product(x, weight, acc, num_rows, num_columns, depth, x_stride, weight_stride);
+}
+
+#endif

@@ -39,10 +39,13 @@ class JustInTime:
             return 0.0
         return max(0.0, self._begun_s + time_s - self._launch_s - self._reserve_s - now_s)
 
-    def launched(self, planned_s: float, now_s: float, *, was_late: bool) -> None:
-        """A step has been launched. planned_s: when its planning began. was_late: the one before had ended already."""
+    def launched(self, now_s: float, launch_s: float, *, was_late: bool) -> None:
+        """A step has been launched.
+
+        launch_s: seconds from the end of the wait; 0 if none ran.   was_late: the one before has ended already.
+        """
         self._begun_s = now_s
-        self._launch_s = max(now_s - planned_s, KEPT * self._launch_s)
+        self._launch_s = max(launch_s, KEPT * self._launch_s)
         self._reserve_s = min(2 * self._reserve_s, MOST_S) if was_late else max(KEPT * self._reserve_s, RESERVE_S)
 
     def ended(self, results: StepResults) -> None:

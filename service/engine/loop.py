@@ -40,6 +40,9 @@ which the next request of a client that sends one after the other would wait for
 
 MASKS_S = 0.005
 """Longest that a step waits for quick masks. Most take 20 to 50 us, and 64 of them 3 ms."""
+LOOK_S = 0.0005
+"""How long an engine that waits for the end of a step waits before it looks whether that has come early: a step that
+attends to fewer keys than those before it takes less time."""
 IDLE_S = 0.01
 """How long an engine that can do nothing but wait for a mask waits before it looks for new requests."""
 
@@ -167,6 +170,7 @@ class EngineLoop:
         self._wake = self._inbox.wake
         self._unread: deque[tuple[Step, Handle]] = deque()
         self._just_in_time = JustInTime()
+        self._planned_s = 0.0
         self._lost: set[Request] = set()
         self._exchange: Exchange | None = None
         self._in_hand: InHand | None = None
@@ -319,14 +323,18 @@ class EngineLoop:
         try:
             while self._wait_for_work():
                 self._turn()
-                self._wait_for_arrivals()
         except Exception as error:  # noqa: BLE001 (any exception of a step is a fault, which `_run` logs)
             return error
         return None
 
     def _wait_for_work(self) -> bool:
-        """Sleep until there is work, then take in new commands. False if the engine is to stop."""
+        """Sleep until there is work, then take in new commands. False if the engine is to stop.
+
+        While a step runs there is work just before its end.
+        """
         with self._wake:
+            self._wait_for_arrivals()
+            self._planned_s = time.perf_counter()
             check_after_s: float | None = CHECK_AFTER_S
             while not (self._inbox.has_word or self._is_stopping or self._exchange or self._has_work):
                 if not self._wake.wait(check_after_s):
@@ -356,13 +364,14 @@ class EngineLoop:
             return
         exchange, self._exchange = self._exchange, None
         self._runner, self._weight_bytes = exchange.runner, exchange.weight_bytes
+        self._just_in_time = JustInTime()
         self._scheduler.replace_pool(exchange.num_blocks)
         self._scheduler.admits_new = True
         exchange.done.set_result(None)
 
     def _turn(self) -> None:
         """Launch a step and read a finished one: the previous one if the device is asynchronous, else the same."""
-        planned_s, num_before = time.perf_counter(), len(self._unread)
+        earlier = [handle for _, handle in self._unread]
         self._masks.settle(MASKS_S)
         with self._wake:
             step = self._scheduler.schedule(time.perf_counter())
@@ -370,23 +379,30 @@ class EngineLoop:
             self._scheduler.admitted = []
             self._inbox.publish()
         if step is not None:
-            was_late = any(handle.is_done for _, handle in self._unread)
             handle = self._watched("launching", step, self._device_thread.run, self._runner.execute, step)
-            self._just_in_time.launched(planned_s, time.perf_counter(), was_late=was_late)
+            now_s = time.perf_counter()
+            launch_s = now_s - self._planned_s if earlier else 0.0
+            self._just_in_time.launched(now_s, launch_s, was_late=any(each.is_done for each in earlier))
             self._unread.append((step, handle))
             self._step_batch_sizes[step.num_requests] += 1
-        for _ in range(num_before if self._runner.is_async else len(self._unread)):
+        for _ in range(len(earlier) if self._runner.is_async else len(self._unread)):
             self._settle()
-        if step is None and not num_before:
+        if step is None and not earlier:
             self._masks.wait(IDLE_S)
 
     def _wait_for_arrivals(self) -> None:
-        """Let a step run alone for as long as the device then needs not wait: requests may come for the next one."""
-        if self._unread:
+        """Let a step run alone for as long as the device then need not wait: requests may come for the next one.
+
+        They are taken in at once, so that their masks are made meanwhile. Called with the lock, which it lets go.
+        """
+        while self._unread and not self._is_stopping:
             _, running = self._unread[-1]
             wait_s = self._just_in_time.wait_s(running.shape, time.perf_counter())
-            if wait_s:
-                time.sleep(wait_s)
+            if not wait_s or running.is_done:
+                return
+            self._wake.wait(min(wait_s, LOOK_S))
+            if self._inbox.has_word and not self._is_stopping:
+                self._inbox.take_in()
 
     def _settle(self) -> None:
         """Read the oldest step's results and publish them, unless those of an earlier step were lost."""

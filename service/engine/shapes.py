@@ -11,8 +11,8 @@ TOKENS = (
     *(16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960, 1024),
     *(1280, 1536, 1792, 2048, 2560, 3072, 4096, 5120, 6144, 8192),
 )
-"""Numbers of token rows of captured steps with prompts. From 256 on at most a fifth of a step is padding; from 513 to
-1024, where prompts of 512 tokens beside a few decodes are, at most a ninth."""
+"""Numbers of token rows of captured steps with prompts. From 256 on at most a quarter of a step is padding; from 513
+to 1024, where prompts of 512 tokens beside a few decodes are, at most a ninth."""
 
 REQUESTS = (16, 64, 256, 512)
 """Numbers of requests of captured steps with prompts. An empty request costs programs of the attention kernels that

@@ -2,7 +2,8 @@
 
 What stays has every kernel and every tile of each architecture, every head size, both caches, prompts and decodes, all
 kinds of matrix instructions, and for each kernel the most registers, but for 4. sm_90, which most run, leaves out the
-least. Whether the numbers said here still hold shows in the output of `make compile`, which compiles all.
+least; a window without a soft cap is compiled with one alone, there too. Whether the numbers said here still hold shows
+in the output of `make compile`, which compiles all.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ class ScriptedRunner:
 
     on_execute, on_read: called with the number of the step, from 0; what they raise, the step raises.
     spoil: the result of a chunk instead of a token, or None.
+    is_done: whether its steps say that they have ended.
     """
 
     kv_cache_bytes = 0
@@ -22,6 +23,7 @@ class ScriptedRunner:
         self.is_async = is_async
         self.offset = offset
         self.step_s = step_s
+        self.is_done = False
         self.num_steps = 0
         self.on_execute: Callable[[int], None] = lambda _: None
         self.on_read: Callable[[int], None] = lambda _: None
@@ -35,10 +37,11 @@ class ScriptedRunner:
 
 
 class ScriptedHandle:
-    shape, is_done = None, False
+    shape = None
 
     def __init__(self, runner: ScriptedRunner, number: int, chunks: list[Chunk]) -> None:
         self.runner, self.number, self.chunks = runner, number, chunks
+        self.is_done = runner.is_done
 
     def read(self) -> StepResults:
         self.runner.on_read(self.number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -16,6 +16,9 @@ from service.engine.scheduler import Step
 from service.engine.shapes import Shape, shapes_of
 
 Output = TypeVar("Output")
+
+MIN_GAIN = 0.98
+"""A larger shape replaces another only if it takes less than this share of its time; the rest is noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,19 @@ class StepGraphs(Generic[Output]):
             captured[shape] = Captured(graph, output)
             yield shape
         self._captured = captured
+
+    def leave_out_slow(self, times_s: Mapping[Shape, float]) -> None:
+        """Use no shape that a larger one beats: a library's product may be slow at one size and not at the next."""
+
+        def is_beaten(shape: Shape) -> bool:
+            return any(
+                other.num_tokens > shape.num_tokens
+                and other.num_requests == shape.num_requests
+                and times_s[other] < MIN_GAIN * times_s[shape]
+                for other in self._mixed
+            )
+
+        self._mixed = [shape for shape in self._mixed if not is_beaten(shape)]
 
     def replay(self, shape: Shape) -> Output:
         """Launch the step in the buffers. What it returns is valid until the next replay of any shape."""

@@ -280,6 +280,7 @@ class Runner:
             for done, shape in enumerate(self._graphs.shapes, total - len(self._graphs.shapes) + 1):
                 self.step_times_s[shape] = self._timed(shape)
                 yield done, total
+            self._graphs.leave_out_slow(self.step_times_s)
 
     def close(self) -> None:
         """Destroy the captured graphs; none may be running. The caches stay valid for another runner."""

@@ -47,6 +47,25 @@ def decodes(count: int, length: int = 1, samples: bool = True) -> Step:
     return Step([Chunk(new_request(str(i), 4), 4, length, samples, 1) for i in range(count)])
 
 
+def prompt(length: int) -> Step:
+    return Step([Chunk(new_request("0", length), 0, length, True, 0)])
+
+
+def test_a_shape_that_a_larger_one_beats_is_not_used(log: list[str]) -> None:
+    graphs = StepGraphs[Shape](max_tokens=640, max_requests=16)
+    captured(graphs, log)
+    times_s = {shape: 1e-3 * (1 + shape.num_tokens / 64) for shape in graphs.shapes}
+    assert graphs.shape_of(prompt(520)) == Shape(576, 16)
+    graphs.leave_out_slow(times_s | {Shape(576, 16): 0.0112, Shape(448, 16): 0.00801, Shape(512, 16): 0.008})
+    # 640 takes 0.011, within the noise of 0.0112; then 0.0114.
+    assert graphs.shape_of(prompt(520)) == Shape(576, 16)
+    assert graphs.shape_of(prompt(400)) == Shape(448, 16)
+    graphs.leave_out_slow(times_s | {Shape(576, 16): 0.0114})
+    assert graphs.shape_of(prompt(520)) == Shape(640, 16)
+    assert graphs.shape_of(prompt(512)) == Shape(512, 16)
+    assert graphs.shape_of(decodes(3)) == decode(4)
+
+
 def decode(count: int) -> Shape:
     return Shape(count, count, is_decode=True)
 
