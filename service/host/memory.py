@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from kernels.tiles import KEYS_PER_TOKEN
@@ -9,6 +11,8 @@ from service.engine.shapes import shapes_of
 from service.errors import InvalidSettings
 from service.models.decoder import Decoder
 from service.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 CPU_CACHE_BYTES = 2**30
 """Default size of one variant's KV cache on a CPU."""
@@ -59,13 +63,39 @@ def _attention_elements(decoder: Decoder) -> int:
     return 3 * queries + 2 * keys + KEYS_PER_TOKEN * 2 * keys
 
 
-def cache_blocks(name: str, decoder: Decoder, settings: Settings, kv_cache_bytes: int) -> int:
+def served_len(name: str, decoder: Decoder, settings: Settings, kv_cache_bytes: int) -> int:
+    """Most tokens of a request, the decoder's sink among them.
+
+    That is max_model_len, or what the cache holds if that is less and only its size was asked for.
+    """
+    length = decoder.config.max_model_len
+    if settings.kv_cache_bytes is None or settings.max_model_len is not None:
+        return length
+    num_tokens = kv_cache_bytes // (settings.block_size * decoder.kv_bytes_per_token) * settings.block_size
+    if not len(decoder.sink_ids) < num_tokens < length:
+        return length
+    logger.warning(
+        "%s takes requests of up to %d tokens, which its KV cache of %.3g MiB holds, where its model takes %d: raise "
+        "kv_cache_bytes, or set max_model_len",
+        name,
+        num_tokens - len(decoder.sink_ids),
+        kv_cache_bytes / 2**20,
+        decoder.max_model_len,
+    )
+    return num_tokens
+
+
+def cache_blocks(
+    name: str, decoder: Decoder, settings: Settings, kv_cache_bytes: int, max_len: int | None = None
+) -> int:
     """Number of blocks of a KV cache of kv_cache_bytes, at most what max_num_requests can fill.
 
+    max_len: tokens of the longest request, see `served_len`; None for the decoder's context.
+
     Raises:
-        InvalidSettings: the cache would not hold one request of max_model_len tokens; the message names what would.
+        InvalidSettings: the cache would not hold one such request; the message names what would.
     """
-    max_model_len = decoder.config.max_model_len
+    max_model_len = decoder.config.max_model_len if max_len is None else max_len
     block_bytes = settings.block_size * decoder.kv_bytes_per_token
     num_needed = -(-max_model_len // settings.block_size)
     num_blocks = min(kv_cache_bytes // block_bytes, num_needed * settings.max_num_requests)

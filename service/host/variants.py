@@ -24,7 +24,7 @@ from service.engine.loop import EngineLoop
 from service.engine.scheduler import Scheduler
 from service.errors import InvalidSettings
 from service.host.limits import fault_limits, grammar_limits
-from service.host.memory import cache_blocks
+from service.host.memory import cache_blocks, served_len
 from service.host.ranks.group import RankGroup
 from service.models.attention import KVCache
 from service.models.config import ModelConfig
@@ -84,11 +84,12 @@ def start_variant(
     """Allocate a decoder's KV cache, warm it up, and start its engine; on the ranks of a group, if it has any.
 
     Raises:
-        InvalidSettings: the cache would not hold one request of max_model_len tokens, or drafts would change answers.
+        InvalidSettings: the cache would not hold one request (see `served_len`), or drafts would change answers.
     """
     refuse_drafts(name, loaded.decoder, settings)
     decoder, block_size = loaded.decoder, settings.block_size
-    num_blocks = cache_blocks(name, decoder, settings, kv_cache_bytes)
+    max_len = served_len(name, decoder, settings, kv_cache_bytes)
+    num_blocks = cache_blocks(name, decoder, settings, kv_cache_bytes, max_len)
     if group is not None:
         group.start(name, num_blocks)
     runner = runner_for(decoder, num_blocks, settings, lead=None if group is None else group.lead(name))
@@ -112,7 +113,7 @@ def start_variant(
         ),
         runner,
         device_thread=device_thread,
-        max_model_len=decoder.max_model_len,
+        max_model_len=max_len - len(decoder.sink_ids),
         first_ids=decoder.sink_ids,
         max_waiting=settings.max_waiting,
         dtype=str(decoder.dtype).removeprefix("torch."),

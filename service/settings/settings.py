@@ -128,7 +128,10 @@ class Settings(BaseSettings):
         "token; `ottava evaluate --quantize-head` tells what it costs.",
     )
     kv_cache_bytes: int | None = Field(
-        None, ge=1, description="Memory of one variant's KV cache; none: derived from the free memory."
+        None,
+        ge=1,
+        description="Memory of one variant's KV cache; none: derived from the free memory. Without max_model_len "
+        "requests are no longer than it holds.",
     )
     block_size: int = Field(64, ge=1, le=256, description="Tokens per block of the KV cache; a power of two.")
     prefix_cache: bool = Field(

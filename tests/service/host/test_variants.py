@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from quant.errors import CheckpointError
 from quant.linear import Int8Linear
 from quant.scheme import PRESETS, Scheme
+from service.engine.api import SamplingParams
 from service.errors import InvalidSettings, StartupError, UnsupportedModel
 from service.host.model_host import ModelHost
 from service.host.reloader import open_host
@@ -29,6 +30,7 @@ from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model, quantized_folder
 from tests.support.eager import Eager
+from tests.support.engines import collect
 from tests.support.harness import app_over, client_of
 from tests.support.narrowed import present
 from tests.support.tiny_models import change_tensors, save_tiny_model
@@ -346,17 +348,32 @@ def test_the_baseline_alone_needs_no_quantizing(float_folder: Path, tmp_path: Pa
     assert not (tmp_path / "quantized").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_model_len": 64, "block_size": 32}])
+@pytest.mark.parametrize("changes", [{"max_model_len": 256}, {"max_model_len": 64, "block_size": 32}])
 def test_a_cache_below_one_request_is_refused_with_the_remedy(
     float_folder: Path, cache: Path, changes: dict[str, int]
 ) -> None:
     with (
         pytest.raises(InvalidSettings, match=r"KV cache of w8a8 has .* lower max_model_len or raise kv_cache_bytes"),
-        hosted(float_folder, cache, kv_cache_bytes=1024 * changes.get("max_model_len", 256) - 1, **changes),
+        hosted(float_folder, cache, kv_cache_bytes=1024 * changes["max_model_len"] - 1, **changes),
     ):
         pass
-    with hosted(float_folder, cache, kv_cache_bytes=1024 * changes.get("max_model_len", 256), **changes) as (host, _):
-        assert host.variants["w8a8"].engine.stats().kv_cache_bytes == 1024 * changes.get("max_model_len", 256)
+    with hosted(float_folder, cache, kv_cache_bytes=1024 * changes["max_model_len"], **changes) as (host, _):
+        assert host.variants["w8a8"].engine.stats().kv_cache_bytes == 1024 * changes["max_model_len"]
+
+
+def test_requests_are_no_longer_than_a_cache_whose_size_was_asked_for(
+    float_folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with hosted(float_folder, cache, kv_cache_bytes=1024 * 256 - 1) as (host, _):
+        engine = host.engines["w8a8"]
+        assert engine.max_model_len == 192
+        assert engine.stats().num_blocks == 3
+        prompt, params = [3 + i % 200 for i in range(190)], SamplingParams(2, ignore_eos=True)
+        assert len(asyncio.run(collect(engine, prompt, params))) == 2
+    assert "w8a8 takes requests of up to 192 tokens, which its KV cache of 0.25 MiB holds" in caplog.text
+    assert "where its model takes 256: raise kv_cache_bytes, or set max_model_len" in caplog.text
+    with pytest.raises(InvalidSettings, match="KV cache"), hosted(float_folder, cache, kv_cache_bytes=1024 * 64 - 1):
+        pass
 
 
 def test_a_refused_start_leaves_no_engine_running(
