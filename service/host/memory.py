@@ -71,7 +71,7 @@ def served_len(name: str, decoder: Decoder, settings: Settings, kv_cache_bytes: 
     length = decoder.config.max_model_len
     if settings.kv_cache_bytes is None or settings.max_model_len is not None:
         return length
-    num_tokens = kv_cache_bytes // (settings.block_size * decoder.kv_bytes_per_token) * settings.block_size
+    num_tokens = _capacity(decoder, settings, kv_cache_bytes)
     if not len(decoder.sink_ids) < num_tokens < length:
         return length
     logger.warning(
@@ -103,9 +103,14 @@ def cache_blocks(
         raise InvalidSettings(
             f"the KV cache of {name} has {kv_cache_bytes / 2**20:.3g} MiB; one request of {max_model_len} "
             f"tokens takes {num_needed * block_bytes / 2**20:.3g} MiB: lower max_model_len or raise kv_cache_bytes"
-            + _remedies(decoder, settings, kv_cache_bytes // block_bytes * settings.block_size)
+            + _remedies(decoder, settings, _capacity(decoder, settings, kv_cache_bytes))
         )
     return num_blocks
+
+
+def _capacity(decoder: Decoder, settings: Settings, kv_cache_bytes: int) -> int:
+    """Tokens that the whole blocks of a KV cache of so many bytes hold."""
+    return kv_cache_bytes // (settings.block_size * decoder.kv_bytes_per_token) * settings.block_size
 
 
 def _remedies(decoder: Decoder, settings: Settings, num_tokens: int) -> str:
