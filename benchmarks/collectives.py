@@ -30,7 +30,7 @@ import kernels
 from benchmarks.report import birth_certificate, quantiles, write
 from benchmarks.timing import GraphRun
 from kernels import Quantized, ToInt8, collectives
-from kernels.tiles import BUCKETS
+from kernels.tiles import BUCKETS, bucket
 from kernels.ways import Way, read_ways, user_ways
 from service.engine.device.peers import shared_peers
 from service.host.ranks.group import join
@@ -165,16 +165,26 @@ def rows_of(num_rows: int, width: int, dtype: torch.dtype, device: torch.device)
 
 
 def fastest(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
-    """The table of ways that the results make: of each bucket that was measured at its end, the way of least time."""
-    best: dict[str, dict[str, Row]] = {}
+    """The table of ways that the results make: of each bucket that was measured at its end, the way of least time.
+
+    That is the time of all rows that were measured in the bucket, together.
+    """
+    times_us: dict[str, dict[int, dict[str, list[float]]]] = {}
     for row in rows:
-        if row["rows"] not in BUCKETS or "us_p50" not in row:
-            continue
-        found = best.setdefault(f"{row['ranks']}x{row['width']}", {})
-        limit = str(row["rows"])
-        if limit not in found or row["us_p50"] < found[limit]["us_p50"]:
-            found[limit] = row
-    return {key: {limit: row["way"] for limit, row in found.items()} for key, found in best.items()}
+        if row["rows"] <= BUCKETS[-1] and "us_p50" in row:
+            limits = times_us.setdefault(f"{row['ranks']}x{row['width']}", {})
+            limits.setdefault(bucket(row["rows"]), {}).setdefault(row["way"], []).append(row["us_p50"])
+    ends = {row["rows"] for row in rows}
+    return {
+        key: {str(limit): _least(ways) for limit, ways in sorted(limits.items()) if limit in ends}
+        for key, limits in times_us.items()
+    }
+
+
+def _least(times_us: dict[str, list[float]]) -> str:
+    """The way of least time among those that were measured for as many rows as any."""
+    most = max(map(len, times_us.values()))
+    return min((way for way in times_us if len(times_us[way]) == most), key=lambda way: sum(times_us[way]))
 
 
 def write_ways(gpu_name: str, ways: dict[str, dict[str, str]]) -> Path:

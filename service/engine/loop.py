@@ -377,18 +377,28 @@ class EngineLoop:
             step = self._scheduler.schedule(time.perf_counter())
             self._inbox.note_scheduled(self._scheduler.admitted)
             self._scheduler.admitted = []
-            self._inbox.publish()
+            if step is None or not self._runner.is_async:
+                self._inbox.publish()
         if step is not None:
-            handle = self._watched("launching", step, self._device_thread.run, self._runner.execute, step)
-            now_s = time.perf_counter()
-            launch_s = now_s - self._planned_s if earlier else 0.0
-            self._just_in_time.launched(now_s, launch_s, was_late=any(each.is_done for each in earlier))
-            self._unread.append((step, handle))
+            self._unread.append((step, self._launched(step, earlier)))
             self._step_batch_sizes[step.num_requests] += 1
         for _ in range(len(earlier) if self._runner.is_async else len(self._unread)):
             self._settle()
         if step is None and not earlier:
             self._masks.wait(IDLE_S)
+
+    def _launched(self, step: Step, earlier: Sequence[Handle]) -> Handle:
+        """Launch a step behind earlier ones that have not been read."""
+        if not self._runner.is_async:
+            return self._watched("launching", step, self._device_thread.run, self._runner.execute, step)
+        handle = self._watched("launching", step, self._device_thread.launch, self._runner.execute, step)
+        now_s = time.perf_counter()
+        launch_s = now_s - self._planned_s if earlier else 0.0
+        self._just_in_time.launched(now_s, launch_s, was_late=any(each.is_done for each in earlier))
+        # Not before: the device need not wait until everyone has heard what is about to start.
+        with self._wake:
+            self._inbox.publish()
+        return handle
 
     def _wait_for_arrivals(self) -> None:
         """Let a step run alone for as long as the device then need not wait: requests may come for the next one.

@@ -43,7 +43,7 @@ class Detokenizer:
         self._hidden = hidden
         self._window = self._end_of(context)
         self._num_sent = len(self._window)
-        self._prefix = self._decode(self._window)
+        self._prefix = self._decode(self._window) if self._window else ""
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that it completes; empty while a character is incomplete."""
@@ -71,6 +71,8 @@ class Detokenizer:
     def _end_of(self, context: Sequence[int]) -> list[int]:
         """The last tokens of the context, starting at the beginning of a character: a decoder may reject all bytes of
         a run that starts inside one. (The text itself may hold U+FFFD, so the start with the fewest is taken.)"""
+        if not context:
+            return []
         ends = [list(context[-num:]) for num in range(NUM_CONTEXT, NUM_CONTEXT + MAX_BYTES)]
         if REPLACEMENT not in self._decode(ends[0]):
             return ends[0]

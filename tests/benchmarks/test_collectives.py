@@ -25,12 +25,19 @@ def test_the_fastest_right_way_of_each_bucket_is_written(tmp_path: Path, monkeyp
         row(64, "all_reduce_rms_norm", 10.0),
         row(512, "plain", 40.0),
         row(512, "reduce_scatter_rms_norm", None),
-        # The end of no bucket.
+        # Of a bucket that was not measured at its end.
         row(8, "plain", 1.0),
         row(64, "plain", 5.0, width=8192),
     ]
     table = collectives.fastest(rows)
     assert table == {"2x4096": {"64": "all_reduce_rms_norm", "512": "plain"}, "2x8192": {"64": "plain"}}
+    # All rows of a bucket count.
+    few = [row(1, "plain", 15.5), row(16, "plain", 14.5), row(1, "all_reduce_rms_norm", 14.2)]
+    assert collectives.fastest([*few, row(16, "all_reduce_rms_norm", 15.0)]) == {
+        "2x4096": {"16": "all_reduce_rms_norm"}
+    }
+    # A way that was wrong for one of them is not taken, however fast it is for the others.
+    assert collectives.fastest([*few, row(16, "all_reduce_rms_norm", None)]) == {"2x4096": {"16": "plain"}}
     path = collectives.write_ways(GPU, table)
     assert path == ways.user_ways(GPU)
     collectives.write_ways(GPU, {"2x4096": {"64": "plain"}})

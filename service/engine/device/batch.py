@@ -12,6 +12,9 @@ from service.engine.device.staging import Staging
 from service.engine.shapes import Shape
 from service.engine.step_table import Ints, StepTable, TableLayout
 
+MAX_VIEWS = 512
+"""Views that are kept: more than there are captured shapes, which come again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -44,6 +47,7 @@ class BatchBuilder:
         self._has_drafts = has_drafts
         self._arrivals = torch.zeros(layout.max_requests, num_kv_heads, dtype=torch.int32, device=device)
         self._tables = torch.zeros(layout.max_requests, layout.max_blocks, dtype=torch.int32, device=device)
+        self._views: dict[tuple[int, int, int, bool], Batch] = {}
 
     def numbers(self) -> Ints:
         """Host memory for the numbers of the next step, valid until `build`."""
@@ -76,6 +80,15 @@ class BatchBuilder:
 
     def view(self, *, num_tokens: int, num_requests: int, num_samples: int, is_decode: bool) -> Batch:
         """View the buffers as a step of these sizes, without writing to them."""
+        sizes = num_tokens, num_requests, num_samples, is_decode
+        view = self._views.get(sizes)
+        if view is None:
+            if len(self._views) == MAX_VIEWS:
+                self._views.clear()
+            view = self._views[sizes] = self._view(*sizes)
+        return view
+
+    def _view(self, num_tokens: int, num_requests: int, num_samples: int, is_decode: bool) -> Batch:
         starts = self._layout.starts
 
         def column(name: str, count: int) -> Tensor:

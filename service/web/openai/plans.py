@@ -233,8 +233,10 @@ async def _prompt(prompt: str | list[int], serving: Serving, is_echoed: bool) ->
     if isinstance(prompt, str):
         return Prompt(await text_ids(prompt, serving, "prompt"), prompt)
     ids = known_ids(prompt, serving, "prompt")
+    if not is_echoed:
+        return Prompt(ids, "")
     decoder = serving.tokenizer.detokenizer()
-    return Prompt(ids, "".join(map(decoder.push, ids)) + decoder.flush() if is_echoed else "")
+    return Prompt(ids, "".join(map(decoder.push, ids)) + decoder.flush())
 
 
 def is_opened(prompt_ids: Sequence[int], tokenizer: TokenizerLike) -> bool:

@@ -19,6 +19,7 @@ from quant.scheme import PRESETS, KVStorage
 from service.engine.api import FinishReason, SamplingParams, Token
 from service.engine.device.device_thread import DeviceThread
 from service.engine.loop import EngineLoop
+from service.engine.messages import Submit
 from service.engine.scheduler import Scheduler
 from service.errors import QueueFull
 from service.models.config import ModelConfig
@@ -224,6 +225,50 @@ def test_a_device_thread_lets_one_in_at_a_time_in_order_and_on_one_thread() -> N
         assert list(pool.map(enter, range(5))) == [0, 10, 20, 30, 40]
     assert order == sorted(order)
     assert len(threads) == 1
+
+
+def test_what_only_launches_runs_on_the_callers_thread_and_alone() -> None:
+    device_thread, entered, leave, order = DeviceThread(), threading.Event(), threading.Event(), []
+
+    def long() -> None:
+        entered.set()
+        assert leave.wait(5)
+        order.append("long")
+
+    def short() -> int:
+        order.append("launch")
+        return threading.get_ident()
+
+    with ThreadPoolExecutor(2) as pool:
+        before = pool.submit(device_thread.run, long)
+        assert entered.wait(5)
+        launched = pool.submit(device_thread.launch, short)
+        time.sleep(0.05)
+        assert not order
+        leave.set()
+        before.result(5)
+        ident = launched.result(5)
+    assert order == ["long", "launch"]
+    assert ident != device_thread.run(threading.get_ident)
+    with pytest.raises(ZeroDivisionError):
+        device_thread.launch(divmod, 1, 0)
+    assert device_thread.launch(divmod, 7, 2) == (3, 1)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_start_is_told_after_the_launch_of_a_step_that_the_device_then_runs_by_itself(is_async: bool) -> None:
+    runner, order = ScriptedRunner(is_async), []
+    runner.on_execute = lambda number: order.append(f"step {number}")
+    plan = Scheduler(num_blocks=50, block_size=4, max_num_requests=3, max_batched_tokens=64)
+    engine = EngineLoop("w8a8", plan, runner, device_thread=DeviceThread(), max_model_len=200)
+    engine.serve(lambda news: order.extend([*["start"] * len(news.scheduled), *["token"] * len(news.handles)]))
+    engine.start().put(Submit("w8a8", 1, 1, "r", [1, 2, 3], SamplingParams(max_tokens=1), 0.0, 0))
+    until_s = time.perf_counter() + 5
+    while "token" not in order and time.perf_counter() < until_s:
+        time.sleep(0.001)
+    engine.stop()
+    first = ["step 0", "start"] if is_async else ["start", "step 0"]
+    assert order[:3] == [*first, "token"]
 
 
 def test_a_device_thread_hands_back_what_the_work_raises() -> None:
