@@ -139,6 +139,11 @@ class Stream(Protocol):
     def progress(self) -> Progress: ...
 
     @property
+    def finish_reason(self) -> FinishReason | None:
+        """That of the progress, which takes longer to make: asked for after every token."""
+        ...
+
+    @property
     def seed(self) -> int:
         """The seed of its random numbers: the requested one, or the one drawn for it."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 from tokenizers import Tokenizer as Backend
 
@@ -36,11 +36,19 @@ class Detokenizer:
         backend: tokenizer of the `tokenizers` library.
         context: the tokens that the text continues.
         hidden: the tokens that have no text; None for all special ones.
+        alone: the text of a token by itself, special ones being hidden; remembered, since most tokens come again.
     """
 
-    def __init__(self, backend: Backend, context: Sequence[int] = (), hidden: Set[int] | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        context: Sequence[int] = (),
+        hidden: Set[int] | None = None,
+        alone: Callable[[int], str] | None = None,
+    ) -> None:
         self._backend = backend
         self._hidden = hidden
+        self._alone = alone if hidden is None else None
         self._window = self._end_of(context)
         self._num_sent = len(self._window)
         self._prefix = self._decode(self._window) if self._window else ""
@@ -63,9 +71,12 @@ class Detokenizer:
         return self._decode(self._window[self._num_sent :])
 
     def _sent(self, text: str) -> str:
-        self._window = self._window[self._num_sent :]
-        self._num_sent = len(self._window)
-        self._prefix = self._decode(self._window)
+        window = self._window = self._window[self._num_sent :]
+        self._num_sent = len(window)
+        if self._alone is not None and len(window) == 1:
+            self._prefix = self._alone(window[0])
+        else:
+            self._prefix = self._decode(window)
         return text
 
     def _end_of(self, context: Sequence[int]) -> list[int]:
@@ -79,15 +90,23 @@ class Detokenizer:
         return min(ends, key=lambda end: self._decode(end).count(REPLACEMENT))
 
     def _decode(self, ids: list[int]) -> str:
-        """Raises EngineFailed if the library fails on these tokens together; each by itself was tried at the start."""
-        try:
-            if self._hidden is None:
-                return self._backend.decode(ids, skip_special_tokens=True)
-            return self._backend.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False)
-        except BaseException as error:
-            if not is_librarys(error):
-                raise
-            raise EngineFailed(
-                f"the model's tokenizer fails to turn tokens into text: {first_line(error)}; this request is lost, "
-                "others go on: mend the decoder of its tokenizer.json"
-            ) from error
+        if self._hidden is None:
+            return decoded(self._backend, ids)
+        return decoded(self._backend, [i for i in ids if i not in self._hidden], hides_special=False)
+
+
+def decoded(backend: Backend, ids: list[int], *, hides_special: bool = True) -> str:
+    """The text of tokens.
+
+    Raises:
+        EngineFailed: the library fails on these tokens together; each by itself was tried at the start.
+    """
+    try:
+        return backend.decode(ids, skip_special_tokens=hides_special)
+    except BaseException as error:
+        if not is_librarys(error):
+            raise
+        raise EngineFailed(
+            f"the model's tokenizer fails to turn tokens into text: {first_line(error)}; this request is lost, "
+            "others go on: mend the decoder of its tokenizer.json"
+        ) from error

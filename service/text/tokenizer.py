@@ -6,7 +6,7 @@ It is defined by tokenizer.json alone; no model class of a library and no code o
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from tokenizers import Tokenizer as Backend
 from service.errors import InvalidRequest, UnsupportedModel
 from service.store.tokenizer_file import library_faults, read_tokenizer, unusable
 from service.text.chat_template import TOOL_USE, ChatTemplate, read_object, read_template, special_tokens
-from service.text.detokenizer import Detokenizer
+from service.text.detokenizer import Detokenizer, decoded
 from service.text.token_bytes import TokenBytes
 from service.text.tools.format import Format
 
 NO_TEXT = b"\xff"
 """A byte of no text in UTF-8, so that a grammar allows a special token only where it names the token."""
+
+MAX_REMEMBERED = 1 << 16
+"""Tokens whose texts are remembered, about 8 MB."""
 
 
 class Tokenizer:
@@ -41,6 +44,7 @@ class Tokenizer:
         tool_template: ChatTemplate | None = None,
     ) -> None:
         self._backend = backend
+        self._text_alone = lru_cache(MAX_REMEMBERED)(lambda token_id: decoded(backend, [token_id]))
         self._names = TokenBytes(self._backend)
         self._template = template
         self._tool_template = tool_template or template
@@ -132,7 +136,7 @@ class Tokenizer:
         """
         shown_ids = {self._special_ids[name] for name in shown if name in self._special_ids}
         hidden = frozenset(self._special_ids.values()) - shown_ids if shown_ids else None
-        return Detokenizer(self._backend, context, hidden)
+        return Detokenizer(self._backend, context, hidden, self._text_alone)
 
     def vocabulary(self, size: int) -> list[bytes]:
         """The UTF-8 bytes of the tokens 0 to size - 1, empty for unknown ones and NO_TEXT for special ones.

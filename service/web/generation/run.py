@@ -209,8 +209,9 @@ class Run:
 
     def _is_complete(self) -> bool:
         """Whether the engine has finished the request normally and all its tokens have been read."""
-        progress = self._stream.progress
-        return progress.finish_reason in _OWN_ENDS and len(self.tokens) >= progress.num_generated
+        if self._stream.finish_reason not in _OWN_ENDS:
+            return False
+        return len(self.tokens) >= self._stream.progress.num_generated
 
     def _flush(self, piece: Piece) -> None:
         """Append the text that was held back to the last piece."""
