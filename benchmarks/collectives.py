@@ -174,9 +174,9 @@ def fastest(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
         if row["rows"] <= BUCKETS[-1] and "us_p50" in row:
             limits = times_us.setdefault(f"{row['ranks']}x{row['width']}", {})
             limits.setdefault(bucket(row["rows"]), {}).setdefault(row["way"], []).append(row["us_p50"])
-    ends = {row["rows"] for row in rows}
+    ends = {(f"{row['ranks']}x{row['width']}", row["rows"]) for row in rows if "us_p50" in row}
     return {
-        key: {str(limit): _least(ways) for limit, ways in sorted(limits.items()) if limit in ends}
+        key: {str(limit): _least(ways) for limit, ways in sorted(limits.items()) if (key, limit) in ends}
         for key, limits in times_us.items()
     }
 

@@ -1,10 +1,10 @@
-"""The int8 product on a CPU, by each way that it can be computed, beside the float32 product of torch.
+"""The int8 product on a CPU, by each way that it can be computed, beside the float products of torch.
 
     python -m benchmarks.cpu_products
 
 All Linears of the demo model's layers once, so that no weight is in a cache when it is read; the ways take turns. Each
 int8 way is checked against the exact sums first. `torch._int_mm` is timed for few rows alone where the processor has no
-instructions for it.
+instructions for it. The ratio is to the faster of the float products.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from kernels.cpu.library import WHY_NOT
 NUM_LAYERS = 30
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))
 """(out, in) of qkv, o, gate and up, and down."""
+FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SLOW_ROWS = 4
 """Most rows of `torch._int_mm` without instructions for int8: 16 take a second."""
 
 Way = Callable[[Tensor, Tensor, Tensor], object]
 
 
-def in_float32(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+def in_floats(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
     """What the int8 products are held against; it makes its own result."""
     return linear(x, weight)
 
@@ -42,12 +43,13 @@ def ways() -> dict[str, Way]:
     """The int8 products that can run here."""
     every: dict[str, Way] = {
         "C": product.in_c,
+        "C, VNNI": product.by_vnni,
+        "C, AMX": product.by_amx,
         "torch._int_mm": product.by_int_mm,
         "float32 sums": product.by_float_sums,
     }
-    if WHY_NOT is not None:
-        del every["C"]
-    return every
+    can_run = {"C": WHY_NOT is None, "C, VNNI": product.HAS_VNNI, "C, AMX": product.HAS_AMX}
+    return {name: way for name, way in every.items() if can_run.get(name, True)}
 
 
 def multiply(way: Way, inputs: list[Tensor], layers: list[list[Tensor]], sums: list[Tensor]) -> None:
@@ -70,7 +72,7 @@ def rows_of(all_num_rows: list[int], rounds: int) -> list[dict[str, Any]]:
         return torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
 
     weights = [[codes(*shape) for shape in SHAPES] for _ in range(NUM_LAYERS)]
-    floats = [[weight.float() for weight in layer] for layer in weights]
+    floats = {dtype: [[weight.to(dtype) for weight in layer] for layer in weights] for dtype in FLOATS}
     rows = []
     for num_rows in all_num_rows:
         inputs = [codes(num_rows, k) for _, k in SHAPES]
@@ -81,13 +83,14 @@ def rows_of(all_num_rows: list[int], rounds: int) -> list[dict[str, Any]]:
                 continue
             check(name, way, inputs, weights[0], sums)
             runs[name] = partial(multiply, way, inputs, weights, sums)
-        runs["float32"] = partial(multiply, in_float32, [x.float() for x in inputs], floats, sums)
+        for dtype, layers in floats.items():
+            runs[FLOATS[dtype]] = partial(multiply, in_floats, [x.to(dtype) for x in inputs], layers, sums)
         rows += timed(runs, num_rows, rounds)
     return rows
 
 
 def timed(runs: dict[str, Callable[[], object]], num_rows: int, rounds: int) -> list[dict[str, Any]]:
-    """A row of each way; float32 comes last."""
+    """A row of each way, and what it gains on the faster of the floats."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -96,7 +99,7 @@ def timed(runs: dict[str, Callable[[], object]], num_rows: int, rounds: int) -> 
             if turn:
                 times[name].append((time.perf_counter() - started) * 1e3)
     spread = {name: quantiles(each) for name, each in times.items()}
-    float_ms = spread["float32"]["p50"]
+    float_ms = min(spread[name]["p50"] for name in FLOATS.values())
     found = []
     for name, ms in spread.items():
         ratio = float_ms / ms["p50"]

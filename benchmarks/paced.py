@@ -58,7 +58,7 @@ class PacedRunner:
             get it back from whoever took it meanwhile.
     """
 
-    is_async = True
+    is_async = only_launches = True
     kv_cache_bytes = 0
 
     def __init__(self, ids: Sequence[int], step_s: float, launch_s: float = 0.0, acquires: int = 1) -> None:

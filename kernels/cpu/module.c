@@ -57,6 +57,8 @@ FUNCTION(int8_product, 8,
          int8_product(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6), WHOLE(7)))
 FUNCTION(int8_product_vnni, 8,
          int8_product_vnni(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6), WHOLE(7)))
+FUNCTION(int8_product_amx, 8,
+         int8_product_amx(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6), WHOLE(7)))
 FUNCTION(quantize, 10, quantize(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), WHOLE(4), TARGET(5)))
 FUNCTION(rms_norm, 14,
          rms_norm(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), POINTER(4), WHOLE(5), REAL(6), WHOLE(7), WHOLE(8),
@@ -91,6 +93,11 @@ static PyObject *call_has_vnni(PyObject *self, PyObject *const *args, Py_ssize_t
     return PyBool_FromLong(has_vnni());
 }
 
+static PyObject *call_has_amx(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self, (void)args, (void)given;
+    return PyBool_FromLong(has_amx());
+}
+
 #define METHOD(name, does) {#name, (PyCFunction)(void (*)(void))call_##name, METH_FASTCALL, does}
 static PyMethodDef methods[] = {
     METHOD(is_supported, "Whether this processor has the instructions that everything here is compiled to."),
@@ -98,6 +105,8 @@ static PyMethodDef methods[] = {
     METHOD(int8_product, "See product.h."),
     METHOD(has_vnni, "Whether this processor has the instructions of int8_product_vnni."),
     METHOD(int8_product_vnni, "See product.h."),
+    METHOD(has_amx, "Whether this process can use the instructions of int8_product_amx."),
+    METHOD(int8_product_amx, "See product.h."),
     METHOD(quantize, "See rows.h."),
     METHOD(rms_norm, "See rows.h."),
     METHOD(silu_mul, "See rows.h."),

@@ -15,4 +15,11 @@ int has_vnni(void);
 int int8_product_vnni(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
                       int64_t depth, int64_t x_stride, int64_t weight_stride);
 
+/* Whether the processor has AMX for int8, the kernel lets this process use it, and the compiler knew it. */
+int has_amx(void);
+
+/* The same with its instructions. */
+int int8_product_amx(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
+                     int64_t depth, int64_t x_stride, int64_t weight_stride);
+
 #endif

@@ -15,8 +15,10 @@ HAS_INT8_DOT = torch.cpu._is_vnni_supported()
 
 HAS_VNNI = WHY_NOT is None and native.has_vnni()
 
+HAS_AMX = WHY_NOT is None and native.has_amx()
+
 FEW_ROWS = 8
-"""Most rows that are multiplied in C where both have such instructions: torch packs the weights anew at each call."""
+"""Most rows for which VNNI in C is faster than torch, which packs the weights anew at each call."""
 
 
 def int8_product(x_q: Tensor, weight_q: Tensor, out: Tensor | None = None) -> Tensor:
@@ -27,7 +29,9 @@ def int8_product(x_q: Tensor, weight_q: Tensor, out: Tensor | None = None) -> Te
     if out is None:
         out = torch.empty(x_q.shape[0], weight_q.shape[0], dtype=torch.int32)
     has_rows = x_q.stride(1) == 1 and weight_q.stride(1) == 1
-    if HAS_VNNI and has_rows and len(x_q) <= FEW_ROWS:
+    if HAS_AMX and has_rows:
+        by_amx(x_q, weight_q, out)
+    elif HAS_VNNI and has_rows and len(x_q) <= FEW_ROWS:
         by_vnni(x_q, weight_q, out)
     elif HAS_INT8_DOT:
         by_int_mm(x_q, weight_q, out)
@@ -48,6 +52,10 @@ def in_c(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
 
 def by_vnni(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
     native.int8_product_vnni(*_numbers(x_q, weight_q, out))
+
+
+def by_amx(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:
+    native.int8_product_amx(*_numbers(x_q, weight_q, out))
 
 
 def _numbers(x_q: Tensor, weight_q: Tensor, out: Tensor) -> tuple[int, ...]:

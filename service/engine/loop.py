@@ -66,9 +66,13 @@ class StepRunner(Protocol):
     """Runs steps: `service.engine.device.runner.Runner`, or a fake in tests.
 
     is_async: `execute` returns before the device has finished, so that the next step can be planned meanwhile.
+    only_launches: it hardly computes and never waits, so that the engine's own thread may call it.
     """
 
     is_async: bool
+
+    @property
+    def only_launches(self) -> bool: ...
 
     def execute(self, step: Step) -> Handle: ...
 
@@ -377,28 +381,29 @@ class EngineLoop:
             step = self._scheduler.schedule(time.perf_counter())
             self._inbox.note_scheduled(self._scheduler.admitted)
             self._scheduler.admitted = []
-            if step is None or not self._runner.is_async:
+            only_launches = self._runner.only_launches
+            if step is None or not only_launches:
                 self._inbox.publish()
         if step is not None:
-            self._unread.append((step, self._launched(step, earlier)))
-            self._step_batch_sizes[step.num_requests] += 1
+            self._launch(step, earlier)
+            if only_launches:
+                # Not before: the device need not wait until everyone has heard what is about to start.
+                with self._wake:
+                    self._inbox.publish()
         for _ in range(len(earlier) if self._runner.is_async else len(self._unread)):
             self._settle()
         if step is None and not earlier:
             self._masks.wait(IDLE_S)
 
-    def _launched(self, step: Step, earlier: Sequence[Handle]) -> Handle:
+    def _launch(self, step: Step, earlier: Sequence[Handle]) -> None:
         """Launch a step behind earlier ones that have not been read."""
-        if not self._runner.is_async:
-            return self._watched("launching", step, self._device_thread.run, self._runner.execute, step)
-        handle = self._watched("launching", step, self._device_thread.launch, self._runner.execute, step)
+        run = self._device_thread.launch if self._runner.only_launches else self._device_thread.run
+        handle = self._watched("launching", step, run, self._runner.execute, step)
         now_s = time.perf_counter()
         launch_s = now_s - self._planned_s if earlier else 0.0
         self._just_in_time.launched(now_s, launch_s, was_late=any(each.is_done for each in earlier))
-        # Not before: the device need not wait until everyone has heard what is about to start.
-        with self._wake:
-            self._inbox.publish()
-        return handle
+        self._unread.append((step, handle))
+        self._step_batch_sizes[step.num_requests] += 1
 
     def _wait_for_arrivals(self) -> None:
         """Let a step run alone for as long as the device then need not wait: requests may come for the next one.

@@ -52,7 +52,7 @@ class ModelHost:
         name: the model's name.
         tokenizer: shared by all variants.
         folder: contains the tokenizer's files.
-        device_thread: the thread on which all variants compute.
+        device_thread: lets one variant at a time compute.
         grammars: compiles the grammars of requests; None if the engines accept none.
         sampling_defaults: see `HostInfo`.
         group: the other ranks of the decoders; None if there are none.

@@ -143,7 +143,7 @@ class Reloader:
             self_check_kl=divergence,
         )
         self._host.variants[name] = new
-        # Everything that touches the device runs on the device thread.
+        # Beside nothing else that uses the device.
         self._host.device_thread.run(old.runner.close)
         if self._host.group is not None:
             self._host.device_thread.run(self._host.group.drop, key_of(name, old.generation))

@@ -23,7 +23,7 @@ NO_TEXT = b"\xff"
 """A byte of no text in UTF-8, so that a grammar allows a special token only where it names the token."""
 
 MAX_REMEMBERED = 1 << 16
-"""Tokens whose texts are remembered, about 8 MB."""
+"""Tokens whose texts are remembered, about 12 MB."""
 
 
 class Tokenizer:

@@ -28,6 +28,8 @@ def test_the_fastest_right_way_of_each_bucket_is_written(tmp_path: Path, monkeyp
         # Of a bucket that was not measured at its end.
         row(8, "plain", 1.0),
         row(64, "plain", 5.0, width=8192),
+        # Another width was measured at that end.
+        row(300, "plain", 5.0, width=8192),
     ]
     table = collectives.fastest(rows)
     assert table == {"2x4096": {"64": "all_reduce_rms_norm", "512": "plain"}, "2x8192": {"64": "plain"}}

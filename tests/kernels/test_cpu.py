@@ -57,6 +57,7 @@ def test_the_extension_is_compiled_where_it_can_be() -> None:
 PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
     "C": product.in_c,
     "VNNI": product.by_vnni,
+    "AMX": product.by_amx,
     "torch": product.by_int_mm,
     "float sums": product.by_float_sums,
 }
@@ -68,7 +69,9 @@ def test_every_product_is_exact(way: str) -> None:
         pytest.skip(library.WHY_NOT)
     if way == "VNNI" and not product.HAS_VNNI:
         pytest.skip("this processor has no AVX-512 VNNI, or nothing was compiled")
-    for T in (1, 2, 3, 4, 5, 131):
+    if way == "AMX" and not product.HAS_AMX:
+        pytest.skip("this process cannot use AMX, or nothing was compiled")
+    for T in (1, 2, 3, 4, 5, 16, 33, 48, 131):
         for N, K in ((1, 1), (33, 17), (50, 44), (48, 576), (7, 2100)):
             x, weight = codes(T, K + 3)[:, :K], codes(N, K + 5)[:, 5:]
             acc = torch.full((T, N), 77, dtype=torch.int32)
@@ -88,6 +91,9 @@ def test_a_product_over_nothing_is_zero() -> None:
     assert not acc.any()
     if product.HAS_VNNI:
         product.by_vnni(codes(3, 0), codes(5, 0), acc.fill_(77))
+        assert not acc.any()
+    if product.HAS_AMX:
+        product.by_amx(codes(3, 0), codes(5, 0), acc.fill_(77))
         assert not acc.any()
 
 

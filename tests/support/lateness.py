@@ -12,7 +12,7 @@ from tests.support.engines import make_engine
 
 
 class LateRunner:
-    is_async = True
+    is_async, only_launches = True, False
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner

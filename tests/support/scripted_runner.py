@@ -15,12 +15,13 @@ class ScriptedRunner:
     on_execute, on_read: called with the number of the step, from 0; what they raise, the step raises.
     spoil: the result of a chunk instead of a token, or None.
     is_done: whether its steps say that they have ended.
+    only_launches: as in `StepRunner`.
     """
 
     kv_cache_bytes = 0
 
     def __init__(self, is_async: bool = True, offset: int = 0, step_s: float = 0.0) -> None:
-        self.is_async = is_async
+        self.is_async = self.only_launches = is_async
         self.offset = offset
         self.step_s = step_s
         self.is_done = False

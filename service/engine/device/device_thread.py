@@ -1,4 +1,4 @@
-"""The one thread on which all models of a device run."""
+"""Lets one call at a time onto a device, on one thread unless it only launches work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEVICE_THREAD = "device"
 
 
 class DeviceThread:
-    """Runs calls one at a time, in order of arrival, on its own thread; what only launches, on the caller's.
+    """Runs calls one at a time: of `run` in order of arrival on its own thread, of `launch` on the caller's.
 
     So only one engine's step uses the device at a time, and the computing thread is always the same: OpenMP keeps a
     pool of workers for each thread that has ever computed, and once the pools together outnumber the cores it stops

@@ -186,6 +186,11 @@ class Runner:
         self._followed: tuple[Forward, Batch] | None = None
 
     @property
+    def only_launches(self) -> bool:
+        """Whether steps are graphs. Else a step may wait for the device, as experts do, and launches many kernels."""
+        return self.use_graphs
+
+    @property
     def kv_cache_bytes(self) -> int:
         return sum(cache.nbytes for cache in self.caches)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from quant.scheme import PRESETS, KVStorage
 from service.engine.api import FinishReason, SamplingParams, Token
-from service.engine.device.device_thread import DeviceThread
+from service.engine.device.device_thread import DEVICE_THREAD, DeviceThread
 from service.engine.loop import EngineLoop
 from service.engine.messages import Submit
 from service.engine.scheduler import Scheduler
@@ -255,10 +255,20 @@ def test_what_only_launches_runs_on_the_callers_thread_and_alone() -> None:
     assert device_thread.launch(divmod, 7, 2) == (3, 1)
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_a_start_is_told_after_the_launch_of_a_step_that_the_device_then_runs_by_itself(is_async: bool) -> None:
+@pytest.mark.parametrize(("is_async", "only_launches"), [(False, False), (True, False), (True, True)])
+def test_a_start_is_told_before_a_step_that_takes_time_and_after_one_that_is_only_launched(
+    is_async: bool, only_launches: bool
+) -> None:
+    """A process that dies in its step must have told whose it was; a launch need not wait for who hears of it."""
     runner, order = ScriptedRunner(is_async), []
-    runner.on_execute = lambda number: order.append(f"step {number}")
+    runner.only_launches = only_launches
+    names = set()
+
+    def note(number: int) -> None:
+        order.append(f"step {number}")
+        names.add(threading.current_thread().name)
+
+    runner.on_execute = note
     plan = Scheduler(num_blocks=50, block_size=4, max_num_requests=3, max_batched_tokens=64)
     engine = EngineLoop("w8a8", plan, runner, device_thread=DeviceThread(), max_model_len=200)
     engine.serve(lambda news: order.extend([*["start"] * len(news.scheduled), *["token"] * len(news.handles)]))
@@ -267,8 +277,9 @@ def test_a_start_is_told_after_the_launch_of_a_step_that_the_device_then_runs_by
     while "token" not in order and time.perf_counter() < until_s:
         time.sleep(0.001)
     engine.stop()
-    first = ["step 0", "start"] if is_async else ["start", "step 0"]
+    first = ["step 0", "start"] if only_launches else ["start", "step 0"]
     assert order[:3] == [*first, "token"]
+    assert names == {"engine-w8a8" if only_launches else DEVICE_THREAD}
 
 
 def test_a_device_thread_hands_back_what_the_work_raises() -> None:

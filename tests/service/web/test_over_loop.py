@@ -41,7 +41,7 @@ class AlphabetRunner:
     kv_cache_bytes = 1
 
     def __init__(self, is_async: bool) -> None:
-        self.is_async = is_async
+        self.is_async = self.only_launches = is_async
 
     def execute(self, step: Step) -> AlphabetStep:
         return AlphabetStep([ord(ALPHABET[c.index % 26]) for c in step.chunks if c.samples])

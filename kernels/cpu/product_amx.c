@@ -1,0 +1,195 @@
+/* int8 by int8, exact sums in int32, of more than a few rows on processors with AMX.
+ *
+ * An instruction multiplies a tile of 16 rows of 64 codes by one of 64 rows of 16, whose codes lie in fours. The weights
+ * are the first, which takes them as they lie, so only x is packed. Sums come out as [columns, rows] and are transposed. */
+#define _DEFAULT_SOURCE /* for syscall */
+#include "product.h"
+
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+
+int has_amx(void) {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    int has_tiles = (d >> 24 & 1) && (d >> 25 & 1) && __builtin_cpu_supports("avx512bw");
+    /* The kernel saves tiles only for processes that ask for them. */
+    return has_tiles && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+
+#define TILES __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw")))
+#define INLINE_TILES static inline __attribute__((always_inline, target("amx-tile,amx-int8,avx512f,avx512bw")))
+
+enum { SIDE = 16, DEPTH = 64, TILE = SIDE * DEPTH, GROUP = 2 * SIDE };
+
+struct product {
+    const int8_t *x, *weight;
+    int8_t *packed, *last;
+    int32_t *acc;
+    int64_t num_rows, num_columns, depth, num_slabs, x_stride, weight_stride;
+};
+
+/* What a tile is, for each of the eight. */
+INLINE_TILES void use_tiles(void) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t num_rows[16];
+    } config = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = DEPTH, config.num_rows[tile] = SIDE;
+    _tile_loadconfig(&config);
+}
+
+/* Rows 16 i .. 16 i + 15 of x as num_slabs tiles [16 fours, 16 rows, 4]; 0 past the rows and the depth. */
+TILES static void pack(int64_t begin, int64_t end, void *task) {
+    const struct product *p = task;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t left = p->num_rows - i * SIDE, rows = left < SIDE ? left : SIDE;
+        __mmask16 there = (__mmask16)((1 << rows) - 1);
+        const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        for (int64_t slab = 0; slab < p->num_slabs; slab++) {
+            const int8_t *from = p->x + i * SIDE * p->x_stride + slab * DEPTH;
+            int64_t stride = p->x_stride, depth = p->depth - slab * DEPTH;
+            int8_t last[TILE];
+            if (depth < DEPTH) {
+                memset(last, 0, sizeof last);
+                for (int64_t row = 0; row < rows; row++) memcpy(last + row * DEPTH, from + row * stride, (size_t)depth);
+                from = last, stride = DEPTH;
+            }
+            const __m512i places = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)stride));
+            int8_t *to = p->packed + (i * p->num_slabs + slab) * TILE;
+            for (int four = 0; four < DEPTH / 4; four++)
+                _mm512_storeu_si512(to + four * DEPTH, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places,
+                                                                                   from + four * 4, 1));
+        }
+    }
+}
+
+/* sums [columns, rows] of one tile to acc [rows, columns]. */
+INLINE_TILES void put(const struct product *p, const int32_t *sums, int64_t row, int64_t column) {
+    int64_t rows = p->num_rows - row, columns = p->num_columns - column;
+    if (rows <= 0 || columns <= 0) return;
+    __m512i a[SIDE], b[SIDE];
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; i++) a[i] = _mm512_loadu_si512(sums + i * SIDE);
+#pragma GCC unroll 8
+    for (int i = 0; i < SIDE; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < SIDE; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512i even = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), odd = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+        __m512i even_8 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
+        __m512i odd_8 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+        b[i] = _mm512_shuffle_i32x4(even, even_8, 0x88);
+        b[4 + i] = _mm512_shuffle_i32x4(odd, odd_8, 0x88);
+        b[8 + i] = _mm512_shuffle_i32x4(even, even_8, 0xdd);
+        b[12 + i] = _mm512_shuffle_i32x4(odd, odd_8, 0xdd);
+    }
+    __mmask16 there = columns < SIDE ? (__mmask16)((1 << columns) - 1) : (__mmask16)0xffff;
+    int32_t *acc = p->acc + row * p->num_columns + column;
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; i++)
+        if (i < rows) _mm512_mask_storeu_epi32(acc + i * p->num_columns, there, b[i]);
+}
+
+/* 32 columns of weights by 16 or, if is_wide, 32 rows of x from `row` on. */
+INLINE_TILES void block(const struct product *p, const int8_t *weight, int64_t stride, int64_t row, int64_t column,
+                        const int is_wide) {
+    const int8_t *x = p->packed + row / SIDE * p->num_slabs * TILE, *next_x = x + p->num_slabs * TILE;
+    int32_t sums[4][SIDE * SIDE];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t slab = 0; slab < p->num_slabs; slab++) {
+        _tile_loadd(4, weight + slab * DEPTH, stride);
+        _tile_loadd(6, x + slab * TILE, DEPTH);
+        _tile_dpbssd(0, 4, 6);
+        _tile_loadd(5, weight + SIDE * stride + slab * DEPTH, stride);
+        _tile_dpbssd(1, 5, 6);
+        if (is_wide) {
+            _tile_loadd(7, next_x + slab * TILE, DEPTH);
+            _tile_dpbssd(2, 4, 7);
+            _tile_dpbssd(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums[0], DEPTH);
+    _tile_stored(1, sums[1], DEPTH);
+    put(p, sums[0], row, column);
+    put(p, sums[1], row, column + SIDE);
+    if (is_wide) {
+        _tile_stored(2, sums[2], DEPTH);
+        _tile_stored(3, sums[3], DEPTH);
+        put(p, sums[2], row + SIDE, column);
+        put(p, sums[3], row + SIDE, column + SIDE);
+    }
+}
+
+/* All rows for groups of 32 columns, whose weights stay in the first cache. */
+TILES static void multiply(int64_t begin, int64_t end, void *task) {
+    const struct product *p = task;
+    use_tiles();
+    for (int64_t group = begin; group < end; group++) {
+        int64_t column = group * GROUP, stride = p->weight_stride, row = 0;
+        const int8_t *weight = p->weight + column * stride;
+        if (p->last != NULL && column + GROUP >= p->num_columns) weight = p->last, stride = p->num_slabs * DEPTH;
+        for (; p->num_rows - row > SIDE; row += 2 * SIDE) block(p, weight, stride, row, column, 1);
+        if (row < p->num_rows) block(p, weight, stride, row, column, 0);
+    }
+    _tile_release();
+}
+
+/* The weights of the last group with zeros behind each row and behind the last one, as tiles are read whole. */
+static void copy_last(const struct product *p, int8_t *last) {
+    int64_t first = (p->num_columns - 1) / GROUP * GROUP, stride = p->num_slabs * DEPTH;
+    memset(last, 0, (size_t)(GROUP * stride));
+    for (int64_t i = 0; first + i < p->num_columns; i++)
+        memcpy(last + i * stride, p->weight + (first + i) * p->weight_stride, (size_t)p->depth);
+}
+
+int int8_product_amx(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
+                     int64_t depth, int64_t x_stride, int64_t weight_stride) {
+    if (num_rows == 0 || num_columns == 0) return 0;
+    int64_t num_slabs = (depth + DEPTH - 1) / DEPTH, num_panels = (num_rows + SIDE - 1) / SIDE;
+    int64_t groups = (num_columns + GROUP - 1) / GROUP;
+    struct product task = {x, weight, NULL, NULL, acc, num_rows, num_columns, depth, num_slabs, x_stride, weight_stride};
+    task.packed = malloc((size_t)(num_panels * num_slabs * TILE + 1));
+    if (task.packed == NULL) return -1;
+    if (num_columns % GROUP || depth % DEPTH) {
+        task.last = malloc((size_t)(GROUP * num_slabs * DEPTH + 1));
+        if (task.last == NULL) {
+            free(task.packed);
+            return -1;
+        }
+        copy_last(&task, task.last);
+    }
+    parallel_for(num_panels, 1 + (1 << 16) / (SIDE * (depth + 1)), pack, &task);
+    parallel_for(groups, 1 + (1 << 20) / (GROUP * SIDE * num_panels * (depth + 1)), multiply, &task);
+    free(task.last);
+    free(task.packed);
+    return 0;
+}
+
+#else /* the compiler does not know the instructions, or this is another system */
+
+int has_amx(void) { return 0; }
+
+int int8_product_amx(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
+                     int64_t depth, int64_t x_stride, int64_t weight_stride) {
+    return int8_product(x, weight, acc, num_rows, num_columns, depth, x_stride, weight_stride);
+}
+
+#endif
