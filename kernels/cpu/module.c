@@ -59,6 +59,8 @@ FUNCTION(int8_product_vnni, 8,
          int8_product_vnni(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6), WHOLE(7)))
 FUNCTION(int8_product_amx, 8,
          int8_product_amx(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6), WHOLE(7)))
+FUNCTION(int8_linear_amx, 18,
+         int8_linear_amx(POINTER(11), POINTER(12), WHOLE(13), WHOLE(14), WHOLE(15), EPILOGUE, POINTER(16), WHOLE(17)))
 FUNCTION(quantize, 10, quantize(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), WHOLE(4), TARGET(5)))
 FUNCTION(rms_norm, 14,
          rms_norm(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), POINTER(4), WHOLE(5), REAL(6), WHOLE(7), WHOLE(8),
@@ -107,6 +109,7 @@ static PyMethodDef methods[] = {
     METHOD(int8_product_vnni, "See product.h."),
     METHOD(has_amx, "Whether this process can use the instructions of int8_product_amx."),
     METHOD(int8_product_amx, "See product.h."),
+    METHOD(int8_linear_amx, "See product.h."),
     METHOD(quantize, "See rows.h."),
     METHOD(rms_norm, "See rows.h."),
     METHOD(silu_mul, "See rows.h."),

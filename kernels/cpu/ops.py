@@ -9,12 +9,15 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cpu.library import DTYPES, WHY_NOT, native
-from kernels.cpu.product import int8_product
+from kernels.cpu.product import HAS_AMX, int8_product
 from kernels.quantized import Quantized, ToInt8
 from kernels.reference.attention import decode_attention
 from kernels.reference.common import ROWS_AT_ONCE, row_slices
 from kernels.reference.linear import require_depth
 from kernels.rows import Rows
+
+HAS_BFLOAT16_TILES = torch.cpu._is_amx_tile_supported()
+"""Whether products in bfloat16 take half the time of float32's, as with AMX; else they take several times as long."""
 
 
 def quantize_rows(x: Tensor) -> Quantized:
@@ -85,6 +88,12 @@ def int8_linear(
     if out_dtype not in DTYPES or not _takes(x.codes, x.scale, weight_scale, bias, residual):
         return reference.int8_linear(x, weight_q, weight_scale, bias, residual, out_dtype)
     y = torch.empty(x.codes.shape[0], weight_q.shape[0], dtype=out_dtype)
+    if HAS_AMX and weight_q.stride(1) == 1:
+        require_depth(x.codes)
+        numbers = _epilogue(0, x.scale, x.scale, weight_scale, bias, residual, *y.shape)
+        where = x.codes.data_ptr(), weight_q.data_ptr(), x.codes.shape[1], x.codes.stride(0), weight_q.stride(0)
+        native.int8_linear_amx(*numbers, *where, y.data_ptr(), DTYPES[out_dtype])
+        return y
     for rows, numbers in _products(x, weight_q, weight_scale, bias, residual):
         native.finish(*numbers, *_where(y[rows], out_dtype, is_static=False))
     return y
@@ -160,7 +169,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Tensor | Quantized:
-    """See reference.paged_attention. Single rows are attended in C, rows of prompts as there."""
+    """See reference.paged_attention. Single rows are attended in C, rows of prompts as there, in bfloat16 by AMX."""
     y = reference.paged_attention(
         q,
         k_cache,
@@ -173,6 +182,7 @@ def paged_attention(
         window=window,
         soft_cap=soft_cap,
         decode=_decode_attention,
+        tile_dtype=torch.bfloat16 if HAS_BFLOAT16_TILES and q.dtype == torch.bfloat16 else torch.float32,
     )
     if quantize is None:
         return y
@@ -298,30 +308,42 @@ def _is_static(quantize: ToInt8 | None) -> bool:
 def _products(
     x: Quantized, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Iterator[tuple[slice, tuple[int, ...]]]:
-    """Some rows at a time, with the eleven numbers of `struct epilogue` for their sums."""
+    """Some rows at a time, with `_epilogue` of their sums."""
     require_depth(x.codes)
     num_rows, num_columns = x.codes.shape[0], weight_q.shape[0]
     acc = torch.empty(min(num_rows, ROWS_AT_ONCE), num_columns, dtype=torch.int32)
     for rows in row_slices(num_rows):
         stop = min(rows.stop, num_rows)
         int8_product(x.codes[rows], weight_q, acc[: stop - rows.start])
-        scale, is_per_row = x.scale, x.scale.shape[0] > 1
-        yield (
-            rows,
-            (
-                acc.data_ptr(),
-                (scale[rows] if is_per_row else scale).data_ptr(),
-                weight_scale.data_ptr(),
-                int(is_per_row),
-                int(weight_scale.shape[0] > 1),
-                _address(bias),
-                0 if residual is None else residual[rows].data_ptr(),
-                _dtype(bias),
-                _dtype(residual),
-                stop - rows.start,
-                num_columns,
-            ),
-        )
+        scale = x.scale[rows] if x.scale.shape[0] > 1 else x.scale
+        added = None if residual is None else residual[rows]
+        yield rows, _epilogue(acc.data_ptr(), x.scale, scale, weight_scale, bias, added, stop - rows.start, num_columns)
+
+
+def _epilogue(
+    sums: int,
+    all_scales: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    num_rows: int,
+    num_columns: int,
+) -> tuple[int, ...]:
+    """The eleven numbers of `struct epilogue`. all_scales: of all rows, of which there may be more than these."""
+    return (
+        sums,
+        x_scale.data_ptr(),
+        weight_scale.data_ptr(),
+        int(all_scales.shape[0] > 1),
+        int(weight_scale.shape[0] > 1),
+        _address(bias),
+        _address(residual),
+        _dtype(bias),
+        _dtype(residual),
+        num_rows,
+        num_columns,
+    )
 
 
 def _cache(k_cache: Tensor | Quantized, v_cache: Tensor | Quantized) -> tuple[int, ...] | None:

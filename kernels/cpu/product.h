@@ -1,7 +1,7 @@
 #ifndef OTTAVA_PRODUCT_H
 #define OTTAVA_PRODUCT_H
 
-#include "native.h"
+#include "rows.h"
 
 /* acc [rows, columns] int32 = x [rows, depth] weight [columns, depth]^T, exact for every int8 and a depth of up to
  * 131,071. The strides are of rows; the depth is contiguous in both. -1 if there is no memory, else 0. */
@@ -21,5 +21,10 @@ int has_amx(void);
 /* The same with its instructions. */
 int int8_product_amx(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
                      int64_t depth, int64_t x_stride, int64_t weight_stride);
+
+/* A Linear with these instructions, with the bits of a product and `finish`; its sums are in no memory. from.acc is not
+ * read. Only where has_amx() is true. */
+int int8_linear_amx(const int8_t *x, const int8_t *weight, int64_t depth, int64_t x_stride, int64_t weight_stride,
+                    struct epilogue from, void *out, int64_t out_dtype);
 
 #endif

@@ -1,4 +1,4 @@
-/* int8 by int8, exact sums in int32, of more than a few rows on processors with AMX.
+/* int8 by int8, exact sums in int32, and Linears over them, on processors with AMX.
  *
  * An instruction multiplies a tile of 16 rows of 64 codes by one of 64 rows of 16, whose codes lie in fours. The weights
  * are the first, which takes them as they lie, so only x is packed. Sums come out as [columns, rows] and are transposed. */
@@ -21,16 +21,21 @@ int has_amx(void) {
     return has_tiles && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-#define TILES __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw")))
-#define INLINE_TILES static inline __attribute__((always_inline, target("amx-tile,amx-int8,avx512f,avx512bw")))
+#define TARGETS "amx-tile,amx-int8,avx512f,avx512bw,avx512vl"
+#define TILES __attribute__((target(TARGETS)))
+#define INLINE_TILES static inline __attribute__((always_inline, target(TARGETS)))
 
-enum { SIDE = 16, DEPTH = 64, TILE = SIDE * DEPTH, GROUP = 2 * SIDE };
+enum { SIDE = 16, DEPTH = 64, TILE = SIDE * DEPTH, GROUP = 2 * SIDE, ROWS_AT_ONCE = 512 };
 
+/* linear: what becomes of the sums; null: they go to acc. */
 struct product {
     const int8_t *x, *weight;
     int8_t *packed, *last;
     int32_t *acc;
     int64_t num_rows, num_columns, depth, num_slabs, x_stride, weight_stride;
+    const struct epilogue *linear;
+    void *out;
+    int64_t out_dtype;
 };
 
 /* What a tile is, for each of the eight. */
@@ -69,11 +74,8 @@ TILES static void pack(int64_t begin, int64_t end, void *task) {
     }
 }
 
-/* sums [columns, rows] of one tile to acc [rows, columns]. */
-INLINE_TILES void put(const struct product *p, const int32_t *sums, int64_t row, int64_t column) {
-    int64_t rows = p->num_rows - row, columns = p->num_columns - column;
-    if (rows <= 0 || columns <= 0) return;
-    __m512i a[SIDE], b[SIDE];
+INLINE_TILES void transpose(const int32_t *sums, __m512i *b) {
+    __m512i a[SIDE];
 #pragma GCC unroll 16
     for (int i = 0; i < SIDE; i++) a[i] = _mm512_loadu_si512(sums + i * SIDE);
 #pragma GCC unroll 8
@@ -98,11 +100,50 @@ INLINE_TILES void put(const struct product *p, const int32_t *sums, int64_t row,
         b[8 + i] = _mm512_shuffle_i32x4(even, even_8, 0xdd);
         b[12 + i] = _mm512_shuffle_i32x4(odd, odd_8, 0xdd);
     }
+}
+
+INLINE_TILES __m512 read_some(const void *from, int64_t dtype, int64_t at, __mmask16 there) {
+    if (dtype == FLOAT32) return _mm512_maskz_loadu_ps(there, (const float *)from + at);
+    __m256i bits = _mm256_maskz_loadu_epi16(there, (const uint16_t *)from + at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+/* As write_floats. */
+INLINE_TILES void write_some(void *to, int64_t dtype, int64_t at, __mmask16 there, __m512 y) {
+    if (dtype == FLOAT32) {
+        _mm512_mask_storeu_ps((float *)to + at, there, y);
+        return;
+    }
+    __m512i bits = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    bits = _mm512_mask_set1_epi32(bits, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), 0x7fc0);
+    _mm256_mask_storeu_epi16((uint16_t *)to + at, there, _mm512_cvtepi32_epi16(bits));
+}
+
+/* sums [columns, rows] of one tile to acc, or to what the Linear makes of them, [rows, columns]. */
+INLINE_TILES void put(const struct product *p, const int32_t *sums, int64_t row, int64_t column) {
+    int64_t rows = p->num_rows - row, columns = p->num_columns - column;
+    if (rows <= 0 || columns <= 0) return;
+    if (rows > SIDE) rows = SIDE;
+    __m512i b[SIDE];
+    transpose(sums, b);
     __mmask16 there = columns < SIDE ? (__mmask16)((1 << columns) - 1) : (__mmask16)0xffff;
-    int32_t *acc = p->acc + row * p->num_columns + column;
-#pragma GCC unroll 16
-    for (int i = 0; i < SIDE; i++)
-        if (i < rows) _mm512_mask_storeu_epi32(acc + i * p->num_columns, there, b[i]);
+    int64_t at = row * p->num_columns + column;
+    if (p->linear == NULL) {
+        for (int64_t i = 0; i < rows; i++, at += p->num_columns) _mm512_mask_storeu_epi32(p->acc + at, there, b[i]);
+        return;
+    }
+    const struct epilogue *l = p->linear;
+    __m512 weight_scale = l->weight_stride ? _mm512_maskz_loadu_ps(there, l->weight_scale + column)
+                                           : _mm512_set1_ps(l->weight_scale[0]);
+    __m512 bias = l->bias == NULL ? _mm512_setzero_ps() : read_some(l->bias, l->bias_dtype, column, there);
+    for (int64_t i = 0; i < rows; i++, at += p->num_columns) {
+        __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(b[i]), weight_scale);
+        y = _mm512_mul_ps(y, _mm512_set1_ps(l->x_scale[(row + i) * l->x_stride]));
+        if (l->bias != NULL) y = _mm512_add_ps(y, bias);
+        if (l->residual != NULL) y = _mm512_add_ps(y, read_some(l->residual, l->residual_dtype, at, there));
+        write_some(p->out, p->out_dtype, at, there, y);
+    }
 }
 
 /* 32 columns of weights by 16 or, if is_wide, 32 rows of x from `row` on. */
@@ -160,26 +201,49 @@ static void copy_last(const struct product *p, int8_t *last) {
         memcpy(last + i * stride, p->weight + (first + i) * p->weight_stride, (size_t)p->depth);
 }
 
-int int8_product_amx(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
-                     int64_t depth, int64_t x_stride, int64_t weight_stride) {
-    if (num_rows == 0 || num_columns == 0) return 0;
-    int64_t num_slabs = (depth + DEPTH - 1) / DEPTH, num_panels = (num_rows + SIDE - 1) / SIDE;
-    int64_t groups = (num_columns + GROUP - 1) / GROUP;
-    struct product task = {x, weight, NULL, NULL, acc, num_rows, num_columns, depth, num_slabs, x_stride, weight_stride};
-    task.packed = malloc((size_t)(num_panels * num_slabs * TILE + 1));
-    if (task.packed == NULL) return -1;
-    if (num_columns % GROUP || depth % DEPTH) {
-        task.last = malloc((size_t)(GROUP * num_slabs * DEPTH + 1));
-        if (task.last == NULL) {
-            free(task.packed);
+/* All of a product. */
+static int run(struct product *task) {
+    if (task->num_rows == 0 || task->num_columns == 0) return 0;
+    int64_t depth = task->depth, num_panels = (task->num_rows + SIDE - 1) / SIDE;
+    int64_t groups = (task->num_columns + GROUP - 1) / GROUP;
+    task->num_slabs = (depth + DEPTH - 1) / DEPTH;
+    task->packed = malloc((size_t)(num_panels * task->num_slabs * TILE + 1));
+    if (task->packed == NULL) return -1;
+    if (task->num_columns % GROUP || depth % DEPTH) {
+        task->last = malloc((size_t)(GROUP * task->num_slabs * DEPTH + 1));
+        if (task->last == NULL) {
+            free(task->packed);
             return -1;
         }
-        copy_last(&task, task.last);
+        copy_last(task, task->last);
     }
-    parallel_for(num_panels, 1 + (1 << 16) / (SIDE * (depth + 1)), pack, &task);
-    parallel_for(groups, 1 + (1 << 20) / (GROUP * SIDE * num_panels * (depth + 1)), multiply, &task);
-    free(task.last);
-    free(task.packed);
+    parallel_for(num_panels, 1 + (1 << 16) / (SIDE * (depth + 1)), pack, task);
+    parallel_for(groups, 1 + (1 << 20) / (GROUP * SIDE * num_panels * (depth + 1)), multiply, task);
+    free(task->last);
+    free(task->packed);
+    return 0;
+}
+
+int int8_product_amx(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
+                     int64_t depth, int64_t x_stride, int64_t weight_stride) {
+    struct product task = {.x = x, .weight = weight, .acc = acc, .num_rows = num_rows, .num_columns = num_columns,
+                           .depth = depth, .x_stride = x_stride, .weight_stride = weight_stride};
+    return run(&task);
+}
+
+VECTOR int int8_linear_amx(const int8_t *x, const int8_t *weight, int64_t depth, int64_t x_stride, int64_t weight_stride,
+                    struct epilogue from, void *out, int64_t out_dtype) {
+    for (int64_t row = 0; row < from.num_rows; row += ROWS_AT_ONCE) {
+        int64_t left = from.num_rows - row, at = row * from.num_columns;
+        struct epilogue part = from;
+        part.x_scale += row * from.x_stride;
+        if (from.residual != NULL) part.residual = (const char *)from.residual + at * size_of(from.residual_dtype);
+        struct product task = {.x = x + row * x_stride, .weight = weight, .num_rows = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE,
+                               .num_columns = from.num_columns, .depth = depth, .x_stride = x_stride,
+                               .weight_stride = weight_stride, .linear = &part,
+                               .out = (char *)out + at * size_of(out_dtype), .out_dtype = out_dtype};
+        if (run(&task) != 0) return -1;
+    }
     return 0;
 }
 
@@ -190,6 +254,12 @@ int has_amx(void) { return 0; }
 int int8_product_amx(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
                      int64_t depth, int64_t x_stride, int64_t weight_stride) {
     return int8_product(x, weight, acc, num_rows, num_columns, depth, x_stride, weight_stride);
+}
+
+int int8_linear_amx(const int8_t *x, const int8_t *weight, int64_t depth, int64_t x_stride, int64_t weight_stride,
+                    struct epilogue from, void *out, int64_t out_dtype) {
+    (void)x, (void)weight, (void)depth, (void)x_stride, (void)weight_stride, (void)from, (void)out, (void)out_dtype;
+    return -1;
 }
 
 #endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -107,6 +108,7 @@ def paged_attention(
     soft_cap: float | None = None,
     *,
     decode: Callable[..., Tensor] | None = None,
+    tile_dtype: torch.dtype = torch.float32,
 ) -> Tensor | Quantized:
     """Attend causally over the paged cache, for prefill chunks and decodes in one batch.
 
@@ -134,6 +136,7 @@ def paged_attention(
         window: a row sees only the last window keys up to its own position, at least 1; None for all.
         soft_cap: positive bound of the scores; None for none.
         decode: attends single rows in place of `decode_attention`, with its arguments.
+        tile_dtype: of the factors of the products of other rows, the softmax's weights among them; without a soft cap.
 
     Returns:
         y [T, H * D]. Rows outside every request are not defined.
@@ -155,22 +158,21 @@ def paged_attention(
         out[rows] = decode(
             q[rows], k_cache, v_cache, block_tables[decodes], context_lens[decodes], scale, window, soft_cap
         )
+    dtype = tile_dtype if soft_cap is None else torch.float32
     for b, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
         if length < 2:
             continue
         first, num_keys = context - length, -(-context // TILE) * TILE
         keys, values = (
-            _gather_blocks(cache, block_tables[b : b + 1], context, num_keys).to(q.dtype).float()
+            _gather_blocks(cache, block_tables[b : b + 1], context, num_keys).to(q.dtype).to(dtype)
             for cache in (k_cache, v_cache)
         )
         for start in range(first // TILE * TILE, context, TILE):
             stop, begin, end = start + TILE, max(start, first), min(start + TILE, context)
             here = slice(starts[b] + begin - first, starts[b] + end - first)
-            tile = torch.zeros(TILE, *q.shape[1:], device=q.device)
+            tile = torch.zeros(TILE, *q.shape[1:], dtype=dtype, device=q.device)
             tile[begin - start : end - start] = q[here]
-            mask = torch.ones(TILE, stop, dtype=torch.bool, device=q.device).tril(start)
-            if window is not None:
-                mask = mask.triu(start - window + 1)
+            mask = _mask(start, window, dtype, q.device)
             y = _attend(tile.transpose(0, 1)[None], keys[:, :, :stop], values[:, :, :stop], mask, scale, soft_cap)
             out[here] = y[0, :, begin - start : end - start].transpose(0, 1).flatten(1).to(q.dtype)
     return store(out, q.dtype, quantize)
@@ -217,13 +219,32 @@ def decode_attention(
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, soft_cap: float | None) -> Tensor:
-    """softmax(q k^T * scale) v, [B, H, rows, D] float32. mask: True or 0 where a row sees a key."""
+    """softmax(q k^T * scale) v, [B, H, rows, D]. mask: 0 where a row sees a key, else -inf."""
     if soft_cap is None:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
     keys, values = (heads.repeat_interleave(q.shape[1] // heads.shape[1], 1) for heads in (keys, values))
     scores = torch.tanh(q @ keys.transpose(-1, -2) * (scale / soft_cap)) * soft_cap
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1) @ values
+    return (scores + mask).softmax(-1) @ values
+
+
+def _mask(start: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Which keys 0 .. start + TILE - 1 the rows at positions start .. start + TILE - 1 see, as `_attend` takes it."""
+    longest = 1 << max(start, TILE).bit_length()
+    mask = _diagonal(longest, dtype, device)[:, longest - start :]
+    if window is None:
+        return mask
+    beyond = torch.ones(TILE, start + TILE, dtype=torch.bool, device=device).tril(start - window)
+    return mask.masked_fill(beyond, float("-inf"))
+
+
+@lru_cache(maxsize=8)
+def _diagonal(longest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The mask of a tile behind `longest` keys, whose last columns are those of a tile behind fewer."""
+    # Kept for callers of either mode.
+    with torch.inference_mode(False):
+        mask = torch.zeros(TILE, longest + TILE, dtype=dtype, device=device)
+        mask[:, longest:] = torch.full((TILE, TILE), float("-inf"), device=device).triu(1)
+        return mask
 
 
 def _gather_blocks(cache: Tensor | Quantized, block_tables: Tensor, num_tokens: int, size: int) -> Tensor:

@@ -99,7 +99,7 @@ def test_a_product_over_nothing_is_zero() -> None:
 
 @in_c
 @each_dtype
-@pytest.mark.parametrize("T", [0, 1, 3, 128, 129, 300])
+@pytest.mark.parametrize("T", [0, 1, 3, 128, 129, 300, 530])
 def test_int8_linear_has_the_bits_of_the_reference(T: int, dtype: torch.dtype) -> None:
     K, N = 100, 530
     weight_q, bias, residual = codes(N, K), randn(N, dtype=dtype), randn(T, N, dtype=dtype)
