@@ -90,7 +90,7 @@ def int8_linear(
     y = torch.empty(x.codes.shape[0], weight_q.shape[0], dtype=out_dtype)
     if HAS_AMX and weight_q.stride(1) == 1:
         require_depth(x.codes)
-        numbers = _epilogue(0, x.scale, x.scale, weight_scale, bias, residual, *y.shape)
+        numbers = _epilogue(0, x.scale, weight_scale, bias, residual, *y.shape)
         where = x.codes.data_ptr(), weight_q.data_ptr(), x.codes.shape[1], x.codes.stride(0), weight_q.stride(0)
         native.int8_linear_amx(*numbers, *where, y.data_ptr(), DTYPES[out_dtype])
         return y
@@ -317,12 +317,11 @@ def _products(
         int8_product(x.codes[rows], weight_q, acc[: stop - rows.start])
         scale = x.scale[rows] if x.scale.shape[0] > 1 else x.scale
         added = None if residual is None else residual[rows]
-        yield rows, _epilogue(acc.data_ptr(), x.scale, scale, weight_scale, bias, added, stop - rows.start, num_columns)
+        yield rows, _epilogue(acc.data_ptr(), scale, weight_scale, bias, added, stop - rows.start, num_columns)
 
 
 def _epilogue(
     sums: int,
-    all_scales: Tensor,
     x_scale: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
@@ -330,12 +329,12 @@ def _epilogue(
     num_rows: int,
     num_columns: int,
 ) -> tuple[int, ...]:
-    """The eleven numbers of `struct epilogue`. all_scales: of all rows, of which there may be more than these."""
+    """The eleven numbers of `struct epilogue`."""
     return (
         sums,
         x_scale.data_ptr(),
         weight_scale.data_ptr(),
-        int(all_scales.shape[0] > 1),
+        int(x_scale.shape[0] > 1),
         int(weight_scale.shape[0] > 1),
         _address(bias),
         _address(residual),

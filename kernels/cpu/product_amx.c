@@ -16,7 +16,8 @@ enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
 int has_amx(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    int has_tiles = (d >> 24 & 1) && (d >> 25 & 1) && __builtin_cpu_supports("avx512bw");
+    int has_vectors = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    int has_tiles = (d >> 24 & 1) && (d >> 25 & 1) && has_vectors;
     /* The kernel saves tiles only for processes that ask for them. */
     return has_tiles && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }

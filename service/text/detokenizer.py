@@ -51,7 +51,7 @@ class Detokenizer:
         self._alone = alone if hidden is None else None
         self._window = self._end_of(context)
         self._num_sent = len(self._window)
-        self._prefix = self._decode(self._window) if self._window else ""
+        self._prefix = self._decode(self._window)
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that it completes; empty while a character is incomplete."""
@@ -71,25 +71,24 @@ class Detokenizer:
         return self._decode(self._window[self._num_sent :])
 
     def _sent(self, text: str) -> str:
-        window = self._window = self._window[self._num_sent :]
-        self._num_sent = len(window)
-        if self._alone is not None and len(window) == 1:
-            self._prefix = self._alone(window[0])
-        else:
-            self._prefix = self._decode(window)
+        self._window = self._window[self._num_sent :]
+        self._num_sent = len(self._window)
+        self._prefix = self._decode(self._window)
         return text
 
     def _end_of(self, context: Sequence[int]) -> list[int]:
         """The last tokens of the context, starting at the beginning of a character: a decoder may reject all bytes of
         a run that starts inside one. (The text itself may hold U+FFFD, so the start with the fewest is taken.)"""
-        if not context:
-            return []
         ends = [list(context[-num:]) for num in range(NUM_CONTEXT, NUM_CONTEXT + MAX_BYTES)]
         if REPLACEMENT not in self._decode(ends[0]):
             return ends[0]
         return min(ends, key=lambda end: self._decode(end).count(REPLACEMENT))
 
     def _decode(self, ids: list[int]) -> str:
+        if not ids:
+            return ""
+        if len(ids) == 1 and self._alone is not None:
+            return self._alone(ids[0])
         if self._hidden is None:
             return decoded(self._backend, ids)
         return decoded(self._backend, [i for i in ids if i not in self._hidden], hides_special=False)
