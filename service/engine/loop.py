@@ -398,12 +398,18 @@ class EngineLoop:
     def _launch(self, step: Step, earlier: Sequence[Handle]) -> None:
         """Launch a step behind earlier ones that have not been read."""
         run = self._device_thread.launch if self._runner.only_launches else self._device_thread.run
-        handle = self._watched("launching", step, run, self._runner.execute, step)
+        waiting = InHand("waiting to launch", step, time.perf_counter(), num_timeouts=2)
+        handle = self._watched(waiting, run, self._execute, step)
         now_s = time.perf_counter()
         launch_s = now_s - self._planned_s if earlier else 0.0
         self._just_in_time.launched(now_s, launch_s, was_late=any(each.is_done for each in earlier))
         self._unread.append((step, handle))
         self._step_batch_sizes[step.num_requests] += 1
+
+    def _execute(self, step: Step) -> Handle:
+        """Launch a step now that the device is this engine's: its time counts from here."""
+        self._in_hand = InHand("launching", step, time.perf_counter())
+        return self._runner.execute(step)
 
     def _wait_for_arrivals(self) -> None:
         """Let a step run alone for as long as the device then need not wait: requests may come for the next one.
@@ -424,7 +430,7 @@ class EngineLoop:
         step, handle = self._unread.popleft()
         is_placed = False
         try:
-            results = self._watched("reading", step, handle.read)
+            results = self._watched(InHand("reading", step, time.perf_counter()), handle.read)
             self._just_in_time.ended(results)
             if not self._lost:
                 self._inbox.commit(step, results)
@@ -433,9 +439,9 @@ class EngineLoop:
             if not is_placed:
                 self._lost.update(chunk.request for chunk in step.chunks)
 
-    def _watched(self, doing: str, step: Step, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def _watched(self, in_hand: InHand, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a function under the watchdog. Raises StepStuck if the watchdog has given up the step meanwhile."""
-        self._in_hand = InHand(doing, step, time.perf_counter())
+        self._in_hand = in_hand
         try:
             result = function(*args, **kwargs)
         finally:

@@ -72,11 +72,18 @@ def describe(fault: BaseException) -> str:
 
 @dataclass(frozen=True, slots=True)
 class InHand:
-    """A step that the engine's thread is waiting for. doing: "launching" or "reading"; since_s: `time.perf_counter`."""
+    """A step that the engine's thread is waiting for.
+
+    doing: "waiting to launch", "launching" or "reading".
+    since_s: `time.perf_counter`.
+    num_timeouts: after how many time limits of a step it counts as stuck. Two while another engine has the device: if
+        that one's step hangs, its own watchdog finds it first.
+    """
 
     doing: str
     step: Step
     since_s: float
+    num_timeouts: int = 1
 
     def __str__(self) -> str:
         requests = list(dict.fromkeys(chunk.request for chunk in self.step.chunks))
@@ -120,8 +127,10 @@ class Watchdog:
         pause_s = self._timeout_s
         while not self._has_ended.wait(pause_s):
             in_hand = self._look()
-            left_s = 0.0 if in_hand is None else in_hand.since_s + self._timeout_s - time.perf_counter()
-            pause_s = left_s if left_s > 0 else self._timeout_s
+            left_s = 0.0
+            if in_hand is not None:
+                left_s = in_hand.since_s + in_hand.num_timeouts * self._timeout_s - time.perf_counter()
+            pause_s = min(left_s, self._timeout_s) if left_s > 0 else self._timeout_s
             if in_hand is not None and left_s <= 0 and self._give_up(in_hand):
                 return
             # It holds the step's requests, which must not live on while this thread sleeps.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 
 import pytest
@@ -231,7 +232,7 @@ def test_a_stuck_step_fails_everyone_at_once(
 def test_a_step_that_waits_behind_a_stuck_one_fails_too(
     engine_of: StartEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two engines of one device: the clients of the second would hang as long as the first."""
+    """Two engines of one device: the clients of the second would hang as long as the first, which is to blame."""
     device_thread, hang = DeviceThread(), Hang(from_step=0)
     stuck, other = ScriptedRunner(), ScriptedRunner()
     stuck.on_execute = hang
@@ -246,6 +247,18 @@ def test_a_step_that_waits_behind_a_stuck_one_fails_too(
 
     assert all(isinstance(result, EngineFailed) for result in asyncio.run(go()))
     hang.release.set()
+    blamed = [record.getMessage().splitlines()[0] for record in caplog.records if record.levelname == "CRITICAL"]
+    assert ["is stuck while launching" in blamed[0], "is stuck while waiting to launch" in blamed[1]] == [True, True]
+
+
+def test_a_step_may_wait_for_the_device_longer_than_it_may_take(engine_of: StartEngine) -> None:
+    device_thread, runner = DeviceThread(), ScriptedRunner()
+    engine = engine_of(runner, device_thread=device_thread, step_timeout_s=0.4)
+    held = threading.Thread(target=device_thread.run, args=(time.sleep, 0.5))
+    held.start()
+    assert run_all(engine, [3]) == [[0, 1, 2]]
+    held.join()
+    assert engine.failure is None
 
 
 def test_a_long_run_of_quick_steps_is_not_stuck(engine_of: StartEngine) -> None:
