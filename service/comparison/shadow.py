@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from service.comparison.compare import agreement, speedup
 from service.comparison.tally import Comparisons
 from service.comparison.traffic import Traffic, num_in
@@ -60,7 +62,7 @@ class Sample:
             self,
             params=replace(self.params, prompt_logprobs=None, logprobs=None if self.params.logprobs is None else 0),
             progress=replace(self.progress, prompt_logprobs=()),
-            tokens=[replace(token, top_logprobs=()) for token in self.tokens],
+            tokens=[msgspec.structs.replace(token, top_logprobs=()) for token in self.tokens],
         )
 
 

@@ -8,6 +8,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Literal, Protocol
 
+import msgspec
+
 
 class FinishReason(StrEnum):
     STOP = "stop"
@@ -61,9 +63,11 @@ class SamplingParams:
     max_cached: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token. time_s is read from `time.perf_counter`."""
+class Token(msgspec.Struct, frozen=True, gc=False):
+    """One generated token. time_s is read from `time.perf_counter`.
+
+    A struct, because there are many: it is made in a tenth of a dataclass's time, and no garbage collection visits it.
+    """
 
     id: int
     time_s: float

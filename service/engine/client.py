@@ -209,20 +209,15 @@ class EngineClient:
 
     def _hand_out(self, news: News) -> None:
         """Pass each stream its tokens."""
-        logprobs, time_s, streams, before = dict(news.logprobs), news.time_s, self._streams, 0
+        logprobs, time_s, streams, before = dict(news.logprobs), news.time_s, self._streams, None
         for place, (handle, token_id) in enumerate(zip(news.handles, news.token_ids, strict=True)):
             stream = streams.get(handle)
             if stream is None:
                 continue
-            stream.num_generated += 1
-            if handle == before:
-                stream.num_accepted += 1
-            else:
-                stream.num_steps += 1
-                stream.num_rows += news.num_requests
-                before = handle
             found = logprobs.get(place) if logprobs else None
-            stream.put([Token(token_id, time_s) if found is None else _token(token_id, time_s, found)])
+            token = Token(token_id, time_s) if found is None else _token(token_id, time_s, found)
+            stream.add(token, None if handle == before else news.num_requests)
+            before = handle
 
     def _take_scores(self, scored: Scored) -> None:
         stream = self._streams.get(scored.handle)
@@ -237,7 +232,7 @@ class EngineClient:
         if stream is None:
             return
         stream.finish_reason, stream.finished_s = ended.reason, ended.time_s
-        stream.put(None if ended.fault is None else error_of(ended.fault))
+        stream.end(None if ended.fault is None else error_of(ended.fault))
         stream.release()
 
     def _drop(self, streams: list[RequestStream], error: OttavaError) -> None:
@@ -245,7 +240,7 @@ class EngineClient:
         for stream in streams:
             del self._streams[stream.command.handle]
             stream.finish_reason, stream.finished_s = FinishReason.ABORT, now_s
-            stream.put(error)
+            stream.end(error)
             stream.release()
 
 

@@ -12,9 +12,6 @@ from service.engine.messages import Submit
 MAX_TOGETHER = 32
 """Most tokens per iteration. The backlog of a slow client is split, so that no part blocks the event loop for long."""
 
-Item = list[Token] | Exception | None
-"""New tokens, the error that ended the request, or None after its last token."""
-
 
 @dataclass(slots=True, eq=False)
 class RequestStream:
@@ -84,15 +81,26 @@ class RequestStream:
         finally:
             del error
 
-    def put(self, item: Item) -> None:
-        """Add an item from the engine. Items after the end, or after `finish`, are dropped."""
-        if self._is_over:
-            return
-        if isinstance(item, list):
-            self._tokens += item
+    def add(self, token: Token, num_rows: int | None) -> None:
+        """Add a token from the engine; after the end, or after `finish`, it is dropped.
+
+        num_rows: requests of the step that brought it; None if the token before is of the same step.
+        """
+        self.num_generated += 1
+        if num_rows is None:
+            self.num_accepted += 1
         else:
-            self._is_over, self._error = True, item
-        self._wake()
+            self.num_steps += 1
+            self.num_rows += num_rows
+        if not self._is_over:
+            self._tokens.append(token)
+            self._wake()
+
+    def end(self, error: Exception | None) -> None:
+        """Record that no more tokens will come, with the error that ended the request, if one did. Idempotent."""
+        if not self._is_over:
+            self._is_over, self._error = True, error
+            self._wake()
 
     def finish(self, reason: FinishReason) -> None:
         """End the request early. Idempotent; has no effect on a request that has finished."""

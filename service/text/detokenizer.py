@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Set
 
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
 
 from service.errors import EngineFailed, first_line
 from service.store.tokenizer_file import is_librarys
@@ -49,12 +50,19 @@ class Detokenizer:
         self._backend = backend
         self._hidden = hidden
         self._alone = alone if hidden is None else None
+        # Bytes one after the other: what is valid text by itself is the same text behind any other.
+        self._joins = self._alone is not None and isinstance(backend.decoder, decoders.ByteLevel)
         self._window = self._end_of(context)
         self._num_sent = len(self._window)
         self._prefix = self._decode(self._window)
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that it completes; empty while a character is incomplete."""
+        if self._joins and len(self._window) == self._num_sent:
+            text = self._decode([token_id])
+            if text and REPLACEMENT not in text:
+                self._window, self._num_sent, self._prefix = [token_id], 1, text
+                return text
         self._window.append(token_id)
         text = self._pending_text()
         is_partial = not text or text.endswith(REPLACEMENT)

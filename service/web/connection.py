@@ -15,10 +15,12 @@ from http import HTTPStatus
 from typing import Any, cast
 
 import h11
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from service.web.parsing import ParsingTurns, QuickConnection
+from service.web.chunks import WithChunks
+from service.web.parsing import ParsingTurns, QuickConnection, framed_chunk
 from service.web.schemas.failure import ErrorDetail, ErrorResponse
 
 PART_BYTES = 8 << 10
@@ -97,6 +99,22 @@ class Inflow(FlowControl):
                 self._transport.resume_reading()
 
 
+class ChunkWriter:
+    """Writes chunks of a connection's answers, without the steps of `send` that only their ends need."""
+
+    def __init__(self, connection: QuickConnection, transport: asyncio.Transport, flow: FlowControl) -> None:
+        self._connection = connection
+        self._transport = transport
+        self._flow = flow
+
+    def write(self, data: bytes) -> bool:
+        """See `WriteChunk`."""
+        if self._flow.write_paused or not self._connection.sends_chunks or self._transport.is_closing():
+            return False
+        self._transport.write(framed_chunk(data))
+        return True
+
+
 class BoundedProtocol(H11Protocol):
     """uvicorn's h11 protocol plus what it leaves to a proxy: timeouts, a connection limit, and JSON error bodies.
 
@@ -113,6 +131,8 @@ class BoundedProtocol(H11Protocol):
     sending side is closed, and further bytes are dropped until the client closes too, receive_timeout_s has passed or
     there were LINGER_BYTES of them.
     """
+
+    conn: QuickConnection
 
     def __init__(self, *args: Any, limits: ConnectionLimits, turns: ParsingTurns, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -132,6 +152,7 @@ class BoundedProtocol(H11Protocol):
         self._socket = transport
         self.flow = Inflow(transport, self._parse_on)
         self.transport = cast(asyncio.Transport, GentleTransport(transport, self._hang_up))
+        self.app = WithChunks(cast(ASGIApp, self.app), ChunkWriter(self.conn, self.transport, self.flow).write)
         if len(self.connections) > self._limits.max_connections:
             self._refuse(
                 HTTPStatus.SERVICE_UNAVAILABLE,

@@ -43,10 +43,16 @@ class ChunksReader(ChunkedReader):
         return h11.Data(data=b"".join(parts), chunk_start=event.chunk_start, chunk_end=True)
 
 
+def framed_chunk(data: bytes) -> bytes:
+    """A chunk of a body as it is sent."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 class QuickConnection(h11.Connection):
     """h11's connection with a `ChunksReader`, and a fast path that frames the chunks of an answer directly."""
 
-    _is_chunked = False
+    sends_chunks = False
+    """Whether the body of an answer is being sent, in chunks."""
 
     def _get_io_object(self, role: Any, event: Any, io_dict: Any) -> Any:
         """Overrides how h11 chooses the reader of a body."""
@@ -55,11 +61,12 @@ class QuickConnection(h11.Connection):
 
     def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
         """Overrides what h11's `send` calls."""
-        if type(event) is h11.Data and event.data and self._is_chunked and self.our_state is h11.SEND_BODY:
-            return [b"%x\r\n" % len(event.data), event.data, b"\r\n"]
+        if type(event) is h11.Data and event.data and self.sends_chunks:
+            return [framed_chunk(event.data)]
         parts = super().send_with_data_passthrough(event)
+        self.sends_chunks = self.sends_chunks and type(event) is h11.Data
         if type(event) is h11.Response:
-            self._is_chunked = b"\r\ntransfer-encoding: chunked\r\n" in b"".join(parts or ()).lower()
+            self.sends_chunks = b"\r\ntransfer-encoding: chunked\r\n" in b"".join(parts or ()).lower()
         return parts
 
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.errors import ClientGone
+from service.web.chunks import WriteChunk, chunk_writer
 
 T = TypeVar("T")
 PAUSE_EVERY = 8
@@ -97,19 +98,20 @@ class EventStream(Response):
         # Keeps proxies from buffering the stream into one late answer.
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_disconnected(receive, self._send(send))
+            await unless_disconnected(receive, self._send(send, chunk_writer(scope)))
         except ClientGone:
             return
         finally:
             self._close()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, write: WriteChunk) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         num_sent = 0
         async for data in self._events:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            if not write(data):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
             num_sent += 1
             # A backlog of events would be sent without yielding; let other tasks and a disconnect run in between.
             if num_sent % PAUSE_EVERY == 0:

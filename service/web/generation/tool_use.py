@@ -247,6 +247,8 @@ class Answering:
 
     def grown(self, text: str, *, is_last: bool) -> Told:
         """What the next text of the answer adds."""
+        if self._parser is None and self._reasoning is None:
+            return Told(text, [])
         thought, events = self.divided(text, is_last=is_last)
         return self._told(events)._replace(reasoning=thought)
 

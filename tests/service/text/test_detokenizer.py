@@ -110,6 +110,18 @@ def test_any_tokens_of_a_byte_level_vocabulary_add_up(tokenizer: Tokenizer, data
     assert "".join(pieces(tokenizer, ids)) == whole(tokenizer, ids)
 
 
+@given(st.data())
+@settings(deadline=None)
+def test_tokens_that_are_text_by_themselves_are_said_as_if_all_were_decoded(
+    tokenizer: Tokenizer, data: st.DataObject
+) -> None:
+    """Whatever stands before them, parts of characters too: the same pieces as without texts that are remembered."""
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    context = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12))
+    decoder = Detokenizer(tokenizer._backend, context)
+    assert pieces(tokenizer, ids, context) == [*map(decoder.push, ids), decoder.flush()]
+
+
 @given(TEXTS)
 @settings(deadline=None)
 def test_bytes_of_the_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:

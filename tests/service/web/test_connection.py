@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import httpx
 import pytest
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from service.web.uvicorn_config import allow_open_files
 from tests.service.kinds import Samples
@@ -473,3 +474,53 @@ def test_one_connection_too_many_is_told(connect: Connect) -> None:
     assert b"retry-after: 1" in received
     assert "3 connections" in error["message"]
     assert after
+
+
+STREAM = {"prompt": "a", "max_tokens": 40, "stream": True}
+
+
+def said(body: bytes) -> list[str]:
+    """The texts of a stream's events but the last, which is the whole answer; its last line is checked."""
+    *events, _, done, rest = body.decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: "))["text"] for event in events]
+
+
+def test_a_stream_says_the_same_in_chunks_and_where_there_are_none(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks pass `send` by; what HTTP/1.0 or another server gets does not."""
+    through_send: list[bytes] = []
+    plain_send = RequestResponseCycle.send
+
+    async def noting_send(cycle: RequestResponseCycle, message: Any) -> None:
+        through_send.append(message.get("body", b""))
+        await plain_send(cycle, message)
+
+    monkeypatch.setattr(RequestResponseCycle, "send", noting_send)
+
+    async def go() -> dict[str, tuple[list[str], int]]:
+        answers = {}
+        app = app_of(two_engines())
+        async with server_of(app) as port:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                for turn in ("first", "second"):
+                    content = (await client.post("/generate", json=STREAM)).content
+                    answers[turn] = said(content), len(through_send)
+                    through_send.clear()
+            old = connect(port)
+            await send(old, generate(STREAM).replace(b"HTTP/1.1", b"HTTP/1.0"))
+            head, _, content = (await read_all(old)).partition(b"\r\n\r\n")
+            assert b"chunked" not in head
+            answers["HTTP/1.0"] = said(content), len(through_send)
+            other = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=other, base_url="http://127.0.0.1") as client:
+                answers["another server"] = said((await client.post("/generate", json=STREAM)).content), 0
+        return answers
+
+    answers = asyncio.run(go())
+    assert len({"".join(texts) for texts, _ in answers.values()}) == 1
+    assert all(texts for texts, _ in answers.values())
+    # The head, and the end; without chunks every event, the whole answer and [DONE] too.
+    num_old = len(answers["HTTP/1.0"][0])
+    assert [num for _, num in answers.values()] == [2, 2, 2 + num_old + 2, 0]

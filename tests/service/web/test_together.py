@@ -37,15 +37,21 @@ def tokens_of(*ids: int) -> list[Token]:
     return [Token(id_, 0.0) for id_ in ids]
 
 
+def add(stream: RequestStream, *ids: int) -> None:
+    """Tokens of one step each, of three requests."""
+    for token in tokens_of(*ids):
+        stream.add(token, 3)
+
+
 def test_a_stream_gives_what_has_come_meanwhile_at_once_and_then_its_end() -> None:
     async def go() -> None:
         stream, _ = stream_of()
         first = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0)
-        stream.put(tokens_of(1))
+        add(stream, 1)
         assert await first == tokens_of(1)
-        for item in (tokens_of(2), tokens_of(3), None):
-            stream.put(item)
+        add(stream, 2, 3)
+        stream.end(None)
         assert [tokens async for tokens in stream] == [tokens_of(2, 3)]
 
     asyncio.run(go())
@@ -54,9 +60,9 @@ def test_a_stream_gives_what_has_come_meanwhile_at_once_and_then_its_end() -> No
 def test_an_error_comes_behind_the_tokens_before_it() -> None:
     async def go() -> None:
         stream, _ = stream_of()
-        stream.put(tokens_of(1))
-        for item in (ValueError("a step"), None):
-            stream.put(item)
+        add(stream, 1)
+        for error in (ValueError("a step"), None):
+            stream.end(error)
         assert await anext(stream) == tokens_of(1)
         with pytest.raises(ValueError, match="a step"):
             await anext(stream)
@@ -68,8 +74,8 @@ def test_no_part_of_what_has_piled_up_is_too_long() -> None:
     async def go() -> list[Sequence[Token]]:
         stream, _ = stream_of()
         for number in range(2 * MAX_TOGETHER + 1):
-            stream.put(tokens_of(number))
-        stream.put(None)
+            add(stream, number)
+        stream.end(None)
         return [tokens async for tokens in stream]
 
     parts = asyncio.run(go())
@@ -85,10 +91,10 @@ def test_a_stream_that_is_finished_gives_nothing_more(is_waiting: bool) -> None:
         if is_waiting:
             await asyncio.sleep(0)
         else:
-            stream.put(tokens_of(1))
+            add(stream, 1)
         stream.finish(FinishReason.STOP)
         stream.finish(FinishReason.ABORT)
-        stream.put(tokens_of(2))
+        add(stream, 2)
         assert await reading is None
         assert told == [FinishReason.STOP]
 
