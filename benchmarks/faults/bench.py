@@ -16,6 +16,9 @@ from benchmarks.faults.server import OTTAVA, Server
 VARIANTS = ("w8a8", "fp16")
 MAX_MODEL_LEN = 8192
 LONG_TOKENS = 300
+NUM_ROWS = 64
+"""Most requests of a step."""
+
 """Of the longest answer whose tokens are compared."""
 
 PROMPTS = tuple(
@@ -70,6 +73,8 @@ class Bench:
             "cpu",
             "--kv-cache-bytes",
             str(num_kv_tokens * self.kv_bytes_per_token),
+            "--max-num-requests",
+            str(NUM_ROWS),
         )
         return Server(self.folder / f"server-{self.num_servers}.log", (*served, *fixed, *arguments), program)
 

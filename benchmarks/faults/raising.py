@@ -6,23 +6,17 @@ The op is called in the process of the engines, which this module starts in plac
 
 from __future__ import annotations
 
-import runpy
 import sys
 from collections.abc import Callable
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import kernels
-from service import cli
-from service.host import assemble
-from service.host.channel.process import ProcessLink
+from benchmarks.faults import planted
 
 AFTER = 5
 """Calls: in the middle of a layer of a step."""
-
-ENGINES = "engines"
 
 
 def raising(op: Callable[..., Any], trigger: Path, is_once: bool) -> Callable[..., Any]:
@@ -40,17 +34,10 @@ def raising(op: Callable[..., Any], trigger: Path, is_once: bool) -> Callable[..
 
 
 def main() -> None:
-    """The command line; or the process of its engines, where the word after `how` is ENGINES."""
-    name, trigger, how, what = sys.argv[1:5]
-    if what == ENGINES:
-        # Whoever computes is imported later, and then finds this op.
-        setattr(kernels, name, raising(getattr(kernels, name), Path(trigger), how == "once"))
-        del sys.argv[1:5]
-        runpy.run_module("service.host.engine_process", run_name="__main__", alter_sys=True)
-    command = [sys.executable, "-m", "benchmarks.faults.raising", name, trigger, how, ENGINES]
-    vars(assemble)["ProcessLink"] = partial(ProcessLink, command=command)
-    del sys.argv[1:4]
-    cli.main()
+    """The command line, over engines whose op raises."""
+    name, trigger, how = words = sys.argv[1:4]
+    op = raising(getattr(kernels, name), Path(trigger), how == "once")
+    planted.run("benchmarks.faults.raising", words, lambda: setattr(kernels, name, op))
 
 
 if __name__ == "__main__":

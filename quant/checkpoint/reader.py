@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from quant.checkpoint.compressed_tensors import parse
 from quant.checkpoint.json_file import read_json
 from quant.checkpoint.notes import NOTES_NAME, schemes_of
-from quant.checkpoint.safetensors_files import TensorFiles, cast
+from quant.checkpoint.safetensors_files import TensorFiles, cast, largest
 from quant.checkpoint.sink import Sink
 from quant.checkpoint.targets import LinearFormat, Quantization
 from quant.errors import CheckpointError, InvalidScheme
@@ -130,7 +131,8 @@ class Checkpoint:
             part: which of it is read.
 
         Raises:
-            CheckpointError: it is missing, has another shape, is stored as integers, or does not fit `dtype`.
+            CheckpointError: it is missing, has another shape, is stored as integers, does not fit `dtype`, or is not
+                finite. The self-check would not find all of these: a row of an embedding is one token's alone.
         """
         stored = self._stored(name, shape, part)
         if not stored.is_floating_point():
@@ -138,7 +140,12 @@ class Checkpoint:
                 f"{self.files.path(name)}: {name} is stored as {_dtype_name(stored)}, expected float; "
                 "config.json does not list it as quantized"
             )
-        return cast(stored, self.dtype, name).to(self.device)
+        tensor = cast(stored, self.dtype, name).to(self.device)
+        if not tensor.is_meta and not math.isfinite(largest(tensor)):
+            raise CheckpointError(
+                f"{self.files.path(name)}: {name} holds NaN or infinite values; download or convert the model again"
+            )
+        return tensor
 
     def linear(
         self,

@@ -112,6 +112,27 @@ def test_a_float_beyond_float16(w8a8: Path) -> None:
         Checkpoint.open(w8a8, torch.float16, "cpu").tensor("model.norm.weight", (32,))
 
 
+@pytest.mark.parametrize("value", [65519.0, -65519.0, 65520.0, -65520.0])
+def test_float16_takes_what_it_rounds_to_its_largest(w8a8: Path, value: float) -> None:
+    edit(w8a8, put("model.norm.weight", torch.tensor([value] + [1.0] * 31)))
+    checkpoint = Checkpoint.open(w8a8, torch.float16, "cpu")
+    if abs(value) < 65520:
+        assert checkpoint.tensor("model.norm.weight", (32,))[0] == value / abs(value) * 65504
+    else:
+        with pytest.raises(CheckpointError, match="reaches 65520, beyond float16's 65504"):
+            checkpoint.tensor("model.norm.weight", (32,))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_value_that_is_not_finite(w8a8: Path, value: float, stored: torch.dtype, dtype: torch.dtype) -> None:
+    """One of a thousand, as it may be in the row of a token that no check reads."""
+    edit(w8a8, put("model.norm.weight", torch.ones(1000, dtype=stored).index_fill(0, torch.tensor([700]), value)))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds NaN or infinite values; download"):
+        Checkpoint.open(w8a8, dtype, "cpu").tensor("model.norm.weight", (1000,))
+
+
 @pytest.mark.parametrize("scale_shape", [(32,), (32, 1)], ids=str)
 def test_scales_and_zero_points_as_other_tools_store_them(w8a8: Path, scale_shape: tuple[int, ...]) -> None:
     def change(state: dict[str, Tensor]) -> None:

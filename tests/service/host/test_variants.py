@@ -296,10 +296,10 @@ def test_a_variant_that_disagrees_wildly_does_not_serve(float_folder: Path, cach
 
 
 def test_a_variant_that_is_not_finite_does_not_serve(float_folder: Path, tmp_path: Path) -> None:
-    """One NaN tensor of an int8 checkpoint, beside a sound baseline."""
+    """A tensor of an int8 checkpoint that makes its activations overflow, beside a sound baseline."""
     damaged = tmp_path / "damaged"
     quantize_model(float_folder, damaged, PRESETS["w8a8"], TEXT, CPU)
-    change_tensors(damaged, {"model.layers.1.post_attention_layernorm.weight": torch.full((192,), torch.nan).half()})
+    change_tensors(damaged, {"model.layers.1.post_attention_layernorm.weight": torch.full((192,), 3e38)})
     with hosted(damaged, tmp_path / "cache", baseline=str(float_folder)) as (host, settings):
         assert host.self_check() == {"w8a8": "its logits for check prompt 0 are not finite"}
         ready, generate = ask(
@@ -311,9 +311,9 @@ def test_a_variant_that_is_not_finite_does_not_serve(float_folder: Path, tmp_pat
 
 
 def test_a_broken_baseline_refuses_both(float_folder: Path, int8_folder: Path, tmp_path: Path) -> None:
-    """Nothing can be shown to agree with a baseline that is NaN."""
+    """Nothing can be shown to agree with a baseline whose logits are NaN."""
     baseline = save_tiny_model(tmp_path / "baseline")
-    change_tensors(baseline, {"model.norm.weight": torch.full((192,), torch.nan)})
+    change_tensors(baseline, {"model.norm.weight": torch.full((192,), 3e38)})
     with hosted(int8_folder, tmp_path / "cache", baseline=str(baseline)) as (host, _):
         refused = host.self_check()
     assert refused["fp16"] == "its logits for check prompt 0 are not finite"

@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -160,8 +160,7 @@ def limited_responses(body: Body) -> Body:
         body["max_output_tokens"] = body["max_output_tokens"] % 24 + 1
     if not isinstance(body["input"], str):
         body["input"] = [{"role": "user", "content": "x"} for _ in body["input"]]
-    functions = [tool for tool in body.get("tools") or () if tool["type"] == "function"]
-    body["tools"] = list({tool["name"]: tool for tool in functions}.values())
+    body["tools"] = for_anyone([tool for tool in body.get("tools") or () if tool["type"] == "function"])
     return body
 
 
@@ -170,8 +169,13 @@ def limited_messages(body: Body) -> Body:
     for name in ("model", "output_config", "tool_choice", "context_management"):
         body.pop(name, None)
     body["messages"] = [{"role": "user", "content": "x"} for _ in body["messages"]]
-    body["tools"] = list({tool["name"]: tool for tool in body.get("tools") or ()}.values())
+    body["tools"] = for_anyone(body.get("tools") or ())
     return body
+
+
+def for_anyone(tools: Sequence[Body]) -> list[Body]:
+    """Each once, and called by the model, which is all that this server honours."""
+    return list({tool["name"]: {**tool, "allowed_callers": ["direct"]} for tool in tools}.values())
 
 
 def with_free_tools(body: Body) -> Body:
