@@ -56,7 +56,7 @@ async def nan_in_a_row(bench: Bench, case: Case) -> None:
 
 
 async def nan_in_a_layer(bench: Bench, case: Case) -> None:
-    """A norm of the int8 model is NaN and was not when it was read: its self-check refuses it, the baseline serves on."""
+    """A norm of the int8 model is NaN since it was read: its self-check refuses it, and the baseline serves on."""
     norm = "model.layers.1.post_attention_layernorm.weight"
     scale = "model.layers.1.mlp.down_proj.weight_scale"
     changed = {name: torch.full_like(tensor_of(bench.int8_folder, name), torch.nan) for name in (norm, scale)}

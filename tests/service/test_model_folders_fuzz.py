@@ -28,7 +28,7 @@ from tests.support.tiny_models import change_tensors, save_tiny_model
 FAMILIES = ["llama", "gpt2", "gemma2", "qwen3_moe", "phi3-longrope", "opt", "llama-yarn"]
 MAX_GROWTH_BYTES = max(1, NUM_EXAMPLES // 500) << 30
 """Of this process, for models of 2 MB. What a claimed number of a file makes of them would be terabytes. Thousands of
-models one after the other leave holes in the heap: 1,200 of them grow it by half a gigabyte, the last by 0.07 MB each."""
+models one after the other leave holes in the heap: 1,200 grow it by 0.5 GB, the last of them by 0.07 MB each."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Source = tuple[Path, str]
