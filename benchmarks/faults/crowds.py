@@ -42,8 +42,8 @@ async def crowd(bench: Bench, case: Case) -> None:
 
 async def overload(bench: Bench, case: Case) -> None:
     """A thousand at once, and a queue for a few."""
-    max_waiting = 100
-    asked = questions(NUM_CLIENTS, 16)
+    max_waiting = 20
+    asked = questions(NUM_CLIENTS, 96)
     case.done = f"{len(asked)} clients at once, {max_waiting} may wait for a variant"
     with bench.serve("--max-waiting", str(max_waiting)) as server:
         async with case.watching(server):
