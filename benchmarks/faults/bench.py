@@ -15,10 +15,10 @@ from benchmarks.faults.server import OTTAVA, Server
 
 VARIANTS = ("w8a8", "fp16")
 MAX_MODEL_LEN = 8192
-LONG_TOKENS = 300
 NUM_ROWS = 64
 """Most requests of a step."""
 
+LONG_TOKENS = 300
 """Of the longest answer whose tokens are compared."""
 
 PROMPTS = tuple(

@@ -140,8 +140,9 @@ class Checkpoint:
                 f"{self.files.path(name)}: {name} is stored as {_dtype_name(stored)}, expected float; "
                 "config.json does not list it as quantized"
             )
-        tensor = cast(stored, self.dtype, name).to(self.device)
-        if not tensor.is_meta and not math.isfinite(largest(tensor)):
+        read = cast(stored, self.dtype, name)
+        tensor = read.to(self.device)
+        if not math.isfinite(largest(read if tensor.is_meta else tensor)):
             raise CheckpointError(
                 f"{self.files.path(name)}: {name} holds NaN or infinite values; download or convert the model again"
             )

@@ -168,14 +168,16 @@ def cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """The tensor in another float dtype.
 
     Raises:
-        CheckpointError: a finite value becomes infinite (float16 ends at 65504, bfloat16 does not).
+        CheckpointError: a finite value becomes infinite.
     """
-    if tensor.dtype == dtype:
-        return tensor
-    # Values of one byte end below float16's.
-    most = largest(tensor) if dtype == torch.float16 and tensor.element_size() > 1 else 0.0
-    if math.isfinite(most) and torch.tensor(most, dtype=torch.float64).to(dtype).isinf():
-        raise CheckpointError(f"{what} reaches {most:g}, beyond float16's 65504; use bfloat16")
+    range_of = torch.finfo(dtype)
+    if torch.finfo(tensor.dtype).max > range_of.max:
+        most = largest(tensor)
+        if not math.isfinite(most):
+            most = largest(tensor[tensor.isfinite()])
+        if torch.tensor(most, dtype=torch.float64).to(dtype).isinf():
+            remedy = "use bfloat16" if dtype == torch.float16 else "convert the model again"
+            raise CheckpointError(f"{what} reaches {most:g}, beyond {range_of.dtype}'s {range_of.max:g}; {remedy}")
     return tensor.to(dtype)
 
 

@@ -32,7 +32,7 @@ class FaultLimits:
     """The faults that an engine tolerates before it fails for good.
 
     max_restarts: how often within window_s seconds it continues after a step has raised.
-    step_timeout_s: time after which a step counts as stuck.
+    step_timeout_s: time after which a step counts as stuck; see `InHand`.
     """
 
     max_restarts: int = 3
@@ -76,8 +76,8 @@ class InHand:
 
     doing: "waiting to launch", "launching" or "reading".
     since_s: `time.perf_counter`.
-    num_timeouts: after how many time limits of a step it counts as stuck. Two while another engine has the device: if
-        that one's step hangs, its own watchdog finds it first.
+    num_timeouts: after how many time limits of a step it counts as stuck. Two while it waits for the device: if
+        another engine's step has it and hangs there, that one's watchdog finds it first.
     """
 
     doing: str

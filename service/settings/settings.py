@@ -333,8 +333,9 @@ class Settings(BaseSettings):
         120.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds after which a step counts as stuck and its engine fails. Keep it far above the longest "
-        "step: a large model on a CPU takes tens of seconds for max_batched_tokens.",
+        description="Seconds after which a step counts as stuck and its engine fails; twice as many while it waits for "
+        "another variant's. Keep it far above the longest step: a large model on a CPU takes tens of seconds for "
+        "max_batched_tokens.",
     )
 
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Panel("Logs")] = Field(

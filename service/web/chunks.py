@@ -1,7 +1,7 @@
 """An ASGI extension by which an answer writes a chunk of its body at once, past the layers of `send`.
 
 A stream's event passes five coroutines on its way from `send` to the connection; none of them looks at a body. For 256
-streams they are a quarter of what the event loop has to do.
+streams they are a tenth of what the event loop has to do.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 EXTENSION = "ottava.chunks"
 
 WriteChunk = Callable[[bytes], bool]
-"""Writes a chunk, which is not empty. Returns False if it has written nothing: then the chunk has to go through `send`,
-which waits until the client has read, or knows that it has left."""
+"""Writes a chunk. Returns False if it has written nothing: then the chunk has to go through `send`, which waits until
+the client has read, or knows that it has left."""
 
 
 class WithChunks:
-    """Adds the extension to the scope of every request. write: of the connection that they come from."""
+    """Adds the extension to the scope of every request but HEAD, whose answer has no body.
+
+    write: of the connection that they come from.
+    """
 
     def __init__(self, app: ASGIApp, write: WriteChunk) -> None:
         self._app = app
         self._write = write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["extensions"] = {EXTENSION: self._write}
+        if scope["method"] != "HEAD":
+            scope["extensions"] = {EXTENSION: self._write}
         await self._app(scope, receive, send)
 
 

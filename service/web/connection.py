@@ -109,7 +109,8 @@ class ChunkWriter:
 
     def write(self, data: bytes) -> bool:
         """See `WriteChunk`."""
-        if self._flow.write_paused or not self._connection.sends_chunks or self._transport.is_closing():
+        # An empty chunk would be the end of the body.
+        if not data or self._flow.write_paused or not self._connection.sends_chunks or self._transport.is_closing():
             return False
         self._transport.write(framed_chunk(data))
         return True

@@ -63,8 +63,9 @@ class QuickConnection(h11.Connection):
         """Overrides what h11's `send` calls."""
         if type(event) is h11.Data and event.data and self.sends_chunks:
             return [framed_chunk(event.data)]
-        parts = super().send_with_data_passthrough(event)
+        # Before h11, which raises on an event that comes out of turn.
         self.sends_chunks = self.sends_chunks and type(event) is h11.Data
+        parts = super().send_with_data_passthrough(event)
         if type(event) is h11.Response:
             self.sends_chunks = b"\r\ntransfer-encoding: chunked\r\n" in b"".join(parts or ()).lower()
         return parts

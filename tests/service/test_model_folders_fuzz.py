@@ -26,7 +26,7 @@ from tests.support.model_fuzz import DEEP, KINDS, answers, copied, hosted, reads
 from tests.support.tiny_models import change_tensors, save_tiny_model
 
 FAMILIES = ["llama", "gpt2", "gemma2", "qwen3_moe", "phi3-longrope", "opt", "llama-yarn"]
-MAX_GROWTH_BYTES = max(1, NUM_EXAMPLES // 500) << 30
+MAX_GROWTH_BYTES = (1 << 30) + (NUM_EXAMPLES << 20)
 """Of this process, for models of 2 MB. What a claimed number of a file makes of them would be terabytes. Thousands of
 models one after the other leave holes in the heap: 1,200 grow it by 0.5 GB, the last of them by 0.07 MB each."""
 

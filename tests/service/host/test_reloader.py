@@ -243,8 +243,10 @@ def broken(kind: str, source: Path, float_folder: Path, folder: Path) -> Path:
         weights.write_bytes(weights.read_bytes()[:-100])
     elif kind == "lacking":
         change_tensors(folder, {"model.layers.1.mlp.down_proj.weight_scale": None})
-    elif kind == "infinite":
+    elif kind == "overflowing":
         change_tensors(folder, {"model.norm.weight": torch.full((192,), 3e38)})
+    elif kind == "nan":
+        change_tensors(folder, {"model.norm.weight": torch.full((192,), torch.nan)})
     elif kind == "far":
         change_tensors(folder, {"model.norm.weight": torch.full((192,), 50.0)})
     elif kind == "pickled":
@@ -265,7 +267,8 @@ def broken(kind: str, source: Path, float_folder: Path, folder: Path) -> Path:
         ("architecture", "its num_layers is 1, that of the served model 2"),
         ("truncated", "is not whole|is not a whole safetensors file"),
         ("lacking", "has no tensor model.layers.1.mlp.down_proj.weight_scale"),
-        ("infinite", "logits for check prompt 0 are not finite"),
+        ("overflowing", "logits for check prompt 0 are not finite"),
+        ("nan", r"model\.norm\.weight holds NaN or infinite values"),
         ("far", "disagrees wildly with the baseline"),
         ("pickled", "pickled"),
         ("tokenizer", "has another tokenizer"),
@@ -297,7 +300,7 @@ def test_what_fails_changes_nothing(
         assert host.variants["w8a8"] is variant
         # Whoever keeps the error must not keep the weights.
         gc.collect()
-        assert [ref() for ref in seen] == [None] * (kind in ("infinite", "far"))
+        assert [ref() for ref in seen] == [None] * (kind in ("overflowing", "far"))
         assert caught.value.status == 409
         assert answers_of(host, settings, reload) == expected[0]
 

@@ -335,7 +335,7 @@ def test_quantizing_refuses_before_it_calibrates(
         ({"model.norm.weight": None}, CheckpointError, "has no tensor model.norm.weight"),
         ({"model.layers.1.mlp.up_proj.weight": None}, CheckpointError, "has no tensor model.layers.1.mlp.up_proj"),
         ({"model.norm.weight": torch.ones(7)}, CheckpointError, r"model.norm.weight has shape \[7\], expected \[192\]"),
-        ({"model.norm.weight": torch.full((192,), torch.nan)}, UnsupportedModel, "logits are not finite"),
+        ({"model.norm.weight": torch.full((192,), torch.nan)}, CheckpointError, "model.norm.weight holds NaN or inf"),
         (
             {"model.layers.0.self_attn.q_proj.bias": torch.ones(192)},
             CheckpointError,
@@ -390,12 +390,17 @@ def test_any_padding_id_is_quantized(tmp_path: Path, pad: int) -> None:
     load_decoder(tmp_path / "out", torch.bfloat16, CPU)
 
 
-def test_nan_in_what_calibration_cannot_see_is_refused(tmp_path: Path) -> None:
-    """Without calibration the model is not run: rounding itself finds the weight that has no scale."""
+@pytest.mark.parametrize("scheme", ["w8a8", "rtn-token"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"])
+def test_nan_in_what_calibration_cannot_see_is_refused(tmp_path: Path, scheme: str, name: str) -> None:
+    """Without calibration the model is not run, and no text has the last token."""
     source = save_tiny_model(tmp_path / "model")
-    change_tensors(source, {"model.layers.0.self_attn.o_proj.weight": torch.full((192, 192), torch.nan)})
-    with pytest.raises(UnsupportedModel, match=r"cannot be quantized: model.layers.0.self_attn.o_proj.weight"):
-        quantize_model(source, tmp_path / "out", PRESETS["rtn-token"], SHORT, CPU)
+    weight = load_file(source / "model.safetensors")[name]
+    weight[-1, 0] = torch.nan
+    change_tensors(source, {name: weight})
+    with pytest.raises(CheckpointError, match=rf"{name} holds NaN or infinite values"):
+        quantize_model(source, tmp_path / "out", PRESETS[scheme], SHORT, CPU)
+    assert not (tmp_path / "out").exists()
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 import h11
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.web.connection import LINGER_BYTES, REST_BYTES
-from service.web.parsing import TURN_S, ChunksReader, ParsingTurns
+from service.web.parsing import TURN_S, ChunksReader, ParsingTurns, QuickConnection, framed_chunk
 from tests.support.fuzz import thorough
 from tests.support.harness import app_of, server_of, two_engines
 
@@ -189,3 +190,24 @@ def test_a_body_in_chunks_of_one_byte_is_answered_like_any_other() -> None:
             return answers[0], answers[1]
 
     assert [answer.split()[1] for answer in asyncio.run(go())] == [b"200", b"200"]
+
+
+def chunked_answer() -> QuickConnection:
+    """A connection that has sent the head of an answer whose length nobody knows yet."""
+    connection = QuickConnection(h11.SERVER)
+    connection.receive_data(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert [type(connection.next_event()) for _ in range(2)] == [h11.Request, h11.EndOfMessage]
+    connection.send(h11.Response(status_code=200, headers=[]))
+    return connection
+
+
+@pytest.mark.parametrize("end", [h11.EndOfMessage(), h11.ConnectionClosed()], ids=["end", "closed"])
+def test_chunks_are_sent_until_the_answer_ends_or_the_client_has_left(end: h11.Event) -> None:
+    connection = chunked_answer()
+    before = connection.sends_chunks
+    assert connection.send(h11.Data(data=b"abc")) == framed_chunk(b"abc") == b"3\r\nabc\r\n"
+    with suppress(h11.LocalProtocolError):
+        connection.send(end)
+    assert (before, connection.sends_chunks) == (True, False)
+    with pytest.raises(h11.LocalProtocolError):
+        connection.send(h11.Data(data=b"abc"))
