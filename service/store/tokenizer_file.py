@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
+from quant.checkpoint.json_file import MAX_BYTES
 from service.errors import OttavaError, UnsupportedModel, first_line
 
 FILE = "tokenizer.json"
 PANIC = "PanicException"
 """The class of a panic of the library's code, which cannot be imported and is no Exception."""
+
+PUTS_IN = ("Replace", "Prepend")
+"""Types of rules that put a text of their own into another."""
+
+MAX_GROWTH = 64
+"""Most characters that normalizer or decoder may put in place of one. Known ones put one: a "\u2581" for a space."""
 
 
 @contextmanager
@@ -49,14 +59,34 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     replaces the file's own pre-tokenizer and normalizer, and the model was trained with those of the file.
 
     Raises:
-        UnsupportedModel: the folder has no tokenizer.json that the `tokenizers` library can read.
+        UnsupportedModel: the folder has no tokenizer.json that the `tokenizers` library can read, or one that is larger
+            than MAX_BYTES or makes texts more than MAX_GROWTH times as long.
     """
     path = folder / FILE
     if not path.is_file():
         raise UnsupportedModel(f"{folder}: no usable tokenizer: it has no {FILE}; convert its tokenizer to one")
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise unusable(folder, f"it has {size} bytes; at most {MAX_BYTES} are read: download it again")
     with library_faults(partial(unusable, folder)):
         tokenizer = Tokenizer.from_file(str(path))
+    for name in ("normalizer", "decoder"):
+        rules = getattr(tokenizer, name)
+        growth = 1 if rules is None else _growth(json.loads(rules.__getstate__()))
+        if growth > MAX_GROWTH:
+            raise unusable(
+                folder,
+                f"its {name} puts {growth} characters in place of one, so that a short text fills the memory; at most "
+                f"{MAX_GROWTH} are served",
+            )
     # A tokenizer.json may contain settings from training, which would silently cut or pad texts.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _growth(rules: dict[str, Any]) -> int:
+    """How many times as long rules make a text at most, by what they put in; those of a sequence follow each other."""
+    own = max(1, len(rules.get("content") or rules.get("prepend") or "")) if rules["type"] in PUTS_IN else 1
+    parts = rules.get("normalizers") or rules.get("decoders") or ()
+    return own * math.prod(map(_growth, parts))

@@ -4,6 +4,7 @@ and one that is served answers with 200 or 4xx."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import tempfile
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from quant.checkpoint.json_file import MAX_BYTES
 from quant.scheme import PRESETS
 from service.host.self_check import CHECK_PROMPTS
 from service.store.calibration import Calibration
@@ -226,6 +228,39 @@ def test_a_decoder_that_panics_on_one_token(sources: list[Source], tmp_path: Pat
     decoder = {"type": "Strip", "content": "x", "start": 1, "stop": 1}
     line = outcome(sources[0], with_config(folder, "tokenizer.json", decoder=decoder))
     assert "tokenizer.json: no usable tokenizer: " in line
+
+
+def replace(content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": "z"}, "content": content}
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize("lengths", [(65,), (8, 9), (2, 1, 64)], ids=str)
+def test_a_tokenizer_that_makes_much_of_little(
+    sources: list[Source], tmp_path: Path, part: str, lengths: tuple[int, ...]
+) -> None:
+    """A few such rules make gigabytes of one letter."""
+    folder = copied(sources[0][0], tmp_path / "model")
+    rules = {"type": "Sequence", f"{part}s": [replace("z" * length) for length in lengths]}
+    line = outcome(sources[0], with_config(folder, "tokenizer.json", **{part: rules}))
+    assert f"its {part} puts {math.prod(lengths)} characters in place of one" in line
+    assert "at most 64 are served" in line
+
+
+def test_a_normalizer_that_makes_little_more(sources: list[Source], tmp_path: Path) -> None:
+    folder = copied(sources[0][0], tmp_path / "model")
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    rules = {"type": "Sequence", "normalizers": [prepend, replace("zz"), {"type": "NFKC"}]}
+    assert outcome(sources[0], with_config(folder, "tokenizer.json", normalizer=rules)) == ""
+
+
+def test_a_tokenizer_larger_than_any(sources: list[Source], tmp_path: Path) -> None:
+    """It would be read whole, into as much memory and more."""
+    folder = copied(sources[0][0], tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    assert f"it has {MAX_BYTES + 1} bytes; at most {MAX_BYTES} are read" in outcome(sources[0], folder)
 
 
 def test_a_text_that_the_tokenizer_fails_on(sources: list[Source], tmp_path: Path) -> None:
