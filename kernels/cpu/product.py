@@ -18,8 +18,8 @@ HAS_VNNI = WHY_NOT is None and native.has_vnni()
 HAS_AMX = WHY_NOT is None and native.has_amx()
 
 FEW_ROWS = 24
-"""Most rows for which VNNI in C is faster than torch, which packs the weights anew at each call: measured where there is
-no AMX, which torch uses too."""
+"""Most rows for which VNNI in C is faster than torch, which packs the weights anew at each call; measured without AMX,
+which torch uses too."""
 
 
 def int8_product(x_q: Tensor, weight_q: Tensor, out: Tensor | None = None) -> Tensor:
