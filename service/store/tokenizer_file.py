@@ -19,8 +19,8 @@ FILE = "tokenizer.json"
 PANIC = "PanicException"
 """The class of a panic of the library's code, which cannot be imported and is no Exception."""
 
-PUTS_IN = ("Replace", "Prepend")
-"""Types of rules that put a text of their own into another."""
+PUTS_IN = {"Replace": "content", "Prepend": "prepend"}
+"""Types of rules that put a text of their own into another, and its field."""
 
 MAX_GROWTH = 64
 """Most characters that normalizer or decoder may put in place of one. Known ones put one: a "\u2581" for a space."""
@@ -71,8 +71,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     with library_faults(partial(unusable, folder)):
         tokenizer = Tokenizer.from_file(str(path))
     for name in ("normalizer", "decoder"):
-        rules = getattr(tokenizer, name)
-        growth = 1 if rules is None else _growth(json.loads(rules.__getstate__()))
+        # Rules of a sequence follow each other.
+        put_in = [rule[PUTS_IN[rule["type"]]] for rule in rules_of(getattr(tokenizer, name)) if rule["type"] in PUTS_IN]
+        growth = math.prod(max(1, len(text)) for text in put_in)
         if growth > MAX_GROWTH:
             raise unusable(
                 folder,
@@ -85,8 +86,16 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _growth(rules: dict[str, Any]) -> int:
-    """How many times as long rules make a text at most, by what they put in; those of a sequence follow each other."""
-    own = max(1, len(rules.get("content") or rules.get("prepend") or "")) if rules["type"] in PUTS_IN else 1
-    parts = rules.get("normalizers") or rules.get("decoders") or ()
-    return own * math.prod(map(_growth, parts))
+def rules_of(part: Any) -> Iterator[dict[str, Any]]:
+    """The rules of a tokenizer's normalizer or decoder as its file has them, sequences before what is in them.
+
+    part: of the `tokenizers` library; None has no rules.
+    """
+    if part is not None:
+        yield from _flat(json.loads(part.__getstate__()))
+
+
+def _flat(rule: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield rule
+    for each in rule.get("normalizers") or rule.get("decoders") or ():
+        yield from _flat(each)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from typing import Any
 
 from tokenizers import Tokenizer as Backend
+
+from service.store.tokenizer_file import rules_of
 
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
@@ -20,7 +19,7 @@ class TokenBytes:
     """
 
     def __init__(self, backend: Backend) -> None:
-        kinds = set(_kinds(json.loads(backend.decoder.__getstate__()))) if backend.decoder is not None else set()
+        kinds = {rule["type"] for rule in rules_of(backend.decoder)}
         self._backend = backend
         self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
         self._is_byte_level = "ByteLevel" in kinds
@@ -51,14 +50,6 @@ class TokenBytes:
     def _read(self, token_id: int) -> str:
         before = self._backend.decode(self._before)
         return self._backend.decode([*self._before, token_id]).removeprefix(before)
-
-
-def _kinds(decoder: Any) -> Iterator[str]:
-    """The types of a decoder and its parts."""
-    if isinstance(decoder, dict):
-        yield decoder["type"]
-        for part in decoder.get("decoders", ()):
-            yield from _kinds(part)
 
 
 def _byte_alphabet() -> dict[str, int]:
