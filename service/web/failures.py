@@ -7,7 +7,7 @@ import logging
 import re
 import reprlib
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from http import HTTPStatus
 from typing import Any
 
@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from service.errors import ClientGone, InvalidRequest, Malformed, OttavaError, RequestError
 from service.telemetry.metrics import NO_FIELD, NO_VARIANT, REJECTED, UNKNOWN_FIELD, WHOLE_BODY
+from service.web.reading import Handler, direct_handler
 from service.web.schemas.failure import ErrorDetail, ErrorResponse, MessagesErrorResponse
 from service.web.state import serving_of
 
@@ -69,8 +70,8 @@ _LONG_NUMBER = re.compile(rf"\d{{{_MAX_SHOWN + 1},}}")
 class CountedRoute(APIRoute):
     """A route that tells the field of what it refuses, and counts requests with an unreadable body as rejected."""
 
-    def get_route_handler(self) -> Callable[[HTTPRequest], Awaitable[Response]]:  # type: ignore[override]
-        handler = super().get_route_handler()
+    def get_route_handler(self) -> Handler:  # type: ignore[override]
+        handler = direct_handler(self.endpoint) or super().get_route_handler()
         body = None if self.body_field is None else self.body_field.field_info.annotation
         fields: frozenset[str] = getattr(body, "names", frozenset())
 

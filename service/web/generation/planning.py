@@ -189,8 +189,15 @@ def _refuse_above_limits(asked: int | None, room: Room, settings: Settings) -> N
         )
 
 
-def sampling_params(body: Sampling, serving: Serving, max_tokens: int) -> SamplingParams:
-    """The engine's parameters from the fields that all routes share.
+def sampling_params(
+    body: Sampling,
+    serving: Serving,
+    max_tokens: int,
+    *,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """The engine's parameters: from the fields that all routes share, and from those of one route, given here.
 
     What the body leaves out is what the model's generation_config.json recommends, if that is used.
 
@@ -226,6 +233,8 @@ def sampling_params(body: Sampling, serving: Serving, max_tokens: int) -> Sampli
         held_ids=tuple(sorted(ends | held)) if body.min_tokens else (),
         min_tokens=body.min_tokens,
         seed=body.seed,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         ignore_eos=body.ignore_eos,
         priority=body.priority,
         owner=key_name(),
@@ -247,7 +256,7 @@ def ending_of(
     body: Sampling, tokenizer: TokenizerLike, markers: Collection[str] = (), grammar: str | None = None
 ) -> Ending:
     """What ends the text of an answer. markers: special tokens that its parser must see."""
-    named = {name for name in tokenizer.special_ids if any(name in stop for stop in body.stop)}
+    named = {name for name in tokenizer.special_ids if any(name in stop for stop in body.stop)} if body.stop else set()
     shown = named.union(markers) if body.skip_special_tokens else {*tokenizer.special_ids, *markers}
     # The end token ends an answer that is held to a grammar in any case.
     ends = frozenset() if body.ignore_eos and grammar is None else tokenizer.eos_ids

@@ -79,7 +79,6 @@ class Run:
         self._exemplar = exemplar_of(current.get())
         self._is_counted = False
         self._engine = serving.engines[plan.variant]
-        self._output = plan.ending.output(serving.tokenizer, plan.prompt_ids if plan.continues else ())
         self._visit = serving.visit() if visit is None else visit
         self._has_own_visit = visit is None
         self._submitted_s = time.perf_counter()
@@ -92,6 +91,13 @@ class Run:
             self._leave()
             if isinstance(error, QueueFull):
                 error.retry_after_s = self._retry_after_s()
+            raise
+        # After the submission, so that the engine need not wait while the end of the prompt is decoded.
+        try:
+            self._output = plan.ending.output(serving.tokenizer, plan.prompt_ids if plan.continues else ())
+        except Exception:
+            self._stream.finish(FinishReason.ABORT)
+            self._leave()
             raise
         self._deadlines = Deadlines(
             self._stream,

@@ -132,8 +132,10 @@ async def completion_plans(
         room = Room(len(prompt.ids), engine.max_model_len, "prompt", _limit_of(body))
         # The log-probabilities of a prompt come with a first token; with max_tokens 0 that token is then hidden.
         max_tokens = max(1, fitting(asked, body.max_tokens, room, serving.settings))
-        params = replace(
-            sampling_params(body, serving, max_tokens),
+        params = sampling_params(
+            body,
+            serving,
+            max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
@@ -141,10 +143,13 @@ async def completion_plans(
     num_asked = body.n * sum(num_logprobs(params, len(ids)) for ids, params in wanted)
     refuse_dear(num_asked, body.n * len(prompts), serving.settings)
     timeout_s = allowed_timeout(body.timeout_s, serving.settings)
-    async with in_time(received_s + timeout_s, timeout_s):
-        grammar = await _grammar(body, None, serving, engine, num_answers=len(wanted) * body.n, receive=receive)
-    refuse_early_ends(body, grammar)
-    wanted = [(ids, replace(params, grammar=grammar)) for ids, params in wanted]
+    of_text = _text_rules(body)
+    grammar = None
+    if of_text is not None:
+        async with in_time(received_s + timeout_s, timeout_s):
+            grammar = await _grammar(of_text, None, serving, engine, num_answers=len(wanted) * body.n, receive=receive)
+        refuse_early_ends(body, grammar)
+        wanted = [(ids, replace(params, grammar=grammar)) for ids, params in wanted]
     order = Order(
         id=id_,
         route="/v1/completions",
@@ -203,21 +208,23 @@ async def chat_plans(
     priced = serving.settings.max_logprobs // (body.n * ((body.top_logprobs or 0) + 1))
     most = priced if body.logprobs else most_tokens
     max_tokens = fitting(_asked_tokens(body), most, room, serving.settings)
-    params = replace(
-        sampling_params(body, serving, max_tokens),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = sampling_params(body, serving, max_tokens, logprobs=logprobs)
     refuse_dear(body.n * num_logprobs(params, len(ids)), body.n, serving.settings)
     timeout_s = allowed_timeout(body.timeout_s, serving.settings)
-    async with in_time(received_s + timeout_s, timeout_s):
-        grammar = await _grammar(body, use, serving, engine, num_answers=body.n, receive=receive)
-    params = replace(params, grammar=grammar)
-    refuse_early_ends(body, params.grammar)
+    of_text = _text_rules(body)
+    if of_text is not None or use is not None:
+        async with in_time(received_s + timeout_s, timeout_s):
+            grammar = await _grammar(of_text, use, serving, engine, num_answers=body.n, receive=receive)
+        params = replace(params, grammar=grammar)
+        refuse_early_ends(body, grammar)
     order = Order(
         id=id_,
         route=route,
         variant=variant,
-        ending=ending_of(body, serving.tokenizer, MARKERS.union(() if use is None else use.format.markers), grammar),
+        ending=ending_of(
+            body, serving.tokenizer, MARKERS.union(() if use is None else use.format.markers), params.grammar
+        ),
         shows_logprobs=body.logprobs,
         continues=body.add_generation_prompt and is_continued(body.messages),
         received_s=received_s,
@@ -247,7 +254,7 @@ def is_opened(prompt_ids: Sequence[int], tokenizer: TokenizerLike) -> bool:
 
 
 async def _grammar(
-    body: OpenAIRequest,
+    of_text: TextRules | None,
     use: ToolUse | None,
     serving: Serving,
     engine: Engine,
@@ -256,7 +263,6 @@ async def _grammar(
     receive: Receive | None,
 ) -> str | None:
     """The rules that the answers are held to, which the engine has compiled; None for any text."""
-    of_text = _text_rules(body)
     rules = await answer_rules(of_text, use, serving.tokenizer)
     if rules is not None:
         with blaming(of_text, use):

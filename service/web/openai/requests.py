@@ -18,6 +18,7 @@ from service.web.schemas.bodies import (
     ShortText,
     Temperature,
     Text,
+    empty,
     require_content,
     whole_unicode,
 )
@@ -162,12 +163,12 @@ class OpenAIRequest(NullIsAbsent, Sampling):
     guided_whitespace_pattern: InertText = Field("", description="Accepted; what stands between values is fixed.")
     user: InertText = Field("", description="Accepted; it has no effect on answers.")
     store: bool = Field(False, description="Accepted: any; answers are not stored.")
-    metadata: Metadata = Field({}, description="Accepted: labels of stored answers; no answers are stored.")
+    metadata: Metadata = empty(dict, description="Accepted: labels of stored answers; no answers are stored.")
     service_tier: InertText = Field("auto", description="Accepted: any; there is one tier.")
     safety_identifier: InertText = Field("", description="Accepted; it has no effect on answers.")
     prompt_cache_key: InertText = Field("", description="Accepted; prompts are found by their content.")
     prompt_cache_retention: InertText = Field("", description="Accepted; the cache keeps what fits.")
-    prompt_cache_options: dict[str, Any] = Field({}, description="Accepted; prompts are found by their content.")
+    prompt_cache_options: dict[str, Any] = empty(dict, description="Accepted; prompts are found by their content.")
 
     def constraints(self) -> list[tuple[str, StructuredOutputs]]:
         """What holds the answer, by the name of the field that says so; the older names too."""
@@ -209,14 +210,14 @@ class ChatMessage(NullIsAbsent):
         "null.",
     )
     name: Text | None = Field(None, description="The author's name, for chat templates that show it.")
-    tool_calls: list[PastCall] = Field([], description="The assistant's calls of tools.")
+    tool_calls: list[PastCall] = empty(list, description="The assistant's calls of tools.")
     tool_call_id: Text | None = Field(None, description="The call that a message of the role tool answers.")
     reasoning_content: Text | None = Field(None, description="What the assistant thought, for templates that show it.")
     reasoning: Text | None = Field(None, description="Another name of `reasoning_content`.")
     refusal: Nothing = Field(None, description="Accepted: null.")
     audio: Nothing = Field(None, description="Accepted: null.")
     function_call: Nothing = Field(None, description="Accepted: null.")
-    annotations: EmptyList = Field([], description="Accepted: [].")
+    annotations: EmptyList = empty(list, description="Accepted: [].")
     parsed: Any = Field(None, description="Accepted: any; OpenAI's client adds what it read in `content`.")
 
     _require_content = model_validator(mode="after")(require_content)
@@ -271,7 +272,7 @@ class ChatRequest(OpenAIRequest, ToolFields):
     add_generation_prompt: bool = Field(
         True, description="End the prompt inside the assistant's turn, so that it is continued; false: end as sent."
     )
-    functions: EmptyList = Field([], description="Accepted: []; send `tools`.")
+    functions: EmptyList = empty(list, description="Accepted: []; send `tools`.")
     function_call: Only[Literal["none", "auto"]] = Field("none", description="Accepted: none, auto.")
     modalities: Only[list[Literal["text"]]] = Field(["text"], description="Accepted: text.")
     audio: Nothing = Field(None, description="Accepted: null; answers are text.")
@@ -279,7 +280,7 @@ class ChatRequest(OpenAIRequest, ToolFields):
     web_search_options: Nothing = Field(None, description="Accepted: null; nothing is searched.")
     moderation: Nothing = Field(None, description="Accepted: null; nothing is moderated.")
     reasoning_effort: InertText | None = Field(None, description="Passed to the chat template, for those that know it.")
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(encodable)] = Field(
-        {}, description='Variables for the chat template, such as {"enable_thinking": false}.'
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(encodable)] = empty(
+        dict, description='Variables for the chat template, such as {"enable_thinking": false}.'
     )
     verbosity: InertText = Field("", description="Accepted: any; it has no effect on answers.")

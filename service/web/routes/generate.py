@@ -102,33 +102,31 @@ async def make_plan(
     room = Room(len(prompt_ids), min(engine.max_model_len for engine in engines), body.prompt_field)
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     max_tokens = fitting(asked, body.max_tokens, room, serving.settings)
-    params = sampling_params(body, serving, max_tokens)
-    timeout_s = allowed_timeout(body.timeout_s, serving.settings)
-    async with in_time(received_s + timeout_s, timeout_s):
-        rules = await answer_rules(None, use, serving.tokenizer)
-        if rules is not None:
-            with blaming(None, use):
-                await serving.compiling.compile(rules, engines, params.owner, receive=receive)
-            params = replace(params, grammar=rules)
-    refuse_early_ends(body, params.grammar)
-    # A comparison needs the chosen tokens' log-probabilities, and the same seed for both runs.
+    # A comparison needs the chosen tokens' log-probabilities.
     logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
-    seed = secrets.randbits(32) if body.seed is None and body.compare else body.seed
-    num_asked = len(engines) * num_logprobs(replace(params, logprobs=logprobs), len(prompt_ids))
-    refuse_dear(num_asked, len(engines), serving.settings)
+    params = sampling_params(body, serving, max_tokens, logprobs=logprobs)
+    timeout_s = allowed_timeout(body.timeout_s, serving.settings)
+    if use is not None:
+        async with in_time(received_s + timeout_s, timeout_s):
+            rules = await answer_rules(None, use, serving.tokenizer)
+            if rules is not None:
+                with blaming(None, use):
+                    await serving.compiling.compile(rules, engines, params.owner, receive=receive)
+                params = replace(params, grammar=rules)
+        refuse_early_ends(body, params.grammar)
+    refuse_dear(len(engines) * num_logprobs(params, len(prompt_ids)), len(engines), serving.settings)
+    if body.compare:
+        # Both runs draw the same numbers, and start from as much of the prompt.
+        params = replace(
+            params,
+            seed=secrets.randbits(32) if body.seed is None else body.seed,
+            max_cached=min([await engine.num_cached(prompt_ids, params.salt) for engine in engines]),
+        )
     return use, Plan(
         id=f"gen-{uuid4().hex}",
         variant=variant,
         prompt_ids=prompt_ids,
-        params=replace(
-            params,
-            logprobs=logprobs,
-            seed=seed,
-            # Both runs of a comparison start from as much of the prompt.
-            max_cached=min([await engine.num_cached(prompt_ids, params.salt) for engine in engines])
-            if body.compare
-            else None,
-        ),
+        params=params,
         ending=ending_of(body, serving.tokenizer, () if use is None else use.format.markers, params.grammar),
         shows_logprobs=body.logprobs is not None,
         continues=not body.opens_a_turn,

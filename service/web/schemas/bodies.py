@@ -44,6 +44,14 @@ def whole_unicode(value: str) -> str:
     return value
 
 
+def empty(kind: type[list[Any]] | type[dict[str, Any]], **about: Any) -> Any:
+    """A field that is empty if it is left out. about: as of `Field`.
+
+    `Field([])` would be copied deeply for each body, which takes 8 us.
+    """
+    return Field(default_factory=kind, json_schema_extra={"default": kind()}, **about)
+
+
 Text = Annotated[str, AfterValidator(whole_unicode)]
 Temperature = Annotated[float, AfterValidator(_usable_temperature)]
 TEMPERATURE = "0, or below 0.001: always the likeliest token; above: logits are divided by it."
@@ -171,16 +179,16 @@ class Sampling(Body):
     frequency_penalty: float = Field(
         0.0, ge=-MAX_PENALTY, le=MAX_PENALTY, description="Subtracted for each time that it has them; 0: off."
     )
-    logit_bias: Annotated[dict[TokenKey, Bias], WithJsonSchema(_BIAS_SCHEMA)] = Field(
-        {}, max_length=MAX_BIASES, description="Token id -> value to add to its logit, -100 to 100."
+    logit_bias: Annotated[dict[TokenKey, Bias], WithJsonSchema(_BIAS_SCHEMA)] = empty(
+        dict, max_length=MAX_BIASES, description="Token id -> value to add to its logit, -100 to 100."
     )
-    stop: Annotated[list[ShortText], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] = Field(
-        [],
+    stop: Annotated[list[ShortText], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] = empty(
+        list,
         max_length=MAX_STOPS,
         description="A string or a list of strings that end the answer and are cut off it; also special tokens' names.",
     )
-    stop_token_ids: list[int] = Field(
-        [], max_length=MAX_STOP_TOKENS, fail_fast=True, description="Tokens that end the answer, with ignore_eos too."
+    stop_token_ids: list[int] = empty(
+        list, max_length=MAX_STOP_TOKENS, fail_fast=True, description="Tokens that end the answer, with ignore_eos too."
     )
     include_stop_str_in_output: bool = Field(
         False, description="Keep the stop string or token that ended the answer in its text."

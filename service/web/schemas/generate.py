@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from service.engine.api import FinishReason
 from service.measures import Agreement, RunMetrics, Speedup
-from service.web.schemas.bodies import Body, Sampling, Text, require_content
+from service.web.schemas.bodies import Body, Sampling, Text, empty, require_content
 from service.web.schemas.tools import PastCall, ToolCall, ToolCallDelta, ToolFields
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_ids")
@@ -21,7 +21,7 @@ class Message(Body):
     role: Literal["system", "user", "assistant", "tool"] = Field(description="Role of the author.")
     content: Text | None = Field(None, description="The text; only the assistant's may be null.")
     name: Text | None = Field(None, description="The author's name, for chat templates that show it.")
-    tool_calls: list[PastCall] = Field([], description="The assistant's calls of tools.")
+    tool_calls: list[PastCall] = empty(list, description="The assistant's calls of tools.")
     tool_call_id: Text | None = Field(None, description="The call that a message of the role tool answers.")
 
     _require_content = model_validator(mode="after")(require_content)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 from pydantic import AfterValidator, BaseModel, Field, PlainValidator, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from service.web.schemas.bodies import Body, NullIsAbsent, Text, whole_unicode
+from service.web.schemas.bodies import Body, NullIsAbsent, Text, empty, whole_unicode
 
 MAX_TOOLS = 512
 
@@ -151,8 +151,8 @@ class PastCall(NullIsAbsent):
 class ToolFields(Body):
     """The fields of a body whose answer may call tools."""
 
-    tools: list[ToolDefinition] = Field(
-        [], max_length=MAX_TOOLS, description="What the model may call; it needs a chat template that knows tools."
+    tools: list[ToolDefinition] = empty(
+        list, max_length=MAX_TOOLS, description="What the model may call; it needs a chat template that knows tools."
     )
     tool_choice: ToolChoice | None = Field(
         None, description="auto, as if left out: the model chooses; none: no call; required: a call; or a tool to call."

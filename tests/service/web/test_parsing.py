@@ -8,11 +8,11 @@ import h11
 import pytest
 from h11._readers import ChunkedReader
 from h11._receivebuffer import ReceiveBuffer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.web.connection import LINGER_BYTES, REST_BYTES
-from service.web.parsing import TURN_S, ChunksReader, ParsingTurns, QuickConnection, framed_chunk
+from service.web.parsing import TURN_S, ChunksReader, ParsingTurns, QuickConnection, framed_chunk, read_head
 from tests.support.fuzz import thorough
 from tests.support.harness import app_of, server_of, two_engines
 
@@ -69,6 +69,96 @@ def test_what_arrives_together_is_one_event_however_many_chunks_it_is(chunk: byt
 def test_a_long_extension_takes_no_longer_than_its_bytes() -> None:
     """With a pattern that backtracks this takes a minute."""
     assert read(ChunksReader(), [BYTE + b"1;" + b" " * 200_000])[0] == b"a"
+
+
+FIELDS = st.sampled_from(
+    [
+        b"Host: localhost",
+        b"host:localhost",
+        b"Content-Length: 5",
+        b"content-length: 5, 5",
+        b"Content-Length: 7",
+        b"Content-Length: -5",
+        b"Content-Length: \xb2",
+        b"Content-Length: " + b"1" * 21,
+        b"Transfer-Encoding: chunked",
+        b"Transfer-Encoding: gzip",
+        b"Expect: 100-continue",
+        b"Connection: close",
+        b"Connection: keep-alive, Upgrade",
+        b"Upgrade: websocket",
+        b"Accept: */*",
+        b"accept: text/html;q=0.9, */*",
+        b"X-Empty:",
+        b"X-Blank: ",
+        b"X-Tab:\tvalue\t",
+        b"X-Obs: caf\xe9",
+        b"X-Control: a\x01b",
+        b"X-Nul: a\x00b",
+        b"X-Spaces:   a   b   ",
+        b"x_under.score!: 1",
+        b"X Space: 1",
+        b" folded",
+        b": no name",
+        b"no colon",
+    ]
+)
+
+
+@st.composite
+def heads(draw: st.DrawFn) -> list[bytes]:
+    """The parts in which a request arrives; its head may be unusual or broken."""
+    method = draw(st.sampled_from([b"GET", b"POST", b"POST", b"HEAD", b"CONNECT", b"get", b""]))
+    target = draw(st.sampled_from([b"/", b"/v1?a=b", b"/", b"/v1?a=b", b"*", b"http://a/", b"/a b", b"/\xe9"]))
+    version = draw(st.sampled_from([*[b"HTTP/1.1"] * 4, b"HTTP/1.0", b"HTTP/2.0", b"http/1.1", b"HTTP/1.1 "]))
+    fields = draw(st.sampled_from([[b"Host: localhost"], []])) + draw(st.lists(FIELDS, max_size=4))
+    end = draw(st.sampled_from([b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r"]))
+    head = end.join([b"%b %b %b" % (method, target, version), *fields, b"", b""])
+    wire = draw(st.sampled_from([b"", b"\r\n"])) + head + draw(st.sampled_from([b"", b"hello", b"hello" + head]))
+    cuts = sorted(draw(st.lists(st.integers(0, len(wire)), max_size=3)))
+    return [wire[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(wire)], strict=True)]
+
+
+def events(connection: h11.Connection, parts: list[bytes]) -> list[object]:
+    """The events of a request that comes in these parts, or why it is invalid, and the states after it."""
+    found: list[object] = []
+    try:
+        for part in filter(None, parts):
+            connection.receive_data(part)
+            while (event := connection.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+                found.append(event)
+                if isinstance(event, h11.Request):
+                    found.append(event.headers.raw_items())
+    except h11.RemoteProtocolError as error:
+        found.append((str(error), error.error_status_hint))
+    return [*found, connection.states, connection.trailing_data, connection.they_are_waiting_for_100_continue]
+
+
+@given(heads())
+@example([b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-Two: a  b\r\nContent-Length: 5\r\n\r\nhello"])
+@thorough
+def test_heads_are_read_as_h11_reads_them(parts: list[bytes]) -> None:
+    assert events(QuickConnection(h11.SERVER), parts) == events(h11.Connection(h11.SERVER), parts)
+
+
+def test_a_plain_head_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(_: ReceiveBuffer) -> None:
+        raise AssertionError("read line by line")
+
+    monkeypatch.setattr("service.web.parsing.maybe_read_from_IDLE_client", slow)
+    buffer = ReceiveBuffer()
+    buffer += b"POST / HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nContent-Length: 5\r\n\r\nhello"
+    head = read_head(buffer)
+    assert head is not None
+    assert list(head.headers) == [(b"host", b"a"), (b"accept", b"*/*"), (b"content-length", b"5")]
+    assert bytes(buffer) == b"hello"
+
+
+@pytest.mark.parametrize("value", [b" " * 15_000, b"a " * 7_500, b"a" * 15_000 + b"\x00"], ids=["blank", "gaps", "nul"])
+def test_a_long_head_takes_no_longer_than_its_bytes(value: bytes) -> None:
+    """With a pattern that backtracks this takes minutes."""
+    data = b"GET / HTTP/1.1\r\nHost: a\r\nX: b%b\r\nY: b%b\r\n" % (value, value)
+    assert events(QuickConnection(h11.SERVER, 1 << 20), [data]) == events(h11.Connection(h11.SERVER, 1 << 20), [data])
 
 
 class Clock:
