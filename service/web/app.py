@@ -44,7 +44,7 @@ ROUTERS = (
     page.router,
 )
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
-"""FastAPI's own: `service.telemetry` tells of a request, with the times of its tokens, and not twice."""
+"""Of FastAPI, which would add spans of its own to those of `service.telemetry` where a process has a global tracer."""
 
 DESCRIPTION = "INT8 W8A8 language-model server, measured live against its FP16 baseline."
 

@@ -68,10 +68,14 @@ _LONG_NUMBER = re.compile(rf"\d{{{_MAX_SHOWN + 1},}}")
 
 
 class CountedRoute(APIRoute):
-    """A route that tells the field of what it refuses, and counts requests with an unreadable body as rejected."""
+    """A route that tells the field of what it refuses, and counts requests with an unreadable body as rejected.
+
+    What takes `body` and `http` alone, and depends on nothing else, gets its body from `service.web.reading`.
+    """
 
     def get_route_handler(self) -> Handler:  # type: ignore[override]
-        handler = direct_handler(self.endpoint) or super().get_route_handler()
+        direct = None if self.dependencies or self._embed_body_fields else direct_handler(self.endpoint)
+        handler = direct or super().get_route_handler()
         body = None if self.body_field is None else self.body_field.field_info.annotation
         fields: frozenset[str] = getattr(body, "names", frozenset())
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import h11
-from h11._headers import Headers
+from h11._headers import CONTENT_LENGTH_MAX_DIGITS, Headers
 from h11._readers import ChunkedReader, maybe_read_from_IDLE_client
 from h11._receivebuffer import ReceiveBuffer
 
@@ -27,8 +27,7 @@ _HEAD = re.compile(rb"(GET|POST) (/[!-~]*) HTTP/1\.1\r\n((?:%b: ?%b\r\n)+)\r\n" 
 """The head of a request that nothing is unusual about: what it leaves out, h11 reads."""
 
 _UNUSUAL = frozenset({b"expect", b"transfer-encoding", b"upgrade"})
-_MOST_DIGITS = 20
-"""Of a content-length, for h11."""
+"""Headers that h11 must read itself."""
 
 
 class PlainHeaders(Headers):
@@ -56,7 +55,7 @@ def read_head(buf: ReceiveBuffer) -> h11.Request | None:
         by_name = dict(headers)
         length = by_name.get(b"content-length", b"0")
         is_plain = len(by_name) == len(headers) and b"host" in by_name and by_name.keys().isdisjoint(_UNUSUAL)
-        if is_plain and length.isdigit() and len(length) <= _MOST_DIGITS:
+        if is_plain and length.isdigit() and len(length) <= CONTENT_LENGTH_MAX_DIGITS:
             buf.maybe_extract_at_most(head.end())
             return h11.Request(method=method, target=target, headers=headers, http_version=b"1.1", _parsed=True)
     return maybe_read_from_IDLE_client(buf)

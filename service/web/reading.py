@@ -1,7 +1,7 @@
 """Reads the JSON body of a request as FastAPI does, for routes that take nothing else: `direct_handler`.
 
 FastAPI looks for parameters in the path, the query, the headers and the cookies too, and opens a scope for what they
-depend on: 170 calls, a seventh of what stands between a request's last byte and its submission to an engine.
+depend on: 170 calls for each request.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def direct_handler(endpoint: Callable[..., Any]) -> Handler | None:
         HTTPException: 400, the body cannot be read; its cause says why.
     """
     hints = get_type_hints(endpoint)
-    if list(inspect.signature(endpoint).parameters) != ["body", "http"] or hints["return"] is not Response:
+    if list(inspect.signature(endpoint).parameters) != ["body", "http"] or hints.get("return") is not Response:
         return None
     model: type[BaseModel] = hints["body"]
 

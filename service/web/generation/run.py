@@ -92,13 +92,6 @@ class Run:
             if isinstance(error, QueueFull):
                 error.retry_after_s = self._retry_after_s()
             raise
-        # After the submission, so that the engine need not wait while the end of the prompt is decoded.
-        try:
-            self._output = plan.ending.output(serving.tokenizer, plan.prompt_ids if plan.continues else ())
-        except Exception:
-            self._stream.finish(FinishReason.ABORT)
-            self._leave()
-            raise
         self._deadlines = Deadlines(
             self._stream,
             received_s=plan.received_s,
@@ -107,6 +100,14 @@ class Run:
             retry_after_s=self._retry_after_s,
             expire=self._expire,
         )
+        # After the submission, so that the engine need not wait while the end of the prompt is decoded.
+        try:
+            self._output = plan.ending.output(serving.tokenizer, plan.prompt_ids if plan.continues else ())
+        except Exception as error:
+            self._stream.finish(FinishReason.ABORT)
+            self._leave()
+            self._count(_outcome(error))
+            raise
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield what each step added; several steps are merged if their tokens arrived before they were read.

@@ -16,6 +16,7 @@ from service.web.schemas.bodies import (
     ShortText,
     Temperature,
     Text,
+    empty,
 )
 from service.web.schemas.content import kind_of, list_or_text, text_in_parts
 from service.web.schemas.tools import MAX_TOOLS, AllowedCallers, ToolName, encodable
@@ -132,7 +133,7 @@ class CustomTool(Cacheable):
     description: Text | None = Field(None, description="What it does; shown to the model.")
     input_schema: Object = Field(description="JSON schema of its arguments. Forced calls are held to it.")
     strict: bool | None = Field(None, description="Accepted: any; forced calls are always held to the schema.")
-    input_examples: list[Any] = Field([], description="Accepted: any; the model is not shown them.")
+    input_examples: list[Any] = empty(list, description="Accepted: any; the model is not shown them.")
     defer_loading: bool = Field(False, description="Accepted: any; every tool is shown from the start.")
     eager_input_streaming: bool | None = Field(None, description="Accepted: any; see `tool_choice`.")
     allowed_callers: AllowedCallers = Field(["direct"], description="Accepted: any with direct: the model calls.")
@@ -222,7 +223,7 @@ class PromptFields(NullIsAbsent):
     context_management: ContextManagement = Field(
         None, description="Accepted: edits of the types clear_thinking_..., as the chat template decides what it shows."
     )
-    mcp_servers: EmptyList = Field([], description="Accepted: []; the server calls no tools.")
+    mcp_servers: EmptyList = empty(list, description="Accepted: []; the server calls no tools.")
     speed: InertText = Field("", description="Accepted: any; there is one speed.")
 
 
@@ -234,8 +235,8 @@ class MessagesRequest(PromptFields, Sampling):
         description="Most tokens to generate; fewer where the context leaves less, and then the answer ends with "
         "model_context_window_exceeded.",
     )
-    stop: list[ShortText] = Field(
-        [],
+    stop: list[ShortText] = empty(
+        list,
         alias="stop_sequences",
         max_length=MAX_STOPS,
         description="Strings that end the answer and are cut off it; also special tokens' names.",

@@ -21,7 +21,7 @@ from service.web.generation.tool_use import shown_messages
 from service.web.openai.inert import Nothing
 from service.web.openai.requests import ChatMessage
 from service.web.openapi import failures
-from service.web.schemas.bodies import NullIsAbsent, Text
+from service.web.schemas.bodies import NullIsAbsent, Text, empty
 from service.web.schemas.tools import MAX_TOOLS, ToolDefinition, encodable
 from service.web.state import Serving, serving_of
 
@@ -56,7 +56,7 @@ class TokenizeRequest(NullIsAbsent):
         False, description="Leave the last message open, which must be the assistant's; with `messages`."
     )
     return_token_strings: bool = Field(False, description="Also the text of each token.")
-    tools: list[ToolDefinition] = Field([], max_length=MAX_TOOLS, description="Shown to the chat template.")
+    tools: list[ToolDefinition] = empty(list, max_length=MAX_TOOLS, description="Shown to the chat template.")
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(encodable)] = Field(
         {}, description='Variables for the chat template, such as {"enable_thinking": false}.'
     )

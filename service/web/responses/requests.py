@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from service.web.openai.inert import EmptyList, InertText, Metadata, Nothing, Only
 from service.web.responses.items import Input
 from service.web.responses.tools import ResponsesChoice, ResponsesTool
-from service.web.schemas.bodies import TEMPERATURE, NullIsAbsent, Sampling, Temperature, Text
+from service.web.schemas.bodies import TEMPERATURE, NullIsAbsent, Sampling, Temperature, Text, empty
 from service.web.schemas.tools import MAX_TOOLS, encodable
 
 LOGPROBS = "message.output_text.logprobs"
@@ -125,23 +125,23 @@ class ResponsesRequest(NullIsAbsent, Sampling):
     include: Annotated[list[InertText], AfterValidator(_none_there)] = Field(
         [], max_length=64, description=f"Accepted: {', '.join(NOT_THERE)}; an answer has nothing of what they ask for."
     )
-    metadata: Metadata = Field({}, description="Given back in the answer; nothing is stored.")
+    metadata: Metadata = empty(dict, description="Given back in the answer; nothing is stored.")
     previous_response_id: Stateless = Field(None, description="Accepted: null; answers are not stored.")
     conversation: Stateless = Field(None, description="Accepted: null; conversations are not stored.")
     prompt: Nothing = Field(None, description="Accepted: null; prompts are not stored.")
     background: InForeground = Field(False, description="Accepted: false.")
-    background_options: dict[str, Any] = Field({}, description="Accepted; nothing runs in the background.")
+    background_options: dict[str, Any] = empty(dict, description="Accepted; nothing runs in the background.")
     truncation: Only[Literal["disabled"]] = Field("disabled", description="Accepted: disabled; nothing is left out.")
-    context_management: EmptyList = Field([], description="Accepted: [].")
+    context_management: EmptyList = empty(list, description="Accepted: [].")
     logprobs: WithoutLogprobs = Field(False, description="Accepted: false; /v1/chat/completions has them.")
     top_logprobs: WithoutTop = Field(0, description="Accepted: 0; /v1/chat/completions has log-probabilities.")
     max_tool_calls: int | None = Field(None, description="Accepted: any; it counts calls of tools of the server's own.")
     moderation: Nothing = Field(None, description="Accepted: null; nothing is moderated.")
-    access_programs: dict[str, Any] = Field({}, description="Accepted; there are none.")
-    client_metadata: dict[str, Any] = Field({}, description="Accepted; what Codex tells of itself.")
+    access_programs: dict[str, Any] = empty(dict, description="Accepted; there are none.")
+    client_metadata: dict[str, Any] = empty(dict, description="Accepted; what Codex tells of itself.")
     user: InertText = Field("", description="Accepted; it has no effect on answers.")
     safety_identifier: InertText = Field("", description="Accepted; it has no effect on answers.")
     service_tier: InertText = Field("auto", description="Accepted: any; there is one tier.")
     prompt_cache_key: InertText = Field("", description="Accepted; prompts are found by their content.")
     prompt_cache_retention: InertText = Field("", description="Accepted; the cache keeps what fits.")
-    prompt_cache_options: dict[str, Any] = Field({}, description="Accepted; prompts are found by their content.")
+    prompt_cache_options: dict[str, Any] = empty(dict, description="Accepted; prompts are found by their content.")

@@ -9,8 +9,9 @@ from typing import Any, Never
 import httpx
 import pytest
 
+from tests.service.kinds import Samples
 from tests.support.fake_engine import ByteDetokenizer, ByteTokenizer, FakeEngine
-from tests.support.harness import app_of, client_of, engines_of, events_of, post, two_engines, until
+from tests.support.harness import app_of, client_of, engines_of, events_of, metrics_of, post, two_engines, until
 
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 RUN_METRICS = {
@@ -350,6 +351,33 @@ def test_a_fault_in_decoding_frees_the_request() -> None:
         response = asyncio.run(go(is_streamed))
         assert "internal_error" in response.text
         assert "secret" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/generate", {"prompt": "a", "stream": True}),
+        ("/v1/completions", {"prompt": ["a", "b"]}),
+    ],
+)
+def test_a_fault_before_decoding_frees_the_request(route: str, body: dict[str, Any]) -> None:
+    class Tokenizer(ByteTokenizer):
+        def detokenizer(self, context: Sequence[int] = (), shown: Collection[str] = ()) -> Never:
+            raise RuntimeError("secret")
+
+    async def go() -> tuple[httpx.Response, Samples, FakeEngine]:
+        engines = two_engines(delay_s=0.01)
+        app = app_of(engines, tokenizer=Tokenizer())
+        async with client_of(app) as client:
+            response = await client.post(route, json=body)
+            await until(lambda: not engines["w8a8"].active)
+            assert app.state.serving.traffic.num_active == 0
+            return response, await metrics_of(client), engines["w8a8"]
+
+    response, samples, engine = asyncio.run(go())
+    assert (response.status_code, len(engine.submitted)) == (500, 1)
+    assert "secret" not in response.text
+    assert samples["ottava_requests_total", "outcome=error", "variant=w8a8"] == 1
 
 
 def test_many_at_once_keep_their_own_answers() -> None:

@@ -1,17 +1,20 @@
 """Bodies are read, and refused, as FastAPI reads and refuses them."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from service.web.app import ROUTERS
+from service.web.failures import CountedRoute
 from service.web.openai.requests import ChatRequest
 from service.web.reading import direct_handler
 from service.web.schemas.bodies import Body
@@ -114,6 +117,29 @@ async def without_body(http: HTTPRequest) -> Response:
 
 async def of_a_model(body: Body, http: HTTPRequest) -> Body:
     raise NotImplementedError
+
+
+def test_the_routes_of_generations_are_read_directly() -> None:
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, CountedRoute)]
+    direct = {route.path for route in routes if direct_handler(route.endpoint) is not None}
+    assert direct == {"/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"}
+
+
+def test_what_a_route_depends_on_is_asked() -> None:
+    def refuse() -> None:
+        raise HTTPException(403)
+
+    app = FastAPI()
+    router = APIRouter(route_class=CountedRoute, dependencies=[Depends(refuse)])
+    router.post("/generate")(generate)
+    app.router.routes.extend(router.routes)
+    app.state.serving = SimpleNamespace(metrics=SimpleNamespace(count=lambda *_: None))
+
+    async def go() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://a") as client:
+            return (await client.post("/generate", json={"prompt": "a"})).status_code
+
+    assert asyncio.run(go()) == 403
 
 
 @pytest.mark.parametrize("endpoint", [with_another, without_body, of_a_model])
