@@ -49,8 +49,8 @@ from service.telemetry.logs import configure_logging
 
 MAX_MESSAGE_BYTES = 1 << 20
 POLLING_S = 0.02
-"""On a GPU, where all ranks wait for the last to launch its part of a step, and to wake up takes 10 us on one host and more than 100 on another. A core is
-busy with it while steps follow each other, none while the engines are idle."""
+"""On a GPU, where all ranks wait for the last to launch its part of a step, and to wake up takes 10 us on one host and
+more than 100 on another. A core is busy with it while steps follow each other, none while the engines are idle."""
 
 logger = logging.getLogger(__name__)
 
