@@ -213,8 +213,8 @@ class PromptFields(NullIsAbsent):
     system: Annotated[list[TextBlock], BeforeValidator(_as_blocks), Field(json_schema_extra=list_or_text)] = Field(
         [], description="The system's message: a string, or text blocks, which are joined by line breaks."
     )
-    tools: list[MessagesTool] = Field(
-        [], max_length=MAX_TOOLS, description="What the model may call; it needs a chat template that knows tools."
+    tools: list[MessagesTool] = empty(
+        list, max_length=MAX_TOOLS, description="What the model may call; it needs a chat template that knows tools."
     )
     tool_choice: MessagesChoice | None = Field(None, description="Whether the model must call; none: auto.")
     thinking: Thinking | None = Field(None, description="None: as the chat template has it.")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from starlette.types import Receive
 
-from service.engine.api import Engine, SamplingParams
+from service.engine.api import SamplingParams
 from service.errors import InvalidRequest
 from service.text.json.schema import json_rules
 from service.text.protocols import TokenizerLike
@@ -20,22 +20,18 @@ from service.web.generation.planning import (
     chat_ids,
     ending_of,
     fitting,
-    in_time,
-    key_name,
     known_ids,
     num_logprobs,
     refuse_dear,
-    refuse_early_ends,
     sampling_params,
     text_ids,
 )
+from service.web.generation.rules import compiled_rules
 from service.web.generation.run import Plan
 from service.web.generation.tool_use import (
     Answering,
     TextRules,
     ToolUse,
-    answer_rules,
-    blaming,
     is_continued,
     shown_messages,
     shown_tools,
@@ -143,12 +139,18 @@ async def completion_plans(
     num_asked = body.n * sum(num_logprobs(params, len(ids)) for ids, params in wanted)
     refuse_dear(num_asked, body.n * len(prompts), serving.settings)
     timeout_s = allowed_timeout(body.timeout_s, serving.settings)
-    of_text = _text_rules(body)
-    grammar = None
-    if of_text is not None:
-        async with in_time(received_s + timeout_s, timeout_s):
-            grammar = await _grammar(of_text, None, serving, engine, num_answers=len(wanted) * body.n, receive=receive)
-        refuse_early_ends(body, grammar)
+    grammar = await compiled_rules(
+        body,
+        _text_rules(body),
+        None,
+        serving,
+        [engine],
+        until_s=received_s + timeout_s,
+        timeout_s=timeout_s,
+        num_answers=len(wanted) * body.n,
+        receive=receive,
+    )
+    if grammar is not None:
         wanted = [(ids, replace(params, grammar=grammar)) for ids, params in wanted]
     order = Order(
         id=id_,
@@ -212,26 +214,31 @@ async def chat_plans(
     params = sampling_params(body, serving, max_tokens, logprobs=logprobs)
     refuse_dear(body.n * num_logprobs(params, len(ids)), body.n, serving.settings)
     timeout_s = allowed_timeout(body.timeout_s, serving.settings)
-    of_text = _text_rules(body)
-    if of_text is not None or use is not None:
-        async with in_time(received_s + timeout_s, timeout_s):
-            grammar = await _grammar(of_text, use, serving, engine, num_answers=body.n, receive=receive)
+    grammar = await compiled_rules(
+        body,
+        _text_rules(body),
+        use,
+        serving,
+        [engine],
+        until_s=received_s + timeout_s,
+        timeout_s=timeout_s,
+        num_answers=body.n,
+        receive=receive,
+    )
+    if grammar is not None:
         params = replace(params, grammar=grammar)
-        refuse_early_ends(body, grammar)
     order = Order(
         id=id_,
         route=route,
         variant=variant,
-        ending=ending_of(
-            body, serving.tokenizer, MARKERS.union(() if use is None else use.format.markers), params.grammar
-        ),
+        ending=ending_of(body, serving.tokenizer, MARKERS.union(() if use is None else use.format.markers), grammar),
         shows_logprobs=body.logprobs,
         continues=body.add_generation_prompt and is_continued(body.messages),
         received_s=received_s,
         timeout_s=timeout_s,
     )
     # A grammar leaves no room for reasoning.
-    reasons = serving.tokenizer.has_reasoning and params.grammar is None
+    reasons = serving.tokenizer.has_reasoning and grammar is None
     opened = is_opened(ids, serving.tokenizer) if reasons else None
     return ChatPlan(order.plans([(ids, params)], body.n), use, opened)
 
@@ -251,23 +258,6 @@ def is_opened(prompt_ids: Sequence[int], tokenizer: TokenizerLike) -> bool:
     decoder = tokenizer.detokenizer((), MARKERS)
     text = "".join(map(decoder.push, prompt_ids[-NUM_LAST:])) + decoder.flush()
     return text.rfind(OPENING) > text.rfind(CLOSING)
-
-
-async def _grammar(
-    of_text: TextRules | None,
-    use: ToolUse | None,
-    serving: Serving,
-    engine: Engine,
-    *,
-    num_answers: int,
-    receive: Receive | None,
-) -> str | None:
-    """The rules that the answers are held to, which the engine has compiled; None for any text."""
-    rules = await answer_rules(of_text, use, serving.tokenizer)
-    if rules is not None:
-        with blaming(of_text, use):
-            await serving.compiling.compile(rules, [engine], key_name(), num_answers, receive)
-    return rules
 
 
 def _text_rules(body: OpenAIRequest) -> TextRules | None:

@@ -57,8 +57,8 @@ class TokenizeRequest(NullIsAbsent):
     )
     return_token_strings: bool = Field(False, description="Also the text of each token.")
     tools: list[ToolDefinition] = empty(list, max_length=MAX_TOOLS, description="Shown to the chat template.")
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(encodable)] = Field(
-        {}, description='Variables for the chat template, such as {"enable_thinking": false}.'
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(encodable)] = empty(
+        dict, description='Variables for the chat template, such as {"enable_thinking": false}.'
     )
     chat_template: Nothing = Field(None, description="Accepted: null; the model's own is used.")
     mm_processor_kwargs: Nothing = Field(None, description="Accepted: null; content is text.")

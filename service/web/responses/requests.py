@@ -108,8 +108,8 @@ class ResponsesRequest(NullIsAbsent, Sampling):
         None, ge=1, description="Most tokens to generate; none: as many as fit in the context."
     )
     temperature: Temperature = Field(1.0, ge=0, le=2, description=TEMPERATURE)
-    tools: list[ResponsesTool] = Field(
-        [], max_length=MAX_TOOLS, description="What the model may call; it needs a chat template that knows tools."
+    tools: list[ResponsesTool] = empty(
+        list, max_length=MAX_TOOLS, description="What the model may call; it needs a chat template that knows tools."
     )
     tool_choice: ResponsesChoice | None = Field(
         None, description="auto, as if left out: the model chooses; none: no call; required: a call; or a tool to call."
@@ -117,13 +117,15 @@ class ResponsesRequest(NullIsAbsent, Sampling):
     parallel_tool_calls: bool = Field(True, description="Whether an answer may hold several calls.")
     text: TextConfig | None = Field(None, description="What the text of the answer is.")
     reasoning: ReasoningConfig | None = Field(None, description="How the model thinks.")
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(encodable)] = Field(
-        {}, description='Variables for the chat template, such as {"enable_thinking": false}.'
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(encodable)] = empty(
+        dict, description='Variables for the chat template, such as {"enable_thinking": false}.'
     )
     stream_options: EventOptions | None = Field(None, description="Accepted: any; it has no effect.")
     store: bool = Field(True, description="Accepted: any; answers are not stored.")
-    include: Annotated[list[InertText], AfterValidator(_none_there)] = Field(
-        [], max_length=64, description=f"Accepted: {', '.join(NOT_THERE)}; an answer has nothing of what they ask for."
+    include: Annotated[list[InertText], AfterValidator(_none_there)] = empty(
+        list,
+        max_length=64,
+        description=f"Accepted: {', '.join(NOT_THERE)}; an answer has nothing of what they ask for.",
     )
     metadata: Metadata = empty(dict, description="Given back in the answer; nothing is stored.")
     previous_response_id: Stateless = Field(None, description="Accepted: null; answers are not stored.")

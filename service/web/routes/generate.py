@@ -26,23 +26,20 @@ from service.web.generation.planning import (
     chat_ids,
     ending_of,
     fitting,
-    in_time,
     known_ids,
     num_logprobs,
     refuse_dear,
-    refuse_early_ends,
     sampling_params,
     text_ids,
 )
 from service.web.generation.reply import answered, built, streamed
+from service.web.generation.rules import compiled_rules
 from service.web.generation.run import Piece, Plan, Run
 from service.web.generation.sse import MARK, Form
 from service.web.generation.tool_use import (
     Answering,
     Told,
     ToolUse,
-    answer_rules,
-    blaming,
     end_of,
     shown_messages,
     shown_tools,
@@ -106,14 +103,11 @@ async def make_plan(
     logprobs = 0 if body.logprobs is None and body.compare else body.logprobs
     params = sampling_params(body, serving, max_tokens, logprobs=logprobs)
     timeout_s = allowed_timeout(body.timeout_s, serving.settings)
-    if use is not None:
-        async with in_time(received_s + timeout_s, timeout_s):
-            rules = await answer_rules(None, use, serving.tokenizer)
-            if rules is not None:
-                with blaming(None, use):
-                    await serving.compiling.compile(rules, engines, params.owner, receive=receive)
-                params = replace(params, grammar=rules)
-        refuse_early_ends(body, params.grammar)
+    grammar = await compiled_rules(
+        body, None, use, serving, engines, until_s=received_s + timeout_s, timeout_s=timeout_s, receive=receive
+    )
+    if grammar is not None:
+        params = replace(params, grammar=grammar)
     refuse_dear(len(engines) * num_logprobs(params, len(prompt_ids)), len(engines), serving.settings)
     if body.compare:
         # Both runs draw the same numbers, and start from as much of the prompt.
@@ -127,7 +121,7 @@ async def make_plan(
         variant=variant,
         prompt_ids=prompt_ids,
         params=params,
-        ending=ending_of(body, serving.tokenizer, () if use is None else use.format.markers, params.grammar),
+        ending=ending_of(body, serving.tokenizer, () if use is None else use.format.markers, grammar),
         shows_logprobs=body.logprobs is not None,
         continues=not body.opens_a_turn,
         received_s=received_s,
