@@ -2,12 +2,16 @@
 
     python -m benchmarks.cluster                      a tiny random model on this machine's cores
     python -m benchmarks.cluster --parts overhead     one part: scaling, overhead, kill, update or costs
+    python -m benchmarks.cluster --shape llama-3.1-8b --parts scaling kill --replicas 1 2 --streams 256
+                                                      a random checkpoint in W8A8, on this machine's GPUs
 
 Needs the extra `cluster`. Every part starts `ottava cluster` as a user would. Replicas, gateway, Ray and the clients,
 which are a process of their own, share this machine's cores: with two cores four replicas cannot be faster than two,
-and the figures of one part only compare with those of the same part.
+and the figures of one part only compare with those of the same part. With --shape each replica has a GPU of its own,
+or more with --flags "--tensor-parallel 2".
 
-- scaling: a closed loop of --streams clients for --seconds; 1, 2 and 4 replicas. A replica computes with one thread.
+- scaling: a closed loop of --streams clients for --seconds; 1, 2 and 4 replicas. The tiny model's take 8 requests at a
+  time and compute with one thread.
 - overhead: one replica, one stream at a time, the same request in turn to the replica itself, through the gateway, and,
   to show what that way would cost, through a deployment behind Ray's own proxy, whose tokens go through Ray.
 - kill: two replicas under load, one of which gets SIGKILL; time until both are ready again.
@@ -27,6 +31,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,7 +50,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.processes import children, cpu_s, descendants, free_port
+from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.report import RESULTS, birth_certificate, quantiles, write
+from benchmarks.shapes import SHAPES
 from service.measures import percentile
 
 PARTS = ("scaling", "overhead", "kill", "update", "costs")
@@ -56,7 +63,13 @@ POLL_S = 0.1
 TOKENS = 48
 FEW_TOKENS = 4
 PROMPTS = 24
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+WORDS = [f"w{number}" for number in range(1, 13)]
+"""What a random checkpoint's tokenizer knows."""
+
+TINY = ("--cpus-per-replica", "0.1", "--dtype", "float32")
+"""Flags of replicas of the tiny model."""
+
+FEW_ROWS = ("--max-num-requests", "8")
 SERVES = re.compile(r"pid=(\d+).*replica (\w+) serves at (http://\S+)")
 OK, TOLD, REFUSED, LOST = "answered", "told of the loss", "refused", "lost"
 """How a request ends: complete; with an error or error event; with 503; in none of these ways."""
@@ -117,8 +130,7 @@ class RunningCluster:
 
 
 def command_of(model: Path, replicas: int, port: int, *flags: str) -> list[str]:
-    own = ["--replicas", str(replicas), "--port", str(port), "--cpus-per-replica", "0.1"]
-    own += ["--variants", "w8a8", "--dtype", "float32"]
+    own = ["--replicas", str(replicas), "--port", str(port), "--variants", "w8a8"]
     return [sys.executable, "-m", "service", "cluster", str(model), *own, *flags]
 
 
@@ -249,7 +261,7 @@ def counts(outcomes: Sequence[Outcome], expected: Mapping[str, list[int]]) -> di
 def scaling(model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for replicas in args.replicas:
-        with running(model, replicas, "--max-num-requests", "8") as cluster:
+        with running(model, replicas, *args.flags, *(() if args.shape else FEW_ROWS)) as cluster:
             rows.append(asyncio.run(_under_load(cluster, replicas, args)))
     return rows
 
@@ -269,6 +281,7 @@ async def _under_load(cluster: RunningCluster, replicas: int, args: argparse.Nam
         "streams": args.streams,
         "seconds": args.seconds,
         "requests": counts(outcomes, expected),
+        "flags": cluster.flags,
         "tokens_per_s": len(done) * TOKENS / args.seconds,
         "first_token_ms": quantiles(first) | {"p99": percentile(first, 99)},
         "between_events_ms": quantiles(gaps) | {"p99": percentile(gaps, 99)},
@@ -277,7 +290,7 @@ async def _under_load(cluster: RunningCluster, replicas: int, args: argparse.Nam
 
 
 def overhead(model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    with running(model, 1) as cluster:
+    with running(model, 1, *args.flags) as cluster:
         ((_, direct),) = cluster.members().values()
         proxy = free_port()
         relay = subprocess.Popen([sys.executable, "-m", "benchmarks.cluster_relay", direct, str(proxy)])
@@ -325,7 +338,7 @@ async def _until_it_answers(session: aiohttp.ClientSession, url: str, prompt: st
 
 
 def kill(model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    with running(model, 2) as cluster:
+    with running(model, 2, *args.flags) as cluster:
         return [asyncio.run(killed(cluster, args.streams, args.seconds))]
 
 
@@ -355,7 +368,7 @@ async def killed(cluster: RunningCluster, streams: int, seconds: float) -> dict[
 
 
 def update(model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    with running(model, 2) as cluster:
+    with running(model, 2, *args.flags) as cluster:
         return [asyncio.run(updated(cluster, args.streams, args.seconds))]
 
 
@@ -384,7 +397,7 @@ async def updated(cluster: RunningCluster, streams: int, seconds: float) -> dict
 
 
 def costs(model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    with running(model, 1, "--max-num-requests", str(args.streams)) as cluster:
+    with running(model, 1, *args.flags, "--max-num-requests", str(args.streams)) as cluster:
         spent = [asyncio.run(_spent(cluster, tokens, args)) for tokens in (FEW_TOKENS, TOKENS)]
     rows = []
     for role in spent[0]:
@@ -467,11 +480,19 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4, help="of the tiny model")
+    parser.add_argument("--width", type=int, default=256, help="of the tiny model")
+    parser.add_argument("--shape", choices=SHAPES, help="serve these shapes instead of the tiny model")
+    parser.add_argument("--folder", type=Path, help="checkpoint of --shape to serve; written if it does not exist")
+    parser.add_argument(
+        "--flags", type=shlex.split, help="of `ottava cluster`; without --shape those of the tiny model"
+    )
     parser.add_argument("--commit", help="where the tree carries no git history")
     parser.add_argument("--out", type=Path, default=RESULTS / "cluster-cpu.json")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.flags is None:
+        args.flags = () if args.shape else TINY
+    return args
 
 
 def main() -> int:
@@ -481,7 +502,11 @@ def main() -> int:
     certificate |= {"cores": os.cpu_count(), "load before": os.getloadavg()}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder) / "model", args.layers, args.width)
+        model = args.folder or Path(folder) / "model"
+        if not args.shape:
+            make_model(model, args.layers, args.width)
+        elif not (model / "config.json").exists():
+            write_checkpoint(model, args.shape, is_int8=True, max_model_len=4096)
         for part in args.parts:
             found = MEASURES[part](model, args)
             print(*map(json.dumps, found), sep="\n", file=sys.stderr)

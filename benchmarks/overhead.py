@@ -455,7 +455,7 @@ def channel_rows() -> list[dict[str, Any]]:
         scheduler,
         grammars=None,
         sink=end.send,
-        read_others=lambda: (0, 8 << 30, 8 << 30),
+        read_others=lambda: (0, 8 << 30, 8 << 30, 0),
         masks=Masks(1.0),
     )
     params = SamplingParams(CHANNEL_STEPS + 16, ignore_eos=True)

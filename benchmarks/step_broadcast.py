@@ -63,7 +63,7 @@ def measure(table: StepTable, board: Board, ends: list[socket.socket], args: arg
     for _ in range(args.steps):
         time.sleep(args.step_ms / 1e3)
         begun = time.perf_counter_ns()
-        lead.forward(table, None)
+        lead.forward(table, None, is_behind=True)
         ended = time.perf_counter_ns()
         had = [int.from_bytes(end.recv(8), "little") for end in ends]
         told_us.append((ended - begun) / 1e3)

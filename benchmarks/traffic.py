@@ -25,11 +25,14 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.processes import free_port, served
 from benchmarks.random_checkpoint import write_checkpoint
@@ -44,6 +47,7 @@ READERS, READ_TOKENS = 16, 768
 """Streams beside which prompts are read, and how many tokens each of them gets."""
 TURNS, TURN_LEN, TURN_OUTPUT = 4, 64, 32
 START_S = 400.0
+OURS = "ottava"
 TIMES = ("ttft", "tpot", "itl")
 LOWER = tuple(f"{quantile}_{time}_ms" for time in TIMES for quantile in ("median", "p99"))
 HIGHER = ("output_throughput",)
@@ -75,6 +79,8 @@ def main() -> int:
                 certificate[f"{program.name} started in s"] = round(started_s, 1)
                 load = Loader(program.name, port, args, Path(scratch))
                 rows += [row for point in args.points.split(",") for row in load.measured(point)]
+                if program.name == OURS:
+                    certificate |= load.steps()
     add_ratios(rows)
     certificate |= {f"{server} serves requests/s": rate for server, rate in served_rates(rows).items()}
     write(args.out or RESULTS / f"traffic-{args.shape}.json", certificate, rows)
@@ -87,8 +93,8 @@ def _programs(args: argparse.Namespace) -> list[Program]:
     variant = "fp16" if args.float else "w8a8"
     command = [sys.executable, "-m", "service", "serve", "{folder}", "--variants", variant, "--port", "{port}"]
     ours = f"{shlex.join(command)} {args.serve}"
-    programs = [Program("ottava", ours, "/ready")]
-    return programs + ([Program(args.peer[0], args.peer[1], "/health")] if args.peer else [])
+    programs = [Program(OURS, ours, "/ready")]
+    return programs + ([Program(args.peer[0], args.peer[1], args.peer_ready)] if args.peer else [])
 
 
 @contextmanager
@@ -131,6 +137,14 @@ class Loader:
             low, high = (rate, high) if row["is_served"] else (low, rate)
             rows.append(row)
         return rows
+
+    def steps(self) -> dict[str, float]:
+        """How many steps ottava has run, and launched late."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+        names = "ottava_steps_total", "ottava_late_steps_total"
+        return {name: sum(each.value for each in samples if each.name == name) for name in names}
 
     def _words(self, kind: str, numbers: Sequence[float]) -> list[str]:
         """The words of `ottava bench` for a point."""
@@ -204,10 +218,10 @@ def cached_share(found: dict[str, Any]) -> float | None:
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
     """Add to ottava's rows how much better it is than the peer, above 1 is better: times of the peer over its own."""
-    peers = {row["point"]: row for row in rows if row["server"] != "ottava" and "rate" not in row}
+    peers = {row["point"]: row for row in rows if row["server"] != OURS and "rate" not in row}
     for row in rows:
         peer = peers.get(row["point"])
-        if row["server"] != "ottava" or peer is None:
+        if row["server"] != OURS or peer is None:
             continue
         for key in LOWER:
             row[f"better_{key}"] = peer[key] / row[key] if row[key] and peer[key] else None
@@ -257,6 +271,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--serve", default="", help="more flags of `ottava serve`")
     parser.add_argument("--peer", nargs=2, metavar=("NAME", "COMMAND"))
+    parser.add_argument("--peer-ready", default="/health", metavar="PATH", help="what the peer answers once it serves")
     parser.add_argument("--logs", help="folder for what the servers write")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit")

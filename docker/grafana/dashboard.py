@@ -122,6 +122,7 @@ def median_speedup(measure: str) -> Query:
 GAIN = ((None, "red"), (1.0, "green"))
 AGREEMENT, SPEEDUP, DELTA = "ottava_agreement_ratio", "ottava_speedup_ratio", "ottava_logprob_delta_nats"
 TPOT = "ottava_request_time_per_output_token_seconds"
+STEPS, LATE_STEPS = "ottava_steps_total", "ottava_late_steps_total"
 DRAFTS, RIGHT_DRAFTS = "ottava_speculative_draft_tokens_total", "ottava_speculative_accepted_tokens_total"
 
 COMPARISON = (
@@ -335,7 +336,7 @@ ENGINE = (
     Panel(
         "Steps",
         "Per second, by launch: as one CUDA graph, or kernel by kernel (plain), as all are on a CPU.",
-        "suffix:/s", (Query(rate("ottava_steps_total", "variant, kind"), "{{variant}} {{kind}}"),), 6,
+        "suffix:/s", (Query(rate(STEPS, "variant, kind"), "{{variant}} {{kind}}"),), 6,
     ),
     Panel(
         "Preemptions",
@@ -416,6 +417,12 @@ ENGINE = (
         "Padding",
         "Rows per second that only filled a step up to the size of its CUDA graph; none on a CPU.",
         "suffix:/s", (Query(rate("ottava_step_padding_tokens_total", "variant"), "{{variant}}"),), 6,
+    ),
+    Panel(
+        "Late steps",
+        "Share of the steps that were launched after the one before had ended, so that a GPU waited for its host.",
+        "percentunit", (Query(f"{rate(LATE_STEPS, 'variant')} / {rate(STEPS, 'variant')}", "{{variant}}"),),
+        6, top=1.05,
     ),
 )  # fmt: skip
 

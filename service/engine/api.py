@@ -121,6 +121,8 @@ class EngineStats:
     num_plain_steps: int = 0
     num_padding_tokens: int = 0
     """Token rows that only filled steps up to the sizes of their graphs."""
+    num_late_steps: int = 0
+    """Steps launched after the one before had ended, on any rank, so that a GPU waited for its host."""
     num_draft_tokens: int = 0
     """Tokens that were guessed and checked; `num_accepted_tokens` of them were right."""
     num_accepted_tokens: int = 0

@@ -104,6 +104,7 @@ class EngineClient:
             num_graph_steps=before.num_graph_steps + gauges.num_graph_steps,
             num_plain_steps=before.num_plain_steps + gauges.num_plain_steps,
             num_padding_tokens=before.num_padding_tokens + gauges.num_padding_tokens,
+            num_late_steps=before.num_late_steps + gauges.num_late_steps,
             num_draft_tokens=before.num_draft_tokens + gauges.num_draft_tokens,
             num_accepted_tokens=before.num_accepted_tokens + gauges.num_accepted_tokens,
         )
@@ -179,6 +180,7 @@ class EngineClient:
             num_graph_steps=before.num_graph_steps + gauges.num_graph_steps,
             num_plain_steps=before.num_plain_steps + gauges.num_plain_steps,
             num_padding_tokens=before.num_padding_tokens + gauges.num_padding_tokens,
+            num_late_steps=before.num_late_steps + gauges.num_late_steps,
             num_draft_tokens=before.num_draft_tokens + gauges.num_draft_tokens,
             num_accepted_tokens=before.num_accepted_tokens + gauges.num_accepted_tokens,
         )

@@ -28,7 +28,7 @@ class Inbox:
         variant: name of the engine's variant.
         scheduler: the engine's scheduler.
         grammars: compiles the grammars of requests; None if the engine accepts none.
-        read_others: returns restarts, weight bytes and KV cache bytes, which the scheduler does not have.
+        read_others: returns restarts, weight bytes, KV cache bytes and late steps, which the scheduler does not have.
         masks: makes the masks of requests that have a grammar.
         first_ids: tokens that every prompt must begin with, and else is put behind.
     """
@@ -40,7 +40,7 @@ class Inbox:
         *,
         grammars: Grammars | None,
         sink: Sink,
-        read_others: Callable[[], tuple[int, int, int]],
+        read_others: Callable[[], tuple[int, int, int, int]],
         masks: Masks,
         first_ids: Sequence[int] = (),
     ) -> None:
@@ -227,7 +227,7 @@ class Inbox:
     def gauges(self) -> Gauges:
         """One reading of the engine; thread-safe."""
         scheduler = self._scheduler
-        num_restarts, weight_bytes, kv_cache_bytes = self._read_others()
+        num_restarts, weight_bytes, kv_cache_bytes, num_late_steps = self._read_others()
         return Gauges(
             self._num_taken,
             len(scheduler.running),
@@ -241,6 +241,7 @@ class Inbox:
             scheduler.num_graph_steps,
             scheduler.num_plain_steps,
             scheduler.num_padding_tokens,
+            num_late_steps,
             scheduler.num_draft_tokens,
             scheduler.num_accepted_tokens,
         )

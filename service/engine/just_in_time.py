@@ -23,14 +23,21 @@ class JustInTime:
 
     The next step must be launched while one runs, or the device would wait for the host. Launched at once, it would be
     without the requests that arrive while the first one runs, and they would wait for both. A launch that came after
-    the end doubles the time that is kept in reserve, which falls slowly again.
+    the end, on this rank or another, doubles the time that is kept in reserve, which falls slowly again.
+
+    Attributes:
+        num_late: launches that came after the end.
+
+    Args:
+        num_late: what it begins with.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_late: int = 0) -> None:
         self._times_s: dict[Shape, float] = {}
         self._launch_s = 0.0
         self._reserve_s = RESERVE_S
         self._begun_s = 0.0
+        self.num_late = num_late
 
     def wait_s(self, shape: Shape | None, now_s: float) -> float:
         """Seconds until the next step must be planned while one of a shape runs; 0 where its time is not known."""
@@ -46,12 +53,21 @@ class JustInTime:
         """
         self._begun_s = now_s
         self._launch_s = max(launch_s, KEPT * self._launch_s)
-        self._reserve_s = min(2 * self._reserve_s, MOST_S) if was_late else max(KEPT * self._reserve_s, RESERVE_S)
+        if was_late:
+            self._was_late()
+        else:
+            self._reserve_s = max(KEPT * self._reserve_s, RESERVE_S)
 
     def ended(self, results: StepResults) -> None:
         """A step has been read, so the one behind it has begun."""
         self._begun_s = max(self._begun_s, results.time_s)
+        if results.was_late:
+            self._was_late()
         if results.shape is not None and results.device_s is not None:
             expected_s = self._times_s.get(results.shape, results.device_s)
             longer_s = expected_s + RISE * (results.device_s - expected_s)
             self._times_s[results.shape] = min(results.device_s, longer_s)
+
+    def _was_late(self) -> None:
+        self.num_late += 1
+        self._reserve_s = min(2 * self._reserve_s, MOST_S)

@@ -154,7 +154,7 @@ class EngineLoop:
             scheduler,
             grammars=grammars,
             sink=self._deliver,
-            read_others=self._read_restarts_and_bytes,
+            read_others=self._read_others,
             masks=self._masks,
             first_ids=first_ids,
         )
@@ -279,6 +279,7 @@ class EngineLoop:
             num_graph_steps=gauges.num_graph_steps,
             num_plain_steps=gauges.num_plain_steps,
             num_padding_tokens=gauges.num_padding_tokens,
+            num_late_steps=gauges.num_late_steps,
             num_draft_tokens=gauges.num_draft_tokens,
             num_accepted_tokens=gauges.num_accepted_tokens,
         )
@@ -302,8 +303,8 @@ class EngineLoop:
         finally:
             given_up.set_result(None)
 
-    def _read_restarts_and_bytes(self) -> tuple[int, int, int]:
-        return self._restarts.total, self._weight_bytes, self._runner.kv_cache_bytes
+    def _read_others(self) -> tuple[int, int, int, int]:
+        return self._restarts.total, self._weight_bytes, self._runner.kv_cache_bytes, self._just_in_time.num_late
 
     def _run(self) -> None:
         try:
@@ -368,7 +369,7 @@ class EngineLoop:
             return
         exchange, self._exchange = self._exchange, None
         self._runner, self._weight_bytes = exchange.runner, exchange.weight_bytes
-        self._just_in_time = JustInTime()
+        self._just_in_time = JustInTime(self._just_in_time.num_late)
         self._scheduler.replace_pool(exchange.num_blocks)
         self._scheduler.admits_new = True
         exchange.done.set_result(None)

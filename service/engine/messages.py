@@ -76,6 +76,7 @@ class Gauges(msgspec.Struct, array_like=True, frozen=True):
     num_graph_steps: int = 0
     num_plain_steps: int = 0
     num_padding_tokens: int = 0
+    num_late_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
 

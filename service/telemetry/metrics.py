@@ -275,6 +275,9 @@ class _EngineCollector(Collector):
         padding = CounterMetricFamily(
             "ottava_step_padding_tokens", "Token rows that filled steps up to the sizes of graphs", labels=["variant"]
         )
+        late = CounterMetricFamily(
+            "ottava_late_steps", "Steps launched after the one before had ended: a GPU waited", labels=["variant"]
+        )
         drafts = CounterMetricFamily(
             "ottava_speculative_draft_tokens", "Draft tokens that a step has checked", labels=["variant"]
         )
@@ -288,6 +291,7 @@ class _EngineCollector(Collector):
             steps.add_metric([variant, "graph"], reading.num_graph_steps)
             steps.add_metric([variant, "plain"], reading.num_plain_steps)
             padding.add_metric([variant], reading.num_padding_tokens)
+            late.add_metric([variant], reading.num_late_steps)
             drafts.add_metric([variant], reading.num_draft_tokens)
             accepted.add_metric([variant], reading.num_accepted_tokens)
             batches.add_metric([variant], *_batch_histogram(reading.step_batch_sizes))
@@ -295,6 +299,7 @@ class _EngineCollector(Collector):
         yield restarts
         yield steps
         yield padding
+        yield late
         yield drafts
         yield accepted
         yield batches

@@ -25,6 +25,7 @@ from benchmarks.cluster import (
     LOST,
     OK,
     REFUSED,
+    TINY,
     RunningCluster,
     command_of,
     killed,
@@ -44,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(model: Path) -> Iterator[RunningCluster]:
-    with running(model, 2) as cluster:
+    with running(model, 2, *TINY) as cluster:
         yield cluster
 
 
@@ -123,7 +124,7 @@ def test_an_update_loses_nothing(pair: RunningCluster) -> None:
 
 
 def test_four_replicas_share_the_load(model: Path) -> None:
-    with running(model, 4) as cluster:
+    with running(model, 4, *TINY) as cluster:
         asyncio.run(quiet_answers(cluster.url))
         found = asyncio.run(killed(cluster, streams=8, seconds=6))
         assert found["requests"][LOST] == found["requests"][REFUSED] == 0, found

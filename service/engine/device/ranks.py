@@ -80,8 +80,16 @@ class Lead(Protocol):
         """They go one piece further in `Runner.warming`."""
         ...
 
-    def forward(self, table: StepTable, shape: Shape | None) -> None:
-        """They call `Runner.follow` with the step, padded to a shape that is captured, if one is given."""
+    @property
+    def num_late(self) -> int:
+        """Steps so far that one of them launched when the step before had ended, unless the first rank did so too."""
+        ...
+
+    def forward(self, table: StepTable, shape: Shape | None, *, is_behind: bool) -> None:
+        """They call `Runner.follow` with the step, padded to a shape that is captured, if one is given.
+
+        is_behind: the step before has not ended.
+        """
         ...
 
     def chosen(self, num_samples: int) -> None:

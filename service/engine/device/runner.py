@@ -55,6 +55,7 @@ class Sampled:
 
     begun, ready: when the device began and ended the step; None on a CPU.
     shape: the shape in which a graph ran the step, or None.
+    was_late: whether another rank has launched a step too late since this was asked last; None if there is none.
     """
 
     choice: Choice
@@ -63,6 +64,7 @@ class Sampled:
     begun: torch.cuda.Event | None = None
     ready: torch.cuda.Event | None = None
     shape: Shape | None = None
+    was_late: Callable[[], bool] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -82,6 +84,7 @@ class Sampled:
             scored,
             self.shape,
             None if self.begun is None or self.ready is None else self.begun.elapsed_time(self.ready) / 1000,
+            self.was_late is not None and self.was_late(),
         )
 
     def _faults(self, scored: Sequence[tuple[Request, Sequence[Logprob]]]) -> dict[int, EngineFailed]:
@@ -184,6 +187,9 @@ class Runner:
         self._seen = TokenCounts(max_requests, decoder.config.vocab_size, self.device, is_seen=True)
         self._counts = TokenCounts(max_requests, decoder.config.vocab_size, self.device)
         self._followed: tuple[Forward, Batch] | None = None
+        self._last: torch.cuda.Event | None = None
+        """The end of what was launched last."""
+        self._num_late = 0
 
     @property
     def only_launches(self) -> bool:
@@ -203,7 +209,7 @@ class Runner:
         shape = self._graphs.shape_of(step)
         table = self._tables.build(step, self._batches.numbers(), shape)
         if self._lead is not None:
-            self._lead.forward(table, shape)
+            self._lead.forward(table, shape, is_behind=not self._has_ended)
         batch = self._batches.build(table)
         # Not before the host has built the step: a device that waits for it would seem slow, and get shorter steps.
         begun = self._mark()
@@ -215,11 +221,14 @@ class Runner:
         if not self.is_async:
             return Sampled(choice, scores, chunks, shape=shape)
         on_host = None if scores is None else scores.to_host()
-        return Sampled(choice.to_host(), on_host, chunks, begun, self._mark(), shape)
+        on_host_choice = choice.to_host()
+        self._last = self._mark()
+        was_late = None if self._lead is None else self._was_late
+        return Sampled(on_host_choice, on_host, chunks, begun, self._last, shape, was_late)
 
     @torch.inference_mode()
-    def follow(self, numbers: Ints, *, shape: Shape | None, **sizes: int) -> None:
-        """Do another rank's part of a step that the first rank launches.
+    def follow(self, numbers: Ints, *, shape: Shape | None, **sizes: int) -> bool:
+        """Do another rank's part of a step that the first rank launches. Returns whether the one before had ended.
 
         Args:
             numbers: `StepTable.columns` of the step, one behind the other; copied before this returns.
@@ -228,7 +237,10 @@ class Runner:
         """
         self.layout.unpack(numbers, self._batches.numbers(), **sizes)  # type: ignore[arg-type]
         batch = self._batches.launch(**sizes)  # type: ignore[arg-type]
+        has_ended = self._has_ended
         self._followed = (self._graphs.replay(shape) if shape else self._forward(batch)), batch
+        self._last = self._mark()
+        return has_ended
 
     @torch.inference_mode()
     def take_ids(self, num_samples: int) -> None:
@@ -239,6 +251,7 @@ class Runner:
         rows = batch.sample_rows[:num_samples].long()
         ids = torch.empty(num_samples, dtype=torch.int64, device=self.device)
         self._last_ids[rows] = self.decoder.ranks.broadcast(ids)
+        self._last = self._mark()
 
     @torch.inference_mode()
     def follow_scores(self, rows: Tensor) -> None:
@@ -374,6 +387,17 @@ class Runner:
         if sampling.is_penalized:
             self._seen.add(rows, choice.ids)
         return choice
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether the device has nothing of this runner left to do."""
+        return self._last is None or bool(self._last.query())  # type: ignore[no-untyped-call]
+
+    def _was_late(self) -> bool:
+        """Whether another rank has launched a step too late since the last call."""
+        assert self._lead is not None
+        before, self._num_late = self._num_late, self._lead.num_late
+        return self._num_late != before
 
     def _mark(self) -> torch.cuda.Event | None:
         """An event after all that has been launched; None on a CPU."""

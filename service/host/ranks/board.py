@@ -13,9 +13,14 @@ from service.engine.step_table import Ints
 NUM_SLOTS = 4
 """At most two steps are in flight, and a rank has copied a step's numbers before that step can have ended."""
 
+MAX_RANKS = 16
+"""Twice as many as the settings allow."""
+
 
 class Board:
     """NUM_SLOTS arrays of size int32 in anonymous memory, which a child process inherits by its descriptor.
+
+    Behind them each rank counts the steps that it has launched too late.
 
     Args:
         size: of a slot, in int32.
@@ -24,13 +29,14 @@ class Board:
 
     def __init__(self, size: int, descriptor: int | None = None) -> None:
         self.size = size
-        num_bytes = 4 * size * NUM_SLOTS
+        num_bytes = 4 * (size * NUM_SLOTS + MAX_RANKS)
         self.descriptor = os.memfd_create("ottava-steps") if descriptor is None else descriptor
         if descriptor is None:
             os.ftruncate(self.descriptor, num_bytes)
         self._memory = mmap.mmap(self.descriptor, num_bytes)
         numbers = np.frombuffer(self._memory, dtype=np.int32)
         self._slots: list[Ints] = [numbers[i * size : (i + 1) * size] for i in range(NUM_SLOTS)]
+        self._late = numbers[-MAX_RANKS:]
         self._last = -1
 
     def write(self, columns: Sequence[Ints]) -> int:
@@ -42,3 +48,12 @@ class Board:
     def read(self, slot: int) -> Ints:
         """The numbers of a slot and whatever is behind them, valid until NUM_SLOTS - 1 more have been written."""
         return self._slots[slot]
+
+    def note_late(self, rank: int) -> None:
+        """This rank has launched a step too late: its device had to wait."""
+        self._late[rank] += 1
+
+    @property
+    def num_late(self) -> int:
+        """How often ranks have noted that so far."""
+        return int(self._late.sum())

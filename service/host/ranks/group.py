@@ -205,7 +205,12 @@ class RunnerLead:
         """See `Lead`."""
         self._tell(Warm(self._name))
 
-    def forward(self, table: StepTable, shape: Shape | None) -> None:
+    @property
+    def num_late(self) -> int:
+        """See `Lead`."""
+        return self._board.num_late
+
+    def forward(self, table: StepTable, shape: Shape | None, *, is_behind: bool) -> None:
         """See `Lead`."""
         num_tables, width = table.block_tables.shape
         self._tell(
@@ -219,6 +224,7 @@ class RunnerLead:
                 width,
                 table.is_decode,
                 is_captured=shape is not None,
+                is_behind=is_behind,
             )
         )
 

@@ -63,7 +63,10 @@ class Measure(Message, frozen=True, tag="measure"):
 
 
 class Forward(Message, frozen=True, tag="forward"):
-    """Run a step. Its columns are in a slot of the shared memory."""
+    """Run a step. Its columns are in a slot of the shared memory.
+
+    is_behind: the step before had not ended when the first rank launched this one.
+    """
 
     slot: int
     num_tokens: int
@@ -73,6 +76,7 @@ class Forward(Message, frozen=True, tag="forward"):
     width: int
     is_decode: bool
     is_captured: bool
+    is_behind: bool
 
     @property
     def sizes(self) -> dict[str, int]:

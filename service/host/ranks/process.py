@@ -149,7 +149,9 @@ class Follower:
 
     def _follow(self, runner: Runner, message: Forward) -> None:
         shape = Shape(message.num_tokens, message.num_requests, message.is_decode) if message.is_captured else None
-        runner.follow(self.board.read(message.slot), shape=shape, **message.sizes)
+        has_ended = runner.follow(self.board.read(message.slot), shape=shape, **message.sizes)
+        if has_ended and message.is_behind:
+            self.board.note_late(self.ranks.rank)
 
 
 def messages_of(end: socket.socket, polling_s: float = 0.0) -> Iterator[memoryview]:

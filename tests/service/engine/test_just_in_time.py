@@ -67,6 +67,14 @@ def test_being_late_is_answered_by_more_reserve() -> None:
     assert known.wait_s(SHAPE, 1.0) == pytest.approx(0.1 - RESERVE_S)
 
 
+def test_being_late_on_another_rank_is_answered_as_well() -> None:
+    known = knowing(0.1)
+    for count in range(1, 4):
+        known.ended(StepResults(1.0, [], shape=SHAPE, device_s=0.1, was_late=True))
+        assert known.num_late == count
+        assert known.wait_s(SHAPE, 1.0) == pytest.approx(0.1 - RESERVE_S * 2**count)
+
+
 class Held(JustInTime):
     """Holds the planning of the third step for a minute, or until it is released."""
 
@@ -131,5 +139,16 @@ def test_what_waits_for_the_end_of_a_step_can_be_stopped(engine_of: StartEngine)
 def test_new_weights_have_times_of_their_own(engine_of: StartEngine) -> None:
     engine = engine_of(ScriptedRunner())
     before = engine._just_in_time
+    before.num_late = 7
     engine.exchange(ScriptedRunner(), num_blocks=64, weight_bytes=0, wait_s=10.0).result(30)
     assert engine._just_in_time is not before
+    assert engine.stats().num_late_steps == 7
+
+
+def test_steps_that_came_late_are_counted(engine_of: StartEngine) -> None:
+    runner = ScriptedRunner()
+    runner.is_done = True
+    engine = engine_of(runner)
+    asyncio.run(collect(engine, [1, 2, 3], SamplingParams(max_tokens=6, ignore_eos=True)))
+    # All but the first, before which nothing ran.
+    assert engine.stats().num_late_steps == engine.stats().num_steps - 1 == 5

@@ -301,7 +301,7 @@ def test_who_was_put_back_while_its_token_was_lost_is_lost_too() -> None:
     """It waits, but nobody can say what its next token was to be; one that waits with all its tokens stays."""
     plan = Scheduler(num_blocks=64, block_size=4, max_num_requests=4, max_batched_tokens=64)
     told: list[News] = []
-    inbox = Inbox("w8a8", plan, grammars=None, sink=told.append, read_others=lambda: (0, 0, 0), masks=Masks(1.0))
+    inbox = Inbox("w8a8", plan, grammars=None, sink=told.append, read_others=lambda: (0, 0, 0, 0), masks=Masks(1.0))
     for handle, name in enumerate(("lost", "kept", "runs")):
         inbox.put(Submit("w8a8", handle + 1, handle, name, [1, 2], SamplingParams(max_tokens=9), 0.0, 0))
     inbox.take_in()

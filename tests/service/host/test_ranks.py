@@ -10,23 +10,26 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from service.engine.api import FinishReason, SamplingParams, Token
+from service.engine.shapes import Shape
 from service.engine.step_table import TableLayout
 from service.errors import InvalidSettings, UnsupportedModel
 from service.host.model_host import ModelHost
 from service.host.ranks.board import NUM_SLOTS, Board
-from service.host.ranks.group import RankGroup, refuse_missing_gpus
-from service.host.ranks.process import messages_of
+from service.host.ranks.group import RankGroup, RunnerLead, refuse_missing_gpus
+from service.host.ranks.process import Follower, messages_of
 from service.host.reloader import open_host
 from service.host.variants import scheme_of
 from service.models.config import ModelConfig
 from service.models.decoder import score
 from service.models.random_weights import random_decoder
+from service.settings import load_settings
 from tests.support.engines import CPU, collect
 from tests.support.thread_ranks import on_ranks
 from tests.support.tiny_models import save_tiny_model
@@ -147,6 +150,28 @@ def test_slots_of_the_board_are_used_in_turn() -> None:
         slot = first.write([numbers, numbers[:1]])
         assert slot == turn % NUM_SLOTS
         assert other.read(slot)[: turn + 2].tolist() == [*numbers.tolist(), turn]
+
+
+@pytest.mark.parametrize(("has_ended", "is_behind"), [(True, True), (True, False), (False, True), (False, False)])
+def test_a_rank_notes_each_step_that_only_it_launches_late(
+    monkeypatch: pytest.MonkeyPatch, has_ended: bool, is_behind: bool
+) -> None:
+    class Follows:
+        def follow(self, numbers: np.ndarray, *, shape: Shape | None, **sizes: int) -> bool:
+            return has_ended
+
+    monkeypatch.setattr("service.host.ranks.process.GroupRanks", lambda: SimpleNamespace(rank=1))
+    layout = TableLayout(max_tokens=1, max_requests=1, max_blocks=1)
+    board = Board(layout.size)
+    other = Board(layout.size, os.dup(board.descriptor))
+    follower = Follower(load_settings(), CPU, other, lambda _: None)
+    follower.runners["w8a8"] = Follows()  # type: ignore[assignment]
+    lead = RunnerLead("w8a8", board, follower.do)  # type: ignore[arg-type]
+    numbers = np.zeros(layout.size, dtype=np.int32)
+    table = layout.table(numbers, num_tokens=1, num_requests=1, num_samples=1, num_tables=1, width=1, is_decode=True)
+    for count in (1, 2):
+        lead.forward(table, None, is_behind=is_behind)
+        assert lead.num_late == count * (has_ended and is_behind)
 
 
 def test_only_what_a_step_uses_is_copied() -> None:
