@@ -3,12 +3,12 @@
     python -m benchmarks.cluster                      a tiny random model on this machine's cores
     python -m benchmarks.cluster --parts overhead     one part: scaling, overhead, kill, update or costs
     python -m benchmarks.cluster --shape llama-3.1-8b --parts scaling kill --replicas 1 2 --streams 256
-                                                      a random checkpoint in W8A8, on this machine's GPUs
+                                                      random weights in W8A8, on this machine's GPUs
 
 Needs the extra `cluster`. Every part starts `ottava cluster` as a user would. Replicas, gateway, Ray and the clients,
 which are a process of their own, share this machine's cores: with two cores four replicas cannot be faster than two,
 and the figures of one part only compare with those of the same part. With --shape each replica has a GPU of its own,
-or more with --flags "--tensor-parallel 2".
+or more with --flags "--random-weights --tensor-parallel 2".
 
 - scaling: a closed loop of --streams clients for --seconds; 1, 2 and 4 replicas. The tiny model's take 8 requests at a
   time and compute with one thread.
@@ -50,7 +50,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.processes import children, cpu_s, descendants, free_port
-from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.random_checkpoint import write_without_weights
 from benchmarks.report import RESULTS, birth_certificate, quantiles, write
 from benchmarks.shapes import SHAPES
 from service.measures import percentile
@@ -68,6 +68,9 @@ WORDS = [f"w{number}" for number in range(1, 13)]
 
 TINY = ("--cpus-per-replica", "0.1", "--dtype", "float32")
 """Flags of replicas of the tiny model."""
+
+RANDOM = ("--random-weights",)
+"""Flags of replicas of --shape."""
 
 FEW_ROWS = ("--max-num-requests", "8")
 SERVES = re.compile(r"pid=(\d+).*replica (\w+) serves at (http://\S+)")
@@ -482,16 +485,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--layers", type=int, default=4, help="of the tiny model")
     parser.add_argument("--width", type=int, default=256, help="of the tiny model")
-    parser.add_argument("--shape", choices=SHAPES, help="serve these shapes instead of the tiny model")
-    parser.add_argument("--folder", type=Path, help="checkpoint of --shape to serve; written if it does not exist")
-    parser.add_argument(
-        "--flags", type=shlex.split, help="of `ottava cluster`; without --shape those of the tiny model"
-    )
+    parser.add_argument("--shape", choices=SHAPES, help="serve random weights of these shapes, not the tiny model")
+    parser.add_argument("--flags", type=shlex.split, help="of `ottava cluster`; by default those of the model")
     parser.add_argument("--commit", help="where the tree carries no git history")
     parser.add_argument("--out", type=Path, default=RESULTS / "cluster-cpu.json")
     args = parser.parse_args(argv)
     if args.flags is None:
-        args.flags = () if args.shape else TINY
+        args.flags = RANDOM if args.shape else TINY
     return args
 
 
@@ -502,16 +502,16 @@ def main() -> int:
     certificate |= {"cores": os.cpu_count(), "load before": os.getloadavg()}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        model = args.folder or Path(folder) / "model"
+        model = Path(folder) / "model"
         if not args.shape:
             make_model(model, args.layers, args.width)
-        elif not (model / "config.json").exists():
-            write_checkpoint(model, args.shape, is_int8=True, max_model_len=4096)
+        else:
+            write_without_weights(model, args.shape, is_int8=False, max_model_len=4096)
         for part in args.parts:
             found = MEASURES[part](model, args)
             print(*map(json.dumps, found), sep="\n", file=sys.stderr)
             rows += found
-    write(args.out, certificate, rows)
+            write(args.out, certificate, rows)
     print(json.dumps(rows))
     return int(any(row["requests"][LOST] for row in rows if isinstance(row.get("requests"), dict)))
 

@@ -58,13 +58,7 @@ def main() -> None:
 
 def write_checkpoint(folder: Path, shape: str, *, is_int8: bool, max_model_len: int) -> int:
     """Write the folder; returns the bytes of its weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = SHAPES[shape].to_dict()
-    config |= {"max_position_embeddings": max_model_len, "dtype": "float16", "torch_dtype": "float16"}
-    if is_int8:
-        config["quantization_config"] = QUANTIZATION
-    _write_json(folder / "config.json", config)
-    _write_tokenizer(folder, config["vocab_size"], max_model_len)
+    write_without_weights(folder, shape, is_int8=is_int8, max_model_len=max_model_len)
     files: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(_shards(shape, is_int8)):
@@ -74,6 +68,17 @@ def write_checkpoint(folder: Path, shape: str, *, is_int8: bool, max_model_len: 
         total += sum(tensor.nbytes for tensor in shard.values())
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files})
     return total
+
+
+def write_without_weights(folder: Path, shape: str, *, is_int8: bool, max_model_len: int) -> None:
+    """Write configuration and tokenizer, which is all that `ottava serve --random-weights` needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = SHAPES[shape].to_dict()
+    config |= {"max_position_embeddings": max_model_len, "dtype": "float16", "torch_dtype": "float16"}
+    if is_int8:
+        config["quantization_config"] = QUANTIZATION
+    _write_json(folder / "config.json", config)
+    _write_tokenizer(folder, config["vocab_size"], max_model_len)
 
 
 def _shards(shape: str, is_int8: bool) -> Iterator[dict[str, Tensor]]:

@@ -35,7 +35,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.processes import free_port, served
-from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.random_checkpoint import write_checkpoint, write_without_weights
 from benchmarks.report import RESULTS, birth_certificate, write
 from benchmarks.shapes import SHAPES
 
@@ -70,7 +70,9 @@ def main() -> int:
     certificate = birth_certificate(args.commit) | {"peer": args.peer[1] if args.peer else None}
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch) / "checkpoint"
-        if not (folder / "config.json").exists():
+        if args.random_weights:
+            write_without_weights(folder, args.shape, is_int8=False, max_model_len=args.max_model_len)
+        elif not (folder / "config.json").exists():
             num_bytes = write_checkpoint(folder, args.shape, is_int8=not args.float, max_model_len=args.max_model_len)
             _tell(f"wrote a checkpoint of {num_bytes / 1e9:.1f} GB")
         rows: list[dict[str, Any]] = []
@@ -81,9 +83,10 @@ def main() -> int:
                 rows += [row for point in args.points.split(",") for row in load.measured(point)]
                 if program.name == OURS:
                     certificate |= load.steps()
-    add_ratios(rows)
-    certificate |= {f"{server} serves requests/s": rate for server, rate in served_rates(rows).items()}
-    write(args.out or RESULTS / f"traffic-{args.shape}.json", certificate, rows)
+            # After each server: the next one may not start.
+            add_ratios(rows)
+            certificate |= {f"{server} serves requests/s": rate for server, rate in served_rates(rows).items()}
+            write(args.out or RESULTS / f"traffic-{args.shape}.json", certificate, rows)
     print(table(rows))
     print(json.dumps(rows))
     return 0 if all(row["failed"] == 0 for row in rows) else 1
@@ -92,6 +95,7 @@ def main() -> int:
 def _programs(args: argparse.Namespace) -> list[Program]:
     variant = "fp16" if args.float else "w8a8"
     command = [sys.executable, "-m", "service", "serve", "{folder}", "--variants", variant, "--port", "{port}"]
+    command += ["--random-weights"] if args.random_weights else []
     ours = f"{shlex.join(command)} {args.serve}"
     programs = [Program(OURS, ours, "/ready")]
     return programs + ([Program(args.peer[0], args.peer[1], args.peer_ready)] if args.peer else [])
@@ -265,6 +269,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--folder", type=Path, help="checkpoint to serve; written if it does not exist")
     parser.add_argument("--float", action="store_true", help="float16 weights: compare the baselines")
+    parser.add_argument("--random-weights", action="store_true", help="write no weights; for ottava alone")
     parser.add_argument("--points", default=POINTS, type=_points)
     parser.add_argument("--input-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=128)

@@ -20,6 +20,17 @@ SLOWEST = 8.0
 """Largest such ratio. Beyond it a step was delayed by something else than its keys."""
 
 
+TARGET_S = 0.025
+STEPS_PER_TARGET = 4
+"""How many of a model's shortest steps fit into its target at least: with fewer nearly all of a step's time would go to
+its decodes, and prompts would wait."""
+
+
+def default_target_s(times_s: Mapping[Shape, float]) -> float:
+    """The target of a model whose captured steps take this long, unless its operator says another."""
+    return max(TARGET_S, STEPS_PER_TARGET * min(times_s.values(), default=0.0))
+
+
 class Pacing:
     """Chooses the token budget of each step.
 

@@ -21,6 +21,7 @@ from service.engine.device.runner import Runner
 from service.engine.drafts.speculation import Speculation
 from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
+from service.engine.pacing import default_target_s
 from service.engine.scheduler import Scheduler
 from service.errors import InvalidSettings
 from service.host.limits import fault_limits, grammar_limits
@@ -103,7 +104,9 @@ def start_variant(
             max_batched_tokens=runner.max_tokens,
             eos_ids=eos_ids,
             has_prefix_cache=settings.prefix_cache,
-            target_itl_s=settings.target_itl_ms / 1000,
+            target_itl_s=default_target_s(runner.step_times_s)
+            if settings.target_itl_ms is None
+            else settings.target_itl_ms / 1000,
             step_times_s=runner.step_times_s,
             speculation=None
             if settings.speculate == "none"

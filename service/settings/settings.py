@@ -110,12 +110,13 @@ class Settings(BaseSettings):
         description="Most tokens computed per step; longer prompts are split. None: 4096 on a GPU, 512 on a CPU, "
         "and no fewer than max_num_requests.",
     )
-    target_itl_ms: float = Field(
-        25.0,
+    target_itl_ms: float | None = Field(
+        None,
         gt=0,
         allow_inf_nan=False,
         description="Longest step while answers are being written: prompts are read in pieces that keep within it. "
-        "For steps that run as CUDA graphs, whose times are known.",
+        "For steps that run as CUDA graphs, whose times are known. None: 25, and for a large model four of its "
+        "shortest steps.",
     )
     kv_cache: Literal["auto", "float", "int8"] = Field(
         "auto",

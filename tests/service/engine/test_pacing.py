@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.engine.pacing import MIN_CHUNK, SLOWEST, Pacing
+from service.engine.pacing import MIN_CHUNK, SLOWEST, TARGET_S, Pacing, default_target_s
 from service.engine.scheduler import Scheduler, StepResults
 from service.engine.shapes import Shape
 from tests.support.requests import new_request
@@ -22,6 +22,15 @@ TIMES_S = {
 def test_the_largest_step_within_the_target() -> None:
     for target_s, budget in ((0.005, 128), (0.0089, 128), (0.009, 256), (0.02, 512), (1.0, 1024)):
         assert Pacing(1024, target_s, TIMES_S).budget(num_decoding=3) == budget
+
+
+def test_a_slow_model_has_a_longer_target() -> None:
+    assert default_target_s({}) == TARGET_S
+    assert default_target_s(TIMES_S) == TARGET_S
+    slow = {shape: 4 * time_s for shape, time_s in TIMES_S.items()}
+    assert default_target_s(slow) == pytest.approx(4 * 0.016)
+    # With the usual one a step would read MIN_CHUNK tokens, whatever waits.
+    assert Pacing(1024, TARGET_S, slow).budget(num_decoding=100) < Pacing(1024, 0.064, slow).budget(num_decoding=100)
 
 
 def test_a_size_just_beyond_a_wave_of_tiles_is_passed_by() -> None:
