@@ -160,12 +160,15 @@ class StepTableBuilder:
         # Indexed by request row.
         self._blocks = np.zeros((layout.max_requests, layout.max_blocks), dtype=np.int32)
         self._num_blocks = np.zeros(layout.max_requests, dtype=np.int32)
+        self._positions = np.arange(layout.max_blocks * block_size, dtype=np.int32)
         # Serial number of the request, preemptions of it, and its blocks that are known.
         self._owner: list[tuple[int, int, int]] = [(0, 0, 0)] * layout.max_requests
 
     def build(self, step: Step, numbers: Ints, shape: Shape | None = None) -> StepTable:
         """Write a step into an array of the layout's size, padded to a shape if one is given."""
         chunks = step.chunks
+        if len(chunks) == 1:
+            return self._lone(chunks[0], numbers, shape)
         requests = [chunk.request for chunk in chunks]
         self._learn_blocks(requests)
         # One conversion of whole lists: writing the numbers one by one takes ten times as long.
@@ -208,6 +211,47 @@ class StepTableBuilder:
         self._write_tokens(table, rows, starts, starts < num_known, known_ids)
         if shape:
             _pad(table, num_tokens, num_requests, num_samples, self._layout.max_requests)
+        return table
+
+    def _lone(self, chunk: Chunk, numbers: Ints, shape: Shape | None) -> StepTable:
+        """`build` of one chunk, in a third of the calls.
+
+        A lone request's first token waits for it, and after a pause a call takes five times as long as in a loop.
+        """
+        request, start, length = chunk.request, chunk.start, chunk.length
+        self._learn_blocks([request])
+        row, stop, size = request.row, start + length, self._block_size
+        num_blocks = self._owner[row][2]
+        table = self._layout.table(
+            numbers,
+            num_tokens=shape.num_tokens if shape else length,
+            num_requests=shape.num_requests if shape else 1,
+            num_samples=shape.num_requests if shape else int(chunk.samples),
+            num_tables=1,
+            width=num_blocks,
+            is_decode=shape.is_decode if shape else length == 1,
+        )
+        known_ids = _known_ids([chunk])
+        num_known = len(known_ids)
+        table.token_ids[:num_known] = known_ids
+        table.token_ids[num_known:] = 0
+        table.from_row.fill(-1)
+        table.from_row[num_known:length] = row
+        table.positions[:length] = self._positions[start:stop]
+        table.positions[length:] = 0
+        first = start // size
+        slots = self._blocks[row, first : -(-stop // size), None] * size + self._positions[:size]
+        table.slots[:length] = slots.reshape(-1)[start - first * size : stop - first * size]
+        table.slots[length:] = -1
+        table.query_starts.fill(length)
+        table.query_starts[0] = 0
+        table.context_lens.fill(0)
+        table.context_lens[0] = stop
+        table.sample_index.fill(0)
+        table.sample_rows.fill(self._layout.max_requests)
+        if chunk.samples:
+            table.sample_index[0], table.sample_rows[0] = length - 1, row
+        table.block_tables[0] = self._blocks[row, :num_blocks]
         return table
 
     def _write_tokens(

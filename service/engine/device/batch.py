@@ -13,7 +13,7 @@ from service.engine.shapes import Shape
 from service.engine.step_table import Ints, StepTable, TableLayout
 
 MAX_VIEWS = 512
-"""Views that are kept: more than there are captured shapes, which come again."""
+"""Views that are kept: more than there are captured shapes, which come again, as do lone requests of a length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,12 @@ class BatchBuilder:
 
     def __init__(self, layout: TableLayout, device: torch.device, num_kv_heads: int, *, has_drafts: bool) -> None:
         self._layout = layout
-        self._staging = Staging(device, 4 * layout.size)
-        self._host = torch.empty(0, dtype=torch.int32)
+        staging = Staging(device, 4 * layout.size)
+        sets = [staging.take(4 * layout.size).view(torch.int32) for _ in range(2)]
+        # Both views once: each call of torch takes 20 us after a pause.
+        self._sets = [(tensor, tensor.numpy()) for tensor in sets]
+        self._turn = 0
+        self._copies: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._ints = torch.zeros(layout.size, dtype=torch.int32, device=device)
         self._has_drafts = has_drafts
         self._arrivals = torch.zeros(layout.max_requests, num_kv_heads, dtype=torch.int32, device=device)
@@ -51,8 +55,8 @@ class BatchBuilder:
 
     def numbers(self) -> Ints:
         """Host memory for the numbers of the next step, valid until `build`."""
-        self._host = self._staging.take(4 * self._layout.size).view(torch.int32)
-        numbers: Ints = self._host.numpy()
+        self._turn ^= 1
+        numbers: Ints = self._sets[self._turn][1]
         return numbers
 
     def build(self, table: StepTable) -> Batch:
@@ -71,12 +75,23 @@ class BatchBuilder:
         self, *, num_tokens: int, num_requests: int, num_samples: int, num_tables: int, width: int, is_decode: bool
     ) -> Batch:
         """`build`, of a step of these sizes."""
-        size = self._layout.starts["block_tables"] + num_tables * width
-        self._ints[:size].copy_(self._host[:size], non_blocking=True)
+        copies = self._copies.get((self._turn, num_tables, width))
+        if copies is None:
+            if len(self._copies) == MAX_VIEWS:
+                self._copies.clear()
+            copies = self._copies[self._turn, num_tables, width] = self._copies_of(num_tables, width)
+        ints, host, tables, packed = copies
+        ints.copy_(host, non_blocking=True)
         # One contiguous copy, then a strided one on the device: a strided copy from the host would block.
-        tables = self._ints[self._layout.starts["block_tables"] : size].view(num_tables, width)
-        self._tables[:num_tables, :width] = tables
+        tables.copy_(packed)
         return self.view(num_tokens=num_tokens, num_requests=num_requests, num_samples=num_samples, is_decode=is_decode)
+
+    def _copies_of(self, num_tables: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a step of this turn is copied to and from, then its block tables."""
+        begin = self._layout.starts["block_tables"]
+        size = begin + num_tables * width
+        packed = self._ints[begin:size].view(num_tables, width)
+        return self._ints[:size], self._sets[self._turn][0][:size], self._tables[:num_tables, :width], packed
 
     def view(self, *, num_tokens: int, num_requests: int, num_samples: int, is_decode: bool) -> Batch:
         """View the buffers as a step of these sizes, without writing to them."""

@@ -52,6 +52,9 @@ class StepGraphs(Generic[Output]):
         self.shapes = shapes_of(max_tokens, max_requests)
         self._decodes = [shape for shape in self.shapes if shape.is_decode]
         self._mixed = [shape for shape in self.shapes if not shape.is_decode]
+        # Lists of their own, as a search with a key calls Python for each look.
+        self._decode_sizes = [shape.num_requests for shape in self._decodes]
+        self._mixed_sizes = [shape.num_tokens for shape in self._mixed]
         self._captured: dict[Shape, Captured[Output]] = {}
 
     def shape_of(self, step: Step) -> Shape | None:
@@ -60,9 +63,9 @@ class StepGraphs(Generic[Output]):
             return None
         num_requests = len(step.chunks)
         if step.is_decode:
-            place = bisect_left(self._decodes, num_requests, key=lambda shape: shape.num_requests)
+            place = bisect_left(self._decode_sizes, num_requests)
             return self._decodes[place] if place < len(self._decodes) else None
-        place = bisect_left(self._mixed, step.num_tokens, key=lambda shape: shape.num_tokens)
+        place = bisect_left(self._mixed_sizes, step.num_tokens)
         return next((shape for shape in self._mixed[place:] if shape.num_requests >= num_requests), None)
 
     def capture(self, blank: Callable[[Shape], Batch], forward: Callable[[Batch], Output]) -> Iterator[Shape]:
@@ -97,6 +100,7 @@ class StepGraphs(Generic[Output]):
             )
 
         self._mixed = [shape for shape in self._mixed if not is_beaten(shape)]
+        self._mixed_sizes = [shape.num_tokens for shape in self._mixed]
 
     def replay(self, shape: Shape) -> Output:
         """Launch the step in the buffers. What it returns is valid until the next replay of any shape."""

@@ -44,6 +44,12 @@ def test_the_device_gets_the_numbers_of_each_step_in_the_same_place(batches: Bat
     assert len(addresses) == 1
 
 
+def test_more_kinds_of_steps_than_views_are_kept(batches: BatchBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.engine.device.batch.MAX_VIEWS", 2)
+    test_the_device_gets_the_numbers_of_each_step_in_the_same_place(batches)
+    assert len(batches._copies) <= 2 >= len(batches._views)
+
+
 @pytest.mark.parametrize(
     ("shape", "query_len", "query_starts"),
     [

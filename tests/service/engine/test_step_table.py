@@ -101,7 +101,7 @@ def commit(plan: Scheduler, step: Step, rng: random.Random, num_ids: int = 1000)
 @pytest.mark.parametrize("has_drafts", [False, True], ids=["", "drafts"])
 def test_random_steps(num_blocks: int, num_in_flight: int, has_drafts: bool) -> None:
     """Mixtures of prompts in chunks and decodes, rows that change hands, preemption, aborts, a step in flight."""
-    kinds, num_preemptions, num_drafts, num_ids = set(), 0, 0, 3 if has_drafts else 1000
+    kinds, lone, num_preemptions, num_drafts, num_ids = set(), set(), 0, 0, 3 if has_drafts else 1000
     for seed in range(12):
         rng, builder = random.Random(seed), StepTableBuilder(LAYOUT, BLOCK_SIZE)
         plan = plan_of(num_blocks, Eager(2, MAX_REQUESTS) if has_drafts else None)
@@ -118,6 +118,9 @@ def test_random_steps(num_blocks: int, num_in_flight: int, has_drafts: bool) -> 
             if step is not None:
                 kinds.add((step.is_decode, len({chunk.length for chunk in step.chunks}) > 1))
                 num_requests = len(step.chunks)
+                if num_requests == 1:
+                    (chunk,) = step.chunks
+                    lone.add((step.is_decode, chunk.samples, chunk.start > 0))
                 shapes = [None, Shape(step.num_tokens, num_requests), Shape(MAX_TOKENS, MAX_REQUESTS)]
                 if step.is_decode:
                     shapes += [Shape(count, count, is_decode=True) for count in (num_requests, MAX_REQUESTS)]
@@ -129,6 +132,8 @@ def test_random_steps(num_blocks: int, num_in_flight: int, has_drafts: bool) -> 
         num_preemptions += plan.num_preemptions
         num_drafts += plan.num_draft_tokens
     assert kinds == {(True, False), (False, False), (False, True)}
+    prompts = {(False, True, False), (False, False, False), (False, True, True)}
+    assert lone >= {*prompts, (True, True, True)}, "a step of one chunk is built in a way of its own"
     assert (num_drafts > 50) == has_drafts
     assert (num_preemptions > 0) == (num_blocks == 20)
 
