@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import birth_certificate, write
+from benchmarks.traffic import SLOS
 from service.engine.api import SamplingParams
 from service.engine.pacing import default_target_s
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler, Step, StepResults
-from service.engine.shapes import Shape, shapes_of
+from service.engine.shapes import Shape, shapes_of, without_slow
 from service.measures import percentile
 
 MAX_TOKENS, MAX_REQUESTS, BLOCK_SIZE = 4096, 256, 16
-GOOD_FIRST_S, GOOD_TOKEN_S = 0.2, 0.02
-"""What `benchmarks.traffic` counts as good."""
+GOOD_S = dict(zip(("first", "token"), (float(slo.partition(":")[2]) / 1e3 for slo in SLOS), strict=True))
 
 
 @dataclass(slots=True)
@@ -51,23 +51,22 @@ class Seen:
 
     @property
     def is_good(self) -> bool:
-        return self.first_s <= GOOD_FIRST_S and self.token_s <= GOOD_TOKEN_S
+        return self.first_s <= GOOD_S["first"] and self.token_s <= GOOD_S["token"]
 
 
 class Device:
     """Knows what steps take.
 
     Args:
-        times_s: of each captured shape.
+        times_s: seconds of each captured shape.
         key_s: more, for each key that a decode reads.
     """
 
     def __init__(self, times_s: Mapping[Shape, float], key_s: float) -> None:
-        self._times_s = times_s
+        self.times_s = times_s
         self._key_s = key_s
-        self._shapes = {
-            is_decode: sorted(s for s in times_s if s.is_decode == is_decode) for is_decode in (True, False)
-        }
+        mixed = without_slow((shape for shape in times_s if not shape.is_decode), times_s)
+        self._shapes = {True: sorted(shape for shape in times_s if shape.is_decode), False: sorted(mixed)}
 
     def run(self, step: Step) -> tuple[Shape, float]:
         """The shape that a step is padded to, and how long it takes."""
@@ -75,7 +74,7 @@ class Device:
         place = bisect_left(shapes, num_tokens, key=lambda shape: shape.num_tokens)
         shape = next(each for each in shapes[place:] if each.num_requests >= len(step.chunks))
         keys = sum(chunk.start for chunk in step.chunks if chunk.length == 1)
-        return shape, self._times_s[shape] + self._key_s * keys
+        return shape, self.times_s[shape] + self._key_s * keys
 
 
 def simulated(
@@ -88,7 +87,7 @@ def simulated(
         max_num_requests=MAX_REQUESTS,
         max_batched_tokens=MAX_TOKENS,
         target_itl_s=target_s,
-        step_times_s=device._times_s,
+        step_times_s=device.times_s,
         has_prefix_cache=False,
     )
     params = SamplingParams(args.output_len, ignore_eos=True)
@@ -140,11 +139,16 @@ def on_a_line(lone_ms: float, row_us: float) -> dict[Shape, float]:
 def arrivals(load: str, seconds: float) -> list[float]:
     """Times of a load: requests a second, or burst:N."""
     kind, _, count = load.rpartition(":")
+    if kind not in ("", "burst"):
+        raise ValueError(f"{load!r} is no load; use requests a second, or burst:REQUESTS")
     if kind:
         return [0.0] * int(count)
     rng = random.Random(0)
     steps = itertools.accumulate(rng.expovariate(float(load)) for _ in itertools.count())
-    return list(itertools.takewhile(lambda at_s: at_s < seconds, steps))
+    found = list(itertools.takewhile(lambda at_s: at_s < seconds, steps))
+    if not found:
+        raise ValueError(f"nobody comes within {seconds:g} s at {load} requests/s; use more --seconds")
+    return found
 
 
 def row_of(load: str, target_s: float, seen: Sequence[Seen]) -> dict[str, Any]:

@@ -70,9 +70,11 @@ def main() -> int:
     certificate = birth_certificate(args.commit) | {"peer": args.peer[1] if args.peer else None}
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch) / "checkpoint"
-        if args.random_weights:
+        if (folder / "config.json").exists():
+            _tell(f"{folder} is there already")
+        elif args.random_weights:
             write_without_weights(folder, args.shape, is_int8=False, max_model_len=args.max_model_len)
-        elif not (folder / "config.json").exists():
+        else:
             num_bytes = write_checkpoint(folder, args.shape, is_int8=not args.float, max_model_len=args.max_model_len)
             _tell(f"wrote a checkpoint of {num_bytes / 1e9:.1f} GB")
         rows: list[dict[str, Any]] = []
@@ -82,7 +84,7 @@ def main() -> int:
                 load = Loader(program.name, port, args, Path(scratch))
                 rows += [row for point in args.points.split(",") for row in load.measured(point)]
                 if program.name == OURS:
-                    certificate |= load.steps()
+                    certificate |= load.step_counts()
             # After each server: the next one may not start.
             add_ratios(rows)
             certificate |= {f"{server} serves requests/s": rate for server, rate in served_rates(rows).items()}
@@ -142,7 +144,7 @@ class Loader:
             rows.append(row)
         return rows
 
-    def steps(self) -> dict[str, float]:
+    def step_counts(self) -> dict[str, float]:
         """How many steps ottava has run, and launched late."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
@@ -280,7 +282,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--logs", help="folder for what the servers write")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.random_weights and args.peer:
+        parser.error("--random-weights is for ottava alone: a peer needs weights to load")
+    return args
 
 
 def _points(text: str) -> str:

@@ -420,7 +420,7 @@ ENGINE = (
     ),
     Panel(
         "Late steps",
-        "Share of the steps that were launched after the one before had ended, so that a GPU waited for its host.",
+        "Share of the steps not launched before the end of the one before: a GPU may have waited for its host.",
         "percentunit", (Query(f"{rate(LATE_STEPS, 'variant')} / {rate(STEPS, 'variant')}", "{{variant}}"),),
         6, top=1.05,
     ),

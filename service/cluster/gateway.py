@@ -21,6 +21,7 @@ from service.cluster.prefixes import prefix_keys
 from service.cluster.retries import Tries, Trouble, trouble_of
 from service.errors import ClientGone, EngineFailed, NotReady, OttavaError
 from service.telemetry.record import RequestRecord
+from service.web.chunks import WriteChunk, chunk_writer
 from service.web.failures import error_body, refusal
 from service.web.generation.sse import event, unless_disconnected
 from service.web.lifecycle import Lifecycle
@@ -78,10 +79,14 @@ class GatewayMetrics:
 
 @dataclass(slots=True)
 class Relay:
-    """A request on its way to replicas. avoid: those that have failed it."""
+    """A request on its way to replicas.
+
+    write: writes to its client, see `service.web.chunks`.   avoid: replicas that have failed it.
+    """
 
     sent: Sent
     is_generation: bool
+    write: WriteChunk
     tries: Tries = field(default_factory=Tries)
     avoid: set[str] = field(default_factory=set)
 
@@ -136,7 +141,7 @@ class Gateway:
             if own is not None:
                 await (await own(asked))(scope, receive, send)
                 return
-            relay = Relay(sent, is_generation(scope))
+            relay = Relay(sent, is_generation(scope), chunk_writer(scope))
             if relay.is_generation:
                 self.lifecycle.refuse_if_draining()
             await unless_disconnected(receive, self._relay(relay, send))
@@ -223,10 +228,12 @@ class Gateway:
                 trouble = trouble_of(answer.status, held)
                 if trouble is not None and self._may_retry(relay, trouble):
                     return False
-                await self._pass_on(answer, held, chunks, send)
+                await self._pass_on(answer, held, chunks, send, relay.write)
         return True
 
-    async def _pass_on(self, answer: Answer, held: bytes, chunks: AsyncIterator[bytes], send: Send) -> None:
+    async def _pass_on(
+        self, answer: Answer, held: bytes, chunks: AsyncIterator[bytes], send: Send, write: WriteChunk
+    ) -> None:
         headers = [(name.lower(), value) for name, value in answer.headers if name.lower() not in NOT_SENT_BACK]
         is_stream = _is_stream(answer)
         if not is_stream:
@@ -237,7 +244,8 @@ class Gateway:
             held = b""
             try:
                 async for chunk in chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    if not write(chunk):
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
             except Lost:
                 self.metrics.lost("sent")
                 # As a replica ends a stream that failed: an event that says so, and no [DONE].

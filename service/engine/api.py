@@ -122,7 +122,7 @@ class EngineStats:
     num_padding_tokens: int = 0
     """Token rows that only filled steps up to the sizes of their graphs."""
     num_late_steps: int = 0
-    """Steps launched after the one before had ended, on any rank, so that a GPU waited for its host."""
+    """Steps whose launch, on any rank, was not done before the step before had ended."""
     num_draft_tokens: int = 0
     """Tokens that were guessed and checked; `num_accepted_tokens` of them were right."""
     num_accepted_tokens: int = 0

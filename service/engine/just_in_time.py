@@ -54,20 +54,19 @@ class JustInTime:
         self._begun_s = now_s
         self._launch_s = max(launch_s, KEPT * self._launch_s)
         if was_late:
-            self._was_late()
+            self.was_late()
         else:
             self._reserve_s = max(KEPT * self._reserve_s, RESERVE_S)
 
     def ended(self, results: StepResults) -> None:
         """A step has been read, so the one behind it has begun."""
         self._begun_s = max(self._begun_s, results.time_s)
-        if results.was_late:
-            self._was_late()
         if results.shape is not None and results.device_s is not None:
             expected_s = self._times_s.get(results.shape, results.device_s)
             longer_s = expected_s + RISE * (results.device_s - expected_s)
             self._times_s[results.shape] = min(results.device_s, longer_s)
 
-    def _was_late(self) -> None:
+    def was_late(self) -> None:
+        """A launch came after the end of the step before, on this rank or, as is known once it is read, on another."""
         self.num_late += 1
         self._reserve_s = min(2 * self._reserve_s, MOST_S)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import ParamSpec, Protocol, TypeVar
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
 from service.engine.api import EngineStats, SamplingParams
 from service.engine.client import EngineClient
@@ -78,6 +78,14 @@ class StepRunner(Protocol):
 
     @property
     def kv_cache_bytes(self) -> int: ...
+
+
+class Unread(NamedTuple):
+    """A launched step whose results have not been read. was_late: the one before had ended when it was launched."""
+
+    step: Step
+    handle: Handle
+    was_late: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +180,7 @@ class EngineLoop:
         self._step_batch_sizes = [0] * (scheduler.max_num_requests + 1)
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._wake = self._inbox.wake
-        self._unread: deque[tuple[Step, Handle]] = deque()
+        self._unread: deque[Unread] = deque()
         self._just_in_time = JustInTime()
         self._planned_s = 0.0
         self._lost: set[Request] = set()
@@ -376,7 +384,7 @@ class EngineLoop:
 
     def _turn(self) -> None:
         """Launch a step and read a finished one: the previous one if the device is asynchronous, else the same."""
-        earlier = [handle for _, handle in self._unread]
+        earlier = [each.handle for each in self._unread]
         self._masks.settle(MASKS_S)
         with self._wake:
             step = self._scheduler.schedule(time.perf_counter())
@@ -403,8 +411,9 @@ class EngineLoop:
         handle = self._watched(waiting, run, self._execute, step)
         now_s = time.perf_counter()
         launch_s = now_s - self._planned_s if earlier else 0.0
-        self._just_in_time.launched(now_s, launch_s, was_late=any(each.is_done for each in earlier))
-        self._unread.append((step, handle))
+        was_late = any(each.is_done for each in earlier)
+        self._just_in_time.launched(now_s, launch_s, was_late=was_late)
+        self._unread.append(Unread(step, handle, was_late))
         self._step_batch_sizes[step.num_requests] += 1
 
     def _execute(self, step: Step) -> Handle:
@@ -418,7 +427,7 @@ class EngineLoop:
         They are taken in at once, so that their masks are made meanwhile. Called with the lock, which it lets go.
         """
         while self._unread and not self._is_stopping:
-            _, running = self._unread[-1]
+            running = self._unread[-1].handle
             wait_s = self._just_in_time.wait_s(running.shape, time.perf_counter())
             if not wait_s or running.is_done:
                 return
@@ -428,11 +437,13 @@ class EngineLoop:
 
     def _settle(self) -> None:
         """Read the oldest step's results and publish them, unless those of an earlier step were lost."""
-        step, handle = self._unread.popleft()
+        step, handle, was_late = self._unread.popleft()
         is_placed = False
         try:
             results = self._watched(InHand("reading", step, time.perf_counter()), handle.read)
             self._just_in_time.ended(results)
+            if results.others_late and not was_late:
+                self._just_in_time.was_late()
             if not self._lost:
                 self._inbox.commit(step, results)
                 is_placed = True

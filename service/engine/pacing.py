@@ -26,9 +26,13 @@ STEPS_PER_TARGET = 4
 its decodes, and prompts would wait."""
 
 
+MOST_TARGET_S = 0.05
+"""But no more than the time between tokens that the alerts of `docker/prometheus` allow."""
+
+
 def default_target_s(times_s: Mapping[Shape, float]) -> float:
     """The target of a model whose captured steps take this long, unless its operator says another."""
-    return max(TARGET_S, STEPS_PER_TARGET * min(times_s.values(), default=0.0))
+    return min(MOST_TARGET_S, max(TARGET_S, STEPS_PER_TARGET * min(times_s.values(), default=0.0)))
 
 
 class Pacing:

@@ -94,7 +94,7 @@ class StepResults:
     scored: requests with the log-probabilities of the prompt tokens that this step scored.
     shape: the shape that the step was padded to and replayed in; None if its kernels were launched one by one.
     device_s: seconds that the device took; None where it is not measured.
-    was_late: another rank has launched a step of late when the one before it had ended.
+    others_late: another rank launched the step when the one before it had ended.
     """
 
     time_s: float
@@ -104,7 +104,7 @@ class StepResults:
     scored: Sequence[tuple[Request, Sequence[Logprob]]] = ()
     shape: Shape | None = None
     device_s: float | None = None
-    was_late: bool = False
+    others_late: bool = False
 
 
 class Scheduler:

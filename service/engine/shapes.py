@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -38,6 +39,25 @@ def shapes_of(max_tokens: int, max_requests: int) -> list[Shape]:
     requests = _up_to(REQUESTS, max_requests)
     mixed = {Shape(tokens, min(tokens, count)) for tokens in _up_to(TOKENS, max_tokens) for count in requests}
     return decodes + sorted(mixed)
+
+
+MIN_GAIN = 0.98
+"""A larger shape replaces another only if it takes less than this share of its time; the rest is noise."""
+
+
+def without_slow(shapes: Iterable[Shape], times_s: Mapping[Shape, float]) -> list[Shape]:
+    """Without shapes that a larger one beats: a library's product may be slow at one size and not at the next."""
+    found = list(shapes)
+
+    def is_beaten(shape: Shape) -> bool:
+        return any(
+            other.num_tokens > shape.num_tokens
+            and other.num_requests == shape.num_requests
+            and times_s[other] < MIN_GAIN * times_s[shape]
+            for other in found
+        )
+
+    return [shape for shape in found if not is_beaten(shape)]
 
 
 def _up_to(sizes: tuple[int, ...], largest: int) -> list[int]:

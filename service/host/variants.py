@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.engine.pacing import default_target_s
 from service.engine.scheduler import Scheduler
+from service.engine.shapes import Shape
 from service.errors import InvalidSettings
 from service.host.limits import fault_limits, grammar_limits
 from service.host.memory import cache_blocks, served_len
@@ -40,6 +42,8 @@ from service.store.progress import Progress, silent
 from service.store.quantized import quantized_folder
 from service.store.resolve import is_quantized, resolve_model
 from service.store.sink import with_options
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +108,7 @@ def start_variant(
             max_batched_tokens=runner.max_tokens,
             eos_ids=eos_ids,
             has_prefix_cache=settings.prefix_cache,
-            target_itl_s=default_target_s(runner.step_times_s)
-            if settings.target_itl_ms is None
-            else settings.target_itl_ms / 1000,
+            target_itl_s=target_s(name, runner.step_times_s, settings),
             step_times_s=runner.step_times_s,
             speculation=None
             if settings.speculate == "none"
@@ -126,6 +128,15 @@ def start_variant(
         mask_s=grammar_limits(settings).mask_s,
     )
     return Variant(engine.start(), decoder, runner, loaded.notes, loaded.folder, kv_cache_bytes)
+
+
+def target_s(name: str, step_times_s: Mapping[Shape, float], settings: Settings) -> float:
+    """The longest step of a variant while it writes answers, in seconds; told in the log where it has any effect."""
+    given_ms = settings.target_itl_ms
+    found_s = default_target_s(step_times_s) if given_ms is None else given_ms / 1000
+    if step_times_s:
+        logger.info("%s: prompts are read in steps of up to %g ms beside answers", name, round(1000 * found_s, 1))
+    return found_s
 
 
 def runner_for(

@@ -115,8 +115,8 @@ class Settings(BaseSettings):
         gt=0,
         allow_inf_nan=False,
         description="Longest step while answers are being written: prompts are read in pieces that keep within it. "
-        "For steps that run as CUDA graphs, whose times are known. None: 25, and for a large model four of its "
-        "shortest steps.",
+        "For steps that run as CUDA graphs, whose times are known. None: 25, or four of the variant's shortest steps "
+        "if those take longer, but no more than 50.",
     )
     kv_cache: Literal["auto", "float", "int8"] = Field(
         "auto",

@@ -276,7 +276,7 @@ class _EngineCollector(Collector):
             "ottava_step_padding_tokens", "Token rows that filled steps up to the sizes of graphs", labels=["variant"]
         )
         late = CounterMetricFamily(
-            "ottava_late_steps", "Steps launched after the one before had ended: a GPU waited", labels=["variant"]
+            "ottava_late_steps", "Steps not launched before the end of the one before", labels=["variant"]
         )
         drafts = CounterMetricFamily(
             "ottava_speculative_draft_tokens", "Draft tokens that a step has checked", labels=["variant"]

@@ -67,6 +67,12 @@ def test_loads() -> None:
     assert times[-1] < 4.0
 
 
+@pytest.mark.parametrize("load", ["brust:3", "0.01"])
+def test_what_is_no_load_is_refused(load: str) -> None:
+    with pytest.raises(ValueError, match=r"no load|nobody comes"):
+        arrivals(load, 1.0)
+
+
 def test_good_requests_are_counted() -> None:
     good, late, slow = Seen(1.0, [1.2, 1.219]), Seen(1.0, [1.21, 1.22]), Seen(1.0, [1.1, 1.13])
     row = row_of("1", 0.025, [good, late, slow])

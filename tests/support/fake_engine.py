@@ -214,6 +214,7 @@ class FakeEngine:
                 num_blocks=NUM_BLOCKS,
                 num_free_blocks=NUM_BLOCKS - len(self.active),
                 num_preemptions=2,
+                num_late_steps=3,
                 weight_bytes=1000,
                 kv_cache_bytes=2000,
             ),

@@ -14,7 +14,7 @@ class ScriptedRunner:
 
     on_execute, on_read: called with the number of the step, from 0; what they raise, the step raises.
     spoil: the result of a chunk instead of a token, or None.
-    is_done: whether its steps say that they have ended.
+    is_done: whether its steps say that they have ended.   others_late: that another rank launched them late.
     only_launches: as in `StepRunner`.
     """
 
@@ -24,7 +24,7 @@ class ScriptedRunner:
         self.is_async = self.only_launches = is_async
         self.offset = offset
         self.step_s = step_s
-        self.is_done = False
+        self.is_done = self.others_late = False
         self.num_steps = 0
         self.on_execute: Callable[[int], None] = lambda _: None
         self.on_read: Callable[[int], None] = lambda _: None
@@ -49,7 +49,7 @@ class ScriptedHandle:
         spoilt = ((place, self.runner.spoil(chunk)) for place, chunk in enumerate(self.chunks))
         faults = {place: error for place, error in spoilt if error is not None}
         ids = [chunk.index + self.runner.offset for chunk in self.chunks]
-        return StepResults(time.perf_counter(), ids, faults)
+        return StepResults(time.perf_counter(), ids, faults, others_late=self.runner.others_late)
 
 
 class Hang:

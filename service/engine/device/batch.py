@@ -13,7 +13,7 @@ from service.engine.shapes import Shape
 from service.engine.step_table import Ints, StepTable, TableLayout
 
 MAX_VIEWS = 512
-"""Views that are kept: more than there are captured shapes, which come again, as do lone requests of a length."""
+"""Views that are kept of captured shapes, of which there are fewer, and of sizes of block tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,8 @@ class BatchBuilder:
         copies = self._copies.get((self._turn, num_tables, width))
         if copies is None:
             if len(self._copies) == MAX_VIEWS:
-                self._copies.clear()
+                # The oldest alone: to free them all takes 0.3 ms.
+                del self._copies[next(iter(self._copies))]
             copies = self._copies[self._turn, num_tables, width] = self._copies_of(num_tables, width)
         ints, host, tables, packed = copies
         ints.copy_(host, non_blocking=True)

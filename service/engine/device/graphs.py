@@ -13,12 +13,9 @@ import torch
 
 from service.engine.device.batch import Batch
 from service.engine.scheduler import Step
-from service.engine.shapes import Shape, shapes_of
+from service.engine.shapes import Shape, shapes_of, without_slow
 
 Output = TypeVar("Output")
-
-MIN_GAIN = 0.98
-"""A larger shape replaces another only if it takes less than this share of its time; the rest is noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +86,8 @@ class StepGraphs(Generic[Output]):
         self._captured = captured
 
     def leave_out_slow(self, times_s: Mapping[Shape, float]) -> None:
-        """Use no shape that a larger one beats: a library's product may be slow at one size and not at the next."""
-
-        def is_beaten(shape: Shape) -> bool:
-            return any(
-                other.num_tokens > shape.num_tokens
-                and other.num_requests == shape.num_requests
-                and times_s[other] < MIN_GAIN * times_s[shape]
-                for other in self._mixed
-            )
-
-        self._mixed = [shape for shape in self._mixed if not is_beaten(shape)]
+        """See `without_slow`."""
+        self._mixed = without_slow(self._mixed, times_s)
         self._mixed_sizes = [shape.num_tokens for shape in self._mixed]
 
     def replay(self, shape: Shape) -> Output:

@@ -80,15 +80,17 @@ class Lead(Protocol):
         """They go one piece further in `Runner.warming`."""
         ...
 
-    @property
-    def num_late(self) -> int:
-        """Steps so far that one of them launched when the step before had ended, unless the first rank did so too."""
-        ...
-
-    def forward(self, table: StepTable, shape: Shape | None, *, is_behind: bool) -> None:
+    def forward(self, table: StepTable, shape: Shape | None, *, is_behind: bool) -> int:
         """They call `Runner.follow` with the step, padded to a shape that is captured, if one is given.
 
-        is_behind: the step before has not ended.
+        is_behind: the step before has not ended.   Returns what to call `was_late` with.
+        """
+        ...
+
+    def was_late(self, slot: int) -> bool:
+        """Whether one of them launched this step when the one before had ended, though the first rank said it had not.
+
+        Asked once the step has been read, and before the next but one is told.
         """
         ...
 

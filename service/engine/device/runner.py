@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Sampled:
 
     begun, ready: when the device began and ended the step; None on a CPU.
     shape: the shape in which a graph ran the step, or None.
-    was_late: whether another rank has launched a step too late since this was asked last; None if there is none.
+    others_late: asks whether another rank launched this step late; None if there is none.
     """
 
     choice: Choice
@@ -64,7 +65,7 @@ class Sampled:
     begun: torch.cuda.Event | None = None
     ready: torch.cuda.Event | None = None
     shape: Shape | None = None
-    was_late: Callable[[], bool] | None = None
+    others_late: Callable[[], bool] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -84,7 +85,7 @@ class Sampled:
             scored,
             self.shape,
             None if self.begun is None or self.ready is None else self.begun.elapsed_time(self.ready) / 1000,
-            self.was_late is not None and self.was_late(),
+            self.others_late is not None and self.others_late(),
         )
 
     def _faults(self, scored: Sequence[tuple[Request, Sequence[Logprob]]]) -> dict[int, EngineFailed]:
@@ -189,7 +190,6 @@ class Runner:
         self._followed: tuple[Forward, Batch] | None = None
         self._last: torch.cuda.Event | None = None
         """The end of what was launched last."""
-        self._num_late = 0
 
     @property
     def only_launches(self) -> bool:
@@ -208,8 +208,10 @@ class Runner:
         """
         shape = self._graphs.shape_of(step)
         table = self._tables.build(step, self._batches.numbers(), shape)
+        others_late = None
         if self._lead is not None:
-            self._lead.forward(table, shape, is_behind=not self._has_ended)
+            slot = self._lead.forward(table, shape, is_behind=not self._has_ended)
+            others_late = partial(self._lead.was_late, slot)
         batch = self._batches.build(table)
         # Not before the host has built the step: a device that waits for it would seem slow, and get shorter steps.
         begun = self._mark()
@@ -223,8 +225,7 @@ class Runner:
         on_host = None if scores is None else scores.to_host()
         on_host_choice = choice.to_host()
         self._last = self._mark()
-        was_late = None if self._lead is None else self._was_late
-        return Sampled(on_host_choice, on_host, chunks, begun, self._last, shape, was_late)
+        return Sampled(on_host_choice, on_host, chunks, begun, self._last, shape, others_late)
 
     @torch.inference_mode()
     def follow(self, numbers: Ints, *, shape: Shape | None, **sizes: int) -> bool:
@@ -259,6 +260,7 @@ class Runner:
         assert self._followed is not None
         for _ in logits_in_parts(self.decoder, self._followed[0].hidden, rows.to(self.device)):
             pass
+        self._last = self._mark()
 
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every kernel that a request can need, and capture the steps."""
@@ -392,12 +394,6 @@ class Runner:
     def _has_ended(self) -> bool:
         """Whether the device has nothing of this runner left to do."""
         return self._last is None or bool(self._last.query())  # type: ignore[no-untyped-call]
-
-    def _was_late(self) -> bool:
-        """Whether another rank has launched a step too late since the last call."""
-        assert self._lead is not None
-        before, self._num_late = self._num_late, self._lead.num_late
-        return self._num_late != before
 
     def _mark(self) -> torch.cuda.Event | None:
         """An event after all that has been launched; None on a CPU."""

@@ -205,18 +205,14 @@ class RunnerLead:
         """See `Lead`."""
         self._tell(Warm(self._name))
 
-    @property
-    def num_late(self) -> int:
-        """See `Lead`."""
-        return self._board.num_late
-
-    def forward(self, table: StepTable, shape: Shape | None, *, is_behind: bool) -> None:
+    def forward(self, table: StepTable, shape: Shape | None, *, is_behind: bool) -> int:
         """See `Lead`."""
         num_tables, width = table.block_tables.shape
+        slot = self._board.write(table.columns)
         self._tell(
             Forward(
                 self._name,
-                self._board.write(table.columns),
+                slot,
                 len(table.token_ids),
                 len(table.context_lens),
                 len(table.sample_index),
@@ -227,6 +223,11 @@ class RunnerLead:
                 is_behind=is_behind,
             )
         )
+        return slot
+
+    def was_late(self, slot: int) -> bool:
+        """See `Lead`."""
+        return self._board.was_late(slot)
 
     def chosen(self, num_samples: int) -> None:
         """See `Lead`."""

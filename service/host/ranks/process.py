@@ -151,7 +151,7 @@ class Follower:
         shape = Shape(message.num_tokens, message.num_requests, message.is_decode) if message.is_captured else None
         has_ended = runner.follow(self.board.read(message.slot), shape=shape, **message.sizes)
         if has_ended and message.is_behind:
-            self.board.note_late(self.ranks.rank)
+            self.board.note_late(message.slot, self.ranks.rank)
 
 
 def messages_of(end: socket.socket, polling_s: float = 0.0) -> Iterator[memoryview]:

@@ -204,7 +204,7 @@ class Run:
         self.tokens.extend(new)
         self._sent_s.extend([time.perf_counter()] * taken)
         if taken and taken == len(self.tokens):
-            # A third of the calls between the engine's news and the first event: the client need not wait for them.
+            # A third of the calls between the engine's news and the event of a stream, whose client need not wait.
             asyncio.get_running_loop().call_soon(self._observe_first, self._sent_s[:])
         elif taken:
             self._metrics.tokens_sent(self.plan.variant, self._sent_s, taken, self._exemplar)

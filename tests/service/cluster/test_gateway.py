@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.cluster.exchange import LEASE, Answer, Headers, Lease, Lost, Sent, Unreachable
 from service.cluster.gateway import Gateway
 from service.cluster.retries import MAX_UNSTARTED
 from service.errors import Draining, EngineFailed, NotReady, OttavaError, QueueFull, RateLimited
+from service.settings import Settings
+from service.web.connection import ChunkWriter
 from service.web.failures import error_body
 from service.web.generation.sse import DONE, event
 from service.web.middleware.envelope import Envelope
 from service.web.middleware.faults import Faults
+from service.web.uvicorn_config import server_config
 from tests.support.harness import DEADLINE_S
 
 JSON, EVENTS = "application/json", "text/event-stream; charset=utf-8"
@@ -160,6 +165,33 @@ def test_a_stream_is_passed_on() -> None:
     assert answer.content == b"".join(TOKENS) + DONE
     assert answer.headers["content-type"] == EVENTS
     assert cluster.counts() == {}
+
+
+def test_behind_a_server_a_stream_goes_past_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[bytes] = []
+    write = ChunkWriter.write
+
+    def noted(self: ChunkWriter, data: bytes) -> bool:
+        written.append(data)
+        return write(self, data)
+
+    monkeypatch.setattr(ChunkWriter, "write", noted)
+    cluster = Cluster(a=[stream(b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n")])
+
+    async def scenario() -> httpx.Response:
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(server_config(cluster.app, Settings(), log_level="error", lifespan="off"))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            async with httpx.AsyncClient() as client:
+                url = f"http://127.0.0.1:{listener.getsockname()[1]}/generate"
+                return await asyncio.wait_for(client.post(url, json=BODY), DEADLINE_S)
+        finally:
+            server.should_exit = True
+            await serving
+
+    assert asyncio.run(scenario()).content == b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
+    assert written == [b"data: 2\n\n", b"data: [DONE]\n\n"], "the first comes with the head of the answer"
 
 
 def test_the_query_and_escapes_of_a_path_stay() -> None:

@@ -70,7 +70,7 @@ def test_being_late_is_answered_by_more_reserve() -> None:
 def test_being_late_on_another_rank_is_answered_as_well() -> None:
     known = knowing(0.1)
     for count in range(1, 4):
-        known.ended(StepResults(1.0, [], shape=SHAPE, device_s=0.1, was_late=True))
+        known.was_late()
         assert known.num_late == count
         assert known.wait_s(SHAPE, 1.0) == pytest.approx(0.1 - RESERVE_S * 2**count)
 
@@ -145,10 +145,14 @@ def test_new_weights_have_times_of_their_own(engine_of: StartEngine) -> None:
     assert engine.stats().num_late_steps == 7
 
 
-def test_steps_that_came_late_are_counted(engine_of: StartEngine) -> None:
+@pytest.mark.parametrize(("is_done", "others_late", "num_late"), [(1, 0, 5), (0, 1, 6), (1, 1, 6), (0, 0, 0)])
+def test_steps_that_came_late_are_counted_once(
+    engine_of: StartEngine, is_done: int, others_late: int, num_late: int
+) -> None:
     runner = ScriptedRunner()
-    runner.is_done = True
+    runner.is_done, runner.others_late = bool(is_done), bool(others_late)
     engine = engine_of(runner)
     asyncio.run(collect(engine, [1, 2, 3], SamplingParams(max_tokens=6, ignore_eos=True)))
-    # All but the first, before which nothing ran.
-    assert engine.stats().num_late_steps == engine.stats().num_steps - 1 == 5
+    assert engine.stats().num_steps == 6
+    # Before the first of them none ran here.
+    assert engine.stats().num_late_steps == num_late

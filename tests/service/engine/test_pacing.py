@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.engine.pacing import MIN_CHUNK, SLOWEST, TARGET_S, Pacing, default_target_s
+from service.engine.pacing import MIN_CHUNK, MOST_TARGET_S, SLOWEST, TARGET_S, Pacing, default_target_s
 from service.engine.scheduler import Scheduler, StepResults
 from service.engine.shapes import Shape
 from tests.support.requests import new_request
@@ -27,10 +27,11 @@ def test_the_largest_step_within_the_target() -> None:
 def test_a_slow_model_has_a_longer_target() -> None:
     assert default_target_s({}) == TARGET_S
     assert default_target_s(TIMES_S) == TARGET_S
-    slow = {shape: 4 * time_s for shape, time_s in TIMES_S.items()}
-    assert default_target_s(slow) == pytest.approx(4 * 0.016)
+    slow = {shape: 2.5 * time_s for shape, time_s in TIMES_S.items()}
+    assert default_target_s(slow) == pytest.approx(4 * 0.01)
     # With the usual one a step would read MIN_CHUNK tokens, whatever waits.
-    assert Pacing(1024, TARGET_S, slow).budget(num_decoding=100) < Pacing(1024, 0.064, slow).budget(num_decoding=100)
+    assert Pacing(1024, TARGET_S, slow).budget(num_decoding=200) < Pacing(1024, 0.04, slow).budget(num_decoding=200)
+    assert default_target_s({shape: 9 * time_s for shape, time_s in TIMES_S.items()}) == MOST_TARGET_S
 
 
 def test_a_size_just_beyond_a_wave_of_tiles_is_passed_by() -> None:

@@ -153,7 +153,7 @@ def test_slots_of_the_board_are_used_in_turn() -> None:
 
 
 @pytest.mark.parametrize(("has_ended", "is_behind"), [(True, True), (True, False), (False, True), (False, False)])
-def test_a_rank_notes_each_step_that_only_it_launches_late(
+def test_a_rank_notes_a_step_that_only_it_launches_late(
     monkeypatch: pytest.MonkeyPatch, has_ended: bool, is_behind: bool
 ) -> None:
     class Follows:
@@ -169,9 +169,11 @@ def test_a_rank_notes_each_step_that_only_it_launches_late(
     lead = RunnerLead("w8a8", board, follower.do)  # type: ignore[arg-type]
     numbers = np.zeros(layout.size, dtype=np.int32)
     table = layout.table(numbers, num_tokens=1, num_requests=1, num_samples=1, num_tables=1, width=1, is_decode=True)
-    for count in (1, 2):
-        lead.forward(table, None, is_behind=is_behind)
-        assert lead.num_late == count * (has_ended and is_behind)
+    other_lead = RunnerLead("fp16", board, lambda _: None)
+    for _ in range(NUM_SLOTS + 1):
+        slot = lead.forward(table, None, is_behind=is_behind)
+        assert lead.was_late(slot) == (has_ended and is_behind)
+        assert not other_lead.was_late(other_lead.forward(table, None, is_behind=True)), "of another variant"
 
 
 def test_only_what_a_step_uses_is_copied() -> None:

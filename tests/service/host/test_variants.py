@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import shutil
 import threading
@@ -22,10 +23,13 @@ from quant.errors import CheckpointError
 from quant.linear import Int8Linear
 from quant.scheme import PRESETS, Scheme
 from service.engine.api import SamplingParams
+from service.engine.pacing import TARGET_S
+from service.engine.shapes import Shape
 from service.errors import InvalidSettings, StartupError, UnsupportedModel
 from service.host.model_host import ModelHost
 from service.host.reloader import open_host
 from service.host.self_check import MAX_KL
+from service.host.variants import target_s
 from service.settings import Settings
 from service.store.calibration import Calibration
 from service.store.quantized import quantize_model, quantized_folder
@@ -178,6 +182,20 @@ def test_info_is_whole_and_is_json(float_folder: Path, cache: Path) -> None:
 
 # Of 2 layers, 1 head of 64, keys and values: 4 bytes an element, or 1 and 4 for the scale of a head.
 FLOAT_BYTES, INT8_BYTES = 2 * 2 * 64 * 4, 2 * 2 * (64 + 4)
+
+
+def test_the_target_of_steps_is_the_variants_own_unless_it_is_set(caplog: pytest.LogCaptureFixture) -> None:
+    slow = {Shape(1, 1, is_decode=True): 0.01}
+    with caplog.at_level(logging.INFO, "service.host.variants"):
+        assert target_s("w8a8", slow, Settings()) == pytest.approx(0.04)
+        assert target_s("w8a8", slow, Settings(target_itl_ms=12.5)) == pytest.approx(0.0125)
+    assert [record.message for record in caplog.records] == [
+        f"w8a8: prompts are read in steps of up to {told} ms beside answers" for told in ("40", "12.5")
+    ]
+    # Steps whose times are not known have no target.
+    caplog.clear()
+    assert target_s("w8a8", {}, Settings()) == TARGET_S
+    assert not caplog.records
 
 
 def test_an_int8_cache_is_the_int8_variant_s_alone(float_folder: Path, cache: Path) -> None:

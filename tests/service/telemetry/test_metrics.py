@@ -75,6 +75,7 @@ def test_every_series_is_there_with_its_buckets() -> None:
         assert samples["ottava_weight_bytes", label] == 1000
         assert samples["ottava_kv_cache_bytes", label] == 2000
         assert samples["ottava_preemptions_total", label] == 2
+        assert samples["ottava_late_steps_total", label] == 3
         assert samples["ottava_prompt_tokens_total", label] == 2
         assert samples["ottava_generation_tokens_total", label] == 6
         assert samples["ottava_prefix_cache_hit_tokens_total", label] == 0
@@ -90,6 +91,28 @@ def test_every_series_is_there_with_its_buckets() -> None:
     assert samples["ottava_agreement_ratio_sum", "how=compare", "variant=w8a8"] == 1
     assert samples["ottava_step_batch_size_count", "variant=w8a8"] == 6
     assert samples["ottava_step_batch_size_sum", "variant=w8a8"] == 6
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "num_first", "num_tokens"),
+    [
+        ({"max_tokens": 1}, {}, 1, 1),
+        ({"stop": ["h"]}, {}, 1, 1),
+        ({"stream": True}, {}, 1, 6),
+        ({"stream": True}, {"tokens_per_step": 4}, 1, 6),
+        ({}, {"fail_at": 1}, 1, 1),
+        ({}, {"fail_at": 0}, 0, 0),
+    ],
+    ids=["one token", "cut at once", "stream", "several a step", "failed behind it", "failed before it"],
+)
+def test_a_first_token_is_counted_once_however_its_answer_ends(
+    body: dict[str, object], options: dict[str, Any], num_first: int, num_tokens: int
+) -> None:
+    _, samples = scrape_after({"prompt": "abc"} | body, reply="hello", **options)
+    assert total(samples, "ottava_time_to_first_token_seconds_count") == num_first
+    assert total(samples, "ottava_prompt_tokens_total") == 3 * num_first
+    assert total(samples, "ottava_generation_tokens_total") == num_tokens
+    assert total(samples, "ottava_inter_token_latency_seconds_count") == max(0, num_tokens - 1)
 
 
 def test_buckets_are_those_of_the_interface() -> None:
