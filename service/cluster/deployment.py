@@ -29,6 +29,7 @@ from ray.serve.handle import DeploymentHandle
 from service.cluster import directory
 from service.cluster.exchange import Lease, Unreachable
 from service.cluster.gateway import Gateway
+from service.cluster.kept import KeptLeases
 from service.cluster.leases import Leased, Leases
 from service.cluster.options import (
     APP_NAME,
@@ -68,18 +69,33 @@ log = logging.getLogger(__name__)
 
 
 class RayLease:
-    """Implements `service.cluster.exchange.Lease`. calls: the replica's call, whose end is that of the lease."""
+    """Implements `service.cluster.exchange.Lease`.
 
-    def __init__(self, calls: AsyncIterator[Mapping[str, Any]], granted: Mapping[str, Any]) -> None:
+    Args:
+        calls: the replica's call, whose end is that of the lease.
+        granted: what it has said.
+        leases: where it is kept.
+    """
+
+    def __init__(
+        self, calls: AsyncIterator[Mapping[str, Any]], granted: Mapping[str, Any], leases: KeptLeases[RayLease]
+    ) -> None:
         self.replica: str = granted["replica"]
         self.url: str = granted["url"]
         self.number: int = granted["number"]
         self._calls = calls
+        self._leases = leases
+        self._has_ended = False
         self._on_lost: Callable[[], None] | None = None
 
     def on_lost(self, call: Callable[[], None]) -> None:
         """See `Lease.on_lost`."""
         self._on_lost = call
+
+    def done(self, is_whole: bool) -> None:
+        """See `Lease.done`."""
+        self._on_lost = None
+        self._leases.done(self, is_whole and not self._has_ended)
 
     async def watch(self) -> None:
         """Wait for the end of the lease."""
@@ -89,6 +105,9 @@ class RayLease:
         except (RayError, RayServeException, asyncio.CancelledError):
             if self._on_lost is not None:
                 self._on_lost()
+        finally:
+            self._has_ended = True
+            self._leases.ended(self)
 
 
 class RayFleet:
@@ -98,6 +117,7 @@ class RayFleet:
         self._replicas = replicas
         self._lease = replicas.options(stream=True).lease
         self._queue_timeout_s = queue_timeout_s
+        self._leases: KeptLeases[RayLease] = KeptLeases()
         self._watching: set[asyncio.Task[None]] = set()
 
     def replicas(self) -> Mapping[str, str]:
@@ -105,7 +125,12 @@ class RayFleet:
         return directory.urls()
 
     async def lease(self, keys: Sequence[bytes], avoid: Set[str]) -> Lease:
-        """See `Fleet.lease`."""
+        """See `Fleet.lease`. A request that is sent again gets a lease of its own from Ray."""
+        best = None if avoid else directory.best(keys, self._leases.loads)
+        kept = None if best is None else self._leases.take(best)
+        if kept is not None:
+            directory.sent(keys, kept.replica)
+            return kept
         calls = self._lease.remote(list(keys), sorted(avoid))
         try:
             async with asyncio.timeout(self._queue_timeout_s):
@@ -122,7 +147,7 @@ class RayFleet:
             raise QueueFull("too many requests wait for a replica; send the request again later") from error
         except (RayActorError, RayServeException, TaskCancelledError, StopAsyncIteration) as error:
             raise Unreachable(f"{type(error).__name__}: {error}") from error
-        lease = RayLease(calls, granted)
+        lease = self._leases.use(RayLease(calls, granted, self._leases))
         watching = asyncio.create_task(lease.watch())
         self._watching.add(watching)
         watching.add_done_callback(self._watching.discard)

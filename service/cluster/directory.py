@@ -1,14 +1,23 @@
-"""Addresses of the replicas, as the routers of this process last heard of them from Ray."""
+"""Addresses of the replicas, as the routers of this process last heard of them from Ray, and what each is best for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 from weakref import ReferenceType, ref
 
+from service.cluster.prefixes import KnownPrefixes, ranked
+
+KNOWN = KnownPrefixes()
+"""Of all requests that this process has sent."""
+
 
 class Source(Protocol):
-    """A router."""
+    """A router. bound: see `ranked`."""
+
+    @property
+    def bound(self) -> int: ...
 
     def urls(self) -> Mapping[str, str]:
         """Name -> URL of the replicas that it knows."""
@@ -35,3 +44,30 @@ def urls() -> dict[str, str]:
         else:
             found.update(source.urls())
     return dict(sorted(found.items()))
+
+
+def best(keys: Sequence[bytes], loads: Mapping[str, int]) -> str | None:
+    """The replica that a request with these keys should go to; None if none is known.
+
+    loads: requests that each replica has; missing: none.
+    """
+    sources = [source for weak in _sources if (source := weak()) is not None]
+    order = best_first(keys, {name: loads.get(name, 0) for name in urls()}, max((s.bound for s in sources), default=0))
+    return order[0] if order else None
+
+
+def best_first(keys: Sequence[bytes], loads: Mapping[str, int], bound: int) -> list[str]:
+    """`ranked` by what this process knows. Equal ones get equal shares."""
+    names = list(loads)
+    random.shuffle(names)
+    return ranked({name: loads[name] for name in names}, KNOWN.lengths(keys, names), bound)
+
+
+def sent(keys: Iterable[bytes], replica: str) -> None:
+    """Remember that a replica has been sent a prompt with these keys."""
+    KNOWN.add(list(keys), replica)
+
+
+def keep(replicas: Iterable[str]) -> None:
+    """Forget what other replicas have been sent."""
+    KNOWN.keep(replicas)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 LEASE = "x-ottava-lease"
-"""Header with the number of a request's lease, which ends with the request."""
+"""Header with the number of a request's lease."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -54,7 +54,7 @@ class Upstream(Protocol):
 
 
 class Lease(Protocol):
-    """A place for one request in one replica, which ends when the replica has answered the request."""
+    """A place for one request in one replica, which ends some time after the replica has answered the request."""
 
     replica: str
     url: str
@@ -62,6 +62,10 @@ class Lease(Protocol):
 
     def on_lost(self, call: Callable[[], None]) -> None:
         """Call this on the event loop's thread if the replica ends before the lease does."""
+        ...
+
+    def done(self, is_whole: bool) -> None:
+        """The request has ended. is_whole: its answer has been read to the end, so another may have the place."""
         ...
 
 

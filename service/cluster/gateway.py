@@ -218,24 +218,30 @@ class Gateway:
         Raises:
             Unreachable, Lost: the replica is gone, and the client has been sent nothing.
         """
-        answer = await self._upstream.send(place.url, replace(relay.sent, headers=place.headers))
-        with closing(answer):
+        is_whole = False
+        try:
+            answer = await self._upstream.send(place.url, replace(relay.sent, headers=place.headers))
+            with closing(answer):
+                if place.lease is not None:
+                    # A host that vanishes closes no connection; Ray notices.
+                    place.lease.on_lost(answer.close)
+                async with aclosing(answer.chunks()) as chunks:
+                    held = await _first(chunks) if _is_stream(answer) else await _all(chunks)
+                    trouble = trouble_of(answer.status, held)
+                    if trouble is not None and self._may_retry(relay, trouble):
+                        return False
+                    is_whole = await self._pass_on(answer, held, chunks, send, relay.write)
+        finally:
             if place.lease is not None:
-                # A host that vanishes closes no connection; Ray notices.
-                place.lease.on_lost(answer.close)
-            async with aclosing(answer.chunks()) as chunks:
-                held = await _first(chunks) if _is_stream(answer) else await _all(chunks)
-                trouble = trouble_of(answer.status, held)
-                if trouble is not None and self._may_retry(relay, trouble):
-                    return False
-                await self._pass_on(answer, held, chunks, send, relay.write)
+                place.lease.done(is_whole)
         return True
 
     async def _pass_on(
         self, answer: Answer, held: bytes, chunks: AsyncIterator[bytes], send: Send, write: WriteChunk
-    ) -> None:
+    ) -> bool:
+        """Send an answer to the client. Returns whether the replica has sent it to its end."""
         headers = [(name.lower(), value) for name, value in answer.headers if name.lower() not in NOT_SENT_BACK]
-        is_stream = _is_stream(answer)
+        is_stream, is_whole = _is_stream(answer), True
         if not is_stream:
             headers.append((b"content-length", b"%d" % len(held)))
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
@@ -247,10 +253,12 @@ class Gateway:
                     if not write(chunk):
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})
             except Lost:
+                is_whole = False
                 self.metrics.lost("sent")
                 # As a replica ends a stream that failed: an event that says so, and no [DONE].
                 held = event(error_body(EngineFailed(LOST)))
         await send({"type": "http.response.body", "body": held, "more_body": False})
+        return is_whole
 
     async def _alive(self, _: Sent) -> Response:
         """What KubeRay asks on the port of Serve before it sends traffic to a pod."""

@@ -1,11 +1,11 @@
-"""Leases as a replica keeps them: one for each request that it has been promised, until it has answered it."""
+"""Leases as a replica keeps them: one for each request that it has been promised, until no other comes after it."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -14,6 +14,9 @@ from service.cluster.exchange import LEASE
 
 START_S = 10.0
 """Time for a leased request to arrive. A gateway that has died sends none."""
+
+KEEP_S = 1.0
+"""Time for the next one: the gateway may use a lease again, see `service.cluster.kept`."""
 
 
 class Leases:
@@ -24,8 +27,9 @@ class Leases:
     Ray.
     """
 
-    def __init__(self, start_s: float = START_S) -> None:
+    def __init__(self, start_s: float = START_S, keep_s: float = KEEP_S) -> None:
         self._start_s = start_s
+        self._keep_s = keep_s
         self._numbers = itertools.count(1)
         self._open: dict[int, Lease] = {}
 
@@ -40,11 +44,14 @@ class Leases:
             del self._open[lease.number]
 
     async def over(self, lease: Lease) -> None:
-        """Wait until the lease's request is answered, or for START_S if it does not come."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(lease.begun.wait(), self._start_s)
-        if lease.begun.is_set():
-            await lease.ended.wait()
+        """Wait until the lease's requests are answered and no other has come for KEEP_S, the first for START_S."""
+        while True:
+            lease.changed.clear()
+            wait_s = None if lease.num_requests else self._keep_s if lease.has_begun else self._start_s
+            try:
+                await asyncio.wait_for(lease.changed.wait(), wait_s)
+            except TimeoutError:
+                return
 
     def find(self, number: str | None) -> Lease | None:
         """The open lease with this number, as its header has it."""
@@ -52,16 +59,29 @@ class Leases:
 
 
 class Lease:
-    """One request's lease."""
+    """A place for one request at a time."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.begun = asyncio.Event()
-        self.ended = asyncio.Event()
+        self.num_requests = 0
+        self.has_begun = False
+        self.changed = asyncio.Event()
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """A request has come, and is answered with the context."""
+        self.num_requests += 1
+        self.has_begun = True
+        self.changed.set()
+        try:
+            yield
+        finally:
+            self.num_requests -= 1
+            self.changed.set()
 
 
 class Leased:
-    """Middleware that ends a request's lease once the application has answered it, or its connection is gone."""
+    """Middleware that tells a request's lease until the application has answered it, or its connection is gone."""
 
     def __init__(self, app: ASGIApp, leases: Leases) -> None:
         self._app = app
@@ -72,8 +92,5 @@ class Leased:
         if lease is None:
             await self._app(scope, receive, send)
             return
-        lease.begun.set()
-        try:
+        with lease.request():
             await self._app(scope, receive, send)
-        finally:
-            lease.ended.set()

@@ -1,17 +1,14 @@
 """Ray's choice of a replica for a request.
 
-Ray pickles this module by value into every process that sends requests, so it holds no state of its own: `register` and
-all else that it imports is found by name there.
+Ray pickles this module by value into every process that sends requests, so it holds no state of its own: `directory`
+is found by name there.
 """
 
 from __future__ import annotations
 
-import random
-
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
-from service.cluster.directory import register
-from service.cluster.prefixes import KnownPrefixes, ranked
+from service.cluster import directory
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
@@ -19,9 +16,8 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
 
     def initialize_state(self, bound: int) -> None:
         """Called by Ray with `request_router_kwargs`."""
-        self._bound = bound
-        self._known = KnownPrefixes()
-        register(self)
+        self.bound = bound
+        directory.register(self)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -30,11 +26,8 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         keys, avoid = _wanted(pending_request)
         found = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         names = [name for name in found if name not in avoid] or list(found)
-        # Equal ones are to get equal shares.
-        random.shuffle(names)
         loads = {name: self.replica_queue_len_cache.get(found[name].replica_id) or 0 for name in names}
-        order = ranked(loads, self._known.lengths(keys, names), self._bound)
-        return [[found[name]] for name in order]
+        return [[found[name]] for name in directory.best_first(keys, loads, self.bound)]
 
     def on_request_routed(
         self,
@@ -44,14 +37,14 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     ) -> None:
         """Called by Ray once a replica has taken a request."""
         keys, _ = _wanted(pending_request)
-        self._known.add(keys, replica_id.unique_id)
+        directory.sent(keys, replica_id.unique_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Ray when replicas have come or gone."""
         before = set(self.curr_replicas)
         super().update_replicas(replicas)
         if before - set(self.curr_replicas):
-            self._known.keep(replica.replica_id.unique_id for replica in replicas)
+            directory.keep(replica.replica_id.unique_id for replica in replicas)
 
     def urls(self) -> dict[str, str]:
         """Address of every replica that takes requests, by name."""

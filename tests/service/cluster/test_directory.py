@@ -5,10 +5,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 
+import pytest
+
+from service.cluster import directory
 from service.cluster.directory import register, urls
+from service.cluster.prefixes import KnownPrefixes
 
 
 class Router:
+    bound = 0
+
     def __init__(self, known: Mapping[str, str]) -> None:
         self.known = known
 
@@ -40,3 +46,17 @@ def test_a_router_may_get_new_functions() -> None:
     Reloaded.urls = lambda self: {"a": "http://a"}  # type: ignore[method-assign]
     gc.collect()
     assert urls() == {"a": "http://a"}
+
+
+def test_the_best_replica_knows_the_prefix_unless_it_has_too_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "KNOWN", KnownPrefixes())
+    assert directory.best([b"1"], {}) is None
+    router = Router({"a": "http://a", "b": "http://b"})
+    router.bound = 2
+    register(router)
+    directory.sent([b"1", b"2"], "b")
+    assert {directory.best([b"9"], {}) for _ in range(64)} == {"a", "b"}, "equal ones get equal shares"
+    assert directory.best([b"1"], {"b": 2}) == "b"
+    assert directory.best([b"1"], {"b": 3}) == "a"
+    directory.keep(["a"])
+    assert directory.best([b"1"], {"b": 1}) == "a"

@@ -56,8 +56,13 @@ class GivenLease:
     def __init__(self, replica: str, number: int) -> None:
         self.replica, self.url, self.number = replica, f"http://{replica}", number
 
+        self.is_whole: list[bool] = []
+
     def on_lost(self, call: Callable[[], None]) -> None:
         self.lost = call
+
+    def done(self, is_whole: bool) -> None:
+        self.is_whole.append(is_whole)
 
 
 class Cluster:
@@ -69,6 +74,7 @@ class Cluster:
         self.avoided: list[Set[str]] = []
         self.keys: list[Sequence[bytes]] = []
         self.refusals: list[Exception] = []
+        self.lent: list[GivenLease] = []
         self.gateway = Gateway(self, self, max_body_bytes=1000)
         self.app = Envelope(Faults(self.gateway), [])
 
@@ -81,7 +87,8 @@ class Cluster:
         self.avoided.append(set(avoid))
         self.keys.append(keys)
         fresh = [name for name in self.scripts if name not in avoid] or list(self.scripts)
-        return GivenLease(fresh[0], 40 + len(self.sent))
+        self.lent.append(GivenLease(fresh[0], 40 + len(self.sent)))
+        return self.lent[-1]
 
     async def send(self, url: str, sent: Sent) -> Answer:
         name = url.removeprefix("http://")
@@ -310,8 +317,8 @@ def test_a_lost_lease_closes_its_answer() -> None:
 
         class Watched(Cluster):
             async def lease(self, keys: Sequence[bytes], avoid: Set[str]) -> Lease:
-                self.lent = GivenLease("a", 1)
-                return self.lent
+                self.lent = [GivenLease("a", 1)]
+                return self.lent[0]
 
         cluster = Watched(a=[Hanging(200, EVENTS)])
         async with httpx.AsyncClient(transport=httpx.ASGITransport(cluster.app), base_url="http://c") as client:
@@ -319,11 +326,33 @@ def test_a_lost_lease_closes_its_answer() -> None:
             while not cluster.sent:
                 await asyncio.sleep(0)
             await asyncio.sleep(0.01)
-            cluster.lent.lost()
+            cluster.lent[0].lost()
             answer = await asyncio.wait_for(asked, DEADLINE_S)
         assert b"engine_failed" in answer.content
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("first", "is_whole"),
+    [
+        (whole(text="hi"), True),
+        (stream(*TOKENS, DONE), True),
+        (refused(RateLimited("slower")), True),
+        (stream(TOKENS[0], Lost("ended")), False),
+        (refused(Draining("stopping")), False),
+        (Unreachable("refused"), False),
+        (Lost("ended"), False),
+    ],
+    ids=["whole", "stream", "refused", "cut off", "sent again", "unreachable", "lost"],
+)
+def test_a_lease_is_done_once_and_may_be_used_again_after_a_whole_answer(
+    first: Scripted | Exception, is_whole: bool
+) -> None:
+    cluster = Cluster(a=[first], b=[whole(text="hi")])
+    cluster.generate()
+    assert cluster.lent[0].is_whole == [is_whole]
+    assert all(lease.is_whole == [True] for lease in cluster.lent[1:])
 
 
 def test_prompts_are_routed_by_their_prefix() -> None:

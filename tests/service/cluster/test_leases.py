@@ -12,12 +12,12 @@ from starlette.routing import Route
 
 from service.cluster.exchange import LEASE
 from service.cluster.leases import Leased, Leases
-from tests.support.harness import DEADLINE_S
+from tests.support.harness import DEADLINE_S, until
 
 
 def test_a_lease_ends_with_its_request() -> None:
     async def scenario() -> None:
-        leases, go_on = Leases(), asyncio.Event()
+        leases, go_on = Leases(keep_s=0.01), asyncio.Event()
 
         async def slow(_: Request) -> PlainTextResponse:
             await go_on.wait()
@@ -28,13 +28,30 @@ def test_a_lease_ends_with_its_request() -> None:
             over = asyncio.create_task(leases.over(lease))
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as client:
                 asked = asyncio.create_task(client.get("/", headers={LEASE: str(lease.number)}))
-                await asyncio.wait_for(lease.begun.wait(), DEADLINE_S)
+                await until(lambda: lease.num_requests == 1)
                 await asyncio.sleep(0)
                 assert not over.done()
                 go_on.set()
                 assert (await asked).text == "done"
             await asyncio.wait_for(over, DEADLINE_S)
         assert leases.find(str(lease.number)) is None
+
+    asyncio.run(scenario())
+
+
+def test_a_lease_may_have_one_request_after_the_other() -> None:
+    async def scenario() -> None:
+        leases = Leases(start_s=0.01, keep_s=5.0)
+        app = Leased(Starlette(routes=[Route("/", lambda _: PlainTextResponse("done"))]), leases)
+        with leases.open() as lease:
+            over = asyncio.create_task(leases.over(lease))
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as client:
+                for _ in range(3):
+                    assert (await client.get("/", headers={LEASE: str(lease.number)})).text == "done"
+                    # Longer than the first one may take to come.
+                    await asyncio.sleep(0.03)
+                    assert not over.done()
+            over.cancel()
 
     asyncio.run(scenario())
 
