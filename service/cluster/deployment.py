@@ -24,7 +24,7 @@ import uvicorn
 from ray import serve
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from service.cluster import directory
 from service.cluster.exchange import Lease, Unreachable
@@ -72,30 +72,41 @@ class RayLease:
     """Implements `service.cluster.exchange.Lease`.
 
     Args:
-        calls: the replica's call, whose end is that of the lease.
+        calls: the answer to the replica's call, whose end is that of the lease.
         granted: what it has said.
         leases: where it is kept.
     """
 
     def __init__(
-        self, calls: AsyncIterator[Mapping[str, Any]], granted: Mapping[str, Any], leases: KeptLeases[RayLease]
+        self, calls: DeploymentResponseGenerator, granted: Mapping[str, Any], leases: KeptLeases[RayLease]
     ) -> None:
         self.replica: str = granted["replica"]
         self.url: str = granted["url"]
         self.number: int = granted["number"]
         self._calls = calls
         self._leases = leases
-        self._has_ended = False
+        self._is_used = True
+        self._has_ended = self._was_lost = False
         self._on_lost: Callable[[], None] | None = None
 
     def on_lost(self, call: Callable[[], None]) -> None:
         """See `Lease.on_lost`."""
         self._on_lost = call
+        if self._was_lost:
+            call()
 
     def done(self, is_whole: bool) -> None:
         """See `Lease.done`."""
-        self._on_lost = None
-        self._leases.done(self, is_whole and not self._has_ended)
+        if self._is_used:
+            self._is_used, self._on_lost = False, None
+            if not self._leases.done(self, is_whole and not self._has_ended) and not self._has_ended:
+                # Else Ray would count it for as long as the replica waits for another request.
+                self._calls.cancel()
+
+    def use(self) -> RayLease:
+        """Another request has it now."""
+        self._is_used = True
+        return self
 
     async def watch(self) -> None:
         """Wait for the end of the lease."""
@@ -103,6 +114,7 @@ class RayLease:
             async for _ in self._calls:
                 pass
         except (RayError, RayServeException, asyncio.CancelledError):
+            self._was_lost = True
             if self._on_lost is not None:
                 self._on_lost()
         finally:
@@ -125,16 +137,17 @@ class RayFleet:
         return directory.urls()
 
     async def lease(self, keys: Sequence[bytes], avoid: Set[str]) -> Lease:
-        """See `Fleet.lease`. A request that is sent again gets a lease of its own from Ray."""
-        best = None if avoid else directory.best(keys, self._leases.loads)
+        """See `Fleet.lease`."""
+        best = directory.best(keys, avoid, self._leases.loads)
         kept = None if best is None else self._leases.take(best)
         if kept is not None:
             directory.sent(keys, kept.replica)
-            return kept
+            return kept.use()
         calls = self._lease.remote(list(keys), sorted(avoid))
         try:
-            async with asyncio.timeout(self._queue_timeout_s):
-                granted = await anext(calls)
+            with self._leases.asking():
+                async with asyncio.timeout(self._queue_timeout_s):
+                    granted = await anext(calls)
         except TimeoutError as error:
             calls.cancel()
             raise QueueTimeout(

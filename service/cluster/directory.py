@@ -1,16 +1,19 @@
-"""Addresses of the replicas, as the routers of this process last heard of them from Ray, and what each is best for."""
+"""The replicas as the routers of this process last heard of them from Ray, and which prompts each has been sent.
+
+Ray runs routers on a thread of its own; gateways ask from theirs.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Protocol
 from weakref import ReferenceType, ref
 
 from service.cluster.prefixes import KnownPrefixes, ranked
 
 KNOWN = KnownPrefixes()
-"""Of all requests that this process has sent."""
+"""Prefixes of the prompts that this process has sent."""
 
 
 class Source(Protocol):
@@ -46,13 +49,18 @@ def urls() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def best(keys: Sequence[bytes], loads: Mapping[str, int]) -> str | None:
+def best(keys: Sequence[bytes], avoid: Set[str], loads: Mapping[str, int]) -> str | None:
     """The replica that a request with these keys should go to; None if none is known.
 
-    loads: requests that each replica has; missing: none.
+    Args:
+        keys: see `prefix_keys`.
+        avoid: replicas to take only if there is no other.
+        loads: requests that each replica has; missing: none.
     """
-    sources = [source for weak in _sources if (source := weak()) is not None]
-    order = best_first(keys, {name: loads.get(name, 0) for name in urls()}, max((s.bound for s in sources), default=0))
+    sources = [source for weak in list(_sources) if (source := weak()) is not None]
+    names = urls()
+    found = {name: loads.get(name, 0) for name in names if name not in avoid} or dict.fromkeys(names, 0)
+    order = best_first(keys, found, max((source.bound for source in sources), default=0))
     return order[0] if order else None
 
 

@@ -61,11 +61,14 @@ class Lease(Protocol):
     number: int
 
     def on_lost(self, call: Callable[[], None]) -> None:
-        """Call this on the event loop's thread if the replica ends before the lease does."""
+        """Call this on the event loop's thread if the replica ends, or has ended, before the lease does."""
         ...
 
     def done(self, is_whole: bool) -> None:
-        """The request has ended. is_whole: its answer has been read to the end, so another may have the place."""
+        """The request has ended. Idempotent: the first call counts.
+
+        is_whole: its answer has been read to the end, so that another request may have the place.
+        """
         ...
 
 

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers as HeadersOf
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from service.cluster.exchange import LEASE, Answer, Fleet, Headers, Lost, Sent, Unreachable, Upstream
+from service.cluster.exchange import LEASE, Answer, Fleet, Headers, Lease, Lost, Sent, Unreachable, Upstream
 from service.cluster.exposition import joined
 from service.cluster.prefixes import prefix_keys
 from service.cluster.retries import Tries, Trouble, trouble_of
@@ -81,11 +81,12 @@ class GatewayMetrics:
 class Relay:
     """A request on its way to replicas.
 
-    write: writes to its client, see `service.web.chunks`.   avoid: replicas that have failed it.
+    send, write: to its client; see `service.web.chunks` for the second.   avoid: replicas that have failed it.
     """
 
     sent: Sent
     is_generation: bool
+    send: Send
     write: WriteChunk
     tries: Tries = field(default_factory=Tries)
     avoid: set[str] = field(default_factory=set)
@@ -98,7 +99,12 @@ class Place:
     replica: str
     url: str
     headers: Headers
-    lease: Any = None
+    lease: Lease | None = None
+
+    def done(self, is_whole: bool) -> None:
+        """See `Lease.done`."""
+        if self.lease is not None:
+            self.lease.done(is_whole)
 
 
 class Gateway:
@@ -141,10 +147,10 @@ class Gateway:
             if own is not None:
                 await (await own(asked))(scope, receive, send)
                 return
-            relay = Relay(sent, is_generation(scope), chunk_writer(scope))
+            relay = Relay(sent, is_generation(scope), send, chunk_writer(scope))
             if relay.is_generation:
                 self.lifecycle.refuse_if_draining()
-            await unless_disconnected(receive, self._relay(relay, send))
+            await unless_disconnected(receive, self._relay(relay))
         except ClientGone:
             return
         except OttavaError as error:
@@ -168,7 +174,7 @@ class Gateway:
             more = message.get("more_body", False)
         return b"".join(parts)
 
-    async def _relay(self, relay: Relay, send: Send) -> None:
+    async def _relay(self, relay: Relay) -> None:
         """Send the request until a replica answers it, and pass the answer on.
 
         Raises:
@@ -181,7 +187,7 @@ class Gateway:
             place: Place | None = None
             try:
                 place = await self._place(relay, keys)
-                if await self._try(relay, place, send):
+                if await self._try(relay, place):
                     return
             except Unreachable as error:
                 if not self._may_retry(relay, "unstarted"):
@@ -212,37 +218,59 @@ class Gateway:
             raise Unreachable("there is no replica yet")
         return Place(untried[0], replicas[untried[0]], relay.sent.headers)
 
-    async def _try(self, relay: Relay, place: Place, send: Send) -> bool:
+    async def _try(self, relay: Relay, place: Place) -> bool:
         """Send the request to this replica, and pass its answer on. False if it is to be sent to another one.
 
         Raises:
             Unreachable, Lost: the replica is gone, and the client has been sent nothing.
         """
-        is_whole = False
         try:
-            answer = await self._upstream.send(place.url, replace(relay.sent, headers=place.headers))
+            answer = await self._answer(relay, place)
             with closing(answer):
                 if place.lease is not None:
-                    # A host that vanishes closes no connection; Ray notices.
                     place.lease.on_lost(answer.close)
                 async with aclosing(answer.chunks()) as chunks:
                     held = await _first(chunks) if _is_stream(answer) else await _all(chunks)
                     trouble = trouble_of(answer.status, held)
-                    if trouble is not None and self._may_retry(relay, trouble):
-                        return False
-                    is_whole = await self._pass_on(answer, held, chunks, send, relay.write)
+                    if trouble is not None:
+                        place.done(is_whole=False)
+                        if self._may_retry(relay, trouble):
+                            return False
+                    await self._pass_on(relay, place, answer, held, chunks)
         finally:
-            if place.lease is not None:
-                place.lease.done(is_whole)
+            place.done(is_whole=False)
         return True
 
+    async def _answer(self, relay: Relay, place: Place) -> Answer:
+        """Send the request to this replica and wait for the head of its answer. Raises Unreachable or Lost."""
+        sending = asyncio.ensure_future(self._upstream.send(place.url, replace(relay.sent, headers=place.headers)))
+        is_lost = False
+
+        def lost() -> None:
+            nonlocal is_lost
+            is_lost = True
+            sending.cancel()
+
+        if place.lease is not None:
+            # A host that vanishes closes no connection; Ray notices.
+            place.lease.on_lost(lost)
+        try:
+            return await sending
+        except asyncio.CancelledError:
+            sending.cancel()
+            if is_lost:
+                raise Lost(f"replica {place.replica} has ended") from None
+            raise
+
     async def _pass_on(
-        self, answer: Answer, held: bytes, chunks: AsyncIterator[bytes], send: Send, write: WriteChunk
-    ) -> bool:
-        """Send an answer to the client. Returns whether the replica has sent it to its end."""
+        self, relay: Relay, place: Place, answer: Answer, held: bytes, chunks: AsyncIterator[bytes]
+    ) -> None:
+        """Send an answer to the client. The place is done with the replica's part, however slowly the client reads."""
+        send = relay.send
         headers = [(name.lower(), value) for name, value in answer.headers if name.lower() not in NOT_SENT_BACK]
-        is_stream, is_whole = _is_stream(answer), True
+        is_stream = _is_stream(answer)
         if not is_stream:
+            place.done(is_whole=True)
             headers.append((b"content-length", b"%d" % len(held)))
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         if is_stream:
@@ -250,15 +278,14 @@ class Gateway:
             held = b""
             try:
                 async for chunk in chunks:
-                    if not write(chunk):
+                    if not relay.write(chunk):
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                place.done(is_whole=True)
             except Lost:
-                is_whole = False
                 self.metrics.lost("sent")
                 # As a replica ends a stream that failed: an event that says so, and no [DONE].
                 held = event(error_body(EngineFailed(LOST)))
         await send({"type": "http.response.body", "body": held, "more_body": False})
-        return is_whole
 
     async def _alive(self, _: Sent) -> Response:
         """What KubeRay asks on the port of Serve before it sends traffic to a pod."""

@@ -15,7 +15,7 @@ from service.cluster.exchange import LEASE
 START_S = 10.0
 """Time for a leased request to arrive. A gateway that has died sends none."""
 
-KEEP_S = 1.0
+IDLE_IN_REPLICA_S = 1.0
 """Time for the next one: the gateway may use a lease again, see `service.cluster.kept`."""
 
 
@@ -27,9 +27,9 @@ class Leases:
     Ray.
     """
 
-    def __init__(self, start_s: float = START_S, keep_s: float = KEEP_S) -> None:
+    def __init__(self, start_s: float = START_S, idle_s: float = IDLE_IN_REPLICA_S) -> None:
         self._start_s = start_s
-        self._keep_s = keep_s
+        self._idle_s = idle_s
         self._numbers = itertools.count(1)
         self._open: dict[int, Lease] = {}
 
@@ -44,14 +44,16 @@ class Leases:
             del self._open[lease.number]
 
     async def over(self, lease: Lease) -> None:
-        """Wait until the lease's requests are answered and no other has come for KEEP_S, the first for START_S."""
+        """Wait until the lease's requests are answered and no other comes in time: start_s for the first, idle_s."""
         while True:
             lease.changed.clear()
-            wait_s = None if lease.num_requests else self._keep_s if lease.has_begun else self._start_s
+            wait_s = None if lease.num_requests else self._idle_s if lease.has_begun else self._start_s
             try:
                 await asyncio.wait_for(lease.changed.wait(), wait_s)
             except TimeoutError:
-                return
+                # A request may have come in the very turn of the loop in which the time was over.
+                if not lease.changed.is_set():
+                    return
 
     def find(self, number: str | None) -> Lease | None:
         """The open lease with this number, as its header has it."""
@@ -81,7 +83,7 @@ class Lease:
 
 
 class Leased:
-    """Middleware that tells a request's lease until the application has answered it, or its connection is gone."""
+    """Middleware that counts a request in its lease until the application has answered it or its connection is gone."""
 
     def __init__(self, app: ASGIApp, leases: Leases) -> None:
         self._app = app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
@@ -66,10 +67,11 @@ def ranked(loads: Mapping[R, int], known: Mapping[R, int], bound: int) -> list[R
 
 
 class KnownPrefixes:
-    """Which replica has seen which prefix. Bounded, and nothing in it is more than a hint."""
+    """Which replica has seen which prefix. Bounded, thread-safe, and nothing in it is more than a hint."""
 
     def __init__(self, max_keys: int = MAX_KEYS) -> None:
         self._max_keys = max_keys
+        self._lock = threading.Lock()
         self._seen: OrderedDict[bytes, set[str]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -77,32 +79,35 @@ class KnownPrefixes:
 
     def add(self, keys: Sequence[bytes], replica: str) -> None:
         """Remember that a replica has been sent a prompt with these keys."""
-        for key in keys:
-            self._seen.setdefault(key, set()).add(replica)
-        # The longest prefix is the first to be forgotten: without a shorter one it could not be found any more.
-        for key in reversed(keys):
-            self._seen.move_to_end(key)
-        while len(self._seen) > self._max_keys:
-            self._seen.popitem(last=False)
+        with self._lock:
+            for key in keys:
+                self._seen.setdefault(key, set()).add(replica)
+            # The longest prefix is the first to be forgotten: without a shorter one it could not be found any more.
+            for key in reversed(keys):
+                self._seen.move_to_end(key)
+            while len(self._seen) > self._max_keys:
+                self._seen.popitem(last=False)
 
     def lengths(self, keys: Sequence[bytes], replicas: Iterable[str]) -> dict[str, int]:
         """How many leading keys each of these replicas has seen; those that have seen none are left out."""
         lengths: dict[str, int] = {}
         left = set(replicas)
-        for length, key in enumerate(keys, 1):
-            left &= self._seen.get(key, set())
-            if not left:
-                break
-            lengths.update(dict.fromkeys(left, length))
+        with self._lock:
+            for length, key in enumerate(keys, 1):
+                left &= self._seen.get(key, set())
+                if not left:
+                    break
+                lengths.update(dict.fromkeys(left, length))
         return lengths
 
     def keep(self, replicas: Iterable[str]) -> None:
         """Forget every replica but these."""
         kept = set(replicas)
-        for key, seen in list(self._seen.items()):
-            seen.intersection_update(kept)
-            if not seen:
-                del self._seen[key]
+        with self._lock:
+            for key, seen in list(self._seen.items()):
+                seen.intersection_update(kept)
+                if not seen:
+                    del self._seen[key]
 
 
 def _chunks(request: dict[str, Any]) -> list[bytes]:

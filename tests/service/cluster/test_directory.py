@@ -50,13 +50,15 @@ def test_a_router_may_get_new_functions() -> None:
 
 def test_the_best_replica_knows_the_prefix_unless_it_has_too_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory, "KNOWN", KnownPrefixes())
-    assert directory.best([b"1"], {}) is None
+    assert directory.best([b"1"], set(), {}) is None
     router = Router({"a": "http://a", "b": "http://b"})
     router.bound = 2
     register(router)
     directory.sent([b"1", b"2"], "b")
-    assert {directory.best([b"9"], {}) for _ in range(64)} == {"a", "b"}, "equal ones get equal shares"
-    assert directory.best([b"1"], {"b": 2}) == "b"
-    assert directory.best([b"1"], {"b": 3}) == "a"
+    assert {directory.best([b"9"], set(), {}) for _ in range(64)} == {"a", "b"}, "equal ones get equal shares"
+    assert directory.best([b"1"], set(), {"b": 2}) == "b"
+    assert directory.best([b"1"], {"b"}, {"b": 2}) == "a"
+    assert directory.best([b"1"], {"a", "b"}, {}) == "b", "there is no other"
+    assert directory.best([b"1"], set(), {"b": 3}) == "a"
     directory.keep(["a"])
-    assert directory.best([b"1"], {"b": 1}) == "a"
+    assert directory.best([b"1"], set(), {"b": 1}) == "a"

@@ -24,7 +24,7 @@ from service.web.generation.sse import DONE, event
 from service.web.middleware.envelope import Envelope
 from service.web.middleware.faults import Faults
 from service.web.uvicorn_config import server_config
-from tests.support.harness import DEADLINE_S
+from tests.support.harness import DEADLINE_S, until
 
 JSON, EVENTS = "application/json", "text/event-stream; charset=utf-8"
 BODY = {"prompt": "x", "max_tokens": 3}
@@ -55,14 +55,14 @@ class Scripted:
 class GivenLease:
     def __init__(self, replica: str, number: int) -> None:
         self.replica, self.url, self.number = replica, f"http://{replica}", number
-
-        self.is_whole: list[bool] = []
+        self.is_whole: bool | None = None
 
     def on_lost(self, call: Callable[[], None]) -> None:
         self.lost = call
 
     def done(self, is_whole: bool) -> None:
-        self.is_whole.append(is_whole)
+        # The first call counts.
+        self.is_whole = is_whole if self.is_whole is None else self.is_whole
 
 
 class Cluster:
@@ -351,8 +351,67 @@ def test_a_lease_is_done_once_and_may_be_used_again_after_a_whole_answer(
 ) -> None:
     cluster = Cluster(a=[first], b=[whole(text="hi")])
     cluster.generate()
-    assert cluster.lent[0].is_whole == [is_whole]
-    assert all(lease.is_whole == [True] for lease in cluster.lent[1:])
+    assert cluster.lent[0].is_whole == is_whole
+    assert all(lease.is_whole is True for lease in cluster.lent[1:])
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_client_that_leaves_gives_its_lease_back_unfinished(has_begun: bool) -> None:
+    async def scenario() -> None:
+        class Endless(Scripted):
+            async def chunks(self) -> AsyncGenerator[bytes, None]:
+                yield TOKENS[0]
+                await asyncio.sleep(DEADLINE_S)
+
+        class Slow(Cluster):
+            async def send(self, url: str, sent: Sent) -> Answer:
+                answer = await super().send(url, sent)
+                await asyncio.sleep(0.0 if has_begun else DEADLINE_S)
+                return answer
+
+        cluster, begun = Slow(a=[Endless(200, EVENTS)]), asyncio.Event()
+        messages = [{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await (begun.wait() if has_begun else until(lambda: bool(cluster.sent)))
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                begun.set()
+
+        scope = {
+            "type": "http", "scheme": "http", "method": "POST", "path": "/generate", "query_string": b"",
+            "headers": [(b"content-type", b"application/json")], "state": {},
+        }  # fmt: skip
+        await asyncio.wait_for(cluster.app(scope, receive, send), DEADLINE_S)
+        assert [lease.is_whole for lease in cluster.lent] == [False]
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_vanishes_before_the_head_of_an_answer_is_lost() -> None:
+    async def scenario() -> None:
+        class Vanished(Cluster):
+            async def send(self, url: str, sent: Sent) -> Answer:
+                if url != "http://a":
+                    return await super().send(url, sent)
+                self.sent.append(("a", sent))
+                await asyncio.sleep(DEADLINE_S)
+                raise AssertionError
+
+        cluster = Vanished(a=[], b=[whole(text="hi")])
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(cluster.app), base_url="http://c") as client:
+            asked = asyncio.create_task(client.post("/generate", json=BODY))
+            await until(lambda: bool(cluster.sent))
+            cluster.lent[0].lost()
+            assert (await asyncio.wait_for(asked, DEADLINE_S)).json() == {"text": "hi"}
+        assert cluster.asked == ["a", "b"]
+        assert [lease.is_whole for lease in cluster.lent] == [False, True]
+
+    asyncio.run(scenario())
 
 
 def test_prompts_are_routed_by_their_prefix() -> None:

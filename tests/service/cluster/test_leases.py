@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from contextlib import ExitStack
 
 import httpx
 from starlette.applications import Starlette
@@ -17,7 +19,7 @@ from tests.support.harness import DEADLINE_S, until
 
 def test_a_lease_ends_with_its_request() -> None:
     async def scenario() -> None:
-        leases, go_on = Leases(keep_s=0.01), asyncio.Event()
+        leases, go_on = Leases(idle_s=0.01), asyncio.Event()
 
         async def slow(_: Request) -> PlainTextResponse:
             await go_on.wait()
@@ -41,7 +43,7 @@ def test_a_lease_ends_with_its_request() -> None:
 
 def test_a_lease_may_have_one_request_after_the_other() -> None:
     async def scenario() -> None:
-        leases = Leases(start_s=0.01, keep_s=5.0)
+        leases = Leases(start_s=0.01, idle_s=5.0)
         app = Leased(Starlette(routes=[Route("/", lambda _: PlainTextResponse("done"))]), leases)
         with leases.open() as lease:
             over = asyncio.create_task(leases.over(lease))
@@ -52,6 +54,40 @@ def test_a_lease_may_have_one_request_after_the_other() -> None:
                     await asyncio.sleep(0.03)
                     assert not over.done()
             over.cancel()
+            await asyncio.gather(over, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+def test_a_lease_lasts_while_any_of_its_requests_does() -> None:
+    async def scenario() -> None:
+        leases = Leases(idle_s=0.01)
+        with leases.open() as lease:
+            over = asyncio.create_task(leases.over(lease))
+            with lease.request():
+                with lease.request():
+                    await asyncio.sleep(0.03)
+                await asyncio.sleep(0.03)
+                assert not over.done()
+            await asyncio.wait_for(over, DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_comes_as_the_time_is_over_is_counted() -> None:
+    async def scenario() -> None:
+        leases, requests = Leases(start_s=0.01, idle_s=0.01), ExitStack()
+        with leases.open() as lease:
+            over = asyncio.create_task(leases.over(lease))
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_later(0.015, lambda: requests.enter_context(lease.request()))
+            # Both are due in one turn of the loop, first the end of the time.
+            time.sleep(0.03)
+            await asyncio.sleep(0.03)
+            assert lease.num_requests == 1
+            assert not over.done()
+            requests.close()
+            await asyncio.wait_for(over, DEADLINE_S)
 
     asyncio.run(scenario())
 
