@@ -65,13 +65,18 @@ struct decode_task {
     int failed;
 };
 
-/* A head's elements of one token: where they are if they are float32, else copied to row. */
-INLINE const float *head_at(const void *base, const struct cache *cache, const int32_t *table, int64_t token, int64_t g,
-                            float *row) {
+/* A head's elements of one token: where they are if they are float32, else what they stand for, in row. */
+INLINE const float *head_at(const void *base, const float *scales, const struct cache *cache, const int32_t *table,
+                            int64_t token, int64_t g, float *row) {
     int64_t slot = ((int64_t)table[token >> cache->block_shift] << cache->block_shift) + (token & (cache->block_size - 1));
-    int64_t at = (slot * cache->num_kv_heads + g) * cache->head_size;
-    if (cache->dtype == FLOAT32) return (const float *)base + at;
-    read_floats(row, (const uint16_t *)base + at, cache->dtype, cache->head_size);
+    int64_t head = slot * cache->num_kv_heads + g, D = cache->head_size;
+    if (cache->dtype == FLOAT32) return (const float *)base + head * D;
+    if (cache->dtype == INT8) {
+        const int8_t *codes = (const int8_t *)base + head * D;
+        for (int64_t i = 0; i < D; i++) row[i] = codes[i] * scales[head];
+    } else {
+        read_floats(row, (const uint16_t *)base + head * D, cache->dtype, D);
+    }
     return row;
 }
 
@@ -105,12 +110,12 @@ VECTOR static void decode_heads(int64_t begin, int64_t end, void *context) {
         read_floats(q, (const char *)step->q + at, step->dtype, shared * D);
         memset(y, 0, shared * D * sizeof *y);
         for (int64_t token = 0; token < n; token++) {
-            const float *key = head_at(cache->keys, cache, table, first + token, g, row);
+            const float *key = head_at(cache->keys, cache->key_scales, cache, table, first + token, g, row);
             for (int64_t j = 0; j < shared; j++) scores[j * n + token] = dot(q + j * D, key, D) * step->scale;
         }
         for (int64_t j = 0; n > 0 && j < shared; j++) softmax(scores + j * n, n);
         for (int64_t token = 0; token < n; token++) {
-            const float *value = head_at(cache->values, cache, table, first + token, g, row);
+            const float *value = head_at(cache->values, cache->value_scales, cache, table, first + token, g, row);
             for (int64_t j = 0; j < shared; j++) {
                 float *restrict sum = y + j * D;
                 float weight = scores[j * n + token];

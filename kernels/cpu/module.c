@@ -39,7 +39,9 @@ static int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t want
 #define EPILOGUE                                                                                                       \
     ((struct epilogue){POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), POINTER(5), POINTER(6), WHOLE(7),       \
                        WHOLE(8), WHOLE(9), WHOLE(10)})
-#define CACHE(i) ((struct cache){POINTER(i), POINTER(i + 1), WHOLE(i + 2), WHOLE(i + 3), WHOLE(i + 4), WHOLE(i + 5), WHOLE(i + 6)})
+#define CACHE(i)                                                                                                       \
+    ((struct cache){POINTER(i), POINTER(i + 1), POINTER(i + 2), POINTER(i + 3), WHOLE(i + 4), WHOLE(i + 5),            \
+                    WHOLE(i + 6), WHOLE(i + 7), WHOLE(i + 8)})
 
 /* A function of `count` numbers that computes `call` without Python's lock. */
 #define FUNCTION(name, count, call)                                                                                    \
@@ -68,11 +70,11 @@ FUNCTION(rms_norm, 14,
 FUNCTION(silu_mul, 9, silu_mul(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), TARGET(4)))
 FUNCTION(finish, 16, finish(EPILOGUE, TARGET(11)))
 FUNCTION(finish_gated, 16, finish_gated(EPILOGUE, TARGET(11)))
-FUNCTION(rope_and_cache, 20,
+FUNCTION(rope_and_cache, 22,
          rope_and_cache((struct rope){POINTER(0), POINTER(1), POINTER(2), POINTER(3), POINTER(4), POINTER(5), POINTER(6),
                                       WHOLE(7), WHOLE(8), WHOLE(9), WHOLE(10), WHOLE(11), REAL(12)},
                         CACHE(13)))
-FUNCTION(decode_attention, 17,
+FUNCTION(decode_attention, 19,
          decode_attention((struct decode){POINTER(0), POINTER(1), POINTER(2), POINTER(3), WHOLE(4), WHOLE(5), WHOLE(6),
                                           WHOLE(7), WHOLE(8), REAL(9)},
                           CACHE(10)))

@@ -14,7 +14,7 @@
 #define VECTOR __attribute__((target("avx2,fma")))
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma")))
 
-enum dtype { FLOAT32, BFLOAT16 };
+enum dtype { FLOAT32, BFLOAT16, INT8 /* of caches alone */ };
 
 typedef void (*body)(int64_t begin, int64_t end, void *task);
 

@@ -11,10 +11,13 @@ from kernels import reference
 from kernels.cpu.library import DTYPES, WHY_NOT, native
 from kernels.cpu.product import HAS_AMX, int8_product
 from kernels.quantized import Quantized, ToInt8
-from kernels.reference.attention import decode_attention
+from kernels.reference.attention import as_multiplied, decode_attention
 from kernels.reference.common import ROWS_AT_ONCE, row_slices
 from kernels.reference.linear import require_depth
 from kernels.rows import Rows
+
+INT8 = 2
+"""`INT8` of `enum dtype`, beside DTYPES."""
 
 HAS_BFLOAT16_TILES = torch.cpu._is_amx_tile_supported()
 """Whether products in bfloat16 take half the time of float32's, as with AMX; else they take several times as long."""
@@ -130,7 +133,7 @@ def rope_and_cache(
     sink: Tensor | None = None,
 ) -> Tensor:
     """See reference.rope_and_cache."""
-    cache = _cache(k_cache, v_cache)
+    cache = None if isinstance(k_cache, Quantized) else _cache(k_cache, v_cache)
     if cache is None or sink is not None or not _takes(qkv, positions, slots, cos_sin, q_weight, k_weight):
         return reference.rope_and_cache(
             qkv, positions, slots, cos_sin, k_cache, v_cache, num_heads, q_weight, k_weight, eps, sink
@@ -226,6 +229,7 @@ def _decode_attention(
     cache = _cache(k_cache, v_cache)
     if cache is None or soft_cap is not None or not _takes(q, block_tables, context_lens):
         return decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale, window, soft_cap)
+    dtype, q = q.dtype, as_multiplied(q, k_cache)
     y = torch.empty_like(q).flatten(1)
     native.decode_attention(
         q.data_ptr(),
@@ -240,7 +244,7 @@ def _decode_attention(
         float(scale),
         *cache,
     )
-    return y
+    return y.to(dtype)
 
 
 _KNOWN = (*DTYPES, torch.int8, torch.int32)
@@ -346,16 +350,20 @@ def _epilogue(
 
 
 def _cache(k_cache: Tensor | Quantized, v_cache: Tensor | Quantized) -> tuple[int, ...] | None:
-    """The seven numbers of `struct cache`, or None for caches that the C does not take: int8, or not contiguous."""
-    if isinstance(k_cache, Quantized) or isinstance(v_cache, Quantized):
+    """The nine numbers of `struct cache`, or None for caches that the C does not take: not alike, or not contiguous."""
+    keys, key_scales = (k_cache.codes, k_cache.scale) if isinstance(k_cache, Quantized) else (k_cache, None)
+    values, value_scales = (v_cache.codes, v_cache.scale) if isinstance(v_cache, Quantized) else (v_cache, None)
+    if (keys.dtype != torch.int8 and keys.dtype not in DTYPES) or values.dtype != keys.dtype:
         return None
-    if k_cache.dtype not in DTYPES or v_cache.dtype != k_cache.dtype or not _takes(k_cache, v_cache):
+    if not _takes(keys, values, key_scales, value_scales):
         return None
-    _, block_size, num_kv_heads, head_size = k_cache.shape
+    _, block_size, num_kv_heads, head_size = keys.shape
     return (
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        DTYPES[k_cache.dtype],
+        keys.data_ptr(),
+        values.data_ptr(),
+        _address(key_scales),
+        _address(value_scales),
+        INT8 if keys.dtype == torch.int8 else DTYPES[keys.dtype],
         block_size,
         block_size.bit_length() - 1,
         num_kv_heads,

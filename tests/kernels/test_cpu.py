@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.cpu import library, ops, product
 from kernels.quantized import Quantized, ToInt8
+from kernels.reference.attention import as_multiplied
 from tests.support.kernel_checks import check_codes, check_float, codes_of, floats_of
 
 EPS = 1e-5
@@ -273,6 +275,34 @@ def test_decode_attention(dtype: torch.dtype, cache_dtype: torch.dtype, window: 
 
 
 @in_c
+@each_dtype
+@pytest.mark.parametrize("window", [None, 20])
+def test_decode_attention_over_codes(dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_c_alone, num_calls = library.native.decode_attention, 0
+
+    def counted(*numbers: float) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        in_c_alone(*numbers)
+
+    monkeypatch.setattr(library.native, "decode_attention", counted)
+    for D, shared in ((64, 3), (20, 1), (128, 4)):
+        q, keys, values, tables, contexts = decode_case(dtype, [1, 16, 17, 90], shared=shared, D=D)
+        # Slots that were never written have any codes and a scale of NaN.
+        written = ~keys.isnan().any(-1)
+        k, v = (
+            Quantized(rounded.codes.view(cache.shape), rounded.scale.view(written.shape).where(written, math.nan))
+            for cache in (keys, values)
+            for rounded in [reference.quantize_rows(cache.nan_to_num().float().flatten(0, 2))]
+        )
+        starts, scale = torch.arange(5, dtype=torch.int32), D**-0.5
+        got = ops.paged_attention(q, k, v, tables, starts, contexts, True, scale, window=window)
+        queries, k_floats, v_floats = as_multiplied(q, k), k.codes * k.scale[..., None], v.codes * v.scale[..., None]
+        check_float(got, exact_attention(queries, k_floats, v_floats, tables, contexts, scale, window), dtype)
+    assert num_calls == 3
+
+
+@in_c
 def test_a_row_has_the_same_bits_alone_and_in_company_and_beside_prompts() -> None:
     q, keys, values, tables, contexts = decode_case(torch.float32, [33, 5, 80])
     scale, starts = 0.125, torch.arange(4, dtype=torch.int32)
@@ -330,8 +360,8 @@ def test_what_the_c_does_not_take_goes_to_the_reference() -> None:
     keys, values = keys.nan_to_num(), values.nan_to_num()
     rounded = reference.quantize_rows(keys.view(-1, 64))
     int8_keys = Quantized(rounded.codes.view(keys.shape), rounded.scale.view(keys.shape[:3]))
-    for k, soft_cap in ((keys, 2.0), (int8_keys, None)):
-        args = (q, k, int8_keys if soft_cap is None else values, tables, torch.arange(3).int(), contexts, True, 0.1)
+    for k, v, soft_cap in ((keys, values, 2.0), (int8_keys, int8_keys, 2.0), (int8_keys, values, None)):
+        args = (q, k, v, tables, torch.arange(3).int(), contexts, True, 0.1)
         got = ops.paged_attention(*args, soft_cap=soft_cap)
         assert torch.equal(floats_of(got), floats_of(reference.paged_attention(*args, soft_cap=soft_cap)))
 
