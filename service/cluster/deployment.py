@@ -85,7 +85,6 @@ class RayLease:
         self.number: int = granted["number"]
         self._calls = calls
         self._leases = leases
-        self._is_used = True
         self._has_ended = self._was_lost = False
         self._on_lost: Callable[[], None] | None = None
 
@@ -97,16 +96,11 @@ class RayLease:
 
     def done(self, is_whole: bool) -> None:
         """See `Lease.done`."""
-        if self._is_used:
-            self._is_used, self._on_lost = False, None
-            if not self._leases.done(self, is_whole and not self._has_ended) and not self._has_ended:
-                # Else Ray would count it for as long as the replica waits for another request.
-                self._calls.cancel()
-
-    def use(self) -> RayLease:
-        """Another request has it now."""
-        self._is_used = True
-        return self
+        self._on_lost = None
+        is_kept = self._leases.done(self, is_whole and not self._has_ended)
+        if not (is_kept or self._has_ended):
+            # Else Ray would count it for as long as the replica waits for another request.
+            self._calls.cancel()
 
     async def watch(self) -> None:
         """Wait for the end of the lease."""
@@ -142,7 +136,7 @@ class RayFleet:
         kept = None if best is None else self._leases.take(best)
         if kept is not None:
             directory.sent(keys, kept.replica)
-            return kept.use()
+            return kept
         calls = self._lease.remote(list(keys), sorted(avoid))
         try:
             with self._leases.asking():

@@ -65,7 +65,7 @@ class Lease(Protocol):
         ...
 
     def done(self, is_whole: bool) -> None:
-        """The request has ended. Idempotent: the first call counts.
+        """The request has ended; called once.
 
         is_whole: its answer has been read to the end, so that another request may have the place.
         """

@@ -92,9 +92,9 @@ class Relay:
     avoid: set[str] = field(default_factory=set)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
-    """Where a request is sent. lease: None for a request that is no generation."""
+    """Where a request is sent. lease: None for a request that is no generation, and once it is done with its lease."""
 
     replica: str
     url: str
@@ -102,9 +102,10 @@ class Place:
     lease: Lease | None = None
 
     def done(self, is_whole: bool) -> None:
-        """See `Lease.done`."""
-        if self.lease is not None:
-            self.lease.done(is_whole)
+        """See `Lease.done`. The first call counts: after it another request may have the lease."""
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            lease.done(is_whole)
 
 
 class Gateway:

@@ -28,6 +28,10 @@ from tests.support.harness import DEADLINE_S, until
 
 JSON, EVENTS = "application/json", "text/event-stream; charset=utf-8"
 BODY = {"prompt": "x", "max_tokens": 3}
+SCOPE: dict[str, Any] = {
+    "type": "http", "scheme": "http", "method": "POST", "path": "/generate", "query_string": b"",
+    "headers": [(b"content-type", b"application/json")],
+}  # fmt: skip
 TOKENS = [b'data: {"text": "a"}\n\n', b'data: {"text": "b"}\n\n']
 
 
@@ -55,14 +59,13 @@ class Scripted:
 class GivenLease:
     def __init__(self, replica: str, number: int) -> None:
         self.replica, self.url, self.number = replica, f"http://{replica}", number
-        self.is_whole: bool | None = None
+        self.is_whole: list[bool] = []
 
     def on_lost(self, call: Callable[[], None]) -> None:
         self.lost = call
 
     def done(self, is_whole: bool) -> None:
-        # The first call counts.
-        self.is_whole = is_whole if self.is_whole is None else self.is_whole
+        self.is_whole.append(is_whole)
 
 
 class Cluster:
@@ -351,8 +354,8 @@ def test_a_lease_is_done_once_and_may_be_used_again_after_a_whole_answer(
 ) -> None:
     cluster = Cluster(a=[first], b=[whole(text="hi")])
     cluster.generate()
-    assert cluster.lent[0].is_whole == is_whole
-    assert all(lease.is_whole is True for lease in cluster.lent[1:])
+    assert cluster.lent[0].is_whole == [is_whole]
+    assert all(lease.is_whole == [True] for lease in cluster.lent[1:])
 
 
 @pytest.mark.parametrize("has_begun", [False, True])
@@ -382,12 +385,34 @@ def test_a_client_that_leaves_gives_its_lease_back_unfinished(has_begun: bool) -
             if message["type"] == "http.response.body":
                 begun.set()
 
-        scope = {
-            "type": "http", "scheme": "http", "method": "POST", "path": "/generate", "query_string": b"",
-            "headers": [(b"content-type", b"application/json")], "state": {},
-        }  # fmt: skip
-        await asyncio.wait_for(cluster.app(scope, receive, send), DEADLINE_S)
-        assert [lease.is_whole for lease in cluster.lent] == [False]
+        await asyncio.wait_for(cluster.app(SCOPE | {"state": {}}, receive, send), DEADLINE_S)
+        assert [lease.is_whole for lease in cluster.lent] == [[False]]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("answer", [whole(text="hi"), stream(*TOKENS, DONE)], ids=["whole", "stream"])
+def test_a_client_that_reads_slowly_keeps_no_lease_and_takes_none_from_the_next(answer: Scripted) -> None:
+    async def scenario() -> None:
+        cluster, has_read = Cluster(a=[answer]), asyncio.Event()
+        messages = [{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await has_read.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body" and not message["more_body"]:
+                await has_read.wait()
+
+        asked = asyncio.create_task(cluster.app(SCOPE | {"state": {}}, receive, send))
+        await until(lambda: [lease.is_whole for lease in cluster.lent] == [[True]])
+        # From now on another request may have it.
+        has_read.set()
+        await asyncio.wait_for(asked, DEADLINE_S)
+        assert [lease.is_whole for lease in cluster.lent] == [[True]]
 
     asyncio.run(scenario())
 
@@ -409,7 +434,7 @@ def test_a_replica_that_vanishes_before_the_head_of_an_answer_is_lost() -> None:
             cluster.lent[0].lost()
             assert (await asyncio.wait_for(asked, DEADLINE_S)).json() == {"text": "hi"}
         assert cluster.asked == ["a", "b"]
-        assert [lease.is_whole for lease in cluster.lent] == [False, True]
+        assert [lease.is_whole for lease in cluster.lent] == [[False], [True]]
 
     asyncio.run(scenario())
 
