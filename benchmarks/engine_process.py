@@ -46,6 +46,7 @@ class OneEngine:
     grammars = None
     reload = staticmethod(nothing_to_reload)
     tokenizer_folder = Path()
+    busy_poll_s = 0.0
 
     def __init__(self, engine: EngineLoop, vocab_size: int) -> None:
         self.engines = {VARIANT: engine}

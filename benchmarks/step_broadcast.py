@@ -21,11 +21,12 @@ import msgspec
 import numpy as np
 
 from benchmarks.report import birth_certificate, quantiles, write
+from service.busy_poll import DEFAULT_S
 from service.engine.step_table import StepTable, TableLayout
 from service.host.ranks.board import Board
 from service.host.ranks.group import RunnerLead, send
 from service.host.ranks.messages import Forward, ToRank
-from service.host.ranks.process import POLLING_S, messages_of
+from service.host.ranks.process import messages_of
 
 LAYOUT = TableLayout(max_tokens=2048, max_requests=256, max_blocks=128)
 STEPS = {
@@ -49,7 +50,7 @@ def follow(descriptor: int, memory: int, polls: int) -> None:
     board, host = Board(LAYOUT.size, memory), np.zeros(LAYOUT.size, dtype=np.int32)
     decoder = msgspec.msgpack.Decoder(ToRank)
     with socket.socket(fileno=descriptor) as end:
-        for content in messages_of(end, polls * POLLING_S):
+        for content in messages_of(end, polls * DEFAULT_S):
             message = decoder.decode(content)
             assert isinstance(message, Forward)
             LAYOUT.unpack(board.read(message.slot), host, **message.sizes)  # type: ignore[arg-type]

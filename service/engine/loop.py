@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
+from service.busy_poll import BusyPoll
 from service.engine.api import EngineStats, SamplingParams
 from service.engine.client import EngineClient
 from service.engine.device.device_thread import DeviceThread
@@ -180,6 +181,7 @@ class EngineLoop:
         self._step_batch_sizes = [0] * (scheduler.max_num_requests + 1)
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._wake = self._inbox.wake
+        self._busy_poll: BusyPoll | None = None
         self._unread: deque[Unread] = deque()
         self._just_in_time = JustInTime()
         self._planned_s = 0.0
@@ -246,9 +248,13 @@ class EngineLoop:
         """Queue a command; its results go to the sink. Thread-safe."""
         self._inbox.put(command)
 
-    def serve(self, sink: Sink) -> None:
-        """Send all news to this sink. Call it before the first request."""
+    def serve(self, sink: Sink, busy_poll: BusyPoll | None = None) -> None:
+        """Send all news to this sink, and ask for commands by busy_poll before it sleeps.
+
+        Call it before the first request.
+        """
         self._inbox.sink = sink
+        self._busy_poll = busy_poll
 
     def exchange(self, runner: StepRunner, num_blocks: int, weight_bytes: int, wait_s: float) -> Future[None]:
         """Replace the runner once all running requests have finished; queued requests start on the new one.
@@ -345,11 +351,13 @@ class EngineLoop:
 
         While a step runs there is work just before its end.
         """
+        if self._busy_poll is not None and not self._is_called:
+            self._busy_poll.until(lambda: self._is_called)
         with self._wake:
             self._wait_for_arrivals()
             self._planned_s = time.perf_counter()
             check_after_s: float | None = CHECK_AFTER_S
-            while not (self._inbox.has_word or self._is_stopping or self._exchange or self._has_work):
+            while not self._is_called:
                 if not self._wake.wait(check_after_s):
                     self._scheduler.check_integrity()
                     check_after_s = None
@@ -359,8 +367,10 @@ class EngineLoop:
             return not self._is_stopping
 
     @property
-    def _has_work(self) -> bool:
-        return bool(self._unread) or not self._scheduler.is_idle
+    def _is_called(self) -> bool:
+        """Whether there is anything to do."""
+        has_work = bool(self._unread) or not self._scheduler.is_idle
+        return has_work or self._inbox.has_word or self._is_stopping or self._exchange is not None
 
     def _exchange_if_drained(self) -> None:
         self._scheduler.admits_new = self._exchange is None

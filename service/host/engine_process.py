@@ -18,7 +18,7 @@ from service.host.channel.messages import Open, ToEngine
 from service.host.channel.socket import ThreadEnd
 from service.host.machine import quiet_libraries
 from service.host.reloader import open_host
-from service.host.server import HostServer, run
+from service.host.server import HostServer, run, take_in
 from service.process import end_process
 from service.settings import load_settings
 from service.telemetry.logs import configure_logging
@@ -43,7 +43,7 @@ def serve(end: socket.socket, trials: TrialParent | None = None) -> NoReturn:
     settings = load_settings(**opening.settings)
     configure_logging(settings, sys.stderr, "engine")
     quiet_libraries()
-    server = HostServer(partial(open_host, settings, trials=trials), channel.send)
+    server = HostServer(partial(open_host, settings, trials=trials), channel.send, partial(take_in, channel))
     run(server, channel)
 
 

@@ -1,7 +1,8 @@
-"""The limits of the settings that the engines and the web share."""
+"""What the engines take from the settings: limits that the web has too, and how long they poll."""
 
 from __future__ import annotations
 
+from service.busy_poll import busy_poll_s
 from service.engine.grammar import GrammarLimits
 from service.engine.supervision import FaultLimits
 from service.settings import Settings
@@ -10,6 +11,11 @@ from service.settings import Settings
 def fault_limits(settings: Settings) -> FaultLimits:
     """See `FaultLimits`."""
     return FaultLimits(settings.engine_restarts, settings.engine_restart_window_s, settings.step_timeout_s)
+
+
+def poll_s(settings: Settings, *, is_gpu: bool) -> float:
+    """See `busy_poll_s`. Each rank finds the same."""
+    return busy_poll_s(settings.busy_poll_ms, is_gpu=is_gpu, num_ranks=settings.tensor_parallel)
 
 
 def grammar_limits(settings: Settings) -> GrammarLimits:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol
 
 import torch
 
 from quant.errors import QuantError
+from service.busy_poll import BusyPoll
 from service.engine.api import HostInfo, Reloaded, Stage
 from service.engine.grammar import GivenUp, Grammars, compiled
 from service.engine.messages import Command, Fault, Finish, News, Sink, Submit, fault_of
@@ -45,6 +48,9 @@ Reload = Callable[[str | None], Reloaded]
 logger = logging.getLogger(__name__)
 
 
+Take = Callable[[Callable[[ToEngine], None]], object]
+
+
 def nothing_to_reload(_model: str | None) -> Reloaded:
     """A `Reload` that always fails, for engines without a checkpoint."""
     raise ReloadFailed("the engines of this server hold no checkpoint that could be reloaded")
@@ -63,7 +69,7 @@ class ServedEngine(Protocol):
 
     def put(self, command: Command) -> None: ...
 
-    def serve(self, sink: Sink) -> None: ...
+    def serve(self, sink: Sink, busy_poll: BusyPoll | None = None) -> None: ...
 
     def count_cached(self, prompt_ids: list[int], salt: str) -> int: ...
 
@@ -85,6 +91,9 @@ class ServedHost(Protocol):
     @property
     def reload(self) -> Reload: ...
 
+    @property
+    def busy_poll_s(self) -> float: ...
+
     def info(self) -> HostInfo: ...
 
     def self_check(self) -> Mapping[str, str]: ...
@@ -98,11 +107,16 @@ class HostServer:
     Args:
         open_host: loads the host; called by `open`.
         send: sends a message to the web; must not block.
+        take: passes the web's messages that have come to a function, without waiting for one; None if they are passed
+            to `receive` by themselves. May be called by an engine that has nothing else to do.
     """
 
-    def __init__(self, open_host: Callable[[Progress], ServedHost], send: Callable[[ToWeb], None]) -> None:
+    def __init__(
+        self, open_host: Callable[[Progress], ServedHost], send: Callable[[ToWeb], None], take: Take | None = None
+    ) -> None:
         self._open_host = open_host
         self._send = send
+        self._take = take
         self._host: ServedHost | None = None
         self._calls: dict[int, GivenUp] = {}
         self.stopped: Future[None] = Future()
@@ -121,10 +135,11 @@ class HostServer:
             return False
         self._host = host
         facts = [EngineFacts(name, engine.max_model_len, engine.dtype) for name, engine in host.engines.items()]
+        busy_poll = None if self._take is None else BusyPoll(partial(self._take, self.receive), host.busy_poll_s)
         for engine in host.engines.values():
-            engine.serve(self._send)
+            engine.serve(self._send, busy_poll)
             engine.failed.add_done_callback(lambda failed, engine=engine: self._tell_failure(engine, failed.result()))  # type: ignore[misc]
-        self._send(Opened(host.info(), str(host.tokenizer_folder), facts))
+        self._send(Opened(host.info(), str(host.tokenizer_folder), facts, host.busy_poll_s))
         for engine in host.engines.values():
             self._send(engine.news())
         return True
@@ -206,10 +221,22 @@ def run(server: HostServer, channel: ThreadEnd[ToEngine]) -> NoReturn:
 
 
 def _read(channel: ThreadEnd[ToEngine], server: HostServer) -> None:
-    try:
+    with _ends_unread():
         channel.read_all(server.receive)
+    end_process(0)
+
+
+def take_in(channel: ThreadEnd[ToEngine], receive: Callable[[ToEngine], None]) -> None:
+    """Pass on the web's messages that have come."""
+    with _ends_unread():
+        channel.take(receive)
+
+
+@contextmanager
+def _ends_unread() -> Iterator[None]:
+    """Ends the process if messages cannot be read: requests would never end. After an exit it is restarted."""
+    try:
+        yield
     except Exception:
-        # Unable to read, the engine would never end its requests; after an exit it is restarted.
         logger.exception("the engine cannot read the web's messages")
         end_process(1)
-    end_process(0)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
+from service.busy_poll import PollingEventLoop
 from service.settings import Settings
 from service.web.connection import BoundedProtocol, ConnectionLimits
 from service.web.parsing import ParsingTurns
@@ -29,6 +30,7 @@ def server_config(app: ASGIApp, settings: Settings, **others: Any) -> uvicorn.Co
         "port": settings.port,
         "http": cast("type[BoundedProtocol]", partial(BoundedProtocol, limits=limits, turns=ParsingTurns())),
         "ws": "none",
+        "loop": f"{PollingEventLoop.__module__}:{PollingEventLoop.__name__}",
         "log_config": None,
         "log_level": settings.log_level,
         "access_log": False,

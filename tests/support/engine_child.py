@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,8 @@ from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
 from service.host.channel.messages import Open, ToEngine
 from service.host.channel.socket import ThreadEnd
-from service.host.server import HostServer, run
+from service.host.limits import poll_s
+from service.host.server import HostServer, run, take_in
 from service.settings import load_settings
 from service.store.progress import Progress
 from tests.support.fake_engine import FakeHost
@@ -59,10 +61,10 @@ def main() -> None:
             engines[name] = EngineLoop(
                 name, scheduler, runner, device_thread=device_thread, max_model_len=4096, limits=limits
             ).start()
-        return FakeHost(engines)
+        return FakeHost(engines, busy_poll_s=poll_s(settings, is_gpu=False))
 
     print(f"engine {os.getpid()}", file=sys.stderr, flush=True)
-    run(HostServer(open_host, channel.send), channel)
+    run(HostServer(open_host, channel.send, partial(take_in, channel)), channel)
 
 
 if __name__ == "__main__":

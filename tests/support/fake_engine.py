@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from service.busy_poll import BusyPoll
 from service.engine.api import FinishReason, HostInfo, OneToken, RankInfo, Reloaded, SamplingParams
 from service.engine.client import EngineClient
 from service.engine.grammar import GivenUp, Grammar, Grammars
@@ -199,7 +200,7 @@ class FakeEngine:
     def put(self, command: Command) -> None:
         _loop().call_soon_threadsafe(self._take, command)
 
-    def serve(self, sink: Sink) -> None:
+    def serve(self, sink: Sink, busy_poll: BusyPoll | None = None) -> None:
         self.sink = sink
 
     def count_cached(self, prompt_ids: list[int], salt: str) -> int:
@@ -393,6 +394,7 @@ class FakeHost:
     described: HostInfo = INFO
     grammars: Grammars = field(default_factory=FakeGrammars)
     tokenizer_folder: Path = Path("fake")
+    busy_poll_s: float = 0.0
 
     def info(self) -> HostInfo:
         return self.described

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from service.busy_poll import PollingEventLoop
 from service.engine.api import HostInfo, Reloaded, Stage
 from service.engine.client import EngineClient
 from service.engine.messages import Command, News, error_of
@@ -223,6 +224,8 @@ class HostClient:
         for facts in opened.engines:
             engine = self.engines[facts.variant]
             engine.max_model_len, engine.dtype = facts.max_model_len, facts.dtype
+        if isinstance(loop, PollingEventLoop):
+            loop.busy_poll_s = opened.busy_poll_s
         if self._watch is not None:
             self._watch.on_open(opened.info)
         self._set_stage(CHECKING)

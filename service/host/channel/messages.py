@@ -60,11 +60,16 @@ class EngineFacts(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Opened(msgspec.Struct, array_like=True, frozen=True, tag="opened"):
-    """The engines are running. tokenizer_folder: files of the tokenizer that they share."""
+    """The engines are running.
+
+    tokenizer_folder: files of the tokenizer that they share.
+    busy_poll_s: how long the processes of this server poll; see `service.busy_poll`.
+    """
 
     info: HostInfo
     tokenizer_folder: str
     engines: list[EngineFacts]
+    busy_poll_s: float = 0.0
 
 
 class Refused(msgspec.Struct, array_like=True, frozen=True, tag="refused"):

@@ -7,6 +7,7 @@ side reads the end of the stream at once when the other exits for any reason.
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import struct
 import threading
@@ -68,7 +69,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 class ThreadEnd(Generic[T]):
-    """An end of the channel for threads: `send` never blocks, `read_all` reads on the calling thread.
+    """An end of the channel for threads: `send` never blocks, `read_all` and `take` read on the calling thread.
 
     Args:
         end: one socket of the pair.
@@ -82,6 +83,9 @@ class ThreadEnd(Generic[T]):
         self._end = end
         self._frames = Frames(decoder)
         self._on_gone = on_gone
+        self._readable = select.poll()
+        self._readable.register(end, select.POLLIN)
+        self._reading = threading.Lock()
         self._lock = threading.Lock()
         self._unsent: deque[memoryview] = deque()
         self._num_unsent = 0
@@ -105,23 +109,34 @@ class ThreadEnd(Generic[T]):
 
     def read_one(self) -> T | None:
         """The first message, or None if the other side exits before. No second one may be sent until it is answered."""
-        while True:
-            data = self._read()
-            if not data:
+        arrived: list[T] = []
+        while not arrived:
+            self._wait()
+            if not self.take(arrived.append):
                 return None
-            for message in self._frames.push(data):
-                return message
+        return arrived[0]
 
     def read_all(self, receive: Callable[[T], None]) -> None:
-        """Call `receive` with each message until the other side exits."""
-        while data := self._read():
-            self._take(data, receive)
-            # Not while it waits for more.
-            del data
+        """Call `receive` with each message until the other side exits, but for those that others take by `take`."""
+        self._wait()
+        while self.take(receive):
+            self._wait()
 
-    def _take(self, data: bytes, receive: Callable[[T], None]) -> None:
-        for message in self._frames.push(data):
-            receive(message)
+    def take(self, receive: Callable[[T], None]) -> bool:
+        """Call `receive` with each message that has come, without waiting for one. False if the other side has exited.
+
+        Any thread may call it while another one is in `read_all`; whoever reads first has the message, in its turn.
+        """
+        with self._reading:
+            try:
+                data = self._end.recv(READ_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            for message in self._frames.push(data):
+                receive(message)
+            return bool(data)
 
     def close(self) -> None:
         """Close the connection, so that the other side reads the end of the stream."""
@@ -130,12 +145,9 @@ class ThreadEnd(Generic[T]):
         except OSError:
             return
 
-    def _read(self) -> bytes:
-        """The next bytes; empty once the other side has exited."""
-        try:
-            return self._end.recv(READ_BYTES)
-        except OSError:
-            return b""
+    def _wait(self) -> None:
+        """Wait until there is something to read, or the other side has exited. Reads nothing."""
+        self._readable.poll()
 
     def _try(self, data: memoryview) -> int:
         """Send without blocking. Returns the number of bytes sent; all of them if the other side has exited."""

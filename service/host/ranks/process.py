@@ -22,6 +22,7 @@ from service.engine.device.ranks import GroupRanks
 from service.engine.device.runner import Runner
 from service.engine.shapes import Shape
 from service.errors import first_line
+from service.host.limits import poll_s
 from service.host.machine import quiet_libraries
 from service.host.ranks.board import Board
 from service.host.ranks.group import join, measured
@@ -48,9 +49,6 @@ from service.settings import Settings, load_settings
 from service.telemetry.logs import configure_logging
 
 MAX_MESSAGE_BYTES = 1 << 20
-POLLING_S = 0.02
-"""On a GPU, where all ranks wait for the last to launch its part of a step, and to wake up takes 10 us on one host and
-more than 100 on another. A core is busy with it while steps follow each other, none while the engines are idle."""
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +194,7 @@ def main() -> NoReturn:
     try:
         join(rank, joining.size, Path(joining.meeting), device)
         follower = Follower(settings, device, Board(size, memory), end.sendall)
-        for content in messages_of(end, POLLING_S if device.type == "cuda" else 0.0):
+        for content in messages_of(end, poll_s(settings, is_gpu=device.type == "cuda")):
             follower.do(decoder.decode(content))
     except Exception:
         logger.exception("rank %d cannot go on", rank)

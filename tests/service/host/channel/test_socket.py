@@ -85,6 +85,40 @@ def test_who_does_not_read_keeps_nobody_and_gets_everything_in_order() -> None:
         socket.close()
 
 
+def test_messages_are_in_order_whichever_thread_takes_them() -> None:
+    """One sleeps until there is something to read, and two ask all the time."""
+    ours, theirs = pair()
+    end, far = ThreadEnd(ours, TO_ENGINE), ThreadEnd(theirs, TO_ENGINE)
+    got: list[ToEngine] = []
+    takers: set[int] = set()
+
+    def receive(message: ToEngine) -> None:
+        takers.add(threading.get_ident())
+        got.append(message)
+
+    def ask() -> None:
+        while far.take(receive):
+            pass
+
+    readers = [
+        threading.Thread(target=far.read_all, args=(receive,)),
+        *(threading.Thread(target=ask) for _ in range(2)),
+    ]
+    for reader in readers:
+        reader.start()
+    sent = [Call(number, "compile", "x" * 50) for number in range(2_000)]
+    for message in sent:
+        end.send(message)
+    end.close()
+    for reader in readers:
+        reader.join(20)
+    assert not any(reader.is_alive() for reader in readers)
+    assert got == sent
+    assert len(takers) > 1
+    for one in (ours, theirs):
+        one.close()
+
+
 def test_who_never_reads_counts_as_gone_before_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "MAX_BACKLOG_BYTES", 1 << 20)
     ours, theirs = pair()
