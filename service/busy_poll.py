@@ -51,25 +51,27 @@ def usable_cores(cgroup: Path = CGROUP) -> float:
 
 
 class BusyPoll:
-    """What the threads of a process ask for, one at a time.
+    """How the engines of a process ask, one at a time and while all of them rest: whoever works needs the interpreter.
 
     Args:
         take: takes in what has come, without waiting.
+        has_work: whether any engine has something to do.
         seconds: how long to ask.
     """
 
-    def __init__(self, take: Callable[[], object], seconds: float) -> None:
+    def __init__(self, take: Callable[[], object], has_work: Callable[[], bool], seconds: float) -> None:
         self._take = take
+        self._has_work = has_work
         self._seconds = seconds
         self._asking = threading.Lock()
 
-    def until(self, has_work: Callable[[], bool]) -> None:
-        """Ask until there is work, or for as long as is allowed. Returns at once while another thread asks."""
+    def ask(self) -> None:
+        """Ask until any engine has work, or for as long as is allowed. Returns at once while another thread asks."""
         if not self._seconds or not self._asking.acquire(blocking=False):
             return
         try:
             stop_s = time.monotonic() + self._seconds
-            while not has_work() and time.monotonic() < stop_s:
+            while not self._has_work() and time.monotonic() < stop_s:
                 self._take()
         finally:
             self._asking.release()

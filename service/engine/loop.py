@@ -276,6 +276,12 @@ class EngineLoop:
             self._wake.notify()
         return exchange.done
 
+    @property
+    def has_work(self) -> bool:
+        """Whether its thread has anything to do."""
+        has_requests = bool(self._unread) or not self._scheduler.is_idle
+        return has_requests or self._inbox.has_word or self._is_stopping or self._exchange is not None
+
     def stats(self) -> EngineStats:
         """See `Engine.stats`. Thread-safe."""
         gauges = self._inbox.gauges()
@@ -351,13 +357,13 @@ class EngineLoop:
 
         While a step runs there is work just before its end.
         """
-        if self._busy_poll is not None and not self._is_called:
-            self._busy_poll.until(lambda: self._is_called)
+        if self._busy_poll is not None and not self.has_work:
+            self._busy_poll.ask()
         with self._wake:
             self._wait_for_arrivals()
             self._planned_s = time.perf_counter()
             check_after_s: float | None = CHECK_AFTER_S
-            while not self._is_called:
+            while not self.has_work:
                 if not self._wake.wait(check_after_s):
                     self._scheduler.check_integrity()
                     check_after_s = None
@@ -365,12 +371,6 @@ class EngineLoop:
                 self._inbox.take_in()
                 self._exchange_if_drained()
             return not self._is_stopping
-
-    @property
-    def _is_called(self) -> bool:
-        """Whether there is anything to do."""
-        has_work = bool(self._unread) or not self._scheduler.is_idle
-        return has_work or self._inbox.has_word or self._is_stopping or self._exchange is not None
 
     def _exchange_if_drained(self) -> None:
         self._scheduler.admits_new = self._exchange is None

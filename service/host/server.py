@@ -67,6 +67,9 @@ class ServedEngine(Protocol):
     @property
     def is_exhausted(self) -> bool: ...
 
+    @property
+    def has_work(self) -> bool: ...
+
     def put(self, command: Command) -> None: ...
 
     def serve(self, sink: Sink, busy_poll: BusyPoll | None = None) -> None: ...
@@ -135,7 +138,7 @@ class HostServer:
             return False
         self._host = host
         facts = [EngineFacts(name, engine.max_model_len, engine.dtype) for name, engine in host.engines.items()]
-        busy_poll = None if self._take is None else BusyPoll(partial(self._take, self.receive), host.busy_poll_s)
+        busy_poll = self._busy_poll(host)
         for engine in host.engines.values():
             engine.serve(self._send, busy_poll)
             engine.failed.add_done_callback(lambda failed, engine=engine: self._tell_failure(engine, failed.result()))  # type: ignore[misc]
@@ -164,6 +167,14 @@ class HostServer:
         """Stop the engines."""
         if self._host is not None:
             self._host.stop(timeout_s)
+
+    def _busy_poll(self, host: ServedHost) -> BusyPoll | None:
+        if self._take is None:
+            return None
+        engines = tuple(host.engines.values())
+        return BusyPoll(
+            partial(self._take, self.receive), lambda: any(engine.has_work for engine in engines), host.busy_poll_s
+        )
 
     def _on_progress(self, name: str, done: int, total: int, detail: str = "", /) -> None:
         self._send(Staged(Stage(name, done, total, detail)))

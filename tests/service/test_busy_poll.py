@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 from service import busy_poll
 from service.busy_poll import DEFAULT_S, BusyPoll, PollingEventLoop, PollingSelector, busy_poll_s, usable_cores
+from service.settings import Settings
+from service.web.uvicorn_config import server_config
 
 
 @pytest.mark.parametrize(
@@ -52,26 +55,26 @@ def test_cores_are_those_of_the_container(tmp_path: Path, written: str, cores: f
 
 def test_asking_ends_with_work_or_with_its_time() -> None:
     taken: list[int] = []
-    asked = BusyPoll(lambda: taken.append(1), 5.0)
     begun_s = time.monotonic()
-    asked.until(lambda: len(taken) == 3)
+    BusyPoll(lambda: taken.append(1), lambda: len(taken) == 3, 5.0).ask()
     assert len(taken) == 3
     assert time.monotonic() - begun_s < 4
     begun_s = time.monotonic()
-    BusyPoll(lambda: None, 0.02).until(lambda: False)
+    BusyPoll(lambda: None, lambda: False, 0.02).ask()
     assert time.monotonic() - begun_s >= 0.02
-    BusyPoll(lambda: pytest.fail("nobody is to ask"), 0.0).until(lambda: False)
+    BusyPoll(lambda: pytest.fail("nobody is to ask"), lambda: False, 0.0).ask()
+    BusyPoll(lambda: pytest.fail("nobody is to ask"), lambda: True, 5.0).ask()
 
 
 def test_one_thread_asks_at_a_time() -> None:
     let_go = threading.Event()
-    asked = BusyPoll(lambda: None, 20.0)
-    asking = threading.Thread(target=asked.until, args=(let_go.is_set,))
+    asked = BusyPoll(lambda: None, let_go.is_set, 20.0)
+    asking = threading.Thread(target=asked.ask)
     asking.start()
     while not asked._asking.locked():
         time.sleep(0.001)
     begun_s = time.monotonic()
-    asked.until(lambda: False)
+    asked.ask()
     assert time.monotonic() - begun_s < 10
     let_go.set()
     asking.join(10)
@@ -122,6 +125,15 @@ def test_a_selector_asks_for_its_time_after_an_event_and_then_sleeps(monkeypatch
     selector.select(0.1)
     assert clock.asked == [pytest.approx(0.1, abs=0.002)]
     selector.close()
+
+
+def test_the_server_has_a_loop_that_can_poll_and_does_not_at_first() -> None:
+    factory = server_config(FastAPI(), Settings()).get_loop_factory()
+    assert factory is PollingEventLoop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        loop = runner.get_loop()
+        assert isinstance(loop, PollingEventLoop)
+        assert loop.busy_poll_s == 0
 
 
 def test_an_event_loop_answers_and_keeps_its_times_polling_or_not() -> None:

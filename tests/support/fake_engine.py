@@ -200,6 +200,10 @@ class FakeEngine:
     def put(self, command: Command) -> None:
         _loop().call_soon_threadsafe(self._take, command)
 
+    @property
+    def has_work(self) -> bool:
+        return bool(self.active)
+
     def serve(self, sink: Sink, busy_poll: BusyPoll | None = None) -> None:
         self.sink = sink
 

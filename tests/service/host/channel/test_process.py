@@ -17,6 +17,7 @@ import pytest
 from fastapi import FastAPI
 
 from benchmarks.processes import children, is_running
+from service.busy_poll import PollingEventLoop
 from service.host.channel.process import ProcessLink
 from service.settings import Settings
 from service.web.app import create_app
@@ -51,6 +52,32 @@ def body_of(num_tokens: int, **more: object) -> dict[str, object]:
 async def told(client: httpx.AsyncClient, body: dict[str, object]) -> list[dict[str, Any]]:
     """The events of a stream."""
     return events_of(await client.post("/generate", json=body | {"stream": True}))
+
+
+@pytest.mark.parametrize("busy_poll_ms", [0, 40])
+def test_requests_are_served_by_processes_that_poll_and_by_those_that_sleep(busy_poll_ms: float) -> None:
+    """One request after the other, some after a longer pause than a process polls; then both variants at once."""
+
+    async def go() -> list[Any]:
+        app = app_of({"step_s": 0.001}, variants="w8a8,fp16", busy_poll_ms=busy_poll_ms)
+        async with server_of(app) as port, client_at(port) as client:
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, PollingEventLoop)
+            assert loop.busy_poll_s == busy_poll_ms / 1e3
+            answers = []
+            for pause_s in (0.0, 0.0, 0.02, 0.1, 0.0):
+                await asyncio.sleep(pause_s)
+                answers.append(await client.post("/generate", json=body_of(20)))
+            bodies = [body_of(30) | {"variant": variant} for variant in ("w8a8", "fp16") * 5]
+            answers += await asyncio.gather(*(client.post("/generate", json=body) for body in bodies))
+            assert [answer.status_code for answer in answers] == [200] * 15
+            return [answer.json()["text"] for answer in answers]
+
+    with asyncio.Runner(loop_factory=PollingEventLoop) as runner:
+        texts = runner.run(go())
+    assert len(set(texts[:5])) == 1
+    assert len(set(texts[5:])) == 1
+    assert len(texts[0]) == 20
 
 
 def test_an_engine_that_is_killed_is_started_again_and_everyone_is_told(tmp_path: Path) -> None:
