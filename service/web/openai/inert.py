@@ -17,9 +17,13 @@ MAX_NOTES = 16
 def _refuse(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     """Replace any validation error by `not_honoured`, since the value would have no effect."""
     try:
-        return handler(value)
+        found = handler(value)
     except ValidationError as error:
         raise PydanticCustomError("not_honoured", "leave it out") from error
+    # 0 and 0.0 are equal to False, and no boolean.
+    if isinstance(found, bool) and not isinstance(value, bool):
+        raise PydanticCustomError("not_honoured", "leave it out")
+    return found
 
 
 Only = Annotated[T, WrapValidator(_refuse)]

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
 import kernels
 from kernels import Quantized
 from kernels.cpu import ops
+from quant.errors import CheckpointError
 from quant.linear import FloatLinear, Int8Linear
 from quant.scheme import PRESETS, KVStorage, Scheme
 from service.errors import UnsupportedModel
@@ -23,7 +25,7 @@ from service.models.decoder import Decoder, score
 from service.models.loader import load_decoder
 from service.models.random_weights import RandomWeights, random_decoder
 from tests.service.kinds import Tiny
-from tests.support.tiny_models import SHAPE, in_chunks
+from tests.support.tiny_models import SHAPE, change_tensors, in_chunks, save_tiny_model
 
 BOTH: tuple[KVStorage, KVStorage] = ("float", "int8")
 ChangeHeads = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -39,6 +41,21 @@ def llama(**changes: Any) -> LlamaConfig:
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     error: float = ((found - expected).norm() / expected.norm()).item()
     return error
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38])
+def test_an_embedding_that_overflows_where_it_is_scaled_is_refused(tmp_path: Path, value: float) -> None:
+    """Found by fuzzing: one token's row is finite, and infinite times the root of the width."""
+    name = "model.embed_tokens.weight"
+    for family in ("gemma2", "llama"):
+        folder = save_tiny_model(tmp_path / family, family)
+        rows = load_file(folder / "model.safetensors")[name]
+        rows[112, 3] = value
+        change_tensors(folder, {name: rows})
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight reaches 3e\+38: times 13.8"):
+        load_decoder(tmp_path / "gemma2", torch.float32, CPU)
+    # A family that does not scale it serves it: the first norm makes it small.
+    assert load_decoder(tmp_path / "llama", torch.float32, CPU).embedding_scale is None
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen2"])

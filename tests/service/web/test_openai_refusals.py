@@ -456,6 +456,8 @@ def test_structured_outputs_become_a_grammar(path: str, wanted: dict[str, object
         ({"regex": "a^b"}, ["has `^` or `$` inside"]),
         ({"regex": "a\ud800"}, ["half a surrogate pair"]),
         ({"regex": "a", "disable_any_whitespace": True}, ["does not honour"]),
+        ({"regex": "a", "disable_any_whitespace": 0.0}, ["does not honour"]),
+        ({"regex": "a", "disable_additional_properties": 0}, ["does not honour"]),
         ({"regex": "a", "structural_tag": "{}"}, ["does not honour"]),
         ({"grammar": "x" * 70_000}, ["70000 bytes", "65536"]),
         ({"grammar": "start: /a/"}, ["`root ::= ...`", "written for Lark"]),

@@ -88,7 +88,9 @@ def test_every_route_keeps_its_word(case: Case[Any]) -> None:
         assert isinstance(case.body, dict)
         case.body = limit({**case.body, "stream": bool(draw & 2)})
     response = case.call_and_validate(base_url=URL, additional_checks=OWN_CHECKS)
-    assert response.status_code == 200 or not is_limited, response.text
+    # A prompt of many strange characters can be longer than the context: each byte is a token here.
+    is_too_long = response.status_code == 400 and '"context_length_exceeded"' in response.text
+    assert response.status_code == 200 or is_too_long or not is_limited, response.text
 
 
 @keyed.parametrize()
