@@ -40,7 +40,7 @@ from service.cluster.options import (
     replica_settings,
 )
 from service.cluster.upstream import HTTPUpstream
-from service.errors import InvalidSettings, QueueFull, QueueTimeout, StartupError
+from service.errors import InvalidSettings, QueueFull, StartupError
 from service.host.assemble import assemble
 from service.process import settle
 from service.settings import Settings, load_settings
@@ -122,8 +122,7 @@ class RayFleet:
     def __init__(self, replicas: DeploymentHandle, queue_timeout_s: float) -> None:
         self._replicas = replicas
         self._lease = replicas.options(stream=True).lease
-        self._queue_timeout_s = queue_timeout_s
-        self._leases: KeptLeases[RayLease] = KeptLeases()
+        self._leases: KeptLeases[RayLease] = KeptLeases(self._ask, directory.best, directory.knows, queue_timeout_s)
         self._watching: set[asyncio.Task[None]] = set()
 
     def replicas(self) -> Mapping[str, str]:
@@ -132,21 +131,15 @@ class RayFleet:
 
     async def lease(self, keys: Sequence[bytes], avoid: Set[str]) -> Lease:
         """See `Fleet.lease`."""
-        best = directory.best(keys, avoid, self._leases.loads)
-        kept = None if best is None else self._leases.take(best)
-        if kept is not None:
-            directory.sent(keys, kept.replica)
-            return kept
+        lease = await self._leases.lease(keys, avoid)
+        directory.sent(keys, lease.replica)
+        return lease
+
+    async def _ask(self, keys: Sequence[bytes], avoid: Set[str]) -> RayLease:
+        """A lease from Ray."""
         calls = self._lease.remote(list(keys), sorted(avoid))
         try:
-            with self._leases.asking():
-                async with asyncio.timeout(self._queue_timeout_s):
-                    granted = await anext(calls)
-        except TimeoutError as error:
-            calls.cancel()
-            raise QueueTimeout(
-                f"no replica had room for the request within {self._queue_timeout_s:g} s; send it again later"
-            ) from error
+            granted = await anext(calls)
         except asyncio.CancelledError:
             calls.cancel()
             raise
@@ -154,7 +147,7 @@ class RayFleet:
             raise QueueFull("too many requests wait for a replica; send the request again later") from error
         except (RayActorError, RayServeException, TaskCancelledError, StopAsyncIteration) as error:
             raise Unreachable(f"{type(error).__name__}: {error}") from error
-        lease = self._leases.use(RayLease(calls, granted, self._leases))
+        lease = RayLease(calls, granted, self._leases)
         watching = asyncio.create_task(lease.watch())
         self._watching.add(watching)
         watching.add_done_callback(self._watching.discard)

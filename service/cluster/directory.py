@@ -49,6 +49,11 @@ def urls() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def knows(replica: str) -> bool:
+    """Whether a router knows this replica, so that it takes requests."""
+    return any(replica in source.urls() for weak in list(_sources) if (source := weak()) is not None)
+
+
 def best(keys: Sequence[bytes], avoid: Set[str], loads: Mapping[str, int]) -> str | None:
     """The replica that a request with these keys should go to; None if none is known.
 

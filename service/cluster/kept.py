@@ -1,51 +1,89 @@
-"""Leases that a gateway keeps for the next request, instead of asking Ray for another."""
+"""A gateway's leases: each is used by one request after the other, so that Ray is seldom asked for another."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import count
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from service.cluster.leases import IDLE_IN_REPLICA_S
+from service.errors import QueueTimeout
 
 IDLE_IN_GATEWAY_S = IDLE_IN_REPLICA_S / 2
 """How long a lease may wait here for its next request. Its replica waits longer, since it hears of the end earlier."""
 
-FULL_S = 0.25
-"""A request that has waited for so long for a lease shows that the replicas are full."""
+PATIENCE_S = 0.25
+"""How long a request waits for the replica that suits it best; then any that it need not avoid will do."""
+
+LEASE_S = 20.0
+"""How long a lease is used. Then its place goes back to Ray, which gives places to other gateways, too."""
 
 
 class Placed(Protocol):
-    """Of one replica."""
+    """A place in one replica; see `service.cluster.exchange.Lease`. Its `done` calls that of `KeptLeases`."""
 
     @property
     def replica(self) -> str: ...
+
+    def done(self, is_whole: bool) -> None: ...
 
 
 L = TypeVar("L", bound=Placed)
 
 
-class KeptLeases(Generic[L]):
-    """A gateway's leases: those in use, by replica, and those whose request has been answered.
+@dataclass(slots=True, eq=False)
+class Waiter(Generic[L]):
+    """A request that waits for a lease. best: the replica that suits it best; None if none is known."""
 
-    A lease from Ray costs 1.9 ms of a core in the gateway and 1.6 in the replica. So one whose request has been
-    answered is used again, if its replica is the best one for a request that comes soon. Where requests have to wait
-    for a place none is kept: Ray has their order, and gives the places to those that came first.
+    keys: Sequence[bytes]
+    avoid: Set[str]
+    best: str | None
+    since_s: float
+    granted: asyncio.Future[L]
+    asking: asyncio.Task[None] | None = None
+
+
+class KeptLeases(Generic[L]):
+    """The leases of a gateway: those in use, by replica, and those whose request has been answered.
+
+    A lease from Ray costs 1.9 ms of a core in the gateway and 1.6 in the replica, so a few hundred a second are all
+    that it can give. So a lease whose request has been answered is used again: by the request that has waited longest,
+    or, if none waits that it suits, by the next one that comes soon. While requests wait, Ray is asked for as many
+    leases as there are such requests, whoever then gets them.
 
     Args:
+        ask: gets a lease from Ray for a request with these keys that avoids these replicas; see `Fleet.lease`. It is
+            cancelled if it is no longer needed.
+        best: the replica that a request with these keys and what it avoids should go to, by the load of each; None if
+            none is known.
+        serves: whether this replica takes requests.
+        timeout_s: longest that a request waits.
         now_s: the time.
     """
 
-    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        ask: Callable[[Sequence[bytes], Set[str]], Awaitable[L]],
+        best: Callable[[Sequence[bytes], Set[str], Mapping[str, int]], str | None],
+        serves: Callable[[str], bool],
+        timeout_s: float,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ask = ask
+        self._best = best
+        self._serves = serves
+        self._timeout_s = timeout_s
         self._now_s = now_s
         self._in_use: Counter[str] = Counter()
+        self._granted_s: dict[L, float] = {}
         # Replica -> lease -> when its request ended, the oldest first.
         self._idle: dict[str, dict[L, float]] = {}
-        self._numbers = count()
-        self._asking: dict[int, float] = {}
+        # The oldest first.
+        self._waiters: dict[Waiter[L], None] = {}
+        self._asking: set[asyncio.Task[None]] = set()
 
     @property
     def loads(self) -> Mapping[str, int]:
@@ -58,51 +96,124 @@ class KeptLeases(Generic[L]):
         return sum(map(len, self._idle.values()))
 
     @property
-    def is_full(self) -> bool:
-        """Whether a request has been waiting for a lease for FULL_S."""
-        oldest_s = next(iter(self._asking.values()), None)
-        return oldest_s is not None and oldest_s + FULL_S <= self._now_s()
+    def num_waiting(self) -> int:
+        """Requests that wait for a lease."""
+        return len(self._waiters)
 
-    @contextmanager
-    def asking(self) -> Iterator[None]:
-        """A request waits for a lease from Ray."""
-        number = next(self._numbers)
-        self._asking[number] = self._now_s()
+    @property
+    def num_asking(self) -> int:
+        """Leases that Ray has been asked for and has not granted."""
+        return len(self._asking)
+
+    async def lease(self, keys: Sequence[bytes], avoid: Set[str]) -> L:
+        """See `Fleet.lease`. The lease is in use until `done`."""
+        best = self._best(keys, avoid, self._in_use)
+        lease = None if best is None else self._take(best)
+        if lease is not None:
+            return lease
+        waiter: Waiter[L] = Waiter(keys, avoid, best, self._now_s(), asyncio.get_running_loop().create_future())
+        self._waiters[waiter] = None
+        self._ask_for_all(waiter)
         try:
-            yield
+            async with asyncio.timeout(self._timeout_s):
+                lease = await waiter.granted
+        except TimeoutError as error:
+            raise QueueTimeout(
+                f"no replica had room for the request within {self._timeout_s:g} s; send it again later"
+            ) from error
         finally:
-            del self._asking[number]
-
-    def use(self, lease: L) -> L:
-        """A lease is used from now on."""
-        self._in_use[lease.replica] += 1
+            if lease is None:
+                self._leave(waiter)
         return lease
 
-    def take(self, replica: str) -> L | None:
-        """Use the youngest kept lease of this replica; None if there is none that is young enough, or others wait."""
-        idle = self._idle.get(replica)
-        if not idle or self.is_full:
-            return None
-        lease, since_s = idle.popitem()
-        self._prune(replica)
-        return self.use(lease) if since_s + IDLE_IN_GATEWAY_S > self._now_s() else None
-
     def done(self, lease: L, is_whole: bool) -> bool:
-        """A lease is no longer used. Returns whether it is kept; else its owner is to end it.
+        """A lease is no longer used by its request. Returns whether it is kept; else its owner is to end it.
 
         is_whole: its request has been answered in whole.
         """
         self._in_use[lease.replica] -= 1
-        is_kept = is_whole and not self.is_full
+        age_s = self._now_s() - self._granted_s.get(lease, -LEASE_S)
+        is_kept = is_whole and age_s < LEASE_S and self._serves(lease.replica)
         if is_kept:
-            self._idle.setdefault(lease.replica, {})[lease] = self._now_s()
+            self._pass_on(lease, self._suited(lease.replica))
+        else:
+            self._granted_s.pop(lease, None)
         self._prune(lease.replica)
         return is_kept
 
     def ended(self, lease: L) -> None:
         """The replica has ended a lease, or has ended itself."""
+        self._granted_s.pop(lease, None)
         self._idle.get(lease.replica, {}).pop(lease, None)
         self._prune(lease.replica)
+
+    def _take(self, replica: str) -> L | None:
+        """Use the youngest kept lease of this replica; None if there is none, or only too old ones."""
+        idle = self._idle.get(replica)
+        if not idle:
+            return None
+        lease, since_s = idle.popitem()
+        is_young = since_s + IDLE_IN_GATEWAY_S > self._now_s()
+        if is_young:
+            self._in_use[replica] += 1
+        self._prune(replica)
+        return lease if is_young else None
+
+    def _suited(self, replica: str) -> Waiter[L] | None:
+        """The oldest waiter that this replica suits best, or that has lost its patience and need not avoid it."""
+        impatient_s = self._now_s() - PATIENCE_S
+        for waiter in self._waiters:
+            if waiter.best == replica or (waiter.since_s <= impatient_s and replica not in waiter.avoid):
+                return waiter
+        return None
+
+    def _pass_on(self, lease: L, waiter: Waiter[L] | None) -> None:
+        """Let a waiter use a lease, or keep it if there is none."""
+        if waiter is None:
+            self._idle.setdefault(lease.replica, {})[lease] = self._now_s()
+            return
+        del self._waiters[waiter]
+        self._in_use[lease.replica] += 1
+        waiter.granted.set_result(lease)
+
+    def _ask_for_all(self, *first: Waiter[L]) -> None:
+        """Ask Ray for as many leases as there are requests that wait. first: whose turn it is, before the others."""
+        if len(self._asking) >= len(self._waiters):
+            return
+        for waiter in (*first, *self._waiters):
+            if waiter.asking is None and waiter in self._waiters:
+                waiter.asking = asyncio.create_task(self._ask_for(waiter))
+                self._asking.add(waiter.asking)
+                if len(self._asking) >= len(self._waiters):
+                    return
+
+    async def _ask_for(self, waiter: Waiter[L]) -> None:
+        """Ask Ray on behalf of a waiter; a lease goes to the oldest one if that one has gone."""
+        try:
+            lease = await self._ask(waiter.keys, waiter.avoid)
+        except Exception as error:  # noqa: BLE001 (whoever waits raises it)
+            if waiter in self._waiters:
+                del self._waiters[waiter]
+                waiter.granted.set_exception(error)
+        else:
+            self._granted_s[lease] = self._now_s()
+            willing = (other for other in self._waiters if lease.replica not in other.avoid)
+            self._pass_on(lease, waiter if waiter in self._waiters else next(willing, None))
+        finally:
+            if waiter.asking is not None:
+                self._asking.discard(waiter.asking)
+            waiter.asking = None
+            self._ask_for_all()
+
+    def _leave(self, waiter: Waiter[L]) -> None:
+        """A request no longer waits, because of an error or because its client has left."""
+        self._waiters.pop(waiter, None)
+        if waiter.asking is not None and len(self._asking) > len(self._waiters):
+            waiter.asking.cancel()
+        granted = waiter.granted
+        if granted.done() and not granted.cancelled() and granted.exception() is None:
+            # In the very turn of the loop in which it left.
+            granted.result().done(is_whole=True)
 
     def _prune(self, replica: str) -> None:
         if not self._idle.get(replica, True):

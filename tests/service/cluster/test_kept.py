@@ -1,100 +1,342 @@
-"""Leases that a gateway keeps for the next request."""
+"""Leases that a gateway uses for one request after the other, over a Ray that grants when a test says so."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
 import pytest
 
-from service.cluster.kept import FULL_S, IDLE_IN_GATEWAY_S, KeptLeases
+from service.cluster.exchange import Unreachable
+from service.cluster.kept import IDLE_IN_GATEWAY_S, LEASE_S, PATIENCE_S, KeptLeases
 from service.cluster.leases import IDLE_IN_REPLICA_S
+from service.errors import QueueFull, QueueTimeout
 
 
 @dataclass(eq=False)
 class Lease:
     replica: str
+    leases: Kept
+    is_over: bool = False
+
+    def done(self, is_whole: bool) -> None:
+        if not self.leases.done(self, is_whole):
+            self.is_over = True
 
 
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
+Kept = KeptLeases[Lease]
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+@dataclass
+class Ray:
+    """What it is asked for, and what has been decided. keys: as a test names a request, such as "a1", best for a."""
+
+    now_s: float = 100.0
+    asked: list[tuple[str, asyncio.Future[str]]] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
+    leases: Kept = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.leases = KeptLeases(self._ask, self._best, lambda name: name not in self.gone, 30.0, lambda: self.now_s)
+
+    async def grant(self, replica: str, which: int = 0) -> None:
+        """Grant the oldest lease that was asked for, or another one."""
+        self.asked.pop(which)[1].set_result(replica)
+        await turns()
+
+    async def refuse(self, error: Exception, which: int = 0) -> None:
+        self.asked.pop(which)[1].set_exception(error)
+        await turns()
+
+    def request(self, key: str, avoid: Set[str] = frozenset()) -> asyncio.Task[Lease]:
+        return asyncio.ensure_future(self.leases.lease([key.encode()], avoid))
+
+    async def leased(self, key: str, avoid: Set[str] = frozenset()) -> Lease:
+        """A lease that there is already."""
+        wanted = self.request(key, avoid)
+        await turns()
+        assert wanted.done()
+        return wanted.result()
+
+    async def new(self, replica: str) -> Lease:
+        """One that Ray grants."""
+        wanted = self.request(replica)
+        await turns()
+        await self.grant(replica, -1)
+        return wanted.result()
+
+    async def _ask(self, keys: Sequence[bytes], _: Set[str]) -> Lease:
+        name = keys[0].decode()
+        decided: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.asked.append((name, decided))
+        try:
+            return Lease(await decided, self.leases)
+        except asyncio.CancelledError:
+            self.asked = [(other, future) for other, future in self.asked if future is not decided]
+            self.given_up.append(name)
+            raise
+
+    @staticmethod
+    def _best(keys: Sequence[bytes], _: Set[str], loads: Mapping[str, int]) -> str:
+        assert all(load >= 0 for load in loads.values())
+        return keys[0].decode()[0]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.asked]
 
 
-@pytest.fixture
-def leases(clock: Clock) -> KeptLeases[Lease]:
-    return KeptLeases(clock)
+async def turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
-def test_a_lease_is_used_again_by_one_request_at_a_time(leases: KeptLeases[Lease]) -> None:
-    lease = leases.use(Lease("a"))
-    assert leases.take("a") is None, "it is in use"
-    assert leases.done(lease, is_whole=True)
-    assert leases.take("b") is None, "it is another replica's"
-    assert leases.take("a") is lease
-    assert leases.take("a") is None
+def with_ray(test: Callable[[Ray], Awaitable[None]]) -> Callable[[], None]:
+    """A test that runs on an event loop, after which nobody uses a lease and Ray is asked for none."""
+
+    def run() -> None:
+        async def go() -> None:
+            ray = Ray()
+            await test(ray)
+            await turns()
+            assert not ray.leases.loads
+            assert (ray.leases.num_waiting, ray.leases.num_asking) == (0, 0)
+
+        asyncio.run(go())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
 
 
-def test_a_lease_whose_answer_was_cut_off_is_not_used_again(leases: KeptLeases[Lease]) -> None:
-    assert not leases.done(leases.use(Lease("a")), is_whole=False)
-    assert leases.take("a") is None
-    assert leases.loads.get("a", 0) == 0
+@with_ray
+async def test_a_lease_is_used_again_by_one_request_at_a_time(ray: Ray) -> None:
+    lease = await ray.new("a")
+    assert dict(ray.leases.loads) == {"a": 1}
+    second = ray.request("a")
+    await turns()
+    assert not second.done(), "it is in use"
+    await ray.grant("a")
+    lease.done(is_whole=True)
+    assert dict(ray.leases.loads) == {"a": 1}
+    third = ray.request("b")
+    await turns()
+    assert not third.done(), "it is another replica's"
+    await ray.grant("b")
+    assert await ray.leased("a") is lease
+    for used in (lease, second.result(), third.result()):
+        used.done(is_whole=True)
+    assert ray.leases.num_idle == 3
 
 
-def test_loads_are_leases_in_use(leases: KeptLeases[Lease]) -> None:
-    first, _ = leases.use(Lease("a")), leases.use(Lease("a"))
-    assert dict(leases.loads) == {"a": 2}
-    leases.done(first, is_whole=True)
-    assert dict(leases.loads) == {"a": 1}
-    leases.take("a")
-    assert dict(leases.loads) == {"a": 2}
+@with_ray
+async def test_a_lease_whose_answer_was_cut_off_is_not_used_again(ray: Ray) -> None:
+    lease = await ray.new("a")
+    lease.done(is_whole=False)
+    assert lease.is_over
+    assert ray.leases.num_idle == 0
 
 
-def test_a_lease_is_not_kept_for_as_long_as_its_replica_keeps_it(leases: KeptLeases[Lease], clock: Clock) -> None:
+@with_ray
+async def test_a_lease_is_not_kept_for_as_long_as_its_replica_keeps_it(ray: Ray) -> None:
     assert IDLE_IN_GATEWAY_S < IDLE_IN_REPLICA_S
-    old, new = leases.use(Lease("a")), leases.use(Lease("a"))
-    leases.done(old, is_whole=True)
-    clock.now_s += 0.8 * IDLE_IN_GATEWAY_S
-    leases.done(new, is_whole=True)
-    clock.now_s += 0.8 * IDLE_IN_GATEWAY_S
-    assert leases.take("a") is new
-    assert leases.take("a") is None
+    old, new = await ray.new("a"), await ray.new("a")
+    old.done(is_whole=True)
+    ray.now_s += 0.8 * IDLE_IN_GATEWAY_S
+    new.done(is_whole=True)
+    ray.now_s += 0.8 * IDLE_IN_GATEWAY_S
+    assert await ray.leased("a") is new
+    third = ray.request("a")
+    await turns()
+    assert ray.names == ["a"]
+    await ray.grant("a")
+    assert third.result() not in (old, new)
+    third.result().done(is_whole=True)
+    new.done(is_whole=True)
 
 
-def test_where_requests_wait_for_a_place_none_is_kept_and_no_newcomer_takes_one(
-    leases: KeptLeases[Lease], clock: Clock
-) -> None:
-    kept, used = leases.use(Lease("a")), leases.use(Lease("a"))
-    leases.done(kept, is_whole=True)
-    found = []
-    with leases.asking():
-        # Ray takes some time for each.
-        found.append(leases.is_full)
-        clock.now_s += FULL_S
-        with leases.asking():
-            found.append(leases.is_full)
-            assert leases.take("a") is None
-            assert not leases.done(used, is_whole=True)
-    assert [*found, leases.is_full] == [False, True, False]
-    assert leases.take("a") is kept
+@with_ray
+async def test_many_at_once_are_served_by_the_few_leases_that_ray_has_granted(ray: Ray) -> None:
+    """Ray grants a few hundred a second. Were each request to wait for one of its own, more than that could never be
+    served, however many places there are: so it was, and a burst was enough."""
+    requests = [ray.request(f"a{number}") for number in range(50)]
+    await turns()
+    assert len(ray.asked) == 50
+    await ray.grant("a")
+    served = []
+    while pending := [request for request in requests if request not in served]:
+        assert pending[0].done(), f"{len(pending)} wait although a lease is free"
+        assert not any(request.done() for request in pending[1:]), "one lease serves one at a time, in their order"
+        served.append(pending[0])
+        # Longer than anybody is patient.
+        ray.now_s += 0.1
+        pending[0].result().done(is_whole=True)
+        await turns()
+    # Nobody waits: what Ray still grants is kept, and who comes meanwhile makes it no longer.
+    assert (ray.leases.num_idle, len(ray.asked)) == (1, 49)
+    late = [ray.request("a51"), ray.request("a52")]
+    await turns()
+    assert [each.done() for each in late] == [True, False]
+    assert len(ray.asked) == 49
+    while ray.asked:
+        await ray.grant("a")
+    for each in late:
+        (await each).done(is_whole=True)
+
+
+@with_ray
+async def test_a_free_lease_goes_to_whom_it_suits_and_to_others_once_they_have_lost_their_patience(ray: Ray) -> None:
+    of_a, other_a, of_b = await ray.new("a"), await ray.new("a"), await ray.new("b")
+    wants_b, wants_a = ray.request("b1"), ray.request("a1")
+    await turns()
+    of_a.done(is_whole=True)
+    await turns()
+    assert (wants_b.done(), wants_a.done()) == (False, True), "the other one has waited longer, for another replica"
+    ray.now_s += PATIENCE_S
+    picky = ray.request("b2", frozenset({"a"}))
+    await turns()
+    ray.now_s += PATIENCE_S
+    other_a.done(is_whole=True)
+    await turns()
+    assert wants_b.result() is other_a
+    wants_a.result().done(is_whole=True)
+    await turns()
+    assert not picky.done(), "it avoids this replica"
+    of_b.done(is_whole=True)
+    assert await picky is of_b
+    while ray.asked:
+        await ray.grant("a")
+    for used in (other_a, of_b):
+        used.done(is_whole=True)
+
+
+@with_ray
+async def test_a_lease_goes_back_to_ray_after_its_time(ray: Ray) -> None:
+    """Other gateways need places, too."""
+    lease = await ray.new("a")
+    ray.now_s += LEASE_S / 2
+    lease.done(is_whole=True)
+    assert await ray.leased("a") is lease
+    ray.now_s += LEASE_S / 2
+    lease.done(is_whole=True)
+    assert lease.is_over
+    assert ray.leases.num_idle == 0
+
+
+@with_ray
+async def test_a_replica_that_takes_no_more_gets_none(ray: Ray) -> None:
+    lease = await ray.new("a")
+    waiting = ray.request("a1")
+    await turns()
+    ray.gone.add("a")
+    lease.done(is_whole=True)
+    await turns()
+    assert lease.is_over
+    assert not waiting.done()
+    await ray.grant("b")
+    (await waiting).done(is_whole=True)
+
+
+@pytest.mark.parametrize("error", [QueueFull("full"), Unreachable("gone"), RuntimeError("a bug")])
+def test_whoever_asked_is_told_that_it_was_refused(error: Exception) -> None:
+    @with_ray
+    async def go(ray: Ray) -> None:
+        first, second = ray.request("a1"), ray.request("a2")
+        await turns()
+        await ray.refuse(error, 1)
+        with pytest.raises(type(error)):
+            await second
+        assert not first.done()
+        await ray.grant("a")
+        first.result().done(is_whole=True)
+
+    go()
+
+
+@with_ray
+async def test_a_refusal_of_one_that_is_served_already_is_nobodys(ray: Ray) -> None:
+    """Another one waits by its request to Ray, and gets one of its own."""
+    lease = await ray.new("a")
+    first = ray.request("a1")
+    await turns()
+    lease.done(is_whole=True)
+    assert await first is lease
+    second = ray.request("a2")
+    await turns()
+    assert ray.names == ["a1"]
+    await ray.refuse(Unreachable("gone"))
+    assert not second.done()
+    assert ray.names == ["a2"]
+    await ray.grant("a")
+    for used in (lease, second.result()):
+        used.done(is_whole=True)
+
+
+@with_ray
+async def test_a_lease_that_the_one_it_is_for_must_avoid_is_asked_for_again(ray: Ray) -> None:
+    lease = await ray.new("a")
+    first = ray.request("a1")
+    await turns()
+    lease.done(is_whole=True)
+    second = ray.request("b1", frozenset({"a"}))
+    await turns()
+    await ray.grant("a")
+    assert not second.done()
+    assert ray.leases.num_idle == 1
+    assert ray.names == ["b1"]
+    await ray.grant("b")
+    for used in (await first, await second):
+        used.done(is_whole=True)
+
+
+@with_ray
+async def test_who_leaves_is_not_asked_for_any_more(ray: Ray) -> None:
+    first, second = ray.request("a1"), ray.request("a2")
+    await turns()
+    first.cancel()
+    await turns()
+    assert ray.given_up == ["a1"]
+    await ray.grant("a")
+    second.result().done(is_whole=True)
+
+
+@with_ray
+async def test_a_lease_that_comes_as_its_request_leaves_is_kept(ray: Ray) -> None:
+    lease = await ray.new("a")
+    request = ray.request("a1")
+    await turns()
+    lease.done(is_whole=True)
+    request.cancel()
+    await turns()
+    assert request.cancelled()
+    assert await ray.leased("a") is lease
+    lease.done(is_whole=True)
+
+
+def test_who_waits_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    @with_ray
+    async def go(ray: Ray) -> None:
+        monkeypatch.setattr(ray.leases, "_timeout_s", 0.01)
+        with pytest.raises(QueueTimeout, match=r"within 0\.01 s; send it again later"):
+            await ray.request("a")
+        await turns()
+        assert ray.given_up == ["a"]
+
+    go()
 
 
 @pytest.mark.parametrize("ended_first", [False, True])
-def test_what_a_replica_has_ended_is_forgotten(leases: KeptLeases[Lease], ended_first: bool) -> None:
-    kept, used = leases.use(Lease("a")), leases.use(Lease("a"))
-    leases.done(kept, is_whole=True)
-    leases.ended(kept)
-    assert leases.take("a") is None
-    assert dict(leases.loads) == {"a": 1}
-    if ended_first:
-        leases.ended(used)
-    leases.done(used, is_whole=False)
-    leases.ended(used)
-    assert not leases.loads
-    assert not leases.num_idle
+def test_what_a_replica_has_ended_is_forgotten(ended_first: bool) -> None:
+    @with_ray
+    async def go(ray: Ray) -> None:
+        kept, used = await ray.new("a"), await ray.new("a")
+        kept.done(is_whole=True)
+        ray.leases.ended(kept)
+        assert ray.leases.num_idle == 0
+        if ended_first:
+            ray.leases.ended(used)
+        ray.leases.done(used, is_whole=False)
+        ray.leases.ended(used)
+
+    go()
