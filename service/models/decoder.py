@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import Quantized, Rows
-from quant.checkpoint.safetensors_files import largest
 from quant.checkpoint.sink import Sink
 from quant.convert.rounding import ScaleRule, quantize_weight
 from quant.errors import CheckpointError
@@ -130,8 +129,6 @@ class Decoder:
         # Rounded to the dtype first, as in the models' training.
         scale = torch.tensor(config.hidden_size**0.5).to(self.embedding.dtype).item()
         self.embedding_scale = scale if family.has_scaled_embedding else None
-        if family.has_scaled_embedding:
-            _refuse_overflow(self.embedding, scale, f"{names.embedding}.weight")
         if sink is not None and (len(sink.qkv), sink.hidden.shape[1]) != (config.num_layers, config.hidden_size):
             raise CheckpointError(
                 f"the sink is of {len(sink.qkv)} layers of {sink.hidden.shape[1]} columns, and the model of "
@@ -284,16 +281,6 @@ class Decoder:
         device = self.embedding.device
         elements = torch.zeros(shape, dtype=self.kv_dtype, device=device)
         return Quantized(elements, torch.zeros(shape[:-1], device=device)) if self.kv == "int8" else elements
-
-
-def _refuse_overflow(embedding: Tensor, scale: float, name: str) -> None:
-    """Raise CheckpointError if a scaled row would be infinite: whoever sends its token would get no answer."""
-    most = largest(embedding)
-    if most * scale > torch.finfo(embedding.dtype).max:
-        raise CheckpointError(
-            f"{name} reaches {most:g}: times {scale:g}, as the model multiplies it, it is infinite in "
-            f"{str(embedding.dtype).removeprefix('torch.')}; download or convert the model again"
-        )
 
 
 def _position_embedding(config: ModelConfig, weights: Weights) -> Tensor | None:

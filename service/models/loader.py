@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from quant.checkpoint.reader import Checkpoint, some_of
+from quant.checkpoint.safetensors_files import largest
 from quant.errors import CheckpointError, UnlikeLinears
 from quant.scheme import HeadStorage, KVStorage
 from service.errors import ModelNotFound, UnsafeCheckpoint
@@ -84,10 +85,23 @@ def decoder_of(
             )
     except UnlikeLinears as error:
         raise CheckpointError(f"{checkpoint.folder}: {error}") from error
+    _refuse_overflow(decoder, checkpoint)
     idle = checkpoint.refuse_unused()
     if idle:
         logger.info("%s: not used, as they change nothing: %s", checkpoint.folder, some_of(idle))
     return decoder
+
+
+def _refuse_overflow(decoder: Decoder, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if a scaled row of the embedding is infinite: who sends its token would get no answer."""
+    scale = decoder.embedding_scale
+    most = 0.0 if scale is None else largest(decoder.embedding)
+    if scale is not None and most * scale > torch.finfo(decoder.embedding.dtype).max:
+        name = f"{decoder.config.layout.names.embedding}.weight"
+        raise CheckpointError(
+            f"{checkpoint.files.path(name)}: {name} reaches {most:g}: times {scale:g}, as the model multiplies it, it "
+            f"is infinite in {str(decoder.embedding.dtype).removeprefix('torch.')}; download or convert the model again"
+        )
 
 
 def refuse_unsafe(folder: Path) -> None:
