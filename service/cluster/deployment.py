@@ -122,7 +122,9 @@ class RayFleet:
     def __init__(self, replicas: DeploymentHandle, queue_timeout_s: float) -> None:
         self._replicas = replicas
         self._lease = replicas.options(stream=True).lease
-        self._leases: KeptLeases[RayLease] = KeptLeases(self._ask, directory.best, directory.knows, queue_timeout_s)
+        self._leases: KeptLeases[RayLease] = KeptLeases(
+            self._ask, directory.best, directory.knows, max_waiting=directory.max_waiting, timeout_s=queue_timeout_s
+        )
         self._watching: set[asyncio.Task[None]] = set()
 
     def replicas(self) -> Mapping[str, str]:
@@ -310,7 +312,8 @@ def build(args: ClusterOptions) -> serve.Application:
         logging_config={"enable_access_log": False},
         request_router_config={
             "request_router_class": ROUTER,
-            "request_router_kwargs": {"bound": args.bound(settings)},
+            # By the router, so that a change of them does not restart the gateway.
+            "request_router_kwargs": {"bound": args.bound(settings), "max_waiting": settings.max_waiting},
         },
         **_scale(args, settings),
     )

@@ -6,6 +6,7 @@ Ray runs routers on a thread of its own; gateways ask from theirs.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Protocol
 from weakref import ReferenceType, ref
@@ -17,10 +18,17 @@ KNOWN = KnownPrefixes()
 
 
 class Source(Protocol):
-    """A router. bound: see `ranked`."""
+    """A router.
+
+    bound: see `ranked`.
+    max_waiting: most requests that may wait for a replica.
+    """
 
     @property
     def bound(self) -> int: ...
+
+    @property
+    def max_waiting(self) -> int: ...
 
     def urls(self) -> Mapping[str, str]:
         """Name -> URL of the replicas that it knows."""
@@ -47,6 +55,12 @@ def urls() -> dict[str, str]:
         else:
             found.update(source.urls())
     return dict(sorted(found.items()))
+
+
+def max_waiting() -> int:
+    """Most requests that may wait for a replica in this process; without a router, Ray says when there are too many."""
+    limits = [source.max_waiting for weak in list(_sources) if (source := weak()) is not None]
+    return max(limits, default=sys.maxsize)
 
 
 def knows(replica: str) -> bool:

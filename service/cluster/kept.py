@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from service.cluster.leases import IDLE_IN_REPLICA_S
-from service.errors import QueueTimeout
+from service.errors import QueueFull, QueueTimeout
 
 IDLE_IN_GATEWAY_S = IDLE_IN_REPLICA_S / 2
 """How long a lease may wait here for its next request. Its replica waits longer, since it hears of the end earlier."""
 
 PATIENCE_S = 0.25
 """How long a request waits for the replica that suits it best; then any that it need not avoid will do."""
+
+MAX_ASKING = 32
+"""Most leases that Ray is asked for at a time."""
 
 LEASE_S = 20.0
 """How long a lease is used. Then its place goes back to Ray, which gives places to other gateways, too."""
@@ -52,7 +55,7 @@ class KeptLeases(Generic[L]):
     A lease from Ray costs 1.9 ms of a core in the gateway and 1.6 in the replica, so a few hundred a second are all
     that it can give. So a lease whose request has been answered is used again: by the request that has waited longest,
     or, if none waits that it suits, by the next one that comes soon. While requests wait, Ray is asked for as many
-    leases as there are such requests, whoever then gets them.
+    leases as there are such requests, but for MAX_ASKING at most; whoever has waited longest gets them.
 
     Args:
         ask: gets a lease from Ray for a request with these keys that avoids these replicas; see `Fleet.lease`. It is
@@ -60,7 +63,8 @@ class KeptLeases(Generic[L]):
         best: the replica that a request with these keys and what it avoids should go to, by the load of each; None if
             none is known.
         serves: whether this replica takes requests.
-        timeout_s: longest that a request waits.
+        max_waiting: tells how many requests may wait.
+        timeout_s: longest that one waits.
         now_s: the time.
     """
 
@@ -69,12 +73,15 @@ class KeptLeases(Generic[L]):
         ask: Callable[[Sequence[bytes], Set[str]], Awaitable[L]],
         best: Callable[[Sequence[bytes], Set[str], Mapping[str, int]], str | None],
         serves: Callable[[str], bool],
+        *,
+        max_waiting: Callable[[], int],
         timeout_s: float,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ask = ask
         self._best = best
         self._serves = serves
+        self._max_waiting = max_waiting
         self._timeout_s = timeout_s
         self._now_s = now_s
         self._in_use: Counter[str] = Counter()
@@ -106,11 +113,20 @@ class KeptLeases(Generic[L]):
         return len(self._asking)
 
     async def lease(self, keys: Sequence[bytes], avoid: Set[str]) -> L:
-        """See `Fleet.lease`. The lease is in use until `done`."""
+        """See `Fleet.lease`. The lease is in use until `done`.
+
+        Raises:
+            QueueFull: as many wait already as may.
+            QueueTimeout: there was none for so long.
+        """
         best = self._best(keys, avoid, self._in_use)
         lease = None if best is None else self._take(best)
         if lease is not None:
             return lease
+        if len(self._waiters) >= self._max_waiting():
+            raise QueueFull(
+                f"{len(self._waiters)} requests wait for a replica, which is the limit; send the request again later"
+            )
         waiter: Waiter[L] = Waiter(keys, avoid, best, self._now_s(), asyncio.get_running_loop().create_future())
         self._waiters[waiter] = None
         self._ask_for_all(waiter)
@@ -177,14 +193,15 @@ class KeptLeases(Generic[L]):
         waiter.granted.set_result(lease)
 
     def _ask_for_all(self, *first: Waiter[L]) -> None:
-        """Ask Ray for as many leases as there are requests that wait. first: whose turn it is, before the others."""
-        if len(self._asking) >= len(self._waiters):
+        """Ask Ray for as many leases as may be asked for. first: whose turn it is, before the others."""
+        num_wanted = min(len(self._waiters), MAX_ASKING)
+        if len(self._asking) >= num_wanted:
             return
         for waiter in (*first, *self._waiters):
             if waiter.asking is None and waiter in self._waiters:
                 waiter.asking = asyncio.create_task(self._ask_for(waiter))
                 self._asking.add(waiter.asking)
-                if len(self._asking) >= len(self._waiters):
+                if len(self._asking) >= num_wanted:
                     return
 
     async def _ask_for(self, waiter: Waiter[L]) -> None:

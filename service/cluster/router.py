@@ -14,9 +14,10 @@ from service.cluster import directory
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
     """Ray's choice of a replica for a lease, made by `ranked` in the process of the gateway."""
 
-    def initialize_state(self, bound: int) -> None:
+    def initialize_state(self, bound: int, max_waiting: int) -> None:
         """Called by Ray with `request_router_kwargs`."""
         self.bound = bound
+        self.max_waiting = max_waiting
         directory.register(self)
 
     async def choose_replicas(

@@ -14,6 +14,7 @@ from service.cluster.prefixes import KnownPrefixes
 
 class Router:
     bound = 0
+    max_waiting = 5
 
     def __init__(self, known: Mapping[str, str]) -> None:
         self.known = known
@@ -27,8 +28,13 @@ def test_addresses_are_those_of_the_routers_that_live() -> None:
     register(one)
     register(two)
     assert list(urls().items()) == [("a", "http://a"), ("b", "http://b"), ("c", "http://c")]
+    one.max_waiting = 9
+    assert directory.max_waiting() == 9
+    assert [directory.knows(name) for name in "acd"] == [True, True, False]
     del one
     gc.collect()
+    assert directory.max_waiting() == 5
+    assert not directory.knows("a")
     assert urls() == {"c": "http://c"}
     two.known = {}
     assert urls() == {}

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from service.cluster.exchange import Unreachable
-from service.cluster.kept import IDLE_IN_GATEWAY_S, LEASE_S, PATIENCE_S, KeptLeases
+from service.cluster.kept import IDLE_IN_GATEWAY_S, LEASE_S, MAX_ASKING, PATIENCE_S, KeptLeases
 from service.cluster.leases import IDLE_IN_REPLICA_S
 from service.errors import QueueFull, QueueTimeout
+
+MAX_WAITING = 60
 
 
 @dataclass(eq=False)
@@ -39,7 +41,14 @@ class Ray:
     leases: Kept = field(init=False)
 
     def __post_init__(self) -> None:
-        self.leases = KeptLeases(self._ask, self._best, lambda name: name not in self.gone, 30.0, lambda: self.now_s)
+        self.leases = KeptLeases(
+            self._ask,
+            self._best,
+            lambda name: name not in self.gone,
+            max_waiting=lambda: MAX_WAITING,
+            timeout_s=30.0,
+            now_s=lambda: self.now_s,
+        )
 
     async def grant(self, replica: str, which: int = 0) -> None:
         """Grant the oldest lease that was asked for, or another one."""
@@ -162,7 +171,7 @@ async def test_many_at_once_are_served_by_the_few_leases_that_ray_has_granted(ra
     served, however many places there are: so it was, and a burst was enough."""
     requests = [ray.request(f"a{number}") for number in range(50)]
     await turns()
-    assert len(ray.asked) == 50
+    assert len(ray.asked) == MAX_ASKING
     await ray.grant("a")
     served = []
     while pending := [request for request in requests if request not in served]:
@@ -174,11 +183,11 @@ async def test_many_at_once_are_served_by_the_few_leases_that_ray_has_granted(ra
         pending[0].result().done(is_whole=True)
         await turns()
     # Nobody waits: what Ray still grants is kept, and who comes meanwhile makes it no longer.
-    assert (ray.leases.num_idle, len(ray.asked)) == (1, 49)
+    assert (ray.leases.num_idle, len(ray.asked)) == (1, MAX_ASKING)
     late = [ray.request("a51"), ray.request("a52")]
     await turns()
     assert [each.done() for each in late] == [True, False]
-    assert len(ray.asked) == 49
+    assert len(ray.asked) == MAX_ASKING
     while ray.asked:
         await ray.grant("a")
     for each in late:
@@ -312,6 +321,18 @@ async def test_a_lease_that_comes_as_its_request_leaves_is_kept(ray: Ray) -> Non
     assert request.cancelled()
     assert await ray.leased("a") is lease
     lease.done(is_whole=True)
+
+
+@with_ray
+async def test_no_more_wait_than_may(ray: Ray) -> None:
+    waiting = [ray.request(f"a{number}") for number in range(MAX_WAITING)]
+    await turns()
+    with pytest.raises(QueueFull, match=f"^{MAX_WAITING} requests wait"):
+        await ray.request("a")
+    while ray.asked:
+        await ray.grant("a")
+    for request in waiting:
+        (await request).done(is_whole=True)
 
 
 def test_who_waits_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
