@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include "exponential.h"
+#include "rounding.h"
 #include "sums.h"
 
 enum { WORK_OF_A_PIECE = 16384 };
@@ -20,13 +21,32 @@ INLINE void rotate_head(float *restrict x, const float *restrict cos_sin, int64_
     }
 }
 
+/* Heads become what their codes stand for. */
+INLINE void round_heads(float *restrict heads, int8_t *restrict codes, int64_t num_heads, int64_t head_size) {
+    for (int64_t h = 0; h < num_heads; h++) {
+        float *restrict head = heads + h * head_size, scale = quantize_row(codes, head, head_size);
+        for (int64_t i = 0; i < head_size; i++) head[i] = codes[i] * scale;
+    }
+}
+
+/* Heads of one token, as floats or as codes with a scale each. */
+INLINE void write_slot(void *base, float *scales, const struct cache *cache, int64_t slot, const float *heads) {
+    int64_t D = cache->head_size, G = cache->num_kv_heads, first = slot * G;
+    if (cache->dtype != INT8) {
+        write_floats((char *)base + first * D * size_of(cache->dtype), heads, cache->dtype, G * D);
+        return;
+    }
+    int8_t *codes = (int8_t *)base + first * D;
+    for (int64_t g = 0; g < G; g++) scales[first + g] = quantize_row(codes + g * D, heads + g * D, D);
+}
+
 VECTOR static void rope_rows(int64_t begin, int64_t end, void *context) {
     struct rope_task *task = context;
     const struct rope *step = &task->step;
     const struct cache *cache = &task->cache;
     int64_t D = cache->head_size, H = step->num_heads, G = cache->num_kv_heads, width = (H + 2 * G) * D;
-    int64_t size = size_of(step->dtype), cache_size = size_of(cache->dtype);
-    float *row = malloc((size_t)(width + 2 * D) * sizeof *row + 1), *q_weight = row + width, *k_weight = q_weight + D;
+    int64_t size = size_of(step->dtype);
+    float *row = malloc((size_t)(width + 3 * D) * sizeof *row + 1), *q_weight = row + width, *k_weight = q_weight + D;
     if (row == NULL) {
         task->failed = 1;
         return;
@@ -43,11 +63,17 @@ VECTOR static void rope_rows(int64_t begin, int64_t end, void *context) {
             if (step->q_weight != NULL) norm(head, h < H ? q_weight : k_weight, step->eps, D);
             rotate_head(head, cos_sin, step->num_rotated / 2);
         }
-        write_floats((char *)step->q + t * H * D * size, row, step->dtype, H * D);
+        char *q = (char *)step->q + t * H * D * size;
+        write_floats(q, row, step->dtype, H * D);
+        if (cache->dtype == INT8) {
+            /* Rounded to their own type first, as attention finds them. */
+            read_floats(row, q, step->dtype, H * D);
+            round_heads(row, (int8_t *)(k_weight + D), H, D);
+            write_floats(q, row, step->dtype, H * D);
+        }
         if (step->slots[t] < 0) continue;
-        int64_t at = step->slots[t] * G * D * cache_size;
-        write_floats((char *)cache->keys + at, row + H * D, cache->dtype, G * D);
-        write_floats((char *)cache->values + at, row + (H + G) * D, cache->dtype, G * D);
+        write_slot(cache->keys, cache->key_scales, cache, step->slots[t], row + H * D);
+        write_slot(cache->values, cache->value_scales, cache, step->slots[t], row + (H + G) * D);
     }
     free(row);
 }
@@ -96,18 +122,20 @@ VECTOR static void decode_heads(int64_t begin, int64_t end, void *context) {
     int64_t D = cache->head_size, G = cache->num_kv_heads, shared = step->num_heads / G, longest = 1;
     for (int64_t piece = begin; piece < end; piece++)
         longest = step->context_lens[piece / G] > longest ? step->context_lens[piece / G] : longest;
-    float *q = malloc((size_t)(2 * shared * D + D + shared * longest) * sizeof *q + 1);
+    float *q = malloc((size_t)(2 * shared * D + D + shared * longest) * sizeof *q + D);
     if (q == NULL) {
         task->failed = 1;
         return;
     }
     float *y = q + shared * D, *row = y + shared * D, *scores = row + D;
+    int8_t *codes = (int8_t *)(scores + shared * longest);
     for (int64_t piece = begin; piece < end; piece++) {
         int64_t b = piece / G, g = piece % G, stop = step->context_lens[b];
         int64_t first = step->window > 0 && stop > step->window ? stop - step->window : 0, n = stop - first;
         int64_t at = (b * step->num_heads + g * shared) * D * size_of(step->dtype);
         const int32_t *table = step->block_tables + b * step->table_stride;
         read_floats(q, (const char *)step->q + at, step->dtype, shared * D);
+        if (cache->dtype == INT8) round_heads(q, codes, shared, D);
         memset(y, 0, shared * D * sizeof *y);
         for (int64_t token = 0; token < n; token++) {
             const float *key = head_at(cache->keys, cache->key_scales, cache, table, first + token, g, row);

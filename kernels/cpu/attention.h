@@ -5,10 +5,10 @@
 #include "native.h"
 
 /* Caches [num_blocks, block_size, num_kv_heads, head_size], contiguous; block_size is 1 << block_shift.
-   Those of codes, which decode_attention takes, have a scale for each token's head. */
+   Those of codes have a scale for each token's head. */
 struct cache {
     void *keys, *values;
-    const float *key_scales, *value_scales; /* null: floats */
+    float *key_scales, *value_scales; /* null: floats */
     int64_t dtype, block_size, block_shift, num_kv_heads, head_size;
 };
 

@@ -11,7 +11,7 @@ from kernels import reference
 from kernels.cpu.library import DTYPES, WHY_NOT, native
 from kernels.cpu.product import HAS_AMX, int8_product
 from kernels.quantized import Quantized, ToInt8
-from kernels.reference.attention import as_multiplied, decode_attention
+from kernels.reference.attention import decode_attention
 from kernels.reference.common import ROWS_AT_ONCE, row_slices
 from kernels.reference.linear import require_depth
 from kernels.rows import Rows
@@ -133,7 +133,7 @@ def rope_and_cache(
     sink: Tensor | None = None,
 ) -> Tensor:
     """See reference.rope_and_cache."""
-    cache = None if isinstance(k_cache, Quantized) else _cache(k_cache, v_cache)
+    cache = _cache(k_cache, v_cache)
     if cache is None or sink is not None or not _takes(qkv, positions, slots, cos_sin, q_weight, k_weight):
         return reference.rope_and_cache(
             qkv, positions, slots, cos_sin, k_cache, v_cache, num_heads, q_weight, k_weight, eps, sink
@@ -229,7 +229,6 @@ def _decode_attention(
     cache = _cache(k_cache, v_cache)
     if cache is None or soft_cap is not None or not _takes(q, block_tables, context_lens):
         return decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale, window, soft_cap)
-    dtype, q = q.dtype, as_multiplied(q, k_cache)
     y = torch.empty_like(q).flatten(1)
     native.decode_attention(
         q.data_ptr(),
@@ -244,7 +243,7 @@ def _decode_attention(
         float(scale),
         *cache,
     )
-    return y.to(dtype)
+    return y
 
 
 _KNOWN = (*DTYPES, torch.int8, torch.int32)

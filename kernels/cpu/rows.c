@@ -1,34 +1,10 @@
 #include "rows.h"
 
 #include "exponential.h"
+#include "rounding.h"
 #include "sums.h"
 
-#define CODE_MAX 127.0f
-#define TINY 0x1p-100f
 enum { WORK_OF_A_PIECE = 16384, COLUMNS_AT_ONCE = 512 };
-
-/* The largest magnitude, and NaN if there is one: as bits without a sign NaN is above every number. */
-INLINE float absmax_of(const float *restrict x, int64_t n) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffffu;
-        largest = bits > largest ? bits : largest;
-    }
-    float value;
-    memcpy(&value, &largest, 4);
-    return value;
-}
-
-INLINE void round_row(int8_t *restrict codes, const float *restrict x, float scale, float least, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        float code = x[i] / scale;
-        code = code < least ? least : code;
-        code = code > CODE_MAX ? CODE_MAX : code;
-        codes[i] = (int8_t)(int32_t)((code + ROUNDER) - ROUNDER);
-    }
-}
 
 /* Row r of a result of n columns, to where it goes. */
 INLINE void put_row(struct target to, int64_t r, const float *restrict x, int64_t n) {
@@ -41,14 +17,7 @@ INLINE void put_row(struct target to, int64_t r, const float *restrict x, int64_
         round_row(codes, x, to.scale[0], -128.0f, n);
         return;
     }
-    float absmax = absmax_of(x, n);
-    if (absmax < TINY) {
-        to.scale[r] = 1.0f;
-        memset(codes, 0, n);
-        return;
-    }
-    to.scale[r] = absmax / CODE_MAX;
-    round_row(codes, x, to.scale[r], -CODE_MAX, n);
+    to.scale[r] = quantize_row(codes, x, n);
 }
 
 struct rows {

@@ -28,7 +28,8 @@ def quantize_rows(x: Tensor) -> Quantized:
     x = x.float()
     absmax = x.abs().amax(-1, keepdim=True)
     scale = absmax / CODE_MAX
-    if absmax.numel() and absmax.min().item() < TINY:
+    # Negated, as the least of rows of which one holds NaN is NaN.
+    if absmax.numel() and not absmax.min().item() >= TINY:
         is_zero = absmax < TINY
         x = x.masked_fill(is_zero, 0.0)
         scale.masked_fill_(is_zero, 1.0)
