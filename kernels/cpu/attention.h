@@ -30,8 +30,23 @@ struct decode {
     float scale;
 };
 
+/* Rows of one request, the last num_rows of its `context` tokens, [num_rows, num_heads, head_size] in bfloat16. */
+struct prompt {
+    const void *q;
+    void *out;
+    const int32_t *block_table;
+    int64_t context, num_rows, num_heads, window; /* window: 0 for none */
+    float scale;
+};
+
 /* Each returns -1 if there is no memory, else 0. */
 int rope_and_cache(struct rope step, struct cache cache);
 int decode_attention(struct decode step, struct cache cache);
+
+/* Whether the processor has AMX for bfloat16, the kernel lets this process use it, and the compiler knew it. */
+int has_amx_bfloat16(void);
+
+/* Only where has_amx_bfloat16() is true. */
+int prompt_attention_amx(struct prompt step, struct cache cache);
 
 #endif

@@ -79,6 +79,11 @@ FUNCTION(decode_attention, 19,
                                           WHOLE(7), WHOLE(8), REAL(9)},
                           CACHE(10)))
 
+FUNCTION(prompt_attention_amx, 17,
+         prompt_attention_amx((struct prompt){POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6),
+                                              REAL(7)},
+                              CACHE(8)))
+
 static PyObject *call_use_threads(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
     number n[1];
@@ -102,6 +107,11 @@ static PyObject *call_has_amx(PyObject *self, PyObject *const *args, Py_ssize_t 
     return PyBool_FromLong(has_amx());
 }
 
+static PyObject *call_has_amx_bfloat16(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self, (void)args, (void)given;
+    return PyBool_FromLong(has_amx_bfloat16());
+}
+
 #define METHOD(name, does) {#name, (PyCFunction)(void (*)(void))call_##name, METH_FASTCALL, does}
 static PyMethodDef methods[] = {
     METHOD(is_supported, "Whether this processor has the instructions that everything here is compiled to."),
@@ -119,6 +129,8 @@ static PyMethodDef methods[] = {
     METHOD(finish_gated, "See rows.h."),
     METHOD(rope_and_cache, "See attention.h."),
     METHOD(decode_attention, "See attention.h."),
+    METHOD(has_amx_bfloat16, "Whether this process can use the instructions of prompt_attention_amx."),
+    METHOD(prompt_attention_amx, "See attention.h."),
     {NULL, NULL, 0, NULL},
 };
 

@@ -19,8 +19,7 @@ from kernels.rows import Rows
 INT8 = 2
 """`INT8` of `enum dtype`, beside DTYPES."""
 
-HAS_BFLOAT16_TILES = torch.cpu._is_amx_tile_supported()
-"""Whether products in bfloat16 take half the time of float32's, as with AMX; else they take several times as long."""
+HAS_AMX_BFLOAT16 = WHY_NOT is None and native.has_amx_bfloat16()
 
 
 def quantize_rows(x: Tensor) -> Quantized:
@@ -172,7 +171,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Tensor | Quantized:
-    """See reference.paged_attention. Single rows are attended in C, rows of prompts as there, in bfloat16 by AMX."""
+    """See reference.paged_attention. Single rows are attended in C, and by AMX the rows of prompts in bfloat16."""
     y = reference.paged_attention(
         q,
         k_cache,
@@ -185,7 +184,7 @@ def paged_attention(
         window=window,
         soft_cap=soft_cap,
         decode=_decode_attention,
-        tile_dtype=torch.bfloat16 if HAS_BFLOAT16_TILES and q.dtype == torch.bfloat16 else torch.float32,
+        prompt=_prompt_attention,
     )
     if quantize is None:
         return y
@@ -237,6 +236,34 @@ def _decode_attention(
         context_lens.data_ptr(),
         DTYPES[q.dtype],
         block_tables.stride(0),
+        len(q),
+        q.shape[1],
+        window or 0,
+        float(scale),
+        *cache,
+    )
+    return y
+
+
+def _prompt_attention(
+    q: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
+    block_table: Tensor,
+    context: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor | None:
+    cache = _cache(k_cache, v_cache) if HAS_AMX_BFLOAT16 and q.dtype == torch.bfloat16 and soft_cap is None else None
+    if cache is None or not _takes(q, block_table):
+        return None
+    y = torch.empty_like(q).flatten(1)
+    native.prompt_attention_amx(
+        q.data_ptr(),
+        y.data_ptr(),
+        block_table.data_ptr(),
+        context,
         len(q),
         q.shape[1],
         window or 0,

@@ -3,9 +3,10 @@
  * An instruction multiplies a tile of 16 rows of 64 codes by one of 64 rows of 16, whose codes lie in fours. The weights
  * are the first, which takes them as they lie, so only x is packed. Sums come out as [columns, rows] and are transposed. */
 #define _DEFAULT_SOURCE /* for syscall */
+#include "amx.h"
 #include "product.h"
 
-#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
+#ifdef OTTAVA_AMX
 
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -22,11 +23,10 @@ int has_amx(void) {
     return has_tiles && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-#define TARGETS "amx-tile,amx-int8,avx512f,avx512bw,avx512vl"
-#define TILES __attribute__((target(TARGETS)))
-#define INLINE_TILES static inline __attribute__((always_inline, target(TARGETS)))
+#define TILES __attribute__((target(AMX_TARGETS)))
+#define INLINE_TILES INLINE_AMX
 
-enum { SIDE = 16, DEPTH = 64, TILE = SIDE * DEPTH, GROUP = 2 * SIDE, ROWS_AT_ONCE = 512 };
+enum { DEPTH = TILE_ROW /* codes in a tile's row */, GROUP = 2 * SIDE, ROWS_AT_ONCE = 512 };
 
 /* linear: what becomes of the sums; null: they go to acc. */
 struct product {
@@ -38,17 +38,6 @@ struct product {
     void *out;
     int64_t out_dtype;
 };
-
-/* What a tile is, for each of the eight. */
-INLINE_TILES void use_tiles(void) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t num_rows[16];
-    } config = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = DEPTH, config.num_rows[tile] = SIDE;
-    _tile_loadconfig(&config);
-}
 
 /* Rows 16 i .. 16 i + 15 of x as num_slabs tiles [16 fours, 16 rows, 4]; 0 past the rows and the depth. */
 TILES static void pack(int64_t begin, int64_t end, void *task) {
@@ -248,7 +237,7 @@ VECTOR int int8_linear_amx(const int8_t *x, const int8_t *weight, int64_t depth,
     return 0;
 }
 
-#else /* the compiler does not know the instructions, or this is another system */
+#else
 
 int has_amx(void) { return 0; }
 

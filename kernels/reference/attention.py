@@ -108,7 +108,7 @@ def paged_attention(
     soft_cap: float | None = None,
     *,
     decode: Callable[..., Tensor] | None = None,
-    tile_dtype: torch.dtype = torch.float32,
+    prompt: Callable[..., Tensor | None] | None = None,
 ) -> Tensor | Quantized:
     """Attend causally over the paged cache, for prefill chunks and decodes in one batch.
 
@@ -136,7 +136,8 @@ def paged_attention(
         window: a row sees only the last window keys up to its own position, at least 1; None for all.
         soft_cap: positive bound of the scores; None for none.
         decode: attends single rows in place of `decode_attention`, with its arguments.
-        tile_dtype: of the factors of the products of other rows, the softmax's weights among them; without a soft cap.
+        prompt: attends the rows of a request with several, in place of `prompt_attention`, with its arguments; None if
+            it does not take them.
 
     Returns:
         y [T, H * D]. Rows outside every request are not defined.
@@ -158,24 +159,41 @@ def paged_attention(
         out[rows] = decode(
             q[rows], k_cache, v_cache, block_tables[decodes], context_lens[decodes], scale, window, soft_cap
         )
-    dtype = tile_dtype if soft_cap is None else torch.float32
     for b, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
         if length < 2:
             continue
-        first, num_keys = context - length, -(-context // TILE) * TILE
-        keys, values = (
-            _gather_blocks(cache, block_tables[b : b + 1], context, num_keys).to(q.dtype).to(dtype)
-            for cache in (k_cache, v_cache)
-        )
-        for start in range(first // TILE * TILE, context, TILE):
-            stop, begin, end = start + TILE, max(start, first), min(start + TILE, context)
-            here = slice(starts[b] + begin - first, starts[b] + end - first)
-            tile = torch.zeros(TILE, *q.shape[1:], dtype=dtype, device=q.device)
-            tile[begin - start : end - start] = q[here]
-            mask = _mask(start, window, dtype, q.device)
-            y = _attend(tile.transpose(0, 1)[None], keys[:, :, :stop], values[:, :, :stop], mask, scale, soft_cap)
-            out[here] = y[0, :, begin - start : end - start].transpose(0, 1).flatten(1).to(q.dtype)
+        here = slice(starts[b], starts[b] + length)
+        args = q[here], k_cache, v_cache, block_tables[b], context, scale, window, soft_cap
+        taken = None if prompt is None else prompt(*args)
+        out[here] = prompt_attention(*args) if taken is None else taken
     return store(out, q.dtype, quantize)
+
+
+def prompt_attention(
+    q: Tensor,
+    k_cache: Tensor | Quantized,
+    v_cache: Tensor | Quantized,
+    block_table: Tensor,
+    context: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    """`paged_attention` of rows q [n, H, D] of one request, the last of its `context` tokens: [n, H * D] float32."""
+    first, num_keys = context - len(q), -(-context // TILE) * TILE
+    keys, values = (
+        _gather_blocks(cache, block_table[None], context, num_keys).to(q.dtype).float() for cache in (k_cache, v_cache)
+    )
+    out = torch.empty(len(q), q.shape[1] * q.shape[2], device=q.device)
+    for start in range(first // TILE * TILE, context, TILE):
+        stop, begin, end = start + TILE, max(start, first), min(start + TILE, context)
+        here = slice(begin - first, end - first)
+        tile = torch.zeros(TILE, *q.shape[1:], device=q.device)
+        tile[begin - start : end - start] = q[here]
+        mask = _mask(start, window, q.device)
+        y = _attend(tile.transpose(0, 1)[None], keys[:, :, :stop], values[:, :, :stop], mask, scale, soft_cap)
+        out[here] = y[0, :, begin - start : end - start].transpose(0, 1).flatten(1)
+    return out
 
 
 def as_multiplied(q: Tensor, k_cache: Tensor | Quantized) -> Tensor:
@@ -227,10 +245,10 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float,
     return (scores + mask).softmax(-1) @ values
 
 
-def _mask(start: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _mask(start: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys 0 .. start + TILE - 1 the rows at positions start .. start + TILE - 1 see, as `_attend` takes it."""
     longest = 1 << max(start, TILE).bit_length()
-    mask = _diagonal(longest, dtype, device)[:, longest - start :]
+    mask = _diagonal(longest, device)[:, longest - start :]
     if window is None:
         return mask
     beyond = torch.ones(TILE, start + TILE, dtype=torch.bool, device=device).tril(start - window)
@@ -238,11 +256,11 @@ def _mask(start: int, window: int | None, dtype: torch.dtype, device: torch.devi
 
 
 @lru_cache(maxsize=8)
-def _diagonal(longest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _diagonal(longest: int, device: torch.device) -> Tensor:
     """The mask of a tile behind `longest` keys, whose last columns are those of a tile behind fewer."""
     # Kept for callers of either mode.
     with torch.inference_mode(False):
-        mask = torch.zeros(TILE, longest + TILE, dtype=dtype, device=device)
+        mask = torch.zeros(TILE, longest + TILE, device=device)
         mask[:, longest:] = torch.full((TILE, TILE), float("-inf"), device=device).triu(1)
         return mask
 

@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -357,6 +358,98 @@ def test_decode_attention_over_codes(dtype: torch.dtype, window: int | None, mon
         queries, k_floats, v_floats = as_multiplied(q, k), k.codes * k.scale[..., None], v.codes * v.scale[..., None]
         check_float(got, exact_attention(queries, k_floats, v_floats, tables, contexts, scale, window), dtype)
     assert num_calls == 3
+
+
+by_amx = pytest.mark.skipif(not ops.HAS_AMX_BFLOAT16, reason="this processor has no AMX for bfloat16")
+
+
+def prompt_case(
+    context: int, length: int, H: int, G: int, D: int, cache_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | Quantized, Tensor | Quantized, Tensor]:
+    """q of the last rows of a request, its caches and block table. What it does not own is NaN, or past all blocks."""
+    num_blocks = -(-context // 16)
+    keys, values = caches(torch.float32, num_blocks + 1, 16, G, D)
+    order = torch.randperm(num_blocks + 1, generator=torch.Generator().manual_seed(2))[:num_blocks]
+    slots = (order[:, None] * 16 + torch.arange(16)).flatten()[:context]
+    written = [randn(context, G, D), randn(context + 1, G, D)[1:]]
+    for cache, heads in zip((keys, values), written, strict=True):
+        cache.view(-1, G, D)[slots] = heads
+    q = randn(length + 3, H, D, dtype=torch.bfloat16)[3:]
+    table = torch.cat((order, torch.full((3,), 10**6))).to(torch.int32)
+    if cache_dtype != torch.int8:
+        return q, keys.to(cache_dtype), values.to(cache_dtype), table
+    rounded = [reference.quantize_rows(cache.flatten(0, 2)) for cache in (keys, values)]
+    k, v = (Quantized(r.codes.view(keys.shape), r.scale.view(keys.shape[:-1])) for r in rounded)
+    return q, k, v, table
+
+
+@by_amx
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 33])
+@pytest.mark.parametrize(
+    ("context", "length", "H", "G", "D"),
+    [(64, 64, 6, 2, 64), (100, 37, 3, 3, 80), (33, 2, 4, 1, 20), (130, 99, 2, 1, 128), (2, 2, 2, 2, 16)],
+)
+def test_prompt_attention_by_amx(
+    context: int, length: int, H: int, G: int, D: int, window: int | None, cache_dtype: torch.dtype
+) -> None:
+    """Weights are rounded to bfloat16 before they multiply values, and the result is; each rounds by at most 2**-8."""
+    q, k, v, table = prompt_case(context, length, H, G, D, cache_dtype)
+    got = ops._prompt_attention(q, k, v, table, context, D**-0.5, window, None)
+    assert got is not None
+    slots = (table[: -(-context // 16), None] * 16 + torch.arange(16)).flatten()[:context]
+    keys, values = (
+        (cache.codes * cache.scale[..., None] if isinstance(cache, Quantized) else cache)
+        .to(torch.bfloat16).double().view(-1, G, D)[slots].repeat_interleave(H // G, 1)
+        for cache in (k, v)
+    )  # fmt: skip
+    positions = torch.arange(context - length, context)[:, None] - torch.arange(context)
+    sees = (positions >= 0) & (positions < (window or context))
+    scores = torch.einsum("thd,shd->hts", q.double(), keys) * D**-0.5
+    weights = scores.masked_fill(~sees, -math.inf).softmax(-1)
+    want, size = (torch.einsum("hts,shd->thd", weights, each).flatten(1) for each in (values, values.abs()))
+    assert bool(((got.double() - want).abs() <= 1.01 * 2**-8 * (want.abs() + size) + 1e-5).all())
+
+
+@by_amx
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_prompts_row_by_amx_has_the_same_bits_in_any_chunk(window: int | None, cache_dtype: torch.dtype) -> None:
+    context, D = 150, 64
+    q, k, v, table = prompt_case(context, context, 6, 2, D, cache_dtype)
+
+    def rows(begin: int, end: int) -> Tensor:
+        y = ops._prompt_attention(q[begin:end], k, v, table, end, D**-0.5, window, None)
+        assert y is not None
+        return y
+
+    whole = rows(0, context)
+    for cuts in ((0, 150), (0, 64, 150), (0, 1, 33, 34, 97, 150), (0, 149, 150), (0, 5, 7, 100, 150)):
+        pieces = [rows(begin, end) for begin, end in pairwise(cuts)]
+        assert torch.equal(torch.cat(pieces), whole), cuts
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(rows(0, context), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@by_amx
+def test_a_prompt_by_amx_shows_a_fault_and_what_it_does_not_take_is_the_references() -> None:
+    q, k, v, table = prompt_case(70, 70, 4, 2, 64, torch.float32)
+    assert isinstance(k, Tensor)
+    k.view(-1, 2, 64)[table[2] * 16 + 8, 1, 5] = math.nan
+    y = ops._prompt_attention(q, k, v, table, 70, 0.125, None, None)
+    assert y is not None
+    faulty = y.view(70, 4, 64).isnan().any(-1)
+    assert faulty[40:, 2:].all(), "whoever sees key 40 of the second head"
+    assert not faulty[:40].any()
+    assert not faulty[:, :2].any()
+    assert ops._prompt_attention(q.float(), k, v, table, 70, 0.125, None, None) is None
+    assert ops._prompt_attention(q, k, v, table, 70, 0.125, None, 30.0) is None
+    requests = table[None], torch.tensor([0, 70], dtype=torch.int32), torch.tensor([70], dtype=torch.int32), False
+    assert torch.equal(floats_of(ops.paged_attention(q, k, v, *requests, 0.125))[:40], y[:40].float())
 
 
 @in_c
