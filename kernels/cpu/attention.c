@@ -4,6 +4,12 @@
 #include "rounding.h"
 #include "sums.h"
 
+#ifdef OTTAVA_AVX512
+#define ATTENTION_OPS attention_avx512
+#else
+#define ATTENTION_OPS attention_avx2
+#endif
+
 enum { WORK_OF_A_PIECE = 16384 };
 
 struct rope_task {
@@ -78,7 +84,7 @@ VECTOR static void rope_rows(int64_t begin, int64_t end, void *context) {
     free(row);
 }
 
-int rope_and_cache(struct rope step, struct cache cache) {
+static int rope_and_cache(struct rope step, struct cache cache) {
     struct rope_task task = {step, cache, 0};
     int64_t width = (step.num_heads + 2 * cache.num_kv_heads) * cache.head_size;
     parallel_for(step.num_rows, 1 + WORK_OF_A_PIECE / (width + 1), rope_rows, &task);
@@ -155,7 +161,7 @@ VECTOR static void decode_heads(int64_t begin, int64_t end, void *context) {
     free(q);
 }
 
-int decode_attention(struct decode step, struct cache cache) {
+static int decode_attention(struct decode step, struct cache cache) {
     struct decode_task task = {step, cache, 0};
     int64_t work = 1;
     for (int64_t b = 0; b < step.num_rows; b++) work += step.context_lens[b] * step.num_heads * cache.head_size;
@@ -163,3 +169,5 @@ int decode_attention(struct decode step, struct cache cache) {
     parallel_for(pieces, 1 + WORK_OF_A_PIECE * pieces / work, decode_heads, &task);
     return task.failed ? -1 : 0;
 }
+
+const struct attention_ops ATTENTION_OPS = {rope_and_cache, decode_attention};

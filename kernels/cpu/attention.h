@@ -40,8 +40,12 @@ struct prompt {
 };
 
 /* Each returns -1 if there is no memory, else 0. */
-int rope_and_cache(struct rope step, struct cache cache);
-int decode_attention(struct decode step, struct cache cache);
+struct attention_ops {
+    int (*rope_and_cache)(struct rope step, struct cache cache);
+    int (*decode_attention)(struct decode step, struct cache cache);
+};
+
+extern const struct attention_ops attention_avx2, attention_avx512;
 
 /* Whether the processor has AMX for bfloat16, the kernel lets this process use it, and the compiler knew it. */
 int has_amx_bfloat16(void);

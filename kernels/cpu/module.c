@@ -9,6 +9,19 @@
 
 enum { MOST_ARGUMENTS = 24 };
 
+/* Those of the widest vectors that the processor has. */
+static struct row_ops rows;
+static struct attention_ops attention;
+
+static int use_wide_vectors(int are_wanted) {
+    int has_them = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    int are_used = are_wanted && has_them;
+    rows = are_used ? rows_avx512 : rows_avx2;
+    attention = are_used ? attention_avx512 : attention_avx2;
+    return are_used;
+}
+
 typedef struct {
     int64_t whole;
     double real;
@@ -63,19 +76,19 @@ FUNCTION(int8_product_amx, 8,
          int8_product_amx(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6), WHOLE(7)))
 FUNCTION(int8_linear_amx, 18,
          int8_linear_amx(POINTER(11), POINTER(12), WHOLE(13), WHOLE(14), WHOLE(15), EPILOGUE, POINTER(16), WHOLE(17)))
-FUNCTION(quantize, 10, quantize(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), WHOLE(4), TARGET(5)))
+FUNCTION(quantize, 10, rows.quantize(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), WHOLE(4), TARGET(5)))
 FUNCTION(rms_norm, 14,
-         rms_norm(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), POINTER(4), WHOLE(5), REAL(6), WHOLE(7), WHOLE(8),
+         rows.rms_norm(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), POINTER(4), WHOLE(5), REAL(6), WHOLE(7), WHOLE(8),
                   TARGET(9)))
-FUNCTION(silu_mul, 9, silu_mul(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), TARGET(4)))
-FUNCTION(finish, 16, finish(EPILOGUE, TARGET(11)))
-FUNCTION(finish_gated, 16, finish_gated(EPILOGUE, TARGET(11)))
+FUNCTION(silu_mul, 9, rows.silu_mul(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), TARGET(4)))
+FUNCTION(finish, 16, rows.finish(EPILOGUE, TARGET(11)))
+FUNCTION(finish_gated, 16, rows.finish_gated(EPILOGUE, TARGET(11)))
 FUNCTION(rope_and_cache, 22,
-         rope_and_cache((struct rope){POINTER(0), POINTER(1), POINTER(2), POINTER(3), POINTER(4), POINTER(5), POINTER(6),
+         attention.rope_and_cache((struct rope){POINTER(0), POINTER(1), POINTER(2), POINTER(3), POINTER(4), POINTER(5), POINTER(6),
                                       WHOLE(7), WHOLE(8), WHOLE(9), WHOLE(10), WHOLE(11), REAL(12)},
                         CACHE(13)))
 FUNCTION(decode_attention, 19,
-         decode_attention((struct decode){POINTER(0), POINTER(1), POINTER(2), POINTER(3), WHOLE(4), WHOLE(5), WHOLE(6),
+         attention.decode_attention((struct decode){POINTER(0), POINTER(1), POINTER(2), POINTER(3), WHOLE(4), WHOLE(5), WHOLE(6),
                                           WHOLE(7), WHOLE(8), REAL(9)},
                           CACHE(10)))
 
@@ -90,6 +103,13 @@ static PyObject *call_use_threads(PyObject *self, PyObject *const *args, Py_ssiz
     if (read_numbers(args, given, 1, n) != 0) return NULL;
     use_threads(POINTER(0));
     Py_RETURN_NONE;
+}
+
+static PyObject *call_use_avx512(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    number n[1];
+    if (read_numbers(args, given, 1, n) != 0) return NULL;
+    return PyBool_FromLong(use_wide_vectors(WHOLE(0) != 0));
 }
 
 static PyObject *call_is_supported(PyObject *self, PyObject *const *args, Py_ssize_t given) {
@@ -115,6 +135,7 @@ static PyObject *call_has_amx_bfloat16(PyObject *self, PyObject *const *args, Py
 #define METHOD(name, does) {#name, (PyCFunction)(void (*)(void))call_##name, METH_FASTCALL, does}
 static PyMethodDef methods[] = {
     METHOD(is_supported, "Whether this processor has the instructions that everything here is compiled to."),
+    METHOD(use_avx512, "Use AVX-512 where the processor has it, as at first, or with 0 not. Returns whether it is used."),
     METHOD(use_threads, "Work on torch's threads; the argument is the address of its torch_parallel_for."),
     METHOD(int8_product, "See product.h."),
     METHOD(has_vnni, "Whether this processor has the instructions of int8_product_vnni."),
@@ -137,4 +158,7 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "native", "Ops on CPU tensors in C.", -1, methods,
                                     NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit_native(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit_native(void) {
+    use_wide_vectors(1);
+    return PyModule_Create(&module);
+}

@@ -10,9 +10,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Compiled for AVX2 whatever the machine that compiles; Python asks `is_supported` before it calls anything. */
-#define VECTOR __attribute__((target("avx2,fma")))
-#define INLINE static inline __attribute__((always_inline, target("avx2,fma")))
+/* Compiled for AVX2 whatever the machine that compiles; Python asks `is_supported` before it calls anything. A file that
+ * defines OTTAVA_AVX512 compiles another one once more, for processors with that: the same results, in vectors of 16. */
+#if !defined(OTTAVA_AVX512)
+#define VECTOR_TARGETS "avx2,fma"
+#elif defined(__clang__)
+#define VECTOR_TARGETS "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
+#else
+#define VECTOR_TARGETS "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"
+#endif
+#define VECTOR __attribute__((target(VECTOR_TARGETS)))
+#define INLINE static inline __attribute__((always_inline, target(VECTOR_TARGETS)))
 
 enum dtype { FLOAT32, BFLOAT16, INT8 /* of caches alone */ };
 

@@ -4,6 +4,12 @@
 #include "rounding.h"
 #include "sums.h"
 
+#ifdef OTTAVA_AVX512
+#define ROW_OPS rows_avx512
+#else
+#define ROW_OPS rows_avx2
+#endif
+
 enum { WORK_OF_A_PIECE = 16384, COLUMNS_AT_ONCE = 512 };
 
 /* Row r of a result of n columns, to where it goes. */
@@ -49,7 +55,7 @@ VECTOR static void quantize_rows_of(int64_t begin, int64_t end, void *context) {
     free(row);
 }
 
-int quantize(const void *x, int64_t dtype, int64_t stride, int64_t num_rows, int64_t width, struct target to) {
+static int quantize(const void *x, int64_t dtype, int64_t stride, int64_t num_rows, int64_t width, struct target to) {
     struct rows task = {.x = x, .dtype = dtype, .stride = stride, .num_rows = num_rows, .width = width, .to = to};
     return run(&task, quantize_rows_of);
 }
@@ -78,7 +84,7 @@ VECTOR static void norm_rows_of(int64_t begin, int64_t end, void *context) {
     free(h);
 }
 
-int rms_norm(const void *x, const void *residual, void *summed, int64_t dtype, const void *weight, int64_t weight_dtype,
+static int rms_norm(const void *x, const void *residual, void *summed, int64_t dtype, const void *weight, int64_t weight_dtype,
              float eps, int64_t num_rows, int64_t width, struct target to) {
     struct rows task = {.x = x, .residual = residual, .summed = summed, .dtype = dtype, .weight = weight,
                         .weight_dtype = weight_dtype, .eps = eps, .num_rows = num_rows, .width = width, .to = to};
@@ -101,7 +107,7 @@ VECTOR static void gate_rows_of(int64_t begin, int64_t end, void *context) {
     free(gate);
 }
 
-int silu_mul(const void *gate_up, int64_t dtype, int64_t num_rows, int64_t width, struct target to) {
+static int silu_mul(const void *gate_up, int64_t dtype, int64_t num_rows, int64_t width, struct target to) {
     struct rows task = {.x = gate_up, .dtype = dtype, .num_rows = num_rows, .width = width, .to = to};
     return run(&task, gate_rows_of);
 }
@@ -150,7 +156,7 @@ VECTOR static void finish_pieces(int64_t begin, int64_t end, void *context) {
     }
 }
 
-int finish(struct epilogue from, struct target to) {
+static int finish(struct epilogue from, struct target to) {
     struct finished task = {from, to, 0};
     int64_t pieces = (from.num_columns + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
     parallel_for(from.num_rows * pieces, WORK_OF_A_PIECE / COLUMNS_AT_ONCE, finish_pieces, &task);
@@ -181,8 +187,10 @@ VECTOR static void finish_gated_rows(int64_t begin, int64_t end, void *context) 
     free(pairs);
 }
 
-int finish_gated(struct epilogue from, struct target to) {
+static int finish_gated(struct epilogue from, struct target to) {
     struct finished task = {from, to, 0};
     parallel_for(from.num_rows, 1 + WORK_OF_A_PIECE / 4 / (from.num_columns + 1), finish_gated_rows, &task);
     return task.failed ? -1 : 0;
 }
+
+const struct row_ops ROW_OPS = {quantize, rms_norm, finish, finish_gated, silu_mul};

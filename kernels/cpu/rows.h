@@ -24,12 +24,16 @@ struct epilogue {
 };
 
 /* Each returns -1 if there is no memory, else 0. */
-int quantize(const void *x, int64_t dtype, int64_t stride, int64_t num_rows, int64_t width, struct target to);
-int rms_norm(const void *x, const void *residual, void *summed, int64_t dtype, const void *weight, int64_t weight_dtype,
-             float eps, int64_t num_rows, int64_t width, struct target to);
-int finish(struct epilogue from, struct target to);
-/* Columns are pairs of gate and up; results are rounded to to.dtype even if they become codes. */
-int finish_gated(struct epilogue from, struct target to);
-int silu_mul(const void *gate_up, int64_t dtype, int64_t num_rows, int64_t width, struct target to);
+struct row_ops {
+    int (*quantize)(const void *x, int64_t dtype, int64_t stride, int64_t num_rows, int64_t width, struct target to);
+    int (*rms_norm)(const void *x, const void *residual, void *summed, int64_t dtype, const void *weight,
+                    int64_t weight_dtype, float eps, int64_t num_rows, int64_t width, struct target to);
+    int (*finish)(struct epilogue from, struct target to);
+    /* Columns are pairs of gate and up; results are rounded to to.dtype even if they become codes. */
+    int (*finish_gated)(struct epilogue from, struct target to);
+    int (*silu_mul)(const void *gate_up, int64_t dtype, int64_t num_rows, int64_t width, struct target to);
+};
+
+extern const struct row_ops rows_avx2, rows_avx512;
 
 #endif

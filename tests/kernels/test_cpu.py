@@ -360,6 +360,52 @@ def test_decode_attention_over_codes(dtype: torch.dtype, window: int | None, mon
     assert num_calls == 3
 
 
+@in_c
+@each_dtype
+def test_wider_vectors_change_no_bit(dtype: torch.dtype) -> None:
+    """Odd widths, so that ends of rows are taken one by one."""
+    if not library.native.use_avx512(1):
+        pytest.skip("this processor has no AVX-512")
+    x, residual, weight = randn(37, 203, dtype=dtype), randn(37, 203, dtype=dtype), randn(203, dtype=dtype)
+    x[3] = 0
+    x[5, 7] = math.nan
+    cos_sin, positions = randn(40, 34), torch.arange(37, dtype=torch.int32)
+    q, keys, values, tables, contexts = decode_case(dtype, [1, 16, 17, 90], D=52)
+    scales = randn(203).abs()
+
+    def results() -> list[Tensor]:
+        found: list[Tensor | Quantized] = []
+        for quantize in (None, ToInt8(), ToInt8(torch.tensor([0.02]))):
+            found += ops.rms_norm(x, weight, EPS, residual, quantize)
+            found += [ops.silu_mul(torch.cat((x, residual), 1), quantize)]
+            rows = ops.quantize_rows(x)
+            found += [ops.int8_gated_linear(rows, codes(406, 203), scales.repeat(2), None, dtype, quantize)]
+        found += [rows, ops.int8_linear(rows, codes(203, 203), scales, weight, residual, dtype)]
+        for D, cache in ((52, dtype), (52, torch.int8)):
+            shape = (3, 16, 2, D)
+            k, v = (
+                Quantized(torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[:3]))
+                if cache == torch.int8
+                else torch.zeros(shape, dtype=dtype)
+                for _ in range(2)
+            )
+            qkv = torch.cat((x, residual, x), 1)[:, : 7 * D].contiguous()
+            found += [ops.rope_and_cache(qkv, positions, positions, cos_sin, k, v, 3), k, v]
+        starts = torch.arange(5, dtype=torch.int32)
+        found += [ops.paged_attention(q, keys, values, tables, starts, contexts, True, 0.1)]
+        return [part for each in found for part in (each if isinstance(each, Quantized) else (each,))]
+
+    wide = results()
+    try:
+        assert not library.native.use_avx512(0)
+        narrow = results()
+    finally:
+        library.native.use_avx512(1)
+    for place, (one, other) in enumerate(zip(wide, narrow, strict=True)):
+        assert torch.equal(one.isnan(), other.isnan()), place
+        assert torch.equal(one.float().nan_to_num(), other.float().nan_to_num()), place
+
+
 by_amx = pytest.mark.skipif(not ops.HAS_AMX_BFLOAT16, reason="this processor has no AMX for bfloat16")
 
 
