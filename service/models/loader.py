@@ -94,13 +94,15 @@ def decoder_of(
 
 def _refuse_overflow(decoder: Decoder, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a scaled row of the embedding is infinite: who sends its token would get no answer."""
-    scale = decoder.embedding_scale
-    most = 0.0 if scale is None else largest(decoder.embedding)
-    if scale is not None and most * scale > torch.finfo(decoder.embedding.dtype).max:
+    scale, embedding = decoder.embedding_scale, decoder.embedding
+    if scale is None or embedding.is_meta:
+        return
+    most = largest(embedding)
+    if most * scale > torch.finfo(embedding.dtype).max:
         name = f"{decoder.config.layout.names.embedding}.weight"
         raise CheckpointError(
             f"{checkpoint.files.path(name)}: {name} reaches {most:g}: times {scale:g}, as the model multiplies it, it "
-            f"is infinite in {str(decoder.embedding.dtype).removeprefix('torch.')}; download or convert the model again"
+            f"is infinite in {str(embedding.dtype).removeprefix('torch.')}; download or convert the model again"
         )
 
 
