@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,24 @@ def follow(descriptor: int, memory: int, polls: int) -> None:
             end.send(time.perf_counter_ns().to_bytes(8, "little"))
 
 
-def measure(table: StepTable, board: Board, ends: list[socket.socket], args: argparse.Namespace) -> dict[str, Any]:
+def rest(end: socket.socket, seconds: float, *, polls: bool) -> None:
+    """What the first rank does until the next step: sleeps, or asks a socket as an engine that polls does."""
+    stop_s = time.perf_counter() + seconds
+    if not polls:
+        time.sleep(seconds)
+    while time.perf_counter() < stop_s:
+        with suppress(BlockingIOError):
+            end.recv(8, socket.MSG_DONTWAIT)
+
+
+def measure(
+    table: StepTable, board: Board, ends: list[socket.socket], args: argparse.Namespace, *, polls: bool
+) -> dict[str, Any]:
     """Quantiles of one step's broadcast, in microseconds, over steps that follow each other as those of a model do."""
     lead = RunnerLead("w8a8", board, partial(send, ends))
     told_us, had_us = [], []
     for _ in range(args.steps):
-        time.sleep(args.step_ms / 1e3)
+        rest(ends[0], args.step_ms / 1e3, polls=polls)
         begun = time.perf_counter_ns()
         lead.forward(table, None, is_behind=True)
         ended = time.perf_counter_ns()
@@ -74,7 +87,7 @@ def measure(table: StepTable, board: Board, ends: list[socket.socket], args: arg
 
 
 def measure_all(args: argparse.Namespace, polls: bool) -> list[dict[str, Any]]:
-    """A row for each kind of step. polls: the other ranks keep asking for the next one, as on a GPU."""
+    """A row for each kind of step. polls: all ranks keep asking for the next one, as on a GPU, and else they sleep."""
     board, ends, processes = Board(LAYOUT.size), [], []
     for _ in range(1, args.ranks):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -86,7 +99,7 @@ def measure_all(args: argparse.Namespace, polls: bool) -> list[dict[str, Any]]:
     rows = []
     for name, sizes in STEPS.items():
         table = table_of(sizes)
-        found = measure(table, board, ends, args)
+        found = measure(table, board, ends, args, polls=polls)
         num_bytes = sum(column.nbytes for column in table.columns)
         row = {"step": name, "bytes": num_bytes, "step_ms": args.step_ms, "ranks": args.ranks, "polls": polls}
         rows.append(row | found)

@@ -26,7 +26,7 @@ CORES_OF_EACH = 4
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def busy_poll_s(wanted_ms: float | None, *, is_gpu: bool, num_ranks: int) -> float:
+def polling_s(wanted_ms: float | None, *, is_gpu: bool, num_ranks: int) -> float:
     """How long the processes of a server ask.
 
     Args:
@@ -40,7 +40,7 @@ def busy_poll_s(wanted_ms: float | None, *, is_gpu: bool, num_ranks: int) -> flo
 
 
 def usable_cores(cgroup: Path = CGROUP) -> float:
-    """Cores that this process may use: those that it may run on, or fewer by the quota of its container."""
+    """Cores that this process may use: those that it may run on, or fewer by its container's quota (of cgroup v2)."""
     is_linux = hasattr(os, "sched_getaffinity")
     cores = float(len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1)
     with suppress(OSError, ValueError):

@@ -1,8 +1,8 @@
 /* Attention of a prompt's rows in bfloat16, on processors with AMX.
  *
  * Rows go in tiles of 32 positions that begin at multiples of 32, and sums over keys run from the first key that the tile
- * sees, in order, 32 at a time; what a row does not see adds 0. So the bits of a row follow from its position, its query
- * and the keys that it sees, and not from the rows that it is computed with. An instruction multiplies a tile of 16 rows of
+ * sees, in order, 32 at a time; what a row does not see adds 0, unless it is infinite or NaN. So the bits of a row follow
+ * from its position, its query and the keys that it sees, and not from the rows that it is computed with. An instruction multiplies a tile of 16 rows of
  * 32 numbers by one of 32 rows of 16, whose numbers lie in pairs: keys and values are packed so once for all rows. */
 #include "amx.h"
 #include "attention.h"

@@ -169,7 +169,8 @@ class Replica:
     """
 
     async def __init__(self, settings: dict[str, Any], needs_key: bool) -> None:  # type: ignore[misc]
-        self._settings = load_settings(**settings)
+        # Other replicas may share the machine's cores, so none polls unless it is told to.
+        self._settings = load_settings(**{"busy_poll_ms": 0.0, **settings})
         _refuse_loopback_for_many(self._settings)
         configure_logging(self._settings, sys.stderr)
         allow_open_files(self._settings.max_connections)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from service.cluster.exchange import Unreachable
 from service.cluster.leases import IDLE_IN_REPLICA_S
-from service.errors import QueueFull, QueueTimeout
+from service.errors import OttavaError, QueueFull, QueueTimeout
 
 IDLE_IN_GATEWAY_S = IDLE_IN_REPLICA_S / 2
 """How long a lease may wait here for its next request. Its replica waits longer, since it hears of the end earlier."""
@@ -21,8 +24,11 @@ PATIENCE_S = 0.25
 MAX_ASKING = 32
 """Most leases that Ray is asked for at a time."""
 
-LEASE_S = 20.0
-"""How long a lease is used. Then its place goes back to Ray, which gives places to other gateways, too."""
+LEASE_S = 15.0, 25.0
+"""How long a lease is used, at least and at most: those of a burst do not end together. Then its place goes back to
+Ray, which gives places to other gateways, too."""
+
+log = logging.getLogger(__name__)
 
 
 class Placed(Protocol):
@@ -55,7 +61,8 @@ class KeptLeases(Generic[L]):
     A lease from Ray costs 1.9 ms of a core in the gateway and 1.6 in the replica, so a few hundred a second are all
     that it can give. So a lease whose request has been answered is used again: by the request that has waited longest,
     or, if none waits that it suits, by the next one that comes soon. While requests wait, Ray is asked for as many
-    leases as there are such requests, but for MAX_ASKING at most; whoever has waited longest gets them.
+    leases as there are such requests, but for MAX_ASKING at most. A granted one goes to the request that it was asked
+    for, or, if that has another by now, to the one that has waited longest.
 
     Args:
         ask: gets a lease from Ray for a request with these keys that avoids these replicas; see `Fleet.lease`. It is
@@ -85,12 +92,13 @@ class KeptLeases(Generic[L]):
         self._timeout_s = timeout_s
         self._now_s = now_s
         self._in_use: Counter[str] = Counter()
-        self._granted_s: dict[L, float] = {}
+        # Until when each may be used again.
+        self._until_s: dict[L, float] = {}
         # Replica -> lease -> when its request ended, the oldest first.
         self._idle: dict[str, dict[L, float]] = {}
         # The oldest first.
         self._waiters: dict[Waiter[L], None] = {}
-        self._asking: set[asyncio.Task[None]] = set()
+        self._asking: dict[asyncio.Task[None], Waiter[L]] = {}
 
     @property
     def loads(self) -> Mapping[str, int]:
@@ -120,16 +128,19 @@ class KeptLeases(Generic[L]):
             QueueTimeout: there was none for so long.
         """
         best = self._best(keys, avoid, self._in_use)
-        lease = None if best is None else self._take(best)
+        lease = None if best is None else self._young(best)
         if lease is not None:
+            self._in_use[lease.replica] += 1
             return lease
         if len(self._waiters) >= self._max_waiting():
             raise QueueFull(
                 f"{len(self._waiters)} requests wait for a replica, which is the limit; send the request again later"
             )
-        waiter: Waiter[L] = Waiter(keys, avoid, best, self._now_s(), asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        waiter: Waiter[L] = Waiter(keys, avoid, best, self._now_s(), loop.create_future())
         self._waiters[waiter] = None
         self._ask_for_all(waiter)
+        losing_patience = loop.call_later(PATIENCE_S, self._offer, waiter)
         try:
             async with asyncio.timeout(self._timeout_s):
                 lease = await waiter.granted
@@ -138,6 +149,7 @@ class KeptLeases(Generic[L]):
                 f"no replica had room for the request within {self._timeout_s:g} s; send it again later"
             ) from error
         finally:
+            losing_patience.cancel()
             if lease is None:
                 self._leave(waiter)
         return lease
@@ -148,49 +160,59 @@ class KeptLeases(Generic[L]):
         is_whole: its request has been answered in whole.
         """
         self._in_use[lease.replica] -= 1
-        age_s = self._now_s() - self._granted_s.get(lease, -LEASE_S)
-        is_kept = is_whole and age_s < LEASE_S and self._serves(lease.replica)
-        if is_kept:
-            self._pass_on(lease, self._suited(lease.replica))
+        is_young = self._now_s() < self._until_s.get(lease, 0.0)
+        is_kept = is_whole and is_young and self._serves(lease.replica)
+        suited = self._suited(lease.replica) if is_kept else None
+        if suited is not None:
+            self._give(lease, suited)
+        elif is_kept:
+            self._idle.setdefault(lease.replica, {})[lease] = self._now_s()
         else:
-            self._granted_s.pop(lease, None)
+            self._until_s.pop(lease, None)
         self._prune(lease.replica)
         return is_kept
 
     def ended(self, lease: L) -> None:
         """The replica has ended a lease, or has ended itself."""
-        self._granted_s.pop(lease, None)
+        self._until_s.pop(lease, None)
         self._idle.get(lease.replica, {}).pop(lease, None)
         self._prune(lease.replica)
 
-    def _take(self, replica: str) -> L | None:
-        """Use the youngest kept lease of this replica; None if there is none, or only too old ones."""
+    def _young(self, replica: str) -> L | None:
+        """Take the youngest kept lease of this replica; None if there is none, or only too old ones."""
         idle = self._idle.get(replica)
         if not idle:
             return None
         lease, since_s = idle.popitem()
-        is_young = since_s + IDLE_IN_GATEWAY_S > self._now_s()
-        if is_young:
-            self._in_use[replica] += 1
         self._prune(replica)
-        return lease if is_young else None
+        return lease if since_s + IDLE_IN_GATEWAY_S > self._now_s() else None
+
+    def _offer(self, waiter: Waiter[L]) -> None:
+        """A waiter has lost its patience: any kept lease will do that it need not avoid."""
+        for replica in [name for name in self._idle if name not in waiter.avoid]:
+            lease = self._young(replica) if self._waits(waiter) else None
+            if lease is not None:
+                self._give(lease, waiter)
+
+    def _waits(self, waiter: Waiter[L]) -> bool:
+        """Whether it still waits. One whose client has left does not, although it has not yet been told."""
+        return waiter in self._waiters and not waiter.granted.done()
 
     def _suited(self, replica: str) -> Waiter[L] | None:
         """The oldest waiter that this replica suits best, or that has lost its patience and need not avoid it."""
         impatient_s = self._now_s() - PATIENCE_S
         for waiter in self._waiters:
-            if waiter.best == replica or (waiter.since_s <= impatient_s and replica not in waiter.avoid):
+            may_go = waiter.best == replica or (waiter.since_s <= impatient_s and replica not in waiter.avoid)
+            if may_go and self._waits(waiter):
                 return waiter
         return None
 
-    def _pass_on(self, lease: L, waiter: Waiter[L] | None) -> None:
-        """Let a waiter use a lease, or keep it if there is none."""
-        if waiter is None:
-            self._idle.setdefault(lease.replica, {})[lease] = self._now_s()
-            return
+    def _give(self, lease: L, waiter: Waiter[L]) -> None:
+        """Let a waiter use a lease, and ask for no more than the others need."""
         del self._waiters[waiter]
         self._in_use[lease.replica] += 1
         waiter.granted.set_result(lease)
+        self._ask_for_fewer()
 
     def _ask_for_all(self, *first: Waiter[L]) -> None:
         """Ask Ray for as many leases as may be asked for. first: whose turn it is, before the others."""
@@ -198,35 +220,59 @@ class KeptLeases(Generic[L]):
         if len(self._asking) >= num_wanted:
             return
         for waiter in (*first, *self._waiters):
-            if waiter.asking is None and waiter in self._waiters:
+            if waiter.asking is None and self._waits(waiter):
                 waiter.asking = asyncio.create_task(self._ask_for(waiter))
-                self._asking.add(waiter.asking)
+                self._asking[waiter.asking] = waiter
                 if len(self._asking) >= num_wanted:
                     return
+
+    def _ask_for_fewer(self) -> None:
+        """Give up what was asked for requests that wait no more and is too much: Ray would hold places for nobody."""
+        num_left = len(self._asking) - len(self._waiters)
+        if num_left <= 0:
+            return
+        idle = [task for task, waiter in self._asking.items() if waiter not in self._waiters]
+        for task in idle[:num_left]:
+            self._asking.pop(task).asking = None
+            task.cancel()
 
     async def _ask_for(self, waiter: Waiter[L]) -> None:
         """Ask Ray on behalf of a waiter; a lease goes to the oldest one if that one has gone."""
         try:
             lease = await self._ask(waiter.keys, waiter.avoid)
-        except Exception as error:  # noqa: BLE001 (whoever waits raises it)
-            if waiter in self._waiters:
+        except Exception as error:
+            self._stop_asking(waiter)
+            if self._waits(waiter):
                 del self._waiters[waiter]
                 waiter.granted.set_exception(error)
+            elif not isinstance(error, (OttavaError, Unreachable)):
+                log.exception("a lease for a request that has gone")
         else:
-            self._granted_s[lease] = self._now_s()
-            willing = (other for other in self._waiters if lease.replica not in other.avoid)
-            self._pass_on(lease, waiter if waiter in self._waiters else next(willing, None))
-        finally:
-            if waiter.asking is not None:
-                self._asking.discard(waiter.asking)
+            self._stop_asking(waiter)
+            self._until_s[lease] = self._now_s() + random.uniform(*LEASE_S)  # noqa: S311 (no secret)
+            self._grant(lease, waiter)
+        self._ask_for_all()
+
+    def _stop_asking(self, waiter: Waiter[L]) -> None:
+        if waiter.asking is not None:
+            self._asking.pop(waiter.asking, None)
             waiter.asking = None
-            self._ask_for_all()
+
+    def _grant(self, lease: L, waiter: Waiter[L]) -> None:
+        """Ray has granted a lease that was asked for on behalf of a waiter."""
+        willing = (other for other in self._waiters if lease.replica not in other.avoid and self._waits(other))
+        chosen = waiter if self._waits(waiter) else next(willing, None)
+        if chosen is not None:
+            self._give(lease, chosen)
+        else:
+            # Its replica would wait long for the first request.
+            self._in_use[lease.replica] += 1
+            lease.done(is_whole=False)
 
     def _leave(self, waiter: Waiter[L]) -> None:
         """A request no longer waits, because of an error or because its client has left."""
         self._waiters.pop(waiter, None)
-        if waiter.asking is not None and len(self._asking) > len(self._waiters):
-            waiter.asking.cancel()
+        self._ask_for_fewer()
         granted = waiter.granted
         if granted.done() and not granted.cancelled() and granted.exception() is None:
             # In the very turn of the loop in which it left.

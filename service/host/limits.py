@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.busy_poll import busy_poll_s
+from service.busy_poll import polling_s
 from service.engine.grammar import GrammarLimits
 from service.engine.supervision import FaultLimits
 from service.settings import Settings
@@ -13,9 +13,9 @@ def fault_limits(settings: Settings) -> FaultLimits:
     return FaultLimits(settings.engine_restarts, settings.engine_restart_window_s, settings.step_timeout_s)
 
 
-def poll_s(settings: Settings, *, is_gpu: bool) -> float:
-    """See `busy_poll_s`. Each rank finds the same."""
-    return busy_poll_s(settings.busy_poll_ms, is_gpu=is_gpu, num_ranks=settings.tensor_parallel)
+def busy_poll_s(settings: Settings, *, is_gpu: bool) -> float:
+    """See `polling_s`. Each rank finds the same."""
+    return polling_s(settings.busy_poll_ms, is_gpu=is_gpu, num_ranks=settings.tensor_parallel)
 
 
 def grammar_limits(settings: Settings) -> GrammarLimits:

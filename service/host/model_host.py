@@ -19,7 +19,7 @@ from service.engine.grammar import Grammars
 from service.engine.loop import EngineLoop
 from service.errors import InvalidRequest, InvalidSettings, SelfCheckFailed, UnsupportedModel
 from service.host.generation_config import sampling_defaults
-from service.host.limits import grammar_limits, poll_s
+from service.host.limits import busy_poll_s, grammar_limits
 from service.host.machine import device_name, versions
 from service.host.memory import cache_budget, step_bytes
 from service.host.one_token import describe_one_token
@@ -219,7 +219,7 @@ def _open(
         folder=tokens_folder,
         device_thread=device_thread,
         group=group,
-        busy_poll_s=poll_s(settings, is_gpu=device.type == "cuda"),
+        busy_poll_s=busy_poll_s(settings, is_gpu=device.type == "cuda"),
         sampling_defaults={} if settings.generation_config == "none" else sampling_defaults(tokens_folder),
         grammars=RulesCompiler(
             partial(tokenizer.vocabulary, num_rows),

@@ -138,11 +138,13 @@ class HostServer:
             return False
         self._host = host
         facts = [EngineFacts(name, engine.max_model_len, engine.dtype) for name, engine in host.engines.items()]
+        # Without a `take` the engines share their interpreter with the web, which must not poll beside their work.
+        busy_poll_s = 0.0 if self._take is None else host.busy_poll_s
         busy_poll = self._busy_poll(host)
         for engine in host.engines.values():
             engine.serve(self._send, busy_poll)
             engine.failed.add_done_callback(lambda failed, engine=engine: self._tell_failure(engine, failed.result()))  # type: ignore[misc]
-        self._send(Opened(host.info(), str(host.tokenizer_folder), facts, host.busy_poll_s))
+        self._send(Opened(host.info(), str(host.tokenizer_folder), facts, busy_poll_s))
         for engine in host.engines.values():
             self._send(engine.news())
         return True
@@ -172,9 +174,7 @@ class HostServer:
         if self._take is None:
             return None
         engines = tuple(host.engines.values())
-        return BusyPoll(
-            partial(self._take, self.receive), lambda: any(engine.has_work for engine in engines), host.busy_poll_s
-        )
+        return BusyPoll(partial(self._take, self.receive), lambda: any(map(_works, engines)), host.busy_poll_s)
 
     def _on_progress(self, name: str, done: int, total: int, detail: str = "", /) -> None:
         self._send(Staged(Stage(name, done, total, detail)))
@@ -229,6 +229,10 @@ def run(server: HostServer, channel: ThreadEnd[ToEngine]) -> NoReturn:
     server.stopped.result()
     server.stop(STOP_S)
     end_process(0)
+
+
+def _works(engine: ServedEngine) -> bool:
+    return engine.has_work and not engine.failed.done()
 
 
 def _read(channel: ThreadEnd[ToEngine], server: HostServer) -> None:

@@ -21,6 +21,7 @@ OTHER_FILES = 256
 def server_config(app: ASGIApp, settings: Settings, **others: Any) -> uvicorn.Config:
     """uvicorn's configuration for an app under these settings; `others` override uvicorn's options.
 
+    The event loop is asyncio's, which can poll, although uvloop may be installed, which was no faster under load.
     Requests are parsed by h11, because only h11 has a limit for the size of headers. Logs go where
     `service.telemetry.logs.configure_logging` sends them, which also replaces uvicorn's access log.
     """

@@ -392,7 +392,10 @@ def test_wider_vectors_change_no_bit(dtype: torch.dtype) -> None:
             qkv = torch.cat((x, residual, x), 1)[:, : 7 * D].contiguous()
             found += [ops.rope_and_cache(qkv, positions, positions, cos_sin, k, v, 3), k, v]
         starts = torch.arange(5, dtype=torch.int32)
-        found += [ops.paged_attention(q, keys, values, tables, starts, contexts, True, 0.1)]
+        rounded = [reference.quantize_rows(cache.nan_to_num().float().flatten(0, 2)) for cache in (keys, values)]
+        int8 = [Quantized(each.codes.view(keys.shape), each.scale.view(keys.shape[:-1])) for each in rounded]
+        for k, v in ((keys, values), (int8[0], int8[1])):
+            found += [ops.paged_attention(q, k, v, tables, starts, contexts, True, 0.1)]
         return [part for each in found for part in (each if isinstance(each, Quantized) else (each,))]
 
     wide = results()

@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from service import busy_poll
-from service.busy_poll import DEFAULT_S, BusyPoll, PollingEventLoop, PollingSelector, busy_poll_s, usable_cores
+from service.busy_poll import DEFAULT_S, BusyPoll, PollingEventLoop, PollingSelector, polling_s, usable_cores
 from service.settings import Settings
 from service.web.uvicorn_config import server_config
 
@@ -40,7 +40,7 @@ def test_it_is_for_gpus_with_cores_to_spare(
     seconds: float,
 ) -> None:
     monkeypatch.setattr(busy_poll, "usable_cores", lambda: cores)
-    assert busy_poll_s(wanted_ms, is_gpu=is_gpu, num_ranks=num_ranks) == seconds
+    assert polling_s(wanted_ms, is_gpu=is_gpu, num_ranks=num_ranks) == seconds
 
 
 @pytest.mark.parametrize(

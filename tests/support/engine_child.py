@@ -23,7 +23,7 @@ from service.engine.scheduler import Scheduler
 from service.engine.supervision import FaultLimits
 from service.host.channel.messages import Open, ToEngine
 from service.host.channel.socket import ThreadEnd
-from service.host.limits import poll_s
+from service.host.limits import busy_poll_s
 from service.host.server import HostServer, run, take_in
 from service.settings import load_settings
 from service.store.progress import Progress
@@ -61,7 +61,7 @@ def main() -> None:
             engines[name] = EngineLoop(
                 name, scheduler, runner, device_thread=device_thread, max_model_len=4096, limits=limits
             ).start()
-        return FakeHost(engines, busy_poll_s=poll_s(settings, is_gpu=False))
+        return FakeHost(engines, busy_poll_s=busy_poll_s(settings, is_gpu=False))
 
     print(f"engine {os.getpid()}", file=sys.stderr, flush=True)
     run(HostServer(open_host, channel.send, partial(take_in, channel)), channel)

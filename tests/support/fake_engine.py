@@ -171,6 +171,7 @@ class FakeEngine:
         self.num_taken = 0
         self.num_steps = 0
         self.sink: Sink = lambda _: None
+        self.busy_poll: BusyPoll | None = None
 
     @property
     def max_waiting(self) -> int:
@@ -206,6 +207,7 @@ class FakeEngine:
 
     def serve(self, sink: Sink, busy_poll: BusyPoll | None = None) -> None:
         self.sink = sink
+        self.busy_poll = busy_poll
 
     def count_cached(self, prompt_ids: list[int], salt: str) -> int:
         return 0

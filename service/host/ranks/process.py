@@ -22,7 +22,7 @@ from service.engine.device.ranks import GroupRanks
 from service.engine.device.runner import Runner
 from service.engine.shapes import Shape
 from service.errors import first_line
-from service.host.limits import poll_s
+from service.host.limits import busy_poll_s
 from service.host.machine import quiet_libraries
 from service.host.ranks.board import Board
 from service.host.ranks.group import join, measured
@@ -194,7 +194,7 @@ def main() -> NoReturn:
     try:
         join(rank, joining.size, Path(joining.meeting), device)
         follower = Follower(settings, device, Board(size, memory), end.sendall)
-        for content in messages_of(end, poll_s(settings, is_gpu=device.type == "cuda")):
+        for content in messages_of(end, busy_poll_s(settings, is_gpu=device.type == "cuda")):
             follower.do(decoder.decode(content))
     except Exception:
         logger.exception("rank %d cannot go on", rank)

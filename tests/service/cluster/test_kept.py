@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from service.cluster import kept
 from service.cluster.exchange import Unreachable
 from service.cluster.kept import IDLE_IN_GATEWAY_S, LEASE_S, MAX_ASKING, PATIENCE_S, KeptLeases
 from service.cluster.leases import IDLE_IN_REPLICA_S
@@ -182,14 +183,12 @@ async def test_many_at_once_are_served_by_the_few_leases_that_ray_has_granted(ra
         ray.now_s += 0.1
         pending[0].result().done(is_whole=True)
         await turns()
-    # Nobody waits: what Ray still grants is kept, and who comes meanwhile makes it no longer.
-    assert (ray.leases.num_idle, len(ray.asked)) == (1, MAX_ASKING)
+    # Nobody waits, so nothing is asked for any more.
+    assert (ray.leases.num_idle, len(ray.asked), len(ray.given_up)) == (1, 0, MAX_ASKING)
     late = [ray.request("a51"), ray.request("a52")]
     await turns()
     assert [each.done() for each in late] == [True, False]
-    assert len(ray.asked) == MAX_ASKING
-    while ray.asked:
-        await ray.grant("a")
+    await ray.grant("a")
     for each in late:
         (await each).done(is_whole=True)
 
@@ -224,10 +223,10 @@ async def test_a_free_lease_goes_to_whom_it_suits_and_to_others_once_they_have_l
 async def test_a_lease_goes_back_to_ray_after_its_time(ray: Ray) -> None:
     """Other gateways need places, too."""
     lease = await ray.new("a")
-    ray.now_s += LEASE_S / 2
+    ray.now_s += LEASE_S[0]
     lease.done(is_whole=True)
     assert await ray.leased("a") is lease
-    ray.now_s += LEASE_S / 2
+    ray.now_s += LEASE_S[1] - LEASE_S[0]
     lease.done(is_whole=True)
     assert lease.is_over
     assert ray.leases.num_idle == 0
@@ -263,40 +262,57 @@ def test_whoever_asked_is_told_that_it_was_refused(error: Exception) -> None:
     go()
 
 
+async def served_while_another_waits(
+    ray: Ray, key: str, avoid: Set[str] = frozenset()
+) -> tuple[Lease, asyncio.Task[Lease]]:
+    """The lease of a request that got it before Ray granted its own, and one that waits for what that asked for."""
+    lease = await ray.new("a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept, "MAX_ASKING", 1)
+        first, waiting = ray.request("a1"), ray.request(key, avoid)
+        await turns()
+    lease.done(is_whole=True)
+    assert await first is lease
+    assert ray.names == ["a1"]
+    return lease, waiting
+
+
 @with_ray
 async def test_a_refusal_of_one_that_is_served_already_is_nobodys(ray: Ray) -> None:
     """Another one waits by its request to Ray, and gets one of its own."""
-    lease = await ray.new("a")
-    first = ray.request("a1")
-    await turns()
-    lease.done(is_whole=True)
-    assert await first is lease
-    second = ray.request("a2")
-    await turns()
-    assert ray.names == ["a1"]
+    lease, waiting = await served_while_another_waits(ray, "b")
     await ray.refuse(Unreachable("gone"))
-    assert not second.done()
-    assert ray.names == ["a2"]
+    assert not waiting.done()
+    assert ray.names == ["b"]
     await ray.grant("a")
-    for used in (lease, second.result()):
+    for used in (lease, waiting.result()):
         used.done(is_whole=True)
 
 
 @with_ray
-async def test_a_lease_that_the_one_it_is_for_must_avoid_is_asked_for_again(ray: Ray) -> None:
-    lease = await ray.new("a")
-    first = ray.request("a1")
-    await turns()
-    lease.done(is_whole=True)
-    second = ray.request("b1", frozenset({"a"}))
-    await turns()
+async def test_a_lease_that_whoever_waits_must_avoid_is_ended_and_asked_for_again(ray: Ray) -> None:
+    """It is not kept: its replica would hold a place for a first request that does not come."""
+    lease, waiting = await served_while_another_waits(ray, "b", frozenset({"a"}))
     await ray.grant("a")
-    assert not second.done()
-    assert ray.leases.num_idle == 1
-    assert ray.names == ["b1"]
+    assert not waiting.done()
+    assert (ray.leases.num_idle, ray.leases.loads) == (0, {"a": 1})
+    assert ray.names == ["b"]
     await ray.grant("b")
-    for used in (await first, await second):
+    for used in (lease, await waiting):
         used.done(is_whole=True)
+
+
+def test_a_bug_shows_although_nobody_waits_for_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    @with_ray
+    async def go(ray: Ray) -> None:
+        lease, waiting = await served_while_another_waits(ray, "b")
+        await ray.refuse(RuntimeError("a bug"))
+        await ray.grant("b")
+        for used in (lease, await waiting):
+            used.done(is_whole=True)
+
+    go()
+    assert "RuntimeError: a bug" in caplog.text
 
 
 @with_ray
@@ -321,6 +337,61 @@ async def test_a_lease_that_comes_as_its_request_leaves_is_kept(ray: Ray) -> Non
     assert request.cancelled()
     assert await ray.leased("a") is lease
     lease.done(is_whole=True)
+
+
+@pytest.mark.parametrize("how", ["done", "grant", "refuse"])
+def test_a_client_that_has_just_left_gets_none(how: str) -> None:
+    """It still waits, until its task runs next; what comes in between is the next one's, or kept."""
+
+    @with_ray
+    async def go(ray: Ray) -> None:
+        lease = await ray.new("a")
+        gone, other = ray.request("a1"), ray.request("a2")
+        await turns()
+        if how == "done":
+            gone.cancel()
+            lease.done(is_whole=True)
+        elif how == "grant":
+            ray.asked.pop(0)[1].set_result("a")
+            gone.cancel()
+        else:
+            ray.asked.pop(0)[1].set_exception(Unreachable("gone"))
+            gone.cancel()
+        await turns()
+        assert gone.cancelled()
+        assert other.done() == (how != "refuse")
+        while ray.asked:
+            await ray.grant("a")
+        used = await other
+        assert dict(ray.leases.loads) == {"a": 1 + (used is not lease)}
+        used.done(is_whole=True)
+        if used is not lease:
+            lease.done(is_whole=True)
+
+    go()
+
+
+def test_a_kept_lease_is_given_to_whoever_loses_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not to the next one that comes for that replica."""
+    monkeypatch.setattr(kept, "PATIENCE_S", 0.01)
+
+    @with_ray
+    async def go(ray: Ray) -> None:
+        of_a = await ray.new("a")
+        waiting, picky = ray.request("b1"), ray.request("b2", frozenset({"a"}))
+        await turns()
+        of_a.done(is_whole=True)
+        assert ray.leases.num_idle == 1
+        assert await asyncio.wait_for(waiting, 10) is of_a
+        newcomer = ray.request("a1")
+        await asyncio.sleep(0.03)
+        assert (picky.done(), newcomer.done(), ray.leases.num_idle) == (False, False, 0)
+        while ray.asked:
+            await ray.grant("b")
+        for used in (of_a, await picky, await newcomer):
+            used.done(is_whole=True)
+
+    go()
 
 
 @with_ray

@@ -90,20 +90,13 @@ def test_messages_are_in_order_whichever_thread_takes_them() -> None:
     ours, theirs = pair()
     end, far = ThreadEnd(ours, TO_ENGINE), ThreadEnd(theirs, TO_ENGINE)
     got: list[ToEngine] = []
-    takers: set[int] = set()
-
-    def receive(message: ToEngine) -> None:
-        takers.add(threading.get_ident())
-        got.append(message)
 
     def ask() -> None:
-        while far.take(receive):
+        while far.take(got.append):
             pass
 
-    readers = [
-        threading.Thread(target=far.read_all, args=(receive,)),
-        *(threading.Thread(target=ask) for _ in range(2)),
-    ]
+    readers = [threading.Thread(target=ask) for _ in range(2)]
+    readers.append(threading.Thread(target=far.read_all, args=(got.append,)))
     for reader in readers:
         reader.start()
     sent = [Call(number, "compile", "x" * 50) for number in range(2_000)]
@@ -114,7 +107,22 @@ def test_messages_are_in_order_whichever_thread_takes_them() -> None:
         reader.join(20)
     assert not any(reader.is_alive() for reader in readers)
     assert got == sent
-    assert len(takers) > 1
+    for one in (ours, theirs):
+        one.close()
+
+
+def test_whoever_asks_has_what_has_come_and_waits_for_nothing() -> None:
+    ours, theirs = pair()
+    end, far = ThreadEnd(ours, TO_ENGINE), ThreadEnd(theirs, TO_ENGINE)
+    got: list[ToEngine] = []
+    assert far.take(got.append)
+    assert got == []
+    for message in MESSAGES:
+        end.send(message)
+    assert far.take(got.append)
+    assert got == MESSAGES
+    end.close()
+    assert not far.take(got.append)
     for one in (ours, theirs):
         one.close()
 
