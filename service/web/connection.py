@@ -179,7 +179,18 @@ class BoundedProtocol(H11Protocol):
             self._socket.pause_reading()
 
     def parse(self) -> bool:
-        """Parse a part of what has arrived. Returns whether more may be parsed now."""
+        """Parse a part of what has arrived. Returns whether more may be parsed now.
+
+        Raises nothing: connections parse in each other's turns, and a fault of one must not cost the others theirs.
+        """
+        try:
+            return self._parse_part()
+        except Exception:
+            self.logger.exception("connection of %s cut off: what it sent could not be parsed", self.client)
+            self.transport.abort()
+            return False
+
+    def _parse_part(self) -> bool:
         if self.transport.is_closing():
             self._drop(len(self._unparsed))
             self._unparsed.clear()
@@ -294,7 +305,12 @@ class BoundedProtocol(H11Protocol):
     def _hang_up(self) -> None:
         """Close the connection, or only our sending side if the client is still sending."""
         if self.conn.their_state in (h11.SEND_BODY, h11.ERROR) and self._socket.can_write_eof():
-            self._socket.write_eof()
+            try:
+                self._socket.write_eof()
+            except OSError:
+                # The client has left already, which the event loop has not read yet.
+                self._socket.abort()
+                return
             self._drop(len(self._unparsed))
             self._unparsed.clear()
             self._socket.resume_reading()

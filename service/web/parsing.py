@@ -118,7 +118,7 @@ class Parsed(Protocol):
     """A connection, as `ParsingTurns` uses it."""
 
     def parse(self) -> bool:
-        """Parse a small part of what has arrived. Returns whether there is more."""
+        """Parse a small part of what has arrived. Returns whether there is more. Raises nothing."""
         ...
 
 

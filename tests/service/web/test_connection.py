@@ -1,6 +1,7 @@
 """Clients that are slow, flood, or speak no HTTP, over a real socket."""
 
 import asyncio
+import errno
 import json
 import resource
 import socket
@@ -14,6 +15,7 @@ import pytest
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
+from service.web.connection import BoundedProtocol
 from service.web.uvicorn_config import allow_open_files
 from tests.service.kinds import Samples
 from tests.support.fake_engine import FakeEngine
@@ -137,8 +139,6 @@ def test_no_more_than_an_event_waits_in_memory(connect: Connect, monkeypatch: py
 
 
 def _spy_on_transports(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Transport]:
-    from service.web.connection import BoundedProtocol
-
     transports: list[asyncio.Transport] = []
     original = BoundedProtocol.pause_writing
 
@@ -441,6 +441,59 @@ def test_whoever_never_stops_sending_is_cut_off_although_it_was_answered(connect
     took_s, alive = asyncio.run(go())
     assert 0.2 < took_s < DEADLINE_S
     assert alive
+
+
+def test_a_client_that_has_reset_its_connection_when_it_is_hung_up_on(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The system then refuses to close our side. That must end this connection alone, and quietly."""
+    refused: list[int] = []
+
+    def write_eof(_: object) -> None:
+        refused.append(1)
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    monkeypatch.setattr("asyncio.selector_events._SelectorSocketTransport.write_eof", write_eof)
+
+    async def go() -> tuple[bool, bool]:
+        async with server_of(app_of(two_engines(), max_body_bytes=4096)) as port:
+            client = connect(port)
+            await send(client, f"{GENERATE}{LAST}Content-Length: {1 << 40}\r\n\r\n")
+            with suppress(ConnectionError):
+                while not refused:
+                    await send(client, b" " * (1 << 16))
+                    await asyncio.sleep(0.01)
+            async with asyncio.timeout(DEADLINE_S):
+                await read_all(client)
+            return bool(refused), await is_alive(port)
+
+    assert asyncio.run(go()) == (True, True)
+    assert "Traceback" not in caplog.text
+
+
+def test_a_fault_in_parsing_one_connection_costs_the_others_nothing(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They parse in each other's turns: the faulty one comes first, in the other's call."""
+    parse = BoundedProtocol._parse_part
+
+    def faulty(self: BoundedProtocol) -> bool:
+        if b"faulty" in self._unparsed:
+            raise RuntimeError("a bug")
+        return parse(self)
+
+    monkeypatch.setattr(BoundedProtocol, "_parse_part", faulty)
+
+    async def go() -> tuple[bytes, list[int]]:
+        async with server_of(app_of(two_engines())) as port, httpx.AsyncClient(timeout=DEADLINE_S) as other:
+            bad = connect(port)
+            await send(bad, "GET /faulty HTTP/1.1\r\n")
+            body = {"prompt": "x", "max_tokens": 2}
+            answers = [await other.post(f"http://127.0.0.1:{port}/generate", json=body) for _ in range(3)]
+            return await read_all(bad), [answer.status_code for answer in answers]
+
+    assert asyncio.run(go()) == (b"", [200] * 3)
+    assert "could not be parsed" in caplog.text
 
 
 def test_open_files_are_raised_as_far_as_needed_and_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
