@@ -189,7 +189,7 @@ class KeptLeases(Generic[L]):
 
     def _offer(self, waiter: Waiter[L]) -> None:
         """A waiter has lost its patience: any kept lease will do that it need not avoid."""
-        for replica in [name for name in self._idle if name not in waiter.avoid]:
+        for replica in [name for name in self._idle if name not in waiter.avoid and self._serves(name)]:
             lease = self._young(replica) if self._waits(waiter) else None
             if lease is not None:
                 self._give(lease, waiter)
@@ -231,8 +231,8 @@ class KeptLeases(Generic[L]):
         num_left = len(self._asking) - len(self._waiters)
         if num_left <= 0:
             return
-        idle = [task for task, waiter in self._asking.items() if waiter not in self._waiters]
-        for task in idle[:num_left]:
+        unneeded = [task for task, waiter in self._asking.items() if waiter not in self._waiters]
+        for task in unneeded[:num_left]:
             self._asking.pop(task).asking = None
             task.cancel()
 

@@ -371,6 +371,23 @@ def test_a_client_that_has_just_left_gets_none(how: str) -> None:
     go()
 
 
+def test_a_kept_lease_of_a_replica_that_takes_no_more_is_given_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "PATIENCE_S", 0.01)
+
+    @with_ray
+    async def go(ray: Ray) -> None:
+        of_a = await ray.new("a")
+        of_a.done(is_whole=True)
+        ray.gone.add("a")
+        waiting = ray.request("b1")
+        await asyncio.sleep(0.03)
+        assert not waiting.done()
+        await ray.grant("b")
+        (await waiting).done(is_whole=True)
+
+    go()
+
+
 def test_a_kept_lease_is_given_to_whoever_loses_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not to the next one that comes for that replica."""
     monkeypatch.setattr(kept, "PATIENCE_S", 0.01)
