@@ -20,7 +20,7 @@ DEFAULT_S = 0.02
 """How long after its last work a process asks, where nothing else is set: longer than most steps, and than a client
 takes that sends its next request on the answer to the last."""
 
-CORES_OF_EACH = 4
+CORES_OF_EACH = 3
 """Cores that there must be for each process that asks."""
 
 CGROUP = Path("/sys/fs/cgroup")

@@ -37,6 +37,7 @@ from service.cluster.options import (
     GatewayOptions,
     gateway_settings,
     max_ongoing_requests,
+    polling_of_replicas,
     replica_settings,
 )
 from service.cluster.upstream import HTTPUpstream
@@ -169,8 +170,7 @@ class Replica:
     """
 
     async def __init__(self, settings: dict[str, Any], needs_key: bool) -> None:  # type: ignore[misc]
-        # Other replicas may share the machine's cores, so none polls unless it is told to.
-        self._settings = load_settings(**{"busy_poll_ms": 0.0, **settings})
+        self._settings = polling_of_replicas(load_settings(**settings))
         _refuse_loopback_for_many(self._settings)
         configure_logging(self._settings, sys.stderr)
         allow_open_files(self._settings.max_connections)

@@ -138,6 +138,14 @@ def max_ongoing_requests(settings: Settings) -> int:
     return settings.max_num_requests + settings.max_waiting
 
 
+def polling_of_replicas(settings: Settings) -> Settings:
+    """The settings of a replica, which may share its machine's cores: it polls if it is told to, or if it has several
+    ranks, which wait for each other in every step."""
+    if settings.busy_poll_ms is not None or settings.tensor_parallel > 1:
+        return settings
+    return settings.model_copy(update={"busy_poll_ms": 0.0})
+
+
 def replica_settings(settings: Settings) -> dict[str, Any]:
     """What a replica is told: all but secrets, which it finds on its own machine, and a file that is read already."""
     told = without_secrets(settings)

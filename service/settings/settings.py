@@ -159,7 +159,7 @@ class Settings(BaseSettings):
         ge=0,
         le=10_000,
         description="How long after its last work each process asks for more without sleeping, which saves waking up "
-        "and takes a core each; 0: not at all. None: 20 on a GPU, if there are four cores for each process.",
+        "and takes a core each; 0: not at all. None: 20 on a GPU, if there are three cores for each process.",
     )
     reload_room: bool = Field(
         True,

@@ -22,10 +22,10 @@ from service.web.uvicorn_config import server_config
 @pytest.mark.parametrize(
     ("wanted_ms", "is_gpu", "num_ranks", "cores", "seconds"),
     [
-        (None, True, 1, 8, DEFAULT_S),
-        (None, True, 1, 7.5, 0.0),
-        (None, True, 2, 11, 0.0),
-        (None, True, 2, 12, DEFAULT_S),
+        (None, True, 1, 6, DEFAULT_S),
+        (None, True, 1, 5.5, 0.0),
+        (None, True, 2, 8, 0.0),
+        (None, True, 2, 9, DEFAULT_S),
         (None, False, 1, 64, 0.0),
         (0, True, 1, 64, 0.0),
         (5, False, 1, 1, 0.005),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from service.cluster.options import (
     cluster_options,
     gateway_settings,
     max_ongoing_requests,
+    polling_of_replicas,
     replica_settings,
 )
 from service.errors import InvalidSettings
@@ -39,6 +41,19 @@ def test_another_model_does_not_change_what_the_gateway_gets() -> None:
     assert gateway_settings(one) != gateway_settings(Settings(port=9000))
     assert set(gateway_settings(one)) == set(OF_THE_GATEWAY)
     assert load_settings(**gateway_settings(one)).port == one.port
+
+
+@pytest.mark.parametrize(
+    ("given", "polls_ms"),
+    [
+        ({}, 0.0),
+        ({"busy_poll_ms": 5.0}, 5.0),
+        ({"tensor_parallel": 2}, None),
+        ({"tensor_parallel": 2, "busy_poll_ms": 0}, 0.0),
+    ],
+)
+def test_replicas_of_one_rank_do_not_poll_by_themselves(given: dict[str, Any], polls_ms: float | None) -> None:
+    assert polling_of_replicas(Settings(**given)).busy_poll_ms == polls_ms
 
 
 def test_a_replica_takes_what_its_engine_takes() -> None:
