@@ -25,5 +25,10 @@ INLINE_AMX void use_tiles(void) {
     _tile_loadconfig(&config);
 }
 
+/* The first n of 16 numbers, all of them from 16 on and none below 1. */
+INLINE_AMX __mmask16 first_of(int64_t n) {
+    return n >= SIDE ? (__mmask16)0xffff : n <= 0 ? 0 : (__mmask16)((1 << n) - 1);
+}
+
 #endif
 #endif

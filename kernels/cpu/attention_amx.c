@@ -2,8 +2,9 @@
  *
  * Rows go in tiles of 32 positions that begin at multiples of 32, and sums over keys run from the first key that the tile
  * sees, in order, 32 at a time; what a row does not see adds 0, unless it is infinite or NaN. So the bits of a row follow
- * from its position, its query and the keys that it sees, and not from the rows that it is computed with. An instruction multiplies a tile of 16 rows of
- * 32 numbers by one of 32 rows of 16, whose numbers lie in pairs: keys and values are packed so once for all rows. */
+ * from its position, its query and the keys that it sees, and not from the rows that it is computed with. An instruction
+ * multiplies a tile of 16 rows of 32 numbers by one of 32 rows of 16, whose numbers lie in pairs: keys and values are
+ * packed so once for all rows. */
 #include "amx.h"
 #include "attention.h"
 #include "product.h"
@@ -39,7 +40,7 @@ INLINE_TILES __m256i to_bfloat16s(__m512 x) { return (__m256i)_mm512_cvtneps_pbh
 INLINE_TILES void read_head(uint16_t *out, const void *base, const float *scales, const struct cache *cache, int64_t head) {
     int64_t D = cache->head_size;
     for (int64_t i = 0; i < D; i += SIDE) {
-        __mmask16 there = D - i < SIDE ? (__mmask16)((1 << (D - i)) - 1) : (__mmask16)0xffff;
+        __mmask16 there = first_of(D - i);
         int64_t at = head * D + i;
         if (cache->dtype == BFLOAT16) {
             _mm256_mask_storeu_epi16(out + i, there, _mm256_maskz_loadu_epi16(there, (const uint16_t *)base + at));
@@ -119,10 +120,7 @@ INLINE_TILES __m512 power_of(__m512 x) {
 
 /* Which of the keys at .. at + 15 are among first .. stop - 1. */
 INLINE_TILES __mmask16 seen(int64_t at, int64_t first, int64_t stop) {
-    int64_t left = stop - at, skipped = first - at;
-    __mmask16 mask = left >= SIDE ? (__mmask16)0xffff : left <= 0 ? 0 : (__mmask16)((1 << left) - 1);
-    if (skipped > 0) mask = skipped >= SIDE ? 0 : (__mmask16)(mask >> skipped << skipped);
-    return mask;
+    return first_of(stop - at) & (__mmask16)~first_of(first - at);
 }
 
 /* A row's scores of the keys base .. base + n - 1 become weights of those that it sees, first .. stop - 1, and 0 of others;
@@ -209,8 +207,8 @@ INLINE_TILES void attend(const struct prompt_task *task, struct room room, int64
         const float *y = room.out + (p - first) * columns * SIDE;
         __m512 sum = _mm512_set1_ps(sums[p - first]);
         for (int64_t i = 0; i < D; i += SIDE) {
-            __mmask16 there = D - i < SIDE ? (__mmask16)((1 << (D - i)) - 1) : (__mmask16)0xffff;
-            _mm256_mask_storeu_epi16(out + i, there, to_bfloat16s(_mm512_div_ps(_mm512_loadu_ps(y + i), sum)));
+            __m256i result = to_bfloat16s(_mm512_div_ps(_mm512_loadu_ps(y + i), sum));
+            _mm256_mask_storeu_epi16(out + i, first_of(D - i), result);
         }
     }
 }

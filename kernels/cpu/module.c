@@ -79,18 +79,18 @@ FUNCTION(int8_linear_amx, 18,
 FUNCTION(quantize, 10, rows.quantize(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), WHOLE(4), TARGET(5)))
 FUNCTION(rms_norm, 14,
          rows.rms_norm(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), POINTER(4), WHOLE(5), REAL(6), WHOLE(7), WHOLE(8),
-                  TARGET(9)))
+                       TARGET(9)))
 FUNCTION(silu_mul, 9, rows.silu_mul(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), TARGET(4)))
 FUNCTION(finish, 16, rows.finish(EPILOGUE, TARGET(11)))
 FUNCTION(finish_gated, 16, rows.finish_gated(EPILOGUE, TARGET(11)))
 FUNCTION(rope_and_cache, 22,
-         attention.rope_and_cache((struct rope){POINTER(0), POINTER(1), POINTER(2), POINTER(3), POINTER(4), POINTER(5), POINTER(6),
-                                      WHOLE(7), WHOLE(8), WHOLE(9), WHOLE(10), WHOLE(11), REAL(12)},
-                        CACHE(13)))
+         attention.rope_and_cache((struct rope){POINTER(0), POINTER(1), POINTER(2), POINTER(3), POINTER(4), POINTER(5),
+                                                POINTER(6), WHOLE(7), WHOLE(8), WHOLE(9), WHOLE(10), WHOLE(11), REAL(12)},
+                                  CACHE(13)))
 FUNCTION(decode_attention, 19,
-         attention.decode_attention((struct decode){POINTER(0), POINTER(1), POINTER(2), POINTER(3), WHOLE(4), WHOLE(5), WHOLE(6),
-                                          WHOLE(7), WHOLE(8), REAL(9)},
-                          CACHE(10)))
+         attention.decode_attention((struct decode){POINTER(0), POINTER(1), POINTER(2), POINTER(3), WHOLE(4), WHOLE(5),
+                                                    WHOLE(6), WHOLE(7), WHOLE(8), REAL(9)},
+                                    CACHE(10)))
 
 FUNCTION(prompt_attention_amx, 17,
          prompt_attention_amx((struct prompt){POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6),

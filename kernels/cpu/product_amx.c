@@ -44,7 +44,7 @@ TILES static void pack(int64_t begin, int64_t end, void *task) {
     const struct product *p = task;
     for (int64_t i = begin; i < end; i++) {
         int64_t left = p->num_rows - i * SIDE, rows = left < SIDE ? left : SIDE;
-        __mmask16 there = (__mmask16)((1 << rows) - 1);
+        __mmask16 there = first_of(rows);
         const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         for (int64_t slab = 0; slab < p->num_slabs; slab++) {
             const int8_t *from = p->x + i * SIDE * p->x_stride + slab * DEPTH;
@@ -117,7 +117,7 @@ INLINE_TILES void put(const struct product *p, const int32_t *sums, int64_t row,
     if (rows > SIDE) rows = SIDE;
     __m512i b[SIDE];
     transpose(sums, b);
-    __mmask16 there = columns < SIDE ? (__mmask16)((1 << columns) - 1) : (__mmask16)0xffff;
+    __mmask16 there = first_of(columns);
     int64_t at = row * p->num_columns + column;
     if (p->linear == NULL) {
         for (int64_t i = 0; i < rows; i++, at += p->num_columns) _mm512_mask_storeu_epi32(p->acc + at, there, b[i]);

@@ -45,27 +45,34 @@ def register(source: Source) -> None:
     _sources.append(ref(source))
 
 
-def urls() -> dict[str, str]:
-    """Name -> URL of every replica, sorted by name."""
-    found: dict[str, str] = {}
+def _alive() -> list[Source]:
+    """The routers that have another reference; the others are dropped."""
+    found: list[Source] = []
     for weak in list(_sources):
         source = weak()
         if source is None:
             _sources.remove(weak)
         else:
-            found.update(source.urls())
+            found.append(source)
+    return found
+
+
+def urls() -> dict[str, str]:
+    """Name -> URL of every replica, sorted by name."""
+    found: dict[str, str] = {}
+    for source in _alive():
+        found.update(source.urls())
     return dict(sorted(found.items()))
 
 
 def max_waiting() -> int:
     """Most requests that may wait for a replica in this process; without a router, Ray says when there are too many."""
-    limits = [source.max_waiting for weak in list(_sources) if (source := weak()) is not None]
-    return max(limits, default=sys.maxsize)
+    return max((source.max_waiting for source in _alive()), default=sys.maxsize)
 
 
 def knows(replica: str) -> bool:
     """Whether a router knows this replica, so that it takes requests."""
-    return any(replica in source.urls() for weak in list(_sources) if (source := weak()) is not None)
+    return any(replica in source.urls() for source in _alive())
 
 
 def best(keys: Sequence[bytes], avoid: Set[str], loads: Mapping[str, int]) -> str | None:
@@ -76,10 +83,9 @@ def best(keys: Sequence[bytes], avoid: Set[str], loads: Mapping[str, int]) -> st
         avoid: replicas to take only if there is no other.
         loads: requests that each replica has; missing: none.
     """
-    sources = [source for weak in list(_sources) if (source := weak()) is not None]
     names = urls()
     found = {name: loads.get(name, 0) for name in names if name not in avoid} or dict.fromkeys(names, 0)
-    order = best_first(keys, found, max((source.bound for source in sources), default=0))
+    order = best_first(keys, found, max((source.bound for source in _alive()), default=0))
     return order[0] if order else None
 
 

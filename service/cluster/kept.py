@@ -52,7 +52,6 @@ class Waiter(Generic[L]):
     best: str | None
     since_s: float
     granted: asyncio.Future[L]
-    asking: asyncio.Task[None] | None = None
 
 
 class KeptLeases(Generic[L]):
@@ -98,7 +97,8 @@ class KeptLeases(Generic[L]):
         self._idle: dict[str, dict[L, float]] = {}
         # The oldest first.
         self._waiters: dict[Waiter[L], None] = {}
-        self._asking: dict[asyncio.Task[None], Waiter[L]] = {}
+        # Also of those that have gone: whoever waits gets what was asked for them.
+        self._asking: dict[Waiter[L], asyncio.Task[None]] = {}
 
     @property
     def loads(self) -> Mapping[str, int]:
@@ -220,9 +220,8 @@ class KeptLeases(Generic[L]):
         if len(self._asking) >= num_wanted:
             return
         for waiter in (*first, *self._waiters):
-            if waiter.asking is None and self._waits(waiter):
-                waiter.asking = asyncio.create_task(self._ask_for(waiter))
-                self._asking[waiter.asking] = waiter
+            if waiter not in self._asking and self._waits(waiter):
+                self._asking[waiter] = asyncio.create_task(self._ask_for(waiter))
                 if len(self._asking) >= num_wanted:
                     return
 
@@ -231,32 +230,26 @@ class KeptLeases(Generic[L]):
         num_left = len(self._asking) - len(self._waiters)
         if num_left <= 0:
             return
-        unneeded = [task for task, waiter in self._asking.items() if waiter not in self._waiters]
-        for task in unneeded[:num_left]:
-            self._asking.pop(task).asking = None
-            task.cancel()
+        unneeded = [waiter for waiter in self._asking if waiter not in self._waiters]
+        for waiter in unneeded[:num_left]:
+            self._asking.pop(waiter).cancel()
 
     async def _ask_for(self, waiter: Waiter[L]) -> None:
         """Ask Ray on behalf of a waiter; a lease goes to the oldest one if that one has gone."""
         try:
             lease = await self._ask(waiter.keys, waiter.avoid)
         except Exception as error:
-            self._stop_asking(waiter)
+            self._asking.pop(waiter, None)
             if self._waits(waiter):
                 del self._waiters[waiter]
                 waiter.granted.set_exception(error)
             elif not isinstance(error, (OttavaError, Unreachable)):
                 log.exception("a lease for a request that has gone")
         else:
-            self._stop_asking(waiter)
+            self._asking.pop(waiter, None)
             self._until_s[lease] = self._now_s() + random.uniform(*LEASE_S)  # noqa: S311 (no secret)
             self._grant(lease, waiter)
         self._ask_for_all()
-
-    def _stop_asking(self, waiter: Waiter[L]) -> None:
-        if waiter.asking is not None:
-            self._asking.pop(waiter.asking, None)
-            waiter.asking = None
 
     def _grant(self, lease: L, waiter: Waiter[L]) -> None:
         """Ray has granted a lease that was asked for on behalf of a waiter."""

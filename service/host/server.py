@@ -138,13 +138,13 @@ class HostServer:
             return False
         self._host = host
         facts = [EngineFacts(name, engine.max_model_len, engine.dtype) for name, engine in host.engines.items()]
-        # Without a `take` the engines share their interpreter with the web, which must not poll beside their work.
-        busy_poll_s = 0.0 if self._take is None else host.busy_poll_s
         busy_poll = self._busy_poll(host)
         for engine in host.engines.values():
             engine.serve(self._send, busy_poll)
             engine.failed.add_done_callback(lambda failed, engine=engine: self._tell_failure(engine, failed.result()))  # type: ignore[misc]
-        self._send(Opened(host.info(), str(host.tokenizer_folder), facts, busy_poll_s))
+        self._send(
+            Opened(host.info(), str(host.tokenizer_folder), facts, 0.0 if busy_poll is None else host.busy_poll_s)
+        )
         for engine in host.engines.values():
             self._send(engine.news())
         return True
@@ -171,6 +171,7 @@ class HostServer:
             self._host.stop(timeout_s)
 
     def _busy_poll(self, host: ServedHost) -> BusyPoll | None:
+        """None without a `take`: engines and web share an interpreter then, and nobody must poll beside their work."""
         if self._take is None:
             return None
         engines = tuple(host.engines.values())
