@@ -1,7 +1,7 @@
 """Attention over a paged cache with each of many tiles, float16 and int8: what `kernels.tiles` chooses from.
 
     python -m benchmarks.attention_tiles                         llama-3.1-8b, on a GPU
-    python -m benchmarks.attention_tiles --only decode --out benchmarks/results/NAME.json
+    python -m benchmarks.attention_tiles --only decode --few --out benchmarks/results/NAME.json
 
 All tiles of a scene take turns in one process. A tile is timed only if its result is right, and skipped if a program of
 it needs more shared memory or registers than the GPU has. The last line printed is JSON.
@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -25,12 +25,12 @@ from benchmarks.attention import Scene, paged_calls
 from benchmarks.report import birth_certificate, quantiles, write
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import Call, measure
-from kernels import attention
-from kernels.tiles import AttentionTile
+from kernels import attention, decode_attention
+from kernels.tiles import AttentionTile, current_gpu, decode_tile, prefill_tile
 from service.models.config import ModelConfig
 
 PREFILLS = ((1, 2048), (16, 2048), (1, 16384))
-DECODES = ((1, 512), (32, 512), (256, 512), (32, 8192))
+DECODES = ((1, 512), (1, 8192), (8, 512), (32, 512), (256, 512), (128, 2048), (32, 8192))
 """(requests, context)."""
 
 TILES = {
@@ -45,21 +45,30 @@ TILES = {
         for num_stages in (2, 3, 4)
     ],
 }
+T = TypeVar("T")
+
 FLOOR_S = 50e-6
 """About what a call takes, for how often a graph repeats it."""
 
-Candidate = tuple[str, bool, AttentionTile]
-"""prefill or decode, whether the cache is int8, and the tile."""
+Candidate = tuple[str, bool, AttentionTile | None]
+"""prefill or decode, whether the cache is int8, and the tile; None for the kernel of decodes that Hopper has."""
 
 
 def candidates(what: str) -> list[Candidate]:
     """Every tile over both caches; decodes over int8 ones with values in pairs and with int8 products, too."""
-    plain = [(what, is_int8, tile) for is_int8 in (False, True) for tile in TILES[what]]
+    plain: list[Candidate] = [(what, is_int8, tile) for is_int8 in (False, True) for tile in TILES[what]]
     if what == "prefill":
         return plain
-    return plain + [
-        (what, True, tile._replace(in_pairs=True, is_int8=is_int8)) for is_int8 in (False, True) for tile in TILES[what]
-    ]
+    in_pairs = [tile._replace(in_pairs=True, is_int8=is_int8) for is_int8 in (False, True) for tile in TILES[what]]
+    return [*plain, *((what, True, tile) for tile in in_pairs), (what, False, None), (what, True, None)]
+
+
+def used(what: str) -> list[Candidate]:
+    """The tiles of Llama-3.1-8B's heads over both caches, and Hopper's own kernel."""
+    choose = prefill_tile if what == "prefill" else decode_tile
+    gpu = current_gpu(torch.device("cuda", 0))
+    tiles: list[Candidate] = [(what, is_int8, choose(gpu, 128, 2, 1 if is_int8 else 2)) for is_int8 in (False, True)]
+    return tiles if what == "prefill" else [*tiles, (what, False, None), (what, True, None)]
 
 
 def scene_of(shape: str, what: str, batch: int, context: int) -> Scene:
@@ -67,18 +76,20 @@ def scene_of(shape: str, what: str, batch: int, context: int) -> Scene:
     return Scene(config, batch, context, context if what == "prefill" else 1, torch.device("cuda"))
 
 
-def calls_of(scene: Scene, is_int8: bool, what: str, tile: AttentionTile) -> Sequence[Call]:
+def calls_of(scene: Scene, is_int8: bool, what: str, tile: AttentionTile | None) -> Sequence[Call]:
     """The checked calls of a scene with one tile."""
 
-    def with_tile(call: Call) -> object:
-        with patch.object(attention, f"{what}_tile", lambda *_: tile):
+    def with_tile(call: Callable[[], T]) -> T:
+        if tile is None:
+            return call()
+        plain = patch.object(decode_attention, "suits_hopper", lambda _: False)
+        with plain, patch.object(attention, f"{what}_tile", lambda *_: tile):
             return call()
 
-    with patch.object(attention, f"{what}_tile", lambda *_: tile):
-        return [partial(with_tile, call) for call in paged_calls(scene, is_int8)]
+    return [partial(with_tile, call) for call in with_tile(partial(paged_calls, scene, is_int8))]
 
 
-def compiled(shape: str, what: str, is_int8: bool, tile: AttentionTile) -> str:
+def compiled(shape: str, what: str, is_int8: bool, tile: AttentionTile | None) -> str:
     """Run a tile once, in a process of its own, so that all are compiled at once. Returns what is wrong with it."""
     try:
         calls_of(scene_of(shape, what, 2, 512), is_int8, what, tile)
@@ -91,12 +102,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--only", choices=TILES)
+    parser.add_argument("--few", action="store_true", help="only what is used, with and without Hopper's own kernel")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
     parser.add_argument("--commit", help="for a tree without git history")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     kinds = [args.only] if args.only else list(TILES)
-    wanted = [candidate for what in kinds for candidate in candidates(what)]
+    wanted = [candidate for what in kinds for candidate in (used(what) if args.few else candidates(what))]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         faults = list(pool.map(partial(compiled, args.shape), *zip(*wanted, strict=True)))
     for row, fault in zip(wanted, faults, strict=True):
@@ -113,7 +125,7 @@ def main() -> None:
 
 
 def _scene_rows(
-    shape: str, what: str, batch: int, context: int, tiles: list[tuple[bool, AttentionTile]]
+    shape: str, what: str, batch: int, context: int, tiles: list[tuple[bool, AttentionTile | None]]
 ) -> list[dict[str, Any]]:
     scene = scene_of(shape, what, batch, context)
     contenders: dict[str, Callable[[], Sequence[Call]]] = {

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
 import kernels
-from kernels import attention, dependent, gemm, groups, tiles
+from kernels import attention, decode_attention, dependent, gemm, groups, tiles
 from quant import fused
 
 __all__ = ["HOPPER", "StandInDriver", "stand_in"]
@@ -72,7 +72,7 @@ def stand_in(driver: object = None) -> None:
     driver: in place of a new `StandInDriver`.
     """
     runtime.driver.set_active(driver or StandInDriver())
-    for module in (attention, dependent, gemm, groups):
+    for module in (attention, decode_attention, dependent, gemm, groups):
         vars(module)["current_gpu"] = lambda _device: HOPPER
     for name in kernels.__all__:
         op = getattr(kernels, name)

@@ -64,7 +64,8 @@ def paged_attention(
     """Attend causally over the paged cache, prefill chunks and decodes in one batch. See reference.paged_attention.
 
     A request may have no query row here; its context is then 0. Sums are float32; q k^T and p v multiply in q's dtype,
-    p rounded to it. Where a row multiplies int8 codes, scales multiply q k^T after the product and p before.
+    p rounded to it, but p of decodes over int8 values on Hopper to float16. Where a row multiplies int8 codes, scales
+    multiply q k^T after the product and p before.
 
     Raises:
         ValueError: H is not a multiple of G, block_size is not a power of two, a cache's heads are not contiguous, or

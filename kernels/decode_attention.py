@@ -4,6 +4,8 @@ A program attends to some splits of a request's context for the query heads of o
 program that finishes adds the splits up. The programs count themselves in `arrivals`, which a launch finds and leaves
 at zero, so launches that may run at the same time need memory of their own. With many, a second kernel adds the splits
 up: it is faster where programs wait for multiprocessors. Both give the same bits.
+
+On Hopper most models' decodes are those of `kernels.hopper.decode`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent import await_inputs, launch_dependents, starts_early
+from kernels.decode_step import Operands, Requests, is_last, write_new_key
+from kernels.dependent import HOPPER, await_inputs, launch_dependents, starts_early
+from kernels.hopper.decode import decode_on_hopper, suits_hopper
 from kernels.launching import MAX_PLANS, Plan, cdiv, power_of_2
 from kernels.paging import LIFT, Layout, first_key, fold_keys, fold_pairs, load_blocks, lowest_top, query_codes
-from kernels.rope import Rotation, Turn, turned_heads, write_heads
-from kernels.tiles import AttentionTile
+from kernels.rope import Turn, turned_heads
+from kernels.tiles import AttentionTile, current_gpu
 
 __all__ = ["Operands", "Requests", "decode"]
 
@@ -46,34 +50,6 @@ MIN_KEYS = tl.constexpr(MIN_SPLIT)
 MOST_HEADS = tl.constexpr(SUM_HEADS)
 
 
-class Requests(NamedTuple):
-    """Where the requests' rows and keys are."""
-
-    block_tables: Tensor
-    query_starts: Tensor
-    context_lens: Tensor
-
-
-class Operands(NamedTuple):
-    """The operands of attention; `scale` includes log2(e), since the softmax is computed in powers of two.
-
-    arrivals: int32 zeros [B, G], or None.
-    rotation: q [T, (H + 2G) * D] is queries, keys and values then, still to be rotated and written to the cache.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-    requests: Requests
-    scale: float
-    layout: Layout
-    arrivals: Tensor | None = None
-    rotation: Rotation | None = None
-    turn: Turn | None = None
-
-
 class Parts(NamedTuple):
     """What the programs of a request leave for its sum; None where there is one split.
 
@@ -90,11 +66,14 @@ def decode(step: Operands, tile: AttentionTile, y: Tensor | None = None) -> Tens
     """Attend for every request with one query row; other rows of y [T, H * D] are not written."""
     q, layout = step.q, step.layout
     (B, max_blocks), H, D = step.requests.block_tables.shape, layout.GROUP * layout.G, layout.D
+    y = torch.empty((q.shape[0], H * D), dtype=q.dtype, device=q.device) if y is None else y
+    if current_gpu(q.device).capability == HOPPER and suits_hopper(step):
+        decode_on_hopper(step, y)
+        return y
     max_keys = max_blocks * layout.BLOCK_SIZE
     if layout.WINDOW is not None:
         max_keys = min(max_keys, layout.WINDOW + tile.block_n - 1)
     num_splits = min(MAX_SPLITS, power_of_2(max(1, cdiv(max_keys, MIN_SPLIT))))
-    y = torch.empty((q.shape[0], H * D), dtype=q.dtype, device=q.device) if y is None else y
     parts = _parts(step, num_splits)
     per_program = max(1, min(num_splits, num_splits * layout.G * B // ENOUGH_PROGRAMS))
     is_early = starts_early(q.device, B)
@@ -145,37 +124,6 @@ def _sum_plan(layout: Layout, block_n: int, heads: int, num_splits: int, is_earl
 def _split_len(num_keys, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Keys of one split of num_keys: whole tiles, the same for all splits of a request except the last."""
     return tl.maximum(MIN_KEYS, tl.cdiv(tl.cdiv(num_keys, SPLITS), BLOCK_N) * BLOCK_N)
-
-
-@triton.jit
-def _is_last(arrivals_ptr, count):
-    """Whether this program is the last of count to come here. It then sees what the others have written."""
-    tl.debug_barrier()
-    is_last = count <= 1
-    if count > 1:
-        is_last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == count - 1
-        tl.store(arrivals_ptr, 0, mask=is_last)
-    return is_last
-
-
-@triton.jit
-def _write_new_key(qkv_ptr, rotation, token, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, kv_head, LAYOUT: tl.constexpr,
-                   TURN: tl.constexpr):  # fmt: skip
-    """Write a token's key, turned, and its value into its slot, and let the program's other threads see them."""
-    G: tl.constexpr = LAYOUT.G
-    H: tl.constexpr = LAYOUT.GROUP * G
-    K: tl.constexpr = LAYOUT.K
-    V: tl.constexpr = LAYOUT.V
-    K_SCALE: tl.constexpr = LAYOUT.K_SCALE
-    V_SCALE: tl.constexpr = LAYOUT.V_SCALE
-    both, columns = tl.arange(0, 2), tl.arange(0, LAYOUT.BLOCK_D)
-    head = H + kv_head + both * G
-    y = turned_heads(qkv_ptr, rotation, token, head, both < 2, (H + 2 * G) * LAYOUT.D, 0.0, LAYOUT, TURN)
-    slot = tl.load(rotation.slots + token)
-    is_written = (slot >= 0) & (columns < LAYOUT.D)[None, :]
-    write_heads(y, k_ptr, k_scale_ptr, slot, head - H, is_written & (both == 0)[:, None], K, K_SCALE, LAYOUT)
-    write_heads(y, v_ptr, v_scale_ptr, slot, head - H - G, is_written & (both == 1)[:, None], V, V_SCALE, LAYOUT)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -332,10 +280,12 @@ def _paged_decode_kernel(
         at = token * H * D + heads[:, None] * D + columns[None, :]
         q = tl.load(q_ptr + at, mask=is_head[:, None] & (columns < D)[None, :], other=0.0)
     else:
-        y = turned_heads(q_ptr, rotation, token, heads, is_head, (H + 2 * G) * D, 0.0, LAYOUT, TURN)
+        y = turned_heads(q_ptr, rotation, token, heads, columns, is_head, (H + 2 * G) * D, 0.0, LAYOUT, TURN)
         q = y.to(q_ptr.dtype.element_ty)
         if last == context:
-            _write_new_key(q_ptr, rotation, token, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, kv_head, LAYOUT, TURN)
+            caches = (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr)
+            write_new_key(q_ptr, rotation, token, caches, kv_head, tl.arange(0, 2), columns, LAYOUT, TURN)
+            tl.debug_barrier()
     if k_scale_ptr is not None:
         q, scale = query_codes(q, scale, INT8)
     part_ptr, lse_ptr = parts.y, parts.lse
@@ -350,7 +300,7 @@ def _paged_decode_kernel(
         _store_heads(y, out_ptr, token, heads, is_head, LAYOUT)
     elif parts.arrivals is not None:
         num_splits = tl.cdiv(context - window_start, split_len)
-        if _is_last(parts.arrivals + request * G + kv_head, tl.cdiv(num_splits, per_program)):
+        if is_last(parts.arrivals + request * G + kv_head, tl.cdiv(num_splits, per_program)):
             _store_sums(part_ptr, lse_ptr, out_ptr, token, kv_head, num_splits, SPLITS, LAYOUT)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "query_codes",
     "rounded_queries",
     "scale_of",
+    "widen_pairs",
 ]
 
 MAX_NARROW = 2**31
@@ -218,7 +219,7 @@ def _widen(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _widen_pairs(x, TYPE: tl.constexpr):
+def widen_pairs(x, TYPE: tl.constexpr):
     """The low and the high bytes of int16 as signed values in TYPE, exactly."""
     if tl.float16 == TYPE and not INTERPRETED:
         low, high = tl.inline_asm_elementwise(
@@ -462,7 +463,7 @@ def fold_pairs(
     k = tl.load(k_ptr + k_at, mask=is_key & (columns < LAYOUT.D)[None, :], other=0)
     pairs_ptr = v_ptr.to(tl.pointer_type(tl.int16))
     pairs = tl.load(pairs_ptr + v_at, mask=is_key & (halves < LAYOUT.D // 2)[None, :], other=0)
-    even_v, odd_v = _widen_pairs(pairs, TYPE)
+    even_v, odd_v = widen_pairs(pairs, TYPE)
     top, total, shrink, p = key_weights(q, k, top, total, k_scale_ptr, v_scale_ptr, blocks, start, last, last,
                                         num_visible, scale, True, TYPE, LAYOUT, BLOCK_N)  # fmt: skip
     even = tl.dot(p, even_v, even * shrink[:, None], input_precision="ieee")

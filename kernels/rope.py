@@ -115,11 +115,10 @@ def _plan(layout: Layout, turn: Turn, is_early: bool) -> Plan:
 
 
 @triton.jit
-def write_heads(y, cache_ptr, scale_ptr, slot, head, mask, STRIDES: tl.constexpr, SCALE: tl.constexpr,
+def write_heads(y, cache_ptr, scale_ptr, slot, head, columns, mask, STRIDES: tl.constexpr, SCALE: tl.constexpr,
                 LAYOUT: tl.constexpr):  # fmt: skip
     """Write float32 heads y [HEADS, BLOCK_D] of one token into its slot, as floats or as codes and scales."""
     block, inside = slot // LAYOUT.BLOCK_SIZE, slot % LAYOUT.BLOCK_SIZE
-    columns = tl.arange(0, LAYOUT.BLOCK_D)
     ptrs = cache_ptr + key_offsets(block, inside, STRIDES, True) + head[:, None] * STRIDES.HEAD + columns[None, :]
     if scale_ptr is None:
         tl.store(ptrs, y.to(cache_ptr.dtype.element_ty), mask=mask)
@@ -138,8 +137,12 @@ def _head_weight(q_weight_ptr, k_weight_ptr, columns, mask, is_query, is_key):
 
 
 @triton.jit
-def turned_heads(qkv_ptr, turn, token, head, is_head, stride_qkv, eps, LAYOUT: tl.constexpr, TURN: tl.constexpr):
+def turned_heads(
+    qkv_ptr, turn, token, head, columns, is_head, stride_qkv, eps, LAYOUT: tl.constexpr, TURN: tl.constexpr
+):
     """Heads of one token, of its H + 2G, as float32 [HEADS, BLOCK_D]: queries and keys normed and turned.
+
+    head, columns: 0 .. BLOCK_D - 1 for the latter, each in the layout that the caller wants.
 
     Each value has the same bits in every kernel that calls this, but for a norm's: its sum follows the layout.
     """
@@ -147,7 +150,7 @@ def turned_heads(qkv_ptr, turn, token, head, is_head, stride_qkv, eps, LAYOUT: t
     G: tl.constexpr = LAYOUT.G
     R: tl.constexpr = TURN.R
     H: tl.constexpr = LAYOUT.GROUP * G
-    heads, columns = head[:, None], tl.arange(0, LAYOUT.BLOCK_D)
+    heads = head[:, None]
     is_here = is_head[:, None] & (columns < D)[None, :]
 
     # Each column also loads its partner: a load from the L1 cache instead of a shuffle of the halves.
@@ -208,7 +211,7 @@ def _rope_and_cache_kernel(
     head = first + tl.arange(0, HEADS)
     heads, columns = head[:, None], tl.arange(0, LAYOUT.BLOCK_D)
     is_head = head < H + 2 * G
-    y = turned_heads(qkv_ptr, turn, token, head, is_head, stride_qkv, eps, LAYOUT, TURN)
+    y = turned_heads(qkv_ptr, turn, token, head, columns, is_head, stride_qkv, eps, LAYOUT, TURN)
 
     is_here = is_head[:, None] & (columns < D)[None, :]
     at = token * H * D + heads * D + columns[None, :]
@@ -218,7 +221,7 @@ def _rope_and_cache_kernel(
     is_written = is_here & (slot >= 0)
     if (first + HEADS > H) & (first < H + G):
         mask = is_written & (heads >= H) & (heads < H + G)
-        write_heads(y, k_ptr, k_scale_ptr, slot, head - H, mask, K, K_SCALE, LAYOUT)
+        write_heads(y, k_ptr, k_scale_ptr, slot, head - H, columns, mask, K, K_SCALE, LAYOUT)
     if first + HEADS > H + G:
         mask = is_written & (heads >= H + G)
-        write_heads(y, v_ptr, v_scale_ptr, slot, head - H - G, mask, V, V_SCALE, LAYOUT)
+        write_heads(y, v_ptr, v_scale_ptr, slot, head - H - G, columns, mask, V, V_SCALE, LAYOUT)

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.timeout(1800)
 
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 INT8_MMA = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
-HOPPERS_OWN = {"_int8_linear_pingpong_kernel", "_int8_linear_stream_kernel"}
+LINEARS_OF_HOPPER = {"_int8_linear_pingpong_kernel", "_int8_linear_stream_kernel"}
+HOPPERS_OWN = LINEARS_OF_HOPPER | {"_decode_on_hopper_kernel"}
 GEMMS = ("_int8_linear_kernel", "_int8_linear_swapped_kernel", "_int8_group_linear_kernel")
 
 
@@ -94,11 +95,19 @@ def test_int8_tensor_cores(built: list[dict[str, Any]], capability: int) -> None
 
 def test_int8_tensor_cores_of_hopper(built: list[dict[str, Any]]) -> None:
     decode = instructions(built, 90, "_int8_linear_swapped_kernel")
-    for names in (decode, *(instructions(built, 90, kernel) for kernel in HOPPERS_OWN)):
+    for names in (decode, *(instructions(built, 90, kernel) for kernel in LINEARS_OF_HOPPER)):
         assert all(n.startswith("wgmma.mma_async.sync.aligned.m64n") and n.endswith("k32.s32.s8.s8") for n in names)
     assert "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8" in decode
     # 16 tokens on the M side are fewer than the 64 rows of wgmma.
     assert instructions(built, 90, "_int8_linear_kernel", "BLOCK_T=16") == {INT8_MMA}
+
+
+def test_decodes_of_hopper_use_tensor_cores(built: list[dict[str, Any]]) -> None:
+    of_floats = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+    assert instructions(built, 90, "_decode_on_hopper_kernel", "k_ptr=*fp16") == {of_floats}
+    for dtype in ("*fp16", "*bf16"):
+        over_int8 = f"q_ptr={dtype} k_ptr=*i8"
+        assert instructions(built, 90, "_decode_on_hopper_kernel", over_int8) == {INT8_MMA, of_floats}
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)

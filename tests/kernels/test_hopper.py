@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import gemm
+from kernels import attention, decode_step, gemm
 from kernels.epilogue import Epilogue
-from kernels.hopper import common
+from kernels.hopper import common, decode
+from kernels.paging import paged_layout
 from kernels.quantize import quantize_rows
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import Tile, current_gpu
-from tests.support.kernel_checks import codes_of
+from tests.support.kernel_checks import codes_of, floats_of
 from tests.support.places import Place
 
 PLAIN = Tile("plain", 128, 128, 128, num_warps=4, num_stages=3)
@@ -124,3 +127,91 @@ def test_what_it_cannot_do_is_left_to_the_plain_kernel(monkeypatch: pytest.Monke
         monkeypatch.setattr(gemm, "choose", lambda *_, tile=tile: tile)
         assert gemm.pick_tile(x, weight, full, y) == tile
         assert gemm.pick_tile(x, weight, full, y.float()) == gemm.FALLBACKS[tile.kernel]
+
+
+def decodes(place: Place, contexts: list[int], int8: str, D: int = 128, block_size: int = 32) -> tuple[Any, ...]:
+    """Queries, caches and where they are: of 8 query heads over 2 key heads."""
+    order = torch.randperm(len(contexts) * 64).view(len(contexts), 64).to("cuda", torch.int32)
+    shape = (len(contexts) * 64, block_size, 2)
+
+    def cache(name: str) -> Tensor | Quantized:
+        heads = place.randn(shape[0] * block_size * 2, D)
+        if name not in int8:
+            return heads.view(*shape, D)
+        codes, scale = quantize_rows(heads)
+        return Quantized(codes.view(*shape, D), scale.view(shape))
+
+    starts = torch.arange(len(contexts) + 1, dtype=torch.int32, device="cuda")
+    lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
+    return place.randn(len(contexts), 8, D), cache("k"), cache("v"), order, starts, lengths, True, D**-0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8", ["", "kv"])
+def test_decodes_are_hoppers_own(place: Place, int8: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits that other programs add up leave all counts at zero, in a graph that is replayed as well."""
+    made: list[decode.WarpParts] = []
+    parts_of = decode._parts
+
+    def noted(*args: Any) -> decode.WarpParts:
+        made.append(parts_of(*args))
+        return made[-1]
+
+    monkeypatch.setattr(decode, "_parts", noted)
+    case = decodes(place, [1, 300, 2000], int8)
+    want = attention.paged_attention(*case)
+    assert isinstance(want, Tensor)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = attention.paged_attention(*case)
+    assert isinstance(got, Tensor)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(got, want)
+    assert len(made) == 2
+    for parts in made:
+        assert parts.arrivals is not None
+        assert not parts.arrivals.any()
+    monkeypatch.setattr(decode, "ENOUGH_PROGRAMS", 1)
+    assert torch.equal(floats_of(attention.paged_attention(*case)), want)
+    assert len(made) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8", ["", "kv"])
+def test_a_fault_in_a_split_is_not_hidden(place: Place, int8: str) -> None:
+    q, k, v, order, *rest = decodes(place, [700, 700], int8)
+    values = v.scale if isinstance(v, Quantized) else v
+    values[order[0, 650 // 32], 650 % 32, 1] = float("nan")
+    y = attention.paged_attention(q, k, v, order, *rest)
+    assert isinstance(y, Tensor)
+    assert y[0, 4 * 128 :].isnan().all()
+    assert y[0, : 4 * 128].isfinite().all()
+    assert y[1].isfinite().all()
+
+
+def test_what_suits_the_kernel_of_decodes() -> None:
+    def suits(D: int = 128, H: int = 8, G: int = 2, block_size: int = 16, **changes: Any) -> bool:
+        dtype, int8 = changes.get("dtype", torch.float16), changes.get("int8", "")
+
+        def cache(name: str) -> Tensor | Quantized:
+            shape = (4, block_size, G, D)
+            if name not in int8:
+                return torch.zeros(shape, dtype=changes.get("cache", dtype))
+            return Quantized(torch.zeros(shape, dtype=torch.int8), torch.ones(shape[:-1]))
+
+        k, v = cache("k"), cache("v")
+        layout = paged_layout(H, k, v, changes.get("window"), changes.get("soft_cap"))
+        ints = torch.zeros(2, 4, dtype=torch.int32)
+        q = torch.zeros(2, H, D, dtype=dtype)
+        return decode.suits_hopper(
+            attention._operands(q, k, v, decode_step.Requests(ints, ints[0], ints[0]), 1.0, layout)
+        )
+
+    assert suits()
+    assert suits(64, 16, 2, 64, dtype=torch.bfloat16, int8="kv")
+    for wrong in (
+        {"D": 256}, {"D": 96}, {"H": 18}, {"block_size": 8}, {"dtype": torch.float32}, {"cache": torch.bfloat16},
+        {"int8": "k"}, {"int8": "v"}, {"window": 100}, {"soft_cap": 30.0},
+    ):  # fmt: skip
+        assert not suits(**wrong), wrong

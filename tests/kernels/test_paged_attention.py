@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import attention, decode_attention, dequantize, paging, quantize, reference
+from kernels.hopper import decode as hopper_decode
 from kernels.quantized import Quantized, ToInt8
 from kernels.tiles import decode_tile
 from tests.support.kernel_checks import codes_of, floats_of
@@ -146,6 +147,60 @@ def test_head_size_256(place: Place) -> None:
 def test_block_sizes(place: Place, block_size: int) -> None:
     case = Case(place, MIXED, 64, 3, 1, block_size)
     case.check(case.run())
+
+
+@pytest.mark.parametrize("int8", ["", "kv"])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_decodes_that_end_beside_the_end_of_a_tile(place: Place, block_size: int, int8: str) -> None:
+    lengths, shapes = [1, 15, 16, 17, 33, 65, 127, 128, 129], [(64, 3, 1)]
+    if place.device == "cuda":
+        lengths += [31, 32, 63, 64, 511, 512, 513, 1500, 5000]
+        shapes = [(64, 6, 2), (128, 8, 1), (128, 7, 1), (128, 32, 8), (128, 18, 2)]
+    for D, H, G in shapes:
+        case = Case(place, [(1, length) for length in lengths], D, H, G, block_size, int8)
+        case.check(case.run())
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-2, 1e3, 1e30])
+def test_int8_values_of_any_size(place: Place, size: float) -> None:
+    """The scales of values are in p: it must not leave its dtype, nor lose its digits below it."""
+    if not torch.finfo(place.dtype).smallest_normal < size < torch.finfo(place.dtype).max:
+        pytest.skip("no such values")
+    case = Case(place, [(1, 40), (1, 70)], 64, 4, 2, int8="kv")
+    assert isinstance(case.v, Quantized)
+    case.v = Quantized(case.v.codes, case.v.scale * size)
+    case.values = [values * size for values in case.values]
+    case.check(case.run())
+
+
+def test_int8_values_of_many_sizes(place: Place) -> None:
+    """In one tile: a large scale may not take the digits of small ones that have all the weight."""
+    case = Case(place, [(1, 40), (1, 70)], 64, 4, 2, int8="kv")
+    assert isinstance(case.v, Quantized)
+    sizes = torch.full_like(case.v.scale, 2.0**-12)
+    for b, (_, context) in enumerate(case.requests):
+        blocks, slots = case.slots(b, sizes.shape[1])
+        large = torch.arange(context, device=sizes.device)[:, None] % 3 == 1
+        sizes[blocks, slots] = torch.where(large, 2.0**4, 2.0**-12)
+        case.values[b] = case.values[b] * sizes[blocks, slots][..., None]
+    case.v = Quantized(case.v.codes, case.v.scale * sizes)
+    case.check(case.run())
+
+
+def test_decodes_whose_scores_are_infinite(place: Place) -> None:
+    """Keys at minus infinity have no weight; where all have none, the row is NaN, and no other is."""
+    if place.device == "cpu":
+        pytest.skip("the interpreter's numpy raises")
+    for keys in (slice(0, 3), slice(None)):
+        case = Case(place, [(1, 40), (1, 300), (1, 20)], 64, 4, 2)
+        assert isinstance(case.k, Tensor)
+        case.q[1] = 1.0
+        blocks, slots = case.slots(1, 16)
+        case.k[blocks[keys], slots[keys]] = float("-inf")
+        got = case.run()
+        assert got[1].isnan().all() == (keys == slice(None))
+        assert got[1].isfinite().all() == (keys != slice(None))
+        assert got[::2].isfinite().all()
 
 
 def test_long_contexts(place: Place) -> None:
@@ -309,6 +364,9 @@ def test_values_of_decodes_read_in_pairs(
 ) -> None:
     """With codes of queries multiplied as floats or as such, to the same bits; a float cache has no pairs."""
 
+    # Hopper's own kernel has no such tiles.
+    monkeypatch.setattr(decode_attention, "suits_hopper", lambda _: False)
+
     def with_tile(**changes: bool) -> None:
         monkeypatch.setattr(attention, "decode_tile", lambda *args: decode_tile(*args)._replace(**changes))
 
@@ -378,13 +436,17 @@ def test_quantized_output(place: Place, requests: list[tuple[int, int]], int8: s
 
 
 @pytest.mark.parametrize("requests", [DECODES, LONG, [(1, 900), (1, 2500)]], ids=["decodes", "long", "longer"])
-def test_splits_in_one_program(place: Place, requests: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("int8", ["", "k", "kv"])
+def test_splits_in_one_program(
+    place: Place, requests: list[tuple[int, int]], int8: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A split has the same bits whether a program takes one or several, at any number of requests."""
-    case = Case(place, requests, 64, 4, 2, int8="k")
+    case = Case(place, requests, 64, 4, 2, int8=int8)
     want = case.run()
     case.check(want)
     for programs in (1, 20):
-        monkeypatch.setattr(decode_attention, "ENOUGH_PROGRAMS", programs)
+        for module in (decode_attention, hopper_decode):
+            monkeypatch.setattr(module, "ENOUGH_PROGRAMS", programs)
         assert torch.equal(case.run(), want)
 
 

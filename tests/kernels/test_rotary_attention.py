@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import attention, decode_attention, reference, rope
+from kernels.hopper import decode as hopper_decode
 from kernels.quantized import Quantized, ToInt8
 from kernels.rows import Rows
 from tests.support.kernel_checks import floats_of
@@ -194,7 +195,8 @@ def test_drafts_read_the_keys_of_rows_before_them(place: Place) -> None:
 def test_splits_in_one_program(place: Place, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     some = case(place, [130, 600] if place.device == "cpu" else LARGE_CONTEXTS, 64, 64, 2, 1)
     want = parts(some.apart(ToInt8()), some.num_requests)
-    monkeypatch.setattr(decode_attention, "ENOUGH_PROGRAMS", programs)
+    for module in (decode_attention, hopper_decode):
+        monkeypatch.setattr(module, "ENOUGH_PROGRAMS", programs)
     got = parts(some.in_one(ToInt8()), some.num_requests)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 

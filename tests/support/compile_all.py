@@ -26,7 +26,19 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import activation, attention, collectives, dependent, gemm, groups, norm, outliers, quantize, tiles
+from kernels import (
+    activation,
+    attention,
+    collectives,
+    decode_attention,
+    dependent,
+    gemm,
+    groups,
+    norm,
+    outliers,
+    quantize,
+    tiles,
+)
 from kernels.epilogue import Epilogue
 from kernels.launching import Descriptor, Plan
 from kernels.quantized import Quantized, ToInt8
@@ -153,7 +165,7 @@ def tuned(capability: int) -> None:
         gemm.launch(x.codes, weight, ops._replace(row_max=row_max), meta(8192, 14336), tile, is_gated=True)
 
 
-def attentions() -> None:
+def attentions(capability: int) -> None:
     """Head sizes and dtypes, float and int8 caches, decodes of one split and of sixteen, alone and among many."""
     for D, H, G in ((64, 32, 8), (96, 32, 32), (128, 32, 8), (256, 8, 1)):
         for dtype in (torch.float16, torch.bfloat16) if D == 64 else (torch.float16,):
@@ -167,6 +179,11 @@ def attentions() -> None:
         attend(D, H, G, torch.bfloat16, is_int8=D == 128, window=1024, is_normed=True, has_sink=True)
     for is_int8 in (False, True):
         attend(128, 32, 8, torch.float32, is_int8)
+    if capability == 90:
+        # More query heads of a key head than Hopper's own kernel of decodes takes.
+        for D, is_int8 in ((64, False), (64, True), (128, False), (128, True)):
+            dtype = torch.bfloat16 if (D, is_int8) == (64, True) else torch.float16
+            attend(D, 32, 2, dtype, is_int8, is_whole=D == 128 and is_int8)
 
 
 def attend(
@@ -214,7 +231,7 @@ def record() -> list[Launch]:
         launches.setdefault(case, Launch(capability, case, kernel, arguments))
 
     Plan.launch = note  # type: ignore[method-assign]
-    for module in (gemm, groups, attention, dependent, collectives):
+    for module in (gemm, groups, attention, decode_attention, dependent, collectives):
         vars(module)["current_gpu"] = lambda _: tiles.Target("untuned", capability, num_sms=100)
     for capability in ARCHITECTURES:
         rows()
@@ -223,7 +240,7 @@ def record() -> list[Launch]:
         grouped()
         mixed()
         tuned(capability)
-        attentions()
+        attentions(capability)
     return list(launches.values())
 
 

@@ -42,6 +42,12 @@ def is_same_attention(kernel: str, arguments: dict[str, Any]) -> bool:
     if layout.D == 64 and layout.K_SCALE is None and dtype == torch.bfloat16:
         # Over floats both types take as many, and wider heads have the instructions of this one.
         return True
+    if kernel == "_paged_attention_kernel" and layout.GROUP > 8:
+        # The rows of a prompt's tile are alike, whatever heads they are of.
+        return True
+    if kernel == "_decode_on_hopper_kernel":
+        # One that rotates, or leaves parts, holds what the others do.
+        return arguments["rotation"] is None and (layout.D != 128 or arguments["parts"].y is not None)
     if kernel != "_paged_decode_kernel" or arguments["parts"].arrivals is None:
         return False
     # A decode that rotates holds what one behind a rotation does. At head size 128 both stay.

@@ -1,0 +1,376 @@
+"""Attention of decodes on Hopper, in Gluon: each warp attends to keys of its own.
+
+A program takes splits of one request's context for the query heads of one key head. Each of its warps has its own tiles
+of keys, maximum, sum and weighted values, which meet at the end alone. Until then warps share no numbers; for each tile
+there is a barrier behind the wait for its copy, and one before its memory is filled again.
+The second product is y^T = v^T p^T. Its second operand is p as the first product leaves it in the registers, and heads
+are padded to 8 there instead of 16.
+
+A program that has all splits of a request adds them up itself. Otherwise the last of the request's programs does, in
+the same order and with the same operations, so the bits are the same.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language import debug_barrier
+
+from kernels.decode_step import Operands, is_last, write_new_key
+from kernels.dependent import await_inputs, launch_dependents, starts_early
+from kernels.hopper.rings import FLOAT_KEYS, ask, ask_first, blocks_of, heads_of, rings_of
+from kernels.hopper.warps import (
+    BY_WARP,
+    HEADS,
+    MMA,
+    ROWS,
+    WARPS,
+    add,
+    each,
+    nothing,
+    store_heads,
+    store_part,
+    sum_of_parts,
+)
+from kernels.launching import MAX_PLANS, Plan, cdiv, power_of_2
+from kernels.paging import Layout, query_codes, widen_pairs
+from kernels.rope import Turn, turned_heads
+
+__all__ = ["decode_on_hopper", "suits_hopper"]
+
+HEAD_SIZES = frozenset({64, 128})
+MAX_GROUP, MIN_BLOCK = HEADS.value, FLOAT_KEYS.value
+MAX_SPLITS = 16
+SPLIT_LEN = 256
+"""Fewest keys of a split. H200, of 128, 256 and 512: one request of 1024 keys takes 8.9, 8.9 and 10.2 us, four of 2048
+take 17.2, 16.2 and 15.0, 256 of 512 the same."""
+
+ENOUGH_PROGRAMS = 256
+"""Where the key heads of all requests are as many, two for each multiprocessor, a program takes all splits of one."""
+
+STAGES = 3
+"""Tiles of each warp in shared memory. Two let three programs run on a multiprocessor: H200, over an int8 cache, 256
+requests of 512 keys take 76.1 instead of 77.8 us, but 32 of 8192 take 164 instead of 135."""
+
+
+class WarpParts(NamedTuple):
+    """What the programs of a request leave for its last one; None where each has a whole request.
+
+    y: float32 [B, splits, WARPS, G, D, GROUP], the weighted sum of each warp's values.   arrivals: int32 [B, G], zeros.
+    sums: float32 [B, splits, WARPS, H, 2], log2 of the largest weight, and the sum of weights over it.
+    """
+
+    y: Tensor | None
+    sums: Tensor | None
+    arrivals: Tensor | None
+
+
+def suits_hopper(step: Operands) -> bool:
+    """Whether this kernel attends for a model on Hopper; it does then for all of its decodes."""
+    layout = step.layout
+    has_one_dtype = (step.k_scale is None) == (step.v_scale is None) and step.k.dtype == step.v.dtype
+    has_dtype = step.q.element_size() == 2 and (step.k_scale is not None or step.k.dtype == step.q.dtype)
+    is_plain = layout.WINDOW is None and layout.SOFT_CAP is None
+    has_shape = layout.D in HEAD_SIZES and layout.GROUP <= MAX_GROUP and layout.BLOCK_SIZE >= MIN_BLOCK
+    return has_one_dtype and has_dtype and is_plain and has_shape and _is_aligned(step)
+
+
+def _is_aligned(step: Operands) -> bool:
+    """Whether all heads of the caches have the 16 bytes' alignment of an asynchronous copy."""
+    size, places = step.k.element_size(), step.k.data_ptr() | step.v.data_ptr()
+    for strides in (step.layout.K, step.layout.V):
+        places |= size * (strides.BLOCK | strides.SLOT | strides.HEAD)
+    return places % 16 == 0
+
+
+def decode_on_hopper(step: Operands, y: Tensor) -> None:
+    """Attend for every request with one query row; other rows of y [T, H * D] are not written."""
+    (B, max_blocks), layout = step.requests.block_tables.shape, step.layout
+    num_splits = min(MAX_SPLITS, power_of_2(max(1, cdiv(max_blocks * layout.BLOCK_SIZE, SPLIT_LEN))))
+    per_program = max(1, min(num_splits, num_splits * layout.G * B // ENOUGH_PROGRAMS))
+    parts = WarpParts(None, None, None) if per_program == num_splits else _parts(step, num_splits)
+    is_early = starts_early(step.q.device, B)
+    _plan(layout, step.turn, num_splits, is_early).launch(
+        (cdiv(num_splits, per_program), layout.G, B), step.q, step.k, step.v, step.k_scale, step.v_scale, step.rotation,
+        parts, y, step.requests, max_blocks, step.scale, per_program,
+    )  # fmt: skip
+
+
+def _parts(step: Operands, num_splits: int) -> WarpParts:
+    """Room for the splits; zeroed memory to count in is allocated if it is not given."""
+    (B, _), layout, device = step.requests.block_tables.shape, step.layout, step.q.device
+    H, arrivals = layout.GROUP * layout.G, step.arrivals
+    if arrivals is None:
+        arrivals = torch.zeros((B, layout.G), dtype=torch.int32, device=device)
+    y = torch.empty((B, num_splits, WARPS.value, layout.G, layout.D, layout.GROUP), dtype=torch.float32, device=device)
+    return WarpParts(y, torch.empty((B, num_splits, WARPS.value, H, 2), dtype=torch.float32, device=device), arrivals)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan(layout: Layout, turn: Turn | None, num_splits: int, is_early: bool) -> Plan:
+    return Plan(
+        _decode_on_hopper_kernel, LAYOUT=layout, TURN=turn, SPLITS=num_splits, MIN_KEYS=SPLIT_LEN, STAGES=STAGES,
+        DEPENDENT=is_early, launch_pdl=is_early, num_warps=WARPS.value,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _upper(scores):
+    """The first 8 of the 16 rows of scores [WARPS, 16, N]: the others are padding."""
+    parts = gl.reshape(scores, [WARPS, 2, HEADS, scores.shape[2]])
+    upper_and_lower = gl.split(gl.permute(parts, (0, 2, 3, 1)))
+    return upper_and_lower[0]
+
+
+@gluon.jit
+def _halves(x):
+    """An operand [WARPS, D, N] as two, of its first rows and of the others."""
+    parts = gl.reshape(x, [WARPS, 2, x.shape[1] // 2, x.shape[2]])
+    first, second = gl.split(gl.permute(parts, (0, 2, 3, 1)))
+    layout: gl.constexpr = x.type.layout
+    return gl.convert_layout(first, layout, assert_trivial=True), gl.convert_layout(second, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _scores(q, k):
+    """q k^T of 8 heads, [WARPS, HEADS, N]; q: two operands of half the columns each, for two chains half as long."""
+    k_low, k_high = _halves(k)
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, MMA, k.type.layout.k_width)
+    none = gl.zeros([WARPS, ROWS, k.shape[2]], gl.int32 if k.dtype == gl.int8 else gl.float32, MMA)
+    q_low = gl.convert_layout(q[0], q_layout, assert_trivial=True)
+    q_high = gl.convert_layout(q[1], q_layout, assert_trivial=True)
+    return _upper(mma_v2(q_low, k_low, none) + mma_v2(q_high, k_high, none))
+
+
+@gluon.jit
+def _unit_of(scale):
+    """2^-15 times the power of two above a largest scale of at most 2^121; not above 0 for one that is not finite.
+
+    Over it weights times scales are at most 2^15, in float16's range with 29 powers of two below.
+    """
+    bits = (scale.to(gl.int32, bitcast=True) & 0x7F800000) + 0x00800000
+    return bits.to(gl.float32, bitcast=True) * 2.0**-15
+
+
+@gluon.jit
+def _inverse_of(power):
+    """1 / power, exact, for powers of two of 2^-125 to 2^126."""
+    return (0x7F000000 - power.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _fold_tile(q, row_scale, state, rings, stage, keys, last, is_inside, IS_INT8: gl.constexpr):
+    """Add a tile of keys of each warp, those from keys [WARPS] on, to its state. Returns what changed of it, and p.
+
+    state: the largest score so far (in powers of two) and the sum of exp2(score - largest), [WARPS, HEADS]; and the
+    unit [WARPS] of weighted values, the power of two above the largest scale of values so far: so p is at most 1.
+    """
+    top, total, unit = state
+    BY_KEY: gl.constexpr = top.type.layout.parent
+    N: gl.constexpr = rings[0].shape[2]
+    k = rings[0].index(stage).permute((0, 2, 1)).load(gl.DotOperandLayout(1, MMA, 4 if IS_INT8 else 2))
+    scores = _scores(q, k)
+    if IS_INT8:
+        scores = scores.to(gl.float32) * each(rings[2].index(stage).load(gl.SliceLayout(1, BY_KEY)), (1,))
+    if not is_inside:
+        seen = each(gl.convert_layout(last - keys, gl.SliceLayout(1, gl.SliceLayout(2, BY_KEY))), (1, 2))
+        nth = each(gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, BY_KEY))), (0, 1))
+        scores = gl.where(nth < seen, scores, float("-inf"))
+    new_top = gl.maximum(top, gl.max(scores, axis=2) * row_scale)
+    p = gl.exp2(scores * each(row_scale, (2,)) - each(new_top, (2,)))
+    shrink = gl.exp2(top - new_top)
+    total = total * shrink + gl.sum(p, axis=2)
+    if IS_INT8:
+        scales = rings[3].index(stage).load(gl.SliceLayout(1, BY_KEY))
+        new_unit = gl.maximum(unit, _unit_of(gl.max(scales, axis=1)))
+        inverse = _inverse_of(new_unit)
+        p *= each(scales * each(inverse, (1,)), (1,))
+        shrink *= each(gl.convert_layout(unit * inverse, gl.SliceLayout(1, top.type.layout)), (1,))
+        unit = new_unit
+    return new_top, total, unit, shrink, p
+
+
+@gluon.jit
+def _fold_values(p, shrink, v, low, high, IS_INT8: gl.constexpr, TYPE: gl.constexpr):
+    """Add values v [WARPS, columns, N] weighted by p to both halves of the columns, [WARPS, D / 2, HEADS]."""
+    weights = gl.convert_layout(gl.permute(p.to(TYPE), (0, 2, 1)), gl.DotOperandLayout(1, MMA, 2))
+    shrink = each(gl.convert_layout(shrink, gl.SliceLayout(1, MMA)), (1,))
+    if IS_INT8:
+        low_v, high_v = widen_pairs(v, TYPE)
+    else:
+        low_v, high_v = _halves(v)
+    return mma_v2(low_v, weights, low * shrink), mma_v2(high_v, weights, high * shrink)
+
+
+@gluon.jit
+def _queries(q_ptr, rotation, token, kv_head, scale, k_ring, BY_ROW: gl.constexpr, LAYOUT: gl.constexpr,
+             TURN: gl.constexpr):  # fmt: skip
+    """The query heads of a key head as the first operand [WARPS, ROWS, D], codes over int8 keys; the scores' scales."""
+    D: gl.constexpr = LAYOUT.D
+    H: gl.constexpr = LAYOUT.GROUP * LAYOUT.G
+    layout: gl.constexpr = gl.BlockedLayout([1, D // 8], [4, 8], [WARPS, 1], [1, 0])
+    rows, columns = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, D, gl.SliceLayout(0, layout))
+    heads, is_head = kv_head * LAYOUT.GROUP + rows, rows < LAYOUT.GROUP
+    if TURN is None:
+        q = gl.load(q_ptr + token * H * D + heads[:, None] * D + columns[None, :], mask=is_head[:, None], other=0.0)
+    else:
+        stride: gl.constexpr = (H + 2 * LAYOUT.G) * D
+        y = turned_heads(q_ptr, rotation, token, heads, columns, is_head, stride, 0.0, LAYOUT, TURN)
+        q = y.to(q_ptr.dtype.element_ty)
+    row_scale = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout)) + scale
+    if LAYOUT.K_SCALE is not None:
+        q, row_scale = query_codes(q, scale, True)
+    scales = gl.allocate_shared_memory(gl.float32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]), row_scale)
+    # Every warp reads the operand from a tile of its own: that of the last stage, which is not in use yet.
+    VEC: gl.constexpr = 128 // q.dtype.primitive_bitwidth
+    by_warp: gl.constexpr = gl.BlockedLayout([1, 1, VEC], [1, 32 * VEC // D, D // VEC], [WARPS, 1, 1], [2, 1, 0])
+    one = gl.convert_layout(q, gl.SliceLayout(0, by_warp))
+    tile = k_ring.index(k_ring.shape[0] - 1).slice(0, ROWS, 1)
+    tile.store(each(one, (0,)) + gl.zeros([WARPS, ROWS, D], q.dtype, by_warp))
+    parts = gl.reshape(
+        tile.load(gl.DotOperandLayout(0, MMA, 32 // q.dtype.primitive_bitwidth)), [WARPS, ROWS, 2, D // 2]
+    )
+    return gl.split(gl.permute(parts, (0, 1, 3, 2))), each(scales.slice(0, HEADS).load(gl.SliceLayout(0, BY_ROW)), (0,))
+
+
+@gluon.jit
+def _attend(q, row_scale, rings, caches, parts, first_split, table_ptr, kv_head, first, last, split_len, is_whole,
+            LAYOUT: gl.constexpr, TYPE: gl.constexpr):  # fmt: skip
+    """Attend to the keys first .. last - 1, which are whole splits. Returns their sum if it is all of the request.
+
+    Otherwise writes each split to parts, from first_split on.
+    """
+    BY_ROW: gl.constexpr = row_scale.type.layout
+    BLOCK_SIZE: gl.constexpr = LAYOUT.BLOCK_SIZE
+    STAGES: gl.constexpr = rings[0].shape[0]
+    N: gl.constexpr = rings[0].shape[2]
+    C: gl.constexpr = LAYOUT.D // 2
+    STEP: gl.constexpr = WARPS * N
+    IS_INT8: gl.constexpr = LAYOUT.K_SCALE is not None
+    keys = first + gl.arange(0, WARPS, BY_WARP) * N
+    blocks = blocks_of(table_ptr, keys + (STAGES - 1) * STEP, last, BLOCK_SIZE)
+    y_top, y_total, y_low, y_high = nothing(C, BY_ROW)
+    top, total, low, high = nothing(C, BY_ROW)
+    FIRST_UNIT: gl.constexpr = 2.0**-115 if IS_INT8 else 1.0
+    unit = gl.full([WARPS], FIRST_UNIT, gl.float32, gl.SliceLayout(1, gl.SliceLayout(1, BY_ROW.parent)))
+    stage = 0
+    for start in range(first, last, STEP):
+        async_copy.wait_group(STAGES - 2)
+        debug_barrier()
+        top, total, unit, shrink, p = _fold_tile(
+            q, row_scale, (top, total, unit), rings, stage, keys, last, start + STEP <= last, IS_INT8
+        )
+        v = rings[1].index(stage).permute((0, 2, 1)).load(gl.DotOperandLayout(0, MMA, 2))
+        # The tile that was multiplied before this one makes room.
+        keys += STEP
+        ask(rings, (stage + STAGES - 1) % STAGES, caches, blocks, keys + (STAGES - 2) * STEP, last, LAYOUT)
+        blocks = blocks_of(table_ptr, keys + (STAGES - 1) * STEP, last, BLOCK_SIZE)
+        low, high = _fold_values(p, shrink, v, low, high, IS_INT8, TYPE)
+        stage = (stage + 1) % STAGES
+        end = start + STEP
+        if ((end - first) % split_len == 0) | (end >= last):
+            if is_whole:
+                y_top, y_total, y_low, y_high = add((y_top, y_total, y_low, y_high), (top, total, low, high), unit)
+            elif parts.y is not None:
+                split = first_split + (start - first) // split_len
+                store_part((top, total, low, high), unit, parts, split, kv_head, LAYOUT)
+            top, total, low, high = nothing(C, BY_ROW)
+            unit = gl.full([WARPS], FIRST_UNIT, gl.float32, unit.type.layout)
+    # The last copies are of nothing, but they write zeros to memory that is used again.
+    async_copy.wait_group(0)
+    return y_top, y_total, y_low, y_high
+
+
+@gluon.jit
+def _write_key(qkv_ptr, rotation, token, caches, kv_head, LAYOUT: gl.constexpr, TURN: gl.constexpr):
+    """Write a token's key, turned, and its value, where the program's other threads will find them."""
+    layout: gl.constexpr = gl.BlockedLayout([1, LAYOUT.D // 64], [1, 32], [2, 2], [1, 0])
+    both = gl.arange(0, 2, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, LAYOUT.D, gl.SliceLayout(0, layout))
+    write_new_key(qkv_ptr, rotation, token, caches, kv_head, both, columns, LAYOUT, TURN)
+    debug_barrier()
+
+
+# The splits of a program change with the step; specialized on their number, three kernels would be compiled.
+@gluon.jit(do_not_specialize=["per_program"])
+def _decode_on_hopper_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    rotation,
+    parts,
+    out_ptr,
+    requests,
+    max_blocks,
+    scale,
+    per_program,
+    LAYOUT: gl.constexpr,
+    TURN: gl.constexpr,
+    SPLITS: gl.constexpr,
+    MIN_KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+):
+    """per_program splits of one request's context for the GROUP query heads of one key head.
+
+    With TURN q_ptr holds queries, keys and values; the program that sees the last key writes it to the cache before.
+    """
+    launch_dependents(DEPENDENT)
+    await_inputs(DEPENDENT)
+    G: gl.constexpr = LAYOUT.G
+    H: gl.constexpr = LAYOUT.GROUP * G
+    D: gl.constexpr = LAYOUT.D
+    kv_head, request = gl.program_id(1), gl.program_id(2).to(gl.int64)
+    token = gl.load(requests.query_starts + request).to(gl.int64)
+    next_token = gl.load(requests.query_starts + request + 1)
+    context = gl.load(requests.context_lens + request)
+    if next_token - token != 1:
+        return
+    rings = rings_of(k_ptr, v_ptr, STAGES, LAYOUT)
+    N: gl.constexpr = rings[0].shape[2]
+    STEP: gl.constexpr = WARPS * N
+    split_len = gl.maximum(MIN_KEYS, gl.cdiv(gl.cdiv(context, SPLITS), STEP) * STEP)
+    first = gl.program_id(0) * per_program * split_len
+    if (first >= context) & (gl.program_id(0) > 0):
+        return
+    last = gl.minimum(context, first + per_program * split_len)
+    caches = heads_of(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, kv_head, LAYOUT)
+    table_ptr = requests.block_tables + request * max_blocks
+    # Before all else, unless one of these tiles has the key that is still to be written. Loops of one turn or none, as
+    # Triton 3.6 compiles no copy in an if.
+    num_early = 1
+    if TURN is not None:
+        num_early = ((last < context) | (last - first > (STAGES - 1) * STEP)).to(gl.int32)
+    for _ in range(num_early):
+        ask_first(rings, caches, table_ptr, first, last, LAYOUT)
+    scores = _upper(gl.zeros([WARPS, ROWS, N], gl.int32, MMA))
+    BY_ROW: gl.constexpr = gl.SliceLayout(2, scores.type.layout)
+    q, row_scale = _queries(q_ptr, rotation, token, kv_head, scale, rings[0], BY_ROW, LAYOUT, TURN)
+    if TURN is not None:
+        if last == context:
+            _write_key(q_ptr, rotation, token, (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr), kv_head, LAYOUT, TURN)
+        for _ in range(1 - num_early):
+            ask_first(rings, caches, table_ptr, first, last, LAYOUT)
+    out_ptr += token * H * D
+    of_request = request * SPLITS
+    split = of_request + gl.program_id(0) * per_program
+    is_whole = (first == 0) & (last == context)
+    TYPE: gl.constexpr = out_ptr.dtype.element_ty if k_scale_ptr is None else gl.float16
+    y = _attend(
+        q, row_scale, rings, caches, parts, split, table_ptr, kv_head, first, last, split_len, is_whole, LAYOUT, TYPE
+    )
+    if is_whole:
+        store_heads(y, out_ptr, kv_head, context, LAYOUT)
+    elif parts.y is not None:
+        num_splits = gl.cdiv(context, split_len)
+        if is_last(parts.arrivals + request * G + kv_head, gl.cdiv(num_splits, per_program)):
+            y = sum_of_parts(parts, of_request, num_splits, kv_head, BY_ROW, LAYOUT)
+            store_heads(y, out_ptr, kv_head, context, LAYOUT)
