@@ -72,6 +72,14 @@ INLINE_DOTS void tile(const struct product *p, int64_t r, const int rows, int64_
                               _mm_sub_epi32(sums_of(sums[row]), *excess));
 }
 
+/* Ask for the weights of COLUMNS columns from `first` on, while those before are multiplied. */
+INLINE_DOTS void prefetch(const struct product *p, int64_t first) {
+    int64_t stop = first + COLUMNS < p->num_columns ? first + COLUMNS : p->num_columns;
+    for (int64_t n = first; n < stop; n++)
+        for (int64_t k = 0; k < p->depth; k += LANES)
+            _mm_prefetch((const char *)p->weight + n * p->weight_stride + k, _MM_HINT_T0);
+}
+
 /* All rows for up to COLUMNS columns, whose weights stay in the first cache. */
 INLINE_DOTS void rows_of(const struct product *p, int64_t first, int columns) {
     __m128i excess;
@@ -100,6 +108,7 @@ DOTS static void multiply(int64_t begin, int64_t end, void *task) {
         int64_t stop = group + COLUMNS_AT_ONCE < last ? group + COLUMNS_AT_ONCE : last;
         for (int64_t first = group; first < stop; first += COLUMNS) {
             int columns = stop - first < COLUMNS ? (int)(stop - first) : COLUMNS;
+            prefetch(p, first + COLUMNS_AT_ONCE);
             rows_of(p, first, columns);
         }
     }
