@@ -10,7 +10,7 @@
 #define ATTENTION_OPS attention_avx2
 #endif
 
-enum { WORK_OF_A_PIECE = 16384 };
+enum { WORK_OF_A_PIECE = 16384, AHEAD = 16 /* tokens */ };
 
 struct rope_task {
     struct rope step;
@@ -97,11 +97,23 @@ struct decode_task {
     int failed;
 };
 
+/* Which head of the cache is that of one token. */
+INLINE int64_t head_of(const struct cache *cache, const int32_t *table, int64_t token, int64_t g) {
+    int64_t slot = ((int64_t)table[token >> cache->block_shift] << cache->block_shift) + (token & (cache->block_size - 1));
+    return slot * cache->num_kv_heads + g;
+}
+
+/* Ask for a head of a later token: the heads between it and this one's are in the way of the processor's own guess. */
+INLINE void prefetch_head(const void *base, const struct cache *cache, const int32_t *table, int64_t token, int64_t g) {
+    int64_t num_bytes = cache->head_size * (cache->dtype == INT8 ? 1 : size_of(cache->dtype));
+    const char *head = (const char *)base + head_of(cache, table, token, g) * num_bytes;
+    for (int64_t at = 0; at < num_bytes; at += 64) _mm_prefetch(head + at, _MM_HINT_T0);
+}
+
 /* A head's elements of one token: where they are if they are float32, else what they stand for, in row. */
 INLINE const float *head_at(const void *base, const float *scales, const struct cache *cache, const int32_t *table,
                             int64_t token, int64_t g, float *row) {
-    int64_t slot = ((int64_t)table[token >> cache->block_shift] << cache->block_shift) + (token & (cache->block_size - 1));
-    int64_t head = slot * cache->num_kv_heads + g, D = cache->head_size;
+    int64_t head = head_of(cache, table, token, g), D = cache->head_size;
     if (cache->dtype == FLOAT32) return (const float *)base + head * D;
     if (cache->dtype == INT8) {
         const int8_t *codes = (const int8_t *)base + head * D;
@@ -144,11 +156,14 @@ VECTOR static void decode_heads(int64_t begin, int64_t end, void *context) {
         if (cache->dtype == INT8) round_heads(q, codes, shared, D);
         memset(y, 0, shared * D * sizeof *y);
         for (int64_t token = 0; token < n; token++) {
+            if (token + AHEAD < n) prefetch_head(cache->keys, cache, table, first + token + AHEAD, g);
+            if (token < AHEAD) prefetch_head(cache->values, cache, table, first + token, g);
             const float *key = head_at(cache->keys, cache->key_scales, cache, table, first + token, g, row);
             for (int64_t j = 0; j < shared; j++) scores[j * n + token] = dot(q + j * D, key, D) * step->scale;
         }
         for (int64_t j = 0; n > 0 && j < shared; j++) softmax(scores + j * n, n);
         for (int64_t token = 0; token < n; token++) {
+            if (token + AHEAD < n) prefetch_head(cache->values, cache, table, first + token + AHEAD, g);
             const float *value = head_at(cache->values, cache->value_scales, cache, table, first + token, g, row);
             for (int64_t j = 0; j < shared; j++) {
                 float *restrict sum = y + j * D;

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cpu.library import DTYPES, WHY_NOT, native
-from kernels.cpu.product import HAS_AMX, int8_product
+from kernels.cpu.product import int8_product, linear_in_one
 from kernels.quantized import Quantized, ToInt8
 from kernels.reference.attention import decode_attention
 from kernels.reference.common import ROWS_AT_ONCE, row_slices
@@ -90,11 +90,12 @@ def int8_linear(
     if out_dtype not in DTYPES or not _takes(x.codes, x.scale, weight_scale, bias, residual):
         return reference.int8_linear(x, weight_q, weight_scale, bias, residual, out_dtype)
     y = torch.empty(x.codes.shape[0], weight_q.shape[0], dtype=out_dtype)
-    if HAS_AMX and weight_q.stride(1) == 1:
+    in_one = linear_in_one(x.codes, weight_q)
+    if in_one is not None:
         require_depth(x.codes)
         numbers = _epilogue(0, x.scale, weight_scale, bias, residual, *y.shape)
         where = x.codes.data_ptr(), weight_q.data_ptr(), x.codes.shape[1], x.codes.stride(0), weight_q.stride(0)
-        native.int8_linear_amx(*numbers, *where, y.data_ptr(), DTYPES[out_dtype])
+        in_one(*numbers, *where, y.data_ptr(), DTYPES[out_dtype])
         return y
     for rows, numbers in _products(x, weight_q, weight_scale, bias, residual):
         native.finish(*numbers, *_where(y[rows], out_dtype, is_static=False))

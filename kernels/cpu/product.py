@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,15 @@ def int8_product(x_q: Tensor, weight_q: Tensor, out: Tensor | None = None) -> Te
     else:
         by_float_sums(x_q, weight_q, out)
     return out
+
+
+def linear_in_one(x_q: Tensor, weight_q: Tensor) -> Callable[..., None] | None:
+    """The function of product.h for a product and its epilogue in one, or None if there is none for such operands."""
+    if x_q.stride(1) != 1 or weight_q.stride(1) != 1:
+        return None
+    if HAS_AMX:
+        return native.int8_linear_amx
+    return native.int8_linear_vnni if HAS_VNNI and len(x_q) <= FEW_ROWS else None
 
 
 def by_int_mm(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:

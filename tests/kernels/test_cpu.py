@@ -102,8 +102,13 @@ def test_a_product_over_nothing_is_zero() -> None:
 
 @in_c
 @each_dtype
-@pytest.mark.parametrize("T", [0, 1, 3, 128, 129, 300, 530])
-def test_int8_linear_has_the_bits_of_the_reference(T: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("T", [0, 1, 3, 24, 128, 129, 300, 530])
+@pytest.mark.parametrize("lacks", [(), ("HAS_AMX",), ("HAS_AMX", "HAS_VNNI")], ids=["", "no AMX", "no VNNI"])
+def test_int8_linear_has_the_bits_of_the_reference(
+    T: int, dtype: torch.dtype, lacks: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in lacks:
+        monkeypatch.setattr(product, name, False)
     K, N = 100, 530
     weight_q, bias, residual = codes(N, K), randn(N, dtype=dtype), randn(T, N, dtype=dtype)
     for x_scale in (randn(T).abs(), STATIC):
