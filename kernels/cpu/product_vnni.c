@@ -35,11 +35,16 @@ INLINE_DOTS __m128i sums_of(const __m512i *parts) {
 }
 
 /* acc[r, c] = sum_k (x[r, k] - 128) * weight[c, k] for `rows` x `columns` sums; past the depth weights are read as 0.
- * excess: 128 sum_k weight[c, k], found with the first rows. */
+ * excess: 128 sum_k weight[c, k], found with the first rows. The weights of columns further on are asked for meanwhile:
+ * the memory would otherwise idle. */
 INLINE_DOTS void tile(const struct product *p, int64_t r, const int rows, int64_t first, int columns, __m128i *excess,
                       const int is_first) {
     const uint8_t *x = p->x + r * p->x_stride;
-    const int8_t *weight = p->weight + first * p->weight_stride;
+    const int8_t *weight = p->weight + first * p->weight_stride, *ahead = weight + COLUMNS_AT_ONCE * p->weight_stride;
+    /* Each rows' tile asks for some of them. */
+    int parts = p->num_rows < 2 * ROWS ? 1 : p->num_rows < COLUMNS * ROWS ? 2 : COLUMNS, part = (int)(r / ROWS);
+    int64_t left_ahead = p->num_columns - first - COLUMNS_AT_ONCE;
+    int stop = left_ahead < COLUMNS ? (int)(left_ahead < 0 ? 0 : left_ahead) : COLUMNS;
     const __m512i all_128 = _mm512_set1_epi8((char)128);
     __m512i sums[ROWS][COLUMNS], of_128[COLUMNS];
 #pragma GCC unroll 4
@@ -54,6 +59,7 @@ INLINE_DOTS void tile(const struct product *p, int64_t r, const int rows, int64_
         __m512i x_k[ROWS];
 #pragma GCC unroll 4
         for (int row = 0; row < rows; row++) x_k[row] = _mm512_loadu_si512(x + row * p->x_stride + k);
+        for (int c = part; c < stop; c += parts) _mm_prefetch((const char *)ahead + c * p->weight_stride + k, _MM_HINT_T0);
 #pragma GCC unroll 4
         for (int c = 0; c < COLUMNS; c++) {
             /* Beyond the last column the first one is read again. */
@@ -70,14 +76,6 @@ INLINE_DOTS void tile(const struct product *p, int64_t r, const int rows, int64_
     for (int row = 0; row < rows; row++)
         _mm_mask_storeu_epi32(p->acc + (r + row) * p->num_columns + first, there,
                               _mm_sub_epi32(sums_of(sums[row]), *excess));
-}
-
-/* Ask for the weights of COLUMNS columns from `first` on, while those before are multiplied. */
-INLINE_DOTS void prefetch(const struct product *p, int64_t first) {
-    int64_t stop = first + COLUMNS < p->num_columns ? first + COLUMNS : p->num_columns;
-    for (int64_t n = first; n < stop; n++)
-        for (int64_t k = 0; k < p->depth; k += LANES)
-            _mm_prefetch((const char *)p->weight + n * p->weight_stride + k, _MM_HINT_T0);
 }
 
 /* All rows for up to COLUMNS columns, whose weights stay in the first cache. */
@@ -108,7 +106,6 @@ DOTS static void multiply(int64_t begin, int64_t end, void *task) {
         int64_t stop = group + COLUMNS_AT_ONCE < last ? group + COLUMNS_AT_ONCE : last;
         for (int64_t first = group; first < stop; first += COLUMNS) {
             int columns = stop - first < COLUMNS ? (int)(stop - first) : COLUMNS;
-            prefetch(p, first + COLUMNS_AT_ONCE);
             rows_of(p, first, columns);
         }
     }
