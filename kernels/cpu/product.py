@@ -20,8 +20,8 @@ HAS_VNNI = WHY_NOT is None and native.has_vnni()
 HAS_AMX = WHY_NOT is None and native.has_amx()
 
 FEW_ROWS = 32
-"""Most rows for which VNNI in C is faster than torch: all products of the demo model take 8.5 and 10.7 ms at 32 rows, 17.7
-and 14.3 at 64; measured without AMX, which torch uses too."""
+"""Most rows for which VNNI in C is faster than torch: for all products of the demo model 32 rows take 8.5 and 10.7 ms,
+and 64 take 17.7 and 14.3; measured without AMX, which torch uses too."""
 
 
 def int8_product(x_q: Tensor, weight_q: Tensor, out: Tensor | None = None) -> Tensor:
