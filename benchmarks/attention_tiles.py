@@ -26,6 +26,7 @@ from benchmarks.report import birth_certificate, quantiles, write
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import Call, measure
 from kernels import attention, decode_attention
+from kernels.dependent import HOPPER
 from kernels.tiles import AttentionTile, current_gpu, decode_tile, prefill_tile
 from service.models.config import ModelConfig
 
@@ -60,7 +61,13 @@ def candidates(what: str) -> list[Candidate]:
     if what == "prefill":
         return plain
     in_pairs = [tile._replace(in_pairs=True, is_int8=is_int8) for is_int8 in (False, True) for tile in TILES[what]]
-    return [*plain, *((what, True, tile) for tile in in_pairs), (what, False, None), (what, True, None)]
+    return [*plain, *((what, True, tile) for tile in in_pairs), *own_of_hopper(what)]
+
+
+def own_of_hopper(what: str) -> list[Candidate]:
+    """Its kernel over both caches, where there is one; for heads that it does not take it is the other one."""
+    has_own = current_gpu(torch.device("cuda", 0)).capability == HOPPER
+    return [(what, is_int8, None) for is_int8 in (False, True)] if has_own else []
 
 
 def used(what: str) -> list[Candidate]:
@@ -68,7 +75,7 @@ def used(what: str) -> list[Candidate]:
     choose = prefill_tile if what == "prefill" else decode_tile
     gpu = current_gpu(torch.device("cuda", 0))
     tiles: list[Candidate] = [(what, is_int8, choose(gpu, 128, 2, 1 if is_int8 else 2)) for is_int8 in (False, True)]
-    return tiles if what == "prefill" else [*tiles, (what, False, None), (what, True, None)]
+    return tiles if what == "prefill" else [*tiles, *own_of_hopper(what)]
 
 
 def scene_of(shape: str, what: str, batch: int, context: int) -> Scene:

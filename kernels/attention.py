@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_attention import Operands, Requests, decode
-from kernels.dependent import await_inputs, launch_dependents, starts_early
+from kernels.decode_attention import decode
+from kernels.decode_step import Operands, Requests
+from kernels.dependent import HOPPER, await_inputs, launch_dependents, starts_early
 from kernels.dequantize import as_floats, num_dequantized
 from kernels.launching import MAX_PLANS, Plan, power_of_2
 from kernels.paging import (
@@ -37,7 +38,7 @@ from kernels.tiles import AttentionTile, current_gpu, decode_tile, prefill_tile
 
 __all__ = ["paged_attention", "rotary_attention"]
 
-HOPPER, BLACKWELL = 90, 100
+BLACKWELL = 100
 LOG2_E = math.log2(math.e)
 
 MAX_TURNED = 8

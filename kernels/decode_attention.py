@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_step import Operands, Requests, is_last, write_new_key
+from kernels.decode_step import Operands, is_last, write_new_key
 from kernels.dependent import HOPPER, await_inputs, launch_dependents, starts_early
 from kernels.hopper.decode import decode_on_hopper, suits_hopper
 from kernels.launching import MAX_PLANS, Plan, cdiv, power_of_2
@@ -26,7 +26,7 @@ from kernels.paging import LIFT, Layout, first_key, fold_keys, fold_pairs, load_
 from kernels.rope import Turn, turned_heads
 from kernels.tiles import AttentionTile, current_gpu
 
-__all__ = ["Operands", "Requests", "decode"]
+__all__ = ["decode"]
 
 MAX_SPLITS = 16
 MIN_SPLIT = 128

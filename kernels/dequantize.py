@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_attention import Operands
+from kernels.decode_step import Operands
 from kernels.launching import MAX_PLANS, Plan, cdiv
 from kernels.paging import REQUESTS, Layout, Strides, dequantized, first_key, key_offsets
 from kernels.tiles import KEYS_PER_TOKEN

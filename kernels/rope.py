@@ -142,9 +142,8 @@ def turned_heads(
 ):
     """Heads of one token, of its H + 2G, as float32 [HEADS, BLOCK_D]: queries and keys normed and turned.
 
-    head, columns: 0 .. BLOCK_D - 1 for the latter, each in the layout that the caller wants.
-
-    Each value has the same bits in every kernel that calls this, but for a norm's: its sum follows the layout.
+    head [HEADS]: which; columns [BLOCK_D]: 0 and up. Both are in the layout that the caller wants. Each value has the
+    same bits in every kernel that calls this, but for a norm's: its sum follows the layout.
     """
     D: tl.constexpr = LAYOUT.D
     G: tl.constexpr = LAYOUT.G

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language import debug_barrier
 
 from kernels.decode_step import Operands, is_last, write_new_key
 from kernels.dependent import await_inputs, launch_dependents, starts_early
-from kernels.hopper.rings import FLOAT_KEYS, ask, ask_first, blocks_of, heads_of, rings_of
+from kernels.hopper.folding import fold_tile, fold_values, upper
+from kernels.hopper.rings import FLOAT_KEYS, blocks_of, copy_first_tiles, copy_tiles, heads_of, rings_of
 from kernels.hopper.warps import (
     BY_WARP,
     HEADS,
@@ -39,7 +40,7 @@ from kernels.hopper.warps import (
     sum_of_parts,
 )
 from kernels.launching import MAX_PLANS, Plan, cdiv, power_of_2
-from kernels.paging import Layout, query_codes, widen_pairs
+from kernels.paging import Layout, query_codes
 from kernels.rope import Turn, turned_heads
 
 __all__ = ["decode_on_hopper", "suits_hopper"]
@@ -121,94 +122,6 @@ def _plan(layout: Layout, turn: Turn | None, num_splits: int, is_early: bool) ->
 
 
 @gluon.jit
-def _upper(scores):
-    """The first 8 of the 16 rows of scores [WARPS, 16, N]: the others are padding."""
-    parts = gl.reshape(scores, [WARPS, 2, HEADS, scores.shape[2]])
-    upper_and_lower = gl.split(gl.permute(parts, (0, 2, 3, 1)))
-    return upper_and_lower[0]
-
-
-@gluon.jit
-def _halves(x):
-    """An operand [WARPS, D, N] as two, of its first rows and of the others."""
-    parts = gl.reshape(x, [WARPS, 2, x.shape[1] // 2, x.shape[2]])
-    first, second = gl.split(gl.permute(parts, (0, 2, 3, 1)))
-    layout: gl.constexpr = x.type.layout
-    return gl.convert_layout(first, layout, assert_trivial=True), gl.convert_layout(second, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _scores(q, k):
-    """q k^T of 8 heads, [WARPS, HEADS, N]; q: two operands of half the columns each, for two chains half as long."""
-    k_low, k_high = _halves(k)
-    q_layout: gl.constexpr = gl.DotOperandLayout(0, MMA, k.type.layout.k_width)
-    none = gl.zeros([WARPS, ROWS, k.shape[2]], gl.int32 if k.dtype == gl.int8 else gl.float32, MMA)
-    q_low = gl.convert_layout(q[0], q_layout, assert_trivial=True)
-    q_high = gl.convert_layout(q[1], q_layout, assert_trivial=True)
-    return _upper(mma_v2(q_low, k_low, none) + mma_v2(q_high, k_high, none))
-
-
-@gluon.jit
-def _unit_of(scale):
-    """2^-15 times the power of two above a largest scale of at most 2^121; not above 0 for one that is not finite.
-
-    Over it weights times scales are at most 2^15, in float16's range with 29 powers of two below.
-    """
-    bits = (scale.to(gl.int32, bitcast=True) & 0x7F800000) + 0x00800000
-    return bits.to(gl.float32, bitcast=True) * 2.0**-15
-
-
-@gluon.jit
-def _inverse_of(power):
-    """1 / power, exact, for powers of two of 2^-125 to 2^126."""
-    return (0x7F000000 - power.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _fold_tile(q, row_scale, state, rings, stage, keys, last, is_inside, IS_INT8: gl.constexpr):
-    """Add a tile of keys of each warp, those from keys [WARPS] on, to its state. Returns what changed of it, and p.
-
-    state: the largest score so far (in powers of two) and the sum of exp2(score - largest), [WARPS, HEADS]; and the
-    unit [WARPS] of weighted values, the power of two above the largest scale of values so far: so p is at most 1.
-    """
-    top, total, unit = state
-    BY_KEY: gl.constexpr = top.type.layout.parent
-    N: gl.constexpr = rings[0].shape[2]
-    k = rings[0].index(stage).permute((0, 2, 1)).load(gl.DotOperandLayout(1, MMA, 4 if IS_INT8 else 2))
-    scores = _scores(q, k)
-    if IS_INT8:
-        scores = scores.to(gl.float32) * each(rings[2].index(stage).load(gl.SliceLayout(1, BY_KEY)), (1,))
-    if not is_inside:
-        seen = each(gl.convert_layout(last - keys, gl.SliceLayout(1, gl.SliceLayout(2, BY_KEY))), (1, 2))
-        nth = each(gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, BY_KEY))), (0, 1))
-        scores = gl.where(nth < seen, scores, float("-inf"))
-    new_top = gl.maximum(top, gl.max(scores, axis=2) * row_scale)
-    p = gl.exp2(scores * each(row_scale, (2,)) - each(new_top, (2,)))
-    shrink = gl.exp2(top - new_top)
-    total = total * shrink + gl.sum(p, axis=2)
-    if IS_INT8:
-        scales = rings[3].index(stage).load(gl.SliceLayout(1, BY_KEY))
-        new_unit = gl.maximum(unit, _unit_of(gl.max(scales, axis=1)))
-        inverse = _inverse_of(new_unit)
-        p *= each(scales * each(inverse, (1,)), (1,))
-        shrink *= each(gl.convert_layout(unit * inverse, gl.SliceLayout(1, top.type.layout)), (1,))
-        unit = new_unit
-    return new_top, total, unit, shrink, p
-
-
-@gluon.jit
-def _fold_values(p, shrink, v, low, high, IS_INT8: gl.constexpr, TYPE: gl.constexpr):
-    """Add values v [WARPS, columns, N] weighted by p to both halves of the columns, [WARPS, D / 2, HEADS]."""
-    weights = gl.convert_layout(gl.permute(p.to(TYPE), (0, 2, 1)), gl.DotOperandLayout(1, MMA, 2))
-    shrink = each(gl.convert_layout(shrink, gl.SliceLayout(1, MMA)), (1,))
-    if IS_INT8:
-        low_v, high_v = widen_pairs(v, TYPE)
-    else:
-        low_v, high_v = _halves(v)
-    return mma_v2(low_v, weights, low * shrink), mma_v2(high_v, weights, high * shrink)
-
-
-@gluon.jit
 def _queries(q_ptr, rotation, token, kv_head, scale, k_ring, BY_ROW: gl.constexpr, LAYOUT: gl.constexpr,
              TURN: gl.constexpr):  # fmt: skip
     """The query heads of a key head as the first operand [WARPS, ROWS, D], codes over int8 keys; the scores' scales."""
@@ -263,15 +176,15 @@ def _attend(q, row_scale, rings, caches, parts, first_split, table_ptr, kv_head,
     for start in range(first, last, STEP):
         async_copy.wait_group(STAGES - 2)
         debug_barrier()
-        top, total, unit, shrink, p = _fold_tile(
+        top, total, unit, shrink, p = fold_tile(
             q, row_scale, (top, total, unit), rings, stage, keys, last, start + STEP <= last, IS_INT8
         )
         v = rings[1].index(stage).permute((0, 2, 1)).load(gl.DotOperandLayout(0, MMA, 2))
         # The tile that was multiplied before this one makes room.
         keys += STEP
-        ask(rings, (stage + STAGES - 1) % STAGES, caches, blocks, keys + (STAGES - 2) * STEP, last, LAYOUT)
+        copy_tiles(rings, (stage + STAGES - 1) % STAGES, caches, blocks, keys + (STAGES - 2) * STEP, last, LAYOUT)
         blocks = blocks_of(table_ptr, keys + (STAGES - 1) * STEP, last, BLOCK_SIZE)
-        low, high = _fold_values(p, shrink, v, low, high, IS_INT8, TYPE)
+        low, high = fold_values(p, shrink, v, low, high, IS_INT8, TYPE)
         stage = (stage + 1) % STAGES
         end = start + STEP
         if ((end - first) % split_len == 0) | (end >= last):
@@ -350,15 +263,15 @@ def _decode_on_hopper_kernel(
     if TURN is not None:
         num_early = ((last < context) | (last - first > (STAGES - 1) * STEP)).to(gl.int32)
     for _ in range(num_early):
-        ask_first(rings, caches, table_ptr, first, last, LAYOUT)
-    scores = _upper(gl.zeros([WARPS, ROWS, N], gl.int32, MMA))
+        copy_first_tiles(rings, caches, table_ptr, first, last, LAYOUT)
+    scores = upper(gl.zeros([WARPS, ROWS, N], gl.int32, MMA))
     BY_ROW: gl.constexpr = gl.SliceLayout(2, scores.type.layout)
     q, row_scale = _queries(q_ptr, rotation, token, kv_head, scale, rings[0], BY_ROW, LAYOUT, TURN)
     if TURN is not None:
         if last == context:
             _write_key(q_ptr, rotation, token, (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr), kv_head, LAYOUT, TURN)
         for _ in range(1 - num_early):
-            ask_first(rings, caches, table_ptr, first, last, LAYOUT)
+            copy_first_tiles(rings, caches, table_ptr, first, last, LAYOUT)
     out_ptr += token * H * D
     of_request = request * SPLITS
     split = of_request + gl.program_id(0) * per_program

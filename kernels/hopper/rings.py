@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from kernels.hopper.warps import BY_LANE, BY_WARP, PLAIN_2, WARPS, each
 
-__all__ = ["FLOAT_KEYS", "ask", "ask_first", "blocks_of", "heads_of", "rings_of"]
+__all__ = ["FLOAT_KEYS", "blocks_of", "copy_first_tiles", "copy_tiles", "heads_of", "rings_of"]
 
 FLOAT_KEYS = gl.constexpr(16)
 """Keys of a float tile, and fewest slots of a block."""
@@ -85,7 +85,7 @@ def _copy_scales(tile, ptr, blocks, keys, last, STRIDES: gl.constexpr, BLOCK_SIZ
 
 
 @gluon.jit
-def ask(rings, stage, caches, blocks, keys, last, LAYOUT: gl.constexpr):
+def copy_tiles(rings, stage, caches, blocks, keys, last, LAYOUT: gl.constexpr):
     """Copy the tile of each warp that starts at keys [WARPS], which are in these blocks, into a stage."""
     K: gl.constexpr = LAYOUT.K
     V: gl.constexpr = LAYOUT.V
@@ -105,10 +105,10 @@ def ask(rings, stage, caches, blocks, keys, last, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def ask_first(rings, caches, table_ptr, first, last, LAYOUT: gl.constexpr):
+def copy_first_tiles(rings, caches, table_ptr, first, last, LAYOUT: gl.constexpr):
     """Copy the first tiles, into all stages but the last."""
     STAGES: gl.constexpr = rings[0].shape[0]
     N: gl.constexpr = rings[0].shape[2]
     for stage in gl.static_range(STAGES - 1):
         keys = first + (stage * WARPS + gl.arange(0, WARPS, BY_WARP)) * N
-        ask(rings, stage, caches, blocks_of(table_ptr, keys, last, LAYOUT.BLOCK_SIZE), keys, last, LAYOUT)
+        copy_tiles(rings, stage, caches, blocks_of(table_ptr, keys, last, LAYOUT.BLOCK_SIZE), keys, last, LAYOUT)
