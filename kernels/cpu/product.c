@@ -6,15 +6,18 @@
 
 enum { LANES = 16, ROWS = 4, ROWS_AT_ONCE = 128, COLUMNS_AT_ONCE = 16, DEPTH_AT_ONCE = 1024 };
 
-/* acc[r, c] (+)= sum_k x[r, k] * weight[c, k] for `rows` x `columns` sums in registers; depth a multiple of LANES. */
+/* acc[r, c] (+)= sum_k x[r, k] * weight[c, k] for `rows` x `columns` sums in registers; depth a multiple of LANES.
+ * ahead: weights of later columns to ask for meanwhile, or null: the memory would otherwise idle. */
 INLINE void tile(const int16_t *x, int64_t x_stride, const int8_t *weight, int64_t weight_stride, int64_t depth,
-                 int32_t *acc, int64_t acc_stride, const int rows, const int columns, int is_first) {
+                 int32_t *acc, int64_t acc_stride, const int rows, const int columns, int is_first, const int8_t *ahead) {
     __m256i sums[4][4];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < columns; c++) sums[r][c] = _mm256_setzero_si256();
     for (int64_t k = 0; k < depth; k += LANES) {
+        if (ahead != NULL && k % 64 == 0)
+            for (int c = 0; c < columns; c++) _mm_prefetch((const char *)ahead + c * weight_stride + k, _MM_HINT_T0);
         __m256i x_k[4];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) x_k[r] = _mm256_loadu_si256((const __m256i *)(x + r * x_stride + k));
@@ -55,16 +58,8 @@ VECTOR static void widen(int64_t begin, int64_t end, void *task) {
     }
 }
 
-/* Ask for a part of the weights of the next columns, columns first .. first + COLUMNS_AT_ONCE of one slice of the depth,
- * while those of these are multiplied: the memory would otherwise idle after the first rows. */
-INLINE void prefetch(const struct product *p, int64_t first, int64_t k, int64_t depth, int64_t part, int64_t parts) {
-    int64_t stop = first + COLUMNS_AT_ONCE < p->num_columns ? first + COLUMNS_AT_ONCE : p->num_columns;
-    for (int64_t n = first + part; n < stop; n += parts)
-        for (int64_t j = 0; j < depth; j += 64)
-            _mm_prefetch((const char *)p->weight + n * p->weight_stride + k + j, _MM_HINT_T0);
-}
-
-/* The sums of `rows` rows from r on for columns first .. stop, over one slice of the depth. */
+/* The sums of `rows` rows from r on for columns first .. stop, over one slice of the depth. Meanwhile they ask for their
+ * share of the next COLUMNS_AT_ONCE columns. */
 INLINE void multiply_rows(const struct product *p, int64_t r, const int rows, int64_t first, int64_t stop, int64_t k,
                           int64_t depth) {
     const int columns = rows == 1 ? 4 : 2;
@@ -72,10 +67,19 @@ INLINE void multiply_rows(const struct product *p, int64_t r, const int rows, in
     const int8_t *weight = p->weight + k;
     int32_t *acc = p->acc + r * p->num_columns;
     int64_t stride = p->weight_stride, whole = depth / LANES * LANES, n = first;
-    for (; n + columns <= stop; n += columns)
-        tile(x, p->depth, weight + n * stride, stride, whole, acc + n, p->num_columns, rows, columns, k == 0);
+    int64_t parts = (p->num_rows + ROWS - 1) / ROWS, part = r / ROWS;
+    for (; n + columns <= stop; n += columns) {
+        int64_t later = n + COLUMNS_AT_ONCE;
+        int asks = later + columns <= p->num_columns && (n - first) / columns % parts == part;
+        /* Twice, so that the loop of those that do not ask has no branch. */
+        if (asks)
+            tile(x, p->depth, weight + n * stride, stride, whole, acc + n, p->num_columns, rows, columns, k == 0,
+                 weight + later * stride);
+        else
+            tile(x, p->depth, weight + n * stride, stride, whole, acc + n, p->num_columns, rows, columns, k == 0, NULL);
+    }
     for (; n < stop; n++)
-        tile(x, p->depth, weight + n * stride, stride, whole, acc + n, p->num_columns, rows, 1, k == 0);
+        tile(x, p->depth, weight + n * stride, stride, whole, acc + n, p->num_columns, rows, 1, k == 0, NULL);
     if (whole == depth) return;
     for (int row = 0; row < rows; row++)
         for (n = first; n < stop; n++)
@@ -88,14 +92,12 @@ INLINE void multiply_rows(const struct product *p, int64_t r, const int rows, in
 VECTOR static void multiply(int64_t begin, int64_t end, void *task) {
     const struct product *p = task;
     int64_t depth_at_once = p->num_rows <= ROWS ? p->depth : DEPTH_AT_ONCE;
-    int64_t parts = (p->num_rows + ROWS - 1) / ROWS;
     int64_t last = end * COLUMNS_AT_ONCE < p->num_columns ? end * COLUMNS_AT_ONCE : p->num_columns;
     for (int64_t first = begin * COLUMNS_AT_ONCE; first < last; first += COLUMNS_AT_ONCE) {
         int64_t stop = first + COLUMNS_AT_ONCE < last ? first + COLUMNS_AT_ONCE : last;
         for (int64_t k = 0; k < p->depth; k += depth_at_once) {
             int64_t depth = p->depth - k < depth_at_once ? p->depth - k : depth_at_once;
             for (int64_t r = 0; r < p->num_rows; r += ROWS) {
-                prefetch(p, first + COLUMNS_AT_ONCE, k, depth, r / ROWS, parts);
                 switch (p->num_rows - r) {
                 case 1:
                     multiply_rows(p, r, 1, first, stop, k, depth);
