@@ -285,7 +285,6 @@ def _paged_decode_kernel(
         if last == context:
             caches = (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr)
             write_new_key(q_ptr, rotation, token, caches, kv_head, tl.arange(0, 2), columns, LAYOUT, TURN)
-            tl.debug_barrier()
     if k_scale_ptr is not None:
         q, scale = query_codes(q, scale, INT8)
     part_ptr, lse_ptr = parts.y, parts.lse

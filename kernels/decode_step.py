@@ -55,7 +55,7 @@ def is_last(arrivals_ptr, count):
 
 @triton.jit
 def write_new_key(qkv_ptr, rotation, token, caches, kv_head, both, columns, LAYOUT: tl.constexpr, TURN: tl.constexpr):
-    """Write a token's key, turned, and its value into its slot. A barrier must follow, for the program's other threads.
+    """Write a token's key, turned, and its value into its slot, and let the program's other threads see them.
 
     caches: keys, values and the scales of both.   both: 0 and 1.   columns: 0 .. BLOCK_D - 1.
     """
@@ -72,3 +72,4 @@ def write_new_key(qkv_ptr, rotation, token, caches, kv_head, both, columns, LAYO
     is_key, is_value = is_written & (both == 0)[:, None], is_written & (both == 1)[:, None]
     write_heads(y, caches[0], caches[2], slot, head - H, columns, is_key, K, K_SCALE, LAYOUT)
     write_heads(y, caches[1], caches[3], slot, head - H - G, columns, is_value, V, V_SCALE, LAYOUT)
+    tl.debug_barrier()

@@ -207,7 +207,6 @@ def _write_key(qkv_ptr, rotation, token, caches, kv_head, LAYOUT: gl.constexpr, 
     both = gl.arange(0, 2, gl.SliceLayout(1, layout))
     columns = gl.arange(0, LAYOUT.D, gl.SliceLayout(0, layout))
     write_new_key(qkv_ptr, rotation, token, caches, kv_head, both, columns, LAYOUT, TURN)
-    debug_barrier()
 
 
 # The splits of a program change with the step; specialized on their number, three kernels would be compiled.

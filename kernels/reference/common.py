@@ -92,10 +92,10 @@ def split_outliers(x: Tensor, threshold: float) -> tuple[Quantized, Outliers]:
 ROWS_AT_ONCE = 128
 
 
-def row_slices(num_rows: int) -> Iterator[slice]:
-    """Slices of ROWS_AT_ONCE rows. Their float32 values stay in the cache: all rows at once take 3 times as long."""
-    for start in range(0, num_rows, ROWS_AT_ONCE):
-        yield slice(start, start + ROWS_AT_ONCE)
+def row_slices(num_rows: int, at_once: int = ROWS_AT_ONCE) -> Iterator[slice]:
+    """Slices of rows. Float32 values of ROWS_AT_ONCE stay in the cache: all rows at once take 3 times as long."""
+    for start in range(0, num_rows, at_once):
+        yield slice(start, start + at_once)
 
 
 def joined(parts: list[Tensor | Quantized]) -> Tensor | Quantized:
