@@ -30,7 +30,7 @@ from kernels.dependent import HOPPER
 from kernels.tiles import AttentionTile, current_gpu, decode_tile, prefill_tile
 from service.models.config import ModelConfig
 
-PREFILLS = ((1, 2048), (16, 2048), (1, 16384))
+PREFILLS = ((1, 512), (8, 512), (1, 2048), (16, 2048), (1, 16384))
 DECODES = ((1, 512), (1, 8192), (8, 512), (32, 512), (256, 512), (128, 2048), (32, 8192))
 """(requests, context)."""
 
@@ -52,14 +52,14 @@ FLOOR_S = 50e-6
 """About what a call takes, for how often a graph repeats it."""
 
 Candidate = tuple[str, bool, AttentionTile | None]
-"""prefill or decode, whether the cache is int8, and the tile; None for the kernel of decodes that Hopper has."""
+"""prefill or decode, whether the cache is int8, and the tile; None for the kernel that Hopper has."""
 
 
 def candidates(what: str) -> list[Candidate]:
     """Every tile over both caches; decodes over int8 ones with values in pairs and with int8 products, too."""
     plain: list[Candidate] = [(what, is_int8, tile) for is_int8 in (False, True) for tile in TILES[what]]
     if what == "prefill":
-        return plain
+        return [*plain, *own_of_hopper(what)]
     in_pairs = [tile._replace(in_pairs=True, is_int8=is_int8) for is_int8 in (False, True) for tile in TILES[what]]
     return [*plain, *((what, True, tile) for tile in in_pairs), *own_of_hopper(what)]
 
@@ -75,7 +75,7 @@ def used(what: str) -> list[Candidate]:
     choose = prefill_tile if what == "prefill" else decode_tile
     gpu = current_gpu(torch.device("cuda", 0))
     tiles: list[Candidate] = [(what, is_int8, choose(gpu, 128, 2, 1 if is_int8 else 2)) for is_int8 in (False, True)]
-    return tiles if what == "prefill" else [*tiles, *own_of_hopper(what)]
+    return [*tiles, *own_of_hopper(what)]
 
 
 def scene_of(shape: str, what: str, batch: int, context: int) -> Scene:
@@ -89,8 +89,8 @@ def calls_of(scene: Scene, is_int8: bool, what: str, tile: AttentionTile | None)
     def with_tile(call: Callable[[], T]) -> T:
         if tile is None:
             return call()
-        plain = patch.object(decode_attention, "suits_hopper", lambda _: False)
-        with plain, patch.object(attention, f"{what}_tile", lambda *_: tile):
+        module, suits = (attention, "suits_prefill") if what == "prefill" else (decode_attention, "suits_hopper")
+        with patch.object(module, suits, lambda _: False), patch.object(attention, f"{what}_tile", lambda *_: tile):
             return call()
 
     return [partial(with_tile, call) for call in with_tile(partial(paged_calls, scene, is_int8))]

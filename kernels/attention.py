@@ -18,6 +18,7 @@ from kernels.decode_attention import decode
 from kernels.decode_step import Operands, Requests
 from kernels.dependent import HOPPER, await_inputs, launch_dependents, starts_early
 from kernels.dequantize import as_floats, num_dequantized
+from kernels.hopper.prefill import prefill_on_hopper, suits_prefill
 from kernels.launching import MAX_PLANS, Plan, power_of_2
 from kernels.paging import (
     REQUESTS,
@@ -181,11 +182,18 @@ def _prefill(step: Operands, tile: AttentionTile, y: Tensor) -> None:
 
 
 def _launch_tiles(step: Operands, tile: AttentionTile, y: Tensor, is_dequantized: bool, places: Tensor | None) -> None:
-    """The grid follows from the operands' shapes alone, so that a captured launch fits any step of these shapes."""
-    block_m = max(tile.block_m, power_of_2(step.layout.GROUP))
+    """The grid follows from the operands' shapes alone, so that a captured launch fits any step of these shapes.
+
+    Hopper's own kernel has the bits of the other one, but never starts early, as kernels of small steps do.
+    """
     T, (num_requests, max_blocks) = y.shape[0], step.requests.block_tables.shape
+    is_early = starts_early(y.device, T)
+    if not is_early and current_gpu(y.device).capability == HOPPER and suits_prefill(step):
+        prefill_on_hopper(step, y, is_dequantized, places)
+        return
+    block_m = max(tile.block_m, power_of_2(step.layout.GROUP))
     grid = (T // (block_m // step.layout.GROUP) + num_requests, step.k.shape[2], 1)
-    _plan(step.layout, tile, block_m, is_dequantized, starts_early(y.device, T)).launch(
+    _plan(step.layout, tile, block_m, is_dequantized, is_early).launch(
         grid, step.q, step.k, step.v, step.k_scale, step.v_scale, places, y, *step.requests, num_requests,
         max_blocks, step.scale,
     )  # fmt: skip

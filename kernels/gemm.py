@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.dependent import await_inputs, launch_dependents, starts_early
 from kernels.epilogue import MAX_PIECE, Epilogue, Form, finish_tile
 from kernels.hopper.common import can_copy
+from kernels.hopper.cooperative import launch_cooperative
 from kernels.hopper.pingpong import launch_pingpong
 from kernels.hopper.stream import launch_stream
 from kernels.launching import MAX_PLANS, Plan, cdiv
@@ -27,8 +28,10 @@ __all__ = ["MAX_DEPTH", "int8_gated_linear", "int8_linear", "int8_matmul"]
 MAX_DEPTH = (2**31 - 1) // (128 * 128)
 """Largest K whose int32 accumulator cannot overflow with codes of -128: 131,071."""
 
+MANY = Tile("plain", 128, 128, 128, num_warps=8, num_stages=3)
 FALLBACKS = {
-    "pingpong": Tile("plain", 128, 128, 128, num_warps=8, num_stages=3),
+    "pingpong": MANY,
+    "cooperative": MANY,
     "stream": Tile("swapped", 32, 64, 256, num_warps=4, num_stages=4),
 }
 """Tiles in place of those of a Gluon kernel, for epilogues and alignments that it does not support."""
@@ -130,8 +133,9 @@ def launch(
     num_tiles = cdiv(T, tile.block_t) * cdiv(N, tile.block_n)
     if tile.kernel == "stream":
         launch_stream(x_q, weight_q, ops, y, tile, num_tiles, form)
-    elif tile.kernel == "pingpong":
-        launch_pingpong(x_q, weight_q, ops, y, tile, min(num_tiles, current_gpu(y.device).num_sms), form)
+    elif tile.kernel in FALLBACKS:
+        launch_on_hopper = launch_pingpong if tile.kernel == "pingpong" else launch_cooperative
+        launch_on_hopper(x_q, weight_q, ops, y, tile, min(num_tiles, current_gpu(y.device).num_sms), form)
     else:
         plan = _plan(tile, form, K % tile.block_k == 0, starts_early(y.device, T))
         plan.launch((num_tiles, 1, 1), x_q, weight_q, ops, y, T, N, K)

@@ -59,7 +59,7 @@ FOLDER = Path(__file__).parent / "tiles"
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What reading a file raises that is not a table of tiles."""
 
-Kernel = Literal["plain", "swapped", "stream", "pingpong"]
+Kernel = Literal["plain", "swapped", "stream", "pingpong", "cooperative"]
 Table = dict[str, Any]
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ class Tile(NamedTuple):
     """How one GEMM is cut into programs.
 
     kernel: "plain" has tokens on the matrix instruction's M side; "swapped" has the weight's rows there, so that 8
-        tokens need no padding to 64 (or 16) rows. "stream", for few tokens, and "pingpong", for many and with block_n
-        at most 128, run on Hopper only.
+        tokens need no padding to 64 (or 16) rows. On Hopper only: "stream", for few tokens, "pingpong", for many and
+        with block_n at most 128, and "cooperative", for many, with block_t 128.
     block_t, block_n, block_k: tokens, output columns and depth of one program's tile; powers of two.
     group: number of token tiles that run one after the other over the same weights, which are then in the L2 cache.
     """

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from triton import OutOfResources
 
 from kernels.epilogue import Epilogue
 from kernels.gemm import launch
+from kernels.launching import cdiv
 from kernels.quantized import CODE_MAX, Quantized
 from kernels.tiles import (
     BUCKETS,
@@ -44,13 +46,29 @@ MAX_STREAMED = 256
 MAX_SMALL_BUCKET = 512
 """Largest bucket of the kernels that have no stages for a copying warp."""
 
+SUSTAINED_S = 0.1
+"""How long larger products run on end, as they do while prompts are read: the card's power sets its clock then, and a
+kernel that moves fewer bytes gains. H200, 4096 x 14336 with 4096 tokens: one by one the ping-pong kernel is the fastest
+with 356 us, on end it takes 353 and the cooperative one 331."""
+
 MAX_NARROW_BUCKET = 1536
 """Above this bucket one row of tiles more or less is a small part of the work."""
+
+MIN_COLUMNS = 16
+"""Fewest output columns of a tile."""
 
 MIN_GAIN = 0.98
 """A tile replaces the default only if it takes less than this share of its time; the rest is noise."""
 
 logger = logging.getLogger(__name__)
+
+
+class LinearShape(NamedTuple):
+    """A Linear's weight [n, k]; is_gated: whether its outputs are pairs of gate and up, gated in its epilogue."""
+
+    n: int
+    k: int
+    is_gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +84,7 @@ class TileChoice:
 
 
 def tune(
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[LinearShape],
     path: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[TileChoice]:
@@ -76,7 +94,7 @@ def tune(
     the package's table holds, unless `path` is given.
 
     Args:
-        shapes: (N, K) of the Linears.
+        shapes: of the Linears; of two with the same weights the first is measured.
         path: the table; None for this GPU's `user_table`, the only one that is read.
         on_progress: called with (products done, products in all).
 
@@ -91,12 +109,12 @@ def tune(
     table: Table = {"gpu": gpu.name, "capability": gpu.capability, **_begun(path)}
     jobs = list(itertools.product(dict.fromkeys(shapes), BUCKETS))
     done: list[TileChoice] = []
-    for index, ((n, k), bucket) in enumerate(jobs):
-        shape, column = f"{n}x{k}", str(bucket)
-        if column not in table["tiles"].get(shape, {}) and column not in shipped.get(shape, {}):
-            choice = best_tile(gpu, n, k, bucket)
+    for index, (shape, bucket) in enumerate(jobs):
+        name, column = f"{shape.n}x{shape.k}", str(bucket)
+        if column not in table["tiles"].get(name, {}) and column not in shipped.get(name, {}):
+            choice = best_tile(gpu, shape, bucket)
             done.append(choice)
-            table["tiles"].setdefault(shape, {})[column] = choice.tile._asdict()
+            table["tiles"].setdefault(name, {})[column] = choice.tile._asdict()
             write_table(path, table)
         on_progress(index + 1, len(jobs))
     return done
@@ -111,18 +129,21 @@ def _begun(path: Path) -> Table:
         return {"tiles": {}}
 
 
-def best_tile(gpu: Target, n: int, k: int, bucket: int) -> TileChoice:
+def best_tile(gpu: Target, shape: LinearShape, bucket: int) -> TileChoice:
     """The fastest correct tile for [T, k] x [n, k]^T at the ends of the bucket."""
-    product = Product(n, k, bucket)
+    product, (n, k, _) = Product(shape, bucket), shape
     default = defaults(gpu.capability, n, k, bucket)
     tiles = [default, *(tile for tile in candidates(gpu.capability, k, bucket) if tile != default)]
     with ThreadPoolExecutor(16) as pool:
         fits = [tile for tile, is_usable in zip(tiles, pool.map(product.is_exact, tiles), strict=True) if is_usable]
     if default not in fits:
         raise RuntimeError(f"the default tile {default} gives a wrong product for {n}x{k}, T = {bucket}")
-    times = {tile: product.time_us(tile, repeats=3) for tile in fits}
-    finalists = sorted(times, key=lambda tile: times[tile])[:3]
-    times = {tile: product.time_us(tile, repeats=9) for tile in dict.fromkeys([default, *finalists])}
+    if bucket > MAX_SMALL_BUCKET:
+        times = {tile: product.sustained_us(tile) for tile in fits}
+    else:
+        times = {tile: product.time_us(tile, repeats=3) for tile in fits}
+        finalists = sorted(times, key=lambda tile: times[tile])[:3]
+        times = {tile: product.time_us(tile, repeats=9) for tile in dict.fromkeys([default, *finalists])}
     fastest = min(times, key=lambda tile: times[tile])
     tile = fastest if times[fastest] < MIN_GAIN * times[default] else default
     return TileChoice(n, k, bucket, tile, times[tile], times[default])
@@ -141,6 +162,8 @@ def candidates(capability: int, k: int, bucket: int) -> Iterator[Tile]:
             yield from _streams(bucket)
         if bucket >= 64:
             yield from _pingpongs(bucket)
+        if bucket >= MAX_SMALL_BUCKET:
+            yield from (Tile("cooperative", 128, 256, 128, 4, 4, group) for group in (8, 16, 32))
 
 
 def _few_tokens(k: int, bucket: int) -> Iterator[Tile]:
@@ -180,7 +203,7 @@ def _streams(bucket: int) -> Iterator[Tile]:
 def _pingpongs(bucket: int) -> Iterator[Tile]:
     """About as many stages as fit."""
     sizes = ((64, 64), (64, 128), (128, 64), (128, 128)) if bucket <= MAX_NARROW_BUCKET else ((128, 128),)
-    for (block_t, block_n), group in itertools.product(sizes, (8,) if bucket <= MAX_SMALL_BUCKET else (4, 8, 16)):
+    for (block_t, block_n), group in itertools.product(sizes, (8,) if bucket <= MAX_SMALL_BUCKET else (4, 8, 16, 32)):
         deepest = SHARED_BYTES // ((block_t + block_n) * 128) - 2
         for stages in range(max(4, deepest - 1), deepest + 2):
             yield Tile("pingpong", block_t, block_n, 128, 4, stages, group)
@@ -197,13 +220,17 @@ def token_counts(bucket: int) -> tuple[int, ...]:
 class Product:
     """Random operands of one GEMM, with so many copies of the weights that none stays in the cache."""
 
-    def __init__(self, n: int, k: int, bucket: int) -> None:
+    def __init__(self, shape: LinearShape, bucket: int) -> None:
+        n, k, self.is_gated = shape
+        width = n // 2 if self.is_gated else n
         self.token_counts = token_counts(bucket)
         copies = max(2, -(-ROTATION_BYTES // (n * k)))
         self.weights = [_codes(n, k) for _ in range(copies)]
         self.weight_scale = torch.rand(n, device="cuda")
         self.inputs = {t: Quantized(_codes(t, k), torch.rand(t, device="cuda")) for t in self.token_counts}
-        self.outputs = {t: torch.empty((t, n), dtype=torch.float16, device="cuda") for t in self.token_counts}
+        self.outputs = {t: torch.empty((t, width), dtype=torch.float16, device="cuda") for t in self.token_counts}
+        # Of the narrowest pieces that a gated row can have.
+        self.row_max = torch.empty((bucket, cdiv(n, MIN_COLUMNS)), device="cuda") if self.is_gated else None
         # Codes of -1, 0 and 1: their sums are exact even in the float16 that a Linear writes.
         self.few = torch.randint(-1, 2, (bucket, k), dtype=torch.int8, device="cuda")
         self.weight_few = torch.randint(-1, 2, (n, k), dtype=torch.int8, device="cuda")
@@ -212,7 +239,7 @@ class Product:
 
     def is_exact(self, tile: Tile) -> bool:
         """Whether the tile fits the GPU and its product is the exact one."""
-        y = torch.full_like(self.outputs[self.bucket], float("nan"))
+        y = torch.full((self.bucket, len(self.weight_few)), float("nan"), dtype=torch.float16, device="cuda")
         one = torch.ones(1, device="cuda")
         try:
             launch(self.few, self.weight_few, Epilogue(one, one), y, tile)
@@ -225,25 +252,41 @@ class Product:
 
     def time_us(self, tile: Tile, repeats: int) -> float:
         """Median time of one product, the mean of its token counts, over replays of a graph of all the weights."""
+        graph = self._graph(tile)
+        return statistics.median(self._replayed_us(graph, 1) for _ in range(repeats))
+
+    def sustained_us(self, tile: Tile) -> float:
+        """Mean time of one product while the GPU does nothing else for `SUSTAINED_S`, after as long to get there."""
+        graph = self._graph(tile)
+        once_us = self._replayed_us(graph, 1) * len(self.weights) * len(self.token_counts)
+        replays = max(1, round(1e6 * SUSTAINED_S / once_us))
+        self._replayed_us(graph, replays)
+        return self._replayed_us(graph, replays)
+
+    def _graph(self, tile: Tile) -> torch.cuda.CUDAGraph:
+        """The product with all weights, and with each number of tokens."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             # With the loops exchanged the second token count would find its weights in the L2 cache.
             for t, weight_q in itertools.product(self.token_counts, self.weights):
                 self._run(tile, t, weight_q)
         graph.replay()
-        times: list[float] = []
-        for _ in range(repeats):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
+        return graph
+
+    def _replayed_us(self, graph: torch.cuda.CUDAGraph, replays: int) -> float:
+        """Mean time of one product of replays on end."""
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(replays):
             graph.replay()
-            stop.record()
-            stop.synchronize()
-            times.append(1e3 * start.elapsed_time(stop) / len(self.weights))
-        return statistics.median(times) / len(self.token_counts)
+        stop.record()
+        stop.synchronize()
+        return 1e3 * float(start.elapsed_time(stop)) / (replays * len(self.weights) * len(self.token_counts))
 
     def _run(self, tile: Tile, t: int, weight_q: Tensor) -> None:
         x = self.inputs[t]
-        launch(x.codes, weight_q, Epilogue(x.scale, self.weight_scale), self.outputs[t], tile)
+        ops = Epilogue(x.scale, self.weight_scale, row_max=self.row_max)
+        launch(x.codes, weight_q, ops, self.outputs[t], tile, self.is_gated)
 
 
 def _codes(rows: int, columns: int) -> Tensor:

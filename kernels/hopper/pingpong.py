@@ -6,66 +6,29 @@ one multiplies, the other runs its epilogue, so the tensor cores never wait for 
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.language import swizzle2d
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from kernels.epilogue import Epilogue, Form
-from kernels.hopper.common import finish, first_token, piece_of
-from kernels.launching import MAX_PLANS, Descriptor, Piece, Plan
-from kernels.quantize import magnitude
+from kernels.hopper.common import (
+    LOADER_REGISTERS,
+    MULTIPLIER_REGISTERS,
+    launch_product,
+    store_tile,
+    tile_start,
+)
 from kernels.tiles import Tile
 
 __all__ = ["launch_pingpong"]
-
-WARP_GROUP = 4
-LOADER_REGISTERS, MULTIPLIER_REGISTERS = gl.constexpr(40), gl.constexpr(232)
-MAX_REGISTERS = 168
-"""Registers per thread at launch: 12 warps share the 65,536 registers of a multiprocessor."""
 
 
 def launch_pingpong(
     x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile, num_programs: int, form: Form
 ) -> None:
     """Fill y from x_q [T, K] and weight_q [N, K], with at most one program per multiprocessor."""
-    (T, K), N = x_q.shape, weight_q.shape[0]
-    plan, x_piece, weight_piece, y_piece = _plan(tile, form, y.dtype)
-    x, weight, out = Descriptor(x_q, x_piece), Descriptor(weight_q, weight_piece), Descriptor(y, y_piece)
-    plan.launch((num_programs, 1, 1), x, weight, out, ops, T, N, K)
-
-
-@lru_cache(maxsize=MAX_PLANS)
-def _plan(tile: Tile, form: Form, out_dtype: torch.dtype) -> tuple[Plan, Piece, Piece, Piece]:
-    """The plan, and the pieces of x, weight and y."""
-    plan = Plan(
-        _int8_linear_pingpong_kernel, **form._asdict(), GROUP=tile.group, STAGES=tile.num_stages,
-        num_warps=WARP_GROUP, maxnreg=MAX_REGISTERS,
-    )  # fmt: skip
-    return (
-        plan,
-        piece_of(tile.block_t, tile.block_k, torch.int8),
-        piece_of(tile.block_n, tile.block_k, torch.int8),
-        piece_of(tile.block_t, tile.block_n // 2 if form.GATED else tile.block_n, out_dtype),
-    )
-
-
-@gluon.jit
-def _tile_start(index, T, N, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
-    """First token and first column of the index-th tile: column by column within groups of GROUP token tiles."""
-    num_n = gl.cdiv(N, BLOCK_N)
-    tile_t, tile_n = swizzle2d(index // num_n, index % num_n, gl.cdiv(T, BLOCK_T), num_n, GROUP)
-    return first_token(tile_t, T, BLOCK_T), tile_n * BLOCK_N
+    launch_product(_int8_linear_pingpong_kernel, 1, x_q, weight_q, ops, y, tile, num_programs, form)
 
 
 @gluon.jit
@@ -79,7 +42,7 @@ def _load_operands(x_desc, weight_desc, y_desc, ops, buffers, barriers, sizes, G
     STAGES: gl.constexpr = x_ring.type.shape[0]
     step = 0
     for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        first_t, first_n = _tile_start(index, T, N, BLOCK_T, BLOCK_N, GROUP)
+        first_t, first_n = tile_start(index, T, N, BLOCK_T, BLOCK_N, GROUP)
         for start in range(0, K, x_desc.block_type.shape[1]):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
@@ -130,7 +93,7 @@ def _multiply(
     step = WHO * steps
     turn = 0
     for index in range(gl.program_id(0) + WHO * gl.num_programs(0), num_tiles, 2 * gl.num_programs(0)):
-        first_t, first_n = _tile_start(index, T, N, BLOCK_T, BLOCK_N, GROUP)
+        first_t, first_n = tile_start(index, T, N, BLOCK_T, BLOCK_N, GROUP)
         acc = gl.zeros([BLOCK_T, BLOCK_N], gl.int32, layout)
         # A stage's barrier distinguishes its uses by parity only, so no group may be more than one use ahead.
         mbarrier.wait(turns.index(WHO), turn & 1 ^ (1 - WHO))
@@ -148,19 +111,7 @@ def _multiply(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         step += steps
-        y = finish(acc, ops, first_t, first_n, T, N, FORM)
-        y = y.to(y_desc.dtype)
-        # The store of the tile before ended long ago; this only makes sure of it.
-        tma.store_wait(0)
-        y_tile.store(y)
-        fence_async_shared()
-        tma.async_copy_shared_to_global(y_desc, [first_t, first_n // BLOCK_N * y_desc.block_type.shape[1]], y_tile)
-        if ops.row_max is not None:
-            # The maximum of the stored values, which are the ones that will be quantized.
-            row_max = gl.convert_layout(gl.max(magnitude(y.to(gl.float32)), axis=1), gl.SliceLayout(1, layout))
-            tokens = first_t + gl.arange(0, BLOCK_T, gl.SliceLayout(1, layout))
-            at = tokens.to(gl.int64) * gl.cdiv(N, BLOCK_N) + first_n // BLOCK_N
-            gl.store(ops.row_max + at, row_max, mask=tokens < T)
+        store_tile(acc, ops, y_desc, y_tile, first_t, first_n, T, N, FORM)
     tma.store_wait(0)
 
 

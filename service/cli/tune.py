@@ -22,6 +22,8 @@ COMMON_SHAPES = [
     *((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),  # Qwen2.5-7B
     *((15360, 5120), (5120, 5120), (27648, 5120), (5120, 13824)),  # Llama-2-13B
 ]
+COMMON_GATED = {(28672, 4096), (37888, 3584), (27648, 5120)}
+
 EXAMPLES = """
 Examples:
   $ ottava tune                                # once on a GPU without a table
@@ -65,7 +67,7 @@ def tune(
             folder = resolve.resolve_model(model, chosen.cache_dir)
             shapes = linear_shapes(configs.ModelConfig.load(folder), chosen.tensor_parallel)
         elif chosen.tensor_parallel == 1:
-            shapes = COMMON_SHAPES
+            shapes = [tuning.LinearShape(*shape, shape in COMMON_GATED) for shape in COMMON_SHAPES]
         else:
             raise InvalidSettings(
                 f"tensor_parallel {chosen.tensor_parallel} without a model: what its ranks multiply follows from the "
@@ -80,8 +82,8 @@ def tune(
         typer.echo("every shape is tuned already: nothing was measured")
 
 
-def linear_shapes(config: configs.ModelConfig, num_ranks: int = 1) -> list[tuple[int, int]]:
-    """(N, K) of a model's Linears as fused by the decoder; with several ranks, of each one's part.
+def linear_shapes(config: configs.ModelConfig, num_ranks: int = 1) -> list[tuning.LinearShape]:
+    """Those of a model's Linears as fused by the decoder; with several ranks, of each one's part.
 
     Raises:
         UnsupportedModel: it cannot be divided evenly among so many ranks.
@@ -91,8 +93,8 @@ def linear_shapes(config: configs.ModelConfig, num_ranks: int = 1) -> list[tuple
     inner = config.intermediate_size if config.experts is None else config.experts.intermediate_size
     qkv, up = (config.num_heads + 2 * config.num_kv_heads) * size, (1 + config.layout.is_gated) * inner
     return [
-        (qkv // num_ranks, hidden),
-        (hidden, config.num_heads * size // num_ranks),
-        (up // num_ranks, hidden),
-        (hidden, inner // num_ranks),
+        tuning.LinearShape(qkv // num_ranks, hidden),
+        tuning.LinearShape(hidden, config.num_heads * size // num_ranks),
+        tuning.LinearShape(up // num_ranks, hidden, config.layout.is_gated),
+        tuning.LinearShape(hidden, inner // num_ranks),
     ]

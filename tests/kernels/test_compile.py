@@ -27,8 +27,8 @@ pytestmark = pytest.mark.timeout(1800)
 
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 INT8_MMA = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
-LINEARS_OF_HOPPER = {"_int8_linear_pingpong_kernel", "_int8_linear_stream_kernel"}
-HOPPERS_OWN = LINEARS_OF_HOPPER | {"_decode_on_hopper_kernel"}
+LINEARS_OF_HOPPER = {"_int8_linear_cooperative_kernel", "_int8_linear_pingpong_kernel", "_int8_linear_stream_kernel"}
+HOPPERS_OWN = LINEARS_OF_HOPPER | {"_decode_on_hopper_kernel", "_prefill_on_hopper_kernel"}
 GEMMS = ("_int8_linear_kernel", "_int8_linear_swapped_kernel", "_int8_group_linear_kernel")
 
 
@@ -108,6 +108,14 @@ def test_decodes_of_hopper_use_tensor_cores(built: list[dict[str, Any]]) -> None
     for dtype in ("*fp16", "*bf16"):
         over_int8 = f"q_ptr={dtype} k_ptr=*i8"
         assert instructions(built, 90, "_decode_on_hopper_kernel", over_int8) == {INT8_MMA, of_floats}
+
+
+def test_prompts_of_hopper_use_tensor_cores(built: list[dict[str, Any]]) -> None:
+    for dtype, name in (("*fp16", "f16"), ("*bf16", "bf16")):
+        names = instructions(built, 90, "_prefill_on_hopper_kernel", f"q_ptr={dtype}")
+        assert names == {f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{name}.{name}" for n in (64, 128)}
+    for where in ("DEQUANTIZED=True", "DEQUANTIZED=False"):
+        assert instructions(built, 90, "_prefill_on_hopper_kernel", where)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention, decode_step, gemm
+from kernels import attention, decode_step, dequantize, gemm
 from kernels.epilogue import Epilogue
-from kernels.hopper import common, decode
+from kernels.hopper import common, decode, prefill
 from kernels.paging import paged_layout
 from kernels.quantize import quantize_rows
 from kernels.quantized import Quantized, ToInt8
@@ -25,6 +26,9 @@ TILES = [
     Tile("pingpong", 64, 128, 128, num_warps=4, num_stages=7),
     Tile("pingpong", 128, 64, 128, num_warps=4, num_stages=6),
     Tile("pingpong", 64, 64, 128, num_warps=4, num_stages=8),
+    Tile("cooperative", 128, 256, 128, num_warps=4, num_stages=4),
+    Tile("cooperative", 128, 256, 128, num_warps=4, num_stages=3, group=1),
+    Tile("cooperative", 128, 128, 128, num_warps=4, num_stages=5),
     Tile("stream", 16, 64, 128, num_warps=4, num_stages=20),
     Tile("stream", 32, 64, 128, num_warps=4, num_stages=12),
     Tile("stream", 64, 64, 128, num_warps=4, num_stages=6),
@@ -188,6 +192,136 @@ def test_a_fault_in_a_split_is_not_hidden(place: Place, int8: str) -> None:
     assert y[0, 4 * 128 :].isnan().all()
     assert y[0, : 4 * 128].isfinite().all()
     assert y[1].isfinite().all()
+
+
+PROMPTS = [
+    [(64, 64)],
+    [(2, 2), (3, 67)],
+    [(33, 33), (1, 9), (5, 100), (0, 0), (700, 711)],
+    [(31, 31), (32, 64), (33, 65), (63, 127), (65, 129)],
+    [(128, 2000), (2048, 2048)],
+]
+"""(rows, context) of each request: ends of tiles and behind them, beside decodes, a request without rows."""
+
+
+def prompts(
+    place: Place, requests: list[tuple[int, int]], D: int, H: int, G: int, block_size: int = 64, int8: str = ""
+) -> tuple[Any, ...]:
+    """Queries, caches and where they are; whatever lies behind a context is NaN."""
+    width = max(-(-context // block_size) for _, context in requests) + 1
+    tables = 1 + torch.randperm(len(requests) * width).view(len(requests), width).to("cuda", torch.int32)
+    shape = (len(requests) * width + 1, block_size, G)
+    heads = torch.full((2, *shape, D), float("nan"), dtype=place.dtype, device="cuda")
+    for (_, context), table in zip(requests, tables.tolist(), strict=True):
+        for first in range(0, context, block_size):
+            filled = min(block_size, context - first)
+            heads[:, table[first // block_size], :filled] = place.randn(2, filled, G, D)
+    caches = [
+        Quantized(*(x.view(*shape, -1).squeeze(-1) for x in quantize_rows(each.view(-1, D)))) if int8 else each
+        for each in heads
+    ]
+    starts = torch.tensor([0, *accumulate(rows for rows, _ in requests)], dtype=torch.int32, device="cuda")
+    contexts = torch.tensor([context for _, context in requests], dtype=torch.int32, device="cuda")
+    return place.randn(int(starts[-1]), H, D), *caches, tables, starts, contexts, False, D**-0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(("D", "H", "G"), [(128, 32, 8), (64, 32, 8), (128, 6, 2), (128, 4, 4), (128, 64, 1)])
+@pytest.mark.parametrize("requests", PROMPTS, ids=lambda requests: str(sum(rows for rows, _ in requests)))
+def test_prompts_have_the_bits_of_every_gpus_kernel(
+    place: Place, requests: list[tuple[int, int]], D: int, H: int, G: int, dtype: torch.dtype, monkeypatch: Any
+) -> None:
+    """Of a float cache, and of an int8 cache whose keys are dequantized before; the kernel is what ran."""
+    ran: list[bool] = []
+
+    def noted(*args: Any) -> None:
+        ran.append(True)
+        prefill.prefill_on_hopper(*args)
+
+    monkeypatch.setattr(attention, "starts_early", lambda *_: False)
+    monkeypatch.setattr(dequantize, "MIN_TOKENS", 1)
+    for int8, block_size in (("", 64), ("", 128), ("kv", 16)):
+        case = prompts(Place("cuda", dtype), requests, D, H, G, block_size, int8)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "suits_prefill", lambda _: False)
+            want = attention.paged_attention(*case)
+        ran.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "prefill_on_hopper", noted)
+            got = attention.paged_attention(*case)
+        assert isinstance(want, Tensor)
+        assert isinstance(got, Tensor)
+        assert ran == [True]
+        assert want.isfinite().all()
+        assert torch.equal(got.view(torch.int16), want.view(torch.int16)), (int8, block_size)
+
+
+@pytest.mark.gpu
+def test_a_fault_in_a_prompt_stays_with_it(place: Place) -> None:
+    """A value that is not finite reaches all rows that see it, and no other request; one that no row sees, nobody."""
+    q, k, v, tables, *rest = prompts(place, [(200, 200), (300, 300)], 128, 8, 2)
+    clean = attention.paged_attention(q, k, v, tables, *rest)
+    assert isinstance(clean, Tensor)
+    assert clean.isfinite().all()
+    v[tables[0, 1], 20, 1] = float("nan")
+    y = attention.paged_attention(q, k, v, tables, *rest)
+    assert isinstance(y, Tensor)
+    assert y[64 + 20 : 200, 4 * 128 :].isnan().all()
+    assert torch.equal(y[:, : 4 * 128], clean[:, : 4 * 128])
+    assert torch.equal(y[200:], clean[200:])
+
+
+@pytest.mark.gpu
+def test_prompts_in_a_graph(place: Place) -> None:
+    """A captured launch fits any step of its shapes: it finds the requests of the step that is there."""
+    q, k, v, tables, starts, contexts, *rest = prompts(place, [(100, 300), (100, 700), (56, 56)], 128, 8, 2)
+    attention.paged_attention(q, k, v, tables, starts, contexts, *rest)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = attention.paged_attention(q, k, v, tables, starts, contexts, *rest)
+    assert isinstance(got, Tensor)
+    for lengths, keys in (((100, 100, 56), (300, 700, 56)), ((30, 170, 56), (30, 690, 56)), ((250, 0, 6), (290, 0, 6))):
+        starts.copy_(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
+        contexts.copy_(torch.tensor(keys, dtype=torch.int32))
+        graph.replay()
+        want = attention.paged_attention(q, k, v, tables, starts, contexts, *rest)
+        assert isinstance(want, Tensor)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_a_wrong_key_shows(place: Place) -> None:
+    q, k, v, tables, *rest = prompts(place, [(500, 500)], 128, 8, 2)
+    want = attention.paged_attention(q, k, v, tables, *rest)
+    k[tables[0, 3], 7, 1, 5] += 8
+    got = attention.paged_attention(q, k, v, tables, *rest)
+    assert isinstance(want, Tensor)
+    assert isinstance(got, Tensor)
+    assert torch.equal(got[: 3 * 64 + 7], want[: 3 * 64 + 7])
+    assert torch.equal(got[:, : 4 * 128], want[:, : 4 * 128])
+    assert not torch.equal(got[3 * 64 + 7 :], want[3 * 64 + 7 :])
+
+
+def test_what_suits_the_kernel_of_prompts() -> None:
+    def suits(D: int = 128, H: int = 8, G: int = 2, block_size: int = 64, **changes: Any) -> bool:
+        dtype = changes.get("dtype", torch.float16)
+        k, v = torch.zeros(2, 4, block_size, G, D + changes.get("gap", 0), dtype=changes.get("cache", dtype))
+        k, v = k[..., :D], v[..., :D]
+        if "int8" in changes:
+            k = Quantized(k.to(torch.int8), torch.ones(k.shape[:-1]))
+        layout = paged_layout(H, k, v, changes.get("window"), changes.get("soft_cap"))
+        ints, q = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, H, D, dtype=dtype)
+        requests = decode_step.Requests(ints, ints[0], ints[0])
+        return prefill.suits_prefill(attention._operands(q, k, v, requests, 1.0, layout))
+
+    assert suits()
+    assert suits(64, 12, 2, 256, dtype=torch.bfloat16)
+    for wrong in (
+        {"D": 256}, {"D": 96}, {"H": 256}, {"block_size": 32}, {"dtype": torch.float32}, {"cache": torch.bfloat16},
+        {"int8": True}, {"window": 100}, {"soft_cap": 30.0}, {"gap": 8},
+    ):  # fmt: skip
+        assert not suits(**wrong), wrong
 
 
 def test_what_suits_the_kernel_of_decodes() -> None:

@@ -15,7 +15,7 @@ import torch
 from kernels import tiles, tune
 from kernels.dequantize import MAX_TILE
 from kernels.tiles import Target, Tile, prefill_tile
-from kernels.tune import TileChoice
+from kernels.tune import LinearShape, TileChoice
 
 TUNED = Tile("plain", 16, 32, 512, num_warps=2, num_stages=4)
 OTHER = Tile("swapped", 32, 64, 256, num_warps=4, num_stages=3)
@@ -138,10 +138,10 @@ def measured(gpu: Target, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, in
     """A GPU for `tune` on which OTHER always wins; what was measured on it."""
     done: list[tuple[int, int, int]] = []
 
-    def best_tile(on: Target, n: int, k: int, bucket: int) -> TileChoice:
+    def best_tile(on: Target, shape: LinearShape, bucket: int) -> TileChoice:
         assert on == gpu
-        done.append((n, k, bucket))
-        return TileChoice(n, k, bucket, OTHER, 1.0, 2.0)
+        done.append((shape.n, shape.k, bucket))
+        return TileChoice(shape.n, shape.k, bucket, OTHER, 1.0, 2.0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -152,7 +152,7 @@ def measured(gpu: Target, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, in
 
 def test_tune_writes_where_choose_reads(gpu: Target, cache_home: Path, measured: list[tuple[int, int, int]]) -> None:
     progress: list[tuple[int, int]] = []
-    choices = tune.tune([(4096, 14336)], on_progress=lambda done, total: progress.append((done, total)))
+    choices = tune.tune([LinearShape(4096, 14336)], on_progress=lambda done, total: progress.append((done, total)))
     # The package has the bucket of 32.
     assert measured == [(4096, 14336, bucket) for bucket in tiles.BUCKETS if bucket != 32]
     assert [choice.bucket for choice in choices] == [bucket for _, _, bucket in measured]
@@ -160,14 +160,14 @@ def test_tune_writes_where_choose_reads(gpu: Target, cache_home: Path, measured:
     assert [path.name for path in (cache_home / "ottava" / "tiles").iterdir()] == [FILE]
     assert tiles.choose(gpu, 4096, 14336, 1) == OTHER
     assert tiles.choose(gpu, 4096, 14336, 32) == TUNED
-    assert tune.tune([(4096, 14336)]) == []
+    assert tune.tune([LinearShape(4096, 14336)]) == []
 
 
 def test_tune_into_a_file_measures_what_the_file_lacks(
     gpu: Target, cache_home: Path, tmp_path: Path, measured: list[tuple[int, int, int]]
 ) -> None:
     path = tmp_path / "somewhere" / "mine.json"
-    tune.tune([(4096, 14336)], path)
+    tune.tune([LinearShape(4096, 14336)], path)
     assert len(measured) == len(tiles.BUCKETS)
     assert tiles.read_table(path)["gpu"] == gpu.name
     assert list(cache_home.iterdir()) == []
@@ -177,7 +177,7 @@ def test_tune_begins_anew_where_the_file_is_broken(
     user: Path, measured: list[tuple[int, int, int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     user.write_text('{"tiles": {"4096x')
-    tune.tune([(4096, 4096)])
+    tune.tune([LinearShape(4096, 4096)])
     assert len(measured) == len(tiles.BUCKETS)
     assert "is written anew" in caplog.text
     assert len(tiles.read_table(user)["tiles"]["4096x4096"]) == len(tiles.BUCKETS)

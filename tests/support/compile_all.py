@@ -184,6 +184,16 @@ def attentions(capability: int) -> None:
         for D, is_int8 in ((64, False), (64, True), (128, False), (128, True)):
             dtype = torch.bfloat16 if (D, is_int8) == (64, True) else torch.float16
             attend(D, 32, 2, dtype, is_int8, is_whole=D == 128 and is_int8)
+        # Blocks of a tile, which its kernel of prompts takes from a float cache.
+        for D, dtype in ((64, torch.float16), (128, torch.float16), (128, torch.bfloat16)):
+            prompts(D, 32, 8, dtype)
+
+
+def prompts(D: int, H: int, G: int, dtype: torch.dtype) -> None:
+    """Attention alone, over a float cache in blocks of 64."""
+    table, starts, contexts = (meta(*size, dtype=torch.int32) for size in ((4, 256), (5,), (4,)))
+    cache = meta(64, 64, G, D, dtype=dtype)
+    attention.paged_attention(meta(512, H, D, dtype=dtype), cache, cache, table, starts, contexts, False, D**-0.5)
 
 
 def attend(

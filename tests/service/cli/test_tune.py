@@ -28,7 +28,9 @@ def test_shapes_are_those_of_the_decoder(family: str) -> None:
     config = ModelConfig.of(make_model(family, **heads).config)
     for ranks, size in ((Alone(), 1), (Half(), 2)):
         decoder = random_decoder(config, PRESETS["w8a8"], torch.float32, torch.device("cpu"), ranks=ranks)
-        assert linear_shapes(config, size) == [linear.shape for linear in decoder.layers[0].linears]
+        shapes = linear_shapes(config, size)
+        assert [(shape.n, shape.k) for shape in shapes] == [linear.shape for linear in decoder.layers[0].linears]
+        assert [shape.is_gated for shape in shapes] == [False, False, family != "opt", False]
 
 
 def test_a_model_that_does_not_divide_is_refused() -> None:
