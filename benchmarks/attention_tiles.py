@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--only", choices=TILES)
-    parser.add_argument("--few", action="store_true", help="only what is used, with and without Hopper's own kernel")
+    parser.add_argument("--few", action="store_true", help="only the tiles in use, and Hopper's own kernel")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
     parser.add_argument("--commit", help="for a tree without git history")
     parser.add_argument("--out", help="JSON file")

@@ -44,12 +44,12 @@ def main() -> None:
 def product_rows(shape: LinearShape, tokens: int) -> list[dict[str, Any]]:
     """A row for each tile; is_used: whether it is the one that a server takes."""
     used = choose(current_gpu(torch.device("cuda", 0)), shape.n, shape.k, tokens)
-    product = Product(shape, tokens)
-    wanted = dict.fromkeys([used, *tiles(tokens)])
-    times: dict[Tile, list[float]] = {tile: [] for tile in wanted if product.is_exact(tile)}
+    product = Product(shape, tokens, (tokens,))
+    wanted = [tile for tile in dict.fromkeys([used, *tiles(tokens)]) if product.is_exact(tile)]
+    times: dict[Tile, list[float]] = {tile: [] for tile in wanted}
     for _ in range(TURNS):
-        for tile, taken in times.items():
-            taken.append(product.sustained_us(tile))
+        for tile, us in product.times_us(wanted, turns=1, is_sustained=True).items():
+            times[tile].append(us)
     rows = []
     for tile, taken in times.items():
         row = {"what": "product", **shape._asdict(), "tokens": tokens, "tile": tile._asdict(), "is_used": tile == used}

@@ -28,10 +28,11 @@ __all__ = ["MAX_DEPTH", "int8_gated_linear", "int8_linear", "int8_matmul"]
 MAX_DEPTH = (2**31 - 1) // (128 * 128)
 """Largest K whose int32 accumulator cannot overflow with codes of -128: 131,071."""
 
-MANY = Tile("plain", 128, 128, 128, num_warps=8, num_stages=3)
+FOR_MANY = {"pingpong": launch_pingpong, "cooperative": launch_cooperative}
+"""Hopper's own kernels for many tokens."""
+
 FALLBACKS = {
-    "pingpong": MANY,
-    "cooperative": MANY,
+    **dict.fromkeys(FOR_MANY, Tile("plain", 128, 128, 128, num_warps=8, num_stages=3)),
     "stream": Tile("swapped", 32, 64, 256, num_warps=4, num_stages=4),
 }
 """Tiles in place of those of a Gluon kernel, for epilogues and alignments that it does not support."""
@@ -133,9 +134,9 @@ def launch(
     num_tiles = cdiv(T, tile.block_t) * cdiv(N, tile.block_n)
     if tile.kernel == "stream":
         launch_stream(x_q, weight_q, ops, y, tile, num_tiles, form)
-    elif tile.kernel in FALLBACKS:
-        launch_on_hopper = launch_pingpong if tile.kernel == "pingpong" else launch_cooperative
-        launch_on_hopper(x_q, weight_q, ops, y, tile, min(num_tiles, current_gpu(y.device).num_sms), form)
+    elif tile.kernel in FOR_MANY:
+        num_programs = min(num_tiles, current_gpu(y.device).num_sms)
+        FOR_MANY[tile.kernel](x_q, weight_q, ops, y, tile, num_programs, form)
     else:
         plan = _plan(tile, form, K % tile.block_k == 0, starts_early(y.device, T))
         plan.launch((num_tiles, 1, 1), x_q, weight_q, ops, y, T, N, K)

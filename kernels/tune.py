@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from triton import OutOfResources
 
-from kernels.epilogue import Epilogue
+from kernels.epilogue import MAX_PIECE, Epilogue
 from kernels.gemm import launch
 from kernels.launching import cdiv
 from kernels.quantized import CODE_MAX, Quantized
@@ -48,8 +48,11 @@ MAX_SMALL_BUCKET = 512
 
 SUSTAINED_S = 0.1
 """How long larger products run on end, as they do while prompts are read: the card's power sets its clock then, and a
-kernel that moves fewer bytes gains. H200, 4096 x 14336 with 4096 tokens: one by one the ping-pong kernel is the fastest
-with 356 us, on end it takes 353 and the cooperative one 331."""
+kernel that moves fewer bytes gains. H200, 4096 x 14336 with 4096 tokens: the ping-pong kernel takes 365 us on end, the
+cooperative one 342."""
+
+MIN_SUSTAINED_BUCKET = 576
+"""Least bucket whose products are timed on end, and of the cooperative kernel."""
 
 MAX_NARROW_BUCKET = 1536
 """Above this bucket one row of tiles more or less is a small part of the work."""
@@ -138,12 +141,11 @@ def best_tile(gpu: Target, shape: LinearShape, bucket: int) -> TileChoice:
         fits = [tile for tile, is_usable in zip(tiles, pool.map(product.is_exact, tiles), strict=True) if is_usable]
     if default not in fits:
         raise RuntimeError(f"the default tile {default} gives a wrong product for {n}x{k}, T = {bucket}")
-    if bucket > MAX_SMALL_BUCKET:
-        times = {tile: product.sustained_us(tile) for tile in fits}
-    else:
-        times = {tile: product.time_us(tile, repeats=3) for tile in fits}
-        finalists = sorted(times, key=lambda tile: times[tile])[:3]
-        times = {tile: product.time_us(tile, repeats=9) for tile in dict.fromkeys([default, *finalists])}
+    is_sustained = bucket >= MIN_SUSTAINED_BUCKET
+    times = product.times_us(fits, turns=1 if is_sustained else 3, is_sustained=is_sustained)
+    finalists = sorted(times, key=lambda tile: times[tile])[:3]
+    finalists = list(dict.fromkeys([default, *finalists]))
+    times = product.times_us(finalists, turns=3 if is_sustained else 9, is_sustained=is_sustained)
     fastest = min(times, key=lambda tile: times[tile])
     tile = fastest if times[fastest] < MIN_GAIN * times[default] else default
     return TileChoice(n, k, bucket, tile, times[tile], times[default])
@@ -162,7 +164,7 @@ def candidates(capability: int, k: int, bucket: int) -> Iterator[Tile]:
             yield from _streams(bucket)
         if bucket >= 64:
             yield from _pingpongs(bucket)
-        if bucket >= MAX_SMALL_BUCKET:
+        if bucket >= MIN_SUSTAINED_BUCKET:
             yield from (Tile("cooperative", 128, 256, 128, 4, 4, group) for group in (8, 16, 32))
 
 
@@ -220,10 +222,11 @@ def token_counts(bucket: int) -> tuple[int, ...]:
 class Product:
     """Random operands of one GEMM, with so many copies of the weights that none stays in the cache."""
 
-    def __init__(self, shape: LinearShape, bucket: int) -> None:
+    def __init__(self, shape: LinearShape, bucket: int, counts: tuple[int, ...] = ()) -> None:
+        """counts: the numbers of tokens to measure, up to bucket; those of `token_counts` if there are none."""
         n, k, self.is_gated = shape
         width = n // 2 if self.is_gated else n
-        self.token_counts = token_counts(bucket)
+        self.token_counts = counts or token_counts(bucket)
         copies = max(2, -(-ROTATION_BYTES // (n * k)))
         self.weights = [_codes(n, k) for _ in range(copies)]
         self.weight_scale = torch.rand(n, device="cuda")
@@ -236,32 +239,51 @@ class Product:
         self.weight_few = torch.randint(-1, 2, (n, k), dtype=torch.int8, device="cuda")
         self.exact = (self.few[-64:].float() @ self.weight_few.float().T).half()
         self.bucket = bucket
+        default = defaults(current_gpu(self.few.device).capability, n, k, bucket)
+        self.gated = self._gated(default) if self.is_gated else None
 
     def is_exact(self, tile: Tile) -> bool:
-        """Whether the tile fits the GPU and its product is the exact one."""
-        y = torch.full((self.bucket, len(self.weight_few)), float("nan"), dtype=torch.float16, device="cuda")
+        """Whether the tile fits the GPU, its product is the exact one, and gated that of the default tile."""
         one = torch.ones(1, device="cuda")
         try:
+            y = torch.full((self.bucket, len(self.weight_few)), float("nan"), dtype=torch.float16, device="cuda")
             launch(self.few, self.weight_few, Epilogue(one, one), y, tile)
+            is_right = torch.equal(y[-64:], self.exact)
+            if self.gated is not None:
+                is_right = is_right and all(map(torch.equal, self._gated(tile), self.gated))
             for t in self.token_counts:
                 self._run(tile, t, self.weights[0])
             torch.cuda.synchronize()
         except OutOfResources:
             return False
-        return torch.equal(y[-64:], self.exact)
+        return is_right
 
-    def time_us(self, tile: Tile, repeats: int) -> float:
-        """Median time of one product, the mean of its token counts, over replays of a graph of all the weights."""
-        graph = self._graph(tile)
-        return statistics.median(self._replayed_us(graph, 1) for _ in range(repeats))
+    def _gated(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """y of the few codes with its gate, and the largest magnitude of each row as the kernel found it."""
+        n, one = len(self.weight_few), torch.full((1,), 1 / 16, device="cuda")
+        y = torch.full((self.bucket, n // 2), float("nan"), dtype=torch.float16, device="cuda")
+        pieces = cdiv(n // 2, min(tile.block_n, MAX_PIECE.value) // 2)
+        row_max = torch.full((self.bucket, pieces), float("nan"), device="cuda")
+        launch(self.few, self.weight_few, Epilogue(one, one, row_max=row_max), y, tile, is_gated=True)
+        return y, row_max.amax(1)
 
-    def sustained_us(self, tile: Tile) -> float:
-        """Mean time of one product while the GPU does nothing else for `SUSTAINED_S`, after as long to get there."""
-        graph = self._graph(tile)
-        once_us = self._replayed_us(graph, 1) * len(self.weights) * len(self.token_counts)
-        replays = max(1, round(1e6 * SUSTAINED_S / once_us))
-        self._replayed_us(graph, replays)
-        return self._replayed_us(graph, replays)
+    def times_us(self, tiles: Iterable[Tile], turns: int, *, is_sustained: bool) -> dict[Tile, float]:
+        """Median time of one product with each tile, which take turns.
+
+        is_sustained: whether a turn lasts `SUSTAINED_S`, after as long to get there; else it is one replay.
+        """
+        graphs = {tile: self._graph(tile) for tile in tiles}
+        times: dict[Tile, list[float]] = {tile: [] for tile in graphs}
+        for _ in range(turns):
+            for tile, graph in graphs.items():
+                us = self._replayed_us(graph, 1)
+                if is_sustained:
+                    products = len(self.weights) * len(self.token_counts)
+                    replays = max(1, round(1e6 * SUSTAINED_S / (us * products)))
+                    self._replayed_us(graph, replays)
+                    us = self._replayed_us(graph, replays)
+                times[tile].append(us)
+        return {tile: statistics.median(each) for tile, each in times.items()}
 
     def _graph(self, tile: Tile) -> torch.cuda.CUDAGraph:
         """The product with all weights, and with each number of tokens."""

@@ -1,4 +1,6 @@
-"""What the int8 products in Gluon share: descriptors for Hopper's copy engine, the order of tiles, and the epilogue."""
+"""What the kernels in Gluon share: pieces for Hopper's copy engine, registers; and of int8 products the launch, the
+order of tiles, and the epilogue.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ def launch_product(
     kernel: Any, groups: int, x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor, tile: Tile, num_programs: int,
     form: Form,
 ) -> None:  # fmt: skip
-    """Fill y from x_q [T, K] and weight_q [N, K] with a kernel of which groups of warps share a tile's tokens."""
+    """Fill y from x_q [T, K] and weight_q [N, K].
+
+    kernel: it loads by one warp and multiplies by two groups.   groups: of them, how many share the tokens of a tile.
+    """
     (T, K), N = x_q.shape, weight_q.shape[0]
     plan, x_piece, weight_piece, y_piece = _plan(kernel, groups, tile, form, y.dtype)
     x, weight, out = Descriptor(x_q, x_piece), Descriptor(weight_q, weight_piece), Descriptor(y, y_piece)
@@ -104,7 +109,7 @@ def store_tile(acc, ops, y_desc, y_tile, first_t, first_n, T, N, FORM: gl.conste
     BLOCK_N: gl.constexpr = acc.shape[1]
     y = finish(acc, ops, first_t, first_n, T, N, FORM)
     y = y.to(y_desc.dtype)
-    # The store of the tile before ended long ago; this only makes sure of it.
+    # The store before has to be read from y_tile: that of another tile long ago, or of this tile's piece before.
     tma.store_wait(0)
     y_tile.store(y)
     fence_async_shared()

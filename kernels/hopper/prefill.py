@@ -1,8 +1,9 @@
-"""Attention of prompts on Hopper, in Gluon: one half of a program's rows multiplies while the other finds weights.
+"""Attention of prompts on Hopper, in Gluon: one half of a program's rows can multiply while the other finds weights.
 
 One warp only issues the copies of keys and values. Two groups of four warps each attend for half of the query rows, and
 share the tiles of keys. A group has the scores of a tile and the weighted values of the one before multiplied at once,
-and the tensor cores work for the other group while it computes the tile's weights.
+and the tensor cores may work for the other group while it computes the tile's weights. Nothing makes the two take
+turns: barriers for that cost 1 to 8 % (H200).
 
 The operations on a row, and their order, are those of the kernel that every GPU has, and so are the bits.
 """
@@ -179,6 +180,7 @@ def _places(HALF: gl.constexpr, sizes, LAYOUT: gl.constexpr):
     queries = first_query + rows // GROUP
     heads = (query_start + queries).to(gl.int64) * (GROUP * LAYOUT.G) + kv_head * GROUP + rows % GROUP
     is_row = (queries < num_queries) & (rows < HALVES * ROWS // GROUP * GROUP)
+    # The second condition, which always holds, gives the mask its columns.
     return heads[:, None] * LAYOUT.D + columns, is_row[:, None] & (columns >= 0)
 
 
@@ -237,7 +239,8 @@ def _weights(scores, top, total, start, num_visible, scale, MASKED: gl.constexpr
 def _clear(v, num_keys):
     """Write 0 to the values from num_keys on: a slot behind the context may hold NaN, and 0 times NaN is NaN.
 
-    Both halves do so, each before it multiplies them.
+    Both halves do so, each before it multiplies them, and write the other values as they are: the other half may read
+    them meanwhile. No tile follows the last one, so none is copied into this memory any more.
     """
     D: gl.constexpr = v.shape[1]
     LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -266,7 +269,8 @@ def _prefill_on_hopper_kernel(q_ptr, k_desc, v_desc, places_ptr, out_ptr, table_
         if (place >= 0) != DEQUANTIZED:
             return
     context = gl.load(context_lens_ptr + request)
-    last = gl.minimum(context, context - num_queries + first_query + QUERIES)
+    # At least one, or nothing would be loaded and the others would wait for ever. Rows without a key become NaN.
+    last = gl.maximum(gl.minimum(context, context - num_queries + first_query + QUERIES), 1)
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_ring = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -281,7 +285,7 @@ def _prefill_on_hopper_kernel(q_ptr, k_desc, v_desc, places_ptr, out_ptr, table_
     rings, barriers = (k_ring, v_ring), (k_full, k_empty, v_full, v_empty)
     sizes = kv_head, query_start, first_query, num_queries, context, last
     table_ptr += request.to(gl.int64) * max_blocks
-    # What is assigned to a name would have to be numbers and tensors alone.
+    # Not by way of a name: a Layout cannot be assigned to one.
     gl.warp_specialize(
         [
             (_attend_first, (q_ptr, out_ptr, rings, barriers, sizes, scale, LAYOUT)),

@@ -17,12 +17,12 @@ from service.errors import InvalidSettings
 from service.later import Later
 from service.settings import load_settings
 
-COMMON_SHAPES = [
-    *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),  # Llama-3.1-8B
-    *((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),  # Qwen2.5-7B
-    *((15360, 5120), (5120, 5120), (27648, 5120), (5120, 13824)),  # Llama-2-13B
+COMMON_SHAPES: list[tuple[int, int, bool]] = [
+    *((6144, 4096, False), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False)),  # Llama-3.1-8B
+    *((4608, 3584, False), (3584, 3584, False), (37888, 3584, True), (3584, 18944, False)),  # Qwen2.5-7B
+    *((15360, 5120, False), (5120, 5120, False), (27648, 5120, True), (5120, 13824, False)),  # Llama-2-13B
 ]
-COMMON_GATED = {(28672, 4096), (37888, 3584), (27648, 5120)}
+"""The fields of each `LinearShape`."""
 
 EXAMPLES = """
 Examples:
@@ -67,7 +67,7 @@ def tune(
             folder = resolve.resolve_model(model, chosen.cache_dir)
             shapes = linear_shapes(configs.ModelConfig.load(folder), chosen.tensor_parallel)
         elif chosen.tensor_parallel == 1:
-            shapes = [tuning.LinearShape(*shape, shape in COMMON_GATED) for shape in COMMON_SHAPES]
+            shapes = [tuning.LinearShape(*shape) for shape in COMMON_SHAPES]
         else:
             raise InvalidSettings(
                 f"tensor_parallel {chosen.tensor_parallel} without a model: what its ranks multiply follows from the "
@@ -92,9 +92,11 @@ def linear_shapes(config: configs.ModelConfig, num_ranks: int = 1) -> list[tunin
     hidden, size = config.hidden_size, config.head_size
     inner = config.intermediate_size if config.experts is None else config.experts.intermediate_size
     qkv, up = (config.num_heads + 2 * config.num_kv_heads) * size, (1 + config.layout.is_gated) * inner
+    # Of gates only SiLU's is in the product's epilogue.
+    is_gated = config.layout.is_gated and config.activation == "silu"
     return [
         tuning.LinearShape(qkv // num_ranks, hidden),
         tuning.LinearShape(hidden, config.num_heads * size // num_ranks),
-        tuning.LinearShape(up // num_ranks, hidden, config.layout.is_gated),
+        tuning.LinearShape(up // num_ranks, hidden, is_gated),
         tuning.LinearShape(hidden, inner // num_ranks),
     ]

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from kernels import tiles, tune
+from kernels import gemm, tiles, tune
 from kernels.dequantize import MAX_TILE
 from kernels.tiles import Target, Tile, prefill_tile
 from kernels.tune import LinearShape, TileChoice
@@ -148,6 +149,37 @@ def measured(gpu: Target, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, in
     monkeypatch.setattr(tune, "current_gpu", lambda _: gpu)
     monkeypatch.setattr(tune, "best_tile", best_tile)
     return done
+
+
+class OnCPU(TorchFunctionMode):
+    """What asks for memory of a GPU gets that of the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"device": "cpu"} if kwargs.get("device") == "cuda" else kwargs))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("bucket", [16, 64])
+def test_only_an_exact_tile_is_measured(is_gated: bool, bucket: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(tune, "ROTATION_BYTES", 1)
+    launch = gemm.launch
+    tile = Tile("plain", 16, 32, 32, num_warps=4, num_stages=1)
+    with OnCPU():
+        product = tune.Product(tune.LinearShape(96, 80, is_gated), bucket)
+        assert product.is_exact(tile)
+        assert product.is_exact(Tile("swapped", 16, 64, 32, num_warps=4, num_stages=1))
+
+        def spoiled(x: Any, weight: Any, ops: Any, y: Any, tile: Any = None, gated: bool = False, **rest: Any) -> None:
+            launch(x, weight, ops, y, tile, is_gated=rest.get("is_gated", gated))
+            if rest.get("is_gated", gated) == is_gated:
+                # Gated: y is right, and what is to be quantized by it is not.
+                (ops.row_max if is_gated else y).view(-1)[-1] += 1
+
+        monkeypatch.setattr(tune, "launch", spoiled)
+        assert not product.is_exact(tile)
 
 
 def test_tune_writes_where_choose_reads(gpu: Target, cache_home: Path, measured: list[tuple[int, int, int]]) -> None:

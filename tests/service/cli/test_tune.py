@@ -20,7 +20,7 @@ class Half(Alone):
     size = 2
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "opt"])
 def test_shapes_are_those_of_the_decoder(family: str) -> None:
     heads = {"num_attention_heads": 4, "hidden_size": 256} | (
         {"word_embed_proj_dim": 256} if family == "opt" else {"num_key_value_heads": 2}
@@ -30,7 +30,7 @@ def test_shapes_are_those_of_the_decoder(family: str) -> None:
         decoder = random_decoder(config, PRESETS["w8a8"], torch.float32, torch.device("cpu"), ranks=ranks)
         shapes = linear_shapes(config, size)
         assert [(shape.n, shape.k) for shape in shapes] == [linear.shape for linear in decoder.layers[0].linears]
-        assert [shape.is_gated for shape in shapes] == [False, False, family != "opt", False]
+        assert [shape.is_gated for shape in shapes] == [False, False, family in {"llama", "qwen2"}, False]
 
 
 def test_a_model_that_does_not_divide_is_refused() -> None:
