@@ -22,16 +22,26 @@ static int use_wide_vectors(int are_wanted) {
     return are_used;
 }
 
-/* A Linear of few rows on a processor with VNNI: as int8_linear_amx, but its sums go through memory. */
-static int int8_linear_vnni(const int8_t *x, const int8_t *weight, int64_t depth, int64_t x_stride, int64_t weight_stride,
-                            struct epilogue from, void *out, int64_t out_dtype) {
+typedef int (*product)(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
+                       int64_t depth, int64_t x_stride, int64_t weight_stride);
+
+/* A Linear of few rows: as int8_linear_amx, but its sums go through memory. */
+static int linear_over(product multiply, const int8_t *x, const int8_t *weight, int64_t depth, int64_t x_stride,
+                       int64_t weight_stride, struct epilogue from, void *out, int64_t out_dtype) {
     int32_t *acc = malloc((size_t)(from.num_rows * from.num_columns + 1) * sizeof *acc);
     if (acc == NULL) return -1;
     from.acc = acc;
-    int failed = int8_product_vnni(x, weight, acc, from.num_rows, from.num_columns, depth, x_stride, weight_stride);
+    int failed = multiply(x, weight, acc, from.num_rows, from.num_columns, depth, x_stride, weight_stride);
     if (!failed) failed = rows.finish(from, (struct target){.out = out, .dtype = out_dtype});
     free(acc);
     return failed;
+}
+
+static int int8_linear(const int8_t *x, const int8_t *weight, int64_t depth, int64_t x_stride, int64_t weight_stride,
+                       struct epilogue from, void *out, int64_t out_dtype) {
+    if (from.num_rows > FEW_ROWS)
+        return int8_linear_packed(x, weight, depth, x_stride, weight_stride, from, out, out_dtype);
+    return linear_over(int8_product, x, weight, depth, x_stride, weight_stride, from, out, out_dtype);
 }
 
 typedef struct {
@@ -89,7 +99,10 @@ FUNCTION(int8_product_amx, 8,
 FUNCTION(int8_linear_amx, 18,
          int8_linear_amx(POINTER(11), POINTER(12), WHOLE(13), WHOLE(14), WHOLE(15), EPILOGUE, POINTER(16), WHOLE(17)))
 FUNCTION(int8_linear_vnni, 18,
-         int8_linear_vnni(POINTER(11), POINTER(12), WHOLE(13), WHOLE(14), WHOLE(15), EPILOGUE, POINTER(16), WHOLE(17)))
+         linear_over(int8_product_vnni, POINTER(11), POINTER(12), WHOLE(13), WHOLE(14), WHOLE(15), EPILOGUE,
+                     POINTER(16), WHOLE(17)))
+FUNCTION(int8_linear, 18,
+         int8_linear(POINTER(11), POINTER(12), WHOLE(13), WHOLE(14), WHOLE(15), EPILOGUE, POINTER(16), WHOLE(17)))
 FUNCTION(quantize, 10, rows.quantize(POINTER(0), WHOLE(1), WHOLE(2), WHOLE(3), WHOLE(4), TARGET(5)))
 FUNCTION(rms_norm, 14,
          rows.rms_norm(POINTER(0), POINTER(1), POINTER(2), WHOLE(3), POINTER(4), WHOLE(5), REAL(6), WHOLE(7), WHOLE(8),
@@ -158,6 +171,7 @@ static PyMethodDef methods[] = {
     METHOD(int8_product_amx, "See product.h."),
     METHOD(int8_linear_amx, "See product.h."),
     METHOD(int8_linear_vnni, "The same where there is no AMX, for few rows."),
+    METHOD(int8_linear, "The same with AVX2 alone."),
     METHOD(quantize, "See rows.h."),
     METHOD(rms_norm, "See rows.h."),
     METHOD(silu_mul, "See rows.h."),

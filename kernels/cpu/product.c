@@ -1,10 +1,11 @@
-/* int8 by int8, exact sums in int32, for processors without instructions of their own for it.
+/* int8 by int8, exact sums in int32, for processors without instructions of their own for it; product_packed.c has more
+ * than a few rows.
  *
  * Sixteen codes are widened to int16, multiplied and added in pairs (vpmaddwd). The other way, unsigned by signed bytes
  * (vpmaddubsw), needs no widening but saturates its sums of pairs. */
 #include "product.h"
 
-enum { LANES = 16, ROWS = 4, ROWS_AT_ONCE = 128, COLUMNS_AT_ONCE = 16, DEPTH_AT_ONCE = 1024 };
+enum { LANES = 16, ROWS = 4, COLUMNS_AT_ONCE = 16, DEPTH_AT_ONCE = 1024 };
 
 /* acc[r, c] (+)= sum_k x[r, k] * weight[c, k] for `rows` x `columns` sums in registers; depth a multiple of LANES.
  * ahead: weights of later columns to ask for meanwhile, or null: the memory would otherwise idle. */
@@ -88,7 +89,7 @@ INLINE void multiply_rows(const struct product *p, int64_t r, const int rows, in
 }
 
 /* Sums of all rows for columns in groups of COLUMNS_AT_ONCE, whose weights of one slice of the depth stay in the first
- * cache. A few rows read their weights once and have no use for slices. */
+ * cache. Rows of one tile read their weights once and have no use for slices. */
 VECTOR static void multiply(int64_t begin, int64_t end, void *task) {
     const struct product *p = task;
     int64_t depth_at_once = p->num_rows <= ROWS ? p->depth : DEPTH_AT_ONCE;
@@ -119,17 +120,14 @@ VECTOR static void multiply(int64_t begin, int64_t end, void *task) {
 int int8_product(const int8_t *x, const int8_t *weight, int32_t *acc, int64_t num_rows, int64_t num_columns,
                  int64_t depth, int64_t x_stride, int64_t weight_stride) {
     if (depth == 0) memset(acc, 0, num_rows * num_columns * sizeof *acc);
-    int64_t at_once = num_rows < ROWS_AT_ONCE ? num_rows : ROWS_AT_ONCE;
-    int16_t *wide = malloc((size_t)(at_once * depth + 1) * sizeof *wide);
+    if (num_rows > FEW_ROWS)
+        return int8_product_packed(x, weight, acc, num_rows, num_columns, depth, x_stride, weight_stride);
+    int16_t *wide = malloc((size_t)(num_rows * depth + 1) * sizeof *wide);
     if (wide == NULL) return -1;
-    for (int64_t row = 0; row < num_rows; row += ROWS_AT_ONCE) {
-        int64_t rows = num_rows - row < ROWS_AT_ONCE ? num_rows - row : ROWS_AT_ONCE;
-        struct product task = {x + row * x_stride, weight, acc + row * num_columns, wide, rows, num_columns,
-                               depth, x_stride, weight_stride};
-        parallel_for(rows, 1 + (1 << 18) / (depth + 1), widen, &task);
-        int64_t groups = (num_columns + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
-        parallel_for(groups, 1 + (1 << 18) / (COLUMNS_AT_ONCE * rows * (depth + 1)), multiply, &task);
-    }
+    struct product task = {x, weight, acc, wide, num_rows, num_columns, depth, x_stride, weight_stride};
+    parallel_for(num_rows, 1 + (1 << 18) / (depth + 1), widen, &task);
+    int64_t groups = (num_columns + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
+    parallel_for(groups, 1 + (1 << 18) / (COLUMNS_AT_ONCE * (num_rows + 1) * (depth + 1)), multiply, &task);
     free(wide);
     return 0;
 }

@@ -48,11 +48,13 @@ def int8_product(x_q: Tensor, weight_q: Tensor, out: Tensor | None = None) -> Te
 
 def linear_in_one(x_q: Tensor, weight_q: Tensor) -> Callable[..., None] | None:
     """The C for a product and its epilogue in one call, or None if there is none for such operands."""
-    if x_q.stride(1) != 1 or weight_q.stride(1) != 1:
+    if WHY_NOT is not None or x_q.stride(1) != 1 or weight_q.stride(1) != 1:
         return None
     if HAS_AMX:
         return native.int8_linear_amx
-    return native.int8_linear_vnni if HAS_VNNI and len(x_q) <= FEW_ROWS else None
+    if HAS_VNNI and len(x_q) <= FEW_ROWS:
+        return native.int8_linear_vnni
+    return None if HAS_INT8_DOT else native.int8_linear
 
 
 def by_int_mm(x_q: Tensor, weight_q: Tensor, out: Tensor) -> None:

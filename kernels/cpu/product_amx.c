@@ -4,6 +4,7 @@
  * are the first, which takes them as they lie, so only x is packed. Sums come out as [columns, rows] and are transposed. */
 #define _DEFAULT_SOURCE /* for syscall */
 #include "amx.h"
+#include "epilogue.h"
 #include "product.h"
 
 #ifdef OTTAVA_AMX
@@ -225,9 +226,7 @@ VECTOR int int8_linear_amx(const int8_t *x, const int8_t *weight, int64_t depth,
                     struct epilogue from, void *out, int64_t out_dtype) {
     for (int64_t row = 0; row < from.num_rows; row += ROWS_AT_ONCE) {
         int64_t left = from.num_rows - row, at = row * from.num_columns;
-        struct epilogue part = from;
-        part.x_scale += row * from.x_stride;
-        if (from.residual != NULL) part.residual = (const char *)from.residual + at * size_of(from.residual_dtype);
+        struct epilogue part = epilogue_from(from, row);
         struct product task = {.x = x + row * x_stride, .weight = weight, .num_rows = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE,
                                .num_columns = from.num_columns, .depth = depth, .x_stride = x_stride,
                                .weight_stride = weight_stride, .linear = &part,

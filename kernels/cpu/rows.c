@@ -1,5 +1,6 @@
 #include "rows.h"
 
+#include "epilogue.h"
 #include "exponential.h"
 #include "rounding.h"
 #include "sums.h"
@@ -118,29 +119,6 @@ struct finished {
     int failed;
 };
 
-/* y = acc * weight_scale * x_scale + bias, columns begin .. begin + n of row r. */
-INLINE void scaled(float *restrict y, const struct epilogue *from, int64_t r, int64_t begin, int64_t n) {
-    const int32_t *restrict acc = from->acc + r * from->num_columns + begin;
-    float x_scale = from->x_scale[r * from->x_stride];
-    if (from->weight_stride) {
-        const float *restrict weight_scale = from->weight_scale + begin;
-        for (int64_t i = 0; i < n; i++) y[i] = (float)acc[i] * weight_scale[i] * x_scale;
-    } else {
-        float weight_scale = from->weight_scale[0];
-        for (int64_t i = 0; i < n; i++) y[i] = (float)acc[i] * weight_scale * x_scale;
-    }
-}
-
-INLINE void add_floats(float *restrict y, const void *added, int64_t dtype, int64_t begin, int64_t n) {
-    if (dtype == FLOAT32) {
-        const float *restrict values = (const float *)added + begin;
-        for (int64_t i = 0; i < n; i++) y[i] += values[i];
-    } else {
-        const uint16_t *restrict values = (const uint16_t *)added + begin;
-        for (int64_t i = 0; i < n; i++) y[i] += of_bfloat16(values[i]);
-    }
-}
-
 VECTOR static void finish_pieces(int64_t begin, int64_t end, void *context) {
     const struct finished *task = context;
     const struct epilogue *from = &task->from;
@@ -148,11 +126,9 @@ VECTOR static void finish_pieces(int64_t begin, int64_t end, void *context) {
     float y[COLUMNS_AT_ONCE];
     for (int64_t piece = begin; piece < end; piece++) {
         int64_t r = piece / pieces, first = piece % pieces * COLUMNS_AT_ONCE, left = from->num_columns - first;
-        int64_t n = left < COLUMNS_AT_ONCE ? left : COLUMNS_AT_ONCE, row = r * from->num_columns;
-        scaled(y, from, r, first, n);
-        if (from->bias != NULL) add_floats(y, from->bias, from->bias_dtype, first, n);
-        if (from->residual != NULL) add_floats(y, from->residual, from->residual_dtype, row + first, n);
-        write_floats((char *)task->to.out + (row + first) * size_of(task->to.dtype), y, task->to.dtype, n);
+        int64_t n = left < COLUMNS_AT_ONCE ? left : COLUMNS_AT_ONCE;
+        const int32_t *sums = from->acc + r * from->num_columns + first;
+        finish_some(y, sums, from, r, first, n, task->to.out, task->to.dtype);
     }
 }
 
@@ -173,7 +149,7 @@ VECTOR static void finish_gated_rows(int64_t begin, int64_t end, void *context) 
         return;
     }
     for (int64_t r = begin; r < end; r++) {
-        scaled(pairs, from, r, 0, 2 * n);
+        scaled(pairs, from->acc + r * from->num_columns, from, r, 0, 2 * n);
         if (from->bias != NULL) add_floats(pairs, from->bias, from->bias_dtype, 0, 2 * n);
         for (int64_t i = 0; i < n; i++) {
             y[i] = pairs[2 * i];

@@ -74,24 +74,40 @@ def test_every_product_is_exact(way: str) -> None:
         pytest.skip("this processor has no AVX-512 VNNI, or nothing was compiled")
     if way == "AMX" and not product.HAS_AMX:
         pytest.skip("this process cannot use AMX, or nothing was compiled")
-    for T in (1, 2, 3, 4, 5, 16, 33, 48, 131):
-        for N, K in ((1, 1), (33, 17), (50, 44), (48, 576), (7, 2100)):
+    for T in (*range(1, 14), 16, 33, 48, 128, 131, 259):
+        for N, K in ((1, 1), (8, 2), (15, 15), (16, 16), (33, 17), (50, 44), (9, 63), (48, 576), (7, 2100), (17, 1537)):
             x, weight = codes(T, K + 3)[:, :K], codes(N, K + 5)[:, 5:]
             acc = torch.full((T, N), 77, dtype=torch.int32)
             PRODUCTS[way](x, weight, acc)
             assert torch.equal(acc.long(), x.long() @ weight.long().t()), (T, N, K)
     # The longest sums, of the largest terms: beyond float32's integers, and within one of int32's end.
-    deep = torch.full((1, 131_071), -128, dtype=torch.int8)
-    acc = torch.empty(1, 1, dtype=torch.int32)
-    PRODUCTS[way](deep, deep, acc)
-    assert acc.item() == 131_071 * 128 * 128
+    for T, N in ((1, 1), (9, 3)):
+        ends = [torch.full((max(T, N), 131_071), end, dtype=torch.int8) for end in (-128, 127)]
+        ends.append(torch.tensor([-128, 127], dtype=torch.int8).repeat(65_536)[:131_071].expand(max(T, N), -1))
+        for x in ends:
+            for weight in ends:
+                acc = torch.empty(T, N, dtype=torch.int32)
+                PRODUCTS[way](x[:T].contiguous(), weight[:N].contiguous(), acc)
+                assert bool((acc == (x[0].long() * weight[0].long()).sum()).all())
+
+
+@in_c
+def test_a_product_writes_its_sums_alone() -> None:
+    for T in (3, 6, 7, 12, 130):
+        for N, K in ((5, 3), (17, 33), (18, 790)):
+            x, weight = codes(T, K), codes(N, K)
+            memory = torch.full((T + 2, N), 77, dtype=torch.int32)
+            product.in_c(x, weight, memory[1:-1])
+            assert torch.equal(memory[1:-1].long(), x.long() @ weight.long().t())
+            assert bool((memory[:: T + 1] == 77).all())
 
 
 @in_c
 def test_a_product_over_nothing_is_zero() -> None:
-    acc = torch.full((3, 5), 77, dtype=torch.int32)
-    product.in_c(codes(3, 0), codes(5, 0), acc)
-    assert not acc.any()
+    for T in (9, 3):
+        acc = torch.full((T, 5), 77, dtype=torch.int32)
+        product.in_c(codes(T, 0), codes(5, 0), acc)
+        assert not acc.any()
     if product.HAS_VNNI:
         product.by_vnni(codes(3, 0), codes(5, 0), acc.fill_(77))
         assert not acc.any()
@@ -102,14 +118,18 @@ def test_a_product_over_nothing_is_zero() -> None:
 
 @in_c
 @each_dtype
-@pytest.mark.parametrize("T", [0, 1, 3, 18, 32, 128, 129, 300, 530])
-@pytest.mark.parametrize("lacks", [(), ("HAS_AMX",), ("HAS_AMX", "HAS_VNNI")], ids=["", "no AMX", "no VNNI"])
+@pytest.mark.parametrize("T", [0, 1, 3, 7, 18, 32, 128, 129, 300, 530])
+@pytest.mark.parametrize(
+    "lacks",
+    [(), ("HAS_AMX",), ("HAS_AMX", "HAS_VNNI"), ("HAS_AMX", "HAS_VNNI", "HAS_INT8_DOT")],
+    ids=["", "no AMX", "no VNNI", "AVX2"],
+)
 def test_int8_linear_has_the_bits_of_the_reference(
     T: int, dtype: torch.dtype, lacks: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in lacks:
         monkeypatch.setattr(product, name, False)
-    K, N = 100, 530
+    N, K = (530, 100) if T != 129 else (53, 1600)
     weight_q, bias, residual = codes(N, K), randn(N, dtype=dtype), randn(T, N, dtype=dtype)
     for x_scale in (randn(T).abs(), STATIC):
         for weight_scale in (randn(N).abs(), STATIC):
