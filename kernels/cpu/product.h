@@ -3,8 +3,8 @@
 
 #include "rows.h"
 
-/* Most rows that int8_product does not pack weights for: on an EPYC with AVX2 all products of the demo model take 12.2,
- * 21.0, 28.2 and 45.6 ms for 4, 8, 12 and 16 rows without, and 16.4, 21.4, 26.2 and 39.4 with. */
+/* Most rows that int8_product does not pack weights for: on two cores of an EPYC with AVX2 all products of the demo model
+ * take 9.5, 17.7, 20.9 and 29.5 ms for 4, 8, 12 and 16 rows without, and 13.3, 19.5, 20.7 and 26.8 with. */
 enum { FEW_ROWS = 8 };
 
 /* acc [rows, columns] int32 = x [rows, depth] weight [columns, depth]^T, exact for every int8 and a depth of up to
