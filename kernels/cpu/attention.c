@@ -1,13 +1,16 @@
 #include "attention.h"
 
+#include "cache.h"
 #include "exponential.h"
 #include "rounding.h"
 #include "sums.h"
 
 #ifdef OTTAVA_AVX512
 #define ATTENTION_OPS attention_avx512
+#define PROMPT_ATTENTION prompt_attention_avx512
 #else
 #define ATTENTION_OPS attention_avx2
+#define PROMPT_ATTENTION prompt_attention_avx2
 #endif
 
 enum { WORK_OF_A_PIECE = 16384, AHEAD = 16 /* tokens; 16 rows of a small model take 2.8 ms, and 4.0, 3.2, 3.4 with 4, 8, 32 */ };
@@ -97,31 +100,11 @@ struct decode_task {
     int failed;
 };
 
-/* Which head of the cache is that of one token. */
-INLINE int64_t head_of(const struct cache *cache, const int32_t *table, int64_t token, int64_t g) {
-    int64_t slot = ((int64_t)table[token >> cache->block_shift] << cache->block_shift) + (token & (cache->block_size - 1));
-    return slot * cache->num_kv_heads + g;
-}
-
 /* Ask for a head of a later token, as the hardware prefetcher does not follow so wide a stride: 2.8 ms instead of 7.0. */
 INLINE void prefetch_head(const void *base, const struct cache *cache, const int32_t *table, int64_t token, int64_t g) {
     int64_t num_bytes = cache->head_size * (cache->dtype == INT8 ? 1 : size_of(cache->dtype));
     const char *head = (const char *)base + head_of(cache, table, token, g) * num_bytes;
     for (int64_t at = 0; at < num_bytes; at += 64) _mm_prefetch(head + at, _MM_HINT_T0);
-}
-
-/* A head's elements of one token: where they are if they are float32, else what they stand for, in row. */
-INLINE const float *head_at(const void *base, const float *scales, const struct cache *cache, const int32_t *table,
-                            int64_t token, int64_t g, float *row) {
-    int64_t head = head_of(cache, table, token, g), D = cache->head_size;
-    if (cache->dtype == FLOAT32) return (const float *)base + head * D;
-    if (cache->dtype == INT8) {
-        const int8_t *codes = (const int8_t *)base + head * D;
-        for (int64_t i = 0; i < D; i++) row[i] = codes[i] * scales[head];
-    } else {
-        read_floats(row, (const uint16_t *)base + head * D, cache->dtype, D);
-    }
-    return row;
 }
 
 /* Scores become weights that sum to 1. */
@@ -185,4 +168,4 @@ static int decode_attention(struct decode step, struct cache cache) {
     return task.failed ? -1 : 0;
 }
 
-const struct attention_ops ATTENTION_OPS = {rope_and_cache, decode_attention};
+const struct attention_ops ATTENTION_OPS = {rope_and_cache, decode_attention, PROMPT_ATTENTION};

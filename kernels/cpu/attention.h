@@ -1,4 +1,4 @@
-/* Rotary embedding, the write to the paged cache, and attention of single rows. See kernels/reference/attention.py. */
+/* Rotary embedding, the write to the paged cache, and attention of single rows and of prompts. See kernels/reference/attention.py. */
 #ifndef OTTAVA_ATTENTION_H
 #define OTTAVA_ATTENTION_H
 
@@ -30,27 +30,31 @@ struct decode {
     float scale;
 };
 
-/* Rows of one request, the last num_rows of its `context` tokens, [num_rows, num_heads, head_size] in bfloat16. */
+/* Rows of one request, the last num_rows of its `context` tokens, [num_rows, num_heads, head_size]. */
 struct prompt {
     const void *q;
     void *out;
     const int32_t *block_table;
     int64_t context, num_rows, num_heads, window; /* window: 0 for none */
     float scale;
+    int64_t dtype;
 };
 
 /* Each returns -1 if there is no memory, else 0. */
 struct attention_ops {
     int (*rope_and_cache)(struct rope step, struct cache cache);
     int (*decode_attention)(struct decode step, struct cache cache);
+    int (*prompt_attention)(struct prompt step, struct cache cache);
 };
 
 extern const struct attention_ops attention_avx2, attention_avx512;
+int prompt_attention_avx2(struct prompt step, struct cache cache);
+int prompt_attention_avx512(struct prompt step, struct cache cache);
 
 /* Whether the processor has AMX for bfloat16, the kernel lets this process use it, and the compiler knew it. */
 int has_amx_bfloat16(void);
 
-/* Only where has_amx_bfloat16() is true. */
+/* The same in bfloat16, which dtype then is. Only where has_amx_bfloat16() is true. */
 int prompt_attention_amx(struct prompt step, struct cache cache);
 
 #endif

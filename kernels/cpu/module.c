@@ -121,8 +121,12 @@ FUNCTION(decode_attention, 19,
 
 FUNCTION(prompt_attention_amx, 17,
          prompt_attention_amx((struct prompt){POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5), WHOLE(6),
-                                              REAL(7)},
+                                              REAL(7), BFLOAT16},
                               CACHE(8)))
+FUNCTION(prompt_attention, 18,
+         attention.prompt_attention((struct prompt){POINTER(0), POINTER(1), POINTER(2), WHOLE(3), WHOLE(4), WHOLE(5),
+                                                    WHOLE(6), REAL(7), WHOLE(8)},
+                                    CACHE(9)))
 
 static PyObject *call_use_threads(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
@@ -181,6 +185,7 @@ static PyMethodDef methods[] = {
     METHOD(decode_attention, "See attention.h."),
     METHOD(has_amx_bfloat16, "Whether this process can use the instructions of prompt_attention_amx."),
     METHOD(prompt_attention_amx, "See attention.h."),
+    METHOD(prompt_attention, "See attention.h."),
     {NULL, NULL, 0, NULL},
 };
 

@@ -176,7 +176,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Tensor | Quantized:
-    """See reference.paged_attention. Single rows are attended in C, and by AMX the rows of prompts in bfloat16."""
+    """See reference.paged_attention. All rows are attended in C, but those under a soft cap."""
     y = reference.paged_attention(
         q,
         k_cache,
@@ -260,21 +260,16 @@ def _prompt_attention(
     window: int | None,
     soft_cap: float | None,
 ) -> Tensor | None:
-    cache = _cache(k_cache, v_cache) if HAS_AMX_BFLOAT16 and q.dtype == torch.bfloat16 and soft_cap is None else None
+    cache = _cache(k_cache, v_cache) if q.dtype in DTYPES and soft_cap is None else None
     if cache is None or not _takes(q, block_table):
         return None
     y = torch.empty_like(q).flatten(1)
-    native.prompt_attention_amx(
-        q.data_ptr(),
-        y.data_ptr(),
-        block_table.data_ptr(),
-        context,
-        len(q),
-        q.shape[1],
-        window or 0,
-        float(scale),
-        *cache,
-    )
+    addresses = q.data_ptr(), y.data_ptr(), block_table.data_ptr()
+    step = *addresses, context, len(q), q.shape[1], window or 0, float(scale)
+    if HAS_AMX_BFLOAT16 and q.dtype == torch.bfloat16:
+        native.prompt_attention_amx(*step, *cache)
+    else:
+        native.prompt_attention(*step, DTYPES[q.dtype], *cache)
     return y
 
 

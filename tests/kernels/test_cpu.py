@@ -421,6 +421,8 @@ def test_wider_vectors_change_no_bit(dtype: torch.dtype) -> None:
         int8 = [Quantized(each.codes.view(keys.shape), each.scale.view(keys.shape[:-1])) for each in rounded]
         for k, v in ((keys, values), (int8[0], int8[1])):
             found += [ops.paged_attention(q, k, v, tables, starts, contexts, True, 0.1)]
+            # As the last four rows of one request.
+            found += [ops.paged_attention(q, k, v, tables[3:], starts[[0, 4]], contexts[3:], False, 0.1)]
         return [part for each in found for part in (each if isinstance(each, Quantized) else (each,))]
 
     wide = results()
@@ -434,11 +436,20 @@ def test_wider_vectors_change_no_bit(dtype: torch.dtype) -> None:
         assert torch.equal(one.float().nan_to_num(), other.float().nan_to_num()), place
 
 
-by_amx = pytest.mark.skipif(not ops.HAS_AMX_BFLOAT16, reason="this processor has no AMX for bfloat16")
+@pytest.fixture(params=["AMX", "bfloat16", "float32"])
+def prompt_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The dtype of a prompt's rows, for each way in which they are attended."""
+    if not ops.HAS_AMX_BFLOAT16 and request.param == "AMX":
+        pytest.skip("this processor has no AMX for bfloat16")
+    if library.WHY_NOT is not None:
+        pytest.skip(library.WHY_NOT)
+    if request.param != "AMX":
+        monkeypatch.setattr(ops, "HAS_AMX_BFLOAT16", False)
+    return torch.float32 if request.param == "float32" else torch.bfloat16
 
 
 def prompt_case(
-    context: int, length: int, H: int, G: int, D: int, cache_dtype: torch.dtype
+    context: int, length: int, H: int, G: int, D: int, cache_dtype: torch.dtype, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | Quantized, Tensor | Quantized, Tensor]:
     """q of the last rows of a request, its caches and block table. What it does not own is NaN, or past all blocks."""
     num_blocks = -(-context // 16)
@@ -448,7 +459,7 @@ def prompt_case(
     written = [randn(context, G, D), randn(context + 1, G, D)[1:]]
     for cache, heads in zip((keys, values), written, strict=True):
         cache.view(-1, G, D)[slots] = heads
-    q = randn(length + 3, H, D, dtype=torch.bfloat16)[3:]
+    q = randn(length + 3, H, D, dtype=dtype)[3:]
     table = torch.cat((order, torch.full((3,), 10**6))).to(torch.int32)
     if cache_dtype != torch.int8:
         return q, keys.to(cache_dtype), values.to(cache_dtype), table
@@ -457,24 +468,25 @@ def prompt_case(
     return q, k, v, table
 
 
-@by_amx
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("window", [None, 1, 33])
 @pytest.mark.parametrize(
     ("context", "length", "H", "G", "D"),
     [(64, 64, 6, 2, 64), (100, 37, 3, 3, 80), (33, 2, 4, 1, 20), (130, 99, 2, 1, 128), (2, 2, 2, 2, 16)],
 )
-def test_prompt_attention_by_amx(
-    context: int, length: int, H: int, G: int, D: int, window: int | None, cache_dtype: torch.dtype
-) -> None:
-    """Weights are rounded to bfloat16 before they multiply values, and the result is; each rounds by at most 2**-8."""
-    q, k, v, table = prompt_case(context, length, H, G, D, cache_dtype)
+def test_prompt_attention(
+    context: int, length: int, H: int, G: int, D: int, window: int | None, cache_dtype: torch.dtype,
+    prompt_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """In bfloat16 the result is rounded, and by AMX weights before they multiply values; each by at most 2**-8."""
+    q, k, v, table = prompt_case(context, length, H, G, D, cache_dtype, prompt_dtype)
     got = ops._prompt_attention(q, k, v, table, context, D**-0.5, window, None)
     assert got is not None
     slots = (table[: -(-context // 16), None] * 16 + torch.arange(16)).flatten()[:context]
     keys, values = (
         (cache.codes * cache.scale[..., None] if isinstance(cache, Quantized) else cache)
-        .to(torch.bfloat16).double().view(-1, G, D)[slots].repeat_interleave(H // G, 1)
+        .to(prompt_dtype if isinstance(cache, Quantized) or ops.HAS_AMX_BFLOAT16 else torch.float32)
+        .double().view(-1, G, D)[slots].repeat_interleave(H // G, 1)
         for cache in (k, v)
     )  # fmt: skip
     positions = torch.arange(context - length, context)[:, None] - torch.arange(context)
@@ -482,15 +494,18 @@ def test_prompt_attention_by_amx(
     scores = torch.einsum("thd,shd->hts", q.double(), keys) * D**-0.5
     weights = scores.masked_fill(~sees, -math.inf).softmax(-1)
     want, size = (torch.einsum("hts,shd->thd", weights, each).flatten(1) for each in (values, values.abs()))
-    assert bool(((got.double() - want).abs() <= 1.01 * 2**-8 * (want.abs() + size) + 1e-5).all())
+    rounding = (1.01 * 2**-8 if prompt_dtype == torch.bfloat16 else 2**-20) * (want.abs() + size)
+    assert got.dtype == prompt_dtype
+    assert bool(((got.double() - want).abs() <= rounding + 1e-5).all())
 
 
-@by_amx
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("window", [None, 20])
-def test_a_prompts_row_by_amx_has_the_same_bits_in_any_chunk(window: int | None, cache_dtype: torch.dtype) -> None:
+def test_a_prompts_row_has_the_same_bits_in_any_chunk(
+    window: int | None, cache_dtype: torch.dtype, prompt_dtype: torch.dtype
+) -> None:
     context, D = 150, 64
-    q, k, v, table = prompt_case(context, context, 6, 2, D, cache_dtype)
+    q, k, v, table = prompt_case(context, context, 6, 2, D, cache_dtype, prompt_dtype)
 
     def rows(begin: int, end: int) -> Tensor:
         y = ops._prompt_attention(q[begin:end], k, v, table, end, D**-0.5, window, None)
@@ -509,9 +524,8 @@ def test_a_prompts_row_by_amx_has_the_same_bits_in_any_chunk(window: int | None,
         torch.set_num_threads(threads)
 
 
-@by_amx
-def test_a_prompt_by_amx_shows_a_fault_and_what_it_does_not_take_is_the_references() -> None:
-    q, k, v, table = prompt_case(70, 70, 4, 2, 64, torch.float32)
+def test_a_prompt_shows_a_fault_and_what_the_c_does_not_take_is_the_references(prompt_dtype: torch.dtype) -> None:
+    q, k, v, table = prompt_case(70, 70, 4, 2, 64, torch.float32, prompt_dtype)
     assert isinstance(k, Tensor)
     k.view(-1, 2, 64)[table[2] * 16 + 8, 1, 5] = math.nan
     y = ops._prompt_attention(q, k, v, table, 70, 0.125, None, None)
@@ -520,7 +534,7 @@ def test_a_prompt_by_amx_shows_a_fault_and_what_it_does_not_take_is_the_referenc
     assert faulty[40:, 2:].all(), "whoever sees key 40 of the second head"
     assert not faulty[:40].any()
     assert not faulty[:, :2].any()
-    assert ops._prompt_attention(q.float(), k, v, table, 70, 0.125, None, None) is None
+    assert ops._prompt_attention(q.half(), k, v, table, 70, 0.125, None, None) is None
     assert ops._prompt_attention(q, k, v, table, 70, 0.125, None, 30.0) is None
     requests = table[None], torch.tensor([0, 70], dtype=torch.int32), torch.tensor([70], dtype=torch.int32), False
     assert torch.equal(floats_of(ops.paged_attention(q, k, v, *requests, 0.125))[:40], y[:40].float())

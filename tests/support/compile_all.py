@@ -187,8 +187,8 @@ def attentions(capability: int) -> None:
         # Blocks of a tile, which its kernel of prompts takes from a float cache.
         for D, dtype in ((64, torch.float16), (128, torch.float16), (128, torch.bfloat16)):
             prompts(D, 32, 8, dtype)
-        # Rows of a tile that no query fills, and as many heads of a query as there are rows.
-        for H, G in ((24, 8), (64, 1)):
+        # Rows of a tile that no query fills, and many heads of a query.
+        for H, G in ((24, 8), (64, 2)):
             prompts(128, H, G, torch.float16)
 
 

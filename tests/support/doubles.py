@@ -15,6 +15,7 @@ import torch
 from kernels.paging import Layout
 
 LINEARS = {"_int8_linear_kernel", "_int8_linear_swapped_kernel"}
+FOR_MANY = {"_int8_linear_pingpong_kernel", "_int8_linear_cooperative_kernel"}
 EXCHANGES = {"_all_reduce_rms_norm_kernel", "_reduce_scatter_rms_norm_kernel"}
 
 
@@ -27,6 +28,9 @@ def is_double(capability: int, kernel: str, arguments: dict[str, Any]) -> bool:
         y, ops = arguments["y_ptr"], arguments["ops"]
         is_other_type = y.dtype in (torch.bfloat16, torch.float32) and ops.bias is None
         return is_other_type or (arguments["PER_ROW"] and not arguments["PER_COLUMN"])
+    if kernel in FOR_MANY:
+        # The order of tiles takes no register. All tiles of the tables are there in this one, too.
+        return arguments["GROUP"] != 8
     if kernel in EXCHANGES and capability != 90:
         # Of one number of ranks, a residual and a scale for each row take the most, or up to 7 fewer: 95 of 128.
         return arguments["residual_ptr"] is None or arguments["scale_ptr"] is None or arguments["STATIC"]
@@ -45,6 +49,9 @@ def is_same_attention(kernel: str, arguments: dict[str, Any]) -> bool:
     if kernel == "_paged_attention_kernel" and layout.GROUP > 8:
         # The rows of a prompt's tile are alike, whatever heads they are of.
         return True
+    if kernel == "_prefill_on_hopper_kernel":
+        # Half the columns take less memory and as many registers.
+        return layout.D == 64
     if kernel == "_decode_on_hopper_kernel":
         # One that rotates, or leaves parts, holds what the others do.
         return arguments["rotation"] is None and (layout.D != 128 or arguments["parts"].y is not None)

@@ -1,0 +1,2 @@
+#define OTTAVA_AVX512
+#include "attention_prompts.c"
