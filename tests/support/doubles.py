@@ -30,7 +30,7 @@ def is_double(capability: int, kernel: str, arguments: dict[str, Any]) -> bool:
         return is_other_type or (arguments["PER_ROW"] and not arguments["PER_COLUMN"])
     if kernel in FOR_MANY:
         # The order of tiles takes no register. All tiles of the tables are there in this one, too.
-        return arguments["GROUP"] != 8
+        return bool(arguments["GROUP"] != 8)
     if kernel in EXCHANGES and capability != 90:
         # Of one number of ranks, a residual and a scale for each row take the most, or up to 7 fewer: 95 of 128.
         return arguments["residual_ptr"] is None or arguments["scale_ptr"] is None or arguments["STATIC"]
@@ -51,7 +51,7 @@ def is_same_attention(kernel: str, arguments: dict[str, Any]) -> bool:
         return True
     if kernel == "_prefill_on_hopper_kernel":
         # Half the columns take less memory and as many registers.
-        return layout.D == 64
+        return bool(layout.D == 64)
     if kernel == "_decode_on_hopper_kernel":
         # One that rotates, or leaves parts, holds what the others do.
         return arguments["rotation"] is None and (layout.D != 128 or arguments["parts"].y is not None)
