@@ -28,18 +28,24 @@ typedef __m256 vector;
 
 enum { LANES = sizeof(vector) / sizeof(float), WIDE = 2 * LANES, AT_ONCE = 6, ROWS = 4 * AT_ONCE, BLOCK = 32 };
 
-/* keys: [G, num_keys / WIDE, D, WIDE]; values: [G, num_keys, width]. Zeros past the context and past the head. */
+/* keys: [G, num_keys / WIDE, D, WIDE]; values: [G, num_keys, width]. Zeros past the context and past the head. base: the
+ * token whose key is the first, as no row sees an earlier one. */
 struct prompt_task {
     struct prompt step;
     struct cache cache;
     float *keys, *values;
-    int64_t num_keys, width; /* multiples of BLOCK and of WIDE */
+    int64_t base, num_keys, width; /* multiples of BLOCK, of BLOCK and of WIDE */
     int failed;
 };
 
 INLINE int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-/* A token's head of keys or values; codes of a prompt in bfloat16 are rounded to that. */
+/* The first token of a block of keys that rows at `first` and on see. */
+INLINE int64_t lowest_key(const struct prompt *step, int64_t first) {
+    return step->window > 0 && first >= step->window ? (first - step->window + 1) / BLOCK * BLOCK : 0;
+}
+
+/* A token's head of keys or values, floats as they are; codes for a prompt in bfloat16 are rounded to that. */
 INLINE const float *token_at(const struct prompt_task *task, int64_t token, int64_t g, int is_key, float *row) {
     const struct cache *cache = &task->cache;
     const float *head = head_at(is_key ? cache->keys : cache->values, is_key ? cache->key_scales : cache->value_scales,
@@ -59,7 +65,7 @@ VECTOR static void pack(int64_t begin, int64_t end, void *context) {
         return;
     }
     for (int64_t piece = begin; piece < end; piece++) {
-        int64_t g = piece / blocks, first = piece % blocks * WIDE;
+        int64_t g = piece / blocks, first = task->base + piece % blocks * WIDE;
         float *keys = task->keys + piece * D * WIDE, *values = task->values + piece * WIDE * task->width;
         memset(keys, 0, (size_t)(D * WIDE) * sizeof *keys);
         memset(values, 0, (size_t)(WIDE * task->width) * sizeof *values);
@@ -113,11 +119,11 @@ struct room {
 INLINE void attend(const struct prompt_task *task, struct room room, int64_t first, int64_t h) {
     const struct prompt *step = &task->step;
     int64_t D = task->cache.head_size, H = step->num_heads, g = h / (H / task->cache.num_kv_heads), size = size_of(step->dtype);
-    int64_t low = step->window > 0 && first >= step->window ? (first - step->window + 1) / BLOCK * BLOCK : 0;
+    int64_t low = lowest_key(step, first), at = g * task->num_keys + low - task->base;
     int64_t n = first + ROWS - low, pitch = rounded_up(n, WIDE), begun = step->context - step->num_rows;
     int64_t begin = first > begun ? first : begun, end = first + ROWS < step->context ? first + ROWS : step->context;
     int64_t lowest = (begin - first) / AT_ONCE * AT_ONCE, highest = end - first;
-    const float *keys = task->keys + (g * task->num_keys + low) * D, *values = task->values + (g * task->num_keys + low) * task->width;
+    const float *keys = task->keys + at * D, *values = task->values + at * task->width;
     float sums[ROWS];
     memset(room.q, 0, (size_t)(ROWS * D) * sizeof *room.q);
     for (int64_t p = begin; p < end; p++)
@@ -134,7 +140,8 @@ INLINE void attend(const struct prompt_task *task, struct room room, int64_t fir
             multiply(room.out + r * task->width + c, task->width, room.scores + r * pitch, pitch, values + c, task->width, n);
     for (int64_t p = begin; p < end; p++) {
         float *y = room.out + (p - first) * task->width, sum = sums[p - first];
-        for (int64_t d = 0; d < D; d++) y[d] /= sum;
+        /* 0 added: what a row does not see may have made a 0 of -0. */
+        for (int64_t d = 0; d < D; d++) y[d] = y[d] / sum + 0.0f;
         write_floats((char *)step->out + ((p - begun) * H + h) * D * size, y, step->dtype, D);
     }
 }
@@ -159,9 +166,11 @@ VECTOR static void attend_pieces(int64_t begin, int64_t end, void *context) {
 }
 
 VECTOR int PROMPT_ATTENTION(struct prompt step, struct cache cache) {
-    struct prompt_task task = {.step = step, .cache = cache, .num_keys = rounded_up(step.context + ROWS, BLOCK),
+    int64_t begun = step.context - step.num_rows, base = lowest_key(&step, begun / ROWS * ROWS);
+    struct prompt_task task = {.step = step, .cache = cache, .base = base,
+                               .num_keys = rounded_up(step.context + ROWS - base, BLOCK),
                                .width = rounded_up(cache.head_size, WIDE)};
-    int64_t num_keys = cache.num_kv_heads * task.num_keys, begun = step.context - step.num_rows;
+    int64_t num_keys = cache.num_kv_heads * task.num_keys;
     int64_t tiles = (step.context + ROWS - 1) / ROWS - begun / ROWS;
     task.keys = malloc((size_t)(num_keys * cache.head_size) * sizeof *task.keys + 1);
     task.values = malloc((size_t)(num_keys * task.width) * sizeof *task.values + 1);
@@ -169,7 +178,7 @@ VECTOR int PROMPT_ATTENTION(struct prompt step, struct cache cache) {
         task.failed = 1;
     } else {
         parallel_for(num_keys / WIDE, 4, pack, &task);
-        parallel_for(tiles * step.num_heads, 1, attend_pieces, &task);
+        if (!task.failed) parallel_for(tiles * step.num_heads, 1, attend_pieces, &task);
     }
     free(task.keys);
     free(task.values);

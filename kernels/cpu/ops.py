@@ -379,7 +379,8 @@ def _cache(k_cache: Tensor | Quantized, v_cache: Tensor | Quantized) -> tuple[in
     """The nine numbers of `struct cache`, or None for caches that the C does not take: not alike, or not contiguous."""
     keys, key_scales = (k_cache.codes, k_cache.scale) if isinstance(k_cache, Quantized) else (k_cache, None)
     values, value_scales = (v_cache.codes, v_cache.scale) if isinstance(v_cache, Quantized) else (v_cache, None)
-    if (keys.dtype != torch.int8 and keys.dtype not in DTYPES) or values.dtype != keys.dtype:
+    are_alike = values.dtype == keys.dtype and values.shape == keys.shape
+    if (keys.dtype != torch.int8 and keys.dtype not in DTYPES) or not are_alike:
         return None
     if not _takes(keys, values, key_scales, value_scales):
         return None
