@@ -46,12 +46,8 @@ def product_rows(shape: LinearShape, tokens: int) -> list[dict[str, Any]]:
     used = choose(current_gpu(torch.device("cuda", 0)), shape.n, shape.k, tokens)
     product = Product(shape, tokens, (tokens,))
     wanted = [tile for tile in dict.fromkeys([used, *tiles(tokens)]) if product.is_exact(tile)]
-    times: dict[Tile, list[float]] = {tile: [] for tile in wanted}
-    for _ in range(TURNS):
-        for tile, us in product.times_us(wanted, turns=1, is_sustained=True).items():
-            times[tile].append(us)
     rows = []
-    for tile, taken in times.items():
+    for tile, taken in product.times_us(wanted, TURNS, is_sustained=True).items():
         row = {"what": "product", **shape._asdict(), "tokens": tokens, "tile": tile._asdict(), "is_used": tile == used}
         row |= {f"us_{key}": value for key, value in quantiles(taken).items()}
         row["tops"] = 2e-6 * tokens * shape.n * shape.k / row["us_p50"]

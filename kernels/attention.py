@@ -28,6 +28,7 @@ from kernels.paging import (
     fold_keys,
     load_blocks,
     lowest_top,
+    owner_of,
     paged_layout,
     scale_of,
 )
@@ -208,20 +209,6 @@ def _plan(layout: Layout, tile: AttentionTile, block_m: int, is_dequantized: boo
 
 
 @triton.jit
-def _owner_of(tile, query_starts_ptr, num_requests, QUERIES: tl.constexpr):
-    """The request of a tile. Request r owns the tiles from query_starts[r] // QUERIES + r on, as many as it needs.
-
-    These are below the next request's first, as cdiv(n, QUERIES) <= (start + n) // QUERIES - start // QUERIES + 1.
-    """
-    request = -1
-    for first in range(0, num_requests, REQUESTS):
-        requests = first + tl.arange(0, REQUESTS)
-        starts = tl.load(query_starts_ptr + requests, mask=requests < num_requests, other=2**30)
-        request += tl.sum((starts // QUERIES + requests <= tile).to(tl.int32))
-    return request
-
-
-@triton.jit
 def _is_idle(places_ptr, num_requests, DEQUANTIZED: tl.constexpr):
     """Whether every prompt of the step is dequantized, and this launch is for the others."""
     is_idle = False
@@ -267,7 +254,7 @@ def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, place
     kv_head, tile = tl.program_id(1), tl.num_programs(0) - 1 - tl.program_id(0)
     if _is_idle(places_ptr, num_requests, DEQUANTIZED):
         return
-    request = _owner_of(tile, query_starts_ptr, num_requests, QUERIES)
+    request = owner_of(tl.arange(0, REQUESTS), tile, query_starts_ptr, num_requests, QUERIES)
     query_start = tl.load(query_starts_ptr + request)
     num_queries = tl.load(query_starts_ptr + request + 1) - query_start
     first_query = (tile - query_start // QUERIES - request) * QUERIES

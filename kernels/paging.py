@@ -26,6 +26,7 @@ __all__ = [
     "key_offsets",
     "load_blocks",
     "lowest_top",
+    "owner_of",
     "paged_layout",
     "query_codes",
     "rounded_queries",
@@ -279,6 +280,21 @@ def _scores(q, k, TYPE: tl.constexpr):
     else:
         scores = tl.dot(q, tl.trans(_widen(k, TYPE)), input_precision="ieee")
     return scores
+
+
+@triton.jit
+def owner_of(nth, tile, query_starts_ptr, num_requests, QUERIES: tl.constexpr):
+    """The request of a tile. Request r owns the tiles from query_starts[r] // QUERIES + r on, as many as it needs.
+
+    These are below the next request's first, as cdiv(n, QUERIES) <= (start + n) // QUERIES - start // QUERIES + 1.
+    nth: 0, 1 .. in the caller's layout, one for each request that is read at once.
+    """
+    request = -1
+    for first in range(0, num_requests, nth.shape[0]):
+        requests = first + nth
+        starts = tl.load(query_starts_ptr + requests, mask=requests < num_requests, other=2**30)
+        request += tl.sum((starts // QUERIES + requests <= tile).to(tl.int32))
+    return request
 
 
 @triton.jit

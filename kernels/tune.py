@@ -142,10 +142,10 @@ def best_tile(gpu: Target, shape: LinearShape, bucket: int) -> TileChoice:
     if default not in fits:
         raise RuntimeError(f"the default tile {default} gives a wrong product for {n}x{k}, T = {bucket}")
     is_sustained = bucket >= MIN_SUSTAINED_BUCKET
-    times = product.times_us(fits, turns=1 if is_sustained else 3, is_sustained=is_sustained)
+    times = product.medians_us(fits, turns=1 if is_sustained else 3, is_sustained=is_sustained)
     finalists = sorted(times, key=lambda tile: times[tile])[:3]
     finalists = list(dict.fromkeys([default, *finalists]))
-    times = product.times_us(finalists, turns=3 if is_sustained else 9, is_sustained=is_sustained)
+    times = product.medians_us(finalists, turns=3 if is_sustained else 9, is_sustained=is_sustained)
     fastest = min(times, key=lambda tile: times[tile])
     tile = fastest if times[fastest] < MIN_GAIN * times[default] else default
     return TileChoice(n, k, bucket, tile, times[tile], times[default])
@@ -267,8 +267,13 @@ class Product:
         launch(self.few, self.weight_few, Epilogue(one, one, row_max=row_max), y, tile, is_gated=True)
         return y, row_max.amax(1)
 
-    def times_us(self, tiles: Iterable[Tile], turns: int, *, is_sustained: bool) -> dict[Tile, float]:
-        """Median time of one product with each tile, which take turns.
+    def medians_us(self, tiles: Iterable[Tile], turns: int, *, is_sustained: bool) -> dict[Tile, float]:
+        """The medians of `times_us`."""
+        times = self.times_us(tiles, turns, is_sustained=is_sustained)
+        return {tile: statistics.median(each) for tile, each in times.items()}
+
+    def times_us(self, tiles: Iterable[Tile], turns: int, *, is_sustained: bool) -> dict[Tile, list[float]]:
+        """Times of one product with each tile, which take turns.
 
         is_sustained: whether a turn lasts `SUSTAINED_S`, after as long to get there; else it is one replay.
         """
@@ -283,7 +288,7 @@ class Product:
                     self._replayed_us(graph, replays)
                     us = self._replayed_us(graph, replays)
                 times[tile].append(us)
-        return {tile: statistics.median(each) for tile, each in times.items()}
+        return times
 
     def _graph(self, tile: Tile) -> torch.cuda.CUDAGraph:
         """The product with all weights, and with each number of tokens."""

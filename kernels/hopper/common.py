@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language import swizzle2d
 
 from kernels.epilogue import MAX_PIECE, Epilogue, Form, dequantize, gate_pairs
@@ -21,7 +21,7 @@ from kernels.tiles import Tile
 
 __all__ = [
     "LOADER_REGISTERS", "MAX_REGISTERS", "MULTIPLIER_REGISTERS", "WARP_GROUP",
-    "can_copy", "finish", "first_token", "launch_product", "piece_of", "store_tile", "tile_start",
+    "can_copy", "finish", "first_token", "launch_product", "load_operands", "piece_of", "store_tile", "tile_start",
 ]  # fmt: skip
 
 WARP_GROUP = 4
@@ -120,3 +120,31 @@ def store_tile(acc, ops, y_desc, y_tile, first_t, first_n, T, N, FORM: gl.conste
         tokens = first_t + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
         at = tokens.to(gl.int64) * gl.cdiv(N, BLOCK_N) + first_n // BLOCK_N
         gl.store(ops.row_max + at, row_max, mask=(tokens < T) & (first_n < N))
+
+
+@gluon.jit
+def load_operands(x_desc, weight_desc, y_desc, ops, buffers, barriers, sizes, GROUP: gl.constexpr, FORM: gl.constexpr):
+    """Keep the ring of stages full, tile after tile; a stage has one piece of x for each group that shares a tile.
+
+    barriers: of full stages, of empty ones, and others.
+    """
+    x_ring, weight_ring, _ = buffers
+    full, empty = barriers[0], barriers[1]
+    T, N, K, num_tiles = sizes
+    ROWS: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
+    STAGES: gl.constexpr = weight_ring.type.shape[0]
+    GROUPS: gl.constexpr = x_ring.type.shape[0] // STAGES
+    step = 0
+    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        first_t, first_n = tile_start(index, T, N, GROUPS * ROWS, BLOCK_N, GROUP)
+        for start in range(0, K, x_desc.block_type.shape[1]):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, GROUPS * x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
+            for who in gl.static_range(GROUPS):
+                rows = x_ring.index(stage * GROUPS + who)
+                tma.async_copy_global_to_shared(x_desc, [first_t + who * ROWS, start], ready, rows)
+            tma.async_copy_global_to_shared(weight_desc, [first_n, start], ready, weight_ring.index(stage))
+            step += 1

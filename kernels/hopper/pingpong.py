@@ -16,6 +16,7 @@ from kernels.hopper.common import (
     LOADER_REGISTERS,
     MULTIPLIER_REGISTERS,
     launch_product,
+    load_operands,
     store_tile,
     tile_start,
 )
@@ -29,28 +30,6 @@ def launch_pingpong(
 ) -> None:
     """Fill y from x_q [T, K] and weight_q [N, K], with at most one program per multiprocessor."""
     launch_product(_int8_linear_pingpong_kernel, 1, x_q, weight_q, ops, y, tile, num_programs, form)
-
-
-@gluon.jit
-def _load_operands(x_desc, weight_desc, y_desc, ops, buffers, barriers, sizes, GROUP: gl.constexpr, FORM: gl.constexpr):
-    """Keep the ring of stages full, tile after tile."""
-    x_ring, weight_ring, _ = buffers
-    full, empty, _ = barriers
-    T, N, K, num_tiles = sizes
-    BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
-    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
-    STAGES: gl.constexpr = x_ring.type.shape[0]
-    step = 0
-    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        first_t, first_n = tile_start(index, T, N, BLOCK_T, BLOCK_N, GROUP)
-        for start in range(0, K, x_desc.block_type.shape[1]):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            ready = full.index(stage)
-            mbarrier.expect(ready, x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(x_desc, [first_t, start], ready, x_ring.index(stage))
-            tma.async_copy_global_to_shared(weight_desc, [first_n, start], ready, weight_ring.index(stage))
-            step += 1
 
 
 @gluon.jit
@@ -149,7 +128,7 @@ def _int8_linear_pingpong_kernel(
     buffers, barriers, sizes = (x_ring, weight_ring, y_tiles), (full, empty, turns), (T, N, K, num_tiles)
     args = (x_desc, weight_desc, y_desc, ops, buffers, barriers, sizes, GROUP, FORM)
     gl.warp_specialize(
-        [(_multiply_first, args), (_multiply_second, args), (_load_operands, args)],
+        [(_multiply_first, args), (_multiply_second, args), (load_operands, args)],
         [4, 1],
         [MULTIPLIER_REGISTERS, LOADER_REGISTERS],
     )

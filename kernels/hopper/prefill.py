@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.decode_step import Operands
 from kernels.hopper.common import LOADER_REGISTERS, MAX_REGISTERS, MULTIPLIER_REGISTERS, WARP_GROUP, piece_of
 from kernels.launching import MAX_PLANS, Descriptor, Plan
-from kernels.paging import REQUESTS, Layout
+from kernels.paging import REQUESTS, Layout, owner_of
 
 __all__ = ["prefill_on_hopper", "suits_prefill"]
 
@@ -76,18 +76,6 @@ def _plan(layout: Layout, is_dequantized: bool) -> Plan:
         _prefill_on_hopper_kernel, LAYOUT=layout, DEQUANTIZED=is_dequantized, STAGES=STAGES, num_warps=WARP_GROUP,
         maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-
-
-@gluon.jit
-def _owner_of(tile, query_starts_ptr, num_requests, QUERIES: gl.constexpr):
-    """The request of a tile, as in `kernels.attention`."""
-    layout: gl.constexpr = gl.BlockedLayout([REQUESTS // 128], [32], [4], [0])
-    request = -1
-    for first in range(0, num_requests, REQUESTS):
-        requests = first + gl.arange(0, REQUESTS, layout)
-        starts = gl.load(query_starts_ptr + requests, mask=requests < num_requests, other=2**30)
-        request += gl.sum((starts // QUERIES + requests <= tile).to(gl.int32), axis=0)
-    return request
 
 
 @gluon.jit
@@ -257,7 +245,8 @@ def _prefill_on_hopper_kernel(q_ptr, k_desc, v_desc, places_ptr, out_ptr, table_
     QUERIES: gl.constexpr = HALVES * ROWS // LAYOUT.GROUP
     # The last tile of a request runs first: it sees the most keys.
     kv_head, tile = gl.program_id(1), gl.num_programs(0) - 1 - gl.program_id(0)
-    request = _owner_of(tile, query_starts_ptr, num_requests, QUERIES)
+    nth = gl.arange(0, REQUESTS, gl.BlockedLayout([REQUESTS // 128], [32], [4], [0]))
+    request = owner_of(nth, tile, query_starts_ptr, num_requests, QUERIES)
     query_start = gl.load(query_starts_ptr + request)
     num_queries = gl.load(query_starts_ptr + request + 1) - query_start
     first_query = (tile - query_start // QUERIES - request) * QUERIES
