@@ -26,7 +26,7 @@ from kernels.paging import LIFT, Layout, first_key, fold_keys, fold_pairs, load_
 from kernels.rope import Turn, turned_heads
 from kernels.tiles import AttentionTile, current_gpu
 
-__all__ = ["decode"]
+__all__ = ["decode", "runs_on_hopper"]
 
 MAX_SPLITS = 16
 MIN_SPLIT = 128
@@ -67,7 +67,7 @@ def decode(step: Operands, tile: AttentionTile, y: Tensor | None = None) -> Tens
     q, layout = step.q, step.layout
     (B, max_blocks), H, D = step.requests.block_tables.shape, layout.GROUP * layout.G, layout.D
     y = torch.empty((q.shape[0], H * D), dtype=q.dtype, device=q.device) if y is None else y
-    if current_gpu(q.device).capability == HOPPER and suits_hopper(step):
+    if runs_on_hopper(step):
         decode_on_hopper(step, y)
         return y
     max_keys = max_blocks * layout.BLOCK_SIZE
@@ -86,6 +86,11 @@ def decode(step: Operands, tile: AttentionTile, y: Tensor | None = None) -> Tens
         plan = _sum_plan(layout, tile.block_n, heads, num_splits, is_early)
         plan.launch((B, cdiv(H, heads), 1), parts.y, parts.lse, y, step.requests)
     return y
+
+
+def runs_on_hopper(step: Operands) -> bool:
+    """Whether Hopper's own kernel attends."""
+    return current_gpu(step.q.device).capability == HOPPER and suits_hopper(step)
 
 
 def _parts(step: Operands, num_splits: int) -> Parts:

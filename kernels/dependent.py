@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.tiles import current_gpu
 
-__all__ = ["HOPPER", "await_inputs", "launch_dependents", "starts_early"]
+__all__ = ["HOPPER", "MAX_TOKENS", "await_inputs", "launch_dependents", "starts_early"]
 
 HOPPER = 90
 MAX_TOKENS = 64

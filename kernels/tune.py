@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from triton import OutOfResources
 
+from kernels.dependent import MAX_TOKENS
 from kernels.epilogue import MAX_PIECE, Epilogue
 from kernels.gemm import launch
+from kernels.hopper.stream import halves_of
 from kernels.launching import cdiv
+from kernels.quantize import MAX_ROW, quantize_rows
 from kernels.quantized import CODE_MAX, Quantized
 from kernels.tiles import (
     BUCKETS,
@@ -76,7 +79,10 @@ class LinearShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TileChoice:
-    """The winner for one product, with the time it takes and the default's, in microseconds."""
+    """The winner for one product, with the time it takes and the default's, in microseconds.
+
+    A product of few tokens is timed with the kernel that writes the codes it reads.
+    """
 
     n: int
     k: int
@@ -197,9 +203,10 @@ def _many_tokens() -> Iterator[Tile]:
 def _streams(bucket: int) -> Iterator[Tile]:
     """All tokens in one tile, or in several if the weights give too few programs."""
     sizes = {max(16, bucket // 2), bucket} if bucket <= 64 else {64, 128}
-    for block_t, block_n, stages in itertools.product(sorted(sizes), (64, 128), (4, 6, 8, 12, 20)):
-        if block_n + block_t <= 192 and stages * (block_t + block_n) * 128 < SHARED_BYTES:
-            yield Tile("stream", block_t, block_n, 128, block_n // 16, stages)
+    for block_t, block_n, stages in itertools.product(sorted(sizes), (32, 64, 128), (4, 6, 8, 10, 12, 16, 20)):
+        rows = halves_of(block_n) * block_t, halves_of(block_n) * block_n
+        if rows[0] <= 128 and sum(rows) <= 192 and stages * sum(rows) * 128 < SHARED_BYTES:
+            yield Tile("stream", block_t, block_n, 128, rows[1] // 16, stages)
 
 
 def _pingpongs(bucket: int) -> Iterator[Tile]:
@@ -230,7 +237,7 @@ class Product:
         copies = max(2, -(-ROTATION_BYTES // (n * k)))
         self.weights = [_codes(n, k) for _ in range(copies)]
         self.weight_scale = torch.rand(n, device="cuda")
-        self.inputs = {t: Quantized(_codes(t, k), torch.rand(t, device="cuda")) for t in self.token_counts}
+        self.inputs = {t: _input(t, k) for t in self.token_counts}
         self.outputs = {t: torch.empty((t, width), dtype=torch.float16, device="cuda") for t in self.token_counts}
         # Of the narrowest pieces that a gated row can have.
         self.row_max = torch.empty((bucket, cdiv(n, MIN_COLUMNS)), device="cuda") if self.is_gated else None
@@ -312,8 +319,16 @@ class Product:
 
     def _run(self, tile: Tile, t: int, weight_q: Tensor) -> None:
         x = self.inputs[t]
+        x = x if isinstance(x, Quantized) else quantize_rows(x)
         ops = Epilogue(x.scale, self.weight_scale, row_max=self.row_max)
         launch(x.codes, weight_q, ops, self.outputs[t], tile, self.is_gated)
+
+
+def _input(rows: int, columns: int) -> Tensor | Quantized:
+    """What a product reads. Few rows are still to be rounded, so that a kernel can read its weights ahead meanwhile."""
+    if rows <= MAX_TOKENS and columns <= MAX_ROW:
+        return torch.randn((rows, columns), dtype=torch.float16, device="cuda")
+    return Quantized(_codes(rows, columns), torch.rand(rows, device="cuda"))
 
 
 def _codes(rows: int, columns: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import pytest
@@ -29,10 +29,14 @@ TILES = [
     Tile("cooperative", 128, 256, 128, num_warps=4, num_stages=4),
     Tile("cooperative", 128, 256, 128, num_warps=4, num_stages=3, group=1),
     Tile("cooperative", 128, 128, 128, num_warps=4, num_stages=5),
+    Tile("stream", 16, 32, 128, num_warps=4, num_stages=16),
+    Tile("stream", 32, 32, 128, num_warps=4, num_stages=6),
+    Tile("stream", 64, 128, 128, num_warps=8, num_stages=5),
     Tile("stream", 16, 64, 128, num_warps=4, num_stages=20),
     Tile("stream", 32, 64, 128, num_warps=4, num_stages=12),
     Tile("stream", 64, 64, 128, num_warps=4, num_stages=6),
 ]
+STREAMS = [tile for tile in TILES if tile.kernel == "stream"]
 # One tile, one tile more than there are programs, tails in each direction, one step of K, and fewer steps than stages.
 SHAPES = [(1, 128, 128), (17, 4096, 14336), (1000, 6144, 4096), (129, 80, 576), (2049, 2064, 80), (8192, 1536, 1024)]
 
@@ -92,7 +96,7 @@ def test_a_chain_of_streams_waits_for_its_inputs(place: Place) -> None:
         return done
 
     start = place.randn(64, 4096)
-    for T, tile in ((1, TILES[-3]), (16, TILES[-3]), (33, TILES[-2]), (64, TILES[-1])):
+    for T, tile in product((1, 16, 33, 64), STREAMS):
         want = run(PLAIN, T)
         graph = torch.cuda.CUDAGraph()
         run(tile, T)

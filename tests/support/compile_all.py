@@ -40,6 +40,7 @@ from kernels import (
     tiles,
 )
 from kernels.epilogue import Epilogue
+from kernels.hopper import stream
 from kernels.launching import Descriptor, Plan
 from kernels.quantized import Quantized, ToInt8
 from kernels.rows import Rows
@@ -244,7 +245,7 @@ def record() -> list[Launch]:
         launches.setdefault(case, Launch(capability, case, kernel, arguments))
 
     Plan.launch = note  # type: ignore[method-assign]
-    for module in (gemm, groups, attention, decode_attention, dependent, collectives):
+    for module in (gemm, groups, attention, decode_attention, dependent, collectives, stream):
         vars(module)["current_gpu"] = lambda _: tiles.Target("untuned", capability, num_sms=100)
     for capability in ARCHITECTURES:
         rows()
