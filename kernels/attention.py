@@ -108,7 +108,8 @@ def rotary_attention(
     are sure to be there only when the kernel that writes them has ended.
 
     If rows are alone, the tables and all keys but the rows' own must have been written before the last kernel that is
-    not launched dependently, as torch's are not: they are read while kernels since then may still run.
+    not launched dependently, as torch's are not: they are read while kernels since then may still run. A table that has
+    to be copied first is read later.
 
     Raises:
         ValueError: as `rope_and_cache` and `paged_attention`.
@@ -116,7 +117,8 @@ def rotary_attention(
     where = rows.positions, rows.slots, cos_sin
     requests = Requests(rows.block_tables, rows.query_starts, rows.context_lens)
     layout = paged_layout(num_heads, k_cache, v_cache, window, soft_cap)
-    if rows.is_alone and q_weight is None and qkv.shape[0] <= max(MAX_TURNED, MAX_TURNED_ON_HOPPER):
+    may_turn = rows.is_alone and q_weight is None and rows.block_tables.is_contiguous()
+    if may_turn and qkv.shape[0] <= max(MAX_TURNED, MAX_TURNED_ON_HOPPER):
         step = _operands(qkv, k_cache, v_cache, requests, scale, layout)
         if qkv.shape[0] <= (MAX_TURNED_ON_HOPPER if runs_on_hopper(step) else MAX_TURNED):
             rotation, turn = rotation_of(qkv, *where, codes_of(k_cache), num_heads, q_weight, k_weight, sink)

@@ -1,7 +1,9 @@
 """Dependent launch: a kernel starts while the one before it still runs, and waits before its first read or write.
 
 On Hopper and later the end of one kernel and the start of the next overlap. Every kernel calls `await_inputs` before it
-reads or writes anything that an earlier kernel may write or read, so once a kernel has run, all before it have run.
+reads or writes anything that a kernel before it may write or read, so once a kernel has run, all before it have run.
+What was written before the last kernel that is launched plainly, as torch's are, may be read earlier: weights, the
+tables of a step and the keys of earlier steps.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.tiles import current_gpu
 
-__all__ = ["HOPPER", "MAX_TOKENS", "await_inputs", "launch_dependents", "starts_early"]
+__all__ = ["HOPPER", "await_inputs", "launch_dependents", "starts_early"]
 
 HOPPER = 90
 MAX_TOKENS = 64

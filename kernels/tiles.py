@@ -71,7 +71,8 @@ class Tile(NamedTuple):
     kernel: "plain" has tokens on the matrix instruction's M side; "swapped" has the weight's rows there, so that 8
         tokens need no padding to 64 (or 16) rows. On Hopper only: "stream", for few tokens, "pingpong", for many and
         with block_n at most 128, and "cooperative", for many, with block_t 128.
-    block_t, block_n, block_k: tokens, output columns and depth of one program's tile; powers of two.
+    block_t, block_n, block_k: tokens, output columns and depth of one program's tile; powers of two. For "stream"
+        block_k is 128, block_n 32, 64 or 128, and block_t at most 128, or 64 with 32 columns.
     group: number of token tiles that run one after the other over the same weights, which are then in the L2 cache.
     """
 
@@ -314,9 +315,17 @@ def _checked(tile: Tile) -> Tile:
     sizes = tile.block_t, tile.block_n, tile.block_k, tile.num_warps
     if tile.kernel not in get_args(Kernel) or any(size < 1 or size & (size - 1) for size in sizes):
         raise ValueError(f"{tile} names no kernel, or a size that is no power of two")
+    if tile.kernel == "stream" and not _can_stream(tile):
+        raise ValueError(f"{tile}: the streaming kernel has no tile of this shape")
     if tile.num_stages < 1 or tile.group < 1:
         raise ValueError(f"{tile} has no stage or no group")
     return tile
+
+
+def _can_stream(tile: Tile) -> bool:
+    rows = max(64, tile.block_n)
+    has_columns = tile.block_n in {32, 64, 128} and tile.num_warps == rows // 16
+    return has_columns and tile.block_k == 128 and 16 <= tile.block_t <= 128 * tile.block_n // rows
 
 
 @lru_cache(maxsize=16)

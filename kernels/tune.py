@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from triton import OutOfResources
 
-from kernels.dependent import MAX_TOKENS
+from kernels.dependent import starts_early
 from kernels.epilogue import MAX_PIECE, Epilogue
 from kernels.gemm import launch
 from kernels.hopper.stream import halves_of
@@ -203,7 +203,7 @@ def _many_tokens() -> Iterator[Tile]:
 def _streams(bucket: int) -> Iterator[Tile]:
     """All tokens in one tile, or in several if the weights give too few programs."""
     sizes = {max(16, bucket // 2), bucket} if bucket <= 64 else {64, 128}
-    for block_t, block_n, stages in itertools.product(sorted(sizes), (32, 64, 128), (4, 6, 8, 10, 12, 16, 20)):
+    for block_t, block_n, stages in itertools.product(sorted(sizes), (32, 64, 128), (4, 5, 6, 8, 10, 11, 12, 16, 20)):
         rows = halves_of(block_n) * block_t, halves_of(block_n) * block_n
         if rows[0] <= 128 and sum(rows) <= 192 and stages * sum(rows) * 128 < SHARED_BYTES:
             yield Tile("stream", block_t, block_n, 128, rows[1] // 16, stages)
@@ -237,7 +237,6 @@ class Product:
         copies = max(2, -(-ROTATION_BYTES // (n * k)))
         self.weights = [_codes(n, k) for _ in range(copies)]
         self.weight_scale = torch.rand(n, device="cuda")
-        self.inputs = {t: _input(t, k) for t in self.token_counts}
         self.outputs = {t: torch.empty((t, width), dtype=torch.float16, device="cuda") for t in self.token_counts}
         # Of the narrowest pieces that a gated row can have.
         self.row_max = torch.empty((bucket, cdiv(n, MIN_COLUMNS)), device="cuda") if self.is_gated else None
@@ -245,6 +244,7 @@ class Product:
         self.few = torch.randint(-1, 2, (bucket, k), dtype=torch.int8, device="cuda")
         self.weight_few = torch.randint(-1, 2, (n, k), dtype=torch.int8, device="cuda")
         self.exact = (self.few[-64:].float() @ self.weight_few.float().T).half()
+        self.inputs = {t: _input(t, k, self.few.device) for t in self.token_counts}
         self.bucket = bucket
         default = defaults(current_gpu(self.few.device).capability, n, k, bucket)
         self.gated = self._gated(default) if self.is_gated else None
@@ -324,9 +324,9 @@ class Product:
         launch(x.codes, weight_q, ops, self.outputs[t], tile, self.is_gated)
 
 
-def _input(rows: int, columns: int) -> Tensor | Quantized:
+def _input(rows: int, columns: int, device: torch.device) -> Tensor | Quantized:
     """What a product reads. Few rows are still to be rounded, so that a kernel can read its weights ahead meanwhile."""
-    if rows <= MAX_TOKENS and columns <= MAX_ROW:
+    if columns <= MAX_ROW and starts_early(device, rows):
         return torch.randn((rows, columns), dtype=torch.float16, device="cuda")
     return Quantized(_codes(rows, columns), torch.rand(rows, device="cuda"))
 

@@ -120,7 +120,8 @@ class StepTable(NamedTuple):
         0 for the row behind all requests. Drafts sample for their request's row too: the host reads them before it
         plans the request's next step, so nothing depends on which sample the row keeps.
     block_tables: [R, W] of the R requests that are not padding; W is the most blocks that one of them owns.
-    is_decode: whether no request has more than one token row.
+    is_decode: whether each row is the newest token of its request, or a draft. Not where a preempted request computes
+        again what it had generated, token by token: such rows read the keys of those before them.
     """
 
     numbers: Ints
@@ -196,7 +197,7 @@ class StepTableBuilder:
             num_samples=shape.num_requests if shape else num_samples,
             num_tables=num_requests,
             width=int(self._num_blocks[rows].max()),
-            is_decode=shape.is_decode if shape else num_tokens == num_requests,
+            is_decode=shape.is_decode if shape else step.is_decode,
         )
         table.query_starts[0] = 0
         table.query_starts[1 : num_requests + 1] = ends
@@ -229,7 +230,7 @@ class StepTableBuilder:
             num_samples=shape.num_requests if shape else int(chunk.samples),
             num_tables=1,
             width=num_blocks,
-            is_decode=shape.is_decode if shape else length == 1,
+            is_decode=shape.is_decode if shape else length == 1 and chunk.samples,
         )
         known_ids = _known_ids([chunk])
         num_known = len(known_ids)

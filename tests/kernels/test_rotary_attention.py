@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention, decode_attention, reference, rope
+from kernels import attention, decode_attention, int8_linear, quantize_rows, reference, rope
 from kernels.hopper import decode as hopper_decode
 from kernels.quantized import Quantized, ToInt8
 from kernels.rows import Rows
@@ -62,6 +62,13 @@ class Case:
         assert self.rows.arrivals is not None
         assert not self.rows.arrivals.any()
         return k, v, y
+
+    def behind(self, x: Tensor, weight: Tensor, scale: Tensor) -> Found:
+        """The same by one, behind the product that writes its queries, keys and values."""
+        k, v = copied(self.k), copied(self.v)
+        self.qkv = int8_linear(quantize_rows(x), weight, scale)
+        where = self.rows, self.cos_sin, k, v, self.num_heads, self.scale
+        return k, v, attention.rotary_attention(self.qkv, *where, ToInt8())
 
 
 def copied(cache: Cache) -> Cache:
@@ -118,7 +125,8 @@ def parts(found: Found, num_rows: int) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many requests there are."""
-    monkeypatch.setattr(attention, "MAX_TURNED", 1000)
+    for limit in ("MAX_TURNED", "MAX_TURNED_ON_HOPPER"):
+        monkeypatch.setattr(attention, limit, 1000)
 
 
 def expect_equal(some: Case, to: ToInt8 | None = None) -> None:
@@ -132,6 +140,35 @@ def test_the_bits_of_the_two_ops(place: Place, int8: str) -> None:
     for D, R, H, G in place.shapes(SHAPES, LARGE):
         some = case(place, place.shapes([1, 47, 129], LARGE_CONTEXTS), D, R, H, G, int8)
         expect_equal(some, ToInt8())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8", ["", "kv"])
+def test_earlier_keys_are_read_before_the_queries_are_there(int8: str) -> None:
+    """As many requests as start early, of one split and of many, behind the product that writes the queries.
+
+    What is written equals the two ops' after each replay of a graph, whose queries differ from those before.
+    """
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    gpu = Place("cuda", torch.float16)
+    for contexts in ([5000, 300, 257, 1], [600 + 50 * i for i in range(16)], [40 + 9 * i for i in range(63)]):
+        some = case(gpu, contexts, 128, 128, 32, 8, int8)
+        weight, scale = (
+            gpu.codes(some.qkv.shape[1], 4096),
+            gpu.randn(some.qkv.shape[1], dtype=torch.float32).abs() / 1e4,
+        )
+        x = gpu.randn(len(some.qkv), 4096)
+        some.behind(x, weight, scale)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = some.behind(x, weight, scale)
+        for _ in range(5):
+            x.copy_(x.roll(1, dims=1))
+            graph.replay()
+            want = some.apart(ToInt8())
+            pairs = zip(parts(got, some.num_requests), parts(want, some.num_requests), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_against_the_reference(place: Place) -> None:

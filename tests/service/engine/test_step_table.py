@@ -68,7 +68,9 @@ def poisoned() -> npt.NDArray[np.int32]:
 def check(step: Step, table: StepTable, shape: Shape | None = None) -> None:
     for name, values in expected_columns(step, shape).items():
         assert getattr(table, name).tolist() == values, name
-    assert table.is_decode == (shape.is_decode if shape else all(chunk.length == 1 for chunk in step.chunks))
+    assert table.is_decode == (shape.is_decode if shape else step.is_decode)
+    if table.is_decode and not step.num_drafts:
+        assert step.num_requests == len(step.chunks), "kernels read keys before the step has written any"
     owned = [chunk.request.blocks for chunk in step.chunks]
     assert table.block_tables.shape == (len(owned), max(map(len, owned)))
     for row, blocks in zip(table.block_tables.tolist(), owned, strict=True):
@@ -192,3 +194,17 @@ def test_a_row_that_changes_hands_brings_the_blocks_of_its_new_owner() -> None:
         check(step, builder.build(step, poisoned()))
         commit(plan, step, rng)
         plan.pool.allocate(1)
+
+
+def test_answers_that_are_computed_again_are_no_decode() -> None:
+    """Tokens of one request, each in a chunk of its own, as after a preemption: they read each other's keys."""
+    plan = plan_of(num_blocks=6)
+    for name in "ab":
+        plan.add(new_request(name, 4, 20))
+    rng, builder, seen = random.Random(0), StepTableBuilder(LAYOUT, BLOCK_SIZE), 0
+    while (step := plan.schedule(0.0)) is not None:
+        seen += step.num_requests < len(step.chunks) == step.num_tokens
+        check(step, builder.build(step, poisoned()))
+        commit(plan, step, rng)
+    assert plan.num_preemptions
+    assert seen
