@@ -31,11 +31,8 @@ MAX_DEPTH = (2**31 - 1) // (128 * 128)
 FOR_MANY = {"pingpong": launch_pingpong, "cooperative": launch_cooperative}
 """Hopper's own kernels for many tokens."""
 
-FALLBACKS = {
-    **dict.fromkeys(FOR_MANY, Tile("plain", 128, 128, 128, num_warps=8, num_stages=3)),
-    "stream": Tile("swapped", 32, 64, 256, num_warps=4, num_stages=4),
-}
-"""Tiles in place of those of a Gluon kernel, for epilogues and alignments that it does not support."""
+FALLBACK = Tile("plain", 128, 128, 128, num_warps=8, num_stages=3)
+"""The tile in place of one of those, for epilogues and alignments that they do not support."""
 
 
 def int8_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
@@ -151,10 +148,18 @@ def _plan(tile: Tile, form: Form, is_even: bool, is_early: bool) -> Plan:
 
 
 def pick_tile(x_q: Tensor, weight_q: Tensor, ops: Epilogue, y: Tensor) -> Tile:
-    """The table's tile, or its fallback if its kernel does not support these operands."""
+    """The table's tile, or one like it of a kernel that supports these operands."""
     T, K = x_q.shape
     tile = choose(current_gpu(y.device), weight_q.shape[0], K, T)
-    return tile if tile.kernel not in FALLBACKS or can_copy(x_q, weight_q, ops, y) else FALLBACKS[tile.kernel]
+    is_gluon = tile.kernel == "stream" or tile.kernel in FOR_MANY
+    return tile if not is_gluon or can_copy(x_q, weight_q, ops, y) else fallback(tile)
+
+
+def fallback(tile: Tile) -> Tile:
+    """The tile in place of one of a Gluon kernel, for epilogues and alignments that it does not support."""
+    if tile.kernel == "stream":
+        return Tile("swapped", min(tile.block_t, 64), 64, 256, num_warps=4, num_stages=4)
+    return FALLBACK
 
 
 def launch_options(tile: Tile) -> dict[str, int | bool]:

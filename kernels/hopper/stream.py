@@ -46,7 +46,8 @@ def launch_stream(
 ) -> None:
     """Fill y from x_q [T, K] and weight_q [N, K].
 
-    weight_q must have been written before the last kernel was launched: it is read while that kernel may still run.
+    weight_q must have been written before the last kernel that was launched plainly: it is read while kernels that were
+    launched since may still run.
     """
     (T, K), N = x_q.shape, weight_q.shape[0]
     plan, x_piece, weight_piece, per_sm = _plan(tile, form)
@@ -115,6 +116,7 @@ def _load_operands(x_desc, weight_desc, ops, y_ptr, rings, barriers, sizes, FORM
     asked = at_once
     for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         first_t, first_n = _tile_start(index, T, BLOCK_T, BLOCK_N)
+        # The first tile's first steps are under way. A variable of the outer loop that is set to 0 here would stay.
         for step in range(gl.where(index == gl.program_id(0), at_once, 0), steps):
             stage = asked % STAGES
             mbarrier.wait(empty.index(stage), (asked // STAGES & 1) ^ 1)

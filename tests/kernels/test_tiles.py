@@ -105,6 +105,9 @@ def test_the_package_s_table_is_used_where_the_user_s_has_no_entry(gpu: Target, 
         '{"tiles": {"4096x4096": {"16": 3}}}',
         json.dumps(table(("4096x14336", "32", Tile("plain", 16, 33, 512, 2, 4)))),
         json.dumps(table(("4096x14336", "32", Tile("plain", 16, 32, 512, 2, 0)))),
+        json.dumps(table(("4096x14336", "32", Tile("stream", 16, 16, 128, 4, 4)))),
+        json.dumps(table(("4096x14336", "32", Tile("stream", 128, 32, 128, 4, 4)))),
+        json.dumps(table(("4096x14336", "32", Tile("stream", 16, 64, 256, 4, 4)))),
         json.dumps(table(("4096x14336", "32", OTHER))).replace("swapped", "of tomorrow"),
         json.dumps(table(("4096x14336", "32", OTHER))).replace("num_stages", "num_steps"),
         "[" * 100_000,
@@ -229,10 +232,16 @@ def test_an_interrupted_write_leaves_the_table_before(user: Path, monkeypatch: p
     assert tiles.read_table(user) == before
 
 
-def test_few_tokens_use_swapped_operands() -> None:
-    hopper = Target("untuned", 90)
-    assert tiles.choose(hopper, 28672, 4096, 1).kernel == "swapped"
+def test_few_tokens_have_kernels_of_their_own() -> None:
+    hopper, ampere = Target("untuned", 90), Target("untuned", 80)
+    for t in (1, 32, 33, 64):
+        few = [tiles.choose(hopper, n, 4096, t) for n in (4096, 4112, 8192, 8208)]
+        assert [tile.kernel for tile in few] == ["stream"] * 4
+        assert [tile.block_n for tile in few] == [32 if t <= 32 else 64, 64, 64, 128]
+        assert all(tile.block_t == tiles.bucket(t) for tile in few)
     assert tiles.choose(hopper, 28672, 4096, 4096).kernel == "pingpong"
+    assert tiles.choose(ampere, 28672, 4096, 1).kernel == "swapped"
+    assert tiles.choose(ampere, 4096, 4096, 1).kernel == "plain"
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
