@@ -117,16 +117,14 @@ def rotary_attention(
     where = rows.positions, rows.slots, cos_sin
     requests = Requests(rows.block_tables, rows.query_starts, rows.context_lens)
     layout = paged_layout(num_heads, k_cache, v_cache, window, soft_cap)
+    step = _operands(qkv, k_cache, v_cache, requests, scale, layout)._replace(arrivals=rows.arrivals)
     may_turn = rows.is_alone and q_weight is None and rows.block_tables.is_contiguous()
-    if may_turn and qkv.shape[0] <= max(MAX_TURNED, MAX_TURNED_ON_HOPPER):
-        step = _operands(qkv, k_cache, v_cache, requests, scale, layout)
-        if qkv.shape[0] <= (MAX_TURNED_ON_HOPPER if runs_on_hopper(step) else MAX_TURNED):
-            rotation, turn = rotation_of(qkv, *where, codes_of(k_cache), num_heads, q_weight, k_weight, sink)
-            step = step._replace(arrivals=rows.arrivals, rotation=rotation, turn=turn)
-            return quantized(decode(step, _decode_tile(step)), quantize)
+    if may_turn and qkv.shape[0] <= (MAX_TURNED_ON_HOPPER if runs_on_hopper(step) else MAX_TURNED):
+        rotation, turn = rotation_of(qkv, *where, codes_of(k_cache), num_heads, q_weight, k_weight, sink)
+        step = step._replace(rotation=rotation, turn=turn)
+        return quantized(decode(step, _decode_tile(step)), quantize)
     q = rope_and_cache(qkv, *where, k_cache, v_cache, num_heads, q_weight, k_weight, eps, sink)
-    step = _operands(q, k_cache, v_cache, requests, scale, layout)._replace(arrivals=rows.arrivals)
-    return _paged_attention(step, rows.is_decode, quantize)
+    return _paged_attention(step._replace(q=q), rows.is_decode, quantize)
 
 
 def _operands(

@@ -27,6 +27,7 @@ import torch
 __all__ = [
     "BUCKETS",
     "KEYS_PER_TOKEN",
+    "MAX_STREAM_SUMS",
     "AttentionTile",
     "Target",
     "Tile",
@@ -36,9 +37,11 @@ __all__ = [
     "current_gpu",
     "decode_tile",
     "defaults",
+    "halves_of",
     "package_table",
     "prefill_tile",
     "read_table",
+    "stream_tile",
     "user_table",
     "write_table",
 ]
@@ -51,10 +54,13 @@ MIN_BUCKET = BUCKETS[0]
 KEYS_PER_TOKEN = 4
 """Room for dequantized keys and values for each token of a step over an int8 cache; a request without reads codes."""
 
-HOPPER_STAGES = {
+STREAM_STAGES = {
     (16, 32): 12, (16, 64): 20, (16, 128): 11, (32, 32): 12, (32, 64): 12, (32, 128): 8, (64, 64): 12, (64, 128): 6,
 }  # fmt: skip
-"""Stages of the streaming kernel, by tokens and columns of a tile."""
+"""About as many stages of the streaming kernel as fit, by tokens and columns of a tile."""
+
+STREAM_ROWS, MAX_STREAM_SUMS = 64, 128
+"""Rows of Hopper's matrix instruction, and most columns of sums that a program of the streaming kernel holds."""
 
 MIN_INT8_DEPTH = 32
 """Least summed length of an int8 matrix instruction."""
@@ -137,6 +143,16 @@ def current_gpu(device: torch.device) -> Target:
     return INTERPRETER if device.type == "cpu" else _gpu(device)
 
 
+def stream_tile(block_t: int, block_n: int, num_stages: int) -> Tile:
+    """A tile of the streaming kernel, whose warps have 16 rows of the instruction each."""
+    return Tile("stream", block_t, block_n, 128, halves_of(block_n) * block_n // 16, num_stages)
+
+
+def halves_of(block_n: int) -> int:
+    """Parts of K that the streaming kernel sums apart, so that block_n columns fill the rows of the instruction."""
+    return max(1, STREAM_ROWS // block_n)
+
+
 def defaults(capability: int, n: int, k: int, bucket_t: int) -> Tile:
     """The tile of an architecture without a tuned table.
 
@@ -157,12 +173,12 @@ def defaults(capability: int, n: int, k: int, bucket_t: int) -> Tile:
 def _hopper(n: int, bucket_t: int) -> Tile:
     """wgmma: 64 rows a warp group; up to 227 KB of shared memory.
 
-    Few tokens: narrow tiles where n gives the GPU few programs, and about as many stages as fit. H200, 32 products of
-    1,536 to 57,344 columns: these tiles take at most 1.21 times as long as the best of nine, and 1.01 in the mean.
+    Few tokens: narrow tiles where n gives the GPU few programs. H200, 32 products of 1,536 to 57,344 columns: these
+    tiles take at most 1.21 times as long as the best of nine, and 1.01 in the mean.
     """
     if bucket_t <= 64:
         block_n = (32 if n <= 4096 and bucket_t <= 32 else 64) if n <= 8192 else 128
-        return Tile("stream", bucket_t, block_n, 128, max(64, block_n) // 16, HOPPER_STAGES[bucket_t, block_n])
+        return stream_tile(bucket_t, block_n, STREAM_STAGES[bucket_t, block_n])
     if bucket_t <= 256:
         # H100, 128 tokens: the plain kernel with 64 x 64 x 256 took 1.4 times as long as the tuned tile.
         return Tile("pingpong", 64, 128, 128, num_warps=4, num_stages=7)
@@ -332,9 +348,8 @@ def _checked(tile: Tile) -> Tile:
 
 
 def _can_stream(tile: Tile) -> bool:
-    rows = max(64, tile.block_n)
-    has_columns = tile.block_n in {32, 64, 128} and tile.num_warps == rows // 16
-    return has_columns and tile.block_k == 128 and 16 <= tile.block_t <= 128 * tile.block_n // rows
+    has_sizes = tile.block_n in {32, 64, 128} and 16 <= tile.block_t <= MAX_STREAM_SUMS // halves_of(tile.block_n)
+    return has_sizes and tile == stream_tile(tile.block_t, tile.block_n, tile.num_stages)._replace(group=tile.group)
 
 
 @lru_cache(maxsize=16)

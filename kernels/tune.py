@@ -18,20 +18,22 @@ from triton import OutOfResources
 from kernels.dependent import starts_early
 from kernels.epilogue import MAX_PIECE, Epilogue
 from kernels.gemm import launch
-from kernels.hopper.stream import halves_of
 from kernels.launching import cdiv
 from kernels.quantize import MAX_ROW, quantize_rows
 from kernels.quantized import CODE_MAX, Quantized
 from kernels.tiles import (
     BUCKETS,
+    MAX_STREAM_SUMS,
     UNREADABLE,
     Table,
     Target,
     Tile,
     current_gpu,
     defaults,
+    halves_of,
     package_table,
     read_table,
+    stream_tile,
     user_table,
     write_table,
 )
@@ -204,9 +206,10 @@ def _streams(bucket: int) -> Iterator[Tile]:
     """All tokens in one tile, or in several if the weights give too few programs."""
     sizes = {max(16, bucket // 2), bucket} if bucket <= 64 else {64, 128}
     for block_t, block_n, stages in itertools.product(sorted(sizes), (32, 64, 128), (4, 5, 6, 8, 10, 11, 12, 16, 20)):
-        rows = halves_of(block_n) * block_t, halves_of(block_n) * block_n
-        if rows[0] <= 128 and sum(rows) <= 192 and stages * sum(rows) * 128 < SHARED_BYTES:
-            yield Tile("stream", block_t, block_n, 128, rows[1] // 16, stages)
+        tile, rows = stream_tile(block_t, block_n, stages), halves_of(block_n) * (block_t + block_n)
+        fits = halves_of(block_n) * block_t <= MAX_STREAM_SUMS and rows <= 192
+        if fits and stages * rows * tile.block_k < SHARED_BYTES:
+            yield tile
 
 
 def _pingpongs(bucket: int) -> Iterator[Tile]:

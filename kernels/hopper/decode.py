@@ -237,8 +237,8 @@ def _decode_on_hopper_kernel(
     All other keys are of earlier steps then, as are the tables, so they are asked for before the queries are there.
     """
     launch_dependents(DEPENDENT)
-    if TURN is None:
-        await_inputs(DEPENDENT)
+    WAITS_LATER: gl.constexpr = DEPENDENT and TURN is not None
+    await_inputs(DEPENDENT and not WAITS_LATER)
     G: gl.constexpr = LAYOUT.G
     H: gl.constexpr = LAYOUT.GROUP * G
     D: gl.constexpr = LAYOUT.D
@@ -247,7 +247,7 @@ def _decode_on_hopper_kernel(
     next_token = gl.load(requests.query_starts + request + 1)
     context = gl.load(requests.context_lens + request)
     if next_token - token != 1:
-        await_inputs(DEPENDENT and TURN is not None)
+        await_inputs(WAITS_LATER)
         return
     rings = rings_of(k_ptr, v_ptr, STAGES, LAYOUT)
     N: gl.constexpr = rings[0].shape[2]
@@ -255,7 +255,7 @@ def _decode_on_hopper_kernel(
     split_len = gl.maximum(MIN_KEYS, gl.cdiv(gl.cdiv(context, SPLITS), STEP) * STEP)
     first = gl.program_id(0) * per_program * split_len
     if (first >= context) & (gl.program_id(0) > 0):
-        await_inputs(DEPENDENT and TURN is not None)
+        await_inputs(WAITS_LATER)
         return
     last = gl.minimum(context, first + per_program * split_len)
     caches = heads_of(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, kv_head, LAYOUT)
@@ -267,7 +267,7 @@ def _decode_on_hopper_kernel(
         num_early = ((last < context) | (last - first > (STAGES - 1) * STEP)).to(gl.int32)
     for _ in range(num_early):
         copy_first_tiles(rings, caches, table_ptr, first, last, LAYOUT)
-    await_inputs(DEPENDENT and TURN is not None)
+    await_inputs(WAITS_LATER)
     scores = upper(gl.zeros([WARPS, ROWS, N], gl.int32, MMA))
     BY_ROW: gl.constexpr = gl.SliceLayout(2, scores.type.layout)
     q, row_scale = _queries(q_ptr, rotation, token, kv_head, scale, rings[0], BY_ROW, LAYOUT, TURN)

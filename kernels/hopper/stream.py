@@ -25,16 +25,13 @@ from kernels.epilogue import Epilogue, Form
 from kernels.hopper.common import WARP_GROUP, finish, first_token, piece_of
 from kernels.launching import MAX_PLANS, Descriptor, Piece, Plan, cdiv
 from kernels.quantize import magnitude
-from kernels.tiles import Tile, current_gpu
+from kernels.tiles import Tile, current_gpu, halves_of
 
-__all__ = ["halves_of", "launch_stream"]
+__all__ = ["launch_stream"]
 
 LOADER_REGISTERS = gl.constexpr(24)
 MAX_REGISTERS = {16: 128, 32: 128, 64: 128, 128: 168}
 """Registers per thread, by columns of sums: enough for them, and few enough to run several programs at once."""
-
-ROWS = 64
-"""Rows of the matrix instruction."""
 
 SHARED_BYTES = 227 * 1024
 ALL_REGISTERS = 65536
@@ -54,11 +51,6 @@ def launch_stream(
     x, weight = Descriptor(x_q, x_piece), Descriptor(weight_q, weight_piece)
     at_once = per_sm * current_gpu(y.device).num_sms
     plan.launch((cdiv(num_tiles, cdiv(num_tiles, at_once)), 1, 1), x, weight, ops, y, T, N, K)
-
-
-def halves_of(block_n: int) -> int:
-    """Parts of K that are summed apart, so that block_n columns fill the rows of the matrix instruction."""
-    return max(1, ROWS // block_n)
 
 
 @lru_cache(maxsize=MAX_PLANS)

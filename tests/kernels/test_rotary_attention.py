@@ -154,10 +154,8 @@ def test_earlier_keys_are_read_before_the_queries_are_there(int8: str) -> None:
     gpu = Place("cuda", torch.float16)
     for contexts in ([5000, 300, 257, 1], [600 + 50 * i for i in range(16)], [40 + 9 * i for i in range(63)]):
         some = case(gpu, contexts, 128, 128, 32, 8, int8)
-        weight, scale = (
-            gpu.codes(some.qkv.shape[1], 4096),
-            gpu.randn(some.qkv.shape[1], dtype=torch.float32).abs() / 1e4,
-        )
+        columns = some.qkv.shape[1]
+        weight, scale = gpu.codes(columns, 4096), gpu.randn(columns, dtype=torch.float32).abs() / 1e4
         x = gpu.randn(len(some.qkv), 4096)
         some.behind(x, weight, scale)
         graph = torch.cuda.CUDAGraph()
